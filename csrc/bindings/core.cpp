@@ -1,0 +1,14 @@
+// fastreward._core: the CPU kernels. Takes data pointers, never links libtorch, so one build serves every torch.
+#include "bindings/registry.hpp"
+#include "common/isa.hpp"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "fastreward's C++ kernels for the CPU. Pointers in, nothing allocated; use fastreward's functions instead.";
+  m.def("isa", [] { return fastreward::isa_name(fastreward::active_isa()); },
+        "Instruction set in use: baseline, avx2 or avx512 (FASTREWARD_ISA lowers it).");
+  fastreward::register_memory(m);
+  fastreward::register_logprobs(m);
+  fastreward::register_policy_loss(m);
+  fastreward::register_group(m);
+  fastreward::register_whiten(m);
+}

@@ -1,0 +1,14 @@
+// One register_<operation>.cpp per operation; core.cpp calls each once.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastreward {
+
+void register_logprobs(pybind11::module_& m);
+void register_policy_loss(pybind11::module_& m);
+void register_group(pybind11::module_& m);
+void register_whiten(pybind11::module_& m);
+void register_memory(pybind11::module_& m);
+
+}  // namespace fastreward

@@ -1,0 +1,42 @@
+#include "common/isa.hpp"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace fastreward {
+namespace {
+
+Isa best_isa() {
+#ifdef FASTREWARD_BASELINE_ONLY
+  return Isa::baseline;
+#else
+  // The compiler's own cpuid code also checks that the operating system saves the wide registers.
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+#endif
+}
+
+Isa chosen_isa() {
+  const Isa best = best_isa();
+  const char* wanted = std::getenv("FASTREWARD_ISA");
+  if (wanted == nullptr) return best;
+  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+    if (std::strcmp(wanted, isa_name(isa)) == 0 && isa <= best) return isa;
+  return best;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+}
+
+Isa active_isa() {
+  static const Isa isa = chosen_isa();
+  return isa;
+}
+
+}  // namespace fastreward

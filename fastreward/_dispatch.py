@@ -1,0 +1,110 @@
+"""Which backend serves a call: chosen by the tensor's device, by `with fastreward.backend(name)`, or by FASTREWARD_BACKEND.
+
+A choice that cannot serve is an error that says why; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+from typing import Final, Literal, cast
+
+import torch
+
+Backend = Literal["reference", "cpu", "triton", "cuda"]
+BACKENDS: Final[tuple[Backend, ...]] = ("reference", "cpu", "triton", "cuda")
+OPERATIONS: Final = ("logprobs", "linear_logprobs", "policy_loss", "group", "whiten")
+
+#: CUDA C++ kernels that have passed their tests on hardware, and where. Others are experimental: by hand only.
+CUDA_PASSED_ON: Final[dict[str, str]] = {}
+
+_PACKAGES: Final[dict[Backend, str]] = {
+    "reference": "fastreward.reference",
+    "cpu": "fastreward.cpu",
+    "triton": "fastreward.kernels",
+    "cuda": "fastreward.cuda",
+}
+_override: ContextVar[Backend | None] = ContextVar("fastreward_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """The chosen backend cannot serve this call; the message says why and what to do."""
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Choose the backend of every fastreward call inside the block: reference, cpu, triton or cuda."""
+    token = _override.set(_known(name))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def select(operation: str, tensor: torch.Tensor) -> Backend:
+    """Backend for `operation` on `tensor`'s device; raises BackendError where none can serve."""
+    chosen = _override.get() or _from_environment()
+    name = chosen or _default(operation, tensor.device.type)
+    reason = unavailable(operation, name, tensor.device.type)
+    if reason is not None:
+        raise BackendError(f"fastreward: backend {name!r} cannot serve {operation} on {tensor.device}: {reason}")
+    return name
+
+
+def implementation(operation: str, name: str) -> ModuleType:
+    """The module that holds the raw functions of `operation` in backend `name`."""
+    kernel = "logprobs" if operation == "linear_logprobs" else operation  # composed of logprobs' fold and backward
+    return _load(f"{_PACKAGES[cast(Backend, name)]}.{kernel}")
+
+
+def interpreted() -> bool:
+    """True when Triton runs in its interpreter, so that its kernels take CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def unavailable(operation: str, name: Backend, device: str) -> str | None:
+    """Why backend `name` cannot serve `operation` on `device` tensors; None where it can."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        return "its kernels take CPU tensors" if device != "cpu" else None
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device == "cpu" and not interpreted():
+            return "Triton takes CPU tensors only with TRITON_INTERPRET=1 set before import"
+        return None
+    if device != "cuda":
+        return "its kernels take CUDA tensors"
+    return cast("str | None", importlib.import_module("fastreward.cuda").missing())
+
+
+def _default(operation: str, device: str) -> Backend:
+    if device == "cpu":
+        return "cpu"
+    if device == "cuda" and operation in CUDA_PASSED_ON and unavailable(operation, "cuda", device) is None:
+        return "cuda"
+    return "triton"
+
+
+def _from_environment() -> Backend | None:
+    name = os.environ.get("FASTREWARD_BACKEND")
+    return _known(name) if name else None
+
+
+def _known(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"fastreward: unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    return cast(Backend, name)
+
+
+@cache
+def _load(module: str) -> ModuleType:
+    return importlib.import_module(module)

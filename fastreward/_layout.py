@@ -1,0 +1,66 @@
+"""Positions of the per-token statistics in the tensors that every backend exchanges.
+
+All backends of `logprobs` return their results in two tensors, `values` f32 [7, N] and `indices` i64 [2, N]; these
+names say which row is which. The C++, CUDA and Triton sources use the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Rows of `values` [7, N].
+VALUES: Final = (
+    "logprobs",
+    "entropy",
+    "logsumexp",
+    "label_logit",
+    "mean_logit",
+    "log_sum_sq_probs",
+    "max_logprob",
+)
+#: Rows of `indices` [2, N].
+INDICES: Final = ("argmax", "rank")
+#: Per-row accumulator of a vocabulary slice, `state` f64 [N, 8]: what may be merged across slices or ranks.
+STATE: Final = (
+    "max",  # largest raw logit, -inf before the first column
+    "sum_exp",  # sum of exp(t), t = (x - max) * inv_temperature
+    "sum_t_exp",  # sum of t * exp(t), the entropy's numerator (t clamped so that -inf contributes 0)
+    "sum_sq_exp",  # sum of exp(t)^2
+    "sum_logit",  # sum of raw logits
+    "label_logit",  # raw logit of the label, NaN until its slice was seen
+    "argmax",  # first column that holds the maximum
+    "rank",  # columns with a logit strictly above the label's
+)
+
+ALL_OUTPUTS: Final = (*VALUES, *INDICES, "id_logprobs")
+DIFFERENTIABLE: Final = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "id_logprobs")
+
+#: Bit of each optional statistic in `flags`; logprobs, logsumexp and label_logit are always computed.
+FLAG: Final = {
+    "entropy": 1,
+    "log_sum_sq_probs": 2,
+    "mean_logit": 4,
+    "argmax": 8,
+    "rank": 16,
+}
+
+#: Names of the entries of `PolicyLoss.metrics`, in order.
+METRICS: Final = (
+    "clip_fraction_low",  # share of tokens with ratio < 1 - clip_low and A < 0 (gradient cut)
+    "clip_fraction_high",  # share of tokens with ratio > 1 + clip_high and A > 0 (gradient cut)
+    "clip_fraction_dual",  # share of tokens with A < 0 where the dual clip binds
+    "kl_old_k1",  # mean of old - new
+    "kl_old_k3",  # mean of exp(new - old) - (new - old) - 1
+    "kl_ref_k1",  # mean of new - ref, 0 without ref_logprobs
+    "kl_ref_k3",  # mean of exp(ref - new) - (ref - new) - 1, 0 without ref_logprobs
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "entropy_mean",  # 0 without entropy
+    "token_count",
+)
+
+
+def flags_of(outputs: tuple[str, ...]) -> int:
+    """Bit set of the optional statistics that `outputs` asks for (see FLAG)."""
+    return sum(bit for name, bit in FLAG.items() if name in outputs)

@@ -1,0 +1,53 @@
+"""Options that the public functions hand to every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+KL = Literal["k1", "k2", "k3"]
+Center = Literal["none", "mean", "leave-one-out", "length-weighted", "second-max", "tensor"]
+Scale = Literal["none", "std", "batch-std", "max", "tensor"]
+Singleton = Literal["zero", "raw", "nan"]
+Normalize = Literal["sum-then-normalize", "normalize-then-sum"]
+
+AGGREGATIONS: tuple[Aggregation, ...] = (
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+)
+KLS: tuple[KL, ...] = ("k1", "k2", "k3")
+CENTERS: tuple[Center, ...] = ("none", "mean", "leave-one-out", "length-weighted", "second-max", "tensor")
+SCALES: tuple[Scale, ...] = ("none", "std", "batch-std", "max", "tensor")
+SINGLETONS: tuple[Singleton, ...] = ("zero", "raw", "nan")
+NORMALIZES: tuple[Normalize, ...] = ("sum-then-normalize", "normalize-then-sum")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyOptions:
+    """The PPO family's switches (formulas 1.1 to 1.3)."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    delta: float | None = None
+    log_ratio_clamp: float | None = 20.0
+    aggregation: Aggregation = "token-mean"
+    kl: KL | None = None
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOptions:
+    """How rewards of one group become advantages."""
+
+    center: Center = "mean"
+    scale: Scale = "std"
+    ddof: int = 1
+    eps: float = 1e-6
+    eps_inside: bool = False
+    singleton: Singleton = "zero"
+    normalize: Normalize = "sum-then-normalize"

@@ -1,0 +1,1 @@
+"""The Triton backend, one file per operation; installed as `fastreward.kernels`."""
