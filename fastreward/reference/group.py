@@ -1,0 +1,113 @@
+"""Group-normalised advantages in float64 torch, one group at a time: the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor | Sequence[Hashable] | None = None,
+    *,
+    group_size: int | None = None,
+    center: str | Tensor = "mean",
+    scale: str | Tensor = "std",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    eps_inside: bool = False,
+    singleton: str = "zero",
+    lengths: Tensor | None = None,
+    component_weights: Tensor | Sequence[float] | None = None,
+    normalize: str = "sum-then-normalize",
+) -> Tensor:
+    """Advantages [B] in float64 from rewards [B] or [B, K] (NaN = not scored); arguments as fastreward's."""
+    r = rewards.double().reshape(rewards.shape[0], -1)
+    weights = (
+        torch.ones(r.shape[1]).double() if component_weights is None else torch.as_tensor(component_weights).double()
+    )
+    if group_size is not None:
+        keys: list[Hashable] = [b // group_size for b in range(len(r))]
+    else:
+        assert group_ids is not None
+        keys = list(group_ids.tolist() if isinstance(group_ids, Tensor) else group_ids)
+
+    def normalised(x: Tensor) -> Tensor:
+        return _normalise(x, keys, center, scale, ddof, eps, eps_inside, singleton, lengths)
+
+    unscored = torch.isnan(r).all(-1)
+    if normalize == "sum-then-normalize":
+        out = normalised(torch.where(unscored, torch.nan, (r * weights).nansum(-1)))
+    else:
+        columns = torch.stack([normalised(column) for column in r.unbind(-1)], -1)
+        out = (torch.where(torch.isnan(r), 0.0, columns) * weights).sum(-1)
+    return torch.where(unscored, 0.0, out)
+
+
+def _normalise(
+    x: Tensor,
+    keys: list[Hashable],
+    center: str | Tensor,
+    scale: str | Tensor,
+    ddof: int,
+    eps: float,
+    eps_inside: bool,
+    singleton: str,
+    lengths: Tensor | None,
+) -> Tensor:
+    out = torch.zeros_like(x)
+    scored = ~torch.isnan(x)
+    for key in dict.fromkeys(keys):
+        rows = torch.tensor([b for b, k in enumerate(keys) if k == key and scored[b]], dtype=torch.long)
+        n = len(rows)
+        if n == 0:
+            continue
+        if n == 1 and singleton != "none":
+            out[rows] = {"zero": torch.zeros(1).double(), "raw": x[rows], "nan": torch.full((1,), torch.nan).double()}[
+                singleton
+            ]
+            continue
+        values = x[rows]
+        centred = values - _center(values, rows, center, lengths)
+        out[rows] = centred / _scale(values, centred, x[scored], rows, scale, ddof, eps, eps_inside)
+    return out
+
+
+def _center(values: Tensor, rows: Tensor, center: str | Tensor, lengths: Tensor | None) -> Tensor:
+    n = len(values)
+    if isinstance(center, Tensor):
+        return center.double()[rows]
+    if center == "none":
+        return torch.zeros_like(values)
+    if center == "mean":
+        return values.mean().expand(n)
+    if center == "leave-one-out":
+        return (values.sum() - values) / (n - 1)
+    if center == "length-weighted":
+        assert lengths is not None
+        weight = lengths.double()[rows]
+        return ((weight * values).sum() / weight.sum()).expand(n)
+    return torch.stack([torch.cat([values[:i], values[i + 1 :]]).max() for i in range(n)])  # second-max
+
+
+def _scale(
+    values: Tensor,
+    centred: Tensor,
+    everyone: Tensor,
+    rows: Tensor,
+    scale: str | Tensor,
+    ddof: int,
+    eps: float,
+    eps_inside: bool,
+) -> Tensor:
+    if isinstance(scale, Tensor):
+        return scale.double()[rows]
+    if scale == "none":
+        return torch.ones(()).double()
+    if scale == "max":
+        return centred.abs().max() + eps
+    population = values if scale == "std" else everyone
+    variance = ((population - population.mean()) ** 2).sum() / max(len(population) - ddof, 0)
+    return (variance + eps).sqrt() if eps_inside else variance.sqrt() + eps
