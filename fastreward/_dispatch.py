@@ -1,4 +1,4 @@
-"""Which backend serves a call: chosen by the tensor's device, by `with fastreward.backend(name)`, or by FASTREWARD_BACKEND.
+"""Which backend serves a call: by the tensor's device, `with fastreward.backend(name)`, or FASTREWARD_BACKEND.
 
 A choice that cannot serve is an error that says why; nothing falls back in silence.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def _normalise(
         n = len(rows)
         if n == 0:
             continue
-        if n == 1 and singleton != "none":
+        if n == 1:
             out[rows] = {"zero": torch.zeros(1).double(), "raw": x[rows], "nan": torch.full((1,), torch.nan).double()}[
                 singleton
             ]
@@ -111,3 +112,50 @@ def _scale(
     population = values if scale == "std" else everyone
     variance = ((population - population.mean()) ** 2).sum() / max(len(population) - ddof, 0)
     return (variance + eps).sqrt() if eps_inside else variance.sqrt() + eps
+
+
+class _Options(Protocol):
+    """What this file reads of fastreward's GroupOptions (the reference imports nothing but torch)."""
+
+    @property
+    def center(self) -> str: ...
+    @property
+    def scale(self) -> str: ...
+    @property
+    def ddof(self) -> int: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def eps_inside(self) -> bool: ...
+    @property
+    def singleton(self) -> str: ...
+    @property
+    def normalize(self) -> str: ...
+
+
+def forward(
+    rewards: Tensor,
+    group_index: Tensor | None,
+    group_size: int,
+    lengths: Tensor | None,
+    component_weights: Tensor | None,
+    center_values: Tensor | None,
+    scale_values: Tensor | None,
+    options: _Options,
+) -> Tensor:
+    """Raw form: advantages f32 [B] from rewards [B, K]; one of group_index i64 [B] or group_size > 0."""
+    out = group_advantages(
+        rewards.cpu(),
+        None if group_index is None else group_index.cpu(),
+        group_size=group_size or None,
+        center=options.center if center_values is None else center_values.cpu(),
+        scale=options.scale if scale_values is None else scale_values.cpu(),
+        ddof=options.ddof,
+        eps=options.eps,
+        eps_inside=options.eps_inside,
+        singleton=options.singleton,
+        lengths=None if lengths is None else lengths.cpu(),
+        component_weights=None if component_weights is None else component_weights.cpu(),
+        normalize=options.normalize,
+    )
+    return out.float().to(rewards.device)

@@ -3,10 +3,35 @@ INTELLECT-2's delta (TRL), KL estimators k1, k2, k3 and the four aggregations.""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 _KL_CLAMP = 20.0
+
+
+class _Options(Protocol):
+    """What this file reads of fastreward's PolicyOptions (the reference imports nothing but torch)."""
+
+    @property
+    def clip_low(self) -> float: ...
+    @property
+    def clip_high(self) -> float: ...
+    @property
+    def dual_clip(self) -> float | None: ...
+    @property
+    def delta(self) -> float | None: ...
+    @property
+    def log_ratio_clamp(self) -> float | None: ...
+    @property
+    def aggregation(self) -> str: ...
+    @property
+    def kl(self) -> str | None: ...
+    @property
+    def kl_coef(self) -> float: ...
+    @property
+    def entropy_coef(self) -> float: ...
 
 
 def policy_loss(
@@ -103,3 +128,91 @@ def aggregate(token: Tensor, counted: Tensor, aggregation: str, normalizer: floa
     else:
         raise ValueError(f"aggregation: unknown {aggregation!r}")
     return total / (denominator.clamp(min=1) if normalizer is None else normalizer)
+
+
+def forward(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: _Options,
+    want_token_loss: bool,
+    normalizer: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Raw form: (loss [], metrics [12], gradient for logprobs [B, T], row weight [B], token loss [B, T] or [0])."""
+    rows = _Rows(logprobs, cu_seqlens)
+    counted = rows.padded(torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0)
+    with torch.enable_grad():
+        lp = rows.padded(logprobs).double().requires_grad_()
+        loss, token, metrics = policy_loss(
+            lp,
+            rows.padded(old_logprobs),
+            advantages if cu_seqlens is None or advantages.shape != logprobs.shape else rows.padded(advantages),
+            counted,
+            clip_low=options.clip_low,
+            clip_high=options.clip_high,
+            dual_clip=options.dual_clip,
+            delta=options.delta,
+            log_ratio_clamp=options.log_ratio_clamp,
+            aggregation=options.aggregation,
+            normalizer=normalizer,
+            ref_logprobs=None if ref_logprobs is None else rows.padded(ref_logprobs),
+            kl=options.kl,
+            kl_coef=options.kl_coef,
+            entropy=None if entropy is None else rows.padded(entropy),
+            entropy_coef=options.entropy_coef,
+            weights=None if weights is None else rows.padded(weights),
+        )
+        (grad,) = torch.autograd.grad(loss, lp)
+        # The weight of a row is what aggregation does to a token loss of one in it.
+        ones = counted.double().requires_grad_()
+        (weight,) = torch.autograd.grad(aggregate(ones, counted, options.aggregation, normalizer), ones)
+    token_loss = rows.flat(token.detach()).float() if want_token_loss else logprobs.new_zeros(0)
+    row_weight = weight[:, 0] if weight.shape[1] else weight.new_zeros(weight.shape[0])
+    return (
+        loss.detach().float(),
+        torch.stack(list(metrics.values())).float(),
+        rows.flat(grad).float(),
+        row_weight.float(),
+        token_loss,
+    )
+
+
+def backward(
+    saved: Tensor,
+    mask: Tensor | None,
+    row_weight: Tensor,
+    grad_loss: Tensor,
+    cu_seqlens: Tensor | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:
+    """Gradients for logprobs and entropy ([0] without an entropy bonus), in the shape of `saved`."""
+    grad_entropy = saved.new_zeros(0)
+    if options.entropy_coef:
+        rows = _Rows(saved, cu_seqlens)
+        counted = torch.ones_like(saved) if mask is None else (mask != 0).float()
+        grad_entropy = rows.flat(rows.padded(counted) * row_weight.unsqueeze(-1)) * (-options.entropy_coef * grad_loss)
+    return saved * grad_loss, grad_entropy
+
+
+class _Rows:
+    """Packed [N] to padded [B, T] and back; padded tensors pass through."""
+
+    def __init__(self, like: Tensor, cu_seqlens: Tensor | None) -> None:
+        self.packed = cu_seqlens is not None
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.diff()
+            width = int(lengths.max()) if len(lengths) else 0
+            self.inside = torch.arange(width, device=like.device) < lengths.unsqueeze(-1)
+
+    def padded(self, x: Tensor) -> Tensor:
+        if not self.packed:
+            return x
+        return x.new_zeros(self.inside.shape).masked_scatter(self.inside, x)
+
+    def flat(self, x: Tensor) -> Tensor:
+        return x[self.inside] if self.packed else x
