@@ -102,7 +102,7 @@ def _from_environment() -> Backend | None:
 def _known(name: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"fastreward: unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
-    return cast(Backend, name)
+    return name
 
 
 @cache

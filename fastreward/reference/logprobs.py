@@ -112,7 +112,7 @@ def backward(
     del id_logprobs
     vocab = logits.shape[-1]
     x = logits.double()
-    inv = torch.as_tensor(inv_temperature, dtype=torch.float64).reshape(-1, 1)
+    inv = torch.as_tensor(inv_temperature, dtype=torch.float64, device=x.device).reshape(-1, 1)
     kept = _kept_columns(keep_mask if keep_mask is not None else keep_ids, logits)
     _, entropy, lse, _, _, log_sum_sq, _ = values.double()
     g_logprob, g_entropy, g_lse, _, _, g_lss, _ = grad_values.double()
@@ -154,7 +154,7 @@ def fold(
     """Merges columns vocab_start .. vocab_start + Vc into state f64 [N, 8] (fastreward._layout.STATE)."""
     del flags
     x = logits.double()
-    inv = torch.as_tensor(inv_temperature, dtype=torch.float64).expand(x.shape[0])
+    inv = torch.as_tensor(inv_temperature, dtype=torch.float64, device=x.device).expand(x.shape[0])
     columns = x.shape[1]
     peak, peak_at = x.max(-1)
     local = labels - vocab_start

@@ -146,40 +146,84 @@ def forward(
     """Raw form: (loss [], metrics [12], gradient for logprobs [B, T], row weight [B], token loss [B, T] or [0])."""
     rows = _Rows(logprobs, cu_seqlens)
     counted = rows.padded(torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0)
-    with torch.enable_grad():
-        lp = rows.padded(logprobs).double().requires_grad_()
-        loss, token, metrics = policy_loss(
-            lp,
-            rows.padded(old_logprobs),
-            advantages if cu_seqlens is None or advantages.shape != logprobs.shape else rows.padded(advantages),
-            counted,
-            clip_low=options.clip_low,
-            clip_high=options.clip_high,
-            dual_clip=options.dual_clip,
-            delta=options.delta,
-            log_ratio_clamp=options.log_ratio_clamp,
-            aggregation=options.aggregation,
-            normalizer=normalizer,
-            ref_logprobs=None if ref_logprobs is None else rows.padded(ref_logprobs),
-            kl=options.kl,
-            kl_coef=options.kl_coef,
-            entropy=None if entropy is None else rows.padded(entropy),
-            entropy_coef=options.entropy_coef,
-            weights=None if weights is None else rows.padded(weights),
-        )
-        (grad,) = torch.autograd.grad(loss, lp)
-        # The weight of a row is what aggregation does to a token loss of one in it.
-        ones = counted.double().requires_grad_()
-        (weight,) = torch.autograd.grad(aggregate(ones, counted, options.aggregation, normalizer), ones)
-    token_loss = rows.flat(token.detach()).float() if want_token_loss else logprobs.new_zeros(0)
-    row_weight = weight[:, 0] if weight.shape[1] else weight.new_zeros(weight.shape[0])
+    padded = {
+        "logprobs": rows.padded(logprobs),
+        "old_logprobs": rows.padded(old_logprobs),
+        "advantages": rows.padded(advantages) if advantages.shape == logprobs.shape else advantages,
+        "ref_logprobs": None if ref_logprobs is None else rows.padded(ref_logprobs),
+        "weights": None if weights is None else rows.padded(weights),
+    }
+    loss, token, metrics = policy_loss(
+        **padded,
+        mask=counted,
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        dual_clip=options.dual_clip,
+        delta=options.delta,
+        log_ratio_clamp=options.log_ratio_clamp,
+        aggregation=options.aggregation,
+        normalizer=normalizer,
+        kl=options.kl,
+        kl_coef=options.kl_coef,
+        entropy=None if entropy is None else rows.padded(entropy),
+        entropy_coef=options.entropy_coef,
+    )
+    weight = _row_weight(counted, options.aggregation, normalizer)
+    grad = torch.where(counted, _derivative(**padded, options=options) * weight.unsqueeze(-1), 0.0)
     return (
-        loss.detach().float(),
+        loss.float(),
         torch.stack(list(metrics.values())).float(),
         rows.flat(grad).float(),
-        row_weight.float(),
-        token_loss,
+        weight.float(),
+        rows.flat(token).float() if want_token_loss else logprobs.new_zeros(0),
     )
+
+
+def _derivative(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    options: _Options,
+) -> Tensor:
+    """Derivative of the token loss for its log-prob [B, T], written out (autograd does not run inside a custom op)."""
+    adv = (advantages.unsqueeze(-1) if advantages.ndim == 1 else advantages).double()
+    log_ratio = logprobs.double() - old_logprobs.double()
+    live = torch.ones_like(logprobs, dtype=torch.bool)
+    if options.log_ratio_clamp is not None:
+        live = log_ratio.abs() <= options.log_ratio_clamp
+        log_ratio = log_ratio.clamp(-options.log_ratio_clamp, options.log_ratio_clamp)
+    ratio = log_ratio.exp()
+    unclipped = -adv * (ratio if options.delta is None else ratio.clamp(max=options.delta))
+    clipped = -adv * ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
+    live = live & (unclipped >= clipped)
+    if options.delta is not None:
+        live = live & (ratio <= options.delta)
+    if options.dual_clip is not None:
+        live = live & ~((adv < 0) & (torch.maximum(unclipped, clipped) > -adv * options.dual_clip))
+    grad = torch.where(live, -adv * ratio, 0.0)
+    if weights is not None:
+        grad = grad * weights.double()
+    if options.kl is not None and ref_logprobs is not None:
+        gap = ref_logprobs.double() - logprobs.double()
+        slope = {"k1": torch.ones_like(gap), "k2": -gap, "k3": 1 - gap.exp()}[options.kl]
+        grad = grad + options.kl_coef * torch.where(gap.abs() <= _KL_CLAMP, slope, 0.0)
+    return grad
+
+
+def _row_weight(counted: Tensor, aggregation: str, normalizer: Tensor | None) -> Tensor:
+    """What aggregation multiplies a token loss of row b by, [B]."""
+    lengths = counted.sum(-1).double()
+    sequences = (lengths > 0).sum().double()
+    denominator = {
+        "token-mean": lengths.sum(),
+        "seq-mean-token-mean": sequences,
+        "seq-mean-token-sum": sequences,
+        "seq-mean-token-sum-norm": sequences * counted.shape[-1],
+    }[aggregation].clamp(min=1)
+    each = torch.ones_like(lengths) / (denominator if normalizer is None else normalizer.double())
+    return each / lengths.clamp(min=1) if aggregation == "seq-mean-token-mean" else each
 
 
 def backward(

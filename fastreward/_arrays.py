@@ -1,0 +1,64 @@
+"""NumPy in, NumPy out; CuPy in, CuPy out: arrays are shared through DLPack or the buffer protocol, never copied."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Literal, ParamSpec, TypeVar, cast
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Kind = Literal["numpy", "cupy"]
+
+
+def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
+    """Lets `function` of tensors take NumPy or CuPy arrays too; results then come in the first array's kind."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        kind = next((k for k in map(array_kind, (*args, *kwargs.values())) if k is not None), None)
+        if kind is None:
+            return function(*args, **kwargs)
+        tensors = cast(Any, [as_tensor(a) for a in args])
+        named = cast(Any, {name: as_tensor(a) for name, a in kwargs.items()})
+        return cast(R, as_arrays(function(*tensors, **named), kind))
+
+    return wrapper
+
+
+def array_kind(x: object) -> Kind | None:
+    """ "numpy" or "cupy" for a numeric array, None for all else (object arrays of group ids stay what they are)."""
+    if type(x).__name__ != "ndarray" or cast(Any, x).dtype.kind not in "fiub":
+        return None
+    return "cupy" if type(x).__module__.startswith("cupy") else "numpy"
+
+
+def as_tensor(x: Any) -> Any:
+    """A tensor on `x`'s memory when it is a numeric array, else `x`."""
+    kind = array_kind(x)
+    if kind == "cupy":
+        return torch.utils.dlpack.from_dlpack(x)
+    if kind == "numpy":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # read-only arrays: fastreward writes to no input
+            return torch.from_numpy(x)
+    return x
+
+
+def as_arrays(result: Any, kind: Kind) -> Any:
+    """`result` with every tensor turned into an array of `kind`, inside tuples, dictionaries and dataclasses too."""
+    if isinstance(result, torch.Tensor):
+        detached = result.detach()
+        return detached.cpu().numpy() if kind == "numpy" else sys.modules["cupy"].from_dlpack(detached)
+    if hasattr(result, "_map_tensors"):
+        return result._map_tensors(lambda tensor: as_arrays(tensor, kind))
+    if is_dataclass(result) and not isinstance(result, type):
+        return replace(result, **{f.name: as_arrays(getattr(result, f.name), kind) for f in fields(result)})
+    if isinstance(result, tuple):
+        return tuple(as_arrays(item, kind) for item in result)
+    return result

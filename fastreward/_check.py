@@ -1,0 +1,66 @@
+"""Checks of arguments: each raises before anything runs, and names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def values_checked(*tensors: Tensor | None) -> bool:
+    """Whether values may be read: always on the CPU; on a GPU (it synchronises) only with FASTREWARD_DEBUG=1."""
+    if torch.compiler.is_compiling():
+        return False
+    return os.environ.get("FASTREWARD_DEBUG") == "1" or all(t is None or t.device.type == "cpu" for t in tensors)
+
+
+def tensor(name: str, x: object) -> Tensor:
+    """`x` itself, if it is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch tensor (or a NumPy or CuPy array), got {type(x).__name__}")
+    return x
+
+
+def dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """`x` has one of the `allowed` dtypes."""
+    if x.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name}: expected dtype {names}, got {str(x.dtype).removeprefix('torch.')}")
+
+
+def integers(name: str, x: Tensor) -> None:
+    """`x` holds integers."""
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor, got {str(x.dtype).removeprefix('torch.')}")
+
+
+def shape(name: str, x: Tensor, expected: Sequence[int], meaning: str) -> None:
+    """`x` has the `expected` shape, which is described by `meaning`."""
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {list(expected)} ({meaning}), got {list(x.shape)}")
+
+
+def same_device(name: str, x: Tensor, reference: str, like: Tensor) -> None:
+    """`x` lives where `like` does."""
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, where {reference} is, got one on {x.device}")
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """`value` is one of the `allowed` names; the message suggests the nearest."""
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+
+
+def every(name: str, good: Tensor, x: Tensor, expected: str) -> None:
+    """All of `good` holds; else the message shows the first offending element of `x` (same shape)."""
+    if bool(good.all()):
+        return
+    index = tuple(int(i) for i in (~good).nonzero()[0])
+    where = f" at index {list(index)}" if index else ""
+    raise ValueError(f"{name}: expected {expected}, got {x[index].item()}{where}")

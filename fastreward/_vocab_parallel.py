@@ -1,0 +1,121 @@
+"""Log-probs where each rank holds a contiguous slice of the vocabulary: only the slices' statistics cross ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastreward import _check
+from fastreward._dispatch import implementation, select
+from fastreward._layout import STATE, flags_of
+from fastreward._memory import advised
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def sharded_token_logprobs(
+    logits: Tensor,  # [..., V of this rank]
+    labels: Tensor,  # [N] i64, global
+    temperature: Tensor | None,  # [N] f32
+    temperature_scalar: float,
+    mask: Tensor | None,  # [N] bool
+    outputs: tuple[str, ...],
+    group: ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """values f32 [7, N] and indices i64 [2, N], the same on every rank; differentiable for this rank's logits."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    widths = _gather(torch.tensor([rows.shape[1]], device=rows.device), group)
+    start = int(sum(int(w) for w in widths[: dist.get_rank(group)]))
+    vocab = int(sum(int(w) for w in widths))
+    if _check.values_checked(logits, labels):
+        good = (labels >= 0) & (labels < vocab)
+        _check.every("labels", good if mask is None else good | ~mask, labels, f"integers in [0, {vocab})")
+    inverse: float | Tensor = 1.0 / temperature_scalar if temperature is None else temperature.reciprocal()
+    settings = (start, vocab, flags_of(outputs), group, select("logprobs", logits))
+    values, indices = _Sharded.apply(rows, labels, inverse, mask, settings)  # type: ignore[no-untyped-call]
+    return values, indices
+
+
+class _Sharded(torch.autograd.Function):
+    """A collective is no part of a custom op's schema, so this is an autograd function on the raw kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, labels: Tensor, inverse: float | Tensor, mask: Tensor | None, settings: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
+        start, vocab, flags, group, backend = settings
+        kernels = implementation("logprobs", backend)
+        state = initial_state(rows.shape[0], rows.device)
+        kernels.fold(rows, labels, start, inverse, state, flags, _label_logits(rows, labels - start, group))
+        merged = merge(_gather(state, group), inverse)
+        values, indices = kernels.finish(merged, inverse, vocab, flags)
+        if mask is not None:
+            values, indices = values.masked_fill(~mask, 0.0), indices.masked_fill(~mask, 0)
+        ctx.save_for_backward(rows, labels, mask, values)
+        ctx.inverse, ctx.start, ctx.backend = inverse, start, backend
+        ctx.mark_non_differentiable(indices)
+        return values, indices
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        rows, labels, mask, values = ctx.saved_tensors
+        grad = advised(torch.empty(rows.shape, dtype=rows.dtype, device=rows.device))
+        local = labels - ctx.start
+        none = values.new_empty((rows.shape[0], 0))
+        kernels = implementation("logprobs", ctx.backend)
+        kernels.backward(
+            rows, local, ctx.inverse, mask, None, None, None, values, none, grads[0].contiguous(), None, grad
+        )
+        return grad, None, None, None, None
+
+
+def initial_state(count: int, device: torch.device) -> Tensor:
+    """The state of `count` rows before the first column, f64 [N, 8]."""
+    state = torch.zeros((count, len(STATE)), dtype=torch.float64, device=device)
+    state[:, STATE.index("max")] = -torch.inf
+    state[:, STATE.index("label_logit")] = torch.nan
+    return state
+
+
+def merge(states: list[Tensor], inverse: float | Tensor) -> Tensor:
+    """One state [N, 8] from those of consecutive slices, in their order."""
+    stacked = torch.stack(states)  # [ranks, N, 8]
+    peaks, sums, weighted, squares, logits, labels, argmax, ranks = stacked.unbind(-1)
+    peak = peaks.amax(0)
+    base = torch.where(peak == -torch.inf, 0.0, peak)
+    shift = torch.where(peaks == -torch.inf, 0.0, (peaks - base) * inverse)
+    scale = torch.where(peaks == -torch.inf, 0.0, shift.exp())
+    first = (peaks == peak).to(torch.int8).argmax(0, keepdim=True)
+    label = torch.where(torch.isnan(labels).all(0), torch.nan, torch.nan_to_num(labels, nan=-torch.inf).amax(0))
+    return torch.stack(
+        [
+            peak,
+            (scale * sums).sum(0),
+            (scale * (weighted + shift * sums)).sum(0),
+            (scale * scale * squares).sum(0),
+            logits.sum(0),
+            label,
+            argmax.gather(0, first).squeeze(0),
+            ranks.sum(0),
+        ],
+        -1,
+    )
+
+
+def _label_logits(rows: Tensor, local: Tensor, group: ProcessGroup) -> Tensor:
+    """The label's raw logit on every rank, f32 [N]: each rank looks into its slice, the largest is the one found."""
+    inside = (local >= 0) & (local < rows.shape[1])
+    found = rows.gather(1, local.clamp(0, rows.shape[1] - 1).unsqueeze(1)).squeeze(1).float()
+    found = torch.where(inside, found, -torch.inf)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return found
+
+
+def _gather(x: Tensor, group: ProcessGroup) -> list[Tensor]:
+    out = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(out, x.contiguous(), group=group)
+    return out

@@ -1,0 +1,182 @@
+"""Group-normalised advantages: rewards of a group's rollouts, centred and scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreward import _check
+from fastreward._arrays import accepts_arrays
+from fastreward._dispatch import implementation, select
+from fastreward._options import CENTERS, NORMALIZES, SCALES, SINGLETONS, GroupOptions, Normalize, Singleton
+
+GroupIds = Tensor | Sequence[Hashable]
+
+
+@torch.library.custom_op("fastreward::group_advantages", mutates_args=())
+def _group_advantages(
+    rewards: Tensor,  # [B, K] f32 or f64
+    group_index: Tensor | None,  # [B] i64
+    group_size: int,
+    lengths: Tensor | None,  # [B] f32
+    component_weights: Tensor | None,  # [K] f32
+    center_values: Tensor | None,  # [B] f32
+    scale_values: Tensor | None,  # [B] f32
+    modes: str,  # center, scale, singleton and normalize, joined by "|"
+    ddof: int,
+    eps: float,
+    eps_inside: bool,
+    backend: str,
+) -> Tensor:  # [B] f32
+    center, scale, singleton, normalize = modes.split("|")
+    options = GroupOptions(
+        center=next(c for c in CENTERS if c == center),
+        scale=next(s for s in SCALES if s == scale),
+        ddof=ddof,
+        eps=eps,
+        eps_inside=eps_inside,
+        singleton=next(s for s in SINGLETONS if s == singleton),
+        normalize=next(n for n in NORMALIZES if n == normalize),
+    )
+    result: Tensor = implementation("group", backend).forward(
+        rewards, group_index, group_size, lengths, component_weights, center_values, scale_values, options
+    )
+    return result
+
+
+@_group_advantages.register_fake
+def _(
+    rewards: Tensor,
+    group_index: Tensor | None,
+    group_size: int,
+    lengths: Tensor | None,
+    component_weights: Tensor | None,
+    center_values: Tensor | None,
+    scale_values: Tensor | None,
+    modes: str,
+    ddof: int,
+    eps: float,
+    eps_inside: bool,
+    backend: str,
+) -> Tensor:
+    return rewards.new_empty((rewards.shape[0],), dtype=torch.float32)
+
+
+@accepts_arrays
+def group_advantages(
+    rewards: Tensor,
+    group_ids: GroupIds | None = None,
+    *,
+    group_size: int | None = None,
+    center: str | Tensor = "mean",
+    scale: str | Tensor = "std",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    eps_inside: bool = False,
+    singleton: Singleton = "zero",
+    lengths: Tensor | None = None,
+    component_weights: Tensor | Sequence[float] | None = None,
+    normalize: Normalize = "sum-then-normalize",
+) -> Tensor:
+    """Advantages of rollouts against their own group: (reward - center) / scale. GRPO by default (arXiv 2402.03300).
+
+    Args:
+        rewards: [B] or [B, K] components, float32 or float64; NaN = not scored. A rollout without any score gets
+            advantage 0 and counts in no statistic.
+        group_ids: integers [B], or any sequence of B hashables (uid strings); groups need not be contiguous.
+        group_size: instead of group_ids, equal contiguous groups of this size.
+        center: "mean", "leave-one-out" (RLOO, arXiv 2402.14740), "length-weighted" (OPO, arXiv 2505.23585; needs
+            lengths), "second-max" (the best of the others), "none", or a baseline [B].
+        scale: "std" of the group, "batch-std" of all scored rollouts, "max" (largest distance from the center), "none"
+            (Dr.GRPO, arXiv 2503.20783), or a divisor [B].
+        ddof, eps, eps_inside: std is sqrt(var) with `ddof`, divided by (std + eps), or by sqrt(var + eps).
+        singleton: a group with one scored rollout gives "zero", its "raw" reward, or "nan".
+        lengths: [B] response lengths, for center="length-weighted".
+        component_weights: [K], default 1.
+        normalize: "sum-then-normalize", or "normalize-then-sum" (each component on its own; GDPO, arXiv 2601.05242).
+
+    Returns:
+        [B] float32. Statistics are two-pass in float64. Advantages are constants: no gradient flows to rewards.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or name, both or none of group_ids and group_size.
+    """
+    _check.dtype("rewards", _check.tensor("rewards", rewards), (torch.float32, torch.float64))
+    if rewards.ndim not in (1, 2):
+        raise ValueError(f"rewards: expected shape [B] or [B, K], got {list(rewards.shape)}")
+    count = rewards.shape[0]
+    for name, value, allowed in (("singleton", singleton, SINGLETONS), ("normalize", normalize, NORMALIZES)):
+        _check.choice(name, value, allowed)
+    center_name, center_values = _mode("center", center, CENTERS, rewards)
+    scale_name, scale_values = _mode("scale", scale, SCALES, rewards)
+    if (center_name == "length-weighted") != (lengths is not None):
+        raise ValueError("lengths: needed for center='length-weighted', and only for it")
+    index, size = _groups(group_ids, group_size, rewards)
+    advantages: Tensor = _group_advantages(
+        rewards.detach().reshape(count, -1).contiguous(),
+        index,
+        size,
+        None if lengths is None else _per_rollout("lengths", lengths, rewards),
+        _weights(component_weights, rewards),
+        center_values,
+        scale_values,
+        "|".join((center_name, scale_name, singleton, normalize)),
+        ddof,
+        eps,
+        eps_inside,
+        select("group", rewards),
+    )
+    return advantages
+
+
+def factorize(group_ids: GroupIds, count: int, device: torch.device) -> Tensor:
+    """Group labels i64 [B]: compact in first-seen order, except that integers on a GPU stay as they are (no sync)."""
+    if isinstance(group_ids, Tensor):
+        _check.integers("group_ids", group_ids)
+        _check.shape("group_ids", group_ids, (count,), "one per rollout")
+        if device.type != "cpu":
+            return group_ids.to(device).long()
+        labels: list[Any] = group_ids.tolist()
+    else:
+        labels = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)
+        if len(labels) != count:
+            raise ValueError(f"group_ids: expected {count} ids (one per rollout), got {len(labels)}")
+    seen: dict[Hashable, int] = {}
+    return torch.tensor([seen.setdefault(label, len(seen)) for label in labels], dtype=torch.int64, device=device)
+
+
+def _groups(group_ids: GroupIds | None, group_size: int | None, rewards: Tensor) -> tuple[Tensor | None, int]:
+    count = rewards.shape[0]
+    if (group_ids is None) == (group_size is None):
+        raise ValueError("group_ids, group_size: expected exactly one of them")
+    if group_ids is not None:
+        return factorize(group_ids, count, rewards.device), 0
+    assert group_size is not None
+    if group_size < 1 or count % group_size:
+        raise ValueError(f"group_size: expected a positive divisor of the {count} rollouts, got {group_size}")
+    return None, group_size
+
+
+def _mode(name: str, value: str | Tensor, allowed: Sequence[str], rewards: Tensor) -> tuple[str, Tensor | None]:
+    if isinstance(value, Tensor):
+        return "tensor", _per_rollout(name, value, rewards)
+    _check.choice(name, value, [mode for mode in allowed if mode != "tensor"])
+    return value, None
+
+
+def _per_rollout(name: str, x: Tensor, rewards: Tensor) -> Tensor:
+    _check.shape(name, _check.tensor(name, x), (rewards.shape[0],), "one per rollout")
+    _check.same_device(name, x, "rewards", rewards)
+    return x.detach().float().contiguous()
+
+
+def _weights(weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Tensor | None:
+    if weights is None:
+        return None
+    components = 1 if rewards.ndim == 1 else rewards.shape[1]
+    tensor = torch.as_tensor(weights, dtype=torch.float32, device=rewards.device)
+    _check.shape("component_weights", tensor, (components,), "one per reward component")
+    return tensor.contiguous()

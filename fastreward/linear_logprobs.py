@@ -1,0 +1,377 @@
+"""Log-probs straight from hidden states and the LM head, tile by tile: the logits [N, V] never exist.
+
+The GEMMs are the vendor's; a tile of logits is folded into eight statistics per token while it is in cache, and in the
+backward it is recomputed and turned into its own gradient in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreward import _check
+from fastreward._arrays import accepts_arrays
+from fastreward._dispatch import implementation, select
+from fastreward._layout import FLAG, INDICES, STATE, VALUES, flags_of
+from fastreward._memory import advised
+from fastreward._vocab_parallel import initial_state
+from fastreward.logprobs import LOGITS_DTYPES, TokenStats, _check_labels, _collect, _row_mask, _temperature
+
+_OUTPUTS = (*VALUES, *INDICES)
+_LABEL = STATE.index("label_logit")
+_RANK = STATE.index("rank")
+
+#: Tokens and vocabulary columns of a tile. On the CPU a tile should stay in the outer caches between its GEMM and its
+#: fold; on a GPU it should be large enough that the GEMM runs at full rate.
+_CPU_TILE = (1024, 4096)
+_GPU_TILE = (4096, 32768)
+
+
+# ------------------------------------------------------------------------------------------------------ custom ops
+@torch.library.custom_op("fastreward::linear_token_logprobs", mutates_args=())
+def _linear_token_logprobs(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N] i64
+    temperature: Tensor | None,  # [N] f32
+    temperature_scalar: float,
+    logit_scale: float,
+    softcap: float,  # 0 = none
+    flags: int,
+    tile: list[int],
+    compute_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # values f32 [7, N], indices i64 [2, N]
+    kernels = implementation("linear_logprobs", backend)
+    inverse = _inverse(temperature, temperature_scalar)
+    head = _Head(hidden, weight, bias, logit_scale, softcap, tile, compute_dtype)
+    state = initial_state(hidden.shape[0], hidden.device)
+    for columns in head.column_chunks():
+        for rows in head.row_chunks():
+            logits = head.logits(rows, columns)
+            kernels.fold(
+                logits, labels[rows], columns.start, _rows_of(inverse, rows), state[rows], flags & ~FLAG["rank"], None
+            )
+    if flags & FLAG["rank"]:  # counting needs the label's logit first: a second pass over the tiles
+        label_logits = state[:, _LABEL].float()
+        counts = initial_state(hidden.shape[0], hidden.device)
+        for columns in head.column_chunks():
+            for rows in head.row_chunks():
+                logits, threshold = head.logits(rows, columns), label_logits[rows]
+                scale = _rows_of(inverse, rows)
+                kernels.fold(logits, labels[rows], columns.start, scale, counts[rows], FLAG["rank"], threshold)
+        state[:, _RANK] = counts[:, _RANK]
+    values, indices = kernels.finish(state, inverse, weight.shape[0], flags)
+    return values, indices
+
+
+@_linear_token_logprobs.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor | None,
+    temperature_scalar: float,
+    logit_scale: float,
+    softcap: float,
+    flags: int,
+    tile: list[int],
+    compute_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    n = hidden.shape[0]
+    return hidden.new_empty((len(VALUES), n), dtype=torch.float32), labels.new_empty((len(INDICES), n))
+
+
+@torch.library.custom_op("fastreward::linear_token_logprobs_backward", mutates_args=())
+def _linear_token_logprobs_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor | None,
+    temperature_scalar: float,
+    logit_scale: float,
+    softcap: float,
+    tile: list[int],
+    compute_dtype: torch.dtype,
+    values: Tensor,
+    grad_values: Tensor,
+    needs: list[bool],  # gradient for hidden, weight, bias
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # an unneeded gradient is [0]
+    kernels = implementation("linear_logprobs", backend)
+    inverse = _inverse(temperature, temperature_scalar)
+    head = _Head(hidden, weight, bias, logit_scale, softcap, tile, compute_dtype)
+    grads = _HeadGradients(head, needs)
+    none = values.new_empty((0, 0))
+    slices = [(rows, values[:, rows].contiguous(), grad_values[:, rows].contiguous()) for rows in head.row_chunks()]
+    for columns in head.column_chunks():
+        for rows, stats, upstream in slices:
+            logits = head.logits(rows, columns)
+            local, scale = labels[rows] - columns.start, _rows_of(inverse, rows)
+            cap = 1.0 / softcap if softcap else 0.0
+            kernels.backward(logits, local, scale, None, None, None, None, stats, none, upstream, None, logits, cap)
+            grads.add(rows, columns, logits)
+    return grads.finish()
+
+
+@_linear_token_logprobs_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor | None,
+    temperature_scalar: float,
+    logit_scale: float,
+    softcap: float,
+    tile: list[int],
+    compute_dtype: torch.dtype,
+    values: Tensor,
+    grad_values: Tensor,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def grad(needed: bool, x: Tensor | None) -> Tensor:
+        return torch.empty_like(x) if needed and x is not None else hidden.new_empty((0,))
+
+    return grad(needs[0], hidden), grad(needs[1], weight), grad(needs[2], bias)
+
+
+class _Head:
+    """The projection hidden @ weight.T + bias, scaled and soft-capped, one tile at a time in one buffer."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
+        tile: list[int],
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.logit_scale, self.softcap, self.dtype = logit_scale, softcap, compute_dtype
+        self.row_step, self.column_step = min(tile[0], max(len(hidden), 1)), min(tile[1], len(weight))
+        self.buffer = torch.empty(self.row_step * self.column_step, dtype=compute_dtype, device=hidden.device)
+
+    def row_chunks(self) -> Iterator[slice]:
+        return _chunks(len(self.hidden), self.row_step)
+
+    def column_chunks(self) -> Iterator[slice]:
+        return _chunks(len(self.weight), self.column_step)
+
+    def logits(self, rows: slice, columns: slice) -> Tensor:
+        """[rows, columns] in the shared buffer; the next call overwrites it."""
+        h, w = self.hidden[rows].to(self.dtype), self.weight[columns].to(self.dtype)
+        tile = self.buffer[: len(h) * len(w)].view(len(h), len(w))
+        torch.mm(h, w.t(), out=tile)
+        if self.bias is not None:
+            tile.add_(self.bias[columns].to(self.dtype))
+        if self.logit_scale != 1.0:
+            tile.mul_(self.logit_scale)
+        if self.softcap:
+            tile.div_(self.softcap).tanh_().mul_(self.softcap)
+        return tile
+
+
+class _HeadGradients:
+    """Gradients of the head, accumulated over tiles in float32 whatever the inputs' dtype."""
+
+    def __init__(self, head: _Head, needs: list[bool]) -> None:
+        self.head = head
+        device = head.hidden.device
+        self.hidden = torch.zeros(head.hidden.shape, dtype=torch.float32, device=device) if needs[0] else None
+        self.weight = advised(torch.empty_like(head.weight)) if needs[1] else None
+        self.bias = torch.zeros(len(head.weight), dtype=torch.float32, device=device) if needs[2] else None
+        # A float32 weight gradient accumulates in place; another dtype needs one chunk of float32.
+        exact = self.weight is not None and self.weight.dtype == torch.float32
+        shape = (0 if exact or self.weight is None else head.column_step, head.hidden.shape[1])
+        self.chunk = torch.empty(shape, dtype=torch.float32, device=device)
+
+    def add(self, rows: slice, columns: slice, grad: Tensor) -> None:
+        """Adds the gradient of one tile of logits. Tiles come with all their rows before the next columns."""
+        head = self.head
+        if head.logit_scale != 1.0:
+            grad.mul_(head.logit_scale)
+        if self.bias is not None:
+            self.bias[columns] += grad.sum(0, dtype=torch.float32)
+        if self.hidden is not None:
+            _addmm(self.hidden[rows], grad, head.weight[columns].to(head.dtype), accumulate=True)
+        if self.weight is not None:
+            exact = self.weight.dtype == torch.float32
+            target = self.weight[columns] if exact else self.chunk[: columns.stop - columns.start]
+            _addmm(target, grad.t(), head.hidden[rows].to(head.dtype), accumulate=rows.start > 0)
+            if not exact and rows.stop == len(head.hidden):
+                self.weight[columns] = target.to(self.weight.dtype)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients in their inputs' dtypes; [0] for the unneeded."""
+        head, none = self.head, self.head.hidden.new_empty((0,))
+        if self.weight is not None and not len(head.hidden):
+            self.weight.zero_()
+        return (
+            none if self.hidden is None else self.hidden.to(head.hidden.dtype),
+            none if self.weight is None else self.weight,
+            none if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype),
+        )
+
+
+def _addmm(target: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    """target (+)= a @ b for a float32 target, never rounding the product to the inputs' dtype."""
+    beta = 1 if accumulate else 0
+    if a.dtype != torch.float32 and target.device.type == "cuda":
+        torch.addmm(target, a, b, out_dtype=torch.float32, beta=beta, out=target)
+    else:
+        torch.addmm(target, a.float(), b.float(), beta=beta, out=target)
+
+
+def _chunks(total: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, total)) for start in range(0, total, max(step, 1)))
+
+
+def _inverse(temperature: Tensor | None, scalar: float) -> float | Tensor:
+    return 1.0 / scalar if temperature is None else temperature.reciprocal()
+
+
+def _rows_of(inverse: float | Tensor, rows: slice) -> float | Tensor:
+    return inverse[rows] if isinstance(inverse, Tensor) else inverse
+
+
+# -------------------------------------------------------------------------------------------------------- autograd
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, temperature, *settings = inputs
+    ctx.save_for_backward(hidden, weight, bias, labels, temperature, output[0].detach())
+    ctx.scalar, ctx.logit_scale, ctx.softcap, _, ctx.tile, ctx.dtype, ctx.backend = settings
+
+
+def _backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Any, ...]:
+    hidden, weight, bias, labels, temperature, values = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    grads = _linear_token_logprobs_backward(
+        hidden,
+        weight,
+        bias,
+        labels,
+        temperature,
+        ctx.scalar,
+        ctx.logit_scale,
+        ctx.softcap,
+        ctx.tile,
+        ctx.dtype,
+        values,
+        grad_values,
+        needs,
+        ctx.backend,
+    )
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 9)
+
+
+_linear_token_logprobs.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ------------------------------------------------------------------------------------------------- public function
+@accepts_arrays
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    outputs: tuple[str, ...] = ("logprobs",),
+    chunk_size: int | None = None,
+) -> TokenStats:
+    """`token_logprobs` of hidden @ weight.T, without ever holding the logits [N, V].
+
+    Args:
+        hidden: [..., H] float32, bfloat16 or float16. Under autocast the GEMMs run in autocast's dtype.
+        weight: [V, H] of the LM head, the same dtype as hidden (or any under autocast); bias: [V].
+        labels: [...] integers in [0, V) (anything where masked out).
+        temperature: a positive float, or one per token [...].
+        logit_scale, softcap: logits are softcap * tanh(logit_scale * x / softcap) where a softcap is given (Gemma),
+            else logit_scale * x.
+        mask: [...], nonzero = compute. Other rows are dropped before the first GEMM, cost nothing and give 0. Counting
+            them is the one host synchronisation on a GPU; select the rows yourself to avoid it.
+        outputs: as in `token_logprobs`, except id_logprobs. `rank` costs a second pass of GEMMs.
+        chunk_size: vocabulary columns per tile (default: what suits the device's caches).
+
+    Returns:
+        TokenStats, float32 (argmax, rank int64). Gradients flow to hidden, weight and bias through logprobs, entropy,
+        logsumexp and log_sum_sq_probs; the backward recomputes the tiles and accumulates in float32.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, label or name, before anything runs.
+    """
+    for name in outputs:
+        _check.choice("outputs", name, _OUTPUTS)
+    _check_head(hidden, weight, bias, labels)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: expected a positive number of columns, got {chunk_size}")
+    scalar, per_token = _temperature(temperature, labels)
+    rows = _row_mask(mask, labels)
+    if _check.values_checked(hidden, labels):
+        _check_labels("labels", labels, weight.shape[0], mask)
+    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
+    kept = None if rows is None else rows.nonzero().squeeze(-1)
+    if kept is not None:
+        flat, flat_labels = flat[kept], flat_labels[kept]
+        per_token = None if per_token is None else per_token[kept]
+    values, indices = _linear_token_logprobs(
+        flat,
+        weight,
+        bias,
+        flat_labels,
+        per_token,
+        scalar,
+        float(logit_scale),
+        float(softcap or 0.0),
+        flags_of(outputs),
+        _tile(hidden.device, chunk_size),
+        _compute_dtype(hidden),
+        select("linear_logprobs", hidden),
+    )
+    if kept is not None:
+        values = values.new_zeros((len(VALUES), labels.numel())).index_copy(1, kept, values)
+        indices = indices.new_zeros((len(INDICES), labels.numel())).index_copy(1, kept, indices)
+    return _collect(outputs, values, indices, values.new_empty(0), tuple(labels.shape))
+
+
+def _tile(device: torch.device, chunk_size: int | None) -> list[int]:
+    rows, columns = _CPU_TILE if device.type == "cpu" else _GPU_TILE
+    return [rows, chunk_size or columns]
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+    _check.dtype("hidden", _check.tensor("hidden", hidden), LOGITS_DTYPES)
+    _check.dtype("weight", _check.tensor("weight", weight), LOGITS_DTYPES)
+    _check.integers("labels", _check.tensor("labels", labels))
+    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"weight: expected shape [V, {hidden.shape[-1]}] (hidden's last dimension), got {list(weight.shape)}"
+        )
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(f"weight: expected hidden's dtype {hidden.dtype}, got {weight.dtype}")
+    _check.shape("labels", labels, hidden.shape[:-1], "hidden's shape without H")
+    _check.same_device("weight", weight, "hidden", hidden)
+    _check.same_device("labels", labels, "hidden", hidden)
+    if bias is not None:
+        _check.shape("bias", bias, (weight.shape[0],), "one per token of the vocabulary")
+        _check.same_device("bias", bias, "hidden", hidden)
