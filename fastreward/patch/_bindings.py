@@ -1,0 +1,115 @@
+"""Rebinding names in someone else's modules so that every one of them can be put back, and the report about it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from rich.table import Table
+
+
+class PatchRefused(RuntimeError):
+    """The patch was not applied, nothing was changed, and the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a report."""
+
+    target: str
+    what: str
+    why: str
+
+
+@dataclass(slots=True)
+class Report:
+    """What a patch replaced and what it left alone. `rich.print(report)` shows it as a table."""
+
+    trainer: str
+    version: str
+    replaced: list[Entry] = field(default_factory=list)
+    kept: list[Entry] = field(default_factory=list)
+
+    def __rich__(self) -> Table:
+        table = Table(
+            "", "target", "now", "why", title=f"fastreward in {self.trainer} {self.version}", title_justify="left"
+        )
+        for mark, entries in (("replaced", self.replaced), ("kept", self.kept)):
+            for entry in entries:
+                table.add_row(mark, entry.target, entry.what, entry.why)
+        return table
+
+
+@dataclass(slots=True)
+class Patch:
+    """The bindings of one applied patch: pairs (theirs, ours) by the module prefix in which they are exchanged."""
+
+    report: Report
+    options: dict[str, Any]
+    package: str
+    everywhere: list[tuple[Any, Any]] = field(default_factory=list)  # (theirs, ours), wherever the package binds theirs
+    single: list[tuple[ModuleType, str, Any, Any]] = field(default_factory=list)  # (module, name, theirs, ours)
+
+    def apply(self) -> None:
+        """Put ours in."""
+        for theirs, ours in self.everywhere:
+            exchange(self.package, theirs, ours)
+        for module, name, _, ours in self.single:
+            setattr(module, name, ours)
+
+    def undo(self) -> None:
+        """Put theirs back, also in modules that were imported since; what someone else has rebound meanwhile stays."""
+        for theirs, ours in self.everywhere:
+            exchange(self.package, ours, theirs)
+        for module, name, theirs, ours in self.single:
+            if vars(module).get(name) is ours:
+                setattr(module, name, theirs)
+
+
+def exchange(package: str, old: Any, new: Any) -> list[str]:
+    """Rebind every module-level name of `package` that is `old` to `new`; returns the dotted names."""
+    found = list(bindings(package, old))
+    for module, name in found:
+        setattr(module, name, new)
+    return [f"{module.__name__}.{name}" for module, name in found]
+
+
+def bindings(package: str, value: Any) -> Iterator[tuple[ModuleType, str]]:
+    """Module-level names in the imported modules of `package` that are bound to this very object."""
+    for module_name, module in list(sys.modules.items()):
+        if module is None or not (module_name == package or module_name.startswith(f"{package}.")):
+            continue
+        # vars() and not getattr: a lazy module would import its whole trainer zoo on attribute access
+        for name in [name for name, bound in vars(module).items() if bound is value]:
+            yield module, name
+
+
+_applied: dict[str, Patch] = {}
+
+
+def active(trainer: str) -> Patch | None:
+    """The patch of `trainer` that is in place, if one is."""
+    return _applied.get(trainer)
+
+
+def install(trainer: str, patch: Patch) -> Report:
+    """Apply a patch and remember it."""
+    patch.apply()
+    _applied[trainer] = patch
+    return patch.report
+
+
+def undo(trainer: str | None = None) -> None:
+    """Restore every binding that the patch of `trainer` (None: every patch) has replaced; no effect where none is."""
+    for name in list(_applied) if trainer is None else [trainer]:
+        patch = _applied.pop(name, None)
+        if patch is not None:
+            patch.undo()
+
+
+def status() -> dict[str, Report]:
+    """The report of every patch in place, by trainer; empty when there is none."""
+    return {trainer: patch.report for trainer, patch in _applied.items()}
