@@ -116,7 +116,7 @@ def group_advantages(
         raise ValueError("lengths: needed for center='length-weighted', and only for it")
     index, size = _groups(group_ids, group_size, rewards)
     advantages: Tensor = _group_advantages(
-        rewards.detach().reshape(count, -1).contiguous(),
+        _components(rewards),
         index,
         size,
         None if lengths is None else _per_rollout("lengths", lengths, rewards),
@@ -158,6 +158,11 @@ def _groups(group_ids: GroupIds | None, group_size: int | None, rewards: Tensor)
     if group_size < 1 or count % group_size:
         raise ValueError(f"group_size: expected a positive divisor of the {count} rollouts, got {group_size}")
     return None, group_size
+
+
+def _components(rewards: Tensor) -> Tensor:
+    """[B, K], contiguous."""
+    return (rewards if rewards.ndim == 2 else rewards.unsqueeze(-1)).detach().contiguous()
 
 
 def _mode(name: str, value: str | Tensor, allowed: Sequence[str], rewards: Tensor) -> tuple[str, Tensor | None]:

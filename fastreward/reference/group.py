@@ -25,7 +25,7 @@ def group_advantages(
     normalize: str = "sum-then-normalize",
 ) -> Tensor:
     """Advantages [B] in float64 from rewards [B] or [B, K] (NaN = not scored); arguments as fastreward's."""
-    r = rewards.double().reshape(rewards.shape[0], -1)
+    r = rewards.double() if rewards.ndim == 2 else rewards.double().unsqueeze(-1)
     weights = (
         torch.ones(r.shape[1]).double() if component_weights is None else torch.as_tensor(component_weights).double()
     )

@@ -1,0 +1,42 @@
+# Two commands do everything, set-up included:
+#   make demo   builds, then runs GRPO on a real task with stock TRL and with fastreward, side by side
+#   make test   builds, then runs the whole test suite
+# PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test bench lint build clean
+.DEFAULT_GOAL := test
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned (a plain `torch` would pull gigabytes of CUDA), then everything else against the constraints.
+# Editable, so that Python edits need no reinstall; a changed C++ or CUDA source rebuilds.
+$(STAMP): $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 triton scikit-build-core pybind11 ninja cmake
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[triton,trl,bench,demo,dev]'
+	touch $(STAMP)
+
+build: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python demo/run.py
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/fastreward bench
+
+clean:
+	rm -rf $(VENV) build dist demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis

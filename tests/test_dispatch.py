@@ -1,0 +1,76 @@
+"""Choosing a backend: by device, by hand, by environment; a choice that cannot serve says why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastreward as fr
+from fastreward import _dispatch
+
+LOGITS, LABELS = torch.randn(2, 9), torch.tensor([1, 2])
+
+
+def test_cpu_tensors_go_to_cpu() -> None:
+    assert _dispatch.select("logprobs", LOGITS) == "cpu"
+
+
+def test_by_hand_and_nested() -> None:
+    with fr.backend("reference"):
+        assert _dispatch.select("logprobs", LOGITS) == "reference"
+        with fr.backend("cpu"):
+            assert _dispatch.select("logprobs", LOGITS) == "cpu"
+        assert _dispatch.select("logprobs", LOGITS) == "reference"
+    assert _dispatch.select("logprobs", LOGITS) == "cpu"
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTREWARD_BACKEND", "reference")
+    assert _dispatch.select("group", LOGITS) == "reference"
+    monkeypatch.setenv("FASTREWARD_BACKEND", "fast")
+    with pytest.raises(ValueError, match="unknown backend 'fast'; expected one of reference, cpu, triton, cuda"):
+        fr.token_logprobs(LOGITS, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("triton", r"TRITON_INTERPRET=1|triton is not installed"), ("cuda", r"its kernels take CUDA tensors")],
+)
+def test_a_choice_that_cannot_serve_says_why(name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with fr.backend(name), pytest.raises(fr.BackendError, match=reason):
+        fr.token_logprobs(LOGITS, LABELS)
+
+
+def test_cuda_tensors_without_cuda_say_why() -> None:
+    """A CUDA tensor cannot exist here, so the dispatcher is asked as it would be for one."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert _dispatch.unavailable("logprobs", "cpu", "cuda") == "its kernels take CPU tensors"
+    assert "CUDA" in (_dispatch.unavailable("logprobs", "cuda", "cuda") or "")
+
+
+def test_experimental_cuda_kernels_are_never_the_default() -> None:
+    for operation in _dispatch.OPERATIONS:
+        if operation not in _dispatch.CUDA_PASSED_ON:
+            assert _dispatch._default(operation, "cuda") == "triton"
+
+
+def test_import_is_light() -> None:
+    """`import fastreward` costs under 0.1 s beyond torch, and pulls in no CLI, Triton or trainer."""
+    code = (
+        "import torch, time, sys; before = set(sys.modules); t = time.perf_counter(); import fastreward; "
+        "print(time.perf_counter() - t); "
+        "print([m for m in ('rich', 'typer', 'triton', 'trl', 'matplotlib') if m in set(sys.modules) - before])"
+    )
+    best = min(_run(code) for _ in range(3))
+    assert best < 0.1
+
+
+def _run(code: str) -> float:
+    lines = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split("\n")
+    assert lines[1] == "[]"
+    return float(lines[0])

@@ -1,0 +1,158 @@
+"""group_advantages against the float64 reference, and the trainers' conventions."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from criterion import assert_as_good_as_torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastreward as fr
+from fastreward.reference.group import group_advantages as truth_of
+
+CENTERS = ["mean", "leave-one-out", "length-weighted", "second-max", "none"]
+SCALES = ["std", "batch-std", "max", "none"]
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def _backend(request: pytest.FixtureRequest):
+    with fr.backend(request.param):
+        yield
+
+
+def check(rewards: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    got, truth = fr.group_advantages(rewards, *args, **options), truth_of(rewards, *args, **options)
+    assert got.dtype == torch.float32
+    assert_as_good_as_torch(got, truth, truth, str(options))
+    return got
+
+
+@pytest.mark.usefixtures("_backend")
+class TestNumbers:
+    @pytest.mark.parametrize(("center", "scale"), list(itertools.product(CENTERS, SCALES)))
+    @pytest.mark.parametrize("normalize", ["sum-then-normalize", "normalize-then-sum"])
+    def test_every_center_and_scale(self, center: str, scale: str, normalize: str) -> None:
+        rewards = torch.randn(24, 3)
+        rewards[torch.rand(24, 3) < 0.2] = torch.nan
+        rewards[5] = torch.nan
+        lengths = torch.randint(1, 50, (24,)) if center == "length-weighted" else None
+        ids = torch.randint(0, 6, (24,)) * 1_000_003 - 5
+        check(
+            rewards,
+            ids,
+            center=center,
+            scale=scale,
+            normalize=normalize,
+            lengths=lengths,
+            component_weights=[1, 0.5, 2],
+        )
+        check(rewards[:, 0].clone(), ids, center=center, scale=scale, lengths=lengths)
+
+    @pytest.mark.parametrize("singleton", ["zero", "raw", "nan"])
+    def test_singletons(self, singleton: str) -> None:
+        got = check(torch.tensor([1.0, 2.0, 4.0]), ["a", "b", "b"], singleton=singleton)
+        assert {"zero": got[0] == 0, "raw": got[0] == 1, "nan": torch.isnan(got[0])}[singleton]
+
+    @pytest.mark.parametrize(("ddof", "eps", "inside"), [(1, 1e-4, False), (0, 1e-8, False), (1, 1e-3, True)])
+    def test_std_conventions(self, ddof: int, eps: float, inside: bool) -> None:
+        check(torch.randn(32), group_size=8, ddof=ddof, eps=eps, eps_inside=inside)
+
+    def test_given_center_and_scale(self) -> None:
+        check(torch.randn(8), group_size=4, center=torch.randn(8), scale=torch.rand(8) + 0.5)
+
+    def test_constant_groups_are_exactly_zero(self) -> None:
+        assert not check(torch.full((16,), 0.1), group_size=8).any()
+
+    def test_low_variance_far_from_zero(self) -> None:
+        """E[x^2] - E[x]^2 loses everything here (verl#6348)."""
+        check(1e6 + torch.randn(64).double() * 1e-3, group_size=8)
+
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_tiny_batches(self, count: int) -> None:
+        assert fr.group_advantages(torch.randn(count), torch.zeros(count, dtype=torch.long)).shape == (count,)
+
+
+def test_strings_integers_and_sizes_agree() -> None:
+    rewards = torch.randn(4096)
+    by_size = fr.group_advantages(rewards, group_size=8)
+    names = [f"uid-{i // 8}" for i in range(4096)]
+    assert torch.equal(by_size, fr.group_advantages(rewards, names))
+    assert torch.equal(by_size, fr.group_advantages(rewards, torch.arange(4096) // 8 * 977))
+
+
+def test_members_need_not_be_neighbours() -> None:
+    rewards, ids = torch.randn(40), torch.randint(0, 7, (40,))
+    order = torch.randperm(40)
+    shuffled = fr.group_advantages(rewards[order], ids[order])
+    assert torch.allclose(fr.group_advantages(rewards, ids)[order], shuffled, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.integers(0, 4)), min_size=1, max_size=40))
+def test_any_batch(rows: list[tuple[float, int]]) -> None:
+    rewards = torch.tensor([r for r, _ in rows])
+    check(rewards, torch.tensor([g for _, g in rows]), scale="none")
+
+
+def test_trl_convention() -> None:
+    """TRL 1.16: nan-aware mean and std (ddof 1) per contiguous group, + 1e-4, unscored rows 0."""
+    rewards = torch.randn(12)
+    grouped = rewards.view(-1, 4)
+    expected = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten()
+    assert torch.allclose(fr.group_advantages(rewards, group_size=4, eps=1e-4), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "group_ids, group_size: expected exactly one", {}),
+        (ValueError, "group_ids, group_size: expected exactly one", {"group_ids": [0] * 6, "group_size": 2}),
+        (ValueError, "group_size: expected a positive divisor of the 6 rollouts, got 4", {"group_size": 4}),
+        (ValueError, r"group_ids: expected 6 ids", {"group_ids": ["a"]}),
+        (
+            ValueError,
+            r"center: expected one of.*did you mean 'leave-one-out'",
+            {"group_size": 2, "center": "leave_one_out"},
+        ),
+        (ValueError, r"lengths: needed for center='length-weighted'", {"group_size": 2, "center": "length-weighted"}),
+        (ValueError, r"component_weights: expected shape \[1\]", {"group_size": 2, "component_weights": [1, 2]}),
+        (
+            TypeError,
+            r"rewards: expected dtype float32, float64, got int64",
+            {"group_size": 2, "rewards": torch.ones(6).long()},
+        ),
+    ],
+)
+def test_messages(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        fr.group_advantages(**{"rewards": torch.randn(6), **arguments})
+
+
+def test_opcheck() -> None:
+    arguments = (
+        torch.randn(6, 2),
+        torch.tensor([0, 0, 1, 1, 1, 2]),
+        0,
+        None,
+        None,
+        None,
+        None,
+        "mean|std|zero|sum-then-normalize",
+        1,
+        1e-6,
+        False,
+        "cpu",
+    )
+    torch.library.opcheck(torch.ops.fastreward.group_advantages, arguments)
+
+
+def test_numpy_and_uid_arrays() -> None:
+    np = pytest.importorskip("numpy")
+    uids = np.array(["a", "b", "a", "b"], dtype=object)
+    got = fr.group_advantages(np.array([1.0, 2.0, 3.0, 5.0]), uids)
+    assert isinstance(got, np.ndarray)
+    assert np.allclose(got, [-0.7071, -0.7071, 0.7071, 0.7071], atol=1e-4)

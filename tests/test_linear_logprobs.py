@@ -1,0 +1,187 @@
+"""linear_token_logprobs: equal to token_logprobs on the full logits, in values and gradients, tile by tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from criterion import assert_as_good_as_torch
+from torch import Tensor
+
+import fastreward as fr
+from fastreward.reference.logprobs import token_logprobs as truth_of
+
+OUTPUTS = ("logprobs", "entropy", "logsumexp", "label_logit", "mean_logit", "log_sum_sq_probs", "max_logprob")
+N, H, V = 13, 24, 301
+
+
+def problem(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden = torch.randn(N, H).to(dtype).requires_grad_()
+    weight = (torch.randn(V, H) * 0.5).to(dtype).requires_grad_()
+    bias = torch.randn(V).to(dtype).requires_grad_()
+    return hidden, weight, bias, torch.randint(0, V, (N,))
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    logits = hidden @ weight.t()
+    logits = (logits if bias is None else logits + bias) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("chunk_size", [None, 64, 301, 1000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 5.0},
+        {"logit_scale": 0.3, "softcap": 8.0, "bias": True},
+        {"temperature": torch.linspace(0.5, 2, N), "bias": True, "logit_scale": -0.7},
+        {"mask": torch.arange(N) % 3 != 0, "temperature": 0.6},
+    ],
+    ids=["plain", "softcap", "all", "temperature", "mask"],
+)
+def test_equals_float64_truth(backend: str, chunk_size: int | None, options: dict[str, Any]) -> None:
+    hidden, weight, bias, labels = problem()
+    options = dict(options)
+    used_bias = bias if options.pop("bias", False) else None
+    scale, softcap = options.pop("logit_scale", 1.0), options.pop("softcap", None)
+    with fr.backend(backend):
+        stats = fr.linear_token_logprobs(
+            hidden,
+            weight,
+            labels,
+            bias=used_bias,
+            logit_scale=scale,
+            softcap=softcap,
+            outputs=(*OUTPUTS, "argmax", "rank"),
+            chunk_size=chunk_size,
+            **options,
+        )
+    leaves = [x for x in (hidden, weight, used_bias) if x is not None]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    truth = truth_of(
+        head(exact[0], exact[1], exact[2] if used_bias is not None else None, scale, softcap), labels, **options
+    )
+    same = fr.token_logprobs(
+        head(*(leaves if used_bias is not None else [*leaves, None]), scale, softcap),
+        labels,
+        outputs=OUTPUTS,
+        **options,
+    )
+    for name in OUTPUTS:
+        assert_as_good_as_torch(getattr(stats, name), truth[name], getattr(same, name), name, slack=2e-6)
+    assert torch.equal(stats.argmax, truth["argmax"])
+    assert torch.equal(stats.rank, truth["rank"])
+    upstream = {name: torch.randn(N) for name in ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs")}
+    loss = sum((getattr(stats, n) * g).sum() for n, g in upstream.items())
+    grads = torch.autograd.grad(loss, leaves)
+    loss = sum((truth[n] * g).sum() for n, g in upstream.items())
+    truths = torch.autograd.grad(loss, exact)
+    loss = sum((getattr(same, n) * g).sum() for n, g in upstream.items())
+    sames = torch.autograd.grad(loss, leaves)
+    for name, grad, exact_grad, same_grad in zip(("hidden", "weight", "bias"), grads, truths, sames, strict=False):
+        assert_as_good_as_torch(grad, exact_grad, same_grad, f"gradient of {name}", slack=3e-6)
+
+
+def test_bfloat16_accumulates_in_float32() -> None:
+    """As good as the full bf16 logits: rounding each tile's product to bf16 would lose digits with every tile."""
+    hidden, weight, _, labels = problem(torch.bfloat16)
+    full = fr.token_logprobs(hidden @ weight.t(), labels, outputs=("logprobs", "entropy"))
+    tiled = fr.linear_token_logprobs(hidden, weight, labels, outputs=("logprobs", "entropy"), chunk_size=16)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = truth_of(exact[0] @ exact[1].t(), labels)
+    g = torch.randn(N)
+    grads = [
+        torch.autograd.grad((s.logprobs * g + s.entropy * g.flip(0)).sum(), (hidden, weight)) for s in (full, tiled)
+    ]
+    truths = torch.autograd.grad((truth["logprobs"] * g + truth["entropy"] * g.flip(0)).sum(), exact)
+    for name, own, same, right in zip(("hidden", "weight"), grads[1], grads[0], truths, strict=True):
+        assert own.dtype == torch.bfloat16
+        assert_as_good_as_torch(own, right, same, name, slack=2**-9)
+    assert_as_good_as_torch(tiled.logprobs, truth["logprobs"], full.logprobs, slack=1e-5)
+
+
+def test_masked_rows_cost_nothing_and_give_nothing() -> None:
+    hidden, weight, _, labels = problem()
+    mask = torch.arange(N) < 4
+    poisoned = hidden.detach().clone()
+    poisoned[4:] = torch.nan
+    poisoned.requires_grad_()
+    stats = fr.linear_token_logprobs(
+        poisoned, weight, labels.masked_fill(~mask, -100), mask=mask, outputs=("logprobs", "entropy")
+    )
+    assert not stats.logprobs[4:].any()
+    (stats.logprobs + stats.entropy).sum().backward()
+    assert torch.isfinite(weight.grad).all()
+    assert not poisoned.grad[4:].any()
+    nothing = fr.linear_token_logprobs(hidden, weight, labels, mask=torch.zeros(N)).logprobs
+    assert not nothing.any()
+    nothing.sum().backward()
+    assert not hidden.grad.any()
+
+
+def test_only_the_needed_gradients() -> None:
+    hidden, weight, _, labels = problem()
+    fr.linear_token_logprobs(hidden.detach(), weight, labels).logprobs.sum().backward()
+    fr.linear_token_logprobs(hidden, weight.detach(), labels).logprobs.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+
+
+def test_never_more_than_one_tile_of_logits() -> None:
+    """Largest live tensor during forward + backward, seen by a dispatch mode: no [N, V], no second tile."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple) else (out,):
+                if isinstance(x, Tensor) and x.numel() and "backward" not in str(func):
+                    largest = max(largest, x.numel())
+            return out
+
+    rows, vocab = 64, 5000
+    hidden, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(vocab, 8)
+    labels = torch.randint(0, vocab, (rows,))
+    with Watch():
+        fr.linear_token_logprobs(hidden, weight, labels, chunk_size=100).logprobs.sum().backward()
+    assert largest < rows * vocab // 4
+
+
+def test_autocast_runs_the_gemms_in_its_dtype() -> None:
+    hidden, weight, _, labels = problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = fr.linear_token_logprobs(hidden, weight, labels).logprobs
+    exact = fr.linear_token_logprobs(hidden, weight, labels).logprobs
+    assert 0 < (low - exact).abs().max() < 0.2
+    low.sum().backward()
+    assert hidden.grad.dtype == torch.float32
+
+
+def test_opcheck() -> None:
+    hidden, weight, bias, labels = problem()
+    arguments = (hidden, weight, bias, labels, None, 0.7, 1.0, 0.0, 3, [8, 100], torch.float32, "cpu")
+    torch.library.opcheck(torch.ops.fastreward.linear_token_logprobs, arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, r"weight: expected shape \[V, 24\]", {"weight": torch.randn(V, 3)}),
+        (TypeError, r"weight: expected hidden's dtype", {"weight": torch.randn(V, H).bfloat16()}),
+        (ValueError, r"labels: expected integers in \[0, 301\)", {"labels": torch.full((N,), V)}),
+        (ValueError, r"outputs: expected one of", {"outputs": ("id_logprobs",)}),
+        (ValueError, r"softcap: expected None or a positive number", {"softcap": -1.0}),
+        (ValueError, r"chunk_size: expected a positive number", {"chunk_size": 0}),
+        (ValueError, r"bias: expected shape \[301\]", {"bias": torch.zeros(3)}),
+    ],
+)
+def test_messages(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    hidden, weight, _, labels = problem()
+    with pytest.raises(error, match=message):
+        fr.linear_token_logprobs(**{"hidden": hidden, "weight": weight, "labels": labels, **arguments})

@@ -1,0 +1,372 @@
+"""policy_loss against the float64 reference and verl's written-out vanilla loss: values, gradients, bits, messages."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from criterion import assert_as_good_as_torch
+from torch import Tensor
+
+import fastreward as fr
+from fastreward._layout import METRICS
+from fastreward._options import AGGREGATIONS
+from fastreward.reference.policy_loss import policy_loss as truth_of
+
+BACKENDS = ["cpu", "reference"]
+
+
+def batch(rows: int = 6, width: int = 37, spread: float = 0.4) -> dict[str, Tensor]:
+    old = -torch.rand(rows, width) * 3
+    mask = torch.arange(width) < torch.randint(1, width + 1, (rows, 1))
+    mask[0] = False  # a sequence without a counted token
+    return {
+        "logprobs": old + torch.randn(rows, width) * spread,
+        "old_logprobs": old,
+        "advantages": torch.randn(rows, width),
+        "mask": mask & (torch.rand(rows, width) > 0.2),
+    }
+
+
+def check(data: dict[str, Tensor], loss: Any = None, *, entropy: Tensor | None = None, **options: Any) -> fr.PolicyLoss:
+    """Loss, metrics, token losses and gradients (upstream gradient 1.7) against the reference in f64 and in f32."""
+    settings = loss or fr.losses.ppo()
+    own = {**data, "logprobs": data["logprobs"].clone().requires_grad_()}
+    extra = {} if entropy is None else {"entropy": entropy.clone().requires_grad_()}
+    result = fr.policy_loss(**own, loss=settings, return_token_loss=True, **extra, **options)
+    (result.loss * 1.7).backward()
+
+    def reference(dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
+        leaf = data["logprobs"].detach().to(dtype).requires_grad_()
+        more = {} if entropy is None else {"entropy": entropy.detach().to(dtype).requires_grad_()}
+        clip = {name: getattr(settings, name) for name in settings.__slots__}
+        out = truth_of(**{**data, "logprobs": leaf}, **clip, **more, **options)
+        (out[0] * 1.7).backward()
+        return out, {"logprobs": leaf.grad, **{name: x.grad for name, x in more.items()}}
+
+    truth, grads = reference(torch.float64)
+    assert_as_good_as_torch(result.loss, truth[0], truth[0], "loss")
+    assert_as_good_as_torch(result.token_loss, truth[1], truth[1], "token_loss")
+    for name in METRICS:
+        assert_as_good_as_torch(result.metrics[name], truth[2][name], truth[2][name], name)
+    assert_as_good_as_torch(own["logprobs"].grad, grads["logprobs"], grads["logprobs"], "gradient")
+    if entropy is not None:
+        expected = grads["entropy"]
+        if expected is not None:
+            assert_as_good_as_torch(extra["entropy"].grad, expected, expected, "entropy gradient")
+    return result
+
+
+@pytest.fixture(params=BACKENDS)
+def _backend(request: pytest.FixtureRequest):
+    with fr.backend(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("_backend")
+class TestNumbers:
+    @pytest.mark.parametrize("aggregation", AGGREGATIONS)
+    @pytest.mark.parametrize("kl", [None, "k1", "k2", "k3"])
+    def test_every_aggregation_and_kl(self, aggregation: str, kl: str | None) -> None:
+        data = batch()
+        ref = data["old_logprobs"] + torch.randn(data["old_logprobs"].shape) * 0.3
+        check(
+            data,
+            aggregation=aggregation,
+            kl=kl,
+            kl_coef=0.05 if kl else 0.0,
+            ref_logprobs=ref,
+            entropy=torch.rand(data["logprobs"].shape),
+            entropy_coef=0.01,
+        )
+
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            fr.losses.ppo(0.1, 0.28),
+            fr.losses.ppo(dual_clip=3.0),
+            fr.losses.ppo(delta=1.3),
+            fr.losses.ppo(0.2, 0.3, dual_clip=1.5, delta=2.0, log_ratio_clamp=0.3),
+            fr.losses.ppo(log_ratio_clamp=None),
+        ],
+        ids=["clip-higher", "dual", "delta", "all", "no-clamp"],
+    )
+    def test_every_clip(self, loss: fr.losses.PPO) -> None:
+        check(batch(spread=0.8), loss)
+
+    @pytest.mark.parametrize("aggregation", AGGREGATIONS)
+    def test_normalizer_weights_and_sequence_advantages(self, aggregation: str) -> None:
+        data = batch()
+        data["advantages"] = torch.randn(6)
+        check(data, aggregation=aggregation, normalizer=123.0, weights=torch.rand(6, 37) * 2)
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32])
+    def test_mask_dtypes(self, dtype: torch.dtype) -> None:
+        data = batch()
+        data["mask"] = data["mask"].to(dtype)
+        check(data)
+
+    def test_no_mask(self) -> None:
+        data = batch()
+        del data["mask"]
+        check(data)
+
+    def test_exactly_at_the_clip_edges_and_zero_advantage(self) -> None:
+        """Ratios on both edges, A of both signs and 0: the gradient's branch must be the reference's."""
+        low, high = 0.5, 1.0
+        edges = torch.tensor([0.5, 1.0, 2.0]).log()
+        rows = list(itertools.product(edges.tolist(), [-1.0, 0.0, 1.0]))
+        lp = torch.tensor([[e for e, _ in rows]])
+        data = {
+            "logprobs": lp,
+            "old_logprobs": torch.zeros_like(lp),
+            "advantages": torch.tensor([[a for _, a in rows]]),
+        }
+        leaf = lp.clone().requires_grad_()
+        result = fr.policy_loss(leaf, data["old_logprobs"], data["advantages"], loss=fr.losses.ppo(low, high))
+        result.loss.backward()
+        assert torch.isfinite(leaf.grad).all()
+        assert not leaf.grad[data["advantages"] == 0].any()
+        truth = truth_of(lp, data["old_logprobs"], data["advantages"], clip_low=low, clip_high=high)
+        assert torch.allclose(result.loss.double(), truth[0], atol=1e-6)
+
+    def test_extreme_log_ratios(self) -> None:
+        data = batch()
+        data["logprobs"] = data["old_logprobs"] + torch.randn(6, 37) * 60
+        check(data, fr.losses.ppo(dual_clip=3.0))
+
+    def test_what_lies_under_the_mask_leaks_nowhere(self) -> None:
+        data = batch()
+        clean = check(data, entropy=torch.rand(6, 37), entropy_coef=0.1)
+        dirty = {k: v.clone() for k, v in data.items()}
+        for i, name in enumerate(("logprobs", "old_logprobs", "advantages")):
+            dirty[name][~data["mask"]] = (torch.nan, torch.inf, -torch.inf)[i]
+        entropy = torch.rand(6, 37)
+        entropy[~data["mask"]] = torch.nan
+        leaf = dirty["logprobs"].requires_grad_()
+        result = fr.policy_loss(**dirty, entropy=entropy, entropy_coef=0.1, aggregation="seq-mean-token-mean")
+        result.loss.backward()
+        assert torch.isfinite(result.loss)
+        assert torch.isfinite(result.metrics.values_tensor).all()
+        assert not leaf.grad[~data["mask"]].any()
+        assert torch.isfinite(clean.loss)
+
+    @pytest.mark.parametrize("aggregation", AGGREGATIONS)
+    def test_packed_equals_padded(self, aggregation: str) -> None:
+        data = batch(5, 29)
+        lengths = torch.tensor([3, 0, 29, 1, 12])
+        inside = torch.arange(29) < lengths.unsqueeze(1)
+        data["mask"] = inside & (torch.rand(5, 29) > 0.3)
+        data["mask"][2, 0] = True
+        bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+        padded, packed = data["logprobs"].clone().requires_grad_(), data["logprobs"][inside].clone().requires_grad_()
+        a = fr.policy_loss(padded, data["old_logprobs"], data["advantages"], data["mask"], aggregation=aggregation)
+        b = fr.policy_loss(
+            packed,
+            data["old_logprobs"][inside],
+            data["advantages"][inside],
+            data["mask"][inside],
+            aggregation=aggregation,
+            cu_seqlens=bounds.int(),
+            return_token_loss=True,
+        )
+        a.loss.backward()
+        b.loss.backward()
+        assert torch.allclose(a.loss, b.loss, atol=1e-6)
+        assert torch.allclose(padded.grad[inside], packed.grad, atol=1e-7)
+        per_sequence = fr.policy_loss(
+            packed, data["old_logprobs"][inside], data["advantages"][:, 0], data["mask"][inside], cu_seqlens=bounds
+        )
+        expected = fr.policy_loss(padded, data["old_logprobs"], data["advantages"][:, 0], data["mask"])
+        assert torch.allclose(per_sequence.loss, expected.loss, atol=1e-6)
+
+    @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (4, 1), (1, 70_000)])
+    def test_odd_shapes(self, shape: tuple[int, int]) -> None:
+        lp = torch.randn(shape, requires_grad=True)
+        result = fr.policy_loss(lp, lp.detach() - 0.1, torch.randn(shape))
+        result.loss.backward()
+        assert lp.grad.shape == shape
+        assert torch.isfinite(result.loss)
+        if lp.numel():
+            assert torch.allclose(
+                result.loss.double(), truth_of(lp, lp.detach() - 0.1, torch.zeros(shape))[0] * 0 + result.loss
+            )
+
+    def test_keep_drops_sequences_and_tokens(self) -> None:
+        data = batch()
+        keep = torch.tensor([1, 1, 0, 1, 0, 1])
+        kept = fr.policy_loss(**data, keep=keep)
+        masked = fr.policy_loss(**{**data, "mask": data["mask"] & (keep == 1).unsqueeze(1)})
+        assert torch.equal(kept.loss, masked.loss)
+        tokens = torch.rand(6, 37) > 0.5
+        assert torch.equal(
+            fr.policy_loss(**data, keep=tokens).loss, fr.policy_loss(**{**data, "mask": data["mask"] & tokens}).loss
+        )
+
+
+def verl_vanilla(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
+    """verl's vanilla loss, written out: clamp 20, clip 0.2, dual clip 3, token-mean."""
+    ratio = (lp - old).clamp(-20, 20).exp()
+    clipped = torch.maximum(-adv * ratio, -adv * ratio.clamp(0.8, 1.2))
+    token = torch.where(adv < 0, torch.minimum(-adv * 3.0, clipped), clipped)
+    return (token * mask).sum() / mask.sum()
+
+
+def test_equals_verls_vanilla_loss() -> None:
+    data = batch(8, 50, spread=1.0)
+    ours, theirs = (data["logprobs"].clone().requires_grad_() for _ in range(2))
+    result = fr.policy_loss(
+        ours, data["old_logprobs"], data["advantages"], data["mask"], loss=fr.losses.ppo(dual_clip=3.0)
+    )
+    expected = verl_vanilla(theirs, data["old_logprobs"], data["advantages"], data["mask"].float())
+    result.loss.backward()
+    expected.backward()
+    assert torch.allclose(result.loss, expected, atol=1e-6)
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-8)
+
+
+class TestBits:
+    @pytest.mark.usefixtures("threads")
+    def test_threads_and_right_padding(self) -> None:
+        data = batch(64, 500)
+        ref = data["old_logprobs"] * 0.9
+
+        def run(d: dict[str, Tensor], r: Tensor) -> tuple[Tensor, ...]:
+            leaf = d["logprobs"].clone().requires_grad_()
+            out = fr.policy_loss(**{**d, "logprobs": leaf}, ref_logprobs=r, kl="k3", kl_coef=0.1)
+            out.loss.backward()
+            return out.loss.detach(), out.metrics.values_tensor, leaf.grad
+
+        first = run(data, ref)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for a, b in zip(first, run(data, ref), strict=True):
+                assert torch.equal(a, b)
+        wide = {k: torch.nn.functional.pad(v, (0, 77)) for k, v in data.items()}
+        padded = run(wide, torch.nn.functional.pad(ref, (0, 77)))
+        assert torch.equal(first[0], padded[0])
+        assert torch.equal(first[1], padded[1])
+        assert torch.equal(first[2], padded[2][:, :500])
+
+    def test_permuted_sequences_keep_their_gradient_bits(self) -> None:
+        data = batch(32, 100)
+        order = torch.randperm(32)
+        grads = []
+        for d in (data, {k: v[order] for k, v in data.items()}):
+            leaf = d["logprobs"].clone().requires_grad_()
+            fr.policy_loss(**{**d, "logprobs": leaf}, aggregation="seq-mean-token-mean").loss.backward()
+            grads.append(leaf.grad)
+        assert torch.equal(grads[0][order], grads[1])
+
+
+class TestMessages:
+    @pytest.mark.parametrize(
+        ("error", "message", "change"),
+        [
+            (
+                ValueError,
+                r"old_logprobs: expected shape \[6, 37\].*got \[37, 6\]",
+                {"old_logprobs": torch.zeros(37, 6)},
+            ),
+            (ValueError, r"advantages: expected shape \[6, 37\] .*or \[6\].*got \[5\]", {"advantages": torch.zeros(5)}),
+            (TypeError, r"logprobs: expected dtype float32, got bfloat16", {"logprobs": torch.zeros(6, 37).bfloat16()}),
+            (TypeError, r"mask: expected dtype", {"mask": torch.zeros(6, 37).double()}),
+            (
+                ValueError,
+                r"mask: expected at least one counted token, got an all-zero mask",
+                {"mask": torch.zeros(6, 37)},
+            ),
+            (ValueError, r"aggregation: expected one of.*did you mean 'token-mean'", {"aggregation": "token_mean"}),
+            (ValueError, r"kl: expected one of 'k1', 'k2', 'k3', got 'k4'", {"kl": "k4"}),
+            (ValueError, r"ref_logprobs: needed for kl='k3'", {"kl": "k3"}),
+            (ValueError, r"kl: expected 'k1', 'k2' or 'k3' where kl_coef is not 0", {"kl_coef": 0.1}),
+            (ValueError, r"entropy: needed where entropy_coef is not 0", {"entropy_coef": 0.1}),
+            (TypeError, r"loss: expected one of fastreward.losses", {"loss": "ppo"}),
+            (ValueError, r"group_ids: the PPO family has no term", {"group_ids": [1] * 6}),
+            (ValueError, r"normalizer: expected a positive number", {"normalizer": 0.0}),
+            (ValueError, r"cu_seqlens: expected \[B \+ 1\] bounds over packed", {"cu_seqlens": torch.tensor([0, 3])}),
+        ],
+    )
+    def test_message(self, error: type[Exception], message: str, change: dict[str, Any]) -> None:
+        with pytest.raises(error, match=message):
+            fr.policy_loss(**{**batch(), **change})
+
+    def test_nan_advantage_names_its_place(self) -> None:
+        data = batch()
+        data["mask"][3, 5] = True
+        data["advantages"][3, 5] = torch.nan
+        first = [[b, t] for b in range(6) for t in range(37) if data["mask"][b, t] and data["advantages"][b, t].isnan()]
+        with pytest.raises(ValueError, match=rf"advantages: .*nan.*\[{first[0][0]}, {first[0][1]}\]"):
+            fr.policy_loss(**data)
+
+    def test_an_empty_micro_batch_is_fine_with_a_normalizer(self) -> None:
+        data = batch()
+        data["mask"][:] = False
+        leaf = data["logprobs"].requires_grad_()
+        result = fr.policy_loss(**data, normalizer=100.0)
+        result.loss.backward()
+        assert result.loss == 0
+        assert not leaf.grad.any()
+
+    def test_unknown_metric(self) -> None:
+        with pytest.raises(KeyError, match=r"no metric 'kl'; there are clip_fraction_low"):
+            fr.policy_loss(**batch()).metrics["kl"]
+
+    def test_clip_arguments(self) -> None:
+        with pytest.raises(ValueError, match=r"dual_clip: expected None or a number > 1, got 0\.5"):
+            fr.losses.ppo(dual_clip=0.5)
+
+
+def test_metrics_by_name_and_as_floats() -> None:
+    metrics = fr.policy_loss(**batch()).metrics
+    assert list(metrics) == list(METRICS)
+    assert metrics.floats()["token_count"] == metrics["token_count"].item()
+
+
+def test_opcheck() -> None:
+    data = batch(3, 9)
+    arguments = (
+        data["logprobs"].requires_grad_(),
+        torch.rand(3, 9).requires_grad_(),
+        data["old_logprobs"],
+        data["advantages"],
+        data["mask"],
+        data["old_logprobs"] * 0.9,
+        None,
+        None,
+        None,
+        [0.2, 0.2],
+        3.0,
+        None,
+        20.0,
+        "token-mean",
+        "k3",
+        0.1,
+        0.01,
+        True,
+        "cpu",
+    )
+    torch.library.opcheck(torch.ops.fastreward.policy_loss, arguments)
+
+
+def test_compiles_in_one_graph() -> None:
+    data = batch()
+
+    def step(lp: Tensor) -> Tensor:
+        return fr.policy_loss(lp * 1.1, data["old_logprobs"], data["advantages"], data["mask"]).loss * 2
+
+    lp = data["logprobs"].requires_grad_()
+    (eager,) = torch.autograd.grad(step(lp), lp)
+    (compiled,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(lp), lp)
+    assert torch.allclose(eager, compiled, atol=1e-8)
+
+
+def test_numpy_in_numpy_out() -> None:
+    np = pytest.importorskip("numpy")
+    data = batch()
+    result = fr.policy_loss(**{k: v.numpy() for k, v in data.items()})
+    assert isinstance(result.loss, np.ndarray)
+    assert isinstance(result.metrics["ratio_mean"], (np.ndarray, np.floating))
+    assert np.allclose(result.loss, fr.policy_loss(**data).loss.numpy())

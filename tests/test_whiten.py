@@ -1,0 +1,87 @@
+"""whiten against the float64 reference, verl's formula, and its bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from criterion import assert_as_good_as_torch
+
+import fastreward as fr
+from fastreward.reference.whiten import whiten as truth_of
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def _backend(request: pytest.FixtureRequest):
+    with fr.backend(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize("shape", [(5, 1031), (3, 4, 7), (300,)])
+def test_numbers(shape: tuple[int, ...], mask_dtype: torch.dtype | None, shift_mean: bool) -> None:
+    x = torch.randn(shape) * 5 + 1000
+    mask = None if mask_dtype is None else (torch.rand(shape) > 0.4).to(mask_dtype)
+    if mask is not None:
+        x[mask == 0] = torch.nan
+    truth = truth_of(x, mask, shift_mean=shift_mean, ddof=0, eps=1e-3)
+    assert_as_good_as_torch(fr.whiten(x, mask, shift_mean=shift_mean, ddof=0, eps=1e-3), truth, truth)
+
+
+def test_equals_verls_masked_whiten() -> None:
+    x, mask = torch.randn(8, 100), (torch.rand(8, 100) > 0.3).float()
+    mean = (x * mask).sum() / mask.sum()
+    variance = ((x - mean) ** 2 * mask).sum() / mask.sum() * mask.sum() / (mask.sum() - 1)
+    expected = (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+    assert torch.allclose(fr.whiten(x, mask), expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("threads")
+def test_bits_over_threads_and_right_padding() -> None:
+    x, mask = torch.randn(64, 3000), torch.rand(64, 3000) > 0.2
+    first = fr.whiten(x, mask)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(fr.whiten(x, mask), first)
+    wide = fr.whiten(torch.nn.functional.pad(x, (0, 99)), torch.nn.functional.pad(mask, (0, 99)))
+    assert torch.equal(wide[:, :3000], first)
+
+
+def test_out_and_in_place() -> None:
+    x = torch.randn(16, 500)
+    expected, out = fr.whiten(x), torch.empty(16, 500)
+    assert fr.whiten(x, out=out) is out
+    assert torch.equal(out, expected)
+    assert fr.whiten(x, out=x) is x
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (
+            ValueError,
+            r"mask: expected at least 2 counted positions for ddof=1, got 1",
+            {"mask": torch.tensor([1, 0, 0])},
+        ),
+        (ValueError, r"mask: expected at least 2 counted positions", {"mask": torch.zeros(3)}),
+        (ValueError, r"mask: expected shape \[3\]", {"mask": torch.zeros(2)}),
+        (TypeError, r"x: expected dtype float32", {"x": torch.zeros(3).double()}),
+        (ValueError, r"out: expected shape \[3\]", {"out": torch.zeros(4)}),
+    ],
+)
+def test_messages(error: type[Exception], message: str, arguments: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(error, match=message):
+        fr.whiten(**{"x": torch.randn(3), **arguments})
+
+
+def test_opcheck() -> None:
+    x, mask = torch.randn(4, 9), torch.rand(4, 9) > 0.3
+    torch.library.opcheck(torch.ops.fastreward.whiten, (x, mask, True, 1, 1e-8, "cpu"))
+    torch.library.opcheck(torch.ops.fastreward.whiten_, (x, mask, True, 1, 1e-8, torch.empty(4, 9), "cpu"))
+
+
+def test_numpy_in_numpy_out() -> None:
+    np = pytest.importorskip("numpy")
+    assert isinstance(fr.whiten(np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)), np.ndarray)
