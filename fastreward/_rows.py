@@ -39,7 +39,7 @@ class RowBlock:
         mine = x[self.start : self.start + self.count]
         if not self.gap:
             return mine
-        runs = mine.reshape(-1, self.length, *mine.shape[1:])
+        runs = mine.reshape(self.count // self.length, self.length, *mine.shape[1:])
         padded = runs.new_zeros((runs.shape[0], self.length + self.gap, *runs.shape[2:]))
         padded[:, : self.length] = runs
         return padded.flatten(0, 1)[: padded.shape[0] * padded.shape[1] - self.gap]
@@ -66,7 +66,7 @@ def _split(x: Tensor, index: tuple[int, ...], start: int, gaps: bool) -> list[Ro
     count = x.shape[:-1].numel()
     if x.ndim <= 2 or count == 0 or _collapses(x):
         return [RowBlock(index, start, count, max(count, 1), 0)]
-    if gaps and x.ndim == 3:
+    if gaps and x.ndim == 3 and not index:
         _, length, vocab = x.shape
         outer, inner = x.stride(0), x.stride(1)
         if inner >= vocab and outer % inner == 0 and outer >= inner * length:

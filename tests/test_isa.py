@@ -1,0 +1,42 @@
+"""Every instruction set gives right numbers, not only this machine's best: the CPU tests run again on the lower ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+LOWER = ("baseline", "avx2", "avx512")
+
+
+def run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "FASTREWARD_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def in_use(isa: str) -> str:
+    return run(isa, "-c", "import torch, fastreward._core as c; print(c.isa())").stdout.strip()
+
+
+@pytest.mark.parametrize("isa", LOWER[:2])
+def test_numbers_on_lower_instruction_sets(isa: str) -> None:
+    if in_use(isa) != isa:
+        pytest.skip(f"this machine has no {isa}")
+    files = [str(ROOT / f"test_{name}.py") for name in ("logprobs", "policy_loss", "group", "whiten")]
+    chosen = "cpu and (Numbers or numbers)"
+    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_best_instruction_set_is_chosen_and_nonsense_ignored() -> None:
+    assert in_use("nonsense") == in_use("avx512")
+    assert in_use("baseline") == "baseline"
