@@ -1,0 +1,240 @@
+"""The operations as users write them in plain torch, in the input's own dtype.
+
+The yardstick of `fastreward verify` (no backend may be further from the truth than these) and the peer called
+"torch eager" in `fastreward bench`. Nothing else imports this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+# -------------------------------------------------------------------------------------------------- log-probs
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Every output of fastreward.token_logprobs through log_softmax, in the dtype of logits [..., V]."""
+    z = logits / (temperature.unsqueeze(-1).to(logits.dtype) if isinstance(temperature, Tensor) else temperature)
+    kept = _kept(keep, logits)
+    if kept is not None:
+        z = z.masked_fill(~kept, -torch.inf)
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    label = z.gather(-1, labels.unsqueeze(-1))
+    counted = z if kept is None else z.masked_fill(~kept, 0.0)
+    out = {
+        "logprobs": logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1),
+        "entropy": -(p * logp.masked_fill(p == 0, 0.0)).sum(-1),
+        "logsumexp": z.logsumexp(-1),
+        "label_logit": label.squeeze(-1),
+        "mean_logit": counted.sum(-1) / (logits.shape[-1] if kept is None else kept.sum(-1)),
+        "log_sum_sq_probs": (p * p).sum(-1).log(),
+        "max_logprob": logp.amax(-1),
+        "argmax": z.argmax(-1),
+        "rank": (z > label).sum(-1),
+    }
+    if token_ids is not None:
+        out["id_logprobs"] = logp.gather(-1, token_ids.expand(*logits.shape[:-1], token_ids.shape[-1]))
+    if mask is None:
+        return out
+    rows = mask != 0
+    return {name: x.masked_fill(~(rows.unsqueeze(-1) if x.ndim > rows.ndim else rows), 0) for name, x in out.items()}
+
+
+def linear_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """The logits [..., V] of an LM head, in the dtype of hidden [..., H]: scale first, then the soft cap."""
+    logits = hidden @ weight.t()
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def gather_minus_logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
+    """The obvious log-prob: what design section 7 compiles. logits [N, V], labels [N]."""
+    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def logprobs_and_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The obvious log-prob and entropy of logits [N, V], labels [N]."""
+    lse = logits.logsumexp(-1)
+    entropy = lse - (logits.softmax(-1) * logits).sum(-1)
+    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - lse, entropy
+
+
+def _kept(keep: Tensor | None, logits: Tensor) -> Tensor | None:
+    if keep is None or keep.dtype == torch.bool:
+        return keep
+    counts = torch.zeros(logits.shape, dtype=torch.int64, device=logits.device)
+    return counts.scatter_add(-1, keep.clamp(min=0), (keep >= 0).long()) > 0
+
+
+# ------------------------------------------------------------------------------------------------ policy loss
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    delta: float | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl: str | None = None,
+    kl_coef: float = 0.0,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, token loss [B, T] and a few metrics of the PPO family (log-ratio clamped to +-20), in the input dtype."""
+    counted = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
+
+    def clean(x: Tensor) -> Tensor:
+        return x.masked_fill(~counted, 0.0)
+
+    lp = clean(logprobs)
+    adv = clean(advantages.unsqueeze(-1).expand_as(lp) if advantages.ndim == 1 else advantages)
+    log_ratio = (lp - clean(old_logprobs)).clamp(-20.0, 20.0)
+    ratio = log_ratio.exp()
+    first = -adv * (ratio if delta is None else ratio.clamp(max=delta))
+    second = -adv * ratio.clamp(1 - clip_low, 1 + clip_high)
+    token = torch.where(first >= second, first, second)
+    if dual_clip is not None:
+        token = torch.where(adv < 0, torch.minimum(token, -adv * dual_clip), token)
+    if weights is not None:
+        token = token * clean(weights)
+    if kl is not None and ref_logprobs is not None:
+        gap = (clean(ref_logprobs) - lp).clamp(-20.0, 20.0)
+        token = token + kl_coef * {"k1": -gap, "k2": gap * gap / 2, "k3": gap.exp() - gap - 1}[kl]
+    if entropy is not None:
+        token = token - entropy_coef * clean(entropy)
+    token = token * counted
+    count = counted.sum().clamp(min=1)
+    metrics = {
+        "kl_old_k1": (-log_ratio * counted).sum() / count,
+        "kl_old_k3": ((ratio - log_ratio - 1) * counted).sum() / count,
+        "ratio_mean": (ratio * counted).sum() / count,
+    }
+    return _aggregate(token, counted, aggregation, normalizer), token, metrics
+
+
+def _aggregate(token: Tensor, counted: Tensor, aggregation: str, normalizer: float | None) -> Tensor:
+    lengths = counted.sum(-1)
+    sequences = (lengths > 0).sum()
+    rows = token.sum(-1)
+    if aggregation == "seq-mean-token-mean":
+        rows = rows / lengths.clamp(min=1)
+    denominator = {
+        "token-mean": lengths.sum(),
+        "seq-mean-token-mean": sequences,
+        "seq-mean-token-sum": sequences,
+        "seq-mean-token-sum-norm": sequences * token.shape[-1],
+    }[aggregation]
+    return rows.sum() / (denominator.clamp(min=1) if normalizer is None else normalizer)
+
+
+# ------------------------------------------------------------------------------------------ groups, whitening
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor | Sequence[Hashable] | None = None,
+    *,
+    group_size: int | None = None,
+    component_weights: Tensor | None = None,
+    normalize: str = "sum-then-normalize",
+    **options: Any,
+) -> Tensor:
+    """Advantages [B] from rewards [B] or [B, K], one group at a time, in the rewards' dtype."""
+    r = rewards.reshape(rewards.shape[0], -1)
+    w = torch.ones(r.shape[1], dtype=r.dtype) if component_weights is None else component_weights.to(r.dtype)
+    if group_size is not None:
+        keys: list[Hashable] = [b // group_size for b in range(r.shape[0])]
+    else:
+        assert group_ids is not None
+        keys = list(group_ids.tolist() if isinstance(group_ids, Tensor) else group_ids)
+    unscored = r.isnan().all(-1)
+    if normalize == "sum-then-normalize":
+        total = (r * w).nansum(-1).masked_fill(unscored, torch.nan)
+        return _normalise(total, keys, **options).masked_fill(unscored, 0.0)
+    columns = torch.stack([_normalise(c, keys, **options) for c in r.unbind(-1)], -1)
+    return (columns.masked_fill(r.isnan(), 0.0) * w).sum(-1).masked_fill(unscored, 0.0)
+
+
+def _normalise(
+    x: Tensor,
+    keys: list[Hashable],
+    center: str | Tensor = "mean",
+    scale: str | Tensor = "std",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    eps_inside: bool = False,
+    singleton: str = "zero",
+    lengths: Tensor | None = None,
+) -> Tensor:
+    out = torch.zeros_like(x)
+    members: dict[Hashable, list[int]] = {}
+    for b, key in enumerate(keys):
+        if not bool(x[b].isnan()):
+            members.setdefault(key, []).append(b)
+    everyone = x[~x.isnan()]
+    for rows in members.values():
+        v = x[rows]
+        if len(rows) == 1:
+            out[rows] = {"zero": torch.zeros_like(v), "raw": v, "nan": v * torch.nan}[singleton]
+            continue
+        d = v - _center(v, rows, center, lengths)
+        if isinstance(scale, Tensor):
+            d = d / scale[rows]
+        elif scale == "max":
+            d = d / (d.abs().max() + eps)
+        elif scale != "none":
+            variance = (v if scale == "std" else everyone).var(correction=ddof)
+            d = d / ((variance + eps).sqrt() if eps_inside else variance.sqrt() + eps)
+        out[rows] = d
+    return out
+
+
+def _center(v: Tensor, rows: list[int], center: str | Tensor, lengths: Tensor | None) -> Tensor:
+    if isinstance(center, Tensor):
+        return center[rows]
+    if center == "leave-one-out":
+        return (v.sum() - v) / (len(rows) - 1)
+    if center == "length-weighted":
+        assert lengths is not None
+        return (lengths[rows] * v).sum() / lengths[rows].sum()
+    if center == "second-max":
+        top = v.topk(2).values
+        first = torch.arange(len(rows)) == v.argmax()
+        return torch.where(first, top[1], top[0])
+    return v.mean() if center == "mean" else torch.zeros_like(v)
+
+
+def whiten(
+    x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, ddof: int = 1, eps: float = 1e-8
+) -> Tensor:
+    """(x - mean) * rsqrt(var + eps) over the counted positions, 0 elsewhere, in the dtype of x."""
+    counted = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    count = counted.sum()
+    mean = torch.where(counted, x, 0.0).sum() / count
+    variance = (torch.where(counted, x - mean, 0.0) ** 2).sum() / (count - ddof)
+    white = (x - mean) * torch.rsqrt(variance + eps)
+    return torch.where(counted, white if shift_mean else white + mean, 0.0)

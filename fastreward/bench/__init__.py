@@ -1,0 +1,48 @@
+"""The benchmark engine behind `fastreward bench` and the pytest-benchmark files in bench/.
+
+Each operation's file names its cases and builds them: inputs, contenders, truth, bytes and promises. `engine` gates
+and times them, `memory` measures peak memory in a fresh process, `targets` judges, `report` prints.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol, cast
+
+import torch
+
+from fastreward.bench._types import Case
+
+OPERATIONS = ("logprobs", "linear_logprobs", "policy_loss", "group", "whiten")
+WITH_VOCABULARY = ("logprobs", "linear_logprobs")  # their last dimension is V
+
+
+class Operation(Protocol):
+    """What an operation's file gives."""
+
+    CASES: tuple[str, ...]
+    DTYPES: tuple[str, ...]
+    SHAPE: tuple[int, ...]  # the size that design section 7 speaks of
+    QUICK: tuple[int, ...]
+
+    def build(self, case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Case:
+        """One case, its data on `device`."""
+        ...
+
+
+def operation(name: str) -> Operation:
+    """The benchmark of one operation, by name."""
+    if name not in OPERATIONS:
+        raise ValueError(f"bench: unknown operation {name!r}; expected one of {', '.join(OPERATIONS)}")
+    return cast(Operation, importlib.import_module(f"fastreward.bench.{name}"))
+
+
+def shape_of(name: str, quick: bool, rows: int | None, vocab: int | None) -> tuple[int, ...]:
+    """The shape to run: the design's or the quick one, with rows and, where there is one, vocabulary as asked."""
+    module = operation(name)
+    shape = list(module.QUICK if quick else module.SHAPE)
+    if rows is not None:
+        shape[0] = rows
+    if vocab is not None and name in WITH_VOCABULARY:
+        shape[-1] = vocab
+    return tuple(shape)

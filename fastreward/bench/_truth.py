@@ -1,0 +1,37 @@
+"""How far a result is from the truth."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_ROWS = 8
+
+
+def spread_rows(count: int, device: torch.device) -> Tensor:
+    """A few row indices from the first to the last of `count`."""
+    return torch.linspace(0, max(count - 1, 0), min(_ROWS, count), dtype=torch.float64, device=device).long()
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """Largest error of got: absolute for entries within 1, relative beyond; to the largest where all are small.
+
+    NaN and infinities have to be where the truth has them, otherwise the distance is infinite.
+    """
+    if got.shape != want.shape:
+        return math.inf
+    if want.numel() == 0:
+        return 0.0
+    got, want = got.detach().double().to(want.device), want.detach().double()
+    finite = want.isfinite()
+    strange = (got == want) | (got.isnan() & want.isnan())
+    if not bool((finite & got.isfinite() | ~finite & strange).all()):
+        return math.inf
+    magnitude = want[finite].abs()
+    if magnitude.numel() == 0:
+        return 0.0
+    # Underflow to 0 in the result's dtype is no error of the kernel: the scale never falls below 1e-30.
+    scale = magnitude.clamp(min=max(min(1.0, float(magnitude.max())), 1e-30))
+    return float(((got[finite] - want[finite]).abs() / scale).max())

@@ -1,0 +1,213 @@
+"""Runs a case: equivalence first, then interleaved rounds of all contenders beside the machine's own bandwidth."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreward.bench import peers
+from fastreward.bench._types import OURS, Case, Contender, EquivalenceError, Timing
+from fastreward.bench.roofline import Bandwidth
+
+_SMALLEST_PROBE = 1 << 20
+_LARGEST_PROBE = 1 << 30
+_L2_FLUSH = 512 << 20  # also long enough on the device for the host to queue the timed launches behind it
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How long and how often: the budget is for one case's timed rounds."""
+
+    seconds: float = 20.0
+    min_rounds: int = 3
+    max_rounds: int = 51
+
+
+@dataclass(slots=True)
+class Outcome:
+    """A timed case, and the bandwidths measured between its rounds."""
+
+    case: Case
+    timings: list[Timing]
+    bandwidth: Bandwidth
+    rounds: int
+
+    @property
+    def ours(self) -> Timing:
+        """fastreward's own row."""
+        return self.timings[0]
+
+    @property
+    def limit(self) -> float:
+        """Seconds that the bytes of this case take at the measured bandwidth."""
+        return self.case.traffic.seconds(self.bandwidth)
+
+    def timing(self, name: str) -> Timing | None:
+        """The row called `name`, None where it did not take part."""
+        return next((t for t in self.timings if t.name == name), None)
+
+
+def seconds_of(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """(seconds, result) of one call; on CUDA by events, behind a flush of the L2 that hides the launch."""
+    if device == "cpu":
+        start = time.perf_counter()
+        result = call()
+        return time.perf_counter() - start, result
+    begin, end = torch.Event("cuda", enable_timing=True), torch.Event("cuda", enable_timing=True)
+    _flush_buffer().zero_()
+    begin.record()
+    result = call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3, result
+
+
+class Probe:
+    """The machine's bandwidth on buffers of the case's size, by loops that everybody has: torch's sums and copies."""
+
+    def __init__(self, nbytes: float, device: str) -> None:
+        size = int(min(max(nbytes, _SMALLEST_PROBE), _LARGEST_PROBE)) // 16 * 2  # int64 elements, a 16th for each half
+        self.device = device
+        self.source = torch.ones(size, dtype=torch.int64, device=device)
+        self.target = torch.zeros(size, dtype=torch.int64, device=device)
+        floats = self.source.view(torch.float32)
+        reads: dict[str, Callable[[], Any]] = {"sum": self.source.sum, "amax": floats.amax}
+        self.reads = reads
+        self.samples: dict[str, list[float]] = {name: [] for name in (*reads, "copy")}
+
+    def round(self) -> None:
+        """One more sample of each loop."""
+        for name, read in self.reads.items():
+            self.samples[name].append(seconds_of(read, self.device)[0])
+        self.samples["copy"].append(seconds_of(lambda: self.target.copy_(self.source), self.device)[0])
+
+    def bandwidth(self) -> Bandwidth:
+        """Medians; of the read loops the faster one."""
+        medians = {name: Timing(name, 0.0, 0.0, samples).median for name, samples in self.samples.items()}
+        fastest = min(medians[name] for name in self.reads)
+        # On a GPU the design names one limit, the copy.
+        copy = 2 * self.source.nbytes / medians["copy"]
+        return Bandwidth(copy if self.device != "cpu" else self.source.nbytes / fastest, copy)
+
+
+def run(case: Case, device: str, settings: Settings, step: Callable[[str], None]) -> Outcome:
+    """Gate, warm-up and rounds of one case; `step` is told what happens next."""
+    timings: list[Timing] = []
+    taking_part: list[Contender] = []
+    for contender in list(case.contenders):
+        step(f"equivalence: {contender.name}")
+        timing = gate(case, contender, device)
+        if timing is not None:
+            timings.append(timing)
+            taking_part.append(contender)
+    case.contenders = taking_part
+    probe = Probe(max((x.nbytes for x in case.inputs), default=0), device)
+    probe.round()
+    for samples in probe.samples.values():
+        samples.clear()
+    for contender, timing in zip(taking_part, timings, strict=True):
+        if contender.compiled or timing.first < 1.0:  # a first call of seconds has warmed everything already
+            step(f"warm-up: {contender.name}")
+            _sample(contender, device)
+    started = time.perf_counter()
+    rounds = 0
+    while rounds < settings.min_rounds or (
+        rounds < settings.max_rounds and time.perf_counter() - started < settings.seconds
+    ):
+        rounds += 1
+        for contender, timing in zip(taking_part, timings, strict=True):
+            step(f"round {rounds}: {contender.name}")
+            timing.samples.append(_sample(contender, device))
+        probe.round()
+    if device == "cuda":
+        for contender, timing in zip(taking_part, timings, strict=True):
+            timing.peak = _cuda_peak(case, contender)
+    return Outcome(case, timings, probe.bandwidth(), rounds)
+
+
+def gate(case: Case, contender: Contender, device: str) -> Timing | None:
+    """First call of a contender and its error. Raises where ours is wrong; None for a peer that fails or is wrong."""
+    contender.prepare()
+    try:
+        with peers.quietly():
+            first, result = _first(contender, device)
+    except Exception as error:
+        if contender.name.startswith(OURS):
+            raise
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"
+        case.absent[contender.name] = f"failed: {reason}"
+        return None
+    error_ = case.error(result)
+    tolerance = case.tolerance if contender.tolerance is None else contender.tolerance
+    if not error_ <= tolerance:
+        what = f"{error_:.3g} from the float64 reference, more than {tolerance:.3g}"
+        if contender.name.startswith(OURS):
+            raise EquivalenceError(f"{case.title}: {contender.name} is {what}; nothing was timed")
+        case.absent[contender.name] = f"not equivalent: {what}"
+        return None
+    return Timing(contender.name, error_, first)
+
+
+def outputs_bytes(result: Any, inputs: list[Tensor]) -> int:
+    """Bytes of the tensors in a call's result that do not live in the inputs' memory."""
+    known = {x.untyped_storage().data_ptr() for x in inputs}
+    total = 0
+    for x in tensors_in(result):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def tensors_in(result: Any) -> list[Tensor]:
+    """Every tensor that a call returned: alone, in tuples, lists and dicts, or as attributes of our results."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, dict):
+        return [x for value in result.values() for x in tensors_in(value)]
+    if isinstance(result, (tuple, list)):
+        return [x for value in result for x in tensors_in(value)]
+    return [x for value in getattr(result, "__dict__", {}).values() for x in tensors_in(value)]
+
+
+def _first(contender: Contender, device: str) -> tuple[float, Any]:
+    """Wall time of the very first call, compilation and launches included."""
+    start = time.perf_counter()
+    result = contender.call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def _sample(contender: Contender, device: str) -> float:
+    gc.collect(0)  # what the last call left behind is not this call's business
+    contender.prepare()
+    seconds, result = seconds_of(contender.call, device)
+    del result
+    return seconds
+
+
+def _cuda_peak(case: Case, contender: Contender) -> int:
+    contender.prepare()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = contender.call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - outputs_bytes(result, case.inputs)
+
+
+_flush: list[Tensor] = []
+
+
+def _flush_buffer() -> Tensor:
+    if not _flush:
+        _flush.append(torch.empty(_L2_FLUSH // 4, dtype=torch.float32, device="cuda"))
+    return _flush[0]

@@ -1,0 +1,123 @@
+"""Tables and a plot of what was measured."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastreward.bench._types import OURS
+from fastreward.bench.run import Result
+from fastreward.bench.targets import Verdict
+
+_OURS_COLOUR, _PEER_COLOUR = "#1b7f5c", "#9aa5b1"
+
+
+def print_case(console: Console, result: Result) -> None:
+    """One case: a row per contender, then the peers that are not there and why."""
+    outcome = result.outcome
+    case, limit = outcome.case, outcome.limit
+    table = Table(title=f"[bold]{case.title}[/]   {outcome.rounds} rounds", title_justify="left", show_edge=False)
+    table.add_column("")
+    for heading in ("median ms", "GB/s", "of limit", "extra MiB", "vs fastreward", "first ms", "error"):
+        table.add_column(heading, justify="right")
+    for t in outcome.timings:
+        ours = t.name == OURS
+        table.add_row(
+            f"[bold green]{t.name}[/]" if ours else t.name,
+            f"{t.median * 1e3:.3g}" if t.median < 1 else f"{t.median * 1e3:.0f}",
+            f"{case.traffic.total / t.median / 1e9:.1f}",
+            f"{limit / t.median:.0%}",
+            "-" if t.peak is None else f"{t.peak / 2**20:.1f}",
+            "" if ours else f"{t.median / outcome.ours.median:.2f}x",
+            f"{t.first * 1e3:.3g}" if t.first < 1 else f"{t.first * 1e3:.0f}",
+            f"{t.error:.1e}",
+        )
+    bandwidth = outcome.bandwidth
+    table.caption = (
+        f"limit {limit * 1e3:.3g} ms: {case.traffic.total / 1e6:.4g} MB at {bandwidth.read / 1e9:.1f} GB/s read, "
+        f"{bandwidth.copy / 1e9:.1f} GB/s copy, measured in the same rounds"
+    )
+    table.caption_justify = "left"
+    console.print(table)
+    for name, reason in case.absent.items():
+        colour = "red" if reason.startswith(("failed", "not equivalent")) else "dim"
+        console.print(f" [{colour}]{name}: {reason}[/]", highlight=False)
+    console.print()
+
+
+def print_summary(console: Console, results: list[Result]) -> None:
+    """One row per case, with the verdict on every promise of design section 7."""
+    table = Table(title="[bold]Summary[/]", title_justify="left")
+    for heading in ("case", "ms", "of limit", "fastest peer vs fastreward", "targets (design, section 7)"):
+        table.add_column(heading)
+    for result in results:
+        outcome = result.outcome
+        peers = [t for t in outcome.timings if not t.name.startswith(OURS)]
+        best = min(peers, key=lambda t: t.median, default=None)
+        table.add_row(
+            outcome.case.title,
+            f"{outcome.ours.median * 1e3:.3g}",
+            f"{outcome.limit / outcome.ours.median:.0%}",
+            "-" if best is None else f"{best.name}, {best.median / outcome.ours.median:.2f}x",
+            "\n".join(_verdict(v) for v in result.verdicts) or "[dim]none for this case[/]",
+        )
+    console.print(table)
+
+
+def _verdict(verdict: Verdict) -> str:
+    text = f"{verdict.target.text}: {verdict.measured}"
+    if verdict.met is None:
+        return f"[dim]not judged: {text}[/]"
+    return f"[green]met[/] {text}" if verdict.met else f"[red]missed[/] {text}"
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    from fastreward import doctor
+
+    facts: dict[str, Any] = {
+        "cpu": doctor.cpu_model(),
+        "threads": torch.get_num_threads(),
+        "isa": doctor.isa(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device,
+    }
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the median time of every contender, one panel per case, the measured limit as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(2, len(results))
+    rows = -(-len(results) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(7 * columns, 2.6 * rows), squeeze=False)
+    for axis in axes.flat[len(results) :]:
+        axis.set_axis_off()
+    for axis, result in zip(axes.flat, results, strict=False):
+        contenders = result["contenders"][::-1]
+        times = [c["median_ms"] for c in contenders]
+        colours = [_OURS_COLOUR if c["name"].startswith(OURS) else _PEER_COLOUR for c in contenders]
+        axis.barh([c["name"] for c in contenders], times, color=colours)
+        for position, c in enumerate(contenders):
+            factor = "" if c["name"] == OURS else f"  ({c['fastreward_speedup']:.1f}x)"
+            axis.text(c["median_ms"], position, f" {c['median_ms']:.3g} ms{factor}", va="center", fontsize=8)
+        axis.axvline(result["limit_ms"], color="black", linestyle="--", linewidth=1)
+        axis.set_xlim(0, max(*times, result["limit_ms"]) * 1.35)
+        axis.set_title(f"{result['operation']} {result['case']} {result['shape']} {result['dtype']}", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("median ms; dashed: bytes moved over the bandwidth measured in the same run", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,75 @@
+"""How many bytes an operation cannot avoid moving: the formulas behind every share of the limit.
+
+A limit is never a data sheet's: `Traffic.seconds` divides these bytes by the bandwidths measured in the same run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_LABEL = 8  # bytes of an int64 label or index
+_STAT = 4  # bytes of a float32 statistic
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """Bytes per second of this machine, measured in the run that it judges. `copy` counts the read and the write."""
+
+    read: float
+    copy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that have to be read and written once each; `flops` where arithmetic is the limit (a GEMM)."""
+
+    read: float
+    written: float
+    flops: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Bytes read plus bytes written."""
+        return self.read + self.written
+
+    def seconds(self, bandwidth: Bandwidth) -> float:
+        """Least time: each written byte goes beside a read one at copy bandwidth, the other reads at read bandwidth."""
+        paired = min(self.read, self.written)
+        excess = self.read - paired
+        return (2 * paired + (self.written - paired)) / bandwidth.copy + excess / bandwidth.read
+
+
+def logprobs_forward(rows: int, vocab: int, itemsize: int, statistics: int = 1) -> Traffic:
+    """Each logit read once; per row one label in and a few statistics out."""
+    return Traffic(rows * (vocab * itemsize + _LABEL), rows * statistics * _STAT)
+
+
+def logprobs_forward_backward(rows: int, vocab: int, itemsize: int, statistics: int = 1) -> Traffic:
+    """Forward as above; the backward reads each logit once more and writes its gradient once (in place or fresh)."""
+    forward = logprobs_forward(rows, vocab, itemsize, statistics)
+    matrix = rows * vocab * itemsize
+    return Traffic(forward.read + matrix + rows * (_LABEL + 2 * statistics * _STAT), forward.written + matrix)
+
+
+def linear_logprobs(rows: int, hidden: int, vocab: int, itemsize: int, backward: bool) -> Traffic:
+    """hidden and weight read once per pass, their gradients written once; 2 N H V flops per GEMM, 1 of 4 forward."""
+    operands = (rows * hidden + vocab * hidden) * itemsize
+    gemm = 2.0 * rows * hidden * vocab
+    if not backward:
+        return Traffic(operands + rows * _LABEL, rows * _STAT, gemm)
+    return Traffic(2 * operands + rows * _LABEL, operands + rows * _STAT, 4 * gemm)
+
+
+def policy_loss_forward_backward(tokens: int, per_token_inputs: int = 3, mask_itemsize: int = 1) -> Traffic:
+    """Log-probs, old log-probs, advantages and the mask read once, the gradient written once."""
+    return Traffic(tokens * (4 * per_token_inputs + mask_itemsize), tokens * 4)
+
+
+def group_advantages(rows: int, components: int = 1) -> Traffic:
+    """Rewards and group indices in, advantages out (naming the groups, on the host, is what costs)."""
+    return Traffic(rows * (4 * components + _LABEL), rows * 4)
+
+
+def whiten(elements: int, mask_itemsize: int = 1) -> Traffic:
+    """Two reads (the variance needs the mean or a second look) and one write, the mask with each read."""
+    return Traffic(elements * 2 * (4 + mask_itemsize), elements * 4)

@@ -1,0 +1,105 @@
+"""A whole benchmark: every chosen operation, case and dtype in turn, with memory and verdicts."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastreward import bench
+from fastreward.bench import memory, targets
+from fastreward.bench.engine import Outcome, Settings, run
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run."""
+
+    operations: tuple[str, ...]
+    device: str = "cpu"
+    quick: bool = False
+    rows: int | None = None
+    vocab: int | None = None
+    dtypes: tuple[str, ...] = ()  # empty: each operation's own
+    memory: bool = True
+    settings: Settings = field(default_factory=Settings)
+
+    def jobs(self) -> list[tuple[str, str, str]]:
+        """(operation, dtype, case) in the order in which they run: cases of one dtype share their data."""
+        jobs = []
+        for name in self.operations:
+            module = bench.operation(name)
+            chosen = [d for d in module.DTYPES if not self.dtypes or d in self.dtypes]
+            jobs += [(name, dtype, case) for dtype in chosen for case in module.CASES]
+        return jobs
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One case: what was measured and what it means."""
+
+    outcome: Outcome
+    verdicts: list[targets.Verdict]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json; times in milliseconds, bandwidths in GB/s, memory in bytes."""
+        case, limit = self.outcome.case, self.outcome.limit
+        ours = self.outcome.ours.median
+        return {
+            "operation": case.operation,
+            "case": case.name,
+            "dtype": case.dtype,
+            "shape": list(case.shape),
+            "rounds": self.outcome.rounds,
+            "read_gbs": self.outcome.bandwidth.read / 1e9,
+            "copy_gbs": self.outcome.bandwidth.copy / 1e9,
+            "bytes": case.traffic.total,
+            "limit_ms": limit * 1e3,
+            "contenders": [
+                {
+                    "name": t.name,
+                    "median_ms": t.median * 1e3,
+                    "min_ms": min(t.samples) * 1e3,
+                    "max_ms": max(t.samples) * 1e3,
+                    "first_ms": t.first * 1e3,
+                    "gbs": case.traffic.total / t.median / 1e9,
+                    "gflops": case.traffic.flops / t.median / 1e9,
+                    "share_of_limit": limit / t.median,
+                    "peak_extra_bytes": t.peak,
+                    "error": t.error,
+                    "fastreward_speedup": t.median / ours,
+                }
+                for t in self.outcome.timings
+            ],
+            "absent": case.absent,
+            "targets": [{"text": v.target.text, "measured": v.measured, "met": v.met} for v in self.verdicts],
+        }
+
+
+def results(plan: Plan, step: Callable[[str], None]) -> Iterator[Result]:
+    """Runs the plan, case by case; `step` is told what happens next."""
+    for name, dtype, case_name in plan.jobs():
+        module = bench.operation(name)
+        shape = bench.shape_of(name, plan.quick, plan.rows, plan.vocab)
+        step(f"{name} {case_name} {dtype}: data")
+        case = module.build(case_name, getattr(torch, dtype), shape, plan.device)
+        outcome = run(case, plan.device, plan.settings, lambda text: step(f"{name} {case_name} {dtype}: {text}"))  # noqa: B023
+        # What a result keeps must not keep the data.
+        case.contenders.clear()
+        case.inputs.clear()
+        case.error = _forgotten
+        gc.collect()
+        if plan.memory and plan.device == "cpu":
+            step(f"{name} {case_name} {dtype}: peak memory, in a fresh process")
+            peaks = memory.measure(name, case_name, dtype, shape, [t.name for t in outcome.timings])
+            for timing in outcome.timings:
+                timing.peak = peaks.get(timing.name)
+        verdicts = targets.judge(outcome, plan.device, shape == module.SHAPE)
+        yield Result(outcome, verdicts)
+
+
+def _forgotten(result: Any) -> float:
+    raise RuntimeError("this case has been run; its data is gone")
