@@ -1,0 +1,385 @@
+// Log-probs, entropy, logsumexp and the other statistics of every row of logits in one pass over memory.
+//
+// A row is taken in blocks of 4096 columns. The first pass over a block comes from memory (its maximum, the sum of its
+// logits, how many lie above the label's); the second one, the exponentials, comes out of L1 while the next block is
+// being prefetched. Blocks are summed in float lanes and merged in float64, always in the order of the columns, whoever
+// computed them: bits depend on the row alone. A kept set fills a block-sized buffer (-inf where dropped) first.
+#include <cmath>
+#include <type_traits>
+
+#include "cpu/logprobs_rows.hpp"
+
+namespace fastreward::FASTREWARD_ISA {
+namespace {
+
+using namespace simd;
+using namespace logprobs;
+
+constexpr float kInf = __builtin_inff();
+constexpr int kBlock = static_cast<int>(kLogprobsBlock);
+
+// Statistics of one block, relative to its own maximum; stored as kLogprobsPartial doubles.
+struct Partial {
+  double max;        // -inf where nothing is kept
+  double sum;        // of exp(t)
+  double sum_d;      // of (x - max) exp(t)
+  double sum_sq;     // of exp(t)^2
+  double sum_logit;  // of x over counted columns
+  double above;      // columns above the label's logit
+};
+static_assert(sizeof(Partial) == kLogprobsPartial * sizeof(double), "scratch holds Partials");
+
+// What a row's blocks need to know.
+struct Row {
+  ExpScale scale;
+  double inv_temperature;
+  float threshold;  // rank counts logits above it
+  int flags;
+};
+
+// -------------------------------------------------------------------------------------------------------- kernels
+template <class T, bool kAbove, bool kTotal>
+void first_pass(const T* x, int n, const Row& row, Partial& out) {
+  constexpr int kStep = 4 * kF32;
+  const F32 threshold = f32(row.threshold);
+  F32 top[4], total[4];
+  for (int u = 0; u < 4; ++u) top[u] = f32(-kInf), total[u] = f32(0.0f);
+  int above = 0;
+  int i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    F32 v[4];
+    load2(x + i, v[0], v[1]);
+    load2(x + i + 2 * kF32, v[2], v[3]);
+    for (int u = 0; u < 4; ++u) {
+      top[u] = max(v[u], top[u]);
+      if (kTotal) total[u] = total[u] + v[u];
+      if (kAbove) above += count(v[u] > threshold);
+    }
+  }
+  for (; i < n; i += kF32) {
+    const int left = n - i < kF32 ? n - i : kF32;
+    const F32 v = left == kF32 ? load(x + i) : load_n(x + i, left, -kInf);
+    top[0] = max(v, top[0]);
+    if (kTotal) total[0] = total[0] + (left == kF32 ? v : select(first32(left), v, f32(0.0f)));
+    if (kAbove) above += count(v > threshold);
+  }
+  out.max = maximum(max(max(top[0], top[1]), max(top[2], top[3])));
+  out.sum_logit = kTotal ? sum_f64((total[0] + total[1]) + (total[2] + total[3])) : 0.0;
+  out.above = above;
+}
+
+template <class T, bool kMoment, bool kSquares>
+void second_pass(const T* x, int n, const Row& row, Partial& out) {
+  constexpr int kStep = 4 * kF32;
+  constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+  const ExpScale scale = row.scale;
+  const F32 top = f32(out.max == -static_cast<double>(kInf) ? 0.0f : static_cast<float>(out.max));
+  F32 total[4], moment[4], squares[4];
+  for (int u = 0; u < 4; ++u) total[u] = moment[u] = squares[u] = f32(0.0f);
+  const auto* next = reinterpret_cast<const char*>(x + n);  // a prefetch never faults
+  int i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    for (int line = 0; line < kStep; line += kLine) __builtin_prefetch(next + sizeof(T) * static_cast<unsigned>(i + line), 0, 2);
+    F32 v[4];
+    load2(x + i, v[0], v[1]);
+    load2(x + i + 2 * kF32, v[2], v[3]);
+    for (int u = 0; u < 4; ++u) {
+      const F32 d = clamp_exponent(v[u] - top, scale);
+      const F32 e = exp_scaled(d, scale);
+      total[u] = total[u] + e;
+      if (kMoment) moment[u] = fma(e, d, moment[u]);
+      if (kSquares) squares[u] = fma(e, e, squares[u]);
+    }
+  }
+  for (; i < n; i += kF32) {
+    const int left = n - i < kF32 ? n - i : kF32;
+    const F32 d = clamp_exponent((left == kF32 ? load(x + i) : load_n(x + i, left, -kInf)) - top, scale);
+    const F32 e = exp_scaled(d, scale);  // 0 in the lanes past the end
+    total[0] = total[0] + e;
+    if (kMoment) moment[0] = fma(e, d, moment[0]);
+    if (kSquares) squares[0] = fma(e, e, squares[0]);
+  }
+  out.sum = sum_f64((total[0] + total[1]) + (total[2] + total[3]));
+  out.sum_d = kMoment ? sum_f64((moment[0] + moment[1]) + (moment[2] + moment[3])) : 0.0;
+  out.sum_sq = kSquares ? sum_f64((squares[0] + squares[1]) + (squares[2] + squares[3])) : 0.0;
+}
+
+template <class T>
+Partial block_statistics(const T* x, int n, const Row& row) {
+  Partial out;
+  const bool above = (row.flags & kRank) != 0, mean = (row.flags & kMeanLogit) != 0;
+  if (above && mean) first_pass<T, true, true>(x, n, row, out);
+  else if (above) first_pass<T, true, false>(x, n, row, out);
+  else if (mean) first_pass<T, false, true>(x, n, row, out);
+  else first_pass<T, false, false>(x, n, row, out);
+  const bool moment = (row.flags & kEntropy) != 0, squares = (row.flags & kLogSumSq) != 0;
+  if (moment && squares) second_pass<T, true, true>(x, n, row, out);
+  else if (moment) second_pass<T, true, false>(x, n, row, out);
+  else if (squares) second_pass<T, false, true>(x, n, row, out);
+  else second_pass<T, false, false>(x, n, row, out);
+  return out;
+}
+
+// ------------------------------------------------------------------------------------------------------- the parts
+// Sum of the kept logits, in float64: the -inf that stand for dropped columns must stay out of it.
+double kept_total(const float* x, const std::uint8_t* keep, int n) {
+  double total = 0.0;
+  for (int i = 0; i < n; ++i) total += keep[i] != 0 ? static_cast<double>(x[i]) : 0.0;
+  return total;
+}
+
+template <class T>
+Partial masked_block(const T* x, const std::uint8_t* keep, int n, const Row& row) {
+  alignas(64) float buffer[kBlock];
+  int i = 0;
+  for (; i + kF32 <= n; i += kF32) store(buffer + i, load(x + i));
+  if (i < n) store_n(buffer + i, load_n(x + i, n - i, 0.0f), n - i);
+  const double total = (row.flags & kMeanLogit) != 0 ? kept_total(buffer, keep, n) : 0.0;
+  for (i = 0; i < n; ++i) buffer[i] = keep[i] != 0 ? buffer[i] : -kInf;
+  Partial out = block_statistics(static_cast<const float*>(buffer), n, row);
+  out.sum_logit = total;
+  return out;
+}
+
+template <class T>
+Partial gathered_block(const T* x, const std::int64_t* ids, int n, const Row& row) {
+  alignas(64) float buffer[kBlock];
+  double total = 0.0;
+  for (int i = 0; i < n; ++i) {
+    buffer[i] = ids[i] < 0 ? -kInf : read(x + ids[i]);
+    total += ids[i] < 0 ? 0.0 : static_cast<double>(buffer[i]);
+  }
+  Partial out = block_statistics(static_cast<const float*>(buffer), n, row);
+  out.sum_logit = total;
+  return out;
+}
+
+// Columns (or kept ids) that the blocks of a row run over.
+std::int64_t length_of(const LogprobsRows& in) { return in.keep_ids != nullptr ? in.keep_count : in.columns; }
+
+template <class T>
+Partial compute_block(const LogprobsRows& in, std::int64_t index, std::int64_t block, const Row& row) {
+  const std::int64_t start = block * kLogprobsBlock;
+  const std::int64_t rest = length_of(in) - start;
+  const int n = rest < kLogprobsBlock ? static_cast<int>(rest) : kBlock;
+  const T* x = row_of<T>(in, index);
+  if (in.keep_ids != nullptr) return gathered_block(x, in.keep_ids + index * in.keep_ids_stride + start, n, row);
+  if (in.keep_mask != nullptr)
+    return masked_block(x + start, in.keep_mask + index * in.keep_mask_stride + start, n, row);
+  return block_statistics(x + start, n, row);
+}
+
+// The running statistics of a row (fastreward/_layout.py: STATE) and the block that holds its maximum.
+struct State {
+  double s[kStateSize];
+  std::int64_t best_block = -1;
+};
+
+void merge(State& state, const Partial& part, double inv_temperature, std::int64_t block) {
+  const double infinity = static_cast<double>(kInf);
+  double* s = state.s;
+  double sum = part.sum, sum_t = part.sum_d * inv_temperature, sum_sq = part.sum_sq;
+  if (part.max > s[kStateMax]) {
+    if (s[kStateMax] != -infinity) {
+      const double shift = (s[kStateMax] - part.max) * inv_temperature;
+      const double r = std::exp(shift);
+      s[kStateSumT] = r * (s[kStateSumT] + shift * s[kStateSum]);
+      s[kStateSum] *= r;
+      s[kStateSumSq] *= r * r;
+    }
+    s[kStateMax] = part.max;
+    state.best_block = block;
+  } else if (part.max < s[kStateMax] && part.max != -infinity) {
+    const double shift = (part.max - s[kStateMax]) * inv_temperature;
+    const double r = std::exp(shift);
+    sum_t = r * (sum_t + shift * sum);
+    sum *= r;
+    sum_sq *= r * r;
+  }
+  s[kStateSum] += sum;
+  s[kStateSumT] += sum_t;
+  s[kStateSumSq] += sum_sq;
+  s[kStateSumLogit] += part.sum_logit;
+  s[kStateRank] += part.above;
+}
+
+// First column (of the full vocabulary) that holds the maximum; only its block is read again.
+template <class T>
+std::int64_t find_maximum(const LogprobsRows& in, std::int64_t index, std::int64_t block, double maximum_logit) {
+  const T* x = row_of<T>(in, index);
+  const auto top = static_cast<float>(maximum_logit);
+  if (in.keep_ids != nullptr) {  // the smallest id, whatever the order of the list
+    const std::int64_t* ids = in.keep_ids + index * in.keep_ids_stride;
+    std::int64_t first = -1;
+    for (std::int64_t i = 0; i < in.keep_count; ++i)
+      if (ids[i] >= 0 && read(x + ids[i]) == top && (first < 0 || ids[i] < first)) first = ids[i];
+    return first;
+  }
+  const std::uint8_t* keep = in.keep_mask != nullptr ? in.keep_mask + index * in.keep_mask_stride : nullptr;
+  for (std::int64_t i = block * kLogprobsBlock; i < in.columns; i += kF32) {
+    const int left = in.columns - i < kF32 ? static_cast<int>(in.columns - i) : kF32;
+    const F32 v = left == kF32 ? load(x + i) : load_n(x + i, left, -kInf);
+    for (unsigned hits = bits((v == f32(top)) & first32(left)); hits != 0; hits &= hits - 1) {
+      const std::int64_t column = i + __builtin_ctz(hits);
+      if (keep == nullptr || keep[column] != 0) return column;
+    }
+  }
+  return 0;
+}
+
+// The label's logit (-inf where it is not kept) and what rank compares with.
+template <class T>
+Row open_row(const LogprobsRows& in, std::int64_t index, std::int64_t label, const float* given, int flags, State& state) {
+  Row row{};
+  row.inv_temperature = inv_temperature_of(in, index);
+  row.scale = exp_scale(row.inv_temperature);
+  row.flags = flags;
+  row.threshold = kInf;  // nothing lies above: a label outside this slice
+  if (label >= 0 && label < in.columns) {
+    const float x = is_kept(in, index, label) ? read(row_of<T>(in, index) + label) : -kInf;
+    state.s[kStateLabel] = static_cast<double>(x);
+    row.threshold = x;
+  }
+  if (given != nullptr) row.threshold = given[index];
+  return row;
+}
+
+template <class T>
+void close_row(const LogprobsRows& in, std::int64_t index, std::int64_t vocab_start, int flags, State& state) {
+  if ((flags & kArgmax) != 0 && state.best_block >= 0)
+    state.s[kStateArgmax] =
+        static_cast<double>(vocab_start + find_maximum<T>(in, index, state.best_block, state.s[kStateMax]));
+}
+
+void write_row(const State& state, double inv_temperature, double columns, int flags, float* values,
+               std::int64_t* indices, std::int64_t stride) {
+  const double* s = state.s;
+  const double log_sum = std::log(s[kStateSum]);
+  const auto put = [&](int name, double x) { values[name * stride] = static_cast<float>(x); };
+  const bool nothing = s[kStateSum] == 0.0;  // every logit is -inf
+  put(kValueLogprob, (s[kStateLabel] - s[kStateMax]) * inv_temperature - log_sum);
+  put(kValueLogsumexp, nothing ? -static_cast<double>(kInf) : s[kStateMax] * inv_temperature + log_sum);
+  put(kValueLabelLogit, s[kStateLabel] * inv_temperature);
+  put(kValueMaxLogprob, nothing ? std::nan("") : -log_sum);
+  put(kValueEntropy, (flags & kEntropy) != 0 ? log_sum - s[kStateSumT] / s[kStateSum] : 0.0);
+  put(kValueMeanLogit, (flags & kMeanLogit) != 0 ? s[kStateSumLogit] * inv_temperature / columns : 0.0);
+  put(kValueLogSumSq, (flags & kLogSumSq) == 0 ? 0.0 : nothing ? std::nan("") : std::log(s[kStateSumSq]) - 2.0 * log_sum);
+  indices[0] = (flags & kArgmax) != 0 ? static_cast<std::int64_t>(s[kStateArgmax]) : 0;
+  indices[stride] = (flags & kRank) != 0 ? static_cast<std::int64_t>(s[kStateRank]) : 0;
+}
+
+// Columns that mean_logit divides by.
+double counted_columns(const LogprobsRows& in, std::int64_t index) {
+  std::int64_t n = 0;
+  if (in.keep_mask != nullptr) {
+    const std::uint8_t* keep = in.keep_mask + index * in.keep_mask_stride;
+    for (std::int64_t i = 0; i < in.columns; ++i) n += keep[i] != 0;
+  } else if (in.keep_ids != nullptr) {
+    const std::int64_t* ids = in.keep_ids + index * in.keep_ids_stride;
+    for (std::int64_t i = 0; i < in.keep_count; ++i) n += ids[i] >= 0;
+  } else {
+    n = in.columns;
+  }
+  return static_cast<double>(n);
+}
+
+template <class T>
+void write_ids(const LogprobsForward& call, std::int64_t index, const State& state, double inv_temperature) {
+  const LogprobsRows& in = call.in;
+  const double log_sum = std::log(state.s[kStateSum]);
+  for (std::int64_t j = 0; j < in.token_count; ++j) {
+    const std::int64_t id = in.token_ids[index * in.token_ids_stride + j];
+    double x = std::nan("");
+    if (id >= 0 && id < in.columns)
+      x = is_kept(in, index, id) ? static_cast<double>(read(row_of<T>(in, index) + id)) : -static_cast<double>(kInf);
+    call.id_logprobs[index * in.token_count + j] =
+        static_cast<float>((x - state.s[kStateMax]) * inv_temperature - log_sum);
+  }
+}
+
+void write_zeros(const LogprobsForward& call, std::int64_t index) {
+  const LogprobsRows& in = call.in;
+  for (int k = 0; k <= kValueMaxLogprob; ++k) call.values[k * in.rows + index] = 0.0f;
+  call.indices[index] = call.indices[in.rows + index] = 0;
+  for (std::int64_t j = 0; j < in.token_count; ++j) call.id_logprobs[index * in.token_count + j] = 0.0f;
+}
+
+// Runs every counted row: open, its blocks in order, close. Few long rows: blocks go to threads first, into scratch.
+template <class T, class Begin, class End>
+void run_rows(const LogprobsRows& in, std::int64_t vocab_start, int flags, const float* label_logits, double* scratch,
+              const Begin& begin, const End& end) {
+  const std::int64_t blocks = logprobs_blocks(length_of(in));
+  auto* partials = reinterpret_cast<Partial*>(scratch);
+  const bool split = scratch != nullptr && logprobs_splits_rows(in.rows, length_of(in), in.threads);
+  if (split) {
+    parallel_for(in.rows * blocks, in.threads, 1, [&](std::int64_t unit, int) {
+      const std::int64_t index = unit / blocks;
+      State unused;
+      if (!row_counts(in, index)) return;
+      const Row row = open_row<T>(in, index, in.labels[index] - vocab_start, label_logits, flags, unused);
+      partials[unit] = compute_block<T>(in, index, unit % blocks, row);
+    });
+  }
+  parallel_for(in.rows, split ? 1 : in.threads, row_grain(in), [&](std::int64_t index, int) {
+    if (!row_counts(in, index)) return end(index, nullptr, 0.0);
+    State state;
+    begin(index, state);
+    const Row row = open_row<T>(in, index, in.labels[index] - vocab_start, label_logits, flags, state);
+    for (std::int64_t block = 0; block < blocks; ++block)
+      merge(state, split ? partials[index * blocks + block] : compute_block<T>(in, index, block, row),
+            row.inv_temperature, block);
+    close_row<T>(in, index, vocab_start, flags, state);
+    end(index, &state, row.inv_temperature);
+  });
+}
+
+void initial_state(std::int64_t, State& state) {
+  for (double& x : state.s) x = 0.0;
+  state.s[kStateMax] = -static_cast<double>(kInf);
+  state.s[kStateLabel] = std::nan("");
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------------ launchers
+void logprobs_forward(const LogprobsForward& call) {
+  by_dtype(call.in.dtype, [&](auto type) {
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
+    run_rows<T>(call.in, 0, call.flags, nullptr, call.scratch, initial_state,
+                [&](std::int64_t index, const State* state, double inv_temperature) {
+                  if (state == nullptr) return write_zeros(call, index);
+                  const double columns = (call.flags & kMeanLogit) != 0 ? counted_columns(call.in, index) : 1.0;
+                  write_row(*state, inv_temperature, columns, call.flags, call.values + index, call.indices + index,
+                            call.in.rows);
+                  write_ids<T>(call, index, *state, inv_temperature);
+                });
+  });
+}
+
+void logprobs_fold(const LogprobsFold& call) {
+  by_dtype(call.in.dtype, [&](auto type) {
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
+    const auto begin = [&](std::int64_t index, State& state) {
+      for (int k = 0; k < kStateSize; ++k) state.s[k] = call.state[index * kStateSize + k];
+    };
+    const auto end = [&](std::int64_t index, const State* state, double) {
+      if (state == nullptr) return;
+      for (int k = 0; k < kStateSize; ++k) call.state[index * kStateSize + k] = state->s[k];
+    };
+    run_rows<T>(call.in, call.vocab_start, call.flags, call.label_logits, call.scratch, begin, end);
+  });
+}
+
+void logprobs_finish(const LogprobsFinish& call) {
+  for (std::int64_t index = 0; index < call.rows; ++index) {
+    State state;
+    for (int k = 0; k < kStateSize; ++k) state.s[k] = call.state[index * kStateSize + k];
+    const double inv_temperature = call.inv_temperature != nullptr
+                                       ? static_cast<double>(call.inv_temperature[index * call.inv_temperature_stride])
+                                       : call.inv_temperature_scalar;
+    write_row(state, inv_temperature, static_cast<double>(call.vocab_size), call.flags, call.values + index,
+              call.indices + index, call.rows);
+  }
+}
+
+}  // namespace fastreward::FASTREWARD_ISA
