@@ -19,7 +19,14 @@ import reasoning_gym
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+    set_seed,
+)
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 #: The vocabulary of Qwen2 and Qwen2.5 models.
@@ -214,7 +221,9 @@ class Step:
     loss: float
     completions: list[list[int]]
     seconds: float = 0.0
-    scoring_seconds: float = 0.0  # log-probs, loss and their backward (the model's own forward and backward included)
+    scoring_seconds: float = (
+        0.0  # policy and reference log-probs, loss, backward (the model's own part of them included)
+    )
     scoring_peak_bytes: int = 0  # growth of the resident set above its level when scoring began
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -239,10 +248,32 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
 
 
 class _Recording:
-    """Mixin for TRL's trainers: one `Step` per training step, with the timer around scoring, loss and backward."""
+    """Mixin for TRL's trainers: one `Step` per training step, with a timer around scoring, loss and backward."""
+
+    steps: list[Step]
+    _seconds = 0.0
+    _peak = 0
+    _started: tuple[float, int] | None = None
+
+    def _start(self) -> None:
+        self._started = (time.perf_counter(), reset_peak_memory())
+
+    def _stop(self) -> None:
+        assert self._started is not None
+        self._seconds += time.perf_counter() - self._started[0]
+        self._peak = max(self._peak, peak_memory() - self._started[1])
+        self._started = None
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        if self._started is not None:  # the policy's, inside the loss
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
+        self._start()
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
+        self._stop()
+        return result
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self._scoring = (time.perf_counter(), reset_peak_memory())
+        self._start()
         self._completions = [
             ids[mask.bool()].tolist()
             for ids, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)
@@ -251,8 +282,10 @@ class _Recording:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        seconds, peak = time.perf_counter() - self._scoring[0], peak_memory() - self._scoring[1]
-        self.steps.append(Step(loss.item(), self._completions, scoring_seconds=seconds, scoring_peak_bytes=peak))
+        self._stop()
+        step = Step(loss.item(), self._completions, scoring_seconds=self._seconds, scoring_peak_bytes=self._peak)
+        self.steps.append(step)
+        self._seconds, self._peak = 0.0, 0
         return loss
 
 
@@ -265,10 +298,9 @@ class RecordingRLOO(_Recording, RLOOTrainer):  # type: ignore[misc]
 
 
 def train(
-    model: Qwen2ForCausalLM,
+    checkpoint: Path,
     tokenizer: PreTrainedTokenizerFast,
     task: Task,
-    output: Path,
     *,
     method: str = "grpo",
     steps: int,
@@ -276,12 +308,18 @@ def train(
     generations: int = 8,
     max_completion: int = 16,
     on_step: Callable[[Step], None] | None = None,
+    reference: Path | None = None,
+    save_to: Path | None = None,
     **options: Any,
 ) -> list[Step]:
-    """Train `model` in place with TRL on the CPU and return one `Step` per optimizer step."""
+    """Train the model saved in `checkpoint` with TRL on the CPU; one `Step` per optimizer step.
+
+    With a KL term TRL loads its reference model from `reference` (default: the same place). `save_to` keeps the trained
+    weights.
+    """
     config_class, trainer_class = (GRPOConfig, RecordingGRPO) if method == "grpo" else (RLOOConfig, RecordingRLOO)
     config = config_class(
-        output_dir=str(output),
+        output_dir=str(checkpoint / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=prompts * generations,
         num_generations=generations,
@@ -302,6 +340,8 @@ def train(
             | options
         ),
     )
+    model = Qwen2ForCausalLM.from_pretrained(checkpoint)
+    model.config._name_or_path = str(reference or checkpoint)
     recorded: list[Step] = []
     trainer = trainer_class(
         model=model,
@@ -311,8 +351,11 @@ def train(
         train_dataset=task.dataset(),
         callbacks=[_Recorder(recorded, on_step)],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.steps = recorded
     trainer.train()
+    if save_to is not None:
+        trainer.model.save_pretrained(save_to)
     return recorded
 
 

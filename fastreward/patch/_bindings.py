@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 
 class PatchRefused(RuntimeError):
@@ -34,8 +34,14 @@ class Report:
     kept: list[Entry] = field(default_factory=list)
 
     def __rich__(self) -> Table:
+        title = f"fastreward in {self.trainer} {self.version}"
         table = Table(
-            "", "target", "now", "why", title=f"fastreward in {self.trainer} {self.version}", title_justify="left"
+            "",
+            Column("target", overflow="fold"),
+            Column("now", overflow="fold"),
+            "why",
+            title=title,
+            title_justify="left",
         )
         for mark, entries in (("replaced", self.replaced), ("kept", self.kept)):
             for entry in entries:
