@@ -9,9 +9,6 @@ typedef unsigned long long u64;
 
 constexpr int WARP = 32;
 constexpr unsigned FULL = 0xffffffffu;
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr double LN2 = 0.6931471805599453;
-constexpr float FAR_BELOW = -1e30f;  // stands in for -inf where it is multiplied by 0
 
 __device__ __forceinline__ float negative_infinity() { return __int_as_float(int(0xff800000u)); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }

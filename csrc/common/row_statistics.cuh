@@ -6,6 +6,10 @@
 
 namespace fastreward {
 
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr double LN2 = 0.6931471805599453;
+constexpr float FAR_BELOW = -1e30f;  // stands in for -inf where it is multiplied by 0
+
 // Bits of `flags` and rows of the exchanged tensors, as in fastreward/_layout.py.
 enum Flag { FLAG_ENTROPY = 1, FLAG_LOG_SUM_SQ = 2, FLAG_MEAN = 4, FLAG_ARGMAX = 8, FLAG_RANK = 16 };
 enum Value { LOGPROB, ENTROPY, LOGSUMEXP, LABEL_LOGIT, MEAN_LOGIT, LOG_SUM_SQ, MAX_LOGPROB, VALUES };

@@ -1,0 +1,176 @@
+"""How a CUDA kernel is started, for both routes: the operations plan (kernel, grid, block, arguments), this launches.
+
+Every kernel in csrc/cuda is an extern "C" function of one struct whose members are all 8 bytes wide (pointer, int64,
+float64), so that a plan is a name, two numbers and some packed bytes. `_cuda.launch` takes it as it is; on the CuPy
+route the same source is compiled by NVRTC at first use and kept by CuPy on disk under a hash of its text.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import struct
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Route = Literal["nvcc", "cupy"]
+#: A struct member: pointer of a tensor (None = null), int64 or float64.
+Member = Tensor | int | float | None
+
+#: Dynamic shared memory that any block may have without asking for more.
+MAX_SHARED_BYTES = 48 << 10
+
+_MASK_KINDS = {
+    torch.bool: 1,
+    torch.uint8: 1,
+    torch.int8: 1,
+    torch.int32: 2,
+    torch.int64: 3,
+    torch.float32: 4,
+}
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+@cache
+def route() -> Route | None:
+    """How kernels are built here; FASTREWARD_CUDA_ROUTE=nvcc or cupy chooses where both could."""
+    available: list[Route] = []
+    if importlib.util.find_spec("fastreward._cuda") is not None:
+        available.append("nvcc")
+    if importlib.util.find_spec("cupy") is not None:
+        available.append("cupy")
+    wanted = os.environ.get("FASTREWARD_CUDA_ROUTE")
+    if wanted:
+        available = [name for name in available if name == wanted]
+    return available[0] if available else None
+
+
+def pack(*members: Member) -> bytes:
+    """The bytes of a kernel's argument struct."""
+    values = [m.data_ptr() if isinstance(m, Tensor) else 0 if m is None else m for m in members]
+    return struct.pack("".join("d" if isinstance(v, float) else "q" for v in values), *values)
+
+
+def launch(
+    source: str,
+    kernel: str,
+    grid: int,
+    block: int,
+    arguments: bytes,
+    device: torch.device,
+    shared: int = 0,
+    define: str = "",
+) -> None:
+    """Queues csrc/cuda/<source>.cu's `kernel` on torch's current stream; `define` narrows what NVRTC compiles."""
+    index = _index(device)
+    stream = torch.cuda.current_stream(index).cuda_stream
+    if route() == "nvcc":
+        _compiled().launch(kernel, index, grid, block, shared, stream, arguments)
+    else:
+        _launch_cupy(source, kernel, grid, block, arguments, index, stream, shared, define)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device."""
+    return _properties(_index(device))[0]
+
+
+def has_clusters(device: torch.device) -> bool:
+    """True where thread blocks form clusters with distributed shared memory (compute capability 9.0 and later)."""
+    return _properties(_index(device))[1] >= 9
+
+
+def counter(device: torch.device) -> Tensor:
+    """An int32 [1] that is 0, for a kernel whose last block finishes; the kernel leaves it 0.
+
+    One per stream, whose kernels follow each other. A captured graph may be replayed on any stream, so it gets its own.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    index = _index(device)
+    key = (index, torch.cuda.current_stream(index).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+def countable(mask: Tensor | None) -> tuple[Tensor | None, int]:
+    """A contiguous mask of a type that the kernels read, and its kind there (nonzero counts)."""
+    if mask is None:
+        return None, 0
+    if mask.dtype not in _MASK_KINDS:
+        mask = mask != 0
+    return mask.contiguous(), _MASK_KINDS[mask.dtype]
+
+
+def source_text(name: str) -> str:
+    """csrc/cuda/<name>.cu with its own headers pasted in, so that a hash of the text covers all of it."""
+    seen: set[str] = set()
+
+    def expand(path: Path) -> str:
+        return _INCLUDE.sub(lambda match: include(match[1]), path.read_text(encoding="utf-8"))
+
+    def include(header: str) -> str:
+        if header in seen or header.endswith(".hpp"):  # .hpp: the host's side, which NVRTC never sees
+            return ""
+        seen.add(header)
+        return expand(_sources() / header).replace("#pragma once", "")
+
+    return expand(_sources() / "cuda" / f"{name}.cu")
+
+
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
+
+
+def _sources() -> Path:
+    """Installed: fastreward/_sources; in a checkout: csrc beside the package."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "_sources"
+    return installed if installed.is_dir() else package.parent / "csrc"
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache
+def _properties(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.major
+
+
+@cache
+def _compiled() -> ModuleType:
+    return importlib.import_module("fastreward._cuda")
+
+
+@cache
+def _cupy_kernel(source: str, kernel: str, define: str) -> Any:
+    return _cupy_module(source, define).get_function(kernel)
+
+
+@cache
+def _cupy_module(source: str, define: str) -> Any:
+    import cupy
+
+    options = ("-std=c++17", f"-D{define}") if define else ("-std=c++17",)
+    return cupy.RawModule(code=source_text(source), options=options, backend="nvrtc")
+
+
+def _launch_cupy(
+    source: str, kernel: str, grid: int, block: int, arguments: bytes, index: int, stream: int, shared: int, define: str
+) -> None:
+    import cupy
+    import numpy as np
+
+    # A NumPy array is passed by value: exactly the struct's bytes. CuPy refuses handle 0 as an external stream.
+    by_value = np.frombuffer(arguments, dtype=np.int64)
+    queue = cupy.cuda.ExternalStream(stream, index) if stream else cupy.cuda.Stream.null
+    with cupy.cuda.Device(index), queue:
+        _cupy_kernel(source, kernel, define)((grid,), (block,), (by_value,), shared_mem=shared)
