@@ -1,0 +1,58 @@
+"""What every launcher of this room needs: the right device, counters for the last program to arrive, arguments."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final
+
+import torch
+from torch import Tensor
+
+#: Compile options of every kernel. Fused multiply-add is asked for by name: Triton 3.10 changes the default and, with
+#: it, bits and speed.
+OPTIONS: Final = {"enable_fp_fusion": True}
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def arrival_counter(x: Tensor) -> Tensor:
+    """i32 [1], zero: how many programs of a launch have stored their partial sums.
+
+    The last program to arrive sets it back to zero, so one counter serves all launches of a stream, and a captured
+    launch can be replayed. A capture gets a counter of its own (its memset is captured too): two graphs that were
+    captured on one stream may be replayed on two.
+    """
+    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=x.device)
+    key = (x.get_device(), torch.cuda.current_stream(x.device).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=x.device)
+    return _counters[key]
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """`x` contiguous: one value per row, small; a copy only where it is a strided view."""
+    return None if x is None else x.contiguous()
+
+
+def contiguous_rows(x: Tensor | None) -> Tensor | None:
+    """`x` [N, K] with unit column stride and any row stride, 0 among them."""
+    return x if x is None or x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def row_stride(x: Tensor | None) -> int:
+    """Elements between rows of what `contiguous_rows` gives."""
+    prepared = contiguous_rows(x)
+    return 0 if prepared is None else prepared.stride(0)
+
+
+def temperature_arguments(inv_temperature: Tensor | float) -> tuple[Tensor | float, int, bool]:
+    """(pointer or number, stride, whether it is a pointer)."""
+    if isinstance(inv_temperature, Tensor):
+        return inv_temperature, inv_temperature.stride(0), True
+    return float(inv_temperature), 0, False
