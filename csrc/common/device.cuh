@@ -1,6 +1,8 @@
-// What every CUDA kernel here uses: element types, 16-byte loads and stores, exp2, reductions in a fixed order, and
-// the cluster instructions. No header is included, neither the host's nor CUDA's, so that NVRTC compiles the same text.
+// What every CUDA kernel here uses: element types, 16-byte loads and stores, reductions in a fixed order. No header is
+// included, neither the host's nor CUDA's, so that NVRTC compiles the same text.
 #pragma once
+
+#include "common/ptx.cuh"
 
 namespace fastreward {
 
@@ -12,12 +14,6 @@ constexpr unsigned FULL = 0xffffffffu;
 
 __device__ __forceinline__ float negative_infinity() { return __int_as_float(int(0xff800000u)); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
-
-__device__ __forceinline__ float exp2_fast(float x) {  // at most 2 ulp
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // ---------------------------------------------------------------------------------------------------- element types
 // LANES elements fill 16 bytes. NEG_INF is -inf in each element of one 32-bit word.
@@ -40,11 +36,7 @@ struct BF16 {
   static constexpr int LANES = 8;
   static constexpr unsigned NEG_INF = 0xff80ff80u;
   static __device__ __forceinline__ float decode(Bits b) { return __uint_as_float(unsigned(b) << 16); }
-  static __device__ __forceinline__ unsigned encode2(float low, float high) {
-    unsigned y;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-  }
+  static __device__ __forceinline__ unsigned encode2(float low, float high) { return f32_to_bf16x2(low, high); }
   static __device__ __forceinline__ Bits encode(float x) { return Bits(encode2(x, 0.f)); }
   static __device__ __forceinline__ void decode2(unsigned v, float& low, float& high) {
     low = __uint_as_float(v << 16), high = __uint_as_float(v & 0xffff0000u);
@@ -61,16 +53,8 @@ struct F16 {
   typedef unsigned short Bits;
   static constexpr int LANES = 8;
   static constexpr unsigned NEG_INF = 0xfc00fc00u;
-  static __device__ __forceinline__ float decode(Bits b) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(b));
-    return y;
-  }
-  static __device__ __forceinline__ unsigned encode2(float low, float high) {
-    unsigned y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-  }
+  static __device__ __forceinline__ float decode(Bits b) { return f16_to_f32(b); }
+  static __device__ __forceinline__ unsigned encode2(float low, float high) { return f32_to_f16x2(low, high); }
   static __device__ __forceinline__ Bits encode(float x) { return Bits(encode2(x, 0.f)); }
   static __device__ __forceinline__ void decode2(unsigned v, float& low, float& high) {
     low = decode(Bits(v)), high = decode(Bits(v >> 16));
@@ -84,12 +68,6 @@ struct F16 {
 };
 
 // ------------------------------------------------------------------------------------------------- loads and stores
-__device__ __forceinline__ uint4 load16_readonly(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
-
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 
 // Written once and not read again by this kernel: evicted first.
@@ -202,32 +180,6 @@ __device__ __forceinline__ bool counts(const void* mask, int kind, i64 i) {
     case MASK_F32: return static_cast<const float*>(mask)[i] != 0.f;
     default: return true;
   }
-}
-
-// ------------------------------------------------------------------------------------- thread-block clusters, sm_90+
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define FASTREWARD_CLUSTER(size) __cluster_dims__(size, 1, 1)
-#else
-#define FASTREWARD_CLUSTER(size)
-#endif
-
-__device__ __forceinline__ void cluster_barrier() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// A 32-bit word of another block's shared memory: `mine` is where it lies in one's own.
-__device__ __forceinline__ unsigned load_from_rank(const unsigned* mine, unsigned rank) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  unsigned address = unsigned(__cvta_generic_to_shared(mine)), theirs, value;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(theirs) : "memory");
-  return value;
-#else
-  (void)rank;
-  return *mine;
-#endif
 }
 
 }  // namespace fastreward

@@ -1,0 +1,301 @@
+// Runs CUDA C++ kernels on the CPU, so that their logic is tested where there is no GPU: a thread is a fiber, a block an
+// OS thread's set of fibers that switch at barriers and warp exchanges, a cluster 8 OS threads. Shared memory is
+// thread_local. It says nothing about speed, and nothing about races between barriers.
+#pragma once
+
+#include <ucontext.h>
+
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__ static thread_local
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+struct Dim {
+  unsigned x;
+};
+
+namespace emulation {
+
+constexpr int WARP_SIZE = 32;
+constexpr std::size_t STACK = 64 << 10;
+constexpr unsigned CLUSTER = 8;
+
+struct Rendezvous {  // how many have come, and how often all have
+  int arrived = 0, generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  bool done = false;
+};
+
+struct Cluster {
+  explicit Cluster(unsigned blocks) : barrier(blocks), anchors(blocks) {}
+  std::barrier<> barrier;
+  std::vector<char*> anchors;  // of each block's thread_local memory
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Rendezvous> warps;
+  std::vector<int> warp_alive;
+  std::vector<std::uint64_t> exchange;
+  Rendezvous all, cluster_wide;
+  int alive = 0;
+  unsigned current = 0, index = 0, grid = 0, rank = 0;
+  ucontext_t scheduler;
+  Cluster* cluster = nullptr;
+  std::vector<float> dynamic;
+  void (*body)(void*) = nullptr;
+  void* argument = nullptr;
+};
+
+inline thread_local Block* block = nullptr;
+inline thread_local char anchor = 0;
+
+inline void yield() { swapcontext(&block->fibers[block->current].context, &block->scheduler); }
+
+template <class Last>
+void meet(Rendezvous& r, int members, Last last) {
+  const int mine = r.generation;
+  if (++r.arrived == members) {
+    last();
+    r.arrived = 0;
+    ++r.generation;
+    return;
+  }
+  while (r.generation == mine) yield();
+}
+
+inline void meet_block() {
+  meet(block->all, block->alive, [] {});
+}
+inline void meet_warp() {
+  const unsigned w = block->current / WARP_SIZE;
+  if (block->warp_alive[w] != WARP_SIZE) std::fprintf(stderr, "emulation: warp operation in a partial warp\n"), std::abort();
+  meet(block->warps[w], WARP_SIZE, [] {});
+}
+
+inline void entry() {
+  block->body(block->argument);
+  Block& b = *block;
+  b.fibers[b.current].done = true;
+  --b.alive;
+  --b.warp_alive[b.current / WARP_SIZE];
+  if (b.all.arrived) std::fprintf(stderr, "emulation: a thread left while others wait at a barrier\n"), std::abort();
+  swapcontext(&b.fibers[b.current].context, &b.scheduler);
+}
+
+inline void run_block(unsigned index, unsigned grid, unsigned threads, std::size_t shared, Cluster* cluster, unsigned rank,
+                      void (*body)(void*), void* argument) {
+  static thread_local std::vector<char> stacks;
+  stacks.resize(threads * STACK);
+  Block b;
+  b.fibers.resize(threads), b.warps.resize(threads / WARP_SIZE), b.exchange.resize(threads);
+  b.warp_alive.assign(threads / WARP_SIZE, WARP_SIZE);
+  b.alive = int(threads), b.index = index, b.grid = grid, b.rank = rank, b.cluster = cluster;
+  b.dynamic.assign(shared / sizeof(float) + 1, std::nanf(""));
+  b.body = body, b.argument = argument;
+  block = &b;
+  if (cluster) {
+    cluster->anchors[rank] = &anchor;
+    cluster->barrier.arrive_and_wait();
+  }
+  for (unsigned t = 0; t < threads; ++t) {
+    getcontext(&b.fibers[t].context);
+    b.fibers[t].context.uc_stack.ss_sp = stacks.data() + t * STACK;
+    b.fibers[t].context.uc_stack.ss_size = STACK;
+    b.fibers[t].context.uc_link = nullptr;
+    makecontext(&b.fibers[t].context, entry, 0);
+  }
+  while (b.alive)
+    for (unsigned t = 0; t < threads; ++t)
+      if (!b.fibers[t].done) {
+        b.current = t;
+        swapcontext(&b.scheduler, &b.fibers[t].context);
+      }
+  block = nullptr;
+}
+
+template <class T>
+T exchanged(T value, unsigned from) {
+  static_assert(sizeof(T) <= 8);
+  std::memcpy(&block->exchange[block->current], &value, sizeof(T));
+  meet_warp();
+  T result;
+  std::memcpy(&result, &block->exchange[block->current / WARP_SIZE * WARP_SIZE + from], sizeof(T));
+  meet_warp();
+  return result;
+}
+
+template <class T, class Join>
+T reduced(T value, Join join) {
+  std::memcpy(&block->exchange[block->current], &value, sizeof(T));
+  meet_warp();
+  T result = value;
+  for (int i = 0; i < WARP_SIZE; ++i) {
+    T other;
+    std::memcpy(&other, &block->exchange[block->current / WARP_SIZE * WARP_SIZE + i], sizeof(T));
+    result = i ? join(result, other) : other;
+  }
+  meet_warp();
+  return result;
+}
+
+struct ThreadIndex {
+  unsigned x;
+};
+
+template <std::size_t BYTES>
+struct Blob {
+  char bytes[BYTES];
+};
+template <std::size_t BYTES>
+void call(void* kernel, void* arguments) {
+  reinterpret_cast<void (*)(Blob<BYTES>)>(kernel)(*static_cast<Blob<BYTES>*>(arguments));
+}
+
+}  // namespace emulation
+
+#define threadIdx (emulation::ThreadIndex{emulation::block->current})
+#define blockIdx (emulation::ThreadIndex{emulation::block->index})
+#define blockDim (emulation::ThreadIndex{unsigned(emulation::block->fibers.size())})
+#define gridDim (emulation::ThreadIndex{emulation::block->grid})
+
+inline void __syncthreads() { emulation::meet_block(); }
+inline void __threadfence() {}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int d) {
+  return emulation::exchanged(value, (emulation::block->current % 32u) ^ unsigned(d));
+}
+inline unsigned __reduce_add_sync(unsigned, unsigned x) {
+  return emulation::reduced(x, [](unsigned a, unsigned b) { return a + b; });
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned x) {
+  return emulation::reduced(x, [](unsigned a, unsigned b) { return a < b ? a : b; });
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+  const unsigned bit = unsigned(x) << (emulation::block->current % 32u);
+  return emulation::reduced(bit, [](unsigned a, unsigned b) { return a | b; });
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned atomicInc(unsigned* p, unsigned most) {
+  const unsigned old = *p;
+  *p = old >= most ? 0u : old + 1u;
+  return old;
+}
+inline float __int_as_float(int x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline float __uint_as_float(unsigned x) { return __int_as_float(int(x)); }
+inline unsigned __float_as_uint(float x) {
+  unsigned y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return unsigned(((std::uint64_t(high) << 32) | low) >> (shift & 31u));
+}
+inline void __stcs(uint4* p, const uint4& v) {
+  if (reinterpret_cast<std::uintptr_t>(p) % 16) std::fprintf(stderr, "emulation: misaligned store\n"), std::abort();
+  *p = v;
+}
+using std::isinf;
+using std::isnan;
+inline int min(int a, int b) { return a < b ? a : b; }
+inline long long min(long long a, long long b) { return a < b ? a : b; }
+
+// What csrc/common/ptx.cuh has as inline PTX.
+#define FASTREWARD_CLUSTER(size)
+namespace fastreward {
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline unsigned f32_to_bf16(float x) {
+  const unsigned bits = __float_as_uint(x);
+  if (std::isnan(x)) return 0x7fffu;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+inline unsigned f32_to_bf16x2(float low, float high) { return f32_to_bf16(low) | f32_to_bf16(high) << 16; }
+inline unsigned short f16_bits(_Float16 x) {
+  unsigned short bits;
+  std::memcpy(&bits, &x, 2);
+  return bits;
+}
+inline unsigned f32_to_f16x2(float low, float high) {
+  return unsigned(f16_bits(_Float16(low))) | unsigned(f16_bits(_Float16(high))) << 16;
+}
+inline float f16_to_f32(unsigned short bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, 2);
+  return float(x);
+}
+inline uint4 load16_readonly(const void* p) {
+  if (reinterpret_cast<std::uintptr_t>(p) % 16) std::fprintf(stderr, "emulation: misaligned load\n"), std::abort();
+  return *static_cast<const uint4*>(p);
+}
+inline void cluster_barrier() {
+  emulation::meet(emulation::block->cluster_wide, emulation::block->alive,
+                  [] { emulation::block->cluster->barrier.arrive_and_wait(); });
+}
+inline unsigned load_from_rank(const unsigned* mine, unsigned rank) {
+  const auto offset = reinterpret_cast<const char*>(mine) - &emulation::anchor;
+  return *reinterpret_cast<const unsigned*>(emulation::block->cluster->anchors[rank] + offset);
+}
+
+}  // namespace fastreward
+
+inline float* emulated_dynamic_shared() { return emulation::block->dynamic.data(); }
+
+// Runs all blocks of `kernel`, whose argument struct is `words` 8-byte words; 1 where that size is not in the list.
+extern "C" inline __attribute__((used, visibility("default"))) int emulate(void* kernel, void* arguments, int words, unsigned grid,
+                                                                    unsigned threads, std::size_t shared, int clustered) {
+  void (*body)(void*, void*) = nullptr;
+  switch (words) {
+    case 6: body = emulation::call<48>; break;
+    case 9: body = emulation::call<72>; break;
+    case 12: body = emulation::call<96>; break;
+    case 13: body = emulation::call<104>; break;
+    case 21: body = emulation::call<168>; break;
+    case 25: body = emulation::call<200>; break;
+    case 27: body = emulation::call<216>; break;
+    case 31: body = emulation::call<248>; break;
+    default: return 1;
+  }
+  struct Both {
+    void (*body)(void*, void*);
+    void *kernel, *arguments;
+  } both = {body, kernel, arguments};
+  const auto run = [](void* p) {
+    const Both& x = *static_cast<Both*>(p);
+    x.body(x.kernel, x.arguments);
+  };
+  if (!clustered) {
+    for (unsigned i = 0; i < grid; ++i) emulation::run_block(i, grid, threads, shared, nullptr, 0, run, &both);
+    return 0;
+  }
+  for (unsigned first = 0; first < grid; first += emulation::CLUSTER) {
+    emulation::Cluster cluster(emulation::CLUSTER);
+    std::vector<std::thread> blocks;
+    for (unsigned rank = 0; rank < emulation::CLUSTER; ++rank)
+      blocks.emplace_back([&, rank] { emulation::run_block(first + rank, grid, threads, shared, &cluster, rank, run, &both); });
+    for (std::thread& t : blocks) t.join();
+  }
+  return 0;
+}
