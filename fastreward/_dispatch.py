@@ -10,7 +10,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Final, Literal, cast
@@ -30,7 +29,8 @@ _PACKAGES: Final[dict[Backend, str]] = {
     "triton": "fastreward.kernels",
     "cuda": "fastreward.cuda",
 }
-_override: ContextVar[Backend | None] = ContextVar("fastreward_backend", default=None)
+# Innermost last; process-wide, as torch.compile can trace and guard a list but no context variable.
+_chosen_by_hand: list[Backend] = []
 
 
 class BackendError(RuntimeError):
@@ -40,17 +40,19 @@ class BackendError(RuntimeError):
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
     """Choose the backend of every fastreward call inside the block: reference, cpu, triton or cuda."""
-    token = _override.set(_known(name))
+    _chosen_by_hand.append(_known(name))
     try:
         yield
     finally:
-        _override.reset(token)
+        _chosen_by_hand.pop()
 
 
 def select(operation: str, tensor: torch.Tensor) -> Backend:
     """Backend for `operation` on `tensor`'s device; raises BackendError where none can serve."""
-    chosen = _override.get() or _from_environment()
+    chosen = _chosen_by_hand[-1] if _chosen_by_hand else _from_environment()
     name = chosen or _default(operation, tensor.device.type)
+    if torch.compiler.is_compiling():  # Dynamo can't look for packages; the kernels themselves will complain
+        return name
     reason = unavailable(operation, name, tensor.device.type)
     if reason is not None:
         raise BackendError(f"fastreward: backend {name!r} cannot serve {operation} on {tensor.device}: {reason}")

@@ -214,14 +214,19 @@ class _HeadGradients:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients in their inputs' dtypes; [0] for the unneeded."""
-        head, none = self.head, self.head.hidden.new_empty((0,))
+        head = self.head
         if self.weight is not None and not len(head.hidden):
             self.weight.zero_()
         return (
-            none if self.hidden is None else self.hidden.to(head.hidden.dtype),
-            none if self.weight is None else self.weight,
-            none if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype),
+            _none(head) if self.hidden is None else self.hidden.to(head.hidden.dtype),
+            _none(head) if self.weight is None else self.weight,
+            _none(head) if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype),
         )
+
+
+def _none(head: _Head) -> Tensor:
+    """A fresh [0]: outputs of a custom op may not be one tensor."""
+    return head.hidden.new_empty((0,))
 
 
 def _addmm(target: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
