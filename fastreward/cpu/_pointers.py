@@ -1,0 +1,19 @@
+"""What the kernels of csrc/cpu take instead of tensors: addresses, and a number for the dtype of a mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: csrc/common/mask.hpp, MaskKind.
+_MASK_KINDS = {torch.bool: 1, torch.uint8: 1, torch.int32: 2, torch.int64: 3, torch.float32: 4}
+
+
+def address(x: Tensor | None) -> int:
+    """Data pointer of a contiguous tensor; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def mask_arguments(mask: Tensor | None) -> tuple[int, int]:
+    """(address, MaskKind) of a contiguous mask."""
+    return (0, 0) if mask is None else (mask.data_ptr(), _MASK_KINDS[mask.dtype])

@@ -1,0 +1,47 @@
+"""CPU backend of `group`: torch tensors to pointers for csrc/cpu/group.cpp. Inputs are validated already."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastreward import _core
+from fastreward._options import CENTERS, NORMALIZES, SCALES, SINGLETONS, GroupOptions
+from fastreward.cpu._pointers import address
+
+
+def forward(
+    rewards: Tensor,  # [B, K] f32 or f64, NaN = not scored
+    group_index: Tensor | None,  # [B] i64, 0 .. groups - 1; or
+    group_size: int,  # > 0: contiguous groups of this size
+    lengths: Tensor | None,  # [B] f32
+    component_weights: Tensor | None,  # [K] f32
+    center_values: Tensor | None,  # [B] f32
+    scale_values: Tensor | None,  # [B] f32
+    options: GroupOptions,
+) -> Tensor:
+    """Advantages f32 [B]; statistics in float64."""
+    rows, components = rewards.shape
+    advantages = torch.empty(rows, dtype=torch.float32)
+    _core.group_advantages(
+        rewards.data_ptr(),
+        rewards.dtype == torch.float64,
+        rows,
+        components,
+        address(group_index),
+        group_size,
+        address(lengths),
+        address(component_weights),
+        address(center_values),
+        address(scale_values),
+        CENTERS.index(options.center if center_values is None else "tensor"),
+        SCALES.index(options.scale if scale_values is None else "tensor"),
+        options.ddof,
+        options.eps,
+        options.eps_inside,
+        SINGLETONS.index(options.singleton),
+        NORMALIZES.index(options.normalize),
+        advantages.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return advantages

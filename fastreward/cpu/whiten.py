@@ -1,0 +1,60 @@
+"""CPU backend of `whiten`: torch tensors to pointers for csrc/cpu/whiten.cpp. Inputs are validated already."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastreward import _core
+from fastreward.cpu._pointers import address, mask_arguments
+
+
+def forward(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, out: Tensor) -> None:
+    """x f32 [..., T] contiguous, mask of its shape or None; writes the whitened x to `out`, which may be x."""
+    count, mean, squares = _statistics(x, mask)
+    freedom = count - ddof
+    variance = squares / freedom if freedom > 0 else math.nan  # as torch: no positions, no variance
+    _apply(x, mask, mean, _rsqrt(variance + eps), 0.0 if shift_mean else mean, out)
+
+
+def statistics(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(count, mean, sum of squared deviations) of the counted positions, f64 [3]."""
+    return torch.tensor(_statistics(x, mask), dtype=torch.float64)
+
+
+def apply(x: Tensor, mask: Tensor | None, affine: Tensor, out: Tensor) -> None:
+    """(x - affine[0]) * affine[1] + affine[2] on the counted positions, 0 elsewhere; affine f64 [3]."""
+    shift, scale, offset = affine.tolist()
+    _apply(x, mask, shift, scale, offset, out)
+
+
+def _statistics(x: Tensor, mask: Tensor | None) -> tuple[float, float, float]:
+    columns = x.shape[-1] if x.ndim else 1
+    rows = x.numel() // columns if columns else 0
+    moments: tuple[float, float, float] = _core.whiten_statistics(
+        x.data_ptr(), *mask_arguments(mask), rows, columns, torch.get_num_threads()
+    )
+    return moments
+
+
+def _apply(x: Tensor, mask: Tensor | None, shift: float, scale: float, offset: float, out: Tensor) -> None:
+    _core.whiten_apply(
+        x.data_ptr(),
+        *mask_arguments(mask),
+        1,
+        x.numel(),
+        shift,
+        scale,
+        offset,
+        address(out),
+        torch.get_num_threads(),
+    )
+
+
+def _rsqrt(x: float) -> float:
+    """1 / sqrt(x) with IEEE's answers, where Python would raise."""
+    if x > 0.0:
+        return 1.0 / math.sqrt(x)
+    return math.inf if x == 0.0 else math.nan
