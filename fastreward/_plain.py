@@ -164,7 +164,7 @@ def group_advantages(
     **options: Any,
 ) -> Tensor:
     """Advantages [B] from rewards [B] or [B, K], one group at a time, in the rewards' dtype."""
-    r = rewards.reshape(rewards.shape[0], -1)
+    r = rewards if rewards.ndim == 2 else rewards.unsqueeze(-1)
     w = torch.ones(r.shape[1], dtype=r.dtype) if component_weights is None else component_weights.to(r.dtype)
     if group_size is not None:
         keys: list[Hashable] = [b // group_size for b in range(r.shape[0])]

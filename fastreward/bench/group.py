@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import fastreward
+from fastreward._distance import distance
 from fastreward.bench import peers, roofline
-from fastreward.bench._truth import distance
 from fastreward.bench._types import OURS, Case, Contender, Target
 from fastreward.reference import group as reference
 

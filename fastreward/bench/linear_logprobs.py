@@ -14,8 +14,8 @@ from torch import Tensor
 
 import fastreward
 from fastreward import _plain
+from fastreward._distance import distance, spread_rows
 from fastreward.bench import peers, roofline
-from fastreward.bench._truth import distance, spread_rows
 from fastreward.bench._types import OURS, Case, Contender
 from fastreward.reference import logprobs as reference
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import fastreward
 from fastreward import _plain
+from fastreward._distance import distance
 from fastreward.bench import peers, roofline
-from fastreward.bench._truth import distance
 from fastreward.bench._types import OURS, Case, Contender, Target
 from fastreward.reference import whiten as reference
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _ROWS = 8
+_TINY = 1e-30  # underflow to 0 in the result's dtype is no error of the kernel
 
 
 def spread_rows(count: int, device: torch.device) -> Tensor:
@@ -15,10 +16,11 @@ def spread_rows(count: int, device: torch.device) -> Tensor:
     return torch.linspace(0, max(count - 1, 0), min(_ROWS, count), dtype=torch.float64, device=device).long()
 
 
-def distance(got: Tensor, want: Tensor) -> float:
-    """Largest error of got: absolute for entries within 1, relative beyond; to the largest where all are small.
+def distance(got: Tensor, want: Tensor, of_gradient: bool = False) -> float:
+    """Largest error of got, in units of what matters.
 
-    NaN and infinities have to be where the truth has them, otherwise the distance is infinite.
+    Values: absolute for entries within 1, relative beyond. Gradients: relative to the largest entry. NaN and infinities
+    have to be where the truth has them, else the distance is infinite.
     """
     if got.shape != want.shape:
         return math.inf
@@ -32,6 +34,5 @@ def distance(got: Tensor, want: Tensor) -> float:
     magnitude = want[finite].abs()
     if magnitude.numel() == 0:
         return 0.0
-    # Underflow to 0 in the result's dtype is no error of the kernel: the scale never falls below 1e-30.
-    scale = magnitude.clamp(min=max(min(1.0, float(magnitude.max())), 1e-30))
+    scale = magnitude.clamp(min=max(float(magnitude.max()), _TINY) if of_gradient else 1.0)
     return float(((got[finite] - want[finite]).abs() / scale).max())

@@ -1,0 +1,73 @@
+"""group_advantages: every centre, scale and convention, with singletons, unscored components and near-equal rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+import fastreward
+from fastreward import _plain
+from fastreward._verify import Problem, Tensors
+from fastreward.reference import group as reference
+
+_CENTERS = ("none", "mean", "leave-one-out", "second-max")
+_SCALES = ("none", "std", "batch-std", "max")
+
+
+def problems(quick: bool) -> Iterator[Problem]:
+    """Every mode, then what breaks statistics."""
+    for seed in range(1 if quick else 3):
+        for name, inputs in _inputs(seed):
+            yield Problem(
+                "group",
+                name if seed == 0 else f"{name} (seed {seed})",
+                str(inputs["rewards"].dtype).removeprefix("torch."),
+                inputs,
+                partial(_call, fastreward.group_advantages),
+                partial(_call, reference.group_advantages),
+                partial(_call, _plain.group_advantages),
+            )
+
+
+def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = 48
+    rewards = torch.randn(rows, generator=generator)
+    ids = torch.randint(-3, 9, (rows,), generator=generator) * 1_000_003
+    ids[5], ids[9] = 77, 78  # singletons
+    base: dict[str, Any] = {"rewards": rewards, "group_ids": ids}
+    for center in _CENTERS:
+        for scale in _SCALES:
+            yield f"center {center}, scale {scale}", base | {"center": center, "scale": scale}
+    lengths = torch.randint(1, 2000, (rows,), generator=generator).float()
+    yield "length-weighted", base | {"center": "length-weighted", "scale": "none", "lengths": lengths}
+    yield "tensors as centre and scale", base | {"center": torch.randn(rows), "scale": torch.rand(rows) + 0.5}
+    for singleton in ("zero", "raw", "nan"):
+        yield f"singletons {singleton}, ddof 0, eps inside", base | {
+            "singleton": singleton, "ddof": 0, "eps": 1e-4, "eps_inside": True,
+        }  # fmt: skip
+    yield "uid strings", {"rewards": rewards, "group_ids": [f"uid-{i}" for i in ids.tolist()]}
+    yield "contiguous groups", {"rewards": rewards, "group_size": 8}
+    yield "float64 rewards", {"rewards": rewards.double(), "group_size": 8}
+    yield "equal rewards", {"rewards": torch.ones(rows), "group_size": 8}
+    yield "near-equal large rewards", {"rewards": 1e4 + 1e-2 * rewards, "group_size": 8}
+    unscored = torch.where(torch.rand(rows, generator=generator) < 0.2, torch.nan, rewards)
+    yield "NaN rewards", {"rewards": unscored, "group_ids": ids}
+    parts = torch.randn(rows, 3, generator=generator)
+    parts = torch.where(torch.rand(rows, 3, generator=generator) < 0.2, torch.nan, parts)
+    parts[4] = torch.nan
+    weights = torch.tensor([1.0, 0.5, -2.0])
+    for normalize in ("sum-then-normalize", "normalize-then-sum"):
+        yield f"NaN components, {normalize}", {
+            "rewards": parts, "group_ids": ids, "component_weights": weights, "normalize": normalize,
+        }  # fmt: skip
+    yield "empty batch", {"rewards": torch.zeros(0), "group_ids": torch.zeros(0, dtype=torch.int64)}
+
+
+def _call(function: Any, inputs: Mapping[str, Any]) -> Tensors:
+    if function is fastreward.group_advantages:
+        return {"advantages": function(**inputs)}
+    return {"advantages": function(**{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})}

@@ -1,0 +1,117 @@
+"""policy_loss: loss, token losses, metrics and gradients for every clip, KL, aggregation and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastreward
+from fastreward import _plain
+from fastreward._options import AGGREGATIONS, KLS
+from fastreward._verify import Problem, Tensors, gradients, leaf
+from fastreward.reference import policy_loss as reference
+
+_CLIPS = ("clip_low", "clip_high", "dual_clip", "delta")
+_DATA = ("logprobs", "old_logprobs", "advantages", "mask")
+
+
+def problems(quick: bool) -> Iterator[Problem]:
+    """Every option in turn, then what breaks losses: edges, ties, infinities under the mask, empty sequences."""
+    for seed in range(1 if quick else 3):
+        for name, inputs in _inputs(seed):
+            yield Problem(
+                "policy_loss",
+                name if seed == 0 else f"{name} (seed {seed})",
+                "float32",
+                inputs,
+                partial(_ours, seed),
+                partial(_truth, seed),
+                partial(_plain_torch, seed),
+            )
+
+
+def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (5, 67)
+
+    def normal(by: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator) * by
+
+    old = -normal().abs()
+    lengths = torch.tensor([67, 1, 0, 30, 64])  # one token, none at all
+    mask = torch.arange(shape[1]) < lengths.unsqueeze(-1)
+    base = {"logprobs": old + normal(0.3), "old_logprobs": old, "advantages": normal(), "mask": mask}
+    extra = {"ref_logprobs": old + normal(0.3), "entropy": normal().abs(), "weights": normal().abs()}
+    for aggregation in AGGREGATIONS:
+        yield aggregation, base | {"aggregation": aggregation}
+        yield f"{aggregation}, normalizer", base | {"aggregation": aggregation, "normalizer": 77.0}
+    for kl in KLS:
+        yield f"KL {kl}", base | {"kl": kl, "kl_coef": 0.1, "ref_logprobs": extra["ref_logprobs"]}
+    yield "no mask", {name: x for name, x in base.items() if name != "mask"}
+    yield "asymmetric clip, float mask", base | {"clip_low": 0.1, "clip_high": 0.28, "mask": mask.float()}
+    yield "entropy bonus", base | {"entropy": extra["entropy"], "entropy_coef": 0.01}
+    yield "weights, dual clip, delta, k3, entropy", base | extra | {
+        "dual_clip": 3.0, "delta": 2.0, "kl": "k3", "kl_coef": 0.05, "entropy_coef": 0.02,
+        "aggregation": "seq-mean-token-mean",
+    }  # fmt: skip
+    yield "one advantage per sequence", base | {"advantages": base["advantages"][:, 0].clone()}
+    yield "extreme log-ratios, dual clip", base | {"logprobs": old + normal(30.0), "dual_clip": 3.0}
+    yield "extreme log-ratios, delta", base | {"logprobs": old + normal(12.0), "delta": 4.0}
+    signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
+    edge = torch.where(signs > 0, 1.2, 0.8) * (1 + 1e-4 * torch.randn(shape, generator=generator).sign())
+    yield "just inside and outside both clip edges", base | {"logprobs": old + edge.log()}
+    yield "ties: ratio 1, clip range 0", base | {"logprobs": old.clone(), "clip_low": 0.0, "clip_high": 0.0}
+    yield "advantages 0", base | {"advantages": torch.zeros(shape)}
+    bad = {"logprobs": torch.nan, "old_logprobs": torch.inf, "advantages": -torch.inf}
+    poisoned = {name: base[name].masked_fill(~mask, value) for name, value in bad.items()}
+    yield "NaN and infinities under the mask", base | poisoned
+    yield "packed", base | {"packed": True, "aggregation": "seq-mean-token-sum-norm"}
+    yield "packed, one advantage per sequence", base | {
+        "packed": True, "advantages": base["advantages"][:, 0].clone(), "aggregation": "seq-mean-token-mean",
+    }  # fmt: skip
+    yield "nothing counted, normalizer", base | {"mask": torch.zeros(shape), "normalizer": 10.0}
+
+
+def _leaves(inputs: Mapping[str, Any], double: bool = False) -> Tensors:
+    names = ("logprobs", "entropy") if inputs.get("entropy_coef") else ("logprobs",)
+    return {name: leaf(inputs[name], double) for name in names}
+
+
+def _ours(seed: int, inputs: Mapping[str, Any]) -> Tensors:
+    leaves = _leaves(inputs)
+    clips = {k: inputs[k] for k in _CLIPS if k in inputs}
+    rest = {k: v for k, v in inputs.items() if k not in (*_CLIPS, *_DATA, "packed")}
+    data: dict[str, Any] = {k: inputs[k] for k in _DATA if k in inputs} | rest | leaves
+    inside = inputs["mask"] != 0 if inputs.get("packed") else None
+    if inside is not None:  # the mask becomes the layout: what it drops is not there at all
+        data = {k: v[inside] if isinstance(v, Tensor) and v.shape == inside.shape else v for k, v in data.items()}
+        del data["mask"]
+        data["cu_seqlens"] = torch.nn.functional.pad(inside.sum(-1).cumsum(0), (1, 0))
+    out = fastreward.policy_loss(**data, loss=fastreward.losses.ppo(**clips), return_token_loss=True)
+    token = out.token_loss
+    assert token is not None
+    if inside is not None:
+        token = torch.zeros(inside.shape, device=token.device).masked_scatter(inside, token)
+    return _finished(out.loss, token, dict(out.metrics.items()), leaves, seed)
+
+
+def _truth(seed: int, inputs: Mapping[str, Any]) -> Tensors:
+    leaves = _leaves(inputs, double=True)
+    options = {k: v for k, v in inputs.items() if k != "packed"} | leaves
+    return _finished(*reference.policy_loss(**options), leaves, seed)
+
+
+def _plain_torch(seed: int, inputs: Mapping[str, Any]) -> Tensors:
+    leaves = _leaves(inputs)
+    options = {k: v for k, v in inputs.items() if k != "packed"} | leaves
+    return _finished(*_plain.policy_loss(**options), leaves, seed)
+
+
+def _finished(loss: Tensor, token: Tensor, metrics: Tensors, leaves: Tensors, seed: int) -> Tensors:
+    named = {f"metric {name}": value.detach() for name, value in metrics.items()}
+    grads = gradients({"loss": loss}, leaves, seed)
+    return {"loss": loss.detach(), "token_loss": token.detach()} | named | grads

@@ -1,0 +1,60 @@
+"""whiten: masks of every kind, a large mean over a small spread, and hardly anything to count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+import fastreward
+from fastreward import _plain
+from fastreward._verify import Problem, Tensors
+from fastreward.reference import whiten as reference
+
+
+def problems(quick: bool) -> Iterator[Problem]:
+    """Whole and masked, shifted and not, ill-conditioned, tiny."""
+    for seed in range(1 if quick else 3):
+        for name, inputs in _inputs(seed):
+            yield Problem(
+                "whiten",
+                name if seed == 0 else f"{name} (seed {seed})",
+                "float32",
+                inputs,
+                _ours,
+                partial(_call, reference.whiten),
+                partial(_call, _plain.whiten),
+            )
+
+
+def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (13, 301)
+    x = torch.randn(shape, generator=generator) * 2 + 1
+    mask = torch.arange(shape[1]) < torch.randint(0, shape[1] + 1, (shape[0], 1), generator=generator)
+    mask[0], mask[1] = False, True
+    yield "no mask", {"x": x}
+    yield "ragged mask", {"x": x, "mask": mask}
+    yield "integer mask, mean kept", {"x": x, "mask": mask.long(), "shift_mean": False}
+    yield "float mask, ddof 0", {"x": x, "mask": mask.float(), "ddof": 0}
+    yield "large mean, small spread", {"x": 1e4 + 1e-2 * x, "mask": mask}
+    yield "NaN under the mask", {"x": x.masked_fill(~mask, torch.nan), "mask": mask}
+    yield "constant", {"x": torch.full(shape, 3.0), "mask": mask, "shift_mean": False}
+    yield "two counted positions", {"x": x, "mask": torch.arange(x.numel()).view(shape) < 2}
+    yield "one counted position, ddof 0", {"x": x, "mask": torch.arange(x.numel()).view(shape) < 1, "ddof": 0}
+    yield "one dimension", {"x": x.flatten()[:1000].clone()}
+    yield "in place", {"x": x, "mask": mask, "inplace": True}
+
+
+def _ours(inputs: Mapping[str, Any]) -> Tensors:
+    options = {k: v for k, v in inputs.items() if k != "inplace"}
+    if inputs.get("inplace"):
+        work = options["x"].clone()
+        return {"whitened": fastreward.whiten(**options | {"x": work}, out=work)}
+    return {"whitened": fastreward.whiten(**options)}
+
+
+def _call(function: Any, inputs: Mapping[str, Any]) -> Tensors:
+    return {"whitened": function(**{k: v for k, v in inputs.items() if k != "inplace"})}

@@ -1,0 +1,156 @@
+"""The command line: `fastreward doctor`, `fastreward verify`, `fastreward bench`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+app = typer.Typer(
+    help="Compiled kernels for RL training of language models: what is here, is it right, how fast is it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of tables.")]
+
+
+@app.command()
+def doctor(as_json: JsonFlag = False) -> None:
+    """Show what is on this machine and which backend serves which operation, or why not."""
+    from fastreward import doctor as room
+
+    facts = room.report()
+    if as_json:
+        _print_json(facts)
+    else:
+        room.show(_console(), facts)
+
+
+@app.command()
+def verify(
+    operations: Annotated[list[str] | None, typer.Argument(help="Operations; all when none is named.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller inputs and fewer seeds.")] = False,
+    backends: Annotated[list[str] | None, typer.Option("--backend", help="Only this backend; may be repeated.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Hold every operation on every backend here to the float64 reference, gradients too. Exit code 1 on failure."""
+    from fastreward import verify as room
+
+    try:
+        jobs = room.plan(operations, backends, quick)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    with _progress() as progress:
+        task = progress.add_task("verify", total=len(jobs.problems))
+        findings = room.run(jobs, lambda text: progress.update(task, advance=1, description=text))
+    if as_json:
+        _print_json(room.as_dict(jobs, findings))
+    else:
+        room.show(_console(), jobs, findings)
+    if not room.passed(jobs, findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    operations: Annotated[list[str] | None, typer.Argument(help="Operations; all when none is named.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", help="Write a bar chart to this file (.png, .svg).")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few rounds, no memory measurement.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rows: Annotated[int | None, typer.Option(min=1, help="First dimension: rows, or sequences.")] = None,
+    vocab: Annotated[int | None, typer.Option(min=2, help="Vocabulary, where there is one.")] = None,
+    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="float32 or bfloat16; may be repeated.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Budget of one case's timed rounds (at least 3 run).")] = None,
+    memory: Annotated[bool | None, typer.Option("--memory/--no-memory", help="Peak memory too.")] = None,
+) -> None:
+    """Time every operation beside its peers and the machine's limit. Nothing is timed before its results are equal."""
+    from fastreward import bench as room
+    from fastreward.bench import report
+    from fastreward.bench._types import EquivalenceError
+    from fastreward.bench.engine import Settings
+    from fastreward.bench.run import Plan, results
+
+    names = tuple(_operation(name, room.OPERATIONS) for name in operations or room.OPERATIONS)
+    _check_device(device)
+    for dtype in dtypes or ():
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise typer.BadParameter(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+    settings = Settings(seconds or 0.5, 3, 15) if quick else Settings(seconds or 20.0)
+    wants_memory = not quick if memory is None else memory
+    plan = Plan(names, device, quick, rows, vocab, tuple(dtypes or ()), wants_memory, settings)
+    console, done = _console(), []
+    try:
+        with _progress() as progress:
+            task = progress.add_task("bench", total=len(plan.jobs()))
+            for result in results(plan, lambda text: progress.update(task, description=text)):
+                progress.advance(task)
+                done.append(result)
+                report.print_case(console, result)
+    except EquivalenceError as error:
+        console.print(f"[bold red]not equivalent:[/] {error}")
+        raise typer.Exit(1) from error
+    report.print_summary(console, done)
+    facts = {"machine": report.machine(device), "cases": [result.as_dict() for result in done]}
+    if json_path is not None:
+        json_path.write_text(json.dumps(facts, indent=1) + "\n")
+    if plot_path is not None:
+        report.plot(facts["cases"], plot_path)  # type: ignore[arg-type]
+    if any(reason.startswith("not equivalent") for result in done for reason in result.outcome.case.absent.values()):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the `fastreward` script."""
+    app()
+
+
+def _operation(name: str, known: tuple[str, ...]) -> str:
+    """Operations are also known by their public function's name."""
+    short = {"token_logprobs": "logprobs", "linear_token_logprobs": "linear_logprobs", "group_advantages": "group"}
+    name = short.get(name, name)
+    if name not in known:
+        raise typer.BadParameter(f"unknown operation {name!r}; expected one of {', '.join(known)}")
+    return name
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device: expected cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda: torch sees no CUDA device here; try `fastreward doctor`")
+
+
+def _console() -> Console:
+    # A pipe or a log has no width: tables are not squeezed into 80 columns there.
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _progress() -> Progress:
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _print_json(facts: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
