@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import LOG2E
 from ._launch import OPTIONS, contiguous, contiguous_rows, on_device_of, row_stride, temperature_arguments
-from ._softmax import FLOOR, LOG2E, NEG_INF, inverse_temperature, kept_ids_at, kept_logit_at
+from ._softmax import FLOOR, NEG_INF, inverse_temperature, kept_ids_at, kept_logit_at
 
 # --------------------------------------------------------------------------------------------------------- config
 # As in the forward: 8 warps, 16-byte loads and stores, the next block's loads ahead of this block's arithmetic. The

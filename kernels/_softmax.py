@@ -17,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+from ._device import LN2, lane_columns, over_lane
+
 #: Below any exponent whose exp2 is not 0: what -inf is replaced by where it would meet a 0 (-inf * 0 = NaN).
 FLOOR: tl.constexpr = tl.constexpr(-1.0e4)
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
@@ -55,20 +55,6 @@ def kept_ids_at(keep_ids_row, j, k, V):
     """Kept ids at positions j of the row, V where there is none (padding, or outside the vocabulary)."""
     ids = tl.load(keep_ids_row + j, mask=j < k, other=-1)
     return tl.where((ids >= 0) & (ids < V), ids, V)
-
-
-@triton.jit
-def lane_columns(STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Columns of a block, i32 [STEPS, LANES, VEC]."""
-    step = tl.arange(0, STEPS)[:, None, None]
-    lane = tl.arange(0, LANES)[None, :, None]
-    return (step * LANES + lane) * VEC + tl.arange(0, VEC)[None, None, :]
-
-
-@triton.jit
-def over_lane(x):
-    """Sum of [STEPS, LANES, VEC] within each lane: [LANES]; no data leaves a thread."""
-    return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
 @triton.jit

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fastreward._layout import FLAG, INDICES, VALUES
 
+from ._device import LOG2E
 from ._launch import OPTIONS, contiguous, contiguous_rows, on_device_of, row_stride, temperature_arguments
 from ._logprobs_backward import backward
 from ._softmax import (
     FLOOR,
-    LOG2E,
     NEG_INF,
     inverse_temperature,
     kept_ids_at,
