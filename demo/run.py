@@ -28,17 +28,24 @@ import typer  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+_STARTED = time.perf_counter()
 SIDES = ("stock", "patched")
 TOLERANCE = 1e-4
 #: Metrics that hang on log-probs, entropies and gradients; the policy part of an on-policy loss hardly does.
 DEPENDENT = ("kl", "entropy", "grad_norm")
 
 
+def elapsed() -> float:
+    """Seconds since this program began."""
+    return time.perf_counter() - _STARTED
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is run; the same for both sides."""
 
-    rounds: int
+    rounds: int  # at most: none is begun that would not end within `budget`
+    budget: float
     steps: int
     warm_up: int
     prompts: int
@@ -114,7 +121,6 @@ class Result:
 
 def run(settings: Settings) -> Result:
     """Build and warm up the model, then train both sides in turn."""
-    started = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress, tempfile.TemporaryDirectory() as folder:
         total = settings.warm_up + 2 * (1 + settings.rounds * settings.steps)
@@ -133,7 +139,7 @@ def run(settings: Settings) -> Result:
             progress.update(bar, advance=1, description=f"supervised warm-up, loss {loss:.2f}")
         model.save_pretrained(Path(folder) / "warm")
         steps = _Rounds(settings, tokenizer, task, Path(folder), lambda **what: progress.update(bar, **what)).run()
-    return Result(settings, _machine(), steps, (losses[0], losses[-1]), time.perf_counter() - started)
+    return Result(settings, _machine(), steps, (losses[0], losses[-1]), elapsed())
 
 
 @dataclass
@@ -149,14 +155,18 @@ class _Rounds:
     def run(self) -> dict[str, list[Any]]:
         """The timed steps of both sides."""
         steps: dict[str, list[Any]] = {side: [] for side in SIDES}
+        longest = 0.0
         checkpoint = self.folder / "warm"
         for number in range(self.settings.rounds + 1):
-            following = self.folder / f"round{number}"
+            if number > 2 and elapsed() + longest > self.settings.budget:
+                break
+            begun, following = elapsed(), self.folder / f"round{number}"
             for side in SIDES if number % 2 else SIDES[::-1]:  # who goes first alternates
                 recorded = self._train(side, number, checkpoint, following)
                 if number > 0:
                     steps[side] += recorded
             checkpoint = following  # the next round goes on from where stock TRL is now, on both sides
+            longest = max(longest, elapsed() - begun)
         return steps
 
     def _train(self, side: str, number: int, checkpoint: Path, following: Path) -> list[Any]:
@@ -210,7 +220,7 @@ def table(result: Result) -> Table:
         f"GRPO on reasoning-gym spell_backward, vocabulary {settings.vocabulary:,}, {settings.prompts} prompts x "
         f"{settings.generations} completions, hidden {settings.hidden}, {settings.layers} layers, KL {settings.kl:g}\n"
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, trl {machine['trl']}; "
-        f"medians of {len(result.steps['stock'])} steps in {settings.rounds} alternating rounds"
+        f"medians of {len(result.steps['stock'])} steps in {len(_by_round(result))} alternating rounds"
     )
     grid = Table("", "stock TRL", "fastreward", "ratio", title=title, title_justify="left")
     for name, field, scale, unit in (
@@ -296,7 +306,10 @@ def _save(result: Result, folder: Path) -> None:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, after one untimed.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds at most, after one untimed.")] = 4,
+    budget: Annotated[
+        float, typer.Option(help="Seconds; a third or later round that would take longer is left out.")
+    ] = 215,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each side in a round.")] = 3,
     warm_up: Annotated[int, typer.Option(min=1, help="Supervised steps before.")] = 60,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts per step.")] = 2,
@@ -314,7 +327,7 @@ def main(
 ) -> None:
     """Train with stock TRL and with TRL on fastreward, in turn, and compare time, memory and loss."""
     settings = Settings(
-        rounds, steps, warm_up, prompts, generations, completion, hidden, layers, vocabulary, learning_rate, kl
+        rounds, budget, steps, warm_up, prompts, generations, completion, hidden, layers, vocabulary, learning_rate, kl
     )
     result = run(settings)
     _save(result, output)
