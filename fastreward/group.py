@@ -107,7 +107,6 @@ def group_advantages(
     _check.dtype("rewards", _check.tensor("rewards", rewards), (torch.float32, torch.float64))
     if rewards.ndim not in (1, 2):
         raise ValueError(f"rewards: expected shape [B] or [B, K], got {list(rewards.shape)}")
-    count = rewards.shape[0]
     for name, value, allowed in (("singleton", singleton, SINGLETONS), ("normalize", normalize, NORMALIZES)):
         _check.choice(name, value, allowed)
     center_name, center_values = _mode("center", center, CENTERS, rewards)

@@ -1,4 +1,4 @@
-"""Every instruction set gives right numbers, not only this machine's best: the CPU tests run again on the lower ones."""
+"""Every instruction set gives right numbers, not only this machine's best: the CPU tests again on the lower ones."""
 
 from __future__ import annotations
 

@@ -146,16 +146,15 @@ def forward(
     """Raw form: (loss [], metrics [12], gradient for logprobs [B, T], row weight [B], token loss [B, T] or [0])."""
     rows = _Rows(logprobs, cu_seqlens)
     counted = rows.padded(torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0)
-    padded = {
-        "logprobs": rows.padded(logprobs),
-        "old_logprobs": rows.padded(old_logprobs),
-        "advantages": rows.padded(advantages) if advantages.shape == logprobs.shape else advantages,
-        "ref_logprobs": None if ref_logprobs is None else rows.padded(ref_logprobs),
-        "weights": None if weights is None else rows.padded(weights),
-    }
+    lp, old = rows.padded(logprobs), rows.padded(old_logprobs)
+    adv = rows.padded(advantages) if advantages.shape == logprobs.shape else advantages
+    ref = None if ref_logprobs is None else rows.padded(ref_logprobs)
+    factor = None if weights is None else rows.padded(weights)
     loss, token, metrics = policy_loss(
-        **padded,
-        mask=counted,
+        lp,
+        old,
+        adv,
+        counted,
         clip_low=options.clip_low,
         clip_high=options.clip_high,
         dual_clip=options.dual_clip,
@@ -163,13 +162,15 @@ def forward(
         log_ratio_clamp=options.log_ratio_clamp,
         aggregation=options.aggregation,
         normalizer=normalizer,
+        ref_logprobs=ref,
         kl=options.kl,
         kl_coef=options.kl_coef,
         entropy=None if entropy is None else rows.padded(entropy),
         entropy_coef=options.entropy_coef,
+        weights=factor,
     )
     weight = _row_weight(counted, options.aggregation, normalizer)
-    grad = torch.where(counted, _derivative(**padded, options=options) * weight.unsqueeze(-1), 0.0)
+    grad = torch.where(counted, _derivative(lp, old, adv, ref, factor, options) * weight.unsqueeze(-1), 0.0)
     return (
         loss.float(),
         torch.stack(list(metrics.values())).float(),

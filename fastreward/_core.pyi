@@ -1,0 +1,133 @@
+"""Types of the C++ extension (csrc/bindings); integers named after tensors are data pointers, 0 = not given."""
+
+from enum import Enum
+
+class DType(Enum):
+    f32 = 0
+    bf16 = 1
+    f16 = 2
+
+class LogprobsRows:
+    columns: int
+    dtype: DType
+    inv_temperature: int
+    inv_temperature_scalar: float
+    inv_temperature_stride: int
+    keep_count: int
+    keep_ids: int
+    keep_ids_stride: int
+    keep_mask: int
+    keep_mask_stride: int
+    labels: int
+    logits: int
+    mask: int
+    row_stride: int
+    rows: int
+    threads: int
+    token_count: int
+    token_ids: int
+    token_ids_stride: int
+    def __init__(self) -> None: ...
+
+def advise_huge_pages(address: int, bytes: int) -> bool: ...
+def group_advantages(
+    rewards: int,
+    rewards_f64: bool,
+    rows: int,
+    components: int,
+    group_index: int,
+    group_size: int,
+    lengths: int,
+    component_weights: int,
+    center_values: int,
+    scale_values: int,
+    center: int,
+    scale: int,
+    ddof: int,
+    eps: float,
+    eps_inside: bool,
+    singleton: int,
+    normalize: int,
+    advantages: int,
+    threads: int,
+) -> None: ...
+def isa() -> str: ...
+def logprobs_backward(
+    rows: LogprobsRows,
+    values: int,
+    grad_values: int,
+    grad_ids: int,
+    grad_logits: int,
+    grad_stride: int,
+    inv_softcap: float,
+) -> None: ...
+def logprobs_finish(
+    state: int,
+    inv_temperature: int,
+    inv_temperature_stride: int,
+    inv_temperature_scalar: float,
+    rows: int,
+    vocab_size: int,
+    flags: int,
+    values: int,
+    indices: int,
+) -> None: ...
+def logprobs_fold(rows: LogprobsRows, vocab_start: int, flags: int, label_logits: int, state: int) -> None: ...
+def logprobs_forward(rows: LogprobsRows, flags: int, values: int, indices: int, id_logprobs: int) -> None: ...
+def policy_forward(
+    rows: int,
+    columns: int,
+    cu_seqlens: int,
+    mask: int,
+    mask_kind: int,
+    logprobs: int,
+    old_logprobs: int,
+    advantages: int,
+    advantage_per_row: bool,
+    ref_logprobs: int,
+    entropy: int,
+    weights: int,
+    normalizer: int,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    delta: float | None,
+    log_ratio_clamp: float | None,
+    aggregation: int,
+    kl: int,
+    kl_coef: float,
+    entropy_coef: float,
+    loss: int,
+    metrics: int,
+    gradient: int,
+    row_weight: int,
+    token_loss: int,
+    threads: int,
+) -> tuple[int, int]: ...
+def policy_scale(x: int, factor: float, n: int, out: int, threads: int) -> None: ...
+def policy_spread(
+    rows: int,
+    columns: int,
+    cu_seqlens: int,
+    mask: int,
+    mask_kind: int,
+    row_weight: int,
+    factor: float,
+    out: int,
+    threads: int,
+) -> None: ...
+def whiten_apply(
+    x: int,
+    mask: int,
+    mask_kind: int,
+    rows: int,
+    columns: int,
+    shift: float,
+    scale: float,
+    offset: float,
+    out: int,
+    threads: int,
+) -> None: ...
+def whiten_statistics(
+    x: int, mask: int, mask_kind: int, rows: int, columns: int, threads: int
+) -> tuple[float, float, float]: ...
