@@ -224,12 +224,13 @@ extern "C" __global__ void __launch_bounds__(256) logprobs_finish(const FinishAr
   write_row({a.values, a.indices, a.rows, n, int(a.flags)}, state, inv_t, double(a.vocab));
 }
 
+// Two blocks of 512 threads on a multiprocessor leave 64 registers to a thread; the kept-mask kernels need a few more.
 #define FASTREWARD_FORWARD(type, T, what, level, keep)                                                          \
-  extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 2)                                              \
+  extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, keep ? 1 : 2)                                   \
       logprobs_forward_##type##_##what(const ForwardArguments a) {                                              \
     forward_row<T, level, keep, 1>(a);                                                                          \
   }                                                                                                             \
-  extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 2) FASTREWARD_CLUSTER(8)                        \
+  extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, keep ? 1 : 2) FASTREWARD_CLUSTER(8)             \
       logprobs_forward_##type##_##what##_cluster(const ForwardArguments a) {                                    \
     forward_row<T, level, keep, SLICES>(a);                                                                     \
   }

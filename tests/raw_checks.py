@@ -1,0 +1,393 @@
+"""Checks of a backend's raw functions against the float64 reference, on adversarial inputs: values, gradients, bits.
+
+Run by tests/test_gpu.py on a GPU (Triton and CUDA C++) and by tests/test_cuda_emulated.py on the CPU. Tensors are made
+on the CPU, where the reference runs, and copied to `device`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreward._layout import INDICES, VALUES
+from fastreward._options import GroupOptions, PolicyOptions
+from fastreward.reference import group as reference_group
+from fastreward.reference import logprobs as reference_logprobs
+from fastreward.reference import policy_loss as reference_policy_loss
+from fastreward.reference import whiten as reference_whiten
+
+EVERYTHING = 31
+#: Half a step of each type beside 1, by which a stored gradient may differ from the exact one.
+STEP = {torch.float32: 6e-8, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def close(got: Tensor, want: Tensor, absolute: float, relative: float = 0.0, what: str = "") -> None:
+    """Equal up to the tolerances, with NaN and infinities in the same places."""
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    torch.testing.assert_close(got, want, atol=absolute, rtol=relative, equal_nan=True, msg=lambda m: f"{what}: {m}")
+
+
+@dataclass
+class Logits:
+    """One call of logprobs.forward, on the CPU."""
+
+    logits: Tensor
+    labels: Tensor
+    inv_temperature: float | Tensor = 1.0
+    mask: Tensor | None = None
+    keep_mask: Tensor | None = None
+    keep_ids: Tensor | None = None
+    token_ids: Tensor | None = None
+
+    def arguments(self, device: str) -> tuple[Any, ...]:
+        return tuple(
+            _strided_copy(x, device) if isinstance(x, Tensor) else x
+            for x in (self.logits, self.labels, self.inv_temperature, self.mask, self.keep_mask, self.keep_ids, self.token_ids)
+        )  # fmt: skip
+
+
+def _strided_copy(x: Tensor, device: str) -> Tensor:
+    """x on `device` with the same strides and the same offset from an aligned address."""
+    if x.ndim == 0 or 0 in x.shape:
+        return x.to(device)
+    storage = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype, device=device)
+    copy = storage.as_strided(x.shape, x.stride(), x.storage_offset())
+    if 0 in x.stride():
+        copy[tuple(slice(None) if s else slice(0, 1) for s in x.stride())] = x[
+            tuple(slice(None) if s else slice(0, 1) for s in x.stride())
+        ].to(device)
+        return copy
+    return copy.copy_(x.to(device))
+
+
+def logits_case(kind: str, dtype: torch.dtype, rows: int, vocab: int, seed: int = 0) -> Logits:
+    """Inputs of one kind; the kinds are the keys of CASES."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, vocab, (rows,), generator=g)
+    case = Logits((torch.randn(rows, vocab, generator=g) * 3).to(dtype), labels)
+    CASES[kind](case, g)
+    return case
+
+
+def _plain(case: Logits, g: torch.Generator) -> None:
+    """Nothing special."""
+
+
+def _strided(case: Logits, g: torch.Generator) -> None:
+    """Rows at odd addresses: a slice of a wider tensor."""
+    rows, vocab = case.logits.shape
+    wide = torch.full((rows, vocab + 5), torch.nan, dtype=case.logits.dtype)
+    wide[:, 3 : 3 + vocab] = case.logits
+    case.logits = wide[:, 3 : 3 + vocab]
+
+
+def _temperatures(case: Logits, g: torch.Generator) -> None:
+    case.inv_temperature = torch.rand(case.logits.shape[0], generator=g) + 0.5
+
+
+def _one_temperature(case: Logits, g: torch.Generator) -> None:
+    case.inv_temperature = torch.full((1,), 1.25).expand(case.logits.shape[0])
+
+
+def _masked(case: Logits, g: torch.Generator) -> None:
+    case.mask = torch.arange(case.logits.shape[0]) % 3 != 1
+    case.logits[~case.mask] = torch.nan
+
+
+def _infinities(case: Logits, g: torch.Generator) -> None:
+    """-inf columns, a label among them, a row of -inf only, and one with a single finite logit."""
+    case.logits[torch.rand(case.logits.shape, generator=g) < 0.4] = -torch.inf
+    case.logits[:, -1] = 1.0
+    case.logits[0, case.labels[0]] = -torch.inf
+    case.logits[1] = -torch.inf
+    case.logits[2] = -torch.inf
+    case.logits[2, case.labels[2]] = 2.0
+
+
+def _keep_mask(case: Logits, g: torch.Generator) -> None:
+    case.keep_mask = torch.rand(case.logits.shape, generator=g) < 0.3
+    case.keep_mask[:, 0] = True
+    case.keep_mask[1:, :].scatter_(1, case.labels[1:, None], True)
+    case.keep_mask[0, case.labels[0]] = case.labels[0] == 0
+    case.token_ids = torch.randint(0, case.logits.shape[1], (case.logits.shape[0], 3), generator=g)
+
+
+def _keep_ids(case: Logits, g: torch.Generator) -> None:
+    rows, vocab = case.logits.shape
+    count = min(vocab, 40)
+    case.keep_ids = torch.stack([torch.randperm(vocab, generator=g)[:count] for _ in range(rows)])
+    case.keep_ids[:, -1] = -1
+    case.labels[1:] = case.keep_ids[1:, 0]
+    case.token_ids = torch.randint(0, vocab, (rows, 3), generator=g)
+
+
+def _token_ids(case: Logits, g: torch.Generator) -> None:
+    """Duplicates, and the label itself."""
+    rows, vocab = case.logits.shape
+    case.token_ids = torch.randint(0, vocab, (rows, 5), generator=g)
+    case.token_ids[:, 1] = case.token_ids[:, 0]
+    case.token_ids[:, 2] = case.labels
+
+
+def _shared_token_ids(case: Logits, g: torch.Generator) -> None:
+    case.token_ids = torch.randint(0, case.logits.shape[1], (1, 4), generator=g).expand(case.logits.shape[0], 4)
+
+
+def _ties(case: Logits, g: torch.Generator) -> None:
+    """Few distinct values: the first maximum must win, and the rank counts what is strictly above."""
+    case.logits.copy_(torch.randint(0, 3, case.logits.shape, generator=g))
+
+
+def _far_apart(case: Logits, g: torch.Generator) -> None:
+    """One logit far above the rest, and growing maxima along the row."""
+    case.logits[0, -1] = 60.0
+    case.logits[1].copy_(torch.linspace(-50, 50, case.logits.shape[1]))
+    case.logits[2].copy_(torch.linspace(50, -50, case.logits.shape[1]))
+
+
+CASES: dict[str, Callable[[Logits, torch.Generator], None]] = {
+    "plain": _plain,
+    "strided": _strided,
+    "temperatures": _temperatures,
+    "one_temperature": _one_temperature,
+    "masked": _masked,
+    "infinities": _infinities,
+    "keep_mask": _keep_mask,
+    "keep_ids": _keep_ids,
+    "token_ids": _token_ids,
+    "shared_token_ids": _shared_token_ids,
+    "ties": _ties,
+    "far_apart": _far_apart,
+}
+
+
+def check_logprobs_forward(module: ModuleType, device: str, case: Logits, flags: int = EVERYTHING) -> None:
+    values, indices, ids = module.forward(*case.arguments(device), flags)
+    want_values, want_indices, want_ids = reference_logprobs.forward(*case.arguments("cpu"), EVERYTHING)
+    bits = {"entropy": 1, "log_sum_sq_probs": 2, "mean_logit": 4, "argmax": 8, "rank": 16}
+    for row, name in enumerate(VALUES):
+        asked = name not in bits or flags & bits[name]
+        close(values[row], want_values[row] if asked else torch.zeros_like(want_values[row]), 3e-6, 1e-6, name)
+    for row, name in enumerate(INDICES):
+        want = want_indices[row] if flags & bits[name] else torch.zeros_like(want_indices[row])
+        assert torch.equal(indices[row].cpu(), want), name
+    close(ids, want_ids, 3e-6, 1e-6, "id_logprobs")
+
+
+def check_logprobs_backward(
+    module: ModuleType, device: str, case: Logits, *, in_place: bool = False, only: str | None = None, inv_softcap: float = 0.0
+) -> None:  # fmt: skip
+    """Non-uniform upstream gradients for every differentiable output, or for one."""
+    g = torch.Generator().manual_seed(1)
+    rows, vocab = case.logits.shape
+    values, _, ids = reference_logprobs.forward(*case.arguments("cpu"), EVERYTHING)
+    grad_values = torch.randn(len(VALUES), rows, generator=g)
+    grad_ids = None if case.token_ids is None else torch.randn(ids.shape, generator=g)
+    if only is not None:
+        grad_values *= (torch.arange(len(VALUES)) == VALUES.index(only)).unsqueeze(-1)
+    want = torch.empty(rows, vocab, dtype=torch.float64)
+    arguments = case.arguments("cpu")
+    reference_logprobs.backward(*arguments, values, ids, grad_values, grad_ids, want, inv_softcap)
+    arguments = case.arguments(device)
+    out = arguments[0] if in_place else torch.full_like(arguments[0], torch.nan)
+    gids = None if grad_ids is None else grad_ids.to(device)
+    module.backward(*arguments, values.to(device), ids.to(device), grad_values.to(device), gids, out, inv_softcap)
+    scale = max(1.0, float(want.nan_to_num(0.0, 0.0, 0.0).abs().max()))
+    close(out, want, 4e-6 * scale, 1e-6 + 1.01 * STEP[case.logits.dtype], "grad_logits")
+
+
+def check_fold(module: ModuleType, device: str, case: Logits, tile: int, *, known_labels: bool) -> None:
+    """Tiles of the vocabulary, folded in order, against the whole row."""
+    rows, vocab = case.logits.shape
+    state = torch.zeros(rows, 8, dtype=torch.float64, device=device)
+    state[:, 0], state[:, 5] = -torch.inf, torch.nan
+    logits, labels, inv, *_ = case.arguments(device)
+    thresholds = logits.float().gather(1, labels[:, None]).squeeze(1) if known_labels else None
+    flags = EVERYTHING if known_labels else EVERYTHING & ~16
+    for start in range(0, vocab, tile):
+        module.fold(logits[:, start : start + tile], labels, start, inv, state, flags, thresholds)
+    values, indices = module.finish(state, inv, vocab, flags)
+    want_values, want_indices, _ = reference_logprobs.forward(*case.arguments("cpu"), EVERYTHING)
+    for row, name in enumerate(VALUES):
+        close(values[row], want_values[row], 3e-6, 1e-6, name)
+    assert torch.equal(indices[0].cpu(), want_indices[0])
+    if known_labels:
+        assert torch.equal(indices[1].cpu(), want_indices[1])
+
+
+def check_bits(module: ModuleType, device: str, case: Logits) -> None:
+    """The same bits again, alone, in another order, and at another address."""
+    logits, labels, *rest = case.arguments(device)
+    rows, vocab = logits.shape
+    first = module.forward(logits, labels, *rest, EVERYTHING)
+    assert all(torch.equal(a, b) for a, b in zip(first, module.forward(logits, labels, *rest, EVERYTHING), strict=True))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(2)).to(device)
+    shuffled = module.forward(logits[order].contiguous(), labels[order], *rest, EVERYTHING)
+    assert torch.equal(shuffled[0], first[0][:, order])
+    for n in range(min(rows, 3)):
+        alone = module.forward(logits[n : n + 1], labels[n : n + 1], *rest, EVERYTHING)
+        assert torch.equal(alone[0][:, 0], first[0][:, n])
+    wide = torch.zeros(rows, vocab + 7, dtype=logits.dtype, device=device)
+    wide[:, 1 : vocab + 1] = logits
+    moved = module.forward(wide[:, 1 : vocab + 1], labels, *rest, EVERYTHING)
+    assert torch.equal(moved[0], first[0])
+
+
+def check_illegal_labels(module: ModuleType, device: str, dtype: torch.dtype, vocab: int) -> None:
+    """NaN for that token and nothing else, whatever the label says."""
+    case = logits_case("plain", dtype, 6, vocab)
+    legal = module.forward(*case.arguments(device), EVERYTHING)
+    case.labels[[0, 2, 4]] = torch.tensor([-100, vocab, 2**62])
+    values, indices, _ = module.forward(*case.arguments(device), EVERYTHING)
+    bad = torch.tensor([True, False, True, False, True, False])
+    for row, name in enumerate(VALUES):
+        if name in ("logprobs", "label_logit"):
+            assert values[row].isnan().cpu().equal(bad), name
+        else:
+            assert torch.equal(values[row], legal[0][row]), name
+    assert (indices[1].cpu()[bad] == 0).all()
+    out = torch.full_like(case.logits, torch.nan).to(device)
+    grad = torch.ones_like(legal[0])
+    arguments = case.arguments(device)
+    module.backward(*arguments, legal[0], legal[2], grad, None, out, 0.0)
+    assert out.isfinite().all()
+
+
+POLICY_OPTIONS = {
+    "ppo": PolicyOptions(),
+    "dapo": PolicyOptions(clip_low=0.2, clip_high=0.28, aggregation="token-mean"),
+    "dual": PolicyOptions(dual_clip=3.0, aggregation="seq-mean-token-mean"),
+    "delta": PolicyOptions(delta=2.0, aggregation="seq-mean-token-sum", log_ratio_clamp=None),
+    "k1": PolicyOptions(kl="k1", kl_coef=0.1, aggregation="seq-mean-token-sum-norm"),
+    "k2": PolicyOptions(kl="k2", kl_coef=0.1, entropy_coef=0.01),
+    "k3": PolicyOptions(kl="k3", kl_coef=0.05, entropy_coef=0.01, aggregation="seq-mean-token-mean"),
+}
+_MASK_TYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float16)
+
+
+def check_policy_loss(
+    module: ModuleType, device: str, options: PolicyOptions, rows: int, width: int, *, packed: bool = False, seed: int = 0
+) -> None:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, width + 1, (rows,), generator=g)
+    lengths[0] = width
+    if rows > 1:
+        lengths[1] = 0
+
+    def new(scale: float = 0.5) -> Tensor:
+        return torch.randn(rows, width, generator=g) * scale
+
+    old = new()
+    lp, ref, entropy, weights = old + new(), old + new(), new().abs(), new().abs()
+    advantages = torch.randn(rows, generator=g) if seed % 2 else new(1.0)
+    inside = torch.arange(width) < lengths[:, None]
+    mask = inside & (torch.rand(rows, width, generator=g) < 0.9)
+    for x in (lp, old, ref, entropy, weights, *([advantages] if advantages.ndim == 2 else [])):
+        x[~mask] = torch.nan
+    cu_seqlens = None
+    per_token = [lp, old, ref, entropy, weights, mask]
+    if packed:
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        per_token = [x[inside] for x in per_token]
+        advantages = advantages[inside] if advantages.ndim == 2 else advantages
+    lp, old, ref, entropy, weights, mask = per_token
+    mask = mask.to(_MASK_TYPES[seed % len(_MASK_TYPES)])
+    for normalizer in (None, torch.tensor(37.0)):
+        given = (lp, old, advantages, mask, ref, entropy, weights, cu_seqlens)
+        want_loss, want_metrics, want_saved, want_weight, want_token = reference_policy_loss.forward(
+            *given, options, True, normalizer
+        )
+        moved = tuple(x if x is None else x.to(device) for x in given)
+        on_device = None if normalizer is None else normalizer.to(device)
+        loss, metrics, saved, weight, token = module.forward(*moved, options, True, on_device)
+        close(loss, want_loss, 2e-6, 2e-6, "loss")
+        close(metrics, want_metrics, 2e-6, 2e-6, "metrics")
+        close(token, want_token, 2e-6, 2e-6, "token_loss")
+        upstream = torch.tensor(1.7)
+        want = reference_policy_loss.backward(want_saved, mask, want_weight, upstream, cu_seqlens, options)
+        got = module.backward(saved, moved[3], weight, upstream.to(device), moved[7], options)
+        close(got[0], want[0], 1e-7, 3e-6, "grad_logprobs")
+        close(got[1], want[1], 1e-8, 2e-6, "grad_entropy")
+        again = module.forward(*moved, options, True, on_device)
+        assert all(torch.equal(a, b) for a, b in zip(again, (loss, metrics, saved, weight, token), strict=True))
+
+
+def check_policy_nothing_counts(module: ModuleType, device: str) -> None:
+    nan = torch.full((3, 5), torch.nan, device=device)
+    mask = torch.zeros(3, 5, dtype=torch.bool, device=device)
+    for rows in (3, 0):
+        loss, metrics, saved, weight, _ = module.forward(
+            nan[:rows], nan[:rows], nan[:rows], mask[:rows], None, None, None, None, PolicyOptions(), False, None
+        )
+        assert loss.item() == 0.0
+        assert (metrics == 0).all()
+        grad, _ = module.backward(saved, mask[:rows], weight, torch.ones((), device=device), None, PolicyOptions())
+        assert (grad == 0).all()
+
+
+GROUP_OPTIONS = {
+    "grpo": GroupOptions(),
+    "dr_grpo": GroupOptions(scale="none"),
+    "rloo": GroupOptions(center="leave-one-out", scale="none", singleton="raw"),
+    "opo": GroupOptions(center="length-weighted", scale="none"),
+    "pass_at_k": GroupOptions(center="second-max", scale="max", singleton="nan"),
+    "reinforce_pp": GroupOptions(center="mean", scale="batch-std", ddof=0),
+    "inside": GroupOptions(eps=1e-3, eps_inside=True, ddof=0),
+    "gdpo": GroupOptions(normalize="normalize-then-sum"),
+    "gdpo_batch": GroupOptions(normalize="normalize-then-sum", scale="batch-std"),
+    "given": GroupOptions(center="tensor", scale="tensor"),
+}
+
+
+def check_group(
+    module: ModuleType, device: str, options: GroupOptions, rows: int, *, contiguous: bool, wide: bool
+) -> None:
+    g = torch.Generator().manual_seed(rows)
+    rewards = torch.randn(rows, 3, generator=g, dtype=torch.float64 if wide else torch.float32)
+    rewards[rows // 2 :] = rewards[rows // 2 :].round()  # ties
+    rewards[torch.rand(rows, 3, generator=g) < 0.1] = torch.nan
+    rewards[rows // 3] = torch.nan
+    index, size = torch.randint(-3, max(2, rows // 6), (rows,), generator=g) * 10**12, 0
+    index[-1] = 2**60  # a singleton
+    if contiguous:
+        index, size = None, 5
+    lengths = torch.randint(1, 50, (rows,), generator=g).float()
+    weights = torch.tensor([1.0, 0.5, -2.0])
+    given = options.center == "tensor"
+    center = torch.randn(rows, generator=g) if given else None
+    scale = torch.rand(rows, generator=g) + 0.5 if given else None
+    want = reference_group.forward(rewards, index, size, lengths, weights, center, scale, options)
+    moved = [
+        x if x is None or isinstance(x, int) else x.to(device)
+        for x in (rewards, index, size, lengths, weights, center, scale)
+    ]
+    got = module.forward(*moved, options)
+    close(got, want, 1e-6, 1e-6, "advantages")
+    assert torch.equal(got.nan_to_num(7.0), module.forward(*moved, options).nan_to_num(7.0))
+
+
+def check_whiten(
+    module: ModuleType, device: str, shape: tuple[int, ...], *, shift_mean: bool, masked: bool, offset: float
+) -> None:
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(shape, generator=g) + offset
+    mask = (torch.rand(shape, generator=g) < 0.7).int() if masked else None
+    if mask is not None:
+        x[mask == 0] = torch.nan
+    want = reference_whiten.whiten(x, mask, shift_mean=shift_mean)
+    moved, on_device = x.to(device), None if mask is None else mask.to(device)
+    out = torch.full_like(moved, torch.nan)
+    module.forward(moved, on_device, shift_mean, 1, 1e-8, out)
+    close(out, want, 2e-6, 1e-6, "whitened")
+    statistics = module.statistics(moved, on_device)
+    close(statistics, reference_whiten.statistics(x, mask), 1e-9, 1e-11, "statistics")
+    again = torch.empty_like(out)
+    module.forward(moved, on_device, shift_mean, 1, 1e-8, again)
+    assert torch.equal(out, again)
+    module.forward(moved, on_device, shift_mean, 1, 1e-8, moved)
+    assert torch.equal(out, moved)
