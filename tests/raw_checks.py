@@ -45,10 +45,9 @@ class Logits:
     token_ids: Tensor | None = None
 
     def arguments(self, device: str) -> tuple[Any, ...]:
-        return tuple(
-            _strided_copy(x, device) if isinstance(x, Tensor) else x
-            for x in (self.logits, self.labels, self.inv_temperature, self.mask, self.keep_mask, self.keep_ids, self.token_ids)
-        )  # fmt: skip
+        sets = (self.keep_mask, self.keep_ids, self.token_ids)
+        given = (self.logits, self.labels, self.inv_temperature, self.mask, *sets)
+        return tuple(_strided_copy(x, device) if isinstance(x, Tensor) else x for x in given)
 
 
 def _strided_copy(x: Tensor, device: str) -> Tensor:
@@ -180,8 +179,14 @@ def check_logprobs_forward(module: ModuleType, device: str, case: Logits, flags:
 
 
 def check_logprobs_backward(
-    module: ModuleType, device: str, case: Logits, *, in_place: bool = False, only: str | None = None, inv_softcap: float = 0.0
-) -> None:  # fmt: skip
+    module: ModuleType,
+    device: str,
+    case: Logits,
+    *,
+    in_place: bool = False,
+    only: str | None = None,
+    inv_softcap: float = 0.0,
+) -> None:
     """Non-uniform upstream gradients for every differentiable output, or for one."""
     g = torch.Generator().manual_seed(1)
     rows, vocab = case.logits.shape
@@ -271,8 +276,15 @@ _MASK_TYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32,
 
 
 def check_policy_loss(
-    module: ModuleType, device: str, options: PolicyOptions, rows: int, width: int, *, packed: bool = False, seed: int = 0
-) -> None:  # fmt: skip
+    module: ModuleType,
+    device: str,
+    options: PolicyOptions,
+    rows: int,
+    width: int,
+    *,
+    packed: bool = False,
+    seed: int = 0,
+) -> None:
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, width + 1, (rows,), generator=g)
     lengths[0] = width

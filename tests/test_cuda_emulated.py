@@ -106,7 +106,7 @@ def test_logprobs_fold(kind: str, known_labels: bool, emulator: Emulator) -> Non
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", raw_checks.POLICY_OPTIONS)
 def test_policy_loss(name: str, packed: bool, emulator: Emulator) -> None:
-    for seed, (rows, width) in enumerate([(4, 33), (3, 5000), (1, 1), (2, 2048), (70, 3), (5, 100)]):
+    for seed, (rows, width) in enumerate([(4, 33), (2, 2500), (1, 1), (20, 3)]):
         options = raw_checks.POLICY_OPTIONS[name]
         raw_checks.check_policy_loss(policy_loss, "cpu", options, rows, width, packed=packed, seed=seed)
 

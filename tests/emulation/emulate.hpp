@@ -3,6 +3,7 @@
 // thread_local. It says nothing about speed, and nothing about races between barriers.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <barrier>
@@ -40,8 +41,9 @@ struct Rendezvous {  // how many have come, and how often all have
 };
 
 struct Fiber {
-  ucontext_t context;
-  bool done = false;
+  ucontext_t context;  // where it starts
+  jmp_buf resume;      // where it goes on: unlike swapcontext, _longjmp makes no system call
+  bool started = false, done = false;
 };
 
 struct Cluster {
@@ -59,6 +61,7 @@ struct Block {
   int alive = 0;
   unsigned current = 0, index = 0, grid = 0, rank = 0;
   ucontext_t scheduler;
+  jmp_buf back;
   Cluster* cluster = nullptr;
   std::vector<float> dynamic;
   void (*body)(void*) = nullptr;
@@ -68,7 +71,9 @@ struct Block {
 inline thread_local Block* block = nullptr;
 inline thread_local char anchor = 0;
 
-inline void yield() { swapcontext(&block->fibers[block->current].context, &block->scheduler); }
+inline void yield() {
+  if (!_setjmp(block->fibers[block->current].resume)) _longjmp(block->back, 1);
+}
 
 template <class Last>
 void meet(Rendezvous& r, int members, Last last) {
@@ -98,7 +103,15 @@ inline void entry() {
   --b.alive;
   --b.warp_alive[b.current / WARP_SIZE];
   if (b.all.arrived) std::fprintf(stderr, "emulation: a thread left while others wait at a barrier\n"), std::abort();
-  swapcontext(&b.fibers[b.current].context, &b.scheduler);
+  _longjmp(b.back, 1);
+}
+
+inline void resume(Block& b) {
+  if (_setjmp(b.back)) return;
+  Fiber& fiber = b.fibers[b.current];
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  swapcontext(&b.scheduler, &fiber.context);
 }
 
 inline void run_block(unsigned index, unsigned grid, unsigned threads, std::size_t shared, Cluster* cluster, unsigned rank,
@@ -106,7 +119,7 @@ inline void run_block(unsigned index, unsigned grid, unsigned threads, std::size
   static thread_local std::vector<char> stacks;
   stacks.resize(threads * STACK);
   Block b;
-  b.fibers.resize(threads), b.warps.resize(threads / WARP_SIZE), b.exchange.resize(threads);
+  b.fibers.resize(threads), b.warps.resize(threads / WARP_SIZE), b.exchange.resize(2 * threads);
   b.warp_alive.assign(threads / WARP_SIZE, WARP_SIZE);
   b.alive = int(threads), b.index = index, b.grid = grid, b.rank = rank, b.cluster = cluster;
   b.dynamic.assign(shared / sizeof(float) + 1, std::nanf(""));
@@ -127,33 +140,40 @@ inline void run_block(unsigned index, unsigned grid, unsigned threads, std::size
     for (unsigned t = 0; t < threads; ++t)
       if (!b.fibers[t].done) {
         b.current = t;
-        swapcontext(&b.scheduler, &b.fibers[t].context);
+        resume(b);
       }
   block = nullptr;
 }
 
+// Puts a value where the warp sees it and waits for the other lanes; their values. Two rooms in turn: nobody can be two
+// exchanges ahead.
+template <class T>
+const std::uint64_t* put(T value) {
+  static_assert(sizeof(T) <= 8);
+  Block& b = *block;
+  const unsigned warp = b.current / WARP_SIZE, half = b.warps[warp].generation & 1 ? unsigned(b.fibers.size()) : 0u;
+  std::memcpy(&b.exchange[half + b.current], &value, sizeof(T));
+  meet_warp();
+  return &b.exchange[half + warp * WARP_SIZE];
+}
+
+template <class T>
+T get(const std::uint64_t* lanes, unsigned lane) {
+  T value;
+  std::memcpy(&value, lanes + lane, sizeof(T));
+  return value;
+}
+
 template <class T>
 T exchanged(T value, unsigned from) {
-  static_assert(sizeof(T) <= 8);
-  std::memcpy(&block->exchange[block->current], &value, sizeof(T));
-  meet_warp();
-  T result;
-  std::memcpy(&result, &block->exchange[block->current / WARP_SIZE * WARP_SIZE + from], sizeof(T));
-  meet_warp();
-  return result;
+  return get<T>(put(value), from);
 }
 
 template <class T, class Join>
 T reduced(T value, Join join) {
-  std::memcpy(&block->exchange[block->current], &value, sizeof(T));
-  meet_warp();
-  T result = value;
-  for (int i = 0; i < WARP_SIZE; ++i) {
-    T other;
-    std::memcpy(&other, &block->exchange[block->current / WARP_SIZE * WARP_SIZE + i], sizeof(T));
-    result = i ? join(result, other) : other;
-  }
-  meet_warp();
+  const std::uint64_t* lanes = put(value);
+  T result = get<T>(lanes, 0);
+  for (unsigned i = 1; i < WARP_SIZE; ++i) result = join(result, get<T>(lanes, i));
   return result;
 }
 

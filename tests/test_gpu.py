@@ -1,0 +1,234 @@
+"""Every operation of both GPU backends on a real GPU: values and gradients against the float64 reference, bits, CUDA
+graphs, no synchronisation. `pytest -m gpu`; the tests named small_* are what compute-sanitizer gets."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+import raw_checks
+import torch
+from torch import Tensor
+
+import fastreward.cuda
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Callable[[str], ModuleType]:
+    """Loads an operation's raw functions."""
+    reason = fastreward.cuda.missing() if request.param == "cuda" else None
+    if reason is not None:
+        pytest.skip(f"cuda: {reason}")
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    package = {"triton": "fastreward.kernels", "cuda": "fastreward.cuda"}[request.param]
+    return lambda operation: importlib.import_module(f"{package}.{operation}")
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    """Any synchronising call of torch inside is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ------------------------------------------------------------------------------------------------------------ logprobs
+@pytest.mark.parametrize("kind", raw_checks.CASES)
+def test_small_logprobs(kind: str, backend: Callable[[str], ModuleType]) -> None:
+    case = raw_checks.logits_case(kind, torch.bfloat16, 5, 1003)
+    raw_checks.check_logprobs_forward(backend("logprobs"), "cuda", case)
+    raw_checks.check_logprobs_backward(backend("logprobs"), "cuda", case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 7, 1024, 8193, 50_257, 151_936])
+@pytest.mark.parametrize("kind", raw_checks.CASES)
+def test_logprobs(kind: str, vocab: int, dtype: torch.dtype, backend: Callable[[str], ModuleType]) -> None:
+    if vocab < 8 and kind not in ("plain", "temperatures", "masked", "token_ids"):
+        pytest.skip("this input needs more columns")
+    case = raw_checks.logits_case(kind, dtype, 7, vocab)
+    raw_checks.check_logprobs_forward(backend("logprobs"), "cuda", case)
+    raw_checks.check_logprobs_backward(backend("logprobs"), "cuda", case)
+    raw_checks.check_logprobs_backward(backend("logprobs"), "cuda", case, in_place=True)
+
+
+@pytest.mark.parametrize("flags", [0, 1, 8, 9, 2, 4, 16])
+def test_logprobs_flags(flags: int, backend: Callable[[str], ModuleType]) -> None:
+    case = raw_checks.logits_case("ties", torch.bfloat16, 3, 40_000)
+    raw_checks.check_logprobs_forward(backend("logprobs"), "cuda", case, flags)
+
+
+@pytest.mark.parametrize("only", ["logprobs", "entropy", "logsumexp", "log_sum_sq_probs"])
+@pytest.mark.parametrize("inv_softcap", [0.0, 1 / 30.0])
+def test_logprobs_backward_of_one_output(only: str, inv_softcap: float, backend: Callable[[str], ModuleType]) -> None:
+    case = raw_checks.logits_case("plain", torch.float32, 3, 20_000)
+    raw_checks.check_logprobs_backward(backend("logprobs"), "cuda", case, only=only, inv_softcap=inv_softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [9001, 151_936])
+def test_logprobs_bits(dtype: torch.dtype, vocab: int, backend: Callable[[str], ModuleType]) -> None:
+    """Enough rows to leave the clusters, which a row alone is given."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    rows = 2 * processors + 3 if vocab > 32_768 else 33
+    raw_checks.check_bits(backend("logprobs"), "cuda", raw_checks.logits_case("plain", dtype, rows, vocab))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_illegal_labels(dtype: torch.dtype, backend: Callable[[str], ModuleType]) -> None:
+    raw_checks.check_illegal_labels(backend("logprobs"), "cuda", dtype, 1003)
+
+
+@pytest.mark.parametrize("known_labels", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "infinities", "temperatures", "far_apart", "ties"])
+def test_small_fold(kind: str, known_labels: bool, backend: Callable[[str], ModuleType]) -> None:
+    case = raw_checks.logits_case(kind, torch.bfloat16, 4, 5003)
+    raw_checks.check_fold(backend("logprobs"), "cuda", case, 1300, known_labels=known_labels)
+
+
+def test_logprobs_beyond_32_bit_offsets(backend: Callable[[str], ModuleType]) -> None:
+    """N * V > 2^31: the last rows equal the same rows alone."""
+    rows, vocab = 14_200, 151_936
+    if torch.cuda.mem_get_info()[0] < 6 << 30:
+        pytest.skip("needs 6 GiB of free device memory")
+    module = backend("logprobs")
+    logits = torch.empty(rows, vocab, dtype=torch.bfloat16, device="cuda").normal_()
+    labels = torch.randint(0, vocab, (rows,), device="cuda")
+    arguments: tuple[Any, ...] = (1.0, None, None, None, None)
+    values, _, ids = module.forward(logits, labels, *arguments, 1)
+    tail = module.forward(logits[-2:].clone(), labels[-2:], *arguments, 1)
+    assert torch.equal(values[:, -2:], tail[0])
+    grad = torch.ones_like(values)
+    alone = torch.empty(2, vocab, dtype=torch.bfloat16, device="cuda")
+    module.backward(
+        logits[-2:].clone(), labels[-2:], *arguments, *tail[::2], grad[:, :2].contiguous(), None, alone, 0.0
+    )
+    module.backward(logits, labels, *arguments, values, ids, grad, None, logits, 0.0)
+    assert torch.equal(logits[-2:], alone)
+
+
+# ---------------------------------------------------------------------------------------- policy_loss, group and whiten
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", raw_checks.POLICY_OPTIONS)
+def test_small_policy_loss(name: str, packed: bool, backend: Callable[[str], ModuleType]) -> None:
+    for seed, (rows, width) in enumerate([(4, 33), (3, 5000), (1, 1), (2, 2048), (70, 3), (5, 100)]):
+        options = raw_checks.POLICY_OPTIONS[name]
+        raw_checks.check_policy_loss(backend("policy_loss"), "cuda", options, rows, width, packed=packed, seed=seed)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(512, 8192), (3, 70_000), (20_000, 40)])
+def test_policy_loss_at_size(rows: int, width: int, backend: Callable[[str], ModuleType]) -> None:
+    raw_checks.check_policy_loss(backend("policy_loss"), "cuda", raw_checks.POLICY_OPTIONS["k3"], rows, width)
+
+
+def test_policy_loss_where_nothing_counts(backend: Callable[[str], ModuleType]) -> None:
+    raw_checks.check_policy_nothing_counts(backend("policy_loss"), "cuda")
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("name", raw_checks.GROUP_OPTIONS)
+def test_small_group(name: str, contiguous: bool, backend: Callable[[str], ModuleType]) -> None:
+    for rows in (1, 12, 301):
+        options = raw_checks.GROUP_OPTIONS[name]
+        raw_checks.check_group(backend("group"), "cuda", options, rows, contiguous=contiguous, wide=rows == 12)
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_small_whiten(shift_mean: bool, masked: bool, backend: Callable[[str], ModuleType]) -> None:
+    for shape, offset in (((3, 7), 0.0), ((9, 1000), 1e4), ((300, 4096), -3.0)):
+        raw_checks.check_whiten(backend("whiten"), "cuda", shape, shift_mean=shift_mean, masked=masked, offset=offset)
+
+
+# ------------------------------------------------------------------------------------------------- no sync, CUDA graphs
+def _calls(backend: Callable[[str], ModuleType]) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """One call of each raw function over fixed inputs on the device."""
+    g = torch.Generator(device="cuda").manual_seed(0)
+    logprobs, policy_loss, group, whiten = (backend(n) for n in ("logprobs", "policy_loss", "group", "whiten"))
+    logits = torch.randn(9, 40_000, generator=g, device="cuda").bfloat16()
+    labels = torch.randint(0, 40_000, (9,), generator=g, device="cuda")
+    grad = torch.randn(7, 9, generator=g, device="cuda")
+    lp, old = torch.randn(2, 16, 3000, generator=g, device="cuda") * 0.3
+    advantages = torch.randn(16, generator=g, device="cuda")
+    mask = torch.rand(16, 3000, generator=g, device="cuda") < 0.8
+    one = torch.ones((), device="cuda")
+    options = raw_checks.POLICY_OPTIONS["k3"]
+    rewards = torch.randn(64, 2, generator=g, device="cuda")
+    index = torch.randint(0, 9, (64,), generator=g, device="cuda")
+    cu_seqlens = torch.arange(17, device="cuda") * 3000
+
+    def run_logprobs() -> tuple[Tensor, ...]:
+        out = torch.empty_like(logits)
+        values, indices, ids = logprobs.forward(logits, labels, 1.0, None, None, None, None, raw_checks.EVERYTHING)
+        logprobs.backward(logits, labels, 1.0, None, None, None, None, values, ids, grad, None, out, 0.0)
+        return values, indices, out
+
+    def run_policy(packed: bool) -> tuple[Tensor, ...]:
+        given = [x.flatten() if packed else x for x in (lp, old, mask, lp * 0.9, old.abs())]
+        cu = cu_seqlens if packed else None
+        forward = policy_loss.forward(
+            given[0], given[1], advantages, given[2], given[3], given[4], None, cu, options, False, None
+        )
+        return *forward, *policy_loss.backward(forward[2], given[2], forward[3], one, cu, options)
+
+    def run_whiten() -> tuple[Tensor, ...]:
+        out = torch.empty_like(lp)
+        whiten.forward(lp, mask, True, 1, 1e-8, out)
+        return (out,)
+
+    def run_group(name: str) -> tuple[Tensor, ...]:
+        return (group.forward(rewards, index, 0, None, None, None, None, raw_checks.GROUP_OPTIONS[name]),)
+
+    return {
+        "logprobs": run_logprobs,
+        "policy_loss": lambda: run_policy(False),
+        "policy_loss packed": lambda: run_policy(True),
+        "group": lambda: run_group("grpo"),
+        "group batch-std": lambda: run_group("gdpo_batch"),
+        "whiten": run_whiten,
+    }
+
+
+_CALLS = ("logprobs", "policy_loss", "policy_loss packed", "group", "group batch-std", "whiten")
+
+
+@pytest.mark.parametrize("name", _CALLS)
+def test_no_call_synchronises(name: str, backend: Callable[[str], ModuleType]) -> None:
+    call = _calls(backend)[name]
+    call()
+    with no_sync():
+        call()
+
+
+@pytest.mark.parametrize("name", _CALLS)
+def test_calls_are_captured_in_cuda_graphs(name: str, backend: Callable[[str], ModuleType]) -> None:
+    call = _calls(backend)[name]
+    want = tuple(x.clone() for x in call())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for _ in range(3):
+        for x in out:
+            x.fill_(-1)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True))
