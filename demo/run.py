@@ -101,6 +101,10 @@ class Result:
     def failures(self, at_least: float) -> list[str]:
         """Why this run does not show what it should; empty when it does."""
         found = []
+        if self.warm_up_loss[1] > self.warm_up_loss[0] / 2:
+            found.append(
+                f"the warm-up taught little: its loss went from {self.warm_up_loss[0]:.1f} to {self.warm_up_loss[1]:.1f}"
+            )
         if max(self.rewards("frac_reward_zero_std")) == 1 or min(self.rewards("reward")) <= 0:
             found.append("a step in which no group's rewards vary, or none was earned: its advantages are all zero")
         if min(step.metrics["grad_norm"] for steps in self.steps.values() for step in steps) <= 0:
@@ -269,6 +273,7 @@ def plot(result: Result, path: Path) -> None:
     left.plot(steps, [s.loss for s in result.steps["stock"]], color="#9aa5b1", linewidth=6, label="stock TRL")
     left.plot(steps, [s.loss for s in result.steps["patched"]], color="#c2410c", linewidth=1.6, label="fastreward")
     left.set(xlabel="training step", ylabel="GRPO loss", title=f"largest difference {result.loss_difference():.1e}")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(frameon=False)
     scoring = [result.median(side, "scoring_seconds") for side in SIDES]
     rest = [result.median(side, "seconds") - part for side, part in zip(SIDES, scoring, strict=True)]
