@@ -102,9 +102,7 @@ class Result:
         """Why this run does not show what it should; empty when it does."""
         found = []
         if self.warm_up_loss[1] > self.warm_up_loss[0] / 2:
-            found.append(
-                f"the warm-up taught little: its loss went from {self.warm_up_loss[0]:.1f} to {self.warm_up_loss[1]:.1f}"
-            )
+            found.append(f"the warm-up taught little: loss {self.warm_up_loss[0]:.1f} to {self.warm_up_loss[1]:.1f}")
         if max(self.rewards("frac_reward_zero_std")) == 1 or min(self.rewards("reward")) <= 0:
             found.append("a step in which no group's rewards vary, or none was earned: its advantages are all zero")
         if min(step.metrics["grad_norm"] for steps in self.steps.values() for step in steps) <= 0:
