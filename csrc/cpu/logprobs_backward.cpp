@@ -57,7 +57,7 @@ RowKernel row_kernel(const RowGradient& g) {
 template <int kMode>
 inline F32 gradient(F32 x, const RowKernel& r) {
   const F32 d = clamp_exponent(x - r.middle, r.scale);
-  const F32 e = exp_scaled(d, r.scale);
+  const F32 e = exp_scaled_or_zero(d, r.scale);
   if (kMode == kFlat) return e * r.a;
   const F32 y = e * fma(e, r.c, fma(d, r.b, r.a));
   if (kMode == kCurved) return y;

@@ -73,13 +73,15 @@ void second_pass(const T* x, int n, const Row& row, Partial& out) {
   constexpr int kStep = 4 * kF32;
   constexpr int kLine = 64 / static_cast<int>(sizeof(T));
   const ExpScale scale = row.scale;
-  const F32 top = f32(out.max == -static_cast<double>(kInf) ? 0.0f : static_cast<float>(out.max));
+  const bool nothing = out.max == -static_cast<double>(kInf);  // or only NaN, which must come through
+  const F32 top = f32(nothing ? 0.0f : static_cast<float>(out.max));
   F32 total[4], moment[4], squares[4];
   for (int u = 0; u < 4; ++u) total[u] = moment[u] = squares[u] = f32(0.0f);
   const auto* next = reinterpret_cast<const char*>(x + n);  // a prefetch never faults
   int i = 0;
   for (; i + kStep <= n; i += kStep) {
-    for (int line = 0; line < kStep; line += kLine) __builtin_prefetch(next + sizeof(T) * static_cast<unsigned>(i + line), 0, 2);
+    for (int line = 0; line < kStep; line += kLine)
+      __builtin_prefetch(next + sizeof(T) * static_cast<unsigned>(i + line), 0, 1);
     F32 v[4];
     load2(x + i, v[0], v[1]);
     load2(x + i + 2 * kF32, v[2], v[3]);
@@ -94,7 +96,7 @@ void second_pass(const T* x, int n, const Row& row, Partial& out) {
   for (; i < n; i += kF32) {
     const int left = n - i < kF32 ? n - i : kF32;
     const F32 d = clamp_exponent((left == kF32 ? load(x + i) : load_n(x + i, left, -kInf)) - top, scale);
-    const F32 e = exp_scaled(d, scale);  // 0 in the lanes past the end
+    const F32 e = exp_scaled(d, scale);  // nothing to speak of in the lanes past the end
     total[0] = total[0] + e;
     if (kMoment) moment[0] = fma(e, d, moment[0]);
     if (kSquares) squares[0] = fma(e, e, squares[0]);
@@ -102,6 +104,7 @@ void second_pass(const T* x, int n, const Row& row, Partial& out) {
   out.sum = sum_f64((total[0] + total[1]) + (total[2] + total[3]));
   out.sum_d = kMoment ? sum_f64((moment[0] + moment[1]) + (moment[2] + moment[3])) : 0.0;
   out.sum_sq = kSquares ? sum_f64((squares[0] + squares[1]) + (squares[2] + squares[3])) : 0.0;
+  if (nothing && !std::isnan(out.sum)) out.sum = out.sum_d = out.sum_sq = 0.0;
 }
 
 template <class T>

@@ -49,11 +49,13 @@ inline bool is_kept(const LogprobsRows& in, std::int64_t row, std::int64_t colum
 template <class Body>
 inline void parallel_for(std::int64_t n, int threads, std::int64_t grain, const Body& body) {
   if (threads <= 1 || n <= 1) {
+    const simd::FlushDenormals flush;
     for (std::int64_t i = 0; i < n; ++i) body(i, 0);
     return;
   }
 #pragma omp parallel num_threads(threads)
   {
+    const simd::FlushDenormals flush;
     const int thread = omp_get_thread_num();
 #pragma omp for schedule(dynamic, grain)
     for (std::int64_t i = 0; i < n; ++i) body(i, thread);
