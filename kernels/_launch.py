@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
@@ -56,3 +57,13 @@ def temperature_arguments(inv_temperature: Tensor | float) -> tuple[Tensor | flo
     if isinstance(inv_temperature, Tensor):
         return inv_temperature, inv_temperature.stride(0), True
     return float(inv_temperature), 0, False
+
+
+def load_width(x: Tensor) -> int:
+    """Columns of x [N, V] per load: 16 bytes, or less where V is no multiple of that. Depends on V and dtype alone."""
+    return math.gcd(x.shape[-1], 16 // x.element_size())
+
+
+def in_units(stride: int, width: int) -> tuple[int, int]:
+    """A stride as (multiple, unit), unit = width where that divides it: their product in a kernel proves alignment."""
+    return (stride // width, width) if stride % width == 0 else (stride, 1)

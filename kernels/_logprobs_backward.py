@@ -14,7 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import LOG2E
-from ._launch import OPTIONS, contiguous, contiguous_rows, on_device_of, row_stride, temperature_arguments
+from ._launch import (
+    OPTIONS,
+    contiguous,
+    contiguous_rows,
+    in_units,
+    load_width,
+    on_device_of,
+    row_stride,
+    temperature_arguments,
+)
 from ._softmax import FLOOR, NEG_INF, inverse_temperature, kept_ids_at, kept_logit_at
 
 # --------------------------------------------------------------------------------------------------------- config
@@ -22,6 +31,12 @@ from ._softmax import FLOOR, NEG_INF, inverse_temperature, kept_ids_at, kept_log
 # arithmetic (one ex2 and about ten other instructions a column) is half of what the bandwidth leaves room for.
 WARPS = 8
 BLOCK = 4096
+
+# What no variant is compiled for.
+_SIZES = ["N", "K", "vocab_units", "logits_units", "keep_units", "grad_units"]
+_SIZES += ["inv_t_stride", "token_ids_stride", "grad_ids_stride"]
+_ID_SIZES = ["N", "K", "k", "vocab_units", "logits_stride", "grad_units"]
+_ID_SIZES += ["inv_t_stride", "token_ids_stride", "grad_ids_stride", "keep_ids_stride"]
 
 
 # --------------------------------------------------------------------------------------------------------- kernel
@@ -75,34 +90,36 @@ def _zero_row(grad_row, V, BLOCK: tl.constexpr):
         tl.store(grad_row + (start + columns), zeros, mask=start + columns < V)
 
 
-@triton.jit(do_not_specialize=["N", "K", "inv_t_stride", "token_ids_stride", "grad_ids_stride"])
+@triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
-    logits, logits_stride,  # [N, V], unit column stride
+    logits, logits_units,  # [N, V], unit column stride, row stride logits_units * LOGITS_UNIT
     labels,  # i64 [N]
     inv_t, inv_t_stride,  # f32 [N] (stride 0 allowed) or a number
     mask,  # i1 [N]
-    keep, keep_stride,  # i1 [N, V]
+    keep, keep_units,  # i1 [N, V], row stride keep_units * KEEP_UNIT
     token_ids, token_ids_stride,  # i64 [N, K] (row stride 0 allowed)
     values,  # f32 [7, N]
     grad_values,  # f32 [7, N]
     grad_ids, grad_ids_stride,  # f32 [N, K]
-    grad_logits, grad_stride,  # [N, V], out; may be logits
+    grad_logits, grad_units,  # [N, V], out; may be logits; row stride grad_units * GRAD_UNIT
     inv_softcap,
-    N, V, K,
+    N, vocab_units, K,  # V = vocab_units * VEC
     HAS_INV_T: tl.constexpr, HAS_MASK: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    LOGITS_UNIT: tl.constexpr, KEEP_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr,
 ):  # fmt: skip
     """One row: V logits read, V gradients written. IDS: power of two >= K."""
     row = tl.program_id(0).to(tl.int64)
-    logits_row = logits + row * logits_stride
-    grad_row = grad_logits + row * grad_stride
+    V = vocab_units * VEC
+    logits_row = logits + row * logits_units * LOGITS_UNIT
+    grad_row = grad_logits + row * grad_units * GRAD_UNIT
     if HAS_MASK:  # noqa: SIM102  (`and` would load from a mask that is not there)
         if tl.load(mask + row) == 0:
             _zero_row(grad_row, V, BLOCK)
             return
     keep_row = keep
     if HAS_KEEP:
-        keep_row = keep + row * keep_stride
+        keep_row = keep + row * keep_units * KEEP_UNIT
     token_ids_row = token_ids
     grad_ids_row = grad_ids
     if HAS_IDS:
@@ -146,7 +163,7 @@ def _backward_kernel(
         tl.store(grad_row + ids, ids_dx.to(grad_row.dtype.element_ty), mask=ids_ok)
 
 
-@triton.jit(do_not_specialize=["N", "K", "k", "inv_t_stride", "token_ids_stride", "grad_ids_stride", "keep_ids_stride"])
+@triton.jit(do_not_specialize=_ID_SIZES)
 def _backward_ids_kernel(
     logits, logits_stride,  # [N, V], unit column stride; only the kept columns are read
     labels,  # i64 [N]
@@ -157,15 +174,16 @@ def _backward_ids_kernel(
     values,  # f32 [7, N]
     grad_values,  # f32 [7, N]
     grad_ids, grad_ids_stride,  # f32 [N, K]
-    grad_logits, grad_stride,  # [N, V], out; may be logits
+    grad_logits, grad_units,  # [N, V], out; may be logits; row stride grad_units * GRAD_UNIT
     inv_softcap,
-    N, V, K, k,
+    N, vocab_units, K, k,  # V = vocab_units * VEC
     HAS_INV_T: tl.constexpr, HAS_MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    KEPT: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr,
+    KEPT: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, GRAD_UNIT: tl.constexpr,
 ):  # fmt: skip
     """One row: k logits gathered, V zeros and k gradients written. KEPT, IDS: powers of two >= k, K."""
     row = tl.program_id(0).to(tl.int64)
-    grad_row = grad_logits + row * grad_stride
+    V = vocab_units * VEC
+    grad_row = grad_logits + row * grad_units * GRAD_UNIT
     if HAS_MASK:  # noqa: SIM102  (`and` would load from a mask that is not there)
         if tl.load(mask + row) == 0:
             _zero_row(grad_row, V, BLOCK)
@@ -213,11 +231,13 @@ def backward(
         return
     inv_t, inv_t_stride, has_inv_t = temperature_arguments(inv_temperature)
     count = 0 if token_ids is None or grad_ids is None else token_ids.shape[1]
-    rows = (logits, logits.stride(0), labels.contiguous(), inv_t, inv_t_stride, contiguous(mask))
+    rows = (labels.contiguous(), inv_t, inv_t_stride, contiguous(mask))
+    vec = load_width(logits)
+    grad_units, grad_unit = in_units(grad_logits.stride(0), vec)
     rest = (
         contiguous_rows(token_ids), row_stride(token_ids), values.contiguous(), grad_values.contiguous(),
-        contiguous_rows(grad_ids), row_stride(grad_ids), grad_logits, grad_logits.stride(0), float(inv_softcap),
-        n, vocab, count,
+        contiguous_rows(grad_ids), row_stride(grad_ids), grad_logits, grad_units, float(inv_softcap),
+        n, vocab // vec, count,
     )  # fmt: skip
     flavour = {
         "HAS_INV_T": has_inv_t,
@@ -226,6 +246,8 @@ def backward(
         "HAS_SOFTCAP": inv_softcap != 0.0,
         "IDS": triton.next_power_of_2(max(count, 1)),
         "BLOCK": BLOCK,
+        "VEC": vec,
+        "GRAD_UNIT": grad_unit,
         "num_warps": WARPS,
         **OPTIONS,
     }
@@ -233,10 +255,13 @@ def backward(
         if keep_ids is not None:
             k = keep_ids.shape[1]
             _backward_ids_kernel[(n,)](
-                *rows, contiguous_rows(keep_ids), row_stride(keep_ids), *rest, k,
+                logits, logits.stride(0), *rows, contiguous_rows(keep_ids), row_stride(keep_ids), *rest, k,
                 KEPT=triton.next_power_of_2(max(k, 1)), **flavour,
             )  # fmt: skip
         else:
+            units, unit = in_units(logits.stride(0), vec)
+            keep_units, keep_unit = in_units(row_stride(keep_mask), vec)
             _backward_kernel[(n,)](
-                *rows, keep_mask, row_stride(keep_mask), *rest, HAS_KEEP=keep_mask is not None, **flavour
-            )
+                logits, units, *rows, keep_mask, keep_units, *rest,
+                HAS_KEEP=keep_mask is not None, LOGITS_UNIT=unit, KEEP_UNIT=keep_unit, **flavour,
+            )  # fmt: skip

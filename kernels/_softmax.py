@@ -1,9 +1,10 @@
 """The statistics of a softmax row, streamed: device functions that the logprobs kernels share.
 
-A row is read in blocks of [STEPS, LANES, VEC] columns. A lane is one thread; VEC neighbouring columns are its 16-byte
-load, and STEPS such loads make its share of a block. Every lane keeps its own running maximum and sums, so that a
-block costs no shuffle, no barrier, and one rescaling per lane instead of one per column; lanes are merged once, when
-the row is done, in an order that depends on the number of lanes alone. Hence bitwise batch invariance at no cost.
+A row is read in blocks of [STEPS, LANES, VEC] columns. A lane is one thread; VEC neighbouring columns are its load (16
+bytes where V is a multiple of that), and STEPS such loads make its share of a block. Every lane keeps its own running
+maximum and sums, so that a block costs no shuffle, no barrier, and one rescaling per lane instead of one per column;
+lanes are merged once, when the row is done, in an order that depends on their number alone. Hence bitwise batch
+invariance at no cost.
 
 Units: scale2 = inv_temperature * log2(e), so that exp((x - max) / temperature) is one ex2. A lane's sums are relative
 to 2^base2, base2 = its maximum * scale2 rounded UP TO AN INTEGER: then x * scale2 - base2 is one FMA with one rounding,
@@ -26,9 +27,8 @@ NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 @triton.jit
 def inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T: tl.constexpr):
-    if HAS_INV_T:
-        return tl.load(inv_t + row * inv_t_stride).to(tl.float32)
-    return tl.full([], inv_t, tl.float32)  # a plain float under the interpreter
+    """f32 scalar, from f32 [N] or a number (a plain float under the interpreter)."""
+    return tl.load(inv_t + row * inv_t_stride).to(tl.float32) if HAS_INV_T else tl.full([], inv_t, tl.float32)
 
 
 @triton.jit

@@ -11,6 +11,8 @@ kept ids: a 32-byte sector per id; fold: e*Vc + 128 a row; finish: 108 a row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,16 @@ from torch import Tensor
 from fastreward._layout import FLAG, INDICES, VALUES
 
 from ._device import LOG2E
-from ._launch import OPTIONS, contiguous, contiguous_rows, on_device_of, row_stride, temperature_arguments
+from ._launch import (
+    OPTIONS,
+    contiguous,
+    contiguous_rows,
+    in_units,
+    load_width,
+    on_device_of,
+    row_stride,
+    temperature_arguments,
+)
 from ._logprobs_backward import backward
 from ._softmax import (
     FLOOR,
@@ -41,13 +52,18 @@ __all__ = ["backward", "finish", "fold", "forward"]
 # 8 warps, a block of 4096 columns: 16 or 32 bytes per thread and load group in flight, with the next block's on top,
 # 8 to 16 KiB a program. At up to 64 registers four programs or more share an SM: 32 KiB and more in flight, where an
 # H100 needs about 18 KiB (3.35 TB/s / 132 SMs * 0.7 us). No run-time tuning: a choice by timing would change the order
-# of sums. Row counts and row strides decide nothing, so no kernel is specialised on them; V and the logits' row stride
-# are, on divisibility by 16 alone, which is what makes 16-byte loads legal.
+# of sums. No size is specialised on: V is passed as a multiple of the load's width, which tells the compiler all it
+# needs for 16-byte loads, so that one binary serves all vocabularies, row counts and strides.
 WARPS = 8
 LANES = 32 * WARPS
 BLOCK = 4096
 ID_LANES = 128  # kept ids and token ids: gathers, one per thread
 ROWS = 128  # finish: rows per program
+
+# What no variant is compiled for.
+_SIZES = ["N", "K", "vocab_units", "logits_units", "keep_units", "inv_t_stride", "token_ids_stride"]
+_ID_SIZES = ["N", "V", "K", "k", "logits_stride", "keep_ids_stride", "inv_t_stride", "token_ids_stride"]
+_FOLD_SIZES = ["vocab_units", "vocab_start", "logits_units", "inv_t_stride"]
 
 
 def _flags(flags: int) -> dict[str, bool]:
@@ -60,31 +76,32 @@ def _flags(flags: int) -> dict[str, bool]:
     }
 
 
-def _tile(x: Tensor) -> dict[str, int]:
-    """A block as [STEPS, LANES, VEC], VEC columns being 16 bytes."""
-    vec = 16 // x.element_size()
+def _tile(vec: int) -> dict[str, Any]:
+    """A block as [STEPS, LANES, VEC]."""
     return {"STEPS": BLOCK // (LANES * vec), "LANES": LANES, "VEC": vec, "num_warps": WARPS, **OPTIONS}
 
 
 # --------------------------------------------------------------------------------------------------------- kernel
-@triton.jit(do_not_specialize=["N", "K", "inv_t_stride", "token_ids_stride"])
+@triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
-    logits, logits_stride,  # [N, V], unit column stride
+    logits, logits_units,  # [N, V], unit column stride, row stride logits_units * LOGITS_UNIT
     labels,  # i64 [N]
     inv_t, inv_t_stride,  # f32 [N] (stride 0 allowed) or a number
     mask,  # i1 [N]
-    keep, keep_stride,  # i1 [N, V]
+    keep, keep_units,  # i1 [N, V], row stride keep_units * KEEP_UNIT
     token_ids, token_ids_stride,  # i64 [N, K] (row stride 0 allowed)
     values,  # f32 [7, N], out
     indices,  # i64 [2, N], out
     id_logprobs,  # f32 [N, K], out
-    N, V, K,
+    N, vocab_units, K,  # V = vocab_units * VEC
     HAS_INV_T: tl.constexpr, HAS_MASK: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_IDS: tl.constexpr,
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, ARGMAX: tl.constexpr, RANK: tl.constexpr,
     STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ID_LANES: tl.constexpr,
+    LOGITS_UNIT: tl.constexpr, KEEP_UNIT: tl.constexpr,
 ):  # fmt: skip
     """One row: one read of its V logits, K + 1 gathers, 44 + 4 K bytes out. A masked row reads nothing but its mask."""
     row = tl.program_id(0).to(tl.int64)
+    V = vocab_units * VEC
     if HAS_MASK:  # noqa: SIM102  (`and` would load from a mask that is not there)
         if tl.load(mask + row) == 0:
             store_masked_row(values, indices, N.to(tl.int64), row)
@@ -93,10 +110,10 @@ def _forward_kernel(
                     j = j0 + tl.arange(0, ID_LANES)
                     tl.store(id_logprobs + (row * K + j), 0.0, mask=j < K)
             return
-    logits_row = logits + row * logits_stride
+    logits_row = logits + row * logits_units * LOGITS_UNIT
     keep_row = keep
     if HAS_KEEP:
-        keep_row = keep + row * keep_stride
+        keep_row = keep + row * keep_units * KEEP_UNIT
     inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
     label_x = kept_logit_at(logits_row, keep_row, tl.load(labels + row), V, HAS_KEEP)
     top, total, weighted, squares, logit_sum, rank, count, argmax = scan_row(
@@ -117,7 +134,7 @@ def _forward_kernel(
             tl.store(id_logprobs + (row * K + j), logp.to(tl.float32), mask=j < K)
 
 
-@triton.jit(do_not_specialize=["N", "K", "k", "inv_t_stride", "token_ids_stride", "keep_ids_stride"])
+@triton.jit(do_not_specialize=_ID_SIZES)
 def _forward_ids_kernel(
     logits, logits_stride,  # [N, V], unit column stride; only the kept columns, label and token ids are read
     labels,  # i64 [N]
@@ -202,21 +219,22 @@ def _forward_ids_kernel(
             tl.store(id_logprobs + (row * K + j), logp.to(tl.float32), mask=j < K)
 
 
-@triton.jit(do_not_specialize=["inv_t_stride", "vocab_start"])
+@triton.jit(do_not_specialize=_FOLD_SIZES)
 def _fold_kernel(
-    logits, logits_stride,  # [N, Vc], unit column stride
+    logits, logits_units,  # [N, Vc], unit column stride, row stride logits_units * LOGITS_UNIT
     labels,  # i64 [N], in the whole vocabulary
     inv_t, inv_t_stride,  # f32 [N] (stride 0 allowed) or a number
     state,  # f64 [N, 8] (fastreward._layout.STATE), in and out
     label_logits,  # f32 [N]
-    V, vocab_start,
+    vocab_units, vocab_start,  # Vc = vocab_units * VEC
     HAS_INV_T: tl.constexpr, HAS_LABEL_LOGITS: tl.constexpr,
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, ARGMAX: tl.constexpr, RANK: tl.constexpr,
-    STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, LOGITS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """One row of a slice of the vocabulary, merged into the row's state: one read of Vc logits, 128 bytes of state."""
     row = tl.program_id(0).to(tl.int64)
-    logits_row = logits + row * logits_stride
+    V = vocab_units * VEC
+    logits_row = logits + row * logits_units * LOGITS_UNIT
     inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
     local = tl.load(labels + row) - vocab_start
     here_x = logit_at(logits_row, local, V)  # NaN where the label lies in another slice; rank then counts nothing
@@ -305,21 +323,25 @@ def forward(
     if n == 0:
         return values, indices, id_logprobs
     inv_t, inv_t_stride, has_inv_t = temperature_arguments(inv_temperature)
-    rows = (logits, logits.stride(0), labels.contiguous(), inv_t, inv_t_stride, contiguous(mask))
+    rows = (labels.contiguous(), inv_t, inv_t_stride, contiguous(mask))
     ids = (contiguous_rows(token_ids), row_stride(token_ids))
     flavour = {"HAS_INV_T": has_inv_t, "HAS_MASK": mask is not None, "HAS_IDS": count > 0, "ID_LANES": ID_LANES}
     with on_device_of(logits):
         if keep_ids is not None:
             keep = (contiguous_rows(keep_ids), row_stride(keep_ids))
             _forward_ids_kernel[(n,)](
-                *rows, *keep, *ids, values, indices, id_logprobs, n, vocab, count, keep_ids.shape[1],
+                logits, logits.stride(0), *rows, *keep, *ids, values, indices, id_logprobs,
+                n, vocab, count, keep_ids.shape[1],
                 **flavour, **_flags(flags), num_warps=ID_LANES // 32, **OPTIONS,
             )  # fmt: skip
         else:
-            keep = (keep_mask, row_stride(keep_mask))
+            vec = load_width(logits)
+            units, unit = in_units(logits.stride(0), vec)
+            keep_units, keep_unit = in_units(row_stride(keep_mask), vec)
             _forward_kernel[(n,)](
-                *rows, *keep, *ids, values, indices, id_logprobs, n, vocab, count,
-                HAS_KEEP=keep_mask is not None, **flavour, **_flags(flags), **_tile(logits),
+                logits, units, *rows, keep_mask, keep_units, *ids, values, indices, id_logprobs, n, vocab // vec, count,
+                HAS_KEEP=keep_mask is not None, LOGITS_UNIT=unit, KEEP_UNIT=keep_unit,
+                **flavour, **_flags(flags), **_tile(vec),
             )  # fmt: skip
     return values, indices, id_logprobs
 
@@ -338,11 +360,14 @@ def fold(
     if n == 0 or columns == 0:
         return
     inv_t, inv_t_stride, has_inv_t = temperature_arguments(inv_temperature)
+    vec = load_width(logits)
+    units, unit = in_units(logits.stride(0), vec)
     with on_device_of(logits):
         _fold_kernel[(n,)](
-            logits, logits.stride(0), labels.contiguous(), inv_t, inv_t_stride, state, contiguous(label_logits),
-            columns, vocab_start,
-            HAS_INV_T=has_inv_t, HAS_LABEL_LOGITS=label_logits is not None, **_flags(flags), **_tile(logits),
+            logits, units, labels.contiguous(), inv_t, inv_t_stride, state, contiguous(label_logits),
+            columns // vec, vocab_start,
+            HAS_INV_T=has_inv_t, HAS_LABEL_LOGITS=label_logits is not None, LOGITS_UNIT=unit,
+            **_flags(flags), **_tile(vec),
         )  # fmt: skip
 
 

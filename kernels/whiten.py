@@ -10,6 +10,9 @@ Bytes, m = bytes per mask element: statistics 4 + m a position, apply 8 + m; tog
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,9 +26,15 @@ from ._launch import OPTIONS, arrival_counter, on_device_of
 # meet in the same thread). 1056 programs fill an H100 (132 SMs, 8 of 8 warps each).
 BLOCK = 4096
 WARPS = 8
-_TILE = {"STEPS": BLOCK // (32 * WARPS * 4), "LANES": 32 * WARPS, "num_warps": WARPS, **OPTIONS}
+
 PROGRAMS = 1056
 MERGE = 1024  # partial results that the last program takes at once
+
+
+def _tile(vec: int) -> dict[str, Any]:
+    """A tile as [STEPS, LANES, VEC]: VEC divides the number of positions, which proves that a load may be that wide."""
+    lanes = 32 * WARPS
+    return {"STEPS": BLOCK // (lanes * vec), "LANES": lanes, "VEC": vec, "num_warps": WARPS, **OPTIONS}
 
 
 # --------------------------------------------------------------------------------------------------------- kernel
@@ -39,7 +48,7 @@ def _load_counted(x, mask, at, n, HAS_MASK: tl.constexpr):
     return tl.where(counted, value, 0.0), counted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def _statistics_kernel(
     x,  # [n], any float dtype
     mask,  # [n], any dtype, nonzero = counted
@@ -47,19 +56,20 @@ def _statistics_kernel(
     counter,  # i32 [1], zero before and after
     statistics,  # f64 [3], out: count, mean, sum of squared deviations
     affine,  # f64 [3], out: mean, rsqrt(var + eps), what to add back
-    n, ddof, eps,
+    units, ddof, eps,  # n = units * VEC
     SHIFT_MEAN: tl.constexpr, HAS_MASK: tl.constexpr, HAS_AFFINE: tl.constexpr,
-    STEPS: tl.constexpr, LANES: tl.constexpr, MERGE: tl.constexpr,
+    STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """4 + m bytes a position; 24 bytes a program."""
-    BLOCK: tl.constexpr = STEPS * LANES * 4
+    BLOCK: tl.constexpr = STEPS * LANES * VEC
+    n = units * VEC
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     count = tl.full([], 0.0, tl.float64)
     mean = tl.full([], 0.0, tl.float64)
     m2 = tl.full([], 0.0, tl.float64)
     for tile in range(program, tl.cdiv(n, BLOCK), programs):
-        at = tl.cast(tile, tl.int64) * BLOCK + lane_columns(STEPS, LANES, 4)
+        at = tl.cast(tile, tl.int64) * BLOCK + lane_columns(STEPS, LANES, VEC)
         value, counted = _load_counted(x, mask, at, n, HAS_MASK)
         k = sum_all(counted.to(tl.int32)).to(tl.float64)
         if k > 0.0:
@@ -107,17 +117,18 @@ def _statistics_kernel(
         tl.store(counter, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def _apply_kernel(
     x,  # [n]
     mask,  # [n], any dtype, nonzero = counted
     affine,  # f64 [3]
     out,  # [n], may be x
-    n,
-    HAS_MASK: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+    units,  # n = units * VEC
+    HAS_MASK: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """(x - affine[0]) * affine[1] + affine[2]: 8 + m bytes a position. The mean is subtracted in two f32 parts."""
-    at = tl.program_id(0).to(tl.int64) * (STEPS * LANES * 4) + lane_columns(STEPS, LANES, 4)
+    n = units * VEC
+    at = tl.program_id(0).to(tl.int64) * (STEPS * LANES * VEC) + lane_columns(STEPS, LANES, VEC)
     value, counted = _load_counted(x, mask, at, n, HAS_MASK)
     mean = tl.load(affine)
     high = mean.to(tl.float32)
@@ -158,20 +169,24 @@ def apply(
     """(x - affine[0]) * affine[1] + affine[2] on the counted positions, 0 elsewhere."""
     n = x.numel()
     if n:
+        vec = math.gcd(n, 4)
         with on_device_of(x):
-            _apply_kernel[(triton.cdiv(n, BLOCK),)](x, mask, affine, out, n, HAS_MASK=mask is not None, **_TILE)
+            _apply_kernel[(triton.cdiv(n, BLOCK),)](
+                x, mask, affine, out, n // vec, HAS_MASK=mask is not None, **_tile(vec)
+            )
 
 
 def _reduce(x: Tensor, mask: Tensor | None, affine: Tensor | None, shift_mean: bool, ddof: int, eps: float) -> Tensor:
     """One launch: statistics f64 [3], and `affine` where asked for."""
     n = x.numel()
+    vec = math.gcd(n, 4)
     programs = min(triton.cdiv(n, BLOCK), PROGRAMS)
     result = torch.empty(3, dtype=torch.float64, device=x.device)
     partial = torch.empty((3, programs), dtype=torch.float64, device=x.device)
     with on_device_of(x):
         _statistics_kernel[(programs,)](
-            x, mask, partial, arrival_counter(x), result, affine, n, float(ddof), float(eps),
+            x, mask, partial, arrival_counter(x), result, affine, n // vec, float(ddof), float(eps),
             SHIFT_MEAN=shift_mean, HAS_MASK=mask is not None, HAS_AFFINE=affine is not None,
-            MERGE=MERGE, **_TILE,
+            MERGE=MERGE, **_tile(vec),
         )  # fmt: skip
     return result
