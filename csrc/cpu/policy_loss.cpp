@@ -5,9 +5,9 @@
 // is then free, and one scaling pass otherwise. The only large output is the gradient.
 //
 // Masked tokens are replaced by harmless numbers before any arithmetic, so that NaN or inf there leaks nowhere; vectors
-// without a counted token are not read at all. Sums are float64 in a fixed structure: lane = position in the row modulo
-// the vector, items of kPolicyBlock tokens, items in order, rows in order. Padding on the right adds exact zeros, and
-// the number of threads changes nothing.
+// without a counted token are not read at all. Sums have a fixed structure: lane = position in the row modulo the vector,
+// float over kRun vectors, float64 above that, items of kPolicyBlock tokens in order, rows in order. Padding on the
+// right adds exact zeros, and the number of threads changes nothing.
 #include "cpu/policy_loss.hpp"
 
 #include <cmath>
@@ -23,6 +23,10 @@ using namespace simd;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kRefClamp = 20.0f;
 constexpr int kBlock = static_cast<int>(kPolicyBlock);
+// A gradient of this size is written past the caches, which saves reading its old lines first. With kAhead, the
+// distance in floats of the prefetches (hardware stops at each 4 KiB page of several streams), worth a quarter.
+constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
+constexpr int kAhead = 512;
 
 // ------------------------------------------------------------------------------------------------------ bookkeeping
 struct Item {
@@ -48,11 +52,12 @@ void for_items(const PolicyTokens& t, int threads, F&& f) {
 #pragma omp parallel num_threads(threads) if (items > 4)
   {
     std::uint8_t buffer[kPolicyBlock];
-#pragma omp for schedule(dynamic, 8)
+#pragma omp for schedule(dynamic, 8) nowait
     for (std::int64_t i = 0; i < items; ++i) {
       const Item item = item_at(t, i);
       f(i, item, mask_block(t.mask, item.begin, item.size, buffer));
     }
+    fence();  // of what this thread streamed, before the region's closing barrier
   }
 }
 
@@ -113,28 +118,50 @@ double weight_of(Aggregation aggregation, double denominator, std::int64_t lengt
 }
 
 // ------------------------------------------------------------------------------------------------------------ sweep
+// What a sweep computes besides ratio and clips; fixed at compile time where that pays.
 struct Constants {
   float clip_lower, clip_upper, dual_clip, delta, log_ratio_clamp, kl_coef, entropy_coef;
   KlTerm kl;
+  bool unbounded;  // no log-ratio clamp that keeps the ratio finite
 };
 
+enum Sum { kLoss, kLogRatio, kRatio, kRefK1, kRefK3, kEntropy, kSums };
+constexpr int kRun = 8;  // vectors whose terms are added in float before they go to the float64 sums
+
+template <int kUsed>
 struct Accumulators {
-  F64 loss[2] = {f64(0.0), f64(0.0)};
-  F64 log_ratio[2] = {f64(0.0), f64(0.0)};
-  F64 ratio[2] = {f64(0.0), f64(0.0)};
-  F64 ref_k1[2] = {f64(0.0), f64(0.0)};
-  F64 ref_k3[2] = {f64(0.0), f64(0.0)};
-  F64 entropy[2] = {f64(0.0), f64(0.0)};
+  F32 run[kUsed];
+  F64 total[kUsed][2];
   F32 ratio_min = f32(kInf), ratio_max = f32(-kInf);
   F32 low = f32(0.0f), high = f32(0.0f), dual = f32(0.0f);  // counts: exact, an item is far shorter than 2^24
   M32 nan_advantage = first32(0);
+
+  Accumulators() {
+    for (int k = 0; k < kUsed; ++k) run[k] = f32(0.0f), total[k][0] = total[k][1] = f64(0.0);
+  }
+  void flush() {
+    for (int k = 0; k < kUsed; ++k) {
+      total[k][0] = total[k][0] + lower_f64(run[k]);
+      total[k][1] = total[k][1] + upper_f64(run[k]);
+      run[k] = f32(0.0f);
+    }
+  }
+  double sum_of(int k) const { return k < kUsed ? sum(total[k][0] + total[k][1]) : 0.0; }
 };
 
-inline void add(F64 (&into)[2], F32 x) {
-  into[0] = into[0] + lower_f64(x);
-  into[1] = into[1] + upper_f64(x);
+Constants constants_of(const PolicySettings& settings) {
+  Constants c;
+  c.clip_lower = static_cast<float>(1.0 - settings.clip_low);
+  c.clip_upper = static_cast<float>(1.0 + settings.clip_high);
+  c.dual_clip = static_cast<float>(settings.dual_clip);
+  c.delta = static_cast<float>(settings.delta);
+  c.log_ratio_clamp = static_cast<float>(settings.log_ratio_clamp);
+  c.kl_coef = static_cast<float>(settings.kl_coef);
+  c.entropy_coef = static_cast<float>(settings.entropy_coef);
+  c.kl = settings.kl;
+  c.unbounded = settings.log_ratio_clamp > 80.0;  // exp overflows a float above 88.7
+  return c;
 }
-inline F32 one_if(M32 m) { return select(m, f32(1.0f), f32(0.0f)); }
 
 // Pointers to the item's first token.
 struct Sources {
@@ -142,16 +169,29 @@ struct Sources {
   float row_advantage;  // where advantages is nullptr
   float weight;
   float *gradient, *token_loss;
+  bool streamed;  // the gradient goes past the caches, see kStreamBytes
 };
 
+inline void write(float* p, F32 x, int width, bool streamed) {
+  if (width != kF32)
+    store_n(p, x, width);
+  else if (streamed)
+    stream(p, x);
+  else
+    store(p, x);
+}
+
+inline void count_if(F32& counter, M32 m) { counter = select(m, counter + f32(1.0f), counter); }
+
 // Adds the KL term's value to `loss` and its derivative to `slope`; sums its metrics. Lanes off the mask are garbage.
-inline void add_reference(const Constants& c, F32 gap, M32 counted, F32& loss, F32& slope, Accumulators& acc) {
+template <int kUsed>
+inline void add_reference(const Constants& c, F32 gap, M32 counted, F32& loss, F32& slope, Accumulators<kUsed>& acc) {
   const F32 x = max(f32(-kRefClamp), min(f32(kRefClamp), gap));
-  const M32 bound = (gap < f32(-kRefClamp)) | (gap > f32(kRefClamp));
+  const M32 bound = abs(gap) > f32(kRefClamp);
   const F32 grown = exp(x);
   const F32 k3 = grown - x - f32(1.0f);
-  add(acc.ref_k1, select(counted, -x, f32(0.0f)));
-  add(acc.ref_k3, select(counted, k3, f32(0.0f)));
+  acc.run[kRefK1] = select(counted, acc.run[kRefK1] - x, acc.run[kRefK1]);
+  acc.run[kRefK3] = select(counted, acc.run[kRefK3] + k3, acc.run[kRefK3]);
   if (c.kl == KlTerm::none) return;
   F32 value = -x, derivative = f32(1.0f);
   if (c.kl == KlTerm::k2) value = x * x * f32(0.5f), derivative = -x;
@@ -160,97 +200,107 @@ inline void add_reference(const Constants& c, F32 gap, M32 counted, F32& loss, F
   slope = slope + f32(c.kl_coef) * select(bound, f32(0.0f), derivative);
 }
 
-// One vector of tokens. kPlain: nothing but ratio, clips and dual clip. `width` < kF32 at the end of a row.
-template <bool kPlain>
-inline void sweep_vector(const Constants& c, const Sources& s, int i, int width, M32 counted, Accumulators& acc) {
-  const bool whole = width == kF32;
+// One vector of tokens. kPlain: nothing but ratio, clips and dual clip. kFull: every lane counts.
+// `width` < kF32 at the end of a row.
+template <bool kPlain, bool kFull, int kUsed>
+inline void sweep_vector(const Constants& c, const Sources& s, int i, int width, M32 counted, Accumulators<kUsed>& acc) {
   const F32 zero = f32(0.0f);
-  const auto read = [&](const float* p) { return whole ? load(p + i) : load_n(p + i, width, 0.0f); };
-  const auto write = [&](float* p, F32 x) { whole ? store(p + i, x) : store_n(p + i, x, width); };
-  if (!any(counted)) {
-    write(s.gradient, zero);
-    if (!kPlain && s.token_loss != nullptr) write(s.token_loss, zero);
-    return;
-  }
+  const bool whole = kFull || width == kF32;
+  const auto read = [&](const float* p) {
+    __builtin_prefetch(p + i + kAhead);
+    return whole ? load(p + i) : load_n(p + i, width, 0.0f);
+  };
+  const auto keep = [&](F32 x, F32 otherwise) { return kFull ? x : select(counted, x, otherwise); };
+
   const F32 lp = read(s.logprobs);
-  const F32 gap = select(counted, lp - read(s.old_logprobs), zero);
+  const F32 gap = keep(lp - read(s.old_logprobs), zero);
   const F32 advantage = s.advantages == nullptr ? f32(s.row_advantage) : read(s.advantages);
-  const F32 cost = select(counted, zero - advantage, zero);
+  const F32 cost = keep(zero - advantage, zero);
   acc.nan_advantage = acc.nan_advantage | is_nan(cost);
+  const M32 dearer = cost > zero, cheaper = cost < zero;  // negative and positive advantage
 
   const F32 bound = f32(c.log_ratio_clamp);
   const F32 d = max(-bound, min(bound, gap));  // a NaN gap stays
-  const M32 clamped = (gap < -bound) | (gap > bound);
+  const M32 clamped = abs(gap) > bound;
   const F32 r = exp(d);
   const F32 lower = f32(c.clip_lower), upper = f32(c.clip_upper);
+  const M32 low = (r < lower) & dearer, high = (r > upper) & cheaper;
+  F32 slope = cost * r;
   // 0 times an infinite ratio is 0: such a token has no surrogate.
-  const F32 slope_full = select(cost == zero, zero, cost * r);
-  const F32 unclipped = kPlain ? slope_full : select(r > f32(c.delta), cost * f32(c.delta), slope_full);
+  if (c.unbounded) slope = select(cost == zero, zero, slope);
   const F32 clipped = cost * max(lower, min(upper, r));
-  const M32 cut = unclipped < clipped;
-  F32 loss = select(cut, clipped, unclipped);
-  M32 flat = cut;
+  M32 flat = low | high;
+  F32 loss = select(flat, clipped, slope);
   if (!kPlain) {  // with delta, either branch may be the one whose bound does not bind
-    const M32 outside = (r < lower) | (r > upper);
-    flat = (cut & outside) | (~cut & (r > f32(c.delta)));
+    const M32 over = r > f32(c.delta);
+    const F32 unclipped = select(over, cost * f32(c.delta), slope);
+    const M32 cut = unclipped < clipped;
+    loss = select(cut, clipped, unclipped);
+    flat = (cut & ((r < lower) | (r > upper))) | (~cut & over);
   }
-  // Cost > 0 where the advantage is negative; without a dual clip the cap is infinite.
-  const F32 cap = cost * f32(c.dual_clip);
-  const M32 capped = (cost > zero) & (loss > cap);
+  const F32 cap = cost * f32(c.dual_clip);  // infinite without a dual clip
+  const M32 capped = (loss > cap) & dearer;
   loss = select(capped, cap, loss);
-  F32 slope = select(flat | capped | clamped, zero, slope_full);
+  slope = select(flat | capped | clamped, zero, slope);
 
-  add(acc.log_ratio, d);
-  add(acc.ratio, select(counted, r, zero));
-  acc.ratio_min = min(select(counted, r, f32(kInf)), acc.ratio_min);
-  acc.ratio_max = max(select(counted, r, f32(-kInf)), acc.ratio_max);
-  acc.low = acc.low + one_if((r < lower) & (cost > zero));
-  acc.high = acc.high + one_if((r > upper) & (cost < zero));
-  acc.dual = acc.dual + one_if(capped);
+  acc.run[kLogRatio] = acc.run[kLogRatio] + d;
+  acc.run[kRatio] = keep(acc.run[kRatio] + r, acc.run[kRatio]);
+  acc.ratio_min = keep(min(r, acc.ratio_min), acc.ratio_min);
+  acc.ratio_max = keep(max(r, acc.ratio_max), acc.ratio_max);
+  count_if(acc.low, low);
+  count_if(acc.high, high);
+  count_if(acc.dual, capped);
 
-  if (!kPlain) {
+  if constexpr (!kPlain) {
     if (s.weights != nullptr) {
       const F32 w = read(s.weights);
       loss = loss * w, slope = slope * w;
     }
     if (s.ref_logprobs != nullptr) add_reference(c, read(s.ref_logprobs) - lp, counted, loss, slope, acc);
     if (s.entropy != nullptr) {
-      const F32 h = select(counted, read(s.entropy), zero);
-      add(acc.entropy, h);
+      const F32 h = keep(read(s.entropy), zero);
+      acc.run[kEntropy] = acc.run[kEntropy] + h;
       if (c.entropy_coef != 0.0f) loss = fnma(f32(c.entropy_coef), h, loss);
     }
-    loss = select(counted, loss, zero);
-    slope = select(counted, slope, zero);
-    if (s.token_loss != nullptr) write(s.token_loss, loss);
+    loss = keep(loss, zero);
+    slope = keep(slope, zero);
+    if (s.token_loss != nullptr) write(s.token_loss + i, loss, width, false);
   }
-  add(acc.loss, loss);
-  write(s.gradient, slope * f32(s.weight));
+  acc.run[kLoss] = acc.run[kLoss] + loss;
+  write(s.gradient + i, slope * f32(s.weight), width, s.streamed);
+}
+
+template <bool kPlain, int kUsed>
+inline void sweep_some(const Constants& c, const Sources& s, const std::uint8_t* bytes, int i, int width,
+                       Accumulators<kUsed>& acc) {
+  const bool whole = width == kF32;
+  const M32 counted = bytes == nullptr ? first32(width) : whole ? nonzero(bytes + i) : nonzero_n(bytes + i, width);
+  const unsigned lanes = bits(counted);
+  if (lanes == (1u << kF32) - 1u) {
+    sweep_vector<kPlain, true>(c, s, i, width, counted, acc);
+  } else if (lanes != 0) {
+    sweep_vector<kPlain, false>(c, s, i, width, counted, acc);
+  } else {  // nothing here counts: not even read
+    write(s.gradient + i, f32(0.0f), width, s.streamed);
+    if (s.token_loss != nullptr) write(s.token_loss + i, f32(0.0f), width, false);
+  }
 }
 
 template <bool kPlain>
 PolicySums sweep_item(const Constants& c, const Sources& s, const std::uint8_t* bytes, int n) {
-  Accumulators acc;
+  Accumulators<kPlain ? 3 : static_cast<int>(kSums)> acc;
   int i = 0;
-  for (; i + kF32 <= n; i += kF32)
-    sweep_vector<kPlain>(c, s, i, kF32, bytes == nullptr ? first32(kF32) : nonzero(bytes + i), acc);
-  if (i < n) {
-    const M32 counted = bytes == nullptr ? first32(n - i) : nonzero_n(bytes + i, n - i);
-    sweep_vector<kPlain>(c, s, i, n - i, counted, acc);
+  for (; i + kRun * kF32 <= n; i += kRun * kF32) {
+    for (int j = 0; j < kRun; ++j) sweep_some<kPlain>(c, s, bytes, i + j * kF32, kF32, acc);
+    acc.flush();
   }
-  const auto total = [](const F64(&x)[2]) { return sum(x[0] + x[1]); };
+  for (; i + kF32 <= n; i += kF32) sweep_some<kPlain>(c, s, bytes, i, kF32, acc);
+  if (i < n) sweep_some<kPlain>(c, s, bytes, i, n - i, acc);
+  acc.flush();
   const auto whole = [](F32 x) { return static_cast<std::int32_t>(sum(x)); };
-  return {total(acc.loss),
-          total(acc.log_ratio),
-          total(acc.ratio),
-          total(acc.ref_k1),
-          total(acc.ref_k3),
-          total(acc.entropy),
-          minimum(acc.ratio_min),
-          maximum(acc.ratio_max),
-          whole(acc.low),
-          whole(acc.high),
-          whole(acc.dual),
-          any(acc.nan_advantage)};
+  return {acc.sum_of(kLoss),      acc.sum_of(kLogRatio),  acc.sum_of(kRatio),  acc.sum_of(kRefK1),
+          acc.sum_of(kRefK3),     acc.sum_of(kEntropy),   minimum(acc.ratio_min), maximum(acc.ratio_max),
+          whole(acc.low),         whole(acc.high),        whole(acc.dual),     any(acc.nan_advantage)};
 }
 
 // ------------------------------------------------------------------------------------------------------------- fold
@@ -347,12 +397,13 @@ void policy_forward(const PolicyTokens& t, const PolicyInput& in, const PolicySe
   for (std::int64_t row = 0; row < t.rows; ++row)
     out.row_weight[row] = static_cast<float>(weight_of(settings.aggregation, denominator, lengths[row]));
 
-  const Constants c{static_cast<float>(1.0 - settings.clip_low),   static_cast<float>(1.0 + settings.clip_high),
-                    static_cast<float>(settings.dual_clip),       static_cast<float>(settings.delta),
-                    static_cast<float>(settings.log_ratio_clamp), static_cast<float>(settings.kl_coef),
-                    static_cast<float>(settings.entropy_coef),    settings.kl};
+  const Constants c = constants_of(settings);
   const bool plain = in.ref_logprobs == nullptr && in.entropy == nullptr && in.weights == nullptr &&
                      out.token_loss == nullptr && std::isinf(settings.delta);
+  const bool large = t.rows > 0 && t.begin(t.rows - 1) + t.length(t.rows - 1) >= kStreamBytes / 4;
+  const auto aligned = [](const float* p) {
+    return reinterpret_cast<std::uintptr_t>(p) % (static_cast<std::uintptr_t>(kF32) * sizeof(float)) == 0;
+  };
   const auto at = [](auto* p, std::int64_t offset) { return p == nullptr ? nullptr : p + offset; };
   for_items(t, threads, [&](std::int64_t i, const Item& item, const std::uint8_t* bytes) {
     const std::int64_t b = item.begin;
@@ -365,7 +416,8 @@ void policy_forward(const PolicyTokens& t, const PolicyInput& in, const PolicySe
                     in.advantage_per_row ? in.advantages[item.row] : 0.0f,
                     out.row_weight[item.row],
                     out.gradient + b,
-                    at(out.token_loss, b)};
+                    at(out.token_loss, b),
+                    large && aligned(out.gradient + b)};
     items[i] = plain ? sweep_item<true>(c, s, bytes, item.size) : sweep_item<false>(c, s, bytes, item.size);
   });
   fold(t, in, lengths, settings.aggregation, denominator, items, out, total.tokens);

@@ -16,6 +16,9 @@ using namespace simd;
 // Outputs beyond this many bytes are written past the caches: nobody finds them there anyway.
 constexpr std::int64_t kStreamBytes = std::int64_t{64} << 20;
 
+// Distance in floats of the prefetches: hardware stops at each 4 KiB page.
+constexpr int kAhead = 512;
+
 // f(first column, lane mask, columns in it) for the vectors of one block; `bytes` nullptr: all lanes count.
 template <bool kMasked, class F>
 inline void for_vectors(const std::uint8_t* bytes, int n, F&& f) {
@@ -41,6 +44,7 @@ Moments block_moments(const float* x, const std::uint8_t* bytes, int n) {
   F64 lower = f64(0.0), upper = f64(0.0);
   std::int64_t counted = 0;
   for_vectors<kMasked>(bytes, n, [&](int i, M32 lanes, int width) {
+    __builtin_prefetch(x + i + kAhead);
     const F32 v = load_some(x + i, width);
     const F32 kept = kMasked ? select(lanes, v, f32(0.0f)) : v;
     lower = lower + lower_f64(kept);
@@ -82,6 +86,7 @@ template <bool kMasked, bool kStream>
 void map_block(const float* x, const std::uint8_t* bytes, int n, const Affine& affine, float* out) {
   const F64 shift = f64(affine.shift), scale = f64(affine.scale), offset = f64(affine.offset);
   for_vectors<kMasked>(bytes, n, [&](int i, M32 lanes, int width) {
+    __builtin_prefetch(x + i + kAhead);
     const F32 v = load_some(x + i, width);
     const F32 y = to_f32(fma(lower_f64(v) - shift, scale, offset), fma(upper_f64(v) - shift, scale, offset));
     const F32 kept = kMasked ? select(lanes, y, f32(0.0f)) : y;
