@@ -70,6 +70,7 @@ def bench(
     rows: Annotated[int | None, typer.Option(min=1, help="First dimension: rows, or sequences.")] = None,
     vocab: Annotated[int | None, typer.Option(min=2, help="Vocabulary, where there is one.")] = None,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="float32 or bfloat16; may be repeated.")] = None,
+    cases: Annotated[list[str] | None, typer.Option("--case", help="Only this case; may be repeated.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Budget of one case's timed rounds (at least 3 run).")] = None,
     memory: Annotated[bool | None, typer.Option("--memory/--no-memory", help="Peak memory too.")] = None,
 ) -> None:
@@ -87,7 +88,11 @@ def bench(
             raise typer.BadParameter(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}")
     settings = Settings(seconds or 0.5, 3, 15) if quick else Settings(seconds or 20.0)
     wants_memory = not quick if memory is None else memory
-    plan = Plan(names, device, quick, rows, vocab, tuple(dtypes or ()), wants_memory, settings)
+    known = sorted({case for name in names for case in room.operation(name).CASES})
+    for case in cases or ():
+        if case not in known:
+            raise typer.BadParameter(f"--case: expected one of {', '.join(known)}, got {case!r}")
+    plan = Plan(names, device, quick, rows, vocab, tuple(dtypes or ()), tuple(cases or ()), wants_memory, settings)
     console, done = _console(), []
     try:
         with _progress() as progress:

@@ -192,6 +192,7 @@ def test_bench_memory_of_a_fresh_process() -> None:
 def test_bench_knows_its_names() -> None:
     assert _run("bench", "softmax").exit_code == 2
     assert _run("bench", "--dtype", "float8").exit_code == 2
+    assert _run("bench", "whiten", "--case", "sideways").exit_code == 2
     if not torch.cuda.is_available():
         assert _run("bench", "--device", "cuda").exit_code == 2
 

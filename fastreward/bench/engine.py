@@ -15,7 +15,7 @@ from fastreward.bench import peers
 from fastreward.bench._types import OURS, Case, Contender, EquivalenceError, Timing
 from fastreward.bench.roofline import Bandwidth
 
-_SMALLEST_PROBE = 1 << 20
+_SMALLEST_PROBE = 16 << 20  # below this a loop measures its own call, not the memory
 _LARGEST_PROBE = 1 << 30
 _L2_FLUSH = 512 << 20  # also long enough on the device for the host to queue the timed launches behind it
 

@@ -24,6 +24,7 @@ class Plan:
     rows: int | None = None
     vocab: int | None = None
     dtypes: tuple[str, ...] = ()  # empty: each operation's own
+    cases: tuple[str, ...] = ()  # empty: all
     memory: bool = True
     settings: Settings = field(default_factory=Settings)
 
@@ -33,7 +34,8 @@ class Plan:
         for name in self.operations:
             module = bench.operation(name)
             chosen = [d for d in module.DTYPES if not self.dtypes or d in self.dtypes]
-            jobs += [(name, dtype, case) for dtype in chosen for case in module.CASES]
+            cases = [c for c in module.CASES if not self.cases or c in self.cases]
+            jobs += [(name, dtype, case) for dtype in chosen for case in cases]
         return jobs
 
 
