@@ -95,7 +95,7 @@ struct Statistics {
   double weight = 0.0, weighted_sum = 0.0;           // by length
   double largest = -kInfinity, second = -kInfinity;  // as they are, not relative
   std::int64_t largest_row = -1;
-  double mean() const { return sum / static_cast<double>(count); }
+  double mean = 0.0;  // relative, as sum
 };
 
 Statistics statistics_of(const GroupProblem& p, const Members& members, const double* values) {
@@ -117,6 +117,7 @@ Statistics statistics_of(const GroupProblem& p, const Members& members, const do
       s.second = value;
     }
   });
+  s.mean = s.sum / static_cast<double>(s.count);
   return s;
 }
 
@@ -126,7 +127,7 @@ double centred(const GroupProblem& p, const Statistics& s, std::int64_t row, dou
     case Center::none:
       return value;
     case Center::mean:
-      return shifted - s.mean();
+      return shifted - s.mean;
     case Center::leave_one_out:
       return shifted - (s.sum - shifted) / static_cast<double>(s.count - 1);
     case Center::length_weighted:
@@ -141,10 +142,9 @@ double centred(const GroupProblem& p, const Statistics& s, std::int64_t row, dou
 
 // Standard deviation of a population with eps put where the options say.
 double deviation(const GroupProblem& p, const Members& members, const double* values, const Statistics& s) {
-  const double mean = s.mean();
-  double squares = 0.0;
+    double squares = 0.0;
   for_scored(members, values, [&](std::int64_t, double value) {
-    const double d = (value - s.origin) - mean;
+    const double d = (value - s.origin) - s.mean;
     squares += d * d;
   });
   const double freedom = static_cast<double>(s.count - p.ddof);
