@@ -43,10 +43,21 @@ inline F32 exp_scaled(F32 d, const ExpScale& s) {
   return F32{_mm512_castsi512_ps(power)} * p;
 }
 #else
+// a * b - n without the rounding of a * b, also where there is no fused multiply-add (products of halves are exact).
+inline F32 multiply_subtract(F32 a, F32 b, F32 n) {
+  if (kHasFma) return fms(a, b, n);
+  const F32 split = f32(4097.0f);
+  const F32 a_high = a * split - (a * split - a), b_high = b * split - (b * split - b);
+  const F32 a_low = a - a_high, b_low = b - b_high;
+  const F32 product = a * b;
+  const F32 rest = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low;
+  return (product - n) + rest;
+}
+
 inline F32 exp_scaled(F32 d, const ExpScale& s) {
   const F32 magic = f32(12582912.0f);  // 1.5 * 2^23
   const F32 n = fma(d, s.high, magic) - magic;
-  const F32 f = fma(d, s.low, fms(d, s.high, n));
+  const F32 f = fma(d, s.low, multiply_subtract(d, s.high, n));
   F32 p = fma(f32(1.5353361960e-04f), f, f32(1.3398873853e-03f));
   p = fma(p, f, f32(9.6184369177e-03f));
   p = fma(p, f, f32(5.5503323674e-02f));

@@ -3,7 +3,11 @@
 
 constexpr int kF32 = 4;
 constexpr int kF64 = 2;
-constexpr bool kHasFma = false;  // fma() below rounds twice, unless the target has it anyway
+#ifdef __ARM_FEATURE_FMA
+constexpr bool kHasFma = true;  // the compiler contracts fma() below
+#else
+constexpr bool kHasFma = false;  // fma() below rounds twice
+#endif
 
 typedef float V4f __attribute__((vector_size(16)));
 typedef std::int32_t V4i __attribute__((vector_size(16)));

@@ -68,8 +68,12 @@ void first_pass(const T* x, int n, const Row& row, Partial& out) {
   out.above = above;
 }
 
+// At most kChunk columns: a float lane takes 64 additions per accumulator, then it goes on in float64.
+constexpr int kChunk = 256 * kF32;
+static_assert(kBlock % kChunk == 0, "whole chunks make a block");
+
 template <class T, bool kMoment, bool kSquares>
-void second_pass(const T* x, int n, const Row& row, Partial& out) {
+void second_pass(const T* x, int n, const char* next, const Row& row, Partial& out) {
   constexpr int kStep = 4 * kF32;
   constexpr int kLine = 64 / static_cast<int>(sizeof(T));
   const ExpScale scale = row.scale;
@@ -77,11 +81,10 @@ void second_pass(const T* x, int n, const Row& row, Partial& out) {
   const F32 top = f32(nothing ? 0.0f : static_cast<float>(out.max));
   F32 total[4], moment[4], squares[4];
   for (int u = 0; u < 4; ++u) total[u] = moment[u] = squares[u] = f32(0.0f);
-  const auto* next = reinterpret_cast<const char*>(x + n);  // a prefetch never faults
   int i = 0;
   for (; i + kStep <= n; i += kStep) {
     for (int line = 0; line < kStep; line += kLine)
-      __builtin_prefetch(next + sizeof(T) * static_cast<unsigned>(i + line), 0, 1);
+      __builtin_prefetch(next + sizeof(T) * static_cast<unsigned>(i + line), 0, 1);  // never faults
     F32 v[4];
     load2(x + i, v[0], v[1]);
     load2(x + i + 2 * kF32, v[2], v[3]);
@@ -101,10 +104,21 @@ void second_pass(const T* x, int n, const Row& row, Partial& out) {
     if (kMoment) moment[0] = fma(e, d, moment[0]);
     if (kSquares) squares[0] = fma(e, e, squares[0]);
   }
-  out.sum = sum_f64((total[0] + total[1]) + (total[2] + total[3]));
-  out.sum_d = kMoment ? sum_f64((moment[0] + moment[1]) + (moment[2] + moment[3])) : 0.0;
-  out.sum_sq = kSquares ? sum_f64((squares[0] + squares[1]) + (squares[2] + squares[3])) : 0.0;
-  if (nothing && !std::isnan(out.sum)) out.sum = out.sum_d = out.sum_sq = 0.0;
+  const double sum_e = sum_f64((total[0] + total[1]) + (total[2] + total[3]));
+  if (nothing && !std::isnan(sum_e)) return;
+  out.sum += sum_e;
+  if (kMoment) out.sum_d += sum_f64((moment[0] + moment[1]) + (moment[2] + moment[3]));
+  if (kSquares) out.sum_sq += sum_f64((squares[0] + squares[1]) + (squares[2] + squares[3]));
+}
+
+// The second pass over a whole block; meanwhile the columns behind it are fetched into L2.
+template <class T, bool kMoment, bool kSquares>
+void second_passes(const T* x, int n, const Row& row, Partial& out) {
+  out.sum = out.sum_d = out.sum_sq = 0.0;
+  for (int start = 0; start < n; start += kChunk) {
+    const auto* next = reinterpret_cast<const char*>(x + start + n);
+    second_pass<T, kMoment, kSquares>(x + start, n - start < kChunk ? n - start : kChunk, next, row, out);
+  }
 }
 
 template <class T>
@@ -116,10 +130,10 @@ Partial block_statistics(const T* x, int n, const Row& row) {
   else if (mean) first_pass<T, false, true>(x, n, row, out);
   else first_pass<T, false, false>(x, n, row, out);
   const bool moment = (row.flags & kEntropy) != 0, squares = (row.flags & kLogSumSq) != 0;
-  if (moment && squares) second_pass<T, true, true>(x, n, row, out);
-  else if (moment) second_pass<T, true, false>(x, n, row, out);
-  else if (squares) second_pass<T, false, true>(x, n, row, out);
-  else second_pass<T, false, false>(x, n, row, out);
+  if (moment && squares) second_passes<T, true, true>(x, n, row, out);
+  else if (moment) second_passes<T, true, false>(x, n, row, out);
+  else if (squares) second_passes<T, false, true>(x, n, row, out);
+  else second_passes<T, false, false>(x, n, row, out);
   return out;
 }
 
