@@ -27,10 +27,10 @@ from ._launch import OPTIONS, arrival_counter, on_device_of
 from ._policy_finish import finish
 
 # --------------------------------------------------------------------------------------------------------- config
-# A tile is [ROWS, STEPS, LANES, VEC] tokens: 1 row of 1024, or 8 of 64, or 8 of 32, by the mean length. VEC = 4 (loads of
-# 16 bytes) where T is a multiple of 4; else, and for packed rows, which start anywhere, 1. Sums run over STEPS and VEC
-# inside a thread, and cross threads when a program is done. A long row is dealt, tile by tile, to as many programs as
-# fill the machine.
+# A tile is [ROWS, STEPS, LANES, VEC] tokens: 1 row of 1024, 8 of 64 or 8 of 32, by the mean length. VEC = 4 (16-byte
+# loads) where T is a multiple of 4; else, and for packed rows, which start anywhere, 1. Sums run over STEPS and VEC in
+# a thread, and cross threads when a program is done. A long row is dealt, tile by tile, to as many programs as fill the
+# machine.
 WARPS = 4
 FILL = 1056  # programs that fill an H100: 132 SMs, 8 programs each
 MOST_CHUNKS = 64  # programs that may share a row

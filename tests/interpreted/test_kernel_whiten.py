@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
 from fastreward.kernels import whiten as kernels
+from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -21,13 +20,20 @@ def case(shape: tuple[int, ...], kind: torch.dtype | None) -> tuple[Tensor, Tens
     return torch.where(counted, x, torch.nan), counted.to(kind), counted
 
 
-@pytest.mark.parametrize("shift_mean", [True, False])
-@pytest.mark.parametrize("kind", [None, torch.bool, torch.int64, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(9,), (3, 4001), (5, 4000)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "kind", "shift_mean"),
+    [
+        ((9,), torch.int64, True),
+        ((4, 3000), None, True),
+        ((4, 3000), torch.bool, False),
+        ((3, 4001), torch.float32, True),
+    ],
+    ids=str,
+)
 def test_against_float64(
     shape: tuple[int, ...], kind: torch.dtype | None, shift_mean: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "PROGRAMS", 3)  # more tiles than programs
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)  # more tiles than programs
     x, mask, counted = case(shape, kind)
     out = torch.full_like(x, 7.0)
     kernels.forward(x, mask, shift_mean, 1, 1e-8, out)

@@ -1,4 +1,4 @@
-"""kernels/policy_loss.py under Triton's interpreter, against float64 torch written out here (autograd for gradients)."""
+"""kernels/policy_loss.py under Triton's interpreter, against float64 torch written out here, gradients by autograd."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from fastreward.kernels import policy_loss as kernels
 from torch import Tensor
 
 from fastreward._layout import METRICS
 from fastreward._options import AGGREGATIONS, KLS, PolicyOptions
-from fastreward.kernels import policy_loss as kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -118,7 +118,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o.aggregation)
-@pytest.mark.parametrize("shape", [(3, 1500), (11, 70), (40, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1100), (11, 70), (20, 9)], ids=str)
 def test_padded(options: PolicyOptions, shape: tuple[int, int]) -> None:
     b = batch(*shape)
     compare(run(b, options), truth(b, options))
@@ -126,9 +126,9 @@ def test_padded(options: PolicyOptions, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o.aggregation)
 def test_packed(options: PolicyOptions) -> None:
-    lengths = [1300, 0, 5, 900]
-    b = batch(4, 1300)
-    inside = torch.arange(1300) < torch.tensor(lengths).unsqueeze(1)
+    lengths = [1100, 0, 5, 900]
+    b = batch(4, 1100)
+    inside = torch.arange(1100) < torch.tensor(lengths).unsqueeze(1)
     b["mask"] &= inside
     flat, cu = packed(b, lengths)
     loss, metrics, token, grad, grad_entropy = truth(b, options)
@@ -141,7 +141,7 @@ def test_sequence_advantages_mask_dtypes_normalizer_and_repeatability() -> None:
     b["adv"] = torch.randn(5, generator=torch.Generator().manual_seed(1))
     want = truth({**b, "adv": b["adv"].unsqueeze(1).expand(5, 600)}, options, normalizer=7.5)
     first = None
-    for dtype in (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32):
+    for dtype in (torch.bool, torch.uint8, torch.int64, torch.float32):
         got = run({**b, "mask": b["mask"].to(dtype)}, options, normalizer=torch.tensor(7.5))
         for a, w, scale in zip(got[:4], want[:4], (1, 1, 1, 1.7), strict=True):
             torch.testing.assert_close(a.double(), w.double().detach() * scale, rtol=3e-6, atol=1e-6)

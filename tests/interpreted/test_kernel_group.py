@@ -1,0 +1,146 @@
+"""kernels/group.py under Triton's interpreter, against float64 torch written out here, one group at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from fastreward.kernels import group as kernels
+from torch import Tensor
+
+from fastreward._options import GroupOptions
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+SIZES = (8, 1, 20, 2, 5, 140, 3)
+
+
+def case(components: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(rewards [B, K] with NaN, labels [B] of shuffled groups, lengths [B])."""
+    g = torch.Generator().manual_seed(seed)
+    names = torch.tensor([7, -3, 2**40, 0, 11, 5, -9])
+    labels = torch.cat([names[i].repeat(n) for i, n in enumerate(SIZES)])
+    labels = labels[torch.randperm(len(labels), generator=g)]
+    rewards = torch.randint(0, 5, (len(labels), components), generator=g).float() + 0.25
+    rewards[torch.rand(rewards.shape, generator=g) < 0.1] = torch.nan
+    return rewards, labels, torch.randint(1, 50, (len(labels),), generator=g).float()
+
+
+def column(
+    x: Tensor, labels: Tensor, lengths: Tensor, o: GroupOptions, center: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    out = torch.zeros_like(x)
+    scored = ~x.isnan()
+    for label in labels.unique():
+        rows = ((labels == label) & scored).nonzero().squeeze(1)
+        v, n = x[rows], len(rows)
+        if n == 0:
+            continue
+        if n == 1:
+            out[rows] = {"zero": torch.zeros(1).double(), "raw": v, "nan": v * math.nan}[o.singleton]
+            continue
+        w = lengths[rows].double()
+        c = (
+            {
+                "none": torch.zeros(n).double(),
+                "mean": v.mean(),
+                "leave-one-out": (v.sum() - v) / (n - 1),
+                "length-weighted": (w * v).sum() / w.sum(),
+                "second-max": torch.stack([torch.cat([v[:i], v[i + 1 :]]).max() for i in range(n)]),
+            }[o.center]
+            if center is None
+            else center[rows].double()
+        )
+        d = v - c
+        population = x[scored] if o.scale == "batch-std" else v
+        variance = population.var(correction=o.ddof)
+        std = (variance + o.eps).sqrt() if o.eps_inside else variance.sqrt() + o.eps
+        s = {"none": torch.ones(()), "max": d.abs().max() + o.eps}.get(o.scale, std) if scale is None else scale[rows]
+        out[rows] = d / s.double()
+    return out
+
+
+def truth(
+    rewards: Tensor, labels: Tensor, lengths: Tensor, o: GroupOptions, weights: Tensor | None = None,
+    center: Tensor | None = None, scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    r = rewards.double()
+    w = torch.ones(r.shape[1]).double() if weights is None else weights.double()
+    none = r.isnan().all(1)
+    if o.normalize == "sum-then-normalize":
+        out = column(torch.where(none, torch.nan, (r * w).nansum(1)), labels, lengths, o, center, scale)
+    else:
+        out = sum(w[k] * column(r[:, k], labels, lengths, o, center, scale) for k in range(r.shape[1]))
+    return torch.where(none, 0.0, out)
+
+
+def check(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("center", "scale"),
+    [
+        ("none", "std"),
+        ("mean", "std"),
+        ("mean", "none"),
+        ("mean", "batch-std"),
+        ("leave-one-out", "max"),
+        ("length-weighted", "std"),
+        ("second-max", "max"),
+        ("second-max", "none"),
+    ],
+)
+def test_labelled(center: str, scale: str) -> None:
+    rewards, labels, lengths = case()
+    singleton = {"none": "raw", "mean": "zero"}.get(center, "nan")
+    o = GroupOptions(center=center, scale=scale, singleton=singleton, ddof=center == "mean", eps_inside=scale == "std")
+    check(kernels.forward(rewards, labels, 0, lengths, None, None, None, o), truth(rewards, labels, lengths, o))
+
+
+@pytest.mark.parametrize("size", [1, 16, 37, 130])
+def test_neighbours(size: int) -> None:
+    rewards, _, lengths = case(seed=size)
+    rewards = rewards[: 178 // size * size].double()
+    labels = torch.arange(len(rewards)) // size
+    for o in (GroupOptions(), GroupOptions(center="leave-one-out", scale="none", singleton="raw")):
+        check(kernels.forward(rewards, None, size, None, None, None, None, o), truth(rewards, labels, lengths, o))
+
+
+@pytest.mark.parametrize(
+    ("normalize", "scale", "weighted"),
+    [
+        ("sum-then-normalize", "std", True),
+        ("sum-then-normalize", "batch-std", False),
+        ("normalize-then-sum", "batch-std", True),
+    ],
+)
+def test_components(normalize: str, scale: str, weighted: bool) -> None:
+    rewards, labels, lengths = case(3)
+    rewards[::17] = torch.nan
+    weights = torch.tensor([1.0, -0.5, 2.0]) if weighted else None
+    o = replace(GroupOptions(), normalize=normalize, scale=scale)
+    got = kernels.forward(rewards, labels, 0, None, weights, None, None, o)
+    check(got, truth(rewards, labels, lengths, o, weights))
+    assert not got[::17].any()
+    assert torch.equal(got, kernels.forward(rewards, labels, 0, None, weights, None, None, o))
+
+
+def test_center_and_scale_from_tensors() -> None:
+    rewards, labels, lengths = case()
+    g = torch.Generator().manual_seed(4)
+    center, scale = torch.randn(len(labels), generator=g), torch.rand(len(labels), generator=g) + 0.5
+    o = GroupOptions(center="tensor", scale="tensor")
+    got = kernels.forward(rewards, labels, 0, None, None, center, scale, o)
+    check(got, truth(rewards, labels, lengths, o, None, center, scale))
+
+
+def test_permuted_batch_gives_the_same_advantages_and_no_rows_none() -> None:
+    rewards, labels, _ = case()
+    o = GroupOptions()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(9))
+    got = kernels.forward(rewards[order], labels[order], 0, None, None, None, None, o)
+    check(got, kernels.forward(rewards, labels, 0, None, None, None, None, o)[order].double())
+    assert kernels.forward(rewards[:0], labels[:0], 0, None, None, None, None, o).shape == (0,)
