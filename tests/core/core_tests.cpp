@@ -1,0 +1,356 @@
+// The C++ core without Python, run under ASan + UBSan (CMake preset `sanitize`, tests/test_core_sanitized.py). Every
+// array is its own allocation of exactly the size that the kernel may touch, so that a step outside is an error.
+// A case is a function registered with CASE(name); CHECK and CHECK_NEAR report and go on. Add cases for other operations
+// in files of their own beside this one or below.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "common/isa.hpp"
+#include "cpu/logprobs.hpp"
+
+namespace {
+
+int failures = 0;
+
+#define CHECK(condition)                                                          \
+  do {                                                                            \
+    if (!(condition)) {                                                           \
+      ++failures;                                                                 \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);         \
+    }                                                                             \
+  } while (false)
+
+// Equal within `tolerance`, or the same infinity, or both NaN.
+#define CHECK_NEAR(actual, expected, tolerance)                                                              \
+  do {                                                                                                       \
+    const double a_ = (actual), e_ = (expected);                                                             \
+    if (!(a_ == e_ || (std::isnan(a_) && std::isnan(e_)) || std::fabs(a_ - e_) <= (tolerance))) {            \
+      ++failures;                                                                                            \
+      std::printf("%s:%d: %s = %.9g, expected %.9g\n", __FILE__, __LINE__, #actual, a_, e_);                 \
+    }                                                                                                        \
+  } while (false)
+
+struct Case {
+  const char* name;
+  void (*run)();
+};
+std::vector<Case>& cases() {
+  static std::vector<Case> all;
+  return all;
+}
+struct Register {
+  Register(const char* name, void (*run)()) { cases().push_back({name, run}); }
+};
+#define CASE(name)                                  \
+  void name();                                      \
+  const Register register_##name(#name, &name);     \
+  void name()
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+// ------------------------------------------------------------------------------------------------------- logprobs
+namespace fr = fastreward;
+constexpr int kAllFlags = fr::kEntropy | fr::kLogSumSq | fr::kMeanLogit | fr::kArgmax | fr::kRank;
+
+std::uint16_t to_bf16(float x) {
+  std::uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return static_cast<std::uint16_t>(u >> 16);
+}
+float from_bf16(std::uint16_t h) {
+  const std::uint32_t u = static_cast<std::uint32_t>(h) << 16;
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+// Only for values that a half holds exactly, or infinities: enough for made-up logits.
+std::uint16_t to_f16(float x) {
+  if (std::isinf(x)) return x > 0 ? 0x7c00 : 0xfc00;
+  if (x == 0.0f) return 0;
+  int e = 0;
+  const float m = std::frexp(std::fabs(x), &e);
+  const auto mantissa = static_cast<std::uint16_t>(std::lround(std::ldexp(m, 11))) & 0x3ffu;
+  return static_cast<std::uint16_t>((x < 0 ? 0x8000u : 0u) | static_cast<unsigned>(e + 14) << 10 | mantissa);
+}
+
+// Rows of logits in the three types, with the same values; the last row ends where the allocation ends.
+struct Problem {
+  std::int64_t rows, columns, stride;
+  std::vector<float> f32;
+  std::vector<std::uint16_t> bf16, f16;
+  std::vector<std::int64_t> labels;
+
+  Problem(std::int64_t n, std::int64_t v, std::int64_t gap, unsigned seed) : rows(n), columns(v), stride(v + gap) {
+    std::mt19937 random(seed);
+    const auto size = static_cast<std::size_t>((n - 1) * stride + v);
+    for (std::size_t i = 0; i < size; ++i)  // multiples of 1/8 below 8: exact in all three types
+      f32.push_back(static_cast<float>(static_cast<int>(random() % 128) - 64) / 8.0f);
+    for (std::int64_t i = 0; i < n; ++i) labels.push_back(static_cast<std::int64_t>(random() % static_cast<unsigned>(v)));
+    convert();
+  }
+  void convert() {
+    bf16.clear(), f16.clear();
+    for (const float x : f32) bf16.push_back(to_bf16(x)), f16.push_back(to_f16(x));
+  }
+  double logit(std::int64_t row, std::int64_t column) const {
+    return static_cast<double>(f32[static_cast<std::size_t>(row * stride + column)]);
+  }
+  fr::LogprobsRows view(fr::DType dtype, int threads) const {
+    fr::LogprobsRows in;
+    in.logits = dtype == fr::DType::f32 ? static_cast<const void*>(f32.data())
+                                        : dtype == fr::DType::bf16 ? bf16.data() : f16.data();
+    in.dtype = dtype;
+    in.rows = rows, in.columns = columns, in.row_stride = stride;
+    in.labels = labels.data();
+    in.inv_temperature_scalar = 0.8;
+    in.threads = threads;
+    return in;
+  }
+};
+
+struct Outputs {
+  std::vector<float> values, id_logprobs;
+  std::vector<std::int64_t> indices;
+};
+
+std::vector<double> scratch_of(const fr::LogprobsRows& in) {
+  const std::int64_t length = in.keep_ids != nullptr ? in.keep_count : in.columns;
+  return std::vector<double>(static_cast<std::size_t>(in.rows * fr::logprobs_blocks(length) * fr::kLogprobsPartial));
+}
+
+Outputs forward(const fr::LogprobsRows& in, int flags) {
+  Outputs out;
+  out.values.resize(static_cast<std::size_t>(7 * in.rows), -1.0f);
+  out.indices.resize(static_cast<std::size_t>(2 * in.rows), -1);
+  out.id_logprobs.resize(static_cast<std::size_t>(in.rows * in.token_count), -1.0f);
+  auto scratch = scratch_of(in);
+  fr::LogprobsForward call;
+  call.in = in;
+  call.flags = flags;
+  call.values = out.values.data();
+  call.indices = out.indices.data();
+  call.id_logprobs = out.id_logprobs.data();
+  call.scratch = scratch.data();
+  FASTREWARD_DISPATCH(logprobs_forward)(call);
+  return out;
+}
+
+// The kept columns of a row, as the kernel is told of them.
+bool kept(const fr::LogprobsRows& in, std::int64_t row, std::int64_t column) {
+  if (in.keep_mask != nullptr) return in.keep_mask[row * in.keep_mask_stride + column] != 0;
+  if (in.keep_ids == nullptr) return true;
+  const std::int64_t* ids = in.keep_ids + row * in.keep_ids_stride;
+  return std::find(ids, ids + in.keep_count, column) != ids + in.keep_count;
+}
+
+double expected_logsumexp(const Problem& p, const fr::LogprobsRows& in, std::int64_t row) {
+  double top = -kInf, sum = 0.0;
+  for (std::int64_t j = 0; j < p.columns; ++j)
+    if (kept(in, row, j)) top = std::max(top, p.logit(row, j));
+  if (top == -kInf) return -kInf;
+  for (std::int64_t j = 0; j < p.columns; ++j)
+    if (kept(in, row, j)) sum += std::exp((p.logit(row, j) - top) * in.inv_temperature_scalar);
+  return top * in.inv_temperature_scalar + std::log(sum);
+}
+
+double expected_entropy(const Problem& p, const fr::LogprobsRows& in, std::int64_t row, double lse) {
+  double entropy = lse == -kInf ? std::nan("") : 0.0;
+  for (std::int64_t j = 0; j < p.columns; ++j) {
+    if (!kept(in, row, j) || p.logit(row, j) == -kInf) continue;
+    const double logp = p.logit(row, j) * in.inv_temperature_scalar - lse;
+    entropy -= std::exp(logp) * logp;
+  }
+  return entropy;
+}
+
+void check_forward(const Problem& p, const fr::LogprobsRows& in) {
+  const Outputs out = forward(in, kAllFlags);
+  for (std::int64_t row = 0; row < p.rows; ++row) {
+    const auto value = [&](int name) {
+      return static_cast<double>(out.values[static_cast<std::size_t>(name * p.rows + row)]);
+    };
+    if (in.mask != nullptr && in.mask[row] == 0) {
+      for (int name = 0; name < 7; ++name) CHECK_NEAR(value(name), 0.0, 0.0);
+      continue;
+    }
+    const std::int64_t label = p.labels[static_cast<std::size_t>(row)];
+    const double lse = expected_logsumexp(p, in, row);
+    const double logit = kept(in, row, label) ? p.logit(row, label) : -kInf;
+    CHECK_NEAR(value(fr::kValueLogsumexp), lse, 4e-6);
+    CHECK_NEAR(value(fr::kValueLogprob), logit * in.inv_temperature_scalar - lse, 4e-6);
+    CHECK_NEAR(value(fr::kValueEntropy), expected_entropy(p, in, row, lse), 4e-6);
+    std::int64_t above = 0;
+    for (std::int64_t j = 0; j < p.columns; ++j) above += kept(in, row, j) && p.logit(row, j) > logit;
+    CHECK(out.indices[static_cast<std::size_t>(p.rows + row)] == above);
+  }
+}
+
+double stored(const void* data, fr::DType dtype, std::int64_t index) {
+  if (dtype == fr::DType::f32) return static_cast<double>(static_cast<const float*>(data)[index]);
+  const std::uint16_t h = static_cast<const std::uint16_t*>(data)[index];
+  if (dtype == fr::DType::bf16) return static_cast<double>(from_bf16(h));
+  const double magnitude = (h >> 10 & 31) == 0 ? std::ldexp(h & 0x3ff, -24)
+                                               : std::ldexp(1024 + (h & 0x3ff), (h >> 10 & 31) - 25);
+  return (h & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+// Gradient of sum_row (logprob + entropy): fresh and in place must agree, and a row must sum to about 0.
+void check_backward(const Problem& p, const fr::LogprobsRows& in, double tolerance) {
+  const Outputs out = forward(in, kAllFlags);
+  std::vector<float> upstream(static_cast<std::size_t>(7 * p.rows), 0.0f);
+  std::fill_n(upstream.begin(), 2 * p.rows, 1.0f);
+  std::vector<float> id_upstream(static_cast<std::size_t>(p.rows * in.token_count), 0.25f);
+  const std::size_t width = in.dtype == fr::DType::f32 ? 4 : 2;
+  const std::size_t bytes = static_cast<std::size_t>((p.rows - 1) * p.stride + p.columns) * width;
+  std::vector<std::uint8_t> fresh(bytes), inplace(static_cast<const std::uint8_t*>(in.logits),
+                                                  static_cast<const std::uint8_t*>(in.logits) + bytes);
+  std::vector<fr::ColumnGradient> columns(static_cast<std::size_t>(in.threads * (in.token_count + 1)));
+  std::vector<float> logits(static_cast<std::size_t>(in.threads * in.keep_count));
+  fr::LogprobsBackward call;
+  call.in = in;
+  call.values = out.values.data();
+  call.grad_values = upstream.data();
+  call.grad_ids = in.token_ids != nullptr ? id_upstream.data() : nullptr;
+  call.grad_logits = fresh.data();
+  call.grad_stride = p.stride;
+  call.columns = columns.data();
+  call.kept_logits = logits.data();
+  FASTREWARD_DISPATCH(logprobs_backward)(call);
+  call.in.logits = call.grad_logits = inplace.data();
+  FASTREWARD_DISPATCH(logprobs_backward)(call);
+  for (std::int64_t row = 0; row < p.rows; ++row) {
+    const std::size_t start = static_cast<std::size_t>(row * p.stride) * width;
+    CHECK(std::memcmp(fresh.data() + start, inplace.data() + start, static_cast<std::size_t>(p.columns) * width) == 0);
+    double sum = 0.0;
+    for (std::int64_t j = 0; j < p.columns; ++j) {
+      const double g = stored(fresh.data(), in.dtype, row * p.stride + j);
+      if (!kept(in, row, j)) CHECK_NEAR(g, 0.0, 0.0);
+      sum += g;
+    }
+    const bool counted = in.mask == nullptr || in.mask[row] != 0;
+    const bool defined = expected_logsumexp(p, in, row) != -kInf;
+    if (!counted) CHECK_NEAR(sum, 0.0, 0.0);
+    else if (defined && kept(in, row, p.labels[static_cast<std::size_t>(row)])) CHECK_NEAR(sum, 0.0, tolerance);
+  }
+}
+
+constexpr fr::DType kDTypes[] = {fr::DType::f32, fr::DType::bf16, fr::DType::f16};
+
+void check_all(const Problem& p, const fr::LogprobsRows& like, bool backward = true) {
+  for (const fr::DType dtype : kDTypes) {
+    for (const int threads : {1, 2}) {
+      fr::LogprobsRows in = p.view(dtype, threads);
+      in.mask = like.mask;
+      in.keep_mask = like.keep_mask, in.keep_mask_stride = like.keep_mask_stride;
+      in.keep_ids = like.keep_ids, in.keep_ids_stride = like.keep_ids_stride, in.keep_count = like.keep_count;
+      in.token_ids = like.token_ids, in.token_ids_stride = like.token_ids_stride, in.token_count = like.token_count;
+      check_forward(p, in);
+      if (backward) check_backward(p, in, dtype == fr::DType::f32 ? 1e-5 : 0.05);
+    }
+  }
+}
+
+CASE(logprobs_any_length) {
+  for (const std::int64_t columns : {1, 2, 7, 15, 16, 17, 63, 64, 65, 100, 4095, 4096, 4097, 9001})
+    check_all(Problem(3, columns, 0, 1), {});
+}
+
+CASE(logprobs_strided_rows) {
+  for (const std::int64_t gap : {1, 5, 64}) check_all(Problem(4, 333, gap, 2), {});
+}
+
+CASE(logprobs_minus_infinity) {
+  Problem p(4, 4500, 0, 3);
+  for (std::int64_t j = 0; j < p.columns; ++j) {
+    if (j % 3 != 0) p.f32[static_cast<std::size_t>(j)] = -INFINITY;
+    if (j < 4096) p.f32[static_cast<std::size_t>(p.stride + j)] = -INFINITY;  // a whole block of it
+    p.f32[static_cast<std::size_t>(2 * p.stride + j)] = -INFINITY;            // a row of nothing else
+  }
+  p.labels[0] = 1;  // log-prob -inf
+  p.convert();
+  for (const fr::DType dtype : kDTypes) check_forward(p, p.view(dtype, 2));
+}
+
+CASE(logprobs_mask_and_ids) {
+  const Problem p(6, 1000, 3, 4);
+  const std::vector<std::uint8_t> mask = {1, 0, 1, 1, 0, 1};
+  const std::vector<std::int64_t> ids = {0, 999, 5, 5, 17};
+  fr::LogprobsRows like;
+  like.mask = mask.data();
+  like.token_ids = ids.data(), like.token_count = 5, like.token_ids_stride = 0;
+  check_all(p, like);
+}
+
+CASE(logprobs_kept_sets) {
+  const Problem p(3, 5000, 0, 5);
+  std::vector<std::uint8_t> keep;
+  for (std::int64_t i = 0; i < p.rows * p.columns; ++i) keep.push_back(i % 7 != 3);
+  fr::LogprobsRows like;
+  like.keep_mask = keep.data(), like.keep_mask_stride = p.columns;
+  check_all(p, like);
+  const std::vector<std::int64_t> ids = {4999, 0, -1, 77, p.labels[0], -1, 12, 3, p.labels[1], -1, p.labels[2], 1};
+  like = {};
+  like.keep_ids = ids.data(), like.keep_count = 4, like.keep_ids_stride = 4;
+  check_all(p, like);
+}
+
+CASE(logprobs_bits_do_not_depend_on_threads) {
+  const Problem p(3, 20000, 0, 6);
+  const Outputs one = forward(p.view(fr::DType::f32, 1), kAllFlags), three = forward(p.view(fr::DType::f32, 3), kAllFlags);
+  CHECK(one.values == three.values);
+  CHECK(one.indices == three.indices);
+}
+
+CASE(logprobs_fold_in_slices) {
+  const Problem p(3, 777, 0, 7);
+  const fr::LogprobsRows whole = p.view(fr::DType::f32, 1);
+  const Outputs expected = forward(whole, kAllFlags);
+  std::vector<float> thresholds;
+  for (std::int64_t row = 0; row < p.rows; ++row)
+    thresholds.push_back(static_cast<float>(p.logit(row, p.labels[static_cast<std::size_t>(row)])));
+  std::vector<double> state(static_cast<std::size_t>(p.rows * fr::kStateSize), 0.0);
+  for (std::int64_t row = 0; row < p.rows; ++row) {
+    state[static_cast<std::size_t>(row * fr::kStateSize + fr::kStateMax)] = -kInf;
+    state[static_cast<std::size_t>(row * fr::kStateSize + fr::kStateLabel)] = std::nan("");
+  }
+  for (std::int64_t start = 0; start < p.columns; start += 100) {
+    fr::LogprobsFold call;
+    call.in = whole;
+    call.in.logits = p.f32.data() + start;
+    call.in.columns = std::min<std::int64_t>(100, p.columns - start);
+    call.vocab_start = start;
+    call.flags = kAllFlags;
+    call.label_logits = thresholds.data();
+    call.state = state.data();
+    FASTREWARD_DISPATCH(logprobs_fold)(call);
+  }
+  std::vector<float> values(expected.values.size());
+  std::vector<std::int64_t> indices(expected.indices.size());
+  fr::LogprobsFinish finish;
+  finish.state = state.data();
+  finish.inv_temperature_scalar = whole.inv_temperature_scalar;
+  finish.rows = p.rows, finish.vocab_size = p.columns, finish.flags = kAllFlags;
+  finish.values = values.data(), finish.indices = indices.data();
+  FASTREWARD_DISPATCH(logprobs_finish)(finish);
+  for (std::size_t i = 0; i < values.size(); ++i)
+    CHECK_NEAR(static_cast<double>(values[i]), static_cast<double>(expected.values[i]), 4e-6);
+  CHECK(indices == expected.indices);
+}
+
+}  // namespace
+
+int main() {
+  for (const Case& c : cases()) {
+    const int before = failures;
+    c.run();
+    std::printf("%-45s %s\n", c.name, failures == before ? "ok" : "FAILED");
+  }
+  std::printf("core tests on %s: %d failures in %zu cases\n", fr::isa_name(fr::active_isa()), failures, cases().size());
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,66 @@
+"""The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer: builds the `sanitize` preset and runs its tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ISAS = ("baseline", "avx2", "avx512")
+
+
+def _tool(name: str) -> str | None:
+    """A build tool: of the environment that runs the tests, else of PATH."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+def _run(*command: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    merged = {**os.environ, **(env or {})}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=merged, cwd=ROOT)
+
+
+def _compiler(folder: Path) -> str:
+    """A C++ compiler that links the sanitizers and OpenMP and whose programs run, or a skip that says what is missing."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source, program = folder / "probe.cpp", folder / "probe"
+    source.write_text("int main() { return 0; }\n")
+    built = _run(compiler, "-fopenmp", "-fsanitize=address,undefined", source, "-o", program)
+    if built.returncode != 0:
+        pytest.skip(f"{compiler} has no sanitizer runtime: {built.stderr.strip()[:200]}")
+    ran = _run(program)
+    if ran.returncode != 0:
+        pytest.skip(f"a sanitized program does not run here: {ran.stderr.strip()[:200]}")
+    return compiler
+
+
+@pytest.fixture(scope="module")
+def core_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sanitize")
+    cmake, ninja = _tool("cmake"), _tool("ninja")
+    if cmake is None or ninja is None:
+        pytest.skip("cmake and ninja are not installed")
+    compiler = _compiler(folder)
+    configure = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    configured = _run(cmake, "--preset", "sanitize", "-B", folder / "build", "-S", ROOT, *configure)
+    assert configured.returncode == 0, configured.stdout + configured.stderr
+    built = _run(cmake, "--build", folder / "build", "--target", "core_tests")
+    assert built.returncode == 0, built.stdout[-8000:] + built.stderr
+    return folder / "build" / "core_tests"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)  # the sanitized build alone takes minutes on a busy machine
+@pytest.mark.parametrize("isa", ISAS)
+def test_core_is_clean(core_tests: Path, isa: str) -> None:
+    # libgomp keeps its threads' stacks for the life of the process: no leak
+    result = _run(core_tests, env={"FASTREWARD_ISA": isa, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 failures" in result.stdout
