@@ -1,6 +1,6 @@
 """Positions of the per-token statistics in the tensors that every backend exchanges.
 
-All backends of `logprobs` return their results in two tensors, `values` f32 [7, N] and `indices` i64 [2, N]; these
+All backends of `logprobs` return their results in two tensors, `values` f32 [8, N] and `indices` i64 [2, N]; these
 names say which row is which. The C++, CUDA and Triton sources use the same numbers.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-#: Rows of `values` [7, N].
+#: Rows of `values` [8, N].
 VALUES: Final = (
     "logprobs",
     "entropy",
@@ -17,6 +17,7 @@ VALUES: Final = (
     "mean_logit",
     "log_sum_sq_probs",
     "max_logprob",
+    "max_logit",  # raw and unrounded, for the backward: p from a rounded logsumexp is wrong where logits are large
 )
 #: Rows of `indices` [2, N].
 INDICES: Final = ("argmax", "rank")
@@ -32,7 +33,9 @@ STATE: Final = (
     "rank",  # columns with a logit strictly above the label's
 )
 
-ALL_OUTPUTS: Final = (*VALUES, *INDICES, "id_logprobs")
+#: What callers may ask for.
+OUTPUT_VALUES: Final = VALUES[:-1]
+ALL_OUTPUTS: Final = (*OUTPUT_VALUES, *INDICES, "id_logprobs")
 DIFFERENTIABLE: Final = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "id_logprobs")
 
 #: Bit of each optional statistic in `flags`; logprobs, logsumexp and label_logit are always computed.

@@ -26,7 +26,7 @@ def sharded_token_logprobs(
     outputs: tuple[str, ...],
     group: ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
-    """values f32 [7, N] and indices i64 [2, N], the same on every rank; differentiable for this rank's logits."""
+    """values f32 [8, N] and indices i64 [2, N], the same on every rank; differentiable for this rank's logits."""
     rows = logits.reshape(-1, logits.shape[-1])
     widths = _gather(torch.tensor([rows.shape[1]], device=rows.device), group)
     start = int(sum(int(w) for w in widths[: dist.get_rank(group)]))

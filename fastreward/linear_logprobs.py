@@ -15,12 +15,12 @@ from torch import Tensor
 from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
-from fastreward._layout import FLAG, INDICES, STATE, VALUES, flags_of
+from fastreward._layout import FLAG, INDICES, OUTPUT_VALUES, STATE, VALUES, flags_of
 from fastreward._memory import advised
 from fastreward._vocab_parallel import initial_state
 from fastreward.logprobs import LOGITS_DTYPES, TokenStats, _check_labels, _collect, _row_mask, _temperature
 
-_OUTPUTS = (*VALUES, *INDICES)
+_OUTPUTS = (*OUTPUT_VALUES, *INDICES)
 _LABEL = STATE.index("label_logit")
 _RANK = STATE.index("rank")
 
@@ -45,7 +45,7 @@ def _linear_token_logprobs(
     tile: list[int],
     compute_dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor]:  # values f32 [7, N], indices i64 [2, N]
+) -> tuple[Tensor, Tensor]:  # values f32 [8, N], indices i64 [2, N]
     kernels = implementation("linear_logprobs", backend)
     inverse = _inverse(temperature, temperature_scalar)
     head = _Head(hidden, weight, bias, logit_scale, softcap, tile, compute_dtype)

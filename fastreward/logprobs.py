@@ -67,7 +67,7 @@ def _token_logprobs(
     flags: int,
     inplace_backward: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # values f32 [7, N], indices i64 [2, N], id_logprobs f32 [N, K]
+) -> tuple[Tensor, Tensor, Tensor]:  # values f32 [8, N], indices i64 [2, N], id_logprobs f32 [N, K]
     kernels = implementation("logprobs", backend)
     inverse = temperature.reciprocal() if temperature is not None else 1.0 / temperature_scalar
     blocks = _rows.split(logits, gaps=keep_mask is None)

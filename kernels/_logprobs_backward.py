@@ -1,6 +1,6 @@
 """The backward of `logprobs`: the joint gradient of log-prob, entropy, logsumexp, log-sum of squares, id log-probs.
 
-Fused: with p_j recomputed from the logit and the row's logsumexp, the gradient of all five outputs is
+Fused: with p_j recomputed from the logit and the row's maximum, the gradient of all five outputs is
     dz_j = p_j (c0 + c1 log p_j + c2 p_j) + upstream gradients at the label and at token_ids,
 so a row is read once and written once, in place if asked, where autograd would combine several [N, V] tensors.
 Bytes: 2 * (bytes per logit) * V a row (+ V with a keep mask); a masked row is only written. Gathers of K ids on top.
@@ -42,7 +42,7 @@ _ID_SIZES += ["inv_t_stride", "token_ids_stride", "grad_ids_stride", "keep_ids_s
 # --------------------------------------------------------------------------------------------------------- kernel
 @triton.jit
 def _coefficients(values, grad_values, grad_ids_row, N, K, row, HAS_IDS: tl.constexpr, IDS: tl.constexpr):
-    """(c0, c1, c2, upstream gradient at the label, logsumexp) of a row: f32 scalars."""
+    """(c0, c1, c2, upstream gradient at the label, largest logit, its log-prob) of a row: f32 scalars."""
     g_logprob = tl.load(grad_values + row)
     g_entropy = tl.load(grad_values + (N + row))
     g_lse = tl.load(grad_values + (2 * N + row))
@@ -52,13 +52,13 @@ def _coefficients(values, grad_values, grad_ids_row, N, K, row, HAS_IDS: tl.cons
         j = tl.arange(0, IDS)
         c0 -= tl.sum(tl.load(grad_ids_row + j, mask=j < K, other=0.0), axis=0)
     c2 = tl.where(g_lss != 0.0, 2.0 * g_lss * tl.exp(-tl.load(values + (5 * N + row))), 0.0)
-    return c0, -g_entropy, c2, g_logprob, tl.load(values + (2 * N + row))
+    return c0, -g_entropy, c2, g_logprob, tl.load(values + (7 * N + row)), tl.load(values + (6 * N + row))
 
 
 @triton.jit
-def _through_softmax(x, inverse, lse, c0, c1, c2):
+def _through_softmax(x, inverse, top, top_logp, c0, c1, c2):
     """p (c0 + c1 log p + c2 p); exactly 0 where x = -inf."""
-    logp = x * inverse - lse
+    logp = (x - top) * inverse + top_logp
     p = tl.exp2(logp * LOG2E)
     return p * (c0 + c1 * tl.maximum(logp, FLOOR) + c2 * p)
 
@@ -98,8 +98,8 @@ def _backward_kernel(
     mask,  # i1 [N]
     keep, keep_units,  # i1 [N, V], row stride keep_units * KEEP_UNIT
     token_ids, token_ids_stride,  # i64 [N, K] (row stride 0 allowed)
-    values,  # f32 [7, N]
-    grad_values,  # f32 [7, N]
+    values,  # f32 [8, N]
+    grad_values,  # f32 [8, N]
     grad_ids, grad_ids_stride,  # f32 [N, K]
     grad_logits, grad_units,  # [N, V], out; may be logits; row stride grad_units * GRAD_UNIT
     inv_softcap,
@@ -126,7 +126,9 @@ def _backward_kernel(
         token_ids_row = token_ids + row * token_ids_stride
         grad_ids_row = grad_ids + row * grad_ids_stride
     inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
-    c0, c1, c2, g_label, lse = _coefficients(values, grad_values, grad_ids_row, N.to(tl.int64), K, row, HAS_IDS, IDS)
+    c0, c1, c2, g_label, top, top_logp = _coefficients(
+        values, grad_values, grad_ids_row, N.to(tl.int64), K, row, HAS_IDS, IDS
+    )
     label = tl.load(labels + row)
     label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
     if HAS_IDS:
@@ -136,7 +138,7 @@ def _backward_kernel(
         ids = tl.load(token_ids_row + j, mask=j < K, other=-1)
         ids_x = kept_logit_at(logits_row, keep_row, ids, V, HAS_KEEP)
         ids_dz = _upstream_at(ids, token_ids_row, grad_ids_row, K) + tl.where(ids == label, g_label, 0.0)
-        ids_dz += _through_softmax(ids_x, inverse, lse, c0, c1, c2)
+        ids_dz += _through_softmax(ids_x, inverse, top, top_logp, c0, c1, c2)
         ids_dx = _to_logit(ids_dz, ids_x, inverse, inv_softcap, HAS_SOFTCAP)
         ids_ok = (ids >= 0) & (ids < V)
         if HAS_KEEP:
@@ -153,7 +155,7 @@ def _backward_kernel(
         if HAS_KEEP:
             kept = tl.load(keep_row + here, mask=here < V, other=0) != 0
             x = tl.where(kept, x, NEG_INF)
-        dz = _through_softmax(x, inverse, lse, c0, c1, c2) + tl.where(here == label, g_label, 0.0)
+        dz = _through_softmax(x, inverse, top, top_logp, c0, c1, c2) + tl.where(here == label, g_label, 0.0)
         dx = _to_logit(dz, x, inverse, inv_softcap, HAS_SOFTCAP)
         if HAS_KEEP:
             dx = tl.where(kept, dx, 0.0)
@@ -171,8 +173,8 @@ def _backward_ids_kernel(
     mask,  # i1 [N]
     keep_ids, keep_ids_stride,  # i64 [N, k], unique within a row, negative = padding
     token_ids, token_ids_stride,  # i64 [N, K] (row stride 0 allowed)
-    values,  # f32 [7, N]
-    grad_values,  # f32 [7, N]
+    values,  # f32 [8, N]
+    grad_values,  # f32 [8, N]
     grad_ids, grad_ids_stride,  # f32 [N, K]
     grad_logits, grad_units,  # [N, V], out; may be logits; row stride grad_units * GRAD_UNIT
     inv_softcap,
@@ -194,11 +196,13 @@ def _backward_ids_kernel(
         token_ids_row = token_ids + row * token_ids_stride
         grad_ids_row = grad_ids + row * grad_ids_stride
     inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
-    c0, c1, c2, g_label, lse = _coefficients(values, grad_values, grad_ids_row, N.to(tl.int64), K, row, HAS_IDS, IDS)
+    c0, c1, c2, g_label, top, top_logp = _coefficients(
+        values, grad_values, grad_ids_row, N.to(tl.int64), K, row, HAS_IDS, IDS
+    )
     kept = kept_ids_at(keep_ids + row * keep_ids_stride, tl.arange(0, KEPT), k, V)
     ok = kept < V
     x = tl.load(logits + row * logits_stride + kept, mask=ok, other=NEG_INF).to(tl.float32)
-    dz = _through_softmax(x, inverse, lse, c0, c1, c2) + tl.where(kept == tl.load(labels + row), g_label, 0.0)
+    dz = _through_softmax(x, inverse, top, top_logp, c0, c1, c2) + tl.where(kept == tl.load(labels + row), g_label, 0.0)
     if HAS_IDS:
         dz += _upstream_at(kept, token_ids_row, grad_ids_row, K)
     dx = _to_logit(dz, x, inverse, inv_softcap, HAS_SOFTCAP)
@@ -217,9 +221,9 @@ def backward(
     keep_mask: Tensor | None,  # [N, V] bool
     keep_ids: Tensor | None,  # [N, k] i64
     token_ids: Tensor | None,  # [N, K] i64, row stride 0 allowed
-    values: Tensor,  # [7, N] f32, contiguous
+    values: Tensor,  # [8, N] f32, contiguous
     id_logprobs: Tensor,  # [N, K] f32; not needed here
-    grad_values: Tensor,  # [7, N] f32
+    grad_values: Tensor,  # [8, N] f32
     grad_ids: Tensor | None,  # [N, K] f32
     grad_logits: Tensor,  # [N, V], out, dtype of logits; may be logits
     inv_softcap: float = 0.0,

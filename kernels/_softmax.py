@@ -185,7 +185,7 @@ def scan_row(
 
 @triton.jit
 def store_row(
-    values,  # pointer to f32 [7, N]
+    values,  # pointer to f32 [8, N]
     indices,  # pointer to i64 [2, N]
     N,  # i64
     row, ok,  # which row(s), and which of them exist: scalars or [R]
@@ -194,7 +194,7 @@ def store_row(
     argmax, rank,
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, ARGMAX: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """From sums to outputs: the layout of fastreward._layout.VALUES and INDICES. 44 bytes a row.
+    """From sums to outputs: the layout of fastreward._layout.VALUES and INDICES. 48 bytes a row.
 
     a / b is a * exp(-log b): a division in f64 is a subroutine, and around its call ptxas spills.
     """
@@ -218,6 +218,7 @@ def store_row(
     else:
         tl.store(values + (5 * N + row), 0.0, mask=ok)
     tl.store(values + (6 * N + row), tl.where(empty, float("nan"), -log_total).to(tl.float32), mask=ok)
+    tl.store(values + (7 * N + row), top.to(tl.float32), mask=ok)
     if ARGMAX:
         tl.store(indices + row, argmax.to(tl.int64), mask=ok)
     else:
@@ -231,7 +232,7 @@ def store_row(
 @triton.jit
 def store_masked_row(values, indices, N, row):
     """All outputs of a masked row are 0."""
-    for i in tl.static_range(7):
+    for i in tl.static_range(8):
         tl.store(values + (i * N + row), 0.0)
     tl.store(indices + row, 0)
     tl.store(indices + (N + row), 0)

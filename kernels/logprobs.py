@@ -90,7 +90,7 @@ def _forward_kernel(
     mask,  # i1 [N]
     keep, keep_units,  # i1 [N, V], row stride keep_units * KEEP_UNIT
     token_ids, token_ids_stride,  # i64 [N, K] (row stride 0 allowed)
-    values,  # f32 [7, N], out
+    values,  # f32 [8, N], out
     indices,  # i64 [2, N], out
     id_logprobs,  # f32 [N, K], out
     N, vocab_units, K,  # V = vocab_units * VEC
@@ -142,7 +142,7 @@ def _forward_ids_kernel(
     mask,  # i1 [N]
     keep_ids, keep_ids_stride,  # i64 [N, k], unique within a row, negative = padding
     token_ids, token_ids_stride,  # i64 [N, K] (row stride 0 allowed)
-    values,  # f32 [7, N], out
+    values,  # f32 [8, N], out
     indices,  # i64 [2, N], out
     id_logprobs,  # f32 [N, K], out
     N, V, K, k,
@@ -278,7 +278,7 @@ def _fold_kernel(
 def _finish_kernel(
     state,  # f64 [N, 8]
     inv_t, inv_t_stride,  # f32 [N] (stride 0 allowed) or a number
-    values,  # f32 [7, N], out
+    values,  # f32 [8, N], out
     indices,  # i64 [2, N], out
     N, vocab_size,
     HAS_INV_T: tl.constexpr,
@@ -314,7 +314,7 @@ def forward(
     token_ids: Tensor | None,  # [N, K] i64, row stride 0 allowed
     flags: int,  # fastreward._layout.FLAG
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(values f32 [7, N], indices i64 [2, N], id_logprobs f32 [N, K])."""
+    """(values f32 [8, N], indices i64 [2, N], id_logprobs f32 [N, K])."""
     n, vocab = logits.shape
     count = 0 if token_ids is None else token_ids.shape[1]
     values = torch.empty((len(VALUES), n), dtype=torch.float32, device=logits.device)
@@ -377,7 +377,7 @@ def finish(
     vocab_size: int,
     flags: int,
 ) -> tuple[Tensor, Tensor]:
-    """(values f32 [7, N], indices i64 [2, N]) from the merged state."""
+    """(values f32 [8, N], indices i64 [2, N]) from the merged state."""
     n = state.shape[0]
     values = torch.empty((len(VALUES), n), dtype=torch.float32, device=state.device)
     indices = torch.empty((len(INDICES), n), dtype=torch.int64, device=state.device)

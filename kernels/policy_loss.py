@@ -54,7 +54,9 @@ def _shape(together: int, columns: int, vec: int) -> dict[str, Any]:
     """The tile of `together` rows."""
     lanes = min(32 * WARPS, columns // vec) if together == 1 else min(32, columns // vec)
     steps = columns // (lanes * vec)
-    return {"ROWS": together, "STEPS": steps, "LANES": lanes, "VEC": vec, "num_warps": WARPS, **OPTIONS}
+    # Left alone, ptxas spills a scalar of the 8-row kernels to get down to 64 or 80 registers; they need about 110.
+    registers = {"maxnreg": 128} if together > 1 else {}
+    return {"ROWS": together, "STEPS": steps, "LANES": lanes, "VEC": vec, "num_warps": WARPS, **registers, **OPTIONS}
 
 
 # --------------------------------------------------------------------------------------------------------- kernel
@@ -78,6 +80,12 @@ def _row_bounds(cu_seqlens, row, ok, N, T, B, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _before(t, bound, row_ok, T, PACKED: tl.constexpr):
+    """t < bound of the row; padded, as t < T, from which the compiler sees that VEC neighbours go together."""
+    return (t < _wide(bound)) if PACKED else ((t < T) & _wide(row_ok))
+
+
+@triton.jit
 def _clipped(x, low, high):
     """x within [low, high]; NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
@@ -98,7 +106,8 @@ def _surrogate(lp, old, adv, low, high, dual_clip, delta, log_ratio_clamp):
     loss = tl.where(unclipped < clipped, clipped, unclipped)
     cap = -adv * dual_clip
     dual = (adv < 0.0) & (loss > cap)
-    flat = (unclipped < clipped) | (ratio > delta) | dual | (tl.abs(raw) > log_ratio_clamp)
+    in_range = (ratio >= low) & (ratio <= high)
+    flat = tl.where(unclipped < clipped, ~in_range, ratio > delta) | dual | (tl.abs(raw) > log_ratio_clamp)
     return tl.where(dual, cap, loss), tl.where(flat, 0.0, -adv * ratio), d, ratio, dual
 
 
@@ -184,8 +193,8 @@ def _forward_kernel(
     most = tl.full([ROWS, LANES], float("-inf"), tl.float32)
     for t0 in range((program % chunks) * TILE, tl.max(extent, axis=0), chunks * TILE):
         t = t0 + columns
-        inside = t < _wide(extent)
-        counted = t < _wide(length)
+        inside = _before(t, extent, row_ok, T, PACKED)
+        counted = _before(t, length, row_ok, T, PACKED)
         at = _wide(start) + t
         if HAS_MASK:
             counted = counted & (tl.load(mask + at, mask=inside, other=0) != 0)
@@ -283,12 +292,12 @@ def _backward_kernel(
     columns = _columns(STEPS, LANES, VEC)
     for t0 in range((program % chunks) * TILE, tl.max(extent, axis=0), chunks * TILE):
         t = t0 + columns
-        inside = t < _wide(extent)
+        inside = _before(t, extent, row_ok, T, PACKED)
         at = _wide(start) + t
         grad = tl.load(saved + at, mask=inside, other=0.0)
         tl.store(grad_logprobs + at, tl.where(grad == 0.0, 0.0, grad * scale), mask=inside)
         if HAS_ENTROPY:
-            counted = t < _wide(length)
+            counted = _before(t, length, row_ok, T, PACKED)
             if HAS_MASK:
                 counted = counted & (tl.load(mask + at, mask=inside, other=0) != 0)
             tl.store(grad_entropy + at, tl.where(counted, -entropy_coef * scale, 0.0), mask=inside)

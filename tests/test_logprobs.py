@@ -8,7 +8,7 @@ from criterion import assert_as_good_as_torch
 from torch import Tensor
 
 import fastreward as fr
-from fastreward._layout import ALL_OUTPUTS, DIFFERENTIABLE, VALUES
+from fastreward._layout import ALL_OUTPUTS, DIFFERENTIABLE, OUTPUT_VALUES
 from fastreward.reference.logprobs import token_logprobs as truth_of
 
 BACKENDS = ["cpu", "reference"]
@@ -219,7 +219,7 @@ class TestBits:
     @staticmethod
     def bits(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = logits.clone().requires_grad_()
-        stats = fr.token_logprobs(x, labels, temperature=0.9, mask=mask, outputs=tuple(VALUES))
+        stats = fr.token_logprobs(x, labels, temperature=0.9, mask=mask, outputs=OUTPUT_VALUES)
         (stats.logprobs.sum() + 0.3 * stats.entropy.sum()).backward()
         assert x.grad is not None
         return torch.stack([s.detach() for s in stats]), x.grad
@@ -253,7 +253,7 @@ class TestBits:
         buffer = torch.randn(3, 4103)
         labels = torch.tensor([1, 2, 3])
         aligned, _ = self.bits(buffer[:, 3:].clone(), labels)
-        shifted = fr.token_logprobs(buffer[:, 3:], labels, temperature=0.9, outputs=tuple(VALUES))
+        shifted = fr.token_logprobs(buffer[:, 3:], labels, temperature=0.9, outputs=OUTPUT_VALUES)
         assert torch.equal(aligned, torch.stack(list(shifted)))
 
 

@@ -88,10 +88,11 @@ class TestNumbers:
             fr.losses.ppo(0.1, 0.28),
             fr.losses.ppo(dual_clip=3.0),
             fr.losses.ppo(delta=1.3),
+            fr.losses.ppo(0.2, 0.5, delta=1.1),
             fr.losses.ppo(0.2, 0.3, dual_clip=1.5, delta=2.0, log_ratio_clamp=0.3),
             fr.losses.ppo(log_ratio_clamp=None),
         ],
-        ids=["clip-higher", "dual", "delta", "all", "no-clamp"],
+        ids=["clip-higher", "dual", "delta", "delta-inside", "all", "no-clamp"],
     )
     def test_every_clip(self, loss: fr.losses.PPO) -> None:
         check(batch(spread=0.8), loss)

@@ -12,7 +12,7 @@ constexpr float FAR_BELOW = -1e30f;  // stands in for -inf where it is multiplie
 
 // Bits of `flags` and rows of the exchanged tensors, as in fastreward/_layout.py.
 enum Flag { FLAG_ENTROPY = 1, FLAG_LOG_SUM_SQ = 2, FLAG_MEAN = 4, FLAG_ARGMAX = 8, FLAG_RANK = 16 };
-enum Value { LOGPROB, ENTROPY, LOGSUMEXP, LABEL_LOGIT, MEAN_LOGIT, LOG_SUM_SQ, MAX_LOGPROB, VALUES };
+enum Value { LOGPROB, ENTROPY, LOGSUMEXP, LABEL_LOGIT, MEAN_LOGIT, LOG_SUM_SQ, MAX_LOGPROB, MAX_LOGIT, VALUES };
 enum StateEntry { PEAK, SUM, WEIGHTED, SQUARES, LOGITS, LABEL, ARGMAX, RANK, STATES };
 
 // How much is computed: the log-prob only; entropy and argmax too; everything.
@@ -166,6 +166,7 @@ __device__ __forceinline__ void write_row(const RowOutput& out, const double (&s
   value[MEAN_LOGIT] = float(state[LOGITS] * inv_t / columns);
   value[LOG_SUM_SQ] = float(nothing ? nan : log(state[SQUARES]) - 2. * log_sum);
   value[MAX_LOGPROB] = float(nothing ? nan : -log_sum);
+  value[MAX_LOGIT] = float(peak);
   if (!(out.flags & FLAG_ENTROPY)) value[ENTROPY] = 0.f;
   if (!(out.flags & FLAG_MEAN)) value[MEAN_LOGIT] = 0.f;
   if (!(out.flags & FLAG_LOG_SUM_SQ)) value[LOG_SUM_SQ] = 0.f;

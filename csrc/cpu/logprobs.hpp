@@ -11,7 +11,7 @@ namespace fastreward {
 // What to compute besides logprobs, logsumexp and label_logit (fastreward/_layout.py: FLAG).
 enum LogprobsFlag : int { kEntropy = 1, kLogSumSq = 2, kMeanLogit = 4, kArgmax = 8, kRank = 16 };
 // Rows of `values` (VALUES) and columns of `state` (STATE).
-enum { kValueLogprob, kValueEntropy, kValueLogsumexp, kValueLabelLogit, kValueMeanLogit, kValueLogSumSq, kValueMaxLogprob };
+enum { kValueLogprob, kValueEntropy, kValueLogsumexp, kValueLabelLogit, kValueMeanLogit, kValueLogSumSq, kValueMaxLogprob, kValueMaxLogit };
 enum { kStateMax, kStateSum, kStateSumT, kStateSumSq, kStateSumLogit, kStateLabel, kStateArgmax, kStateRank, kStateSize };
 
 // Columns of one block: a block of floats fits L1, a row's blocks depend on its length only.
@@ -47,7 +47,7 @@ struct LogprobsRows {
 struct LogprobsForward {
   LogprobsRows in;
   int flags = 0;
-  float* values = nullptr;           // [7, rows]
+  float* values = nullptr;           // [8, rows]
   std::int64_t* indices = nullptr;   // [2, rows]
   float* id_logprobs = nullptr;      // [rows, token_count]
   double* scratch = nullptr;         // logprobs_scratch() doubles
@@ -75,8 +75,8 @@ struct LogprobsFinish {
 
 struct LogprobsBackward {
   LogprobsRows in;
-  const float* values = nullptr;       // [7, rows], the forward's
-  const float* grad_values = nullptr;  // [7, rows]
+  const float* values = nullptr;       // [8, rows], the forward's
+  const float* grad_values = nullptr;  // [8, rows]
   const float* grad_ids = nullptr;     // [rows, token_count] or null
   void* grad_logits = nullptr;         // [rows, columns], may be `logits`
   std::int64_t grad_stride = 0;

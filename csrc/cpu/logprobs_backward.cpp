@@ -1,8 +1,8 @@
 // Gradient of logprobs, entropy, logsumexp, log_sum_sq_probs and id_logprobs for the logits, in one pass: each logit is
 // read once and its gradient written once, into a fresh array or over the logits themselves.
 //
-// With e_j = exp((x_j - m) * inv_temperature), m = logsumexp / inv_temperature rounded to float, and everything that is
-// constant in a row folded into a, b, c, a column costs e * (a + b * (x - m) + c * e). The few columns with an upstream
+// With e_j = exp((x_j - m) * inv_temperature), m the largest logit of the row, and everything that is constant in a row
+// folded into a, b, c, a column costs e * (a + b * (x - m) + c * e). The few columns with an upstream
 // gradient of their own (the label, token_ids) are then written over in float64, so that nothing is rounded twice.
 // Large fresh gradients are written past the caches: reading them in first would cost a third of the traffic.
 #include <algorithm>
@@ -19,10 +19,10 @@ using namespace logprobs;
 
 // A row's gradient in float64: dz = p (c0 + c1 log p + c2 p) + amount, dx = dz * inv_temperature * softcap's factor.
 struct RowGradient {
-  double inv_temperature, logsumexp, c0, c1, c2, inv_softcap;
+  double inv_temperature, max_logit, max_logprob, c0, c1, c2, inv_softcap;
 
   double at(double x, double amount) const {
-    const double logp = x * inv_temperature - logsumexp;
+    const double logp = (x - max_logit) * inv_temperature + max_logprob;
     const double p = std::exp(logp);
     const double dz = p == 0.0 ? 0.0 : p * (c0 + c1 * logp + c2 * p);
     const double u = inv_softcap == 0.0 || std::isinf(x) ? 0.0 : x * inv_softcap;
@@ -39,12 +39,11 @@ struct RowKernel {
 enum Mode { kFlat, kCurved, kCapped };  // b = c = 0; all of them; and the softcap's factor
 
 RowKernel row_kernel(const RowGradient& g) {
-  const float middle = static_cast<float>(g.inv_temperature != 0.0 ? g.logsumexp / g.inv_temperature : 0.0);
-  const double k = static_cast<double>(middle) * g.inv_temperature - g.logsumexp;  // what rounding m has cost
+  const double k = g.max_logprob;
   const double scale = std::exp(k) * g.inv_temperature;
   RowKernel r;
   r.scale = exp_scale(g.inv_temperature);
-  r.middle = f32(middle);
+  r.middle = f32(static_cast<float>(g.max_logit));
   r.a = f32(static_cast<float>(scale * (g.c0 + g.c1 * k)));
   r.b = f32(static_cast<float>(scale * g.c1 * g.inv_temperature));
   r.c = f32(static_cast<float>(scale * std::exp(k) * g.c2));
@@ -116,13 +115,6 @@ void gradient_columns(const T* x, T* out, std::int64_t n, const RowGradient& g, 
 }
 
 // ------------------------------------------------------------------------------------------------------ one row
-// logsumexp as exactly as the forward left it: it rounded both it and the label's log-prob; the smaller is the finer.
-double refine_logsumexp(double logsumexp, double logprob, double label_logit) {
-  const bool finer = std::isfinite(logprob) && std::fabs(logprob) < std::fabs(logsumexp);
-  return finer ? label_logit - logprob : logsumexp;
-}
-
-template <class T>
 RowGradient row_gradient(const LogprobsBackward& call, std::int64_t index) {
   const LogprobsRows& in = call.in;
   const auto value = [&](int name) { return static_cast<double>(call.values[name * in.rows + index]); };
@@ -130,12 +122,8 @@ RowGradient row_gradient(const LogprobsBackward& call, std::int64_t index) {
   RowGradient g;
   g.inv_temperature = inv_temperature_of(in, index);
   g.inv_softcap = call.inv_softcap;
-  g.logsumexp = value(kValueLogsumexp);
-  const std::int64_t label = in.labels[index];
-  if (label >= 0 && label < in.columns) {
-    const double logit = static_cast<double>(read(row_of<T>(in, index) + label)) * g.inv_temperature;
-    g.logsumexp = refine_logsumexp(g.logsumexp, value(kValueLogprob), logit);
-  }
+  g.max_logit = value(kValueMaxLogit);
+  g.max_logprob = value(kValueMaxLogprob);
   const double entropy = upstream(kValueEntropy), squares = upstream(kValueLogSumSq);
   g.c0 = upstream(kValueLogsumexp) - upstream(kValueLogprob) - 2.0 * squares;
   if (entropy != 0.0) g.c0 -= entropy * value(kValueEntropy);
@@ -187,10 +175,14 @@ void keep_ids_row(const LogprobsRows& in, std::int64_t index, const RowGradient&
     if (ids[i] >= 0) write(out + ids[i], static_cast<float>(g.at(static_cast<double>(logits[i]), 0.0)));
 }
 
+// Zeros by masking the bits, without a branch per column.
 template <class T>
-void drop_columns(T* out, const std::uint8_t* keep, std::int64_t n) {
+void drop_columns(T* out, const std::uint8_t* __restrict keep, std::int64_t n) {
+  using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint16_t>;
+  typedef Bits Aliased __attribute__((may_alias));
+  Aliased* __restrict bits_of = reinterpret_cast<Aliased*>(out);
   for (std::int64_t i = 0; i < n; ++i)
-    if (keep[i] == 0) out[i] = T{};
+    bits_of[i] = static_cast<Bits>(bits_of[i] & static_cast<Bits>(keep[i] != 0 ? ~Bits{0} : Bits{0}));
 }
 
 template <class T>
@@ -214,14 +206,15 @@ void backward_row(const LogprobsBackward& call, std::int64_t index, int thread, 
   const LogprobsRows& in = call.in;
   T* out = static_cast<T*>(call.grad_logits) + index * call.grad_stride;
   if (!row_counts(in, index)) return zero_columns(out, in.columns);
-  const RowGradient g = row_gradient<T>(call, index);
+  const RowGradient g = row_gradient(call, index);
   ColumnGradient* own = call.columns + thread * (in.token_count + 1);
   const std::int64_t owned = own_columns<T>(call, index, own);
   const bool flat = g.c0 == 0.0 && g.c1 == 0.0 && g.c2 == 0.0 && owned == 0;
-  if (flat && std::isfinite(g.logsumexp)) return zero_columns(out, in.columns);  // no gradient came: nothing to read
+  if (flat && std::isfinite(g.max_logprob)) return zero_columns(out, in.columns);  // no gradient came: nothing to read
   if (in.keep_ids != nullptr) keep_ids_row(in, index, g, out, call.kept_logits + thread * in.keep_count);
   else dense_row(in, index, g, out, streaming, split);
-  for (std::int64_t i = 0; i < owned; ++i) write(out + own[i].column, static_cast<float>(g.at(own[i].logit, own[i].amount)));
+  for (std::int64_t i = 0; i < owned; ++i)
+    write(out + own[i].column, static_cast<float>(g.at(own[i].logit, own[i].amount)));
 }
 
 }  // namespace

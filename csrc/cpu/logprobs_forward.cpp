@@ -138,21 +138,30 @@ Partial block_statistics(const T* x, int n, const Row& row) {
 }
 
 // ------------------------------------------------------------------------------------------------------- the parts
-// Sum of the kept logits, in float64: the -inf that stand for dropped columns must stay out of it.
-double kept_total(const float* x, const std::uint8_t* keep, int n) {
-  double total = 0.0;
-  for (int i = 0; i < n; ++i) total += keep[i] != 0 ? static_cast<double>(x[i]) : 0.0;
-  return total;
+// Sum in float64 over 16 lanes.
+double total_of(const float* x, int n) {
+  constexpr int kLanes = 16;
+  double lanes[kLanes] = {};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int k = 0; k < kLanes; ++k) lanes[k] += static_cast<double>(x[i + k]);
+  for (; i < n; ++i) lanes[0] += static_cast<double>(x[i]);
+  for (int k = 1; k < kLanes; ++k) lanes[0] += lanes[k];
+  return lanes[0];
 }
 
+// The block with dropped columns as 0 for its sum, then as -inf; bits instead of branches, masks are anything.
 template <class T>
-Partial masked_block(const T* x, const std::uint8_t* keep, int n, const Row& row) {
+Partial masked_block(const T* x, const std::uint8_t* __restrict keep, int n, const Row& row) {
+  typedef std::uint32_t Bits __attribute__((may_alias));
   alignas(64) float buffer[kBlock];
+  Bits* __restrict bits_of = reinterpret_cast<Bits*>(buffer);
   int i = 0;
   for (; i + kF32 <= n; i += kF32) store(buffer + i, load(x + i));
   if (i < n) store_n(buffer + i, load_n(x + i, n - i, 0.0f), n - i);
-  const double total = (row.flags & kMeanLogit) != 0 ? kept_total(buffer, keep, n) : 0.0;
-  for (i = 0; i < n; ++i) buffer[i] = keep[i] != 0 ? buffer[i] : -kInf;
+  for (i = 0; i < n; ++i) bits_of[i] &= keep[i] != 0 ? 0xffffffffu : 0u;
+  const double total = (row.flags & kMeanLogit) != 0 ? total_of(buffer, n) : 0.0;
+  for (i = 0; i < n; ++i) bits_of[i] |= keep[i] != 0 ? 0u : 0xff800000u;
   Partial out = block_statistics(static_cast<const float*>(buffer), n, row);
   out.sum_logit = total;
   return out;
@@ -278,6 +287,7 @@ void write_row(const State& state, double inv_temperature, double columns, int f
   put(kValueLogsumexp, nothing ? -static_cast<double>(kInf) : s[kStateMax] * inv_temperature + log_sum);
   put(kValueLabelLogit, s[kStateLabel] * inv_temperature);
   put(kValueMaxLogprob, nothing ? std::nan("") : -log_sum);
+  put(kValueMaxLogit, s[kStateMax]);
   put(kValueEntropy, (flags & kEntropy) != 0 ? log_sum - s[kStateSumT] / s[kStateSum] : 0.0);
   put(kValueMeanLogit, (flags & kMeanLogit) != 0 ? s[kStateSumLogit] * inv_temperature / columns : 0.0);
   put(kValueLogSumSq, (flags & kLogSumSq) == 0 ? 0.0 : nothing ? std::nan("") : std::log(s[kStateSumSq]) - 2.0 * log_sum);
@@ -316,7 +326,7 @@ void write_ids(const LogprobsForward& call, std::int64_t index, const State& sta
 
 void write_zeros(const LogprobsForward& call, std::int64_t index) {
   const LogprobsRows& in = call.in;
-  for (int k = 0; k <= kValueMaxLogprob; ++k) call.values[k * in.rows + index] = 0.0f;
+  for (int k = 0; k <= kValueMaxLogit; ++k) call.values[k * in.rows + index] = 0.0f;
   call.indices[index] = call.indices[in.rows + index] = 0;
   for (std::int64_t j = 0; j < in.token_count; ++j) call.id_logprobs[index * in.token_count + j] = 0.0f;
 }

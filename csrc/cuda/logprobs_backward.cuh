@@ -12,7 +12,7 @@ constexpr int BACKWARD_THREADS = 256;
 constexpr int BACKWARD_UNROLL = 4;
 
 struct RowGradient {
-  float inv_t, logsumexp, c0, c1, c2, inv_softcap;
+  float inv_t, peak, peak_logprob, c0, c1, c2, inv_softcap;
   float at_label;  // upstream gradient of the label's log-prob
   i64 label;
 };
@@ -23,7 +23,8 @@ __device__ __forceinline__ RowGradient row_gradient(const BackwardArguments& a, 
   const i64 rows = a.rows;
   RowGradient r;
   r.inv_t = a.inv_temperature ? a.inv_temperature[n * a.inv_stride] : float(a.inv_value);
-  r.logsumexp = v[LOGSUMEXP * rows];
+  r.peak = v[MAX_LOGIT * rows];
+  r.peak_logprob = v[MAX_LOGPROB * rows];
   r.inv_softcap = float(a.inv_softcap);
   r.at_label = g[LOGPROB * rows];
   r.label = a.labels[n];
@@ -41,7 +42,7 @@ __device__ __forceinline__ RowGradient row_gradient(const BackwardArguments& a, 
 // Gradient of one logit before the terms at the label and at ids; FULL has the entropy's and the squares' terms.
 template <bool FULL>
 __device__ __forceinline__ float softmax_gradient(const RowGradient& r, float x) {
-  const float logp = fmaf(x, r.inv_t, -r.logsumexp), p = exp2_fast(logp * LOG2E);
+  const float logp = fmaf(x - r.peak, r.inv_t, r.peak_logprob), p = exp2_fast(logp * LOG2E);
   if (!FULL) return p * r.c0;
   return p * fmaf(r.c2, p, fmaf(r.c1, fmaxf(logp, FAR_BELOW), r.c0));  // 0 * -inf must be 0
 }

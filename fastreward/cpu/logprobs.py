@@ -23,7 +23,7 @@ def forward(
     token_ids: Tensor | None,  # [N, K] i64
     flags: int,  # fastreward._layout.FLAG
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """values f32 [7, N], indices i64 [2, N], id_logprobs f32 [N, K]; each logit is read once."""
+    """values f32 [8, N], indices i64 [2, N], id_logprobs f32 [N, K]; each logit is read once."""
     rows, alive = _rows(logits, labels, inv_temperature, mask, keep_mask, keep_ids, token_ids)
     n = logits.shape[0]
     values = torch.empty((len(VALUES), n), dtype=torch.float32)
@@ -42,14 +42,14 @@ def backward(
     keep_mask: Tensor | None,
     keep_ids: Tensor | None,
     token_ids: Tensor | None,
-    values: Tensor,  # [7, N] f32, the forward's
+    values: Tensor,  # [8, N] f32, the forward's
     id_logprobs: Tensor,  # [N, K] f32
-    grad_values: Tensor,  # [7, N] f32
+    grad_values: Tensor,  # [8, N] f32
     grad_ids: Tensor | None,  # [N, K] f32
     grad_logits: Tensor,  # [N, V], dtype of logits; may be logits itself
     inv_softcap: float = 0.0,
 ) -> None:
-    """Writes the gradient of all differentiable outputs together; each logit is read once, each gradient written once."""
+    """Writes the gradient of all differentiable outputs together: each logit read once, each gradient written once."""
     del id_logprobs
     rows, alive = _rows(logits, labels, inv_temperature, mask, keep_mask, keep_ids, token_ids)
     values, grad_values = values.contiguous(), grad_values.contiguous()
@@ -86,7 +86,7 @@ def fold(
 
 
 def finish(state: Tensor, inv_temperature: float | Tensor, vocab_size: int, flags: int) -> tuple[Tensor, Tensor]:
-    """From `state` f64 [N, 8] to values f32 [7, N] and indices i64 [2, N]."""
+    """From `state` f64 [N, 8] to values f32 [8, N] and indices i64 [2, N]."""
     n = state.shape[0]
     state = state.contiguous()
     values = torch.empty((len(VALUES), n), dtype=torch.float32)

@@ -30,7 +30,7 @@ def forward(
     token_ids: Tensor | None,
     flags: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of every row: values f32 [7, N], indices i64 [2, N], id_logprobs f32 [N, K]."""
+    """Statistics of every row: values f32 [8, N], indices i64 [2, N], id_logprobs f32 [N, K]."""
     rows, device = logits.shape[0], logits.device
     ids = _columns(token_ids)
     values = torch.empty((len(VALUES), rows), dtype=torch.float32, device=device)
@@ -60,7 +60,7 @@ def fold(
 
 
 def finish(state: Tensor, inv_temperature: float | Tensor, vocab_size: int, flags: int) -> tuple[Tensor, Tensor]:
-    """From state f64 [N, 8] to values f32 [7, N] and indices i64 [2, N]."""
+    """From state f64 [N, 8] to values f32 [8, N] and indices i64 [2, N]."""
     rows, device = state.shape[0], state.device
     values = torch.empty((len(VALUES), rows), dtype=torch.float32, device=device)
     indices = torch.empty((2, rows), dtype=torch.int64, device=device)

@@ -9,7 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_VALUES = ("logprobs", "entropy", "logsumexp", "label_logit", "mean_logit", "log_sum_sq_probs", "max_logprob")
+_VALUES = (
+    "logprobs",
+    "entropy",
+    "logsumexp",
+    "label_logit",
+    "mean_logit",
+    "log_sum_sq_probs",
+    "max_logprob",
+    "max_logit",
+)
 
 
 def token_logprobs(
@@ -28,10 +37,12 @@ def token_logprobs(
     """
     vocab = logits.shape[-1]
     scale = torch.as_tensor(temperature, dtype=torch.float64, device=logits.device)
-    z = logits.double() / (scale.unsqueeze(-1) if scale.ndim else scale)
+    x = logits.double()
+    z = x / (scale.unsqueeze(-1) if scale.ndim else scale)
     kept = _kept_columns(keep, logits)
     if kept is not None:
-        z = z.masked_fill(~kept, -torch.inf)
+        x, z = x.masked_fill(~kept, -torch.inf), z.masked_fill(~kept, -torch.inf)
+    peak = x.amax(-1)
     logp = z - torch.logsumexp(z, -1, keepdim=True)
     p = logp.exp()
     plogp = torch.where(p > 0, p * torch.where(p > 0, logp, 0.0), p)
@@ -47,6 +58,7 @@ def token_logprobs(
         "mean_logit": counted.sum(-1) / columns,
         "log_sum_sq_probs": (p * p).sum(-1).log(),
         "max_logprob": logp.amax(-1),
+        "max_logit": peak,
         "argmax": z.argmax(-1),
         "rank": (z > raw_label.unsqueeze(-1)).sum(-1),
     }
@@ -79,7 +91,7 @@ def forward(
     token_ids: Tensor | None,
     flags: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw form of `token_logprobs`: values f32 [7, N], indices i64 [2, N], id_logprobs f32 [N, K]."""
+    """Raw form of `token_logprobs`: values f32 [8, N], indices i64 [2, N], id_logprobs f32 [N, K]."""
     del flags  # computes everything, always
     ids = token_ids if token_ids is not None else labels.new_zeros((labels.shape[0], 0))
     keep = keep_mask if keep_mask is not None else keep_ids
@@ -114,13 +126,13 @@ def backward(
     x = logits.double()
     inv = torch.as_tensor(inv_temperature, dtype=torch.float64, device=x.device).reshape(-1, 1)
     kept = _kept_columns(keep_mask if keep_mask is not None else keep_ids, logits)
-    _, entropy, lse, _, _, log_sum_sq, _ = values.double()
-    g_logprob, g_entropy, g_lse, _, _, g_lss, _ = grad_values.double()
+    _, entropy, _, _, _, log_sum_sq, max_logprob, peak = values.double()
+    g_logprob, g_entropy, g_lse, _, _, g_lss, _, _ = grad_values.double()
     c0 = -g_logprob + g_lse - g_entropy * entropy - 2 * g_lss
     if grad_ids is not None and token_ids is not None:
         c0 = c0 - grad_ids.double().sum(-1)
     c2 = torch.where(g_lss != 0, 2 * g_lss * torch.exp(-log_sum_sq), 0.0)
-    logp = x * inv - lse.unsqueeze(-1)
+    logp = (x - peak.unsqueeze(-1)) * inv + max_logprob.unsqueeze(-1)
     if kept is not None:
         logp = logp.masked_fill(~kept, -torch.inf)
     p = logp.exp()
@@ -181,7 +193,7 @@ def fold(
 
 
 def finish(state: Tensor, inv_temperature: float | Tensor, vocab_size: int, flags: int) -> tuple[Tensor, Tensor]:
-    """From the merged state to values f32 [7, N] and indices i64 [2, N]."""
+    """From the merged state to values f32 [8, N] and indices i64 [2, N]."""
     del flags
     peak, total, weighted, squares, logit_sum, label, argmax, rank = state.unbind(-1)
     inv = torch.as_tensor(inv_temperature, dtype=torch.float64)
@@ -195,6 +207,7 @@ def finish(state: Tensor, inv_temperature: float | Tensor, vocab_size: int, flag
             logit_sum * inv / vocab_size,
             squares.log() - 2 * log_total,
             -log_total,
+            peak,
         ]
     )
     return values.float(), torch.stack([argmax.long(), rank.long()])

@@ -198,9 +198,9 @@ def _derivative(
     ratio = log_ratio.exp()
     unclipped = -adv * (ratio if options.delta is None else ratio.clamp(max=options.delta))
     clipped = -adv * ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
-    live = live & (unclipped >= clipped)
-    if options.delta is not None:
-        live = live & (ratio <= options.delta)
+    in_range = (ratio >= 1 - options.clip_low) & (ratio <= 1 + options.clip_high)
+    below_delta = torch.ones_like(in_range) if options.delta is None else ratio <= options.delta
+    live = live & torch.where(unclipped >= clipped, below_delta, in_range)
     if options.dual_clip is not None:
         live = live & ~((adv < 0) & (torch.maximum(unclipped, clipped) > -adv * options.dual_clip))
     grad = torch.where(live, -adv * ratio, 0.0)

@@ -126,7 +126,7 @@ std::vector<double> scratch_of(const fr::LogprobsRows& in) {
 
 Outputs forward(const fr::LogprobsRows& in, int flags) {
   Outputs out;
-  out.values.resize(static_cast<std::size_t>(7 * in.rows), -1.0f);
+  out.values.resize(static_cast<std::size_t>(8 * in.rows), -1.0f);
   out.indices.resize(static_cast<std::size_t>(2 * in.rows), -1);
   out.id_logprobs.resize(static_cast<std::size_t>(in.rows * in.token_count), -1.0f);
   auto scratch = scratch_of(in);
@@ -203,7 +203,7 @@ double stored(const void* data, fr::DType dtype, std::int64_t index) {
 // Gradient of sum_row (logprob + entropy): fresh and in place must agree, and a row must sum to about 0.
 void check_backward(const Problem& p, const fr::LogprobsRows& in, double tolerance) {
   const Outputs out = forward(in, kAllFlags);
-  std::vector<float> upstream(static_cast<std::size_t>(7 * p.rows), 0.0f);
+  std::vector<float> upstream(static_cast<std::size_t>(8 * p.rows), 0.0f);
   std::fill_n(upstream.begin(), 2 * p.rows, 1.0f);
   std::vector<float> id_upstream(static_cast<std::size_t>(p.rows * in.token_count), 0.25f);
   const std::size_t width = in.dtype == fr::DType::f32 ? 4 : 2;

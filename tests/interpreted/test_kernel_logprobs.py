@@ -45,6 +45,7 @@ def truth(
         "mean_logit": torch.where(columns, z, 0.0).sum(-1) / columns.sum(-1),
         "log_sum_sq_probs": (p * p).sum(-1).log(),
         "max_logprob": logp.amax(-1),
+        "max_logit": torch.where(columns, x.to(z.dtype), -torch.inf).amax(-1),
         "argmax": z.argmax(-1),
         "rank": (z > label).sum(-1),
         "logp": logp,
@@ -105,7 +106,7 @@ def test_only_what_is_asked_for() -> None:
     for name, flag in FLAG.items():
         values, indices, none = kernels.forward(x, labels, 1.0, None, None, None, None, flag)
         assert none.shape == (2, 0)
-        always = {"logprobs", "logsumexp", "label_logit", "max_logprob"}
+        always = {"logprobs", "logsumexp", "label_logit", "max_logprob", "max_logit"}
         for i, value in enumerate(VALUES):
             assert torch.equal(values[i], full[i] if value in always | {name} else torch.zeros(2)), value
         for i, value in enumerate(INDICES):
@@ -296,5 +297,5 @@ def test_backward_of_a_slice_ignores_labels_outside() -> None:
 def test_no_rows() -> None:
     x = torch.zeros(0, 10)
     values, indices, ids = kernels.forward(x, torch.zeros(0).long(), 1.0, None, None, None, None, ALL)
-    assert (values.shape, indices.shape, ids.shape) == ((7, 0), (2, 0), (0, 0))
+    assert (values.shape, indices.shape, ids.shape) == ((8, 0), (2, 0), (0, 0))
     kernels.backward(x, torch.zeros(0).long(), 1.0, None, None, None, None, values, ids, values, None, x)
