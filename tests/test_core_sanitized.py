@@ -1,4 +1,4 @@
-"""The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer: builds the `sanitize` preset and runs its tests."""
+"""The C++ core under ASan and UBSan: builds the `sanitize` preset and runs its test program."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _run(*command: str | Path, env: dict[str, str] | None = None) -> subprocess.
 
 
 def _compiler(folder: Path) -> str:
-    """A C++ compiler that links the sanitizers and OpenMP and whose programs run, or a skip that says what is missing."""
+    """A C++ compiler whose sanitized programs link and run; else the test is skipped with the reason."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")

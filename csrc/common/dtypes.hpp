@@ -1,4 +1,4 @@
-// Element types of the arrays that come in: plain 16-bit holders, no arithmetic (simd.hpp converts), shared by all ISAs.
+// Element types of arrays: plain 16-bit holders without arithmetic (simd.hpp converts), shared by all ISAs.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // exp(d * s) for one scale s per row and d <= 0: the softmax's exponential, cheaper and more accurate than exp(d * s).
-// s * log2(e) is kept in two floats, so that neither the product nor the scale is rounded; d is clamped at 2^-126, which
+// s * log2(e) is kept in two floats, so that neither the product nor the scale is rounded; d is clamped at 2^-126: that
 // keeps -inf out of the arithmetic (0 * -inf) and denormals out of the hardware, and leaves a NaN in place.
 #pragma once
 
@@ -24,8 +24,8 @@ inline F32 clamp_exponent(F32 d, const ExpScale& s) { return max(s.lowest, d); }
 
 // For a clamped d: the clamped ones give 2^-126 or so, which no sum that holds a 1 can see.
 #ifdef FASTREWARD_AVX512
-// 2^(i/16) from a register, times a cubic for |f| <= 1/32; the power of two goes straight into the exponent (scalef would
-// cost as much as all the rest). Relative error below 2^-28 before the last two roundings.
+// 2^(i/16) from a register, times a cubic for |f| <= 1/32; the power of two goes straight into the exponent (scalef
+// would cost as much as all the rest). Relative error below 2^-28 before the last two roundings.
 inline F32 exp_scaled(F32 d, const ExpScale& s) {
   const F32 magic = f32(786432.0f);  // 1.5 * 2^19: four fraction bits remain in the sum
   const F32 shifted = fma(d, s.high, magic);

@@ -1,4 +1,4 @@
-// AVX2 + FMA + F16C primitives; included by simd.hpp inside namespace fastreward::<isa>. Semantics are documented there.
+// AVX2 + FMA + F16C primitives; included by simd.hpp inside namespace fastreward::<isa>, where they are explained.
 #pragma once
 
 constexpr int kF32 = 8;
@@ -81,7 +81,9 @@ inline M64 operator==(F64 a, F64 b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ
 inline M64 is_nan(F64 a) { return {_mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q)}; }
 inline F64 lower_f64(F32 a) { return {_mm256_cvtps_pd(_mm256_castps256_ps128(a.v))}; }
 inline F64 upper_f64(F32 a) { return {_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))}; }
-inline F32 to_f32(F64 lower, F64 upper) { return {_mm256_set_m128(_mm256_cvtpd_ps(upper.v), _mm256_cvtpd_ps(lower.v))}; }
+inline F32 to_f32(F64 lower, F64 upper) {
+  return {_mm256_set_m128(_mm256_cvtpd_ps(upper.v), _mm256_cvtpd_ps(lower.v))};
+}
 
 // 2^n for an integral n in [-126, 127].
 inline F32 power2(F32 n) {

@@ -11,8 +11,27 @@ namespace fastreward {
 // What to compute besides logprobs, logsumexp and label_logit (fastreward/_layout.py: FLAG).
 enum LogprobsFlag : int { kEntropy = 1, kLogSumSq = 2, kMeanLogit = 4, kArgmax = 8, kRank = 16 };
 // Rows of `values` (VALUES) and columns of `state` (STATE).
-enum { kValueLogprob, kValueEntropy, kValueLogsumexp, kValueLabelLogit, kValueMeanLogit, kValueLogSumSq, kValueMaxLogprob, kValueMaxLogit };
-enum { kStateMax, kStateSum, kStateSumT, kStateSumSq, kStateSumLogit, kStateLabel, kStateArgmax, kStateRank, kStateSize };
+enum {
+  kValueLogprob,
+  kValueEntropy,
+  kValueLogsumexp,
+  kValueLabelLogit,
+  kValueMeanLogit,
+  kValueLogSumSq,
+  kValueMaxLogprob,
+  kValueMaxLogit
+};
+enum {
+  kStateMax,
+  kStateSum,
+  kStateSumT,
+  kStateSumSq,
+  kStateSumLogit,
+  kStateLabel,
+  kStateArgmax,
+  kStateRank,
+  kStateSize
+};
 
 // Columns of one block: a block of floats fits L1, a row's blocks depend on its length only.
 constexpr std::int64_t kLogprobsBlock = 4096;

@@ -255,7 +255,8 @@ std::int64_t find_maximum(const LogprobsRows& in, std::int64_t index, std::int64
 
 // The label's logit (-inf where it is not kept) and what rank compares with.
 template <class T>
-Row open_row(const LogprobsRows& in, std::int64_t index, std::int64_t label, const float* given, int flags, State& state) {
+Row open_row(const LogprobsRows& in, std::int64_t index, std::int64_t label, const float* given, int flags,
+             State& state) {
   Row row{};
   row.inv_temperature = inv_temperature_of(in, index);
   row.scale = exp_scale(row.inv_temperature);
@@ -290,7 +291,8 @@ void write_row(const State& state, double inv_temperature, double columns, int f
   put(kValueMaxLogit, s[kStateMax]);
   put(kValueEntropy, (flags & kEntropy) != 0 ? log_sum - s[kStateSumT] / s[kStateSum] : 0.0);
   put(kValueMeanLogit, (flags & kMeanLogit) != 0 ? s[kStateSumLogit] * inv_temperature / columns : 0.0);
-  put(kValueLogSumSq, (flags & kLogSumSq) == 0 ? 0.0 : nothing ? std::nan("") : std::log(s[kStateSumSq]) - 2.0 * log_sum);
+  const double squares = nothing ? std::nan("") : std::log(s[kStateSumSq]) - 2.0 * log_sum;
+  put(kValueLogSumSq, (flags & kLogSumSq) != 0 ? squares : 0.0);
   indices[0] = (flags & kArgmax) != 0 ? static_cast<std::int64_t>(s[kStateArgmax]) : 0;
   indices[stride] = (flags & kRank) != 0 ? static_cast<std::int64_t>(s[kStateRank]) : 0;
 }

@@ -1,7 +1,7 @@
 // The C++ core without Python, run under ASan + UBSan (CMake preset `sanitize`, tests/test_core_sanitized.py). Every
 // array is its own allocation of exactly the size that the kernel may touch, so that a step outside is an error.
-// A case is a function registered with CASE(name); CHECK and CHECK_NEAR report and go on. Add cases for other operations
-// in files of their own beside this one or below.
+// A case is a function registered with CASE(name); CHECK and CHECK_NEAR report and go on. Other operations' cases go
+// below logprobs'.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -91,7 +91,8 @@ struct Problem {
     const auto size = static_cast<std::size_t>((n - 1) * stride + v);
     for (std::size_t i = 0; i < size; ++i)  // multiples of 1/8 below 8: exact in all three types
       f32.push_back(static_cast<float>(static_cast<int>(random() % 128) - 64) / 8.0f);
-    for (std::int64_t i = 0; i < n; ++i) labels.push_back(static_cast<std::int64_t>(random() % static_cast<unsigned>(v)));
+    for (std::int64_t i = 0; i < n; ++i)
+      labels.push_back(static_cast<std::int64_t>(random() % static_cast<unsigned>(v)));
     convert();
   }
   void convert() {
@@ -302,7 +303,8 @@ CASE(logprobs_kept_sets) {
 
 CASE(logprobs_bits_do_not_depend_on_threads) {
   const Problem p(3, 20000, 0, 6);
-  const Outputs one = forward(p.view(fr::DType::f32, 1), kAllFlags), three = forward(p.view(fr::DType::f32, 3), kAllFlags);
+  const Outputs one = forward(p.view(fr::DType::f32, 1), kAllFlags);
+  const Outputs three = forward(p.view(fr::DType::f32, 3), kAllFlags);
   CHECK(one.values == three.values);
   CHECK(one.indices == three.indices);
 }
