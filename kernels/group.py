@@ -27,6 +27,7 @@ from ._launch import OPTIONS, on_device_of
 # size. Under labels any position may begin a group, of any size.
 WARPS = 4
 LABELLED = (4, 128)
+MAXNREG = 168  # stated, because ptxas otherwise spills a scalar or two to get below the next step of occupancy
 ROWS = 512  # combine: rows per program
 BATCH = 2048  # batch-std: rows at a time
 
@@ -140,7 +141,7 @@ def _center(r, at, scored, center_values, n, total, weighted, top, ties, second,
     if CENTER == _MEAN:
         center = r * 0.0 + (total / n)[:, None]
     elif CENTER == _LOO:
-        center = (total[:, None] - r) / (n - 1.0)[:, None]
+        center = (total[:, None] - r) * (1.0 / (n - 1.0))[:, None]
     elif CENTER == _WEIGHTED:
         center = r * 0.0 + weighted[:, None]
     elif CENTER == _SECOND:
@@ -220,6 +221,7 @@ def _normalize_kernel(
             scale = tl.zeros([RUNS], tl.float64) + tl.load(batch_scale + k)
         else:
             scale = tl.full([RUNS], 1.0, tl.float64)
+        inverse = 1.0 / scale
         for j in range(0, longest, MEMBERS):
             at, inside = _members(order, first, length, j + lanes, LABELLED)
             r = tl.load(column + at * row_stride, mask=inside, other=float("nan")).to(tl.float64)
@@ -228,7 +230,7 @@ def _normalize_kernel(
             if SCALE == _SCALE_TENSOR:
                 y = (r - center) / tl.load(scale_values + at, mask=scored, other=1.0).to(tl.float64)
             else:
-                y = (r - center) / scale[:, None]
+                y = (r - center) * inverse[:, None]
             alone = n[:, None] == 1.0
             if SINGLETON == 0:
                 y = tl.where(alone, 0.0, y)
@@ -288,7 +290,7 @@ def forward(
             rewards, *strides, labels, order, lengths, center_values, scale_values, component_weights, batch_scale,
             out, rows, components, group_size, rows.bit_length() + 1, float(options.ddof), float(options.eps),
             LABELLED=group_index is not None, HAS_WEIGHTS=component_weights is not None, **rules,
-            RUNS=runs, MEMBERS=members, num_warps=WARPS, **OPTIONS,
+            RUNS=runs, MEMBERS=members, num_warps=WARPS, maxnreg=MAXNREG, **OPTIONS,
         )  # fmt: skip
     return out.float()
 

@@ -58,6 +58,7 @@ WARPS = 8
 LANES = 32 * WARPS
 BLOCK = 4096
 ID_LANES = 128  # kept ids and token ids: gathers, one per thread
+ID_MAXNREG = 128  # stated, because ptxas otherwise spills a scalar to get below the next step of occupancy
 ROWS = 128  # finish: rows per program
 
 # What no variant is compiled for.
@@ -332,7 +333,7 @@ def forward(
             _forward_ids_kernel[(n,)](
                 logits, logits.stride(0), *rows, *keep, *ids, values, indices, id_logprobs,
                 n, vocab, count, keep_ids.shape[1],
-                **flavour, **_flags(flags), num_warps=ID_LANES // 32, **OPTIONS,
+                **flavour, **_flags(flags), num_warps=ID_LANES // 32, maxnreg=ID_MAXNREG, **OPTIONS,
             )  # fmt: skip
         else:
             vec = load_width(logits)
