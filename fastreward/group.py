@@ -11,12 +11,13 @@ from torch import Tensor
 from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
+from fastreward._op import custom_op
 from fastreward._options import CENTERS, NORMALIZES, SCALES, SINGLETONS, GroupOptions, Normalize, Singleton
 
 GroupIds = Tensor | Sequence[Hashable]
 
 
-@torch.library.custom_op("fastreward::group_advantages", mutates_args=())
+@custom_op("group_advantages")
 def _group_advantages(
     rewards: Tensor,  # [B, K] f32 or f64
     group_index: Tensor | None,  # [B] i64

@@ -17,6 +17,7 @@ from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import FLAG, INDICES, OUTPUT_VALUES, STATE, VALUES, flags_of
 from fastreward._memory import advised
+from fastreward._op import custom_op
 from fastreward._vocab_parallel import initial_state
 from fastreward.logprobs import LOGITS_DTYPES, TokenStats, _check_labels, _collect, _row_mask, _temperature
 
@@ -31,7 +32,7 @@ _GPU_TILE = (4096, 32768)
 
 
 # ------------------------------------------------------------------------------------------------------ custom ops
-@torch.library.custom_op("fastreward::linear_token_logprobs", mutates_args=())
+@custom_op("linear_token_logprobs")
 def _linear_token_logprobs(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
@@ -88,7 +89,7 @@ def _(
     return hidden.new_empty((len(VALUES), n), dtype=torch.float32), labels.new_empty((len(INDICES), n))
 
 
-@torch.library.custom_op("fastreward::linear_token_logprobs_backward", mutates_args=())
+@custom_op("linear_token_logprobs_backward")
 def _linear_token_logprobs_backward(
     hidden: Tensor,
     weight: Tensor,

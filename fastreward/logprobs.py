@@ -13,6 +13,7 @@ from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import ALL_OUTPUTS, DIFFERENTIABLE, INDICES, VALUES, flags_of
 from fastreward._memory import advised
+from fastreward._op import custom_op
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -54,7 +55,7 @@ class TokenStats:
 
 
 # ------------------------------------------------------------------------------------------------------ custom ops
-@torch.library.custom_op("fastreward::token_logprobs", mutates_args=())
+@custom_op("token_logprobs")
 def _token_logprobs(
     logits: Tensor,  # [..., V]
     labels: Tensor,  # [N] i64
@@ -105,7 +106,7 @@ def _(
     return values, indices, logits.new_empty((n, 0 if token_ids is None else token_ids.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("fastreward::token_logprobs_backward", mutates_args=())
+@custom_op("token_logprobs_backward")
 def _token_logprobs_backward(
     logits: Tensor,
     labels: Tensor,
@@ -147,7 +148,7 @@ def _(
     return _rows.like(logits, _rows.split(logits, gaps=keep_mask is None))
 
 
-@torch.library.custom_op("fastreward::token_logprobs_backward_", mutates_args=("logits",))
+@custom_op("token_logprobs_backward_", mutates_args=("logits",))
 def _token_logprobs_backward_(
     logits: Tensor,
     labels: Tensor,
@@ -166,6 +167,12 @@ def _token_logprobs_backward_(
     blocks = _rows.split(logits, gaps=keep_mask is None)
     row_data = (labels, temperature, temperature_scalar, mask, keep_mask, keep_ids, token_ids)
     _write_gradient(blocks, logits, row_data, values, id_logprobs, grad_values, grad_ids, logits, backend)
+    torch.autograd.graph.increment_version(logits)
+
+
+@_token_logprobs_backward_.register_fake
+def _(*_: Any) -> None:
+    return None
 
 
 def _write_gradient(

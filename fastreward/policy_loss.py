@@ -13,6 +13,7 @@ from fastreward import _check, losses
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import METRICS
+from fastreward._op import custom_op
 from fastreward._options import AGGREGATIONS, KL, KLS, Aggregation, PolicyOptions
 
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
@@ -58,7 +59,7 @@ class PolicyLoss:
 
 
 # ------------------------------------------------------------------------------------------------------ custom ops
-@torch.library.custom_op("fastreward::policy_loss", mutates_args=())
+@custom_op("policy_loss")
 def _policy_loss(
     logprobs: Tensor,  # [B, T] or [N]
     entropy: Tensor | None,
@@ -125,7 +126,7 @@ def _(
     return new(()), new((len(METRICS),)), new(logprobs.shape), new((rows,)), token_loss
 
 
-@torch.library.custom_op("fastreward::policy_loss_backward", mutates_args=())
+@custom_op("policy_loss_backward")
 def _policy_loss_backward(
     saved: Tensor,
     mask: Tensor | None,
@@ -263,8 +264,6 @@ def policy_loss(
         if x is not None:
             _like_logprobs(name, x, logprobs)
     counted = _with_keep(mask, keep, logprobs, bounds)
-    if normalizer is None and logprobs.numel() and _check.values_checked(counted):
-        _check_counted(counted)
     outputs = _policy_loss(
         logprobs.contiguous(),
         None if entropy is None else entropy.contiguous(),
@@ -286,7 +285,10 @@ def policy_loss(
         return_token_loss,
         select("policy_loss", logprobs),
     )
-    return PolicyLoss(outputs[0], Metrics(outputs[1].detach()), outputs[4].detach() if return_token_loss else None)
+    metrics = Metrics(outputs[1].detach())
+    if normalizer is None and logprobs.numel() and _check.values_checked(logprobs):
+        _check_counted(metrics["token_count"])  # the kernel has counted anyway: no pass over the mask for this
+    return PolicyLoss(outputs[0], metrics, outputs[4].detach() if return_token_loss else None)
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -372,8 +374,8 @@ def _with_keep(mask: Tensor | None, keep: Tensor | None, logprobs: Tensor, bound
     return kept if mask is None else kept & (mask != 0)
 
 
-def _check_counted(counted: Tensor | None) -> None:
-    if counted is not None and not bool(counted.any()):
+def _check_counted(token_count: Tensor) -> None:
+    if not token_count:
         raise ValueError(
             "mask: expected at least one counted token, got an all-zero mask; "
             "pass normalizer=... where a micro-batch may be empty"

@@ -11,6 +11,7 @@ from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._memory import advised
+from fastreward._op import custom_op
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -18,14 +19,20 @@ if TYPE_CHECKING:
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
 
 
-@torch.library.custom_op("fastreward::whiten_", mutates_args=("out",))
+@custom_op("whiten_", mutates_args=("out",))
 def _whiten_(
     x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, out: Tensor, backend: str
 ) -> None:
     implementation("whiten", backend).forward(x, mask, shift_mean, ddof, eps, out)
+    torch.autograd.graph.increment_version(out)
 
 
-@torch.library.custom_op("fastreward::whiten", mutates_args=())
+@_whiten_.register_fake
+def _(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, out: Tensor, backend: str) -> None:
+    return None
+
+
+@custom_op("whiten")
 def _whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, backend: str) -> Tensor:
     out = advised(torch.empty_like(x))
     implementation("whiten", backend).forward(x, mask, shift_mean, ddof, eps, out)
