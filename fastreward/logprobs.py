@@ -164,7 +164,7 @@ def _token_logprobs_backward_(
     grad_ids: Tensor,
     backend: str,
 ) -> None:
-    blocks = _rows.split(logits, gaps=keep_mask is None)
+    blocks = _rows.split(logits, gaps=False)  # what lies in the gaps of a view is not ours to overwrite
     row_data = (labels, temperature, temperature_scalar, mask, keep_mask, keep_ids, token_ids)
     _write_gradient(blocks, logits, row_data, values, id_logprobs, grad_values, grad_ids, logits, backend)
     torch.autograd.graph.increment_version(logits)

@@ -202,6 +202,17 @@ class TestNumbers:
             ]
             assert torch.equal(*grads)
 
+    def test_in_place_backward_leaves_the_gaps_of_a_view_alone(self) -> None:
+        base = torch.randn(3, 6, 40)
+        last, view = base[:, -1].clone(), base[:, :-1]
+        labels = torch.randint(0, 40, (3, 5))
+        plain = view.detach().clone().requires_grad_()
+        fr.token_logprobs(plain, labels).logprobs.sum().backward()
+        strided = view.detach().requires_grad_()
+        fr.token_logprobs(strided, labels, inplace_backward=True).logprobs.sum().backward()
+        assert torch.equal(base[:, :-1], plain.grad)
+        assert torch.equal(base[:, -1], last)
+
     def test_uneven_use_of_outputs(self) -> None:
         """Only one output with a gradient, the others not even asked for."""
         for name in DIFFERENTIABLE[:4]:
