@@ -9,9 +9,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-#: Compile options of every kernel. Fused multiply-add is asked for by name: Triton 3.10 changes the default and, with
-#: it, bits and speed.
-OPTIONS: Final = {"enable_fp_fusion": True}
+#: Compile options of every kernel. Multiply-adds are fused only where the source says `tl.fma`: what the compiler fuses
+#: of its own accord differs between variants of a kernel, and a log-prob's bits must not depend on what else is asked.
+OPTIONS: Final = {"enable_fp_fusion": False}
 
 _counters: dict[tuple[int, int], Tensor] = {}
 

@@ -58,9 +58,9 @@ def _coefficients(values, grad_values, grad_ids_row, N, K, row, HAS_IDS: tl.cons
 @triton.jit
 def _through_softmax(x, inverse, top, top_logp, c0, c1, c2):
     """p (c0 + c1 log p + c2 p); exactly 0 where x = -inf."""
-    logp = (x - top) * inverse + top_logp
+    logp = tl.fma(x - top, inverse, top_logp)
     p = tl.exp2(logp * LOG2E)
-    return p * (c0 + c1 * tl.maximum(logp, FLOOR) + c2 * p)
+    return p * tl.fma(c2, p, tl.fma(c1, tl.maximum(logp, FLOOR), c0))
 
 
 @triton.jit

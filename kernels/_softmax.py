@@ -74,14 +74,14 @@ def lane_step(
     t2 = tl.fma(x, scale2, -new_base2[None, :, None])
     e = tl.exp2(t2)
     if ENTROPY:
-        weighted = decay * (weighted + shift2 * total) + over_lane(tl.maximum(t2, FLOOR) * e)
+        weighted = tl.fma(decay, tl.fma(shift2, total, weighted), over_lane(tl.maximum(t2, FLOOR) * e))
     if SQUARES:
-        squares = decay * decay * squares + over_lane(e * e)
+        squares = tl.fma(decay * decay, squares, over_lane(e * e))
     if MEAN:
         logit_sum += over_lane(tl.where(real, x, 0.0))
     if RANK:
         above += over_lane((x > label_x).to(tl.int32))
-    total = decay * total + over_lane(e)
+    total = tl.fma(decay, total, over_lane(e))
     return new_peak, new_base2, total, weighted, squares, logit_sum, above
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward._layout import INDICES, VALUES
+from fastreward._layout import FLAG, INDICES, VALUES
 from fastreward._options import GroupOptions, PolicyOptions
 from fastreward.reference import group as reference_group
 from fastreward.reference import logprobs as reference_logprobs
@@ -226,7 +226,7 @@ def check_fold(module: ModuleType, device: str, case: Logits, tile: int, *, know
 
 
 def check_bits(module: ModuleType, device: str, case: Logits) -> None:
-    """The same bits again, alone, in another order, and at another address."""
+    """The same bits again, alone, in another order, at another address, and whatever else is asked for."""
     logits, labels, *rest = case.arguments(device)
     rows, vocab = logits.shape
     first = module.forward(logits, labels, *rest, EVERYTHING)
@@ -241,6 +241,11 @@ def check_bits(module: ModuleType, device: str, case: Logits) -> None:
     wide[:, 1 : vocab + 1] = logits
     moved = module.forward(wide[:, 1 : vocab + 1], labels, *rest, EVERYTHING)
     assert torch.equal(moved[0], first[0])
+    for flags in (0, *FLAG.values()):
+        values = module.forward(logits, labels, *rest, flags)[0]
+        for row, name in enumerate(VALUES):
+            if name not in FLAG or flags == FLAG[name]:
+                assert torch.equal(values[row], first[0][row]), (name, flags)
 
 
 def check_illegal_labels(module: ModuleType, device: str, dtype: torch.dtype, vocab: int) -> None:

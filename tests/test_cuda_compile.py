@@ -68,7 +68,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Compil
 
 def _compile(source: str, out: Path) -> Compiled:
     assert nvcc is not None
-    command = [nvcc, "-t", "1", "-std=c++17", "-O3", f"-I{CSRC}", "-Werror", "all-warnings", "-Xptxas", "-v"]
+    command = [nvcc, "-t", "1", "-std=c++17", "-O3", "-fmad=false", f"-I{CSRC}", "-Werror", "all-warnings", "-Xptxas", "-v"]
     for arch in ARCHITECTURES:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     command += ["-c", str(CSRC / "cuda" / f"{source}.cu"), "-o", str(out)]
@@ -128,7 +128,7 @@ def test_nvrtc_compiles_the_text_that_cupy_gets(source: str, define: str) -> Non
     nvrtc = _nvrtc()
     if nvrtc is None:
         pytest.skip("libnvrtc is not here: pip install nvidia-cuda-nvrtc")
-    options = ["-std=c++17", "--gpu-architecture=sm_90", *([f"-D{define}"] if define else [])]
+    options = [*_launch.NVRTC_OPTIONS, "--gpu-architecture=sm_90", *([f"-D{define}"] if define else [])]
     program = ctypes.c_void_p()
     text = _launch.source_text(source).encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, b"kernels.cu", 0, None, None) == 0

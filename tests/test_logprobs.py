@@ -260,6 +260,17 @@ class TestBits:
             assert torch.equal(again, values)
             assert torch.equal(again_grads, grads)
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("vocab", [1000, 40_001])
+    @pytest.mark.parametrize("name", OUTPUT_VALUES)
+    def test_other_outputs(self, dtype: torch.dtype, vocab: int, name: str) -> None:
+        """Else old log-probs, scored without the entropy, would differ from new ones of an unchanged policy."""
+        logits, labels = (torch.randn(60, vocab) * 3).to(dtype), torch.randint(0, vocab, (60,))
+        everything = fr.token_logprobs(logits, labels, outputs=(*OUTPUT_VALUES, "argmax", "rank"))
+        for other in ("argmax", "rank", *OUTPUT_VALUES):
+            some = fr.token_logprobs(logits, labels, outputs=(name, other))
+            assert torch.equal(getattr(some, name), getattr(everything, name)), other
+
     def test_alignment_of_rows(self) -> None:
         buffer = torch.randn(3, 4103)
         labels = torch.tensor([1, 2, 3])

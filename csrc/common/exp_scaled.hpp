@@ -22,11 +22,16 @@ inline ExpScale exp_scale(double s) {
 
 inline F32 clamp_exponent(F32 d, const ExpScale& s) { return max(s.lowest, d); }
 
+// exp(d * s) = power * rest, a power of two and a number near 1: sum + exp(d * s) is one fma of the two.
+struct ExpFactors {
+  F32 power, rest;
+};
+
 // For a clamped d: the clamped ones give 2^-126 or so, which no sum that holds a 1 can see.
 #ifdef FASTREWARD_AVX512
 // 2^(i/16) from a register, times a cubic for |f| <= 1/32; the power of two goes straight into the exponent (scalef
 // would cost as much as all the rest). Relative error below 2^-28 before the last two roundings.
-inline F32 exp_scaled(F32 d, const ExpScale& s) {
+inline ExpFactors exp_factors(F32 d, const ExpScale& s) {
   const F32 magic = f32(786432.0f);  // 1.5 * 2^19: four fraction bits remain in the sum
   const F32 shifted = fma(d, s.high, magic);
   const F32 n = shifted - magic;
@@ -40,7 +45,7 @@ inline F32 exp_scaled(F32 d, const ExpScale& s) {
       0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
   const __m512i bits = _mm512_castps_si512(shifted.v);
   const __m512i power = _mm512_add_epi32(_mm512_permutexvar_epi32(bits, powers), _mm512_slli_epi32(bits, 19));
-  return F32{_mm512_castsi512_ps(power)} * p;
+  return {F32{_mm512_castsi512_ps(power)}, p};
 }
 #else
 // a * b - n without the rounding of a * b, also where there is no fused multiply-add (products of halves are exact).
@@ -54,7 +59,7 @@ inline F32 multiply_subtract(F32 a, F32 b, F32 n) {
   return (product - n) + rest;
 }
 
-inline F32 exp_scaled(F32 d, const ExpScale& s) {
+inline ExpFactors exp_factors(F32 d, const ExpScale& s) {
   const F32 magic = f32(12582912.0f);  // 1.5 * 2^23
   const F32 n = fma(d, s.high, magic) - magic;
   const F32 f = fma(d, s.low, multiply_subtract(d, s.high, n));
@@ -64,9 +69,14 @@ inline F32 exp_scaled(F32 d, const ExpScale& s) {
   p = fma(p, f, f32(2.4022647738e-01f));
   p = fma(p, f, f32(6.9314718246e-01f));
   p = fma(p, f, f32(1.0f));
-  return p * power2(n);
+  return {power2(n), p};
 }
 #endif
+
+inline F32 exp_scaled(F32 d, const ExpScale& s) {
+  const ExpFactors e = exp_factors(d, s);
+  return e.power * e.rest;
+}
 
 // The same with a true 0 where d was clamped, for results that are looked at one by one.
 inline F32 exp_scaled_or_zero(F32 d, const ExpScale& s) { return select(d <= s.lowest, f32(0.0f), exp_scaled(d, s)); }

@@ -4,7 +4,7 @@
 constexpr int kF32 = 4;
 constexpr int kF64 = 2;
 #ifdef __ARM_FEATURE_FMA
-constexpr bool kHasFma = true;  // the compiler contracts fma() below
+constexpr bool kHasFma = true;
 #else
 constexpr bool kHasFma = false;  // fma() below rounds twice
 #endif
@@ -52,9 +52,13 @@ inline F32 operator-(F32 a, F32 b) { return {a.v - b.v}; }
 inline F32 operator*(F32 a, F32 b) { return {a.v * b.v}; }
 inline F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
 inline F32 operator-(F32 a) { return {-a.v}; }
-inline F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
-inline F32 fms(F32 a, F32 b, F32 c) { return {a.v * b.v - c.v}; }
-inline F32 fnma(F32 a, F32 b, F32 c) { return {c.v - a.v * b.v}; }
+inline F32 fma(F32 a, F32 b, F32 c) {
+  if (!kHasFma) return {a.v * b.v + c.v};
+  for (int i = 0; i < kF32; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);  // one instruction
+  return c;
+}
+inline F32 fms(F32 a, F32 b, F32 c) { return fma(a, b, {-c.v}); }
+inline F32 fnma(F32 a, F32 b, F32 c) { return fma({-a.v}, b, c); }
 inline F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
 inline F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
 inline F32 abs(F32 a) { return {reinterpret_cast<V4f>(reinterpret_cast<V4i>(a.v) & 0x7fffffff)}; }
@@ -97,7 +101,11 @@ inline F64 operator+(F64 a, F64 b) { return {a.v + b.v}; }
 inline F64 operator-(F64 a, F64 b) { return {a.v - b.v}; }
 inline F64 operator*(F64 a, F64 b) { return {a.v * b.v}; }
 inline F64 operator/(F64 a, F64 b) { return {a.v / b.v}; }
-inline F64 fma(F64 a, F64 b, F64 c) { return {a.v * b.v + c.v}; }
+inline F64 fma(F64 a, F64 b, F64 c) {
+  if (!kHasFma) return {a.v * b.v + c.v};
+  for (int i = 0; i < kF64; ++i) c.v[i] = __builtin_fma(a.v[i], b.v[i], c.v[i]);
+  return c;
+}
 inline F64 max(F64 a, F64 b) { return {a.v > b.v ? a.v : b.v}; }
 inline F64 min(F64 a, F64 b) { return {a.v < b.v ? a.v : b.v}; }
 inline F64 sqrt(F64 a) { return {V2d{__builtin_sqrt(a.v[0]), __builtin_sqrt(a.v[1])}}; }

@@ -90,8 +90,9 @@ void second_pass(const T* x, int n, const char* next, const Row& row, Partial& o
     load2(x + i + 2 * kF32, v[2], v[3]);
     for (int u = 0; u < 4; ++u) {
       const F32 d = clamp_exponent(v[u] - top, scale);
-      const F32 e = exp_scaled(d, scale);
-      total[u] = total[u] + e;
+      const ExpFactors factors = exp_factors(d, scale);
+      total[u] = fma(factors.power, factors.rest, total[u]);
+      const F32 e = factors.power * factors.rest;
       if (kMoment) moment[u] = fma(e, d, moment[u]);
       if (kSquares) squares[u] = fma(e, e, squares[u]);
     }
@@ -99,8 +100,9 @@ void second_pass(const T* x, int n, const char* next, const Row& row, Partial& o
   for (; i < n; i += kF32) {
     const int left = n - i < kF32 ? n - i : kF32;
     const F32 d = clamp_exponent((left == kF32 ? load(x + i) : load_n(x + i, left, -kInf)) - top, scale);
-    const F32 e = exp_scaled(d, scale);  // nothing to speak of in the lanes past the end
-    total[0] = total[0] + e;
+    const ExpFactors factors = exp_factors(d, scale);  // nothing to speak of in the lanes past the end
+    total[0] = fma(factors.power, factors.rest, total[0]);
+    const F32 e = factors.power * factors.rest;
     if (kMoment) moment[0] = fma(e, d, moment[0]);
     if (kSquares) squares[0] = fma(e, e, squares[0]);
   }

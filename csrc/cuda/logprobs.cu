@@ -248,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(256) logprobs_finish(const FinishAr
       const BackwardArguments a) {                                                                              \
     backward_chunk<T>(a);                                                                                       \
   }                                                                                                             \
-  extern "C" __global__ void __launch_bounds__(KEPT_THREADS) logprobs_backward_##type##_ids(                    \
+  extern "C" __global__ void __launch_bounds__(KEPT_THREADS, 8) logprobs_backward_##type##_ids(                 \
       const BackwardArguments a) {                                                                              \
     kept_backward_row<T>(a);                                                                                    \
   }

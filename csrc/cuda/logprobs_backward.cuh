@@ -51,7 +51,7 @@ template <bool FULL>
 __device__ __forceinline__ float to_logit(const RowGradient& r, float x, float dz) {
   if (!FULL || r.inv_softcap == 0.f) return dz * r.inv_t;
   const float tanh_x = x * r.inv_softcap;
-  return dz * r.inv_t * (1.f - tanh_x * tanh_x);
+  return dz * r.inv_t * fmaf(-tanh_x, tanh_x, 1.f);
 }
 
 // Entry 0 is the label, entry k + 1 is ids[k].

@@ -14,12 +14,14 @@ import struct
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 Route = Literal["nvcc", "cupy"]
+#: As in CMakeLists.txt: multiply-adds are fused only where the source says so, so that both routes give the same bits.
+NVRTC_OPTIONS: Final = ("-std=c++17", "-fmad=false")
 #: A struct member: pointer of a tensor (None = null), int64 or float64.
 Member = Tensor | int | float | None
 
@@ -159,7 +161,7 @@ def _cupy_kernel(source: str, kernel: str, define: str) -> Any:
 def _cupy_module(source: str, define: str) -> Any:
     import cupy
 
-    options = ("-std=c++17", f"-D{define}") if define else ("-std=c++17",)
+    options = (*NVRTC_OPTIONS, f"-D{define}") if define else NVRTC_OPTIONS
     return cupy.RawModule(code=source_text(source), options=options, backend="nvrtc")
 
 
