@@ -68,7 +68,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Compil
 
 def _compile(source: str, out: Path) -> Compiled:
     assert nvcc is not None
-    command = [nvcc, "-t", "1", "-std=c++17", "-O3", "-fmad=false", f"-I{CSRC}", "-Werror", "all-warnings", "-Xptxas", "-v"]
+    command = [nvcc, "-t", "1", "-std=c++17", "-O3", "-fmad=false", f"-I{CSRC}"]
+    command += ["-Werror", "all-warnings", "-Xptxas", "-v"]
     for arch in ARCHITECTURES:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     command += ["-c", str(CSRC / "cuda" / f"{source}.cu"), "-o", str(out)]
