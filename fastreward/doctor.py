@@ -17,6 +17,12 @@ from fastreward import _dispatch
 
 _TRAINERS = ("trl", "verl", "openrlhf", "liger-kernel")
 _CPUINFO = Path("/proc/cpuinfo")
+#: CPU features that the kernels of an instruction set use, as /proc/cpuinfo calls them.
+_FEATURES = {
+    "baseline": (),
+    "avx2": ("avx2", "fma", "f16c", "bmi2"),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+}
 
 
 def report() -> dict[str, Any]:
@@ -35,8 +41,7 @@ def status(operation: str, backend: _dispatch.Backend) -> str:
     device = "cuda" if cuda and backend in ("triton", "cuda") else "cpu"
     try:
         if backend == "cuda" and not cuda:
-            missing = _compiled_without_device()
-            return f"no CUDA device{missing}"
+            return "experimental (compiled; no CUDA device here)" if _has_module() else "not compiled, no CUDA device"
         reason = _dispatch.unavailable(operation, backend, device)
         if reason is not None:
             return reason
@@ -66,7 +71,9 @@ def isa() -> str:
         core = importlib.import_module("fastreward._core")
     except ImportError as error:
         return f"no compiled core: {error}"
-    return str(core.isa())
+    name = str(core.isa())
+    features = " ".join(_FEATURES[name])
+    return f"{name} ({features})" if features else f"{name} (what the compiler targets by default)"
 
 
 def version(package: str) -> str | None:
@@ -131,7 +138,7 @@ def _driver() -> str:
 
 def _cuda_route() -> str:
     """How the CUDA C++ kernels get here: the module that nvcc built, CuPy at first use, or not at all."""
-    if importlib.util.find_spec("fastreward._cuda") is not None:
+    if _has_module():
         return "built by nvcc (fastreward._cuda)"
     cupy = _cupy()
     if cupy is not None:
@@ -139,9 +146,8 @@ def _cuda_route() -> str:
     return "not built, and no CuPy to compile them at first use"
 
 
-def _compiled_without_device() -> str:
-    built = importlib.util.find_spec("fastreward._cuda") is not None
-    return " (kernels compiled, experimental)" if built else ""
+def _has_module() -> bool:
+    return importlib.util.find_spec("fastreward._cuda") is not None
 
 
 def _cupy() -> str | None:

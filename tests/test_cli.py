@@ -38,7 +38,7 @@ def test_doctor_json() -> None:
     assert facts["operations"]["logprobs"]["cpu"] == "available"
     assert facts["packages"]["torch"] == torch.__version__
     if not torch.cuda.is_available():
-        assert facts["operations"]["whiten"]["cuda"].startswith("no CUDA device")
+        assert "no CUDA device" in facts["operations"]["whiten"]["cuda"]
 
 
 def test_doctor_without_anything_optional(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,9 @@
 #include "common/isa.hpp"
 
+#ifndef FASTREWARD_BASELINE_ONLY
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -7,13 +11,21 @@
 namespace fastreward {
 namespace {
 
+#ifndef FASTREWARD_BASELINE_ONLY
+bool has_f16c() {  // not every Clang's __builtin_cpu_supports knows the name
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 Isa best_isa() {
 #ifdef FASTREWARD_BASELINE_ONLY
   return Isa::baseline;
 #else
   // The compiler's own cpuid code also checks that the operating system saves the wide registers.
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
