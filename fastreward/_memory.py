@@ -1,21 +1,29 @@
-"""Fresh CPU outputs: large ones are first touched as huge pages, which saves most of their page faults."""
+"""Fresh CPU outputs: large ones get memory that an earlier one has left, because page faults cost more than kernels."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-_LARGE = 8 << 20  # bytes; below this a page-fault storm costs less than the system call
-
-
-def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised CPU tensor, advised to huge pages when it is large."""
-    return advised(torch.empty(shape, dtype=dtype))
+_LARGE = 8 << 20  # bytes; below, malloc keeps what is freed
 
 
-def advised(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` itself, after asking for huge pages behind its storage (a hint; harmless when refused)."""
-    if tensor.device.type == "cpu" and tensor.nbytes >= _LARGE:
-        from fastreward import _core
+def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """An uninitialised contiguous tensor."""
+    count = torch.Size(shape).numel()
+    if torch.device(device).type != "cpu" or count * dtype.itemsize < _LARGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    from fastreward import _core
 
-        _core.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
+    return torch.frombuffer(_core.KeptMemory(count * dtype.itemsize), dtype=dtype).view(shape)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of x's shape, dtype and device."""
+    return empty(x.shape, x.dtype, x.device)
+
+
+def empty_strided(x: Tensor) -> Tensor:
+    """An uninitialised tensor of x's shape, strides, dtype and device; the memory between its elements is its own."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    return empty((extent,), x.dtype, x.device).as_strided(x.shape, x.stride())

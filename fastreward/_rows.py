@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastreward._memory import empty_like, empty_strided
+
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
@@ -58,8 +60,8 @@ def split(x: Tensor, gaps: bool = True) -> list[RowBlock]:
 def like(x: Tensor, blocks: list[RowBlock]) -> Tensor:
     """An uninitialised tensor of x's shape and dtype that `blocks` describe as well as they do x."""
     if any(block.gap for block in blocks):
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return empty_strided(x)
+    return empty_like(x)
 
 
 def _split(x: Tensor, index: tuple[int, ...], start: int, gaps: bool) -> list[RowBlock]:

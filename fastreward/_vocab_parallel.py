@@ -11,7 +11,7 @@ from torch import Tensor
 from fastreward import _check
 from fastreward._dispatch import implementation, select
 from fastreward._layout import STATE, flags_of
-from fastreward._memory import advised
+from fastreward._memory import empty_like
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,7 +63,7 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         rows, labels, mask, values = ctx.saved_tensors
-        grad = advised(torch.empty(rows.shape, dtype=rows.dtype, device=rows.device))
+        grad = empty_like(rows)
         local = labels - ctx.start
         none = values.new_empty((rows.shape[0], 0))
         kernels = implementation("logprobs", ctx.backend)

@@ -16,7 +16,7 @@ from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import FLAG, INDICES, OUTPUT_VALUES, STATE, VALUES, flags_of
-from fastreward._memory import advised
+from fastreward._memory import empty_like
 from fastreward._op import custom_op
 from fastreward._vocab_parallel import initial_state
 from fastreward.logprobs import LOGITS_DTYPES, TokenStats, _check_labels, _collect, _row_mask, _temperature
@@ -140,7 +140,9 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def grad(needed: bool, x: Tensor | None) -> Tensor:
-        return torch.empty_like(x) if needed and x is not None else hidden.new_empty((0,))
+        if not needed or x is None:
+            return hidden.new_empty((0,))
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     return grad(needs[0], hidden), grad(needs[1], weight), grad(needs[2], bias)
 
@@ -190,7 +192,7 @@ class _HeadGradients:
         self.head = head
         device = head.hidden.device
         self.hidden = torch.zeros(head.hidden.shape, dtype=torch.float32, device=device) if needs[0] else None
-        self.weight = advised(torch.empty_like(head.weight)) if needs[1] else None
+        self.weight = empty_like(head.weight) if needs[1] else None
         self.bias = torch.zeros(len(head.weight), dtype=torch.float32, device=device) if needs[2] else None
         # A float32 weight gradient accumulates in place; another dtype needs one chunk of float32.
         exact = self.weight is not None and self.weight.dtype == torch.float32

@@ -12,7 +12,6 @@ from fastreward import _check, _rows
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import ALL_OUTPUTS, DIFFERENTIABLE, INDICES, VALUES, flags_of
-from fastreward._memory import advised
 from fastreward._op import custom_op
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def _token_logprobs_backward(
     backend: str,
 ) -> Tensor:
     blocks = _rows.split(logits, gaps=keep_mask is None)
-    grad = advised(_rows.like(logits, blocks))
+    grad = _rows.like(logits, blocks)
     row_data = (labels, temperature, temperature_scalar, mask, keep_mask, keep_ids, token_ids)
     _write_gradient(blocks, logits, row_data, values, id_logprobs, grad_values, grad_ids, grad, backend)
     return grad

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
-from fastreward._memory import advised
+from fastreward._memory import empty_like
 from fastreward._op import custom_op
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def _(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, o
 
 @custom_op("whiten")
 def _whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, backend: str) -> Tensor:
-    out = advised(torch.empty_like(x))
+    out = empty_like(x)
     implementation("whiten", backend).forward(x, mask, shift_mean, ddof, eps, out)
     return out
 
@@ -125,6 +125,6 @@ def _whiten_across(
         count = count + other_count
     scale = torch.rsqrt(squares / (count - ddof) + eps)
     affine = torch.stack([mean, scale, torch.zeros_like(mean) if shift_mean else mean])
-    result = advised(torch.empty_like(x)) if out is None else out
+    result = empty_like(x) if out is None else out
     kernels.apply(x, mask, affine, result)
     return result

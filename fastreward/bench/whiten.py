@@ -33,7 +33,7 @@ def _data(shape: tuple[int, ...], device: str) -> tuple[Tensor, Tensor, Tensor]:
 def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Case:
     """Whitening of [B, T] float32 with a mask."""
     x, mask, truth = _data(shape, device)
-    out = torch.empty_like(x) if case == "out" else None
+    out = torch.zeros_like(x) if case == "out" else None  # a buffer that has been used before
     built = Case(
         operation="whiten",
         name=case,

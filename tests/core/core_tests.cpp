@@ -9,9 +9,11 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "common/isa.hpp"
+#include "common/kept_memory.hpp"
 #include "cpu/logprobs.hpp"
 
 namespace {
@@ -343,6 +345,43 @@ CASE(logprobs_fold_in_slices) {
   for (std::size_t i = 0; i < values.size(); ++i)
     CHECK_NEAR(static_cast<double>(values[i]), static_cast<double>(expected.values[i]), 4e-6);
   CHECK(indices == expected.indices);
+}
+
+// --------------------------------------------------------------------------------------------------------- memory
+CASE(kept_memory_is_used_again) {
+  constexpr std::size_t mib = std::size_t{1} << 20;
+  for (const std::size_t bytes : {9 * mib + 3, 40 * mib}) {
+    void* first = nullptr;
+    {
+      const fr::KeptMemory memory(bytes), other(bytes);
+      first = memory.data();
+      CHECK(memory.size() == bytes);
+      CHECK(first != other.data());
+      CHECK(reinterpret_cast<std::uintptr_t>(first) % (2 * mib) == 0);
+      std::memset(first, 1, bytes);
+      std::memset(other.data(), 2, bytes);
+    }
+    const fr::KeptMemory again(bytes - bytes / 8);
+    CHECK(again.data() == first);  // the last to be freed is the first to be used
+    const fr::KeptMemory larger(2 * bytes);
+    std::memset(larger.data(), 3, larger.size());
+  }
+}
+
+CASE(kept_memory_from_many_threads) {
+  constexpr std::size_t bytes = std::size_t{8} << 20;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 6; ++t)
+    threads.emplace_back([t] {
+      for (int i = 0; i < 20; ++i) {
+        const fr::KeptMemory memory(bytes);
+        auto* data = static_cast<unsigned char*>(memory.data());
+        data[0] = data[bytes - 1] = static_cast<unsigned char>(t);
+        std::this_thread::yield();
+        CHECK(data[0] == t && data[bytes - 1] == t);
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace
