@@ -1,6 +1,7 @@
 """Types of the C++ extension (csrc/bindings); integers named after tensors are data pointers, 0 = not given."""
 
 from enum import Enum
+from typing import Any
 
 class DType(Enum):
     f32 = 0
@@ -54,6 +55,7 @@ def group_advantages(
     advantages: int,
     threads: int,
 ) -> None: ...
+def number_labels(labels: list[Any], index: int) -> None: ...
 def isa() -> str: ...
 def logprobs_backward(
     rows: LogprobsRows,

@@ -41,7 +41,7 @@ def status(operation: str, backend: _dispatch.Backend) -> str:
     device = "cuda" if cuda and backend in ("triton", "cuda") else "cpu"
     try:
         if backend == "cuda" and not cuda:
-            return "experimental (compiled; no CUDA device here)" if _has_module() else "not compiled, no CUDA device"
+            return f"no CUDA device ({'compiled, experimental' if _has_module() else 'not compiled'})"
         reason = _dispatch.unavailable(operation, backend, device)
         if reason is not None:
             return reason

@@ -144,8 +144,11 @@ def factorize(group_ids: GroupIds, count: int, device: torch.device) -> Tensor:
         labels = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)
         if len(labels) != count:
             raise ValueError(f"group_ids: expected {count} ids (one per rollout), got {len(labels)}")
-    seen: dict[Hashable, int] = {}
-    return torch.tensor([seen.setdefault(label, len(seen)) for label in labels], dtype=torch.int64, device=device)
+    from fastreward import _core
+
+    index = torch.empty(count, dtype=torch.int64)
+    _core.number_labels(labels, index.data_ptr())
+    return index.to(device)
 
 
 def _groups(group_ids: GroupIds | None, group_size: int | None, rewards: Tensor) -> tuple[Tensor | None, int]:

@@ -188,6 +188,7 @@ def test_limit_is_bytes_over_bandwidth() -> None:
     assert roofline.Traffic(100, 0).seconds(bandwidth) == 10
     assert roofline.Traffic(100, 100).seconds(bandwidth) == 10  # 200 bytes at copy bandwidth
     assert roofline.Traffic(200, 100).seconds(bandwidth) == 20
+    assert roofline.Traffic(100, 0, flops=300).seconds(roofline.Bandwidth(10.0, 20.0, flops=5.0)) == 60
     read = roofline.logprobs_forward(2, 1000, 4)
     assert read.read == 2 * (4000 + 8)
     assert read.written == 2 * 4

@@ -1,4 +1,4 @@
-// fastreward._core.group_advantages: see csrc/cpu/group.hpp.
+// fastreward._core.group_advantages (see csrc/cpu/group.hpp) and number_labels, which numbers what Python calls groups.
 #include <cstdint>
 #include <memory>
 
@@ -58,6 +58,27 @@ void group_advantages(std::uintptr_t rewards, bool rewards_f64, std::int64_t row
   FASTREWARD_DISPATCH(group_advantages)(p, {order.get(), starts.get(), values.get(), totals.get()});
 }
 
+// labels[i] -> index[i], equal labels the same number, 0, 1, ... in first-seen order. Raises TypeError where one is not
+// hashable. The dict is Python's own: a string's hash is kept in the string, so that one pass over a batch of uids costs
+// little more than its cache misses.
+void number_labels(const pybind11::list& labels, std::uintptr_t index) {
+  auto* const out = pointer<std::int64_t>(index);
+  const pybind11::dict seen;
+  std::int64_t groups = 0;
+  const Py_ssize_t count = PyList_GET_SIZE(labels.ptr());
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* const label = PyList_GET_ITEM(labels.ptr(), i);
+    PyObject* number = PyDict_GetItemWithError(seen.ptr(), label);
+    if (number == nullptr) {
+      if (PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
+      const pybind11::int_ next(groups++);
+      number = next.ptr();
+      if (PyDict_SetItem(seen.ptr(), label, number) != 0) throw pybind11::error_already_set();
+    }
+    out[i] = PyLong_AsLongLong(number);
+  }
+}
+
 }  // namespace
 
 void register_group(pybind11::module_& m) {
@@ -67,6 +88,7 @@ void register_group(pybind11::module_& m) {
         py::arg("lengths"), py::arg("component_weights"), py::arg("center_values"), py::arg("scale_values"),
         py::arg("center"), py::arg("scale"), py::arg("ddof"), py::arg("eps"), py::arg("eps_inside"),
         py::arg("singleton"), py::arg("normalize"), py::arg("advantages"), py::arg("threads"));
+  m.def("number_labels", &number_labels, py::arg("labels"), py::arg("index"));
 }
 
 }  // namespace fastreward

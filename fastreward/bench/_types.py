@@ -69,6 +69,7 @@ class Case:
     inputs: list[Tensor]  # what a result may share memory with; anything else that it holds is an output
     absent: dict[str, str] = field(default_factory=dict)  # peer -> why it does not take part
     targets: tuple[Target, ...] = ()
+    gemm: tuple[Tensor, Tensor] | None = None  # [M, K], [K, N]: a product like the operation's, whose rate is its limit
 
     @property
     def title(self) -> str:

@@ -6,6 +6,8 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -45,7 +47,7 @@ class Outcome:
 
     @property
     def limit(self) -> float:
-        """Seconds that the bytes of this case take at the measured bandwidth."""
+        """Seconds that the bytes, or the flops, of this case take at the measured rates."""
         return self.case.traffic.seconds(self.bandwidth)
 
     def timing(self, name: str) -> Timing | None:
@@ -69,31 +71,44 @@ def seconds_of(call: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 
 class Probe:
-    """The machine's bandwidth on buffers of the case's size, by loops that everybody has: torch's sums and copies."""
+    """The machine's bandwidth on buffers of the case's size, by loops that everybody has: torch's sums and copies.
 
-    def __init__(self, nbytes: float, device: str) -> None:
+    Where the case has a GEMM, its rate too, by torch.mm into a reused buffer.
+    """
+
+    def __init__(self, nbytes: float, device: str, gemm: tuple[Tensor, Tensor] | None = None) -> None:
         size = int(min(max(nbytes, _SMALLEST_PROBE), _LARGEST_PROBE)) // 16 * 2  # int64 elements, a 16th for each half
         self.device = device
         self.source = torch.ones(size, dtype=torch.int64, device=device)
         self.target = torch.zeros(size, dtype=torch.int64, device=device)
         floats = self.source.view(torch.float32)
-        reads: dict[str, Callable[[], Any]] = {"sum": self.source.sum, "amax": floats.amax}
-        self.reads = reads
-        self.samples: dict[str, list[float]] = {name: [] for name in (*reads, "copy")}
+        self.reads: dict[str, Callable[[], Any]] = {"sum": self.source.sum, "amax": floats.amax}
+        # A copy to elsewhere may first fetch what it overwrites; a loop in place has it in cache already.
+        self.writes: dict[str, Callable[[], Any]] = {
+            "copy": lambda: self.target.copy_(self.source),
+            "in place": self.target.neg_,
+        }
+        self.products: dict[str, Callable[[], Any]] = {}
+        self.flops = 0.0
+        if gemm is not None:
+            (m, k), n = gemm[0].shape, gemm[1].shape[1]
+            self.products["gemm"] = partial(torch.mm, *gemm, out=gemm[0].new_empty(m, n))
+            self.flops = 2.0 * m * k * n
+        self.loops = self.reads | self.writes | self.products
+        self.samples: dict[str, list[float]] = {name: [] for name in self.loops}
 
     def round(self) -> None:
         """One more sample of each loop."""
-        for name, read in self.reads.items():
-            self.samples[name].append(seconds_of(read, self.device)[0])
-        self.samples["copy"].append(seconds_of(lambda: self.target.copy_(self.source), self.device)[0])
+        for name, loop in self.loops.items():
+            self.samples[name].append(seconds_of(loop, self.device)[0])
 
     def bandwidth(self) -> Bandwidth:
-        """Medians; of the read loops the faster one."""
+        """Medians; of each kind the faster loop."""
         medians = {name: Timing(name, 0.0, 0.0, samples).median for name, samples in self.samples.items()}
-        fastest = min(medians[name] for name in self.reads)
-        # On a GPU the design names one limit, the copy.
-        copy = 2 * self.source.nbytes / medians["copy"]
-        return Bandwidth(copy if self.device != "cpu" else self.source.nbytes / fastest, copy)
+        copy = 2 * self.source.nbytes / min(medians[name] for name in self.writes)
+        read = self.source.nbytes / min(medians[name] for name in self.reads)
+        flops = self.flops / medians["gemm"] if self.products else inf
+        return Bandwidth(read if self.device == "cpu" else copy, copy, flops)  # a GPU's one limit is the copy (design)
 
 
 def run(case: Case, device: str, settings: Settings, step: Callable[[str], None]) -> Outcome:
@@ -107,7 +122,7 @@ def run(case: Case, device: str, settings: Settings, step: Callable[[str], None]
             timings.append(timing)
             taking_part.append(contender)
     case.contenders = taking_part
-    probe = Probe(max((x.nbytes for x in case.inputs), default=0), device)
+    probe = Probe(max((x.nbytes for x in case.inputs), default=0), device, case.gemm)
     probe.round()
     for samples in probe.samples.values():
         samples.clear()

@@ -59,6 +59,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         contenders=[],
         tolerance=_TOLERANCE[dtype],
         inputs=[hidden, weight, labels, upstream],
+        gemm=(hidden, weight[:_TRL_CHUNK].t()),
     )
     for name, make in (
         (OURS, _ours),

@@ -40,7 +40,9 @@ def print_case(console: Console, result: Result) -> None:
     bandwidth = outcome.bandwidth
     table.caption = (
         f"limit {limit * 1e3:.3g} ms: {case.traffic.total / 1e6:.4g} MB at {bandwidth.read / 1e9:.1f} GB/s read, "
-        f"{bandwidth.copy / 1e9:.1f} GB/s copy, measured in the same rounds"
+        f"{bandwidth.copy / 1e9:.1f} GB/s copy, "
+        + (f"{case.traffic.flops / 1e9:.4g} GFLOP at {bandwidth.flops / 1e9:.0f} GFLOP/s, " if case.gemm else "")
+        + "measured in the same rounds"
     )
     table.caption_justify = "left"
     console.print(table)
@@ -117,7 +119,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlim(0, max(*times, result["limit_ms"]) * 1.35)
         axis.set_title(f"{result['operation']} {result['case']} {result['shape']} {result['dtype']}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("median ms; dashed: bytes moved over the bandwidth measured in the same run", fontsize=9)
+    figure.supxlabel("median ms; dashed: the limit measured in the same run", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -1,11 +1,12 @@
-"""How many bytes an operation cannot avoid moving: the formulas behind every share of the limit.
+"""How many bytes an operation cannot avoid moving, and how many flops: the formulas behind every share of the limit.
 
-A limit is never a data sheet's: `Traffic.seconds` divides these bytes by the bandwidths measured in the same run.
+A limit is never a data sheet's: `Traffic.seconds` divides by what was measured in the same run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 _LABEL = 8  # bytes of an int64 label or index
 _STAT = 4  # bytes of a float32 statistic
@@ -17,6 +18,7 @@ class Bandwidth:
 
     read: float
     copy: float
+    flops: float = inf  # of its GEMMs, per second
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,14 @@ class Traffic:
         return self.read + self.written
 
     def seconds(self, bandwidth: Bandwidth) -> float:
-        """Least time: each written byte goes beside a read one at copy bandwidth, the other reads at read bandwidth."""
+        """Least time: each written byte goes beside a read one at copy bandwidth, the other reads at read bandwidth.
+
+        Where there are GEMMs, their time if that is longer.
+        """
         paired = min(self.read, self.written)
         excess = self.read - paired
-        return (2 * paired + (self.written - paired)) / bandwidth.copy + excess / bandwidth.read
+        moving = (2 * paired + (self.written - paired)) / bandwidth.copy + excess / bandwidth.read
+        return max(moving, self.flops / bandwidth.flops)
 
 
 def logprobs_forward(rows: int, vocab: int, itemsize: int, statistics: int = 1) -> Traffic:

@@ -58,6 +58,7 @@ class Result:
             "rounds": self.outcome.rounds,
             "read_gbs": self.outcome.bandwidth.read / 1e9,
             "copy_gbs": self.outcome.bandwidth.copy / 1e9,
+            "gemm_gflops": self.outcome.bandwidth.flops / 1e9 if case.gemm is not None else None,
             "bytes": case.traffic.total,
             "limit_ms": limit * 1e3,
             "contenders": [
