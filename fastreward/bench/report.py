@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+import shutil
+import subprocess
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +82,13 @@ def _verdict(verdict: Verdict) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the figures were measured on, when, and with which fastreward."""
     from fastreward import doctor
 
     facts: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "fastreward": doctor.version("fastreward"),
+        "commit": _commit(),
         "cpu": doctor.cpu_model(),
         "threads": torch.get_num_threads(),
         "isa": doctor.isa(),
@@ -93,6 +99,16 @@ def machine(device: str) -> dict[str, Any]:
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
+
+
+def _commit() -> str | None:
+    """The checkout's commit; None for an installed wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if shutil.which("git") is None or not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or None
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
