@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+TORCH := 2.13.0
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
 SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -15,11 +18,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and pinned (a plain `torch` would pull gigabytes of CUDA), then everything else against the constraints.
-# Editable, so that Python edits need no reinstall; a changed C++ or CUDA source rebuilds.
+# torch first and pinned: its CPU build (PyPI's pulls gigabytes of CUDA packages, and is taken only where PyTorch's own
+# index can't be reached), then everything else against the constraints. Editable, so that Python edits need no
+# reinstall; a changed C++ or CUDA source rebuilds.
 $(STAMP): $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 triton scikit-build-core pybind11 ninja cmake
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[triton,trl,bench,demo,dev]'
+	$(PIP) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) --extra-index-url $(TORCH_INDEX) torch==$(TORCH)+cpu || $(PIP) torch==$(TORCH)
+	$(PIP) triton scikit-build-core pybind11 ninja cmake
+	$(PIP) --no-build-isolation --config-settings cmake.define.FASTREWARD_WERROR=ON --editable '.[triton,trl,bench,demo,dev]'
 	touch $(STAMP)
 
 build: $(STAMP)

@@ -17,18 +17,32 @@ Kind = Literal["numpy", "cupy"]
 
 
 def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
-    """Lets `function` of tensors take NumPy or CuPy arrays too; results then come in the first array's kind."""
+    """Lets `function` of tensors take NumPy or CuPy arrays too.
+
+    Results come in the first array's kind; beside a tensor arrays are tensors too, and results stay tensors, with their
+    gradients.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        kind = next((k for k in map(array_kind, (*args, *kwargs.values())) if k is not None), None)
+        given = (*args, *kwargs.values())
+        kind = next((k for k in map(array_kind, given) if k is not None), None)
         if kind is None:
             return function(*args, **kwargs)
+        _check_writable(kwargs.get("out"))
         tensors = cast(Any, [as_tensor(a) for a in args])
         named = cast(Any, {name: as_tensor(a) for name, a in kwargs.items()})
-        return cast(R, as_arrays(function(*tensors, **named), kind))
+        result = function(*tensors, **named)
+        mixed = any(isinstance(x, torch.Tensor) for x in given)
+        return result if mixed else cast(R, as_arrays(result, kind))
 
     return wrapper
+
+
+def _check_writable(out: object) -> None:
+    """`out` is the one argument that is written to; torch does not know of read-only memory."""
+    if array_kind(out) == "numpy" and not cast(Any, out).flags.writeable:
+        raise ValueError("out: expected an array that may be written to, got a read-only one")
 
 
 def array_kind(x: object) -> Kind | None:
@@ -45,7 +59,7 @@ def as_tensor(x: Any) -> Any:
         return torch.utils.dlpack.from_dlpack(x)
     if kind == "numpy":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # read-only arrays: fastreward writes to no input
+            warnings.simplefilter("ignore", UserWarning)  # read-only arrays: only `out` is written to
             return torch.from_numpy(x)
     return x
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import math
+import operator
 import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+#: What the kernels read as a mask without a conversion; whatever else a caller gives is compared with 0 first.
+_MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
 
 
 def values_checked(*tensors: Tensor | None) -> bool:
@@ -31,16 +36,55 @@ def dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
         raise TypeError(f"{name}: expected dtype {names}, got {str(x.dtype).removeprefix('torch.')}")
 
 
-def integers(name: str, x: Tensor) -> None:
-    """`x` holds integers."""
+def integers(name: str, x: object) -> Tensor:
+    """`x` itself, if it is a tensor of integers."""
+    x = tensor(name, x)
     if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
         raise TypeError(f"{name}: expected an integer tensor, got {str(x.dtype).removeprefix('torch.')}")
+    return x
+
+
+def whole(name: str, value: object, meaning: str) -> int:
+    """`value` as an int, if it is a whole number."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer ({meaning}), got {value!r}") from None
+
+
+def positive(name: str, value: object) -> float:
+    """`value` as a float, if it is a number above 0 (and finite)."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a positive number, got {value!r}") from None
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    return number
+
+
+def names(name: str, given: object, allowed: Sequence[str]) -> None:
+    """`given` is a tuple of some of the `allowed` names."""
+    if not isinstance(given, tuple | list):
+        hint = f"; write ({given!r},)" if isinstance(given, str) else ""
+        raise TypeError(f"{name}: expected a tuple of names, got {given!r}{hint}")
+    for value in given:
+        choice(name, value, allowed)
 
 
 def shape(name: str, x: Tensor, expected: Sequence[int], meaning: str) -> None:
     """`x` has the `expected` shape, which is described by `meaning`."""
     if tuple(x.shape) != tuple(expected):
         raise ValueError(f"{name}: expected shape {list(expected)} ({meaning}), got {list(x.shape)}")
+
+
+def mask(x: Tensor | None, reference: str, like: Tensor) -> Tensor | None:
+    """The mask in a dtype that every kernel reads, with the shape and device of `like`. None: everything counts."""
+    if x is None:
+        return None
+    shape("mask", tensor("mask", x), like.shape, f"as {reference}")
+    same_device("mask", x, reference, like)
+    return (x if x.dtype in _MASK_DTYPES else x != 0).contiguous()
 
 
 def same_device(name: str, x: Tensor, reference: str, like: Tensor) -> None:

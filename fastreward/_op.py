@@ -36,6 +36,11 @@ class CustomOp:
         torch.library.register_autograd(self._name, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
+def once_differentiable(ctx: Any, *_: Any) -> Any:
+    """The backward of a backward: an error, where torch would leave the terms out."""
+    raise NotImplementedError("fastreward: gradients of gradients (double backward) are not supported")
+
+
 def custom_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], CustomOp]:
     """Registers a function as the op `fastreward::name`; a function that mutates must bump the versions itself."""
     return lambda function: CustomOp(name, function, mutates_args)

@@ -57,11 +57,11 @@ def split(x: Tensor, gaps: bool = True) -> list[RowBlock]:
     return _split(x, (), 0, gaps)
 
 
-def like(x: Tensor, blocks: list[RowBlock]) -> Tensor:
-    """An uninitialised tensor of x's shape and dtype that `blocks` describe as well as they do x."""
+def like(x: Tensor, blocks: list[RowBlock], *, fake: bool = False) -> Tensor:
+    """An uninitialised tensor like x that `blocks` describe as well as they do x; `fake`: for tracing."""
     if any(block.gap for block in blocks):
-        return empty_strided(x)
-    return empty_like(x)
+        return x.new_empty_strided(x.shape, x.stride()) if fake else empty_strided(x)
+    return x.new_empty(x.shape) if fake else empty_like(x)
 
 
 def _split(x: Tensor, index: tuple[int, ...], start: int, gaps: bool) -> list[RowBlock]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastreward import _check
 from fastreward._dispatch import implementation, select
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def sharded_token_logprobs(
     logits: Tensor,  # [..., V of this rank]
     labels: Tensor,  # [N] i64, global
-    temperature: Tensor | None,  # [N] f32
+    temperature: Tensor | None,  # [N] f64
     temperature_scalar: float,
     mask: Tensor | None,  # [N] bool
     outputs: tuple[str, ...],
@@ -28,12 +29,16 @@ def sharded_token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """values f32 [8, N] and indices i64 [2, N], the same on every rank; differentiable for this rank's logits."""
     rows = logits.reshape(-1, logits.shape[-1])
-    widths = _gather(torch.tensor([rows.shape[1]], device=rows.device), group)
-    start = int(sum(int(w) for w in widths[: dist.get_rank(group)]))
-    vocab = int(sum(int(w) for w in widths))
+    own = torch.full((), rows.shape[1], dtype=torch.int64, device=rows.device)
+    widths = torch.stack(_gather(own, group))  # stays on the device: the host need not know where our slice starts
+    start, vocab = widths[: dist.get_rank(group)].sum(), widths.sum()
     if _check.values_checked(logits, labels):
+        lead = logits.shape[:-1]
         good = (labels >= 0) & (labels < vocab)
-        _check.every("labels", good if mask is None else good | ~mask, labels, f"integers in [0, {vocab})")
+        good = good if mask is None else good | ~mask
+        _check.every(
+            "labels", good.view(lead), labels.view(lead), f"integers in [0, {int(vocab)}), the whole vocabulary"
+        )
     inverse: float | Tensor = 1.0 / temperature_scalar if temperature is None else temperature.reciprocal()
     settings = (start, vocab, flags_of(outputs), group, select("logprobs", logits))
     values, indices = _Sharded.apply(rows, labels, inverse, mask, settings)  # type: ignore[no-untyped-call]
@@ -50,17 +55,21 @@ class _Sharded(torch.autograd.Function):
         start, vocab, flags, group, backend = settings
         kernels = implementation("logprobs", backend)
         state = initial_state(rows.shape[0], rows.device)
-        kernels.fold(rows, labels, start, inverse, state, flags, _label_logits(rows, labels - start, group))
+        local = labels - start
+        kernels.fold(rows, local, 0, inverse, state, flags, _label_logits(rows, local, group))
+        state[:, STATE.index("argmax")] += start
         merged = merge(_gather(state, group), inverse)
-        values, indices = kernels.finish(merged, inverse, vocab, flags)
+        merged[:, STATE.index("sum_logit")] /= vocab
+        values, indices = kernels.finish(merged, inverse, 1, flags)
         if mask is not None:
             values, indices = values.masked_fill(~mask, 0.0), indices.masked_fill(~mask, 0)
-        ctx.save_for_backward(rows, labels, mask, values)
+        ctx.save_for_backward(rows, labels, mask, values.clone())  # the caller may edit the outputs
         ctx.inverse, ctx.start, ctx.backend = inverse, start, backend
         ctx.mark_non_differentiable(indices)
         return values, indices
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         rows, labels, mask, values = ctx.saved_tensors
         grad = empty_like(rows)

@@ -18,6 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+#: Public functions whose operation has a shorter name.
+_SHORT = {"token_logprobs": "logprobs", "linear_token_logprobs": "linear_logprobs", "group_advantages": "group"}
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of tables.")]
 
 
@@ -42,9 +45,11 @@ def verify(
 ) -> None:
     """Hold every operation on every backend here to the float64 reference, gradients too. Exit code 1 on failure."""
     import fastreward.verify as room
+    from fastreward._dispatch import OPERATIONS
 
+    names = [_operation(name, OPERATIONS) for name in operations or OPERATIONS]
     try:
-        jobs = room.plan(operations, backends, quick)
+        jobs = room.plan(names, backends, quick)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     with _progress() as progress:
@@ -121,8 +126,7 @@ def main() -> None:
 
 def _operation(name: str, known: tuple[str, ...]) -> str:
     """Operations are also known by their public function's name."""
-    short = {"token_logprobs": "logprobs", "linear_token_logprobs": "linear_logprobs", "group_advantages": "group"}
-    name = short.get(name, name)
+    name = _SHORT.get(name, name)
     if name not in known:
         raise typer.BadParameter(f"unknown operation {name!r}; expected one of {', '.join(known)}")
     return name

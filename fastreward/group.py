@@ -115,6 +115,7 @@ def group_advantages(
     if (center_name == "length-weighted") != (lengths is not None):
         raise ValueError("lengths: needed for center='length-weighted', and only for it")
     index, size = _groups(group_ids, group_size, rewards)
+    ddof = _check.whole("ddof", ddof, "the divisor of a variance is count - ddof")
     advantages: Tensor = _group_advantages(
         _components(rewards),
         index,
@@ -133,21 +134,27 @@ def group_advantages(
 
 
 def factorize(group_ids: GroupIds, count: int, device: torch.device) -> Tensor:
-    """Group labels i64 [B]: compact in first-seen order, except that integers on a GPU stay as they are (no sync)."""
+    """Group labels i64 [B]: integers stay as they are, other labels become 0, 1, ... in first-seen order."""
     if isinstance(group_ids, Tensor):
         _check.integers("group_ids", group_ids)
         _check.shape("group_ids", group_ids, (count,), "one per rollout")
-        if device.type != "cpu":
-            return group_ids.to(device).long()
-        labels: list[Any] = group_ids.tolist()
-    else:
-        labels = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)
-        if len(labels) != count:
-            raise ValueError(f"group_ids: expected {count} ids (one per rollout), got {len(labels)}")
+        return group_ids.to(device).long()
+    try:
+        labels: list[Any] = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)
+    except TypeError:
+        raise TypeError(f"group_ids: expected integers [B] or a sequence of hashables, got {group_ids!r}") from None
+    if len(labels) != count:
+        raise ValueError(f"group_ids: expected {count} ids (one per rollout), got {len(labels)}")
+    if torch.compiler.is_compiling():  # Dynamo follows a dict, and traces anew for other labels
+        seen: dict[Any, int] = {}
+        return torch.tensor([seen.setdefault(label, len(seen)) for label in labels], device=device)
     from fastreward import _core
 
-    index = torch.empty(count, dtype=torch.int64)
-    _core.number_labels(labels, index.data_ptr())
+    index = torch.empty(count, dtype=torch.int64, device="cpu")
+    try:
+        _core.number_labels(labels, index.data_ptr())
+    except TypeError as error:
+        raise TypeError(f"group_ids: expected hashable labels: {error}") from None
     return index.to(device)
 
 
@@ -157,7 +164,7 @@ def _groups(group_ids: GroupIds | None, group_size: int | None, rewards: Tensor)
         raise ValueError("group_ids, group_size: expected exactly one of them")
     if group_ids is not None:
         return factorize(group_ids, count, rewards.device), 0
-    assert group_size is not None
+    group_size = _check.whole("group_size", group_size, "rollouts of a group")
     if group_size < 1 or count % group_size:
         raise ValueError(f"group_size: expected a positive divisor of the {count} rollouts, got {group_size}")
     return None, group_size

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import FLAG, INDICES, OUTPUT_VALUES, STATE, VALUES, flags_of
 from fastreward._memory import empty_like
-from fastreward._op import custom_op
+from fastreward._op import custom_op, once_differentiable
 from fastreward._vocab_parallel import initial_state
 from fastreward.logprobs import LOGITS_DTYPES, TokenStats, _check_labels, _collect, _row_mask, _temperature
 
@@ -30,6 +31,11 @@ _RANK = STATE.index("rank")
 _CPU_TILE = (1024, 16384)
 _GPU_TILE = (4096, 32768)
 
+#: What one GEMM call on the CPU sums over at most, and the fewest rows it gets. Elsewhere MKL adds in an order that
+#: depends on the number of rows and of threads, and so would a token's bits. It costs nothing measurable.
+_CPU_SUM = 512
+_CPU_ROWS = 16
+
 
 # ------------------------------------------------------------------------------------------------------ custom ops
 @custom_op("linear_token_logprobs")
@@ -38,7 +44,7 @@ def _linear_token_logprobs(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [N] i64
-    temperature: Tensor | None,  # [N] f32
+    temperature: Tensor | None,  # [N] f64
     temperature_scalar: float,
     logit_scale: float,
     softcap: float,  # 0 = none
@@ -108,7 +114,7 @@ def _linear_token_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # an unneeded gradient is [0]
     kernels = implementation("linear_logprobs", backend)
     inverse = _inverse(temperature, temperature_scalar)
-    head = _Head(hidden, weight, bias, logit_scale, softcap, tile, compute_dtype)
+    head = _Head(hidden, weight, bias, logit_scale, softcap, tile, compute_dtype, backward=True)
     grads = _HeadGradients(head, needs)
     none = values.new_empty((0, 0))
     slices = [(rows, values[:, rows].contiguous(), grad_values[:, rows].contiguous()) for rows in head.row_chunks()]
@@ -147,6 +153,9 @@ def _(
     return grad(needs[0], hidden), grad(needs[1], weight), grad(needs[2], bias)
 
 
+_linear_token_logprobs_backward.register_autograd(once_differentiable, setup_context=lambda ctx, inputs, output: None)
+
+
 class _Head:
     """The projection hidden @ weight.T + bias, scaled and soft-capped, one tile at a time in one buffer."""
 
@@ -159,11 +168,19 @@ class _Head:
         softcap: float,
         tile: list[int],
         compute_dtype: torch.dtype,
+        *,
+        backward: bool = False,
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.logit_scale, self.softcap, self.dtype = logit_scale, softcap, compute_dtype
         self.row_step, self.column_step = min(tile[0], max(len(hidden), 1)), min(tile[1], len(weight))
-        self.buffer = torch.empty(self.row_step * self.column_step, dtype=compute_dtype, device=hidden.device)
+        size, device = self.row_step * self.column_step, hidden.device
+        self.buffer = torch.empty(size, dtype=compute_dtype, device=device)
+        # What follows the GEMM happens in float32: in the GEMM's own dtype every step would round again.
+        # So do the CPU's GEMMs of a gradient, which would else each make that copy.
+        changed = bias is not None or logit_scale != 1.0 or softcap != 0.0 or (backward and device.type == "cpu")
+        wide = changed and compute_dtype != torch.float32
+        self.wide = torch.empty(size, dtype=torch.float32, device=device) if wide else None
 
     def row_chunks(self) -> Iterator[slice]:
         return _chunks(len(self.hidden), self.row_step)
@@ -172,12 +189,17 @@ class _Head:
         return _chunks(len(self.weight), self.column_step)
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
-        """[rows, columns] in the shared buffer; the next call overwrites it."""
+        """[rows, columns], float32 or the GEMMs' dtype, in a shared buffer; the next call overwrites it."""
         h, w = self.hidden[rows].to(self.dtype), self.weight[columns].to(self.dtype)
         tile = self.buffer[: len(h) * len(w)].view(len(h), len(w))
-        torch.mm(h, w.t(), out=tile)
+        if self.dtype == torch.float32:
+            _addmm(tile, h, w.t(), accumulate=False)
+        else:
+            torch.mm(h, w.t(), out=tile)
+        if self.wide is not None:
+            tile = self.wide[: tile.numel()].view(tile.shape).copy_(tile)
         if self.bias is not None:
-            tile.add_(self.bias[columns].to(self.dtype))
+            tile.add_(self.bias[columns].to(tile.dtype))
         if self.logit_scale != 1.0:
             tile.mul_(self.logit_scale)
         if self.softcap:
@@ -206,6 +228,8 @@ class _HeadGradients:
             grad.mul_(head.logit_scale)
         if self.bias is not None:
             self.bias[columns] += grad.sum(0, dtype=torch.float32)
+        if head.wide is not None and grad.is_cuda:  # on the CPU the product would have to be rounded to that dtype
+            grad = head.buffer[: grad.numel()].view(grad.shape).copy_(grad)
         if self.hidden is not None:
             _addmm(self.hidden[rows], grad, head.weight[columns].to(head.dtype), accumulate=True)
         if self.weight is not None:
@@ -234,15 +258,21 @@ def _none(head: _Head) -> Tensor:
 
 def _addmm(target: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """target (+)= a @ b for a float32 target, never rounding the product to the inputs' dtype."""
-    beta = 1 if accumulate else 0
     if a.dtype != torch.float32 and target.device.type == "cuda":
-        torch.addmm(target, a, b, out_dtype=torch.float32, beta=beta, out=target)
-    else:
-        torch.addmm(target, a.float(), b.float(), beta=beta, out=target)
+        torch.addmm(target, a, b, out_dtype=torch.float32, beta=int(accumulate), out=target)
+        return
+    a, b, length = a.float(), b.float(), max(a.shape[1], 1)
+    step = _CPU_SUM if target.device.type == "cpu" else length
+    for start in range(0, length, step):
+        part = slice(start, start + step)
+        torch.addmm(target, a[:, part], b[part], beta=int(accumulate or start > 0), out=target)
 
 
 def _chunks(total: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, total)) for start in range(0, total, max(step, 1)))
+    """Chunks of at most `step`, of about one size (a vendor's GEMM treats a sliver differently), whole cache lines."""
+    count = -(-total // max(step, 1))
+    size = min(step, 64 * -(-total // (64 * max(count, 1))))
+    return (slice(start, min(start + size, total)) for start in range(0, total, max(size, 1)))
 
 
 def _inverse(temperature: Tensor | None, scalar: float) -> float | Tensor:
@@ -256,7 +286,7 @@ def _rows_of(inverse: float | Tensor, rows: slice) -> float | Tensor:
 # -------------------------------------------------------------------------------------------------------- autograd
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, temperature, *settings = inputs
-    ctx.save_for_backward(hidden, weight, bias, labels, temperature, output[0].detach())
+    ctx.save_for_backward(hidden, weight, bias, labels, temperature, output[0].detach().clone())
     ctx.scalar, ctx.logit_scale, ctx.softcap, _, ctx.tile, ctx.dtype, ctx.backend = settings
 
 
@@ -321,12 +351,11 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, label or name, before anything runs.
     """
-    for name in outputs:
-        _check.choice("outputs", name, _OUTPUTS)
+    _check.names("outputs", outputs, _OUTPUTS)
     _check_head(hidden, weight, bias, labels)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
-    if chunk_size is not None and chunk_size < 1:
+    if softcap is not None:
+        softcap = _check.positive("softcap", softcap)
+    if chunk_size is not None and _check.whole("chunk_size", chunk_size, "columns of a tile") < 1:
         raise ValueError(f"chunk_size: expected a positive number of columns, got {chunk_size}")
     scalar, per_token = _temperature(temperature, labels)
     rows = _row_mask(mask, labels)
@@ -337,6 +366,11 @@ def linear_token_logprobs(
     if kept is not None:
         flat, flat_labels = flat[kept], flat_labels[kept]
         per_token = None if per_token is None else per_token[kept]
+    count = flat.shape[0]
+    missing = _CPU_ROWS - count
+    if hidden.device.type == "cpu" and 0 < count < _CPU_ROWS:
+        flat, flat_labels = pad(flat, (0, 0, 0, missing)), pad(flat_labels, (0, missing))
+        per_token = None if per_token is None else pad(per_token, (0, missing), value=1.0)
     values, indices = _linear_token_logprobs(
         flat,
         weight,
@@ -351,6 +385,7 @@ def linear_token_logprobs(
         _compute_dtype(hidden),
         select("linear_logprobs", hidden),
     )
+    values, indices = values[:, :count], indices[:, :count]
     if kept is not None:
         values = values.new_zeros((len(VALUES), labels.numel())).index_copy(1, kept, values)
         indices = indices.new_zeros((len(INDICES), labels.numel())).index_copy(1, kept, indices)
@@ -370,7 +405,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
     _check.dtype("hidden", _check.tensor("hidden", hidden), LOGITS_DTYPES)
     _check.dtype("weight", _check.tensor("weight", weight), LOGITS_DTYPES)
-    _check.integers("labels", _check.tensor("labels", labels))
+    _check.integers("labels", labels)
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight: expected shape [V, {hidden.shape[-1]}] (hidden's last dimension), got {list(weight.shape)}"
@@ -380,6 +415,9 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Ten
     _check.shape("labels", labels, hidden.shape[:-1], "hidden's shape without H")
     _check.same_device("weight", weight, "hidden", hidden)
     _check.same_device("labels", labels, "hidden", hidden)
+    if not len(weight):
+        raise ValueError(f"weight: expected at least one token of vocabulary, got shape {list(weight.shape)}")
     if bias is not None:
+        _check.dtype("bias", _check.tensor("bias", bias), LOGITS_DTYPES)
         _check.shape("bias", bias, (weight.shape[0],), "one per token of the vocabulary")
         _check.same_device("bias", bias, "hidden", hidden)

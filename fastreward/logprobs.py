@@ -12,7 +12,7 @@ from fastreward import _check, _rows
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import ALL_OUTPUTS, DIFFERENTIABLE, INDICES, VALUES, flags_of
-from fastreward._op import custom_op
+from fastreward._op import custom_op, once_differentiable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,7 +58,7 @@ class TokenStats:
 def _token_logprobs(
     logits: Tensor,  # [..., V]
     labels: Tensor,  # [N] i64
-    temperature: Tensor | None,  # [N] f32
+    temperature: Tensor | None,  # [N] f64
     temperature_scalar: float,
     mask: Tensor | None,  # [N] bool
     keep_mask: Tensor | None,  # [..., V] bool
@@ -144,7 +144,10 @@ def _(
     grad_ids: Tensor,
     backend: str,
 ) -> Tensor:
-    return _rows.like(logits, _rows.split(logits, gaps=keep_mask is None))
+    return _rows.like(logits, _rows.split(logits, gaps=keep_mask is None), fake=True)
+
+
+_token_logprobs_backward.register_autograd(once_differentiable, setup_context=lambda ctx, inputs, output: None)
 
 
 @custom_op("token_logprobs_backward_", mutates_args=("logits",))
@@ -233,9 +236,9 @@ def _without_gaps(block: _rows.RowBlock, out: tuple[Tensor, Tensor, Tensor]) -> 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, temperature, scalar, mask, keep_mask, keep_ids, token_ids, _, inplace, backend = inputs
     values, _, id_logprobs = output
-    ctx.save_for_backward(
-        logits, labels, temperature, mask, keep_mask, keep_ids, token_ids, values.detach(), id_logprobs.detach()
-    )
+    # Copies, small beside the logits: the caller may edit the outputs in place before the backward.
+    saved = (values.detach().clone(), id_logprobs.detach().clone())
+    ctx.save_for_backward(logits, labels, temperature, mask, keep_mask, keep_ids, token_ids, *saved)
     ctx.scalar, ctx.inplace, ctx.backend = scalar, inplace, backend
 
 
@@ -245,6 +248,8 @@ def _backward(ctx: Any, grad_values: Tensor | None, _: Tensor | None, grad_ids: 
     grad_ids = torch.zeros_like(id_logprobs) if grad_ids is None else grad_ids
     row_data = (labels, temperature, ctx.scalar, mask, keep_mask, keep_ids, token_ids)
     args = (logits, *row_data, values, id_logprobs, grad_values, grad_ids.contiguous(), ctx.backend)
+    if ctx.inplace and torch.is_grad_enabled():
+        once_differentiable(ctx)
     if ctx.inplace:
         _token_logprobs_backward_(*args)
         grad = logits.detach()
@@ -299,12 +304,14 @@ def token_logprobs(
     """
     _check_names(outputs, token_ids)
     _check_logits(logits, labels)
+    if inplace_backward:
+        _check_own_memory(logits)
     lead = tuple(labels.shape)
     scalar, per_token = _temperature(temperature, labels)
     rows = _row_mask(mask, labels)
     vocab = logits.shape[-1]
     keep_mask, keep_ids = _kept(keep, logits)
-    ids = None if token_ids is None else _token_ids(token_ids, lead)
+    ids = None if token_ids is None else _token_ids(token_ids, labels)
     flat = labels.reshape(-1).long()
     if process_group is not None:
         from fastreward._vocab_parallel import sharded_token_logprobs
@@ -317,8 +324,8 @@ def token_logprobs(
         _check_labels("labels", labels, vocab, mask)
         if token_ids is not None:
             _check_labels("token_ids", token_ids, vocab, None)
-        if keep_ids is not None:
-            _check_kept_ids(keep_ids, vocab)
+        if keep is not None and keep_ids is not None:
+            _check_kept_ids(keep, vocab)
     backend = select("logprobs", logits)
     values, indices, id_logprobs = _token_logprobs(
         logits, flat, per_token, scalar, rows, keep_mask, keep_ids, ids, flags_of(outputs), inplace_backward, backend
@@ -342,18 +349,13 @@ def _collect(
 
 # ---------------------------------------------------------------------------------------------------------- checks
 def _check_names(outputs: tuple[str, ...], token_ids: Tensor | None) -> None:
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs: expected a tuple of names, got the string {outputs!r}; write ({outputs!r},)")
-    for name in outputs:
-        _check.choice("outputs", name, ALL_OUTPUTS)
+    _check.names("outputs", outputs, ALL_OUTPUTS)
     if ("id_logprobs" in outputs) != (token_ids is not None):
         raise ValueError("token_ids: needed for the output 'id_logprobs', and only for it")
 
 
 def _check_logits(logits: Tensor, labels: Tensor) -> None:
-    _check.tensor("logits", logits)
-    _check.tensor("labels", labels)
-    _check.dtype("logits", logits, LOGITS_DTYPES)
+    _check.dtype("logits", _check.tensor("logits", logits), LOGITS_DTYPES)
     _check.integers("labels", labels)
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape [..., V] with V > 0, got {list(logits.shape)}")
@@ -363,7 +365,20 @@ def _check_logits(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"logits: expected unit stride along V, got {logits.stride(-1)}; call .contiguous() first")
 
 
+def _check_own_memory(logits: Tensor) -> None:
+    """No two rows share an element, which an in-place gradient would overwrite before its second reading."""
+    extent = 1
+    for stride, size in sorted((st, n) for st, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
+        if stride < extent:
+            raise ValueError(
+                "logits: expected rows that share no memory with inplace_backward=True, "
+                f"got strides {list(logits.stride())} for shape {list(logits.shape)}"
+            )
+        extent += stride * (size - 1)
+
+
 def _check_labels(name: str, ids: Tensor, vocab: int, mask: Tensor | None) -> None:
+    ids = ids.long()  # a narrow dtype may not hold V
     good = (ids >= 0) & (ids < vocab)
     if mask is not None:
         good = good | (mask == 0)
@@ -371,32 +386,26 @@ def _check_labels(name: str, ids: Tensor, vocab: int, mask: Tensor | None) -> No
 
 
 def _temperature(temperature: float | Tensor, labels: Tensor) -> tuple[float, Tensor | None]:
-    """(scalar, None) or (1.0, f32 [N])."""
+    """(scalar, None) or (1.0, f64 [N]): a reciprocal that is rounded to f32 costs a large logit its last digits."""
     if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        return float(temperature), None
+        return _check.positive("temperature", temperature), None
     _check.shape("temperature", temperature, labels.shape, "one per token, as labels")
     _check.same_device("temperature", temperature, "labels", labels)
     if _check.values_checked(temperature):
         _check.every("temperature", temperature > 0, temperature, "positive numbers")
-    return 1.0, temperature.detach().reshape(-1).float()
+    return 1.0, temperature.detach().reshape(-1).double()
 
 
 def _row_mask(mask: Tensor | None, labels: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    _check.tensor("mask", mask)
-    _check.shape("mask", mask, labels.shape, "one per token, as labels")
-    _check.same_device("mask", mask, "labels", labels)
-    return mask.reshape(-1) if mask.dtype == torch.bool else mask.reshape(-1) != 0
+    rows = _check.mask(mask, "labels", labels)
+    return None if rows is None else (rows if rows.dtype == torch.bool else rows != 0).reshape(-1)
 
 
 def _kept(keep: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """(boolean mask, None), (None, ids [N, k]) or (None, None)."""
     if keep is None:
         return None, None
-    _check.same_device("keep", keep, "logits", logits)
+    _check.same_device("keep", _check.tensor("keep", keep), "logits", logits)
     if keep.dtype == torch.bool:
         _check.shape("keep", keep, logits.shape, "a boolean per logit")
         return keep.contiguous(), None
@@ -405,22 +414,30 @@ def _kept(keep: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor | 
         raise ValueError(
             f"keep: expected a boolean [..., V] or ids [..., k] for logits {list(logits.shape)}, got {list(keep.shape)}"
         )
+    if keep.shape[-1] == 0:
+        raise ValueError(f"keep: expected at least one id per token, got shape {list(keep.shape)}")
     return None, keep.reshape(-1, keep.shape[-1]).long().contiguous()
 
 
 def _check_kept_ids(ids: Tensor, vocab: int) -> None:
+    ids = ids.long()
     _check.every("keep", ids < vocab, ids, f"ids below {vocab}, the vocabulary of logits (negative = padding)")
-    ordered = ids.sort(-1).values
-    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    _check.every("keep", ~repeated, ordered[:, 1:], "ids unique within a row")
+    ordered, place = ids.sort(dim=-1, stable=True)
+    repeats = torch.zeros_like(ids, dtype=torch.bool)
+    repeats[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    _check.every("keep", ~torch.zeros_like(repeats).scatter(-1, place, repeats), ids, "ids unique within a row")
 
 
-def _token_ids(token_ids: Tensor, lead: tuple[int, ...]) -> Tensor:
+def _token_ids(token_ids: Tensor, labels: Tensor) -> Tensor:
     """[K] or [..., K] to [N, K] (row stride 0 where shared)."""
     _check.integers("token_ids", token_ids)
+    _check.same_device("token_ids", token_ids, "labels", labels)
+    lead = tuple(labels.shape)
     count = 1
     for n in lead:
         count *= n
+    if token_ids.ndim == 0:
+        raise ValueError("token_ids: expected ids [K], or [..., K] over the labels' shape, got a single number")
     if token_ids.ndim == 1:
         return token_ids.long().expand(count, -1)
     _check.shape("token_ids", token_ids, (*lead, token_ids.shape[-1]), "ids [K], or [..., K] over the labels' shape")

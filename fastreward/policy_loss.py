@@ -13,10 +13,8 @@ from fastreward import _check, losses
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import METRICS
-from fastreward._op import custom_op
+from fastreward._op import custom_op, once_differentiable
 from fastreward._options import AGGREGATIONS, KL, KLS, Aggregation, PolicyOptions
-
-_MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
 
 
 class Metrics(Mapping[str, Tensor]):
@@ -185,6 +183,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if grad_loss is None:
         return (None,) * 19
+    if torch.is_grad_enabled():  # create_graph=True: what is saved is the gradient, a constant to autograd
+        once_differentiable(ctx)
     saved, mask, row_weight, cu_seqlens = ctx.saved_tensors
     if type(saved) is Tensor and saved.device.type == "cpu":
         # Not through the custom op, whose outputs may not alias its inputs: an upstream gradient of 1 costs nothing.
@@ -230,8 +230,8 @@ def policy_loss(
         logprobs: of the policy being trained, float32 [B, T], or packed [N] with cu_seqlens. Gradients flow to it.
         old_logprobs: of the policy that the ratio is against, same shape.
         advantages: [B], or per token in the shape of logprobs. Constants.
-        mask: in the shape of logprobs, bool, uint8, int32, int64 or float32; nonzero = a token that counts. What lies
-            under a zero (NaN, inf) leaks nowhere and has gradient 0.
+        mask: in the shape of logprobs, bool, integer or float; nonzero = a token that counts. What lies under a zero
+            (NaN, inf) leaks nowhere and has gradient 0.
         loss: `losses.ppo(...)`, the default.
         aggregation: token-mean (sum / tokens), seq-mean-token-mean (mean over sequences of their means),
             seq-mean-token-sum, seq-mean-token-sum-norm (sum / (sequences * T), Dr.GRPO). Sequences without a counted
@@ -251,19 +251,23 @@ def policy_loss(
         PolicyLoss(loss f32 [], metrics, token_loss f32 or None).
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or name; on the CPU also for NaN advantages where the mask is set, and
-            for a mask that selects nothing while no `normalizer` is given.
+        TypeError, ValueError: wrong dtype, shape or name; on the CPU (on a GPU with FASTREWARD_DEBUG=1) also for NaN
+            advantages where the mask is set, and for a mask that selects nothing while no `normalizer` is given.
     """
     settings = _settings(loss, group_ids, extra)
     _check.choice("aggregation", aggregation, AGGREGATIONS)
     _check_kl(kl, kl_coef, ref_logprobs)
     if entropy_coef and entropy is None:
         raise ValueError("entropy: needed where entropy_coef is not 0")
-    bounds = _check_tokens(logprobs, old_logprobs, advantages, mask, cu_seqlens)
+    bounds = _check_tokens(logprobs, old_logprobs, advantages, cu_seqlens)
+    mask = _check.mask(mask, "logprobs", logprobs)
     for name, x in (("ref_logprobs", ref_logprobs), ("entropy", entropy), ("weights", weights)):
         if x is not None:
             _like_logprobs(name, x, logprobs)
     counted = _with_keep(mask, keep, logprobs, bounds)
+    backend = select("policy_loss", logprobs)
+    if backend != "cpu" and _check.values_checked(logprobs):  # the CPU kernel looks while it reads them anyway
+        _check_advantages(advantages, counted, bounds)
     outputs = _policy_loss(
         logprobs.contiguous(),
         None if entropy is None else entropy.contiguous(),
@@ -283,7 +287,7 @@ def policy_loss(
         float(kl_coef),
         float(entropy_coef),
         return_token_loss,
-        select("policy_loss", logprobs),
+        backend,
     )
     metrics = Metrics(outputs[1].detach())
     if normalizer is None and logprobs.numel() and _check.values_checked(logprobs):
@@ -311,7 +315,7 @@ def _check_kl(kl: str | None, kl_coef: float, ref_logprobs: Tensor | None) -> No
 
 
 def _check_tokens(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor | None:
     """Checks the token tensors against each other; returns cu_seqlens as i64 (None where padded)."""
     _check.dtype("logprobs", _check.tensor("logprobs", logprobs), (torch.float32,))
@@ -327,11 +331,19 @@ def _check_tokens(
             f"got {list(advantages.shape)}"
         )
     _check.same_device("advantages", advantages, "logprobs", logprobs)
-    if mask is not None:
-        _check.dtype("mask", _check.tensor("mask", mask), _MASK_DTYPES)
-        _check.shape("mask", mask, logprobs.shape, "as logprobs")
-        _check.same_device("mask", mask, "logprobs", logprobs)
     return bounds
+
+
+def _check_advantages(advantages: Tensor, counted: Tensor | None, bounds: Tensor | None) -> None:
+    good = ~advantages.isnan()
+    if counted is not None and counted.shape == advantages.shape:
+        good |= counted == 0
+    elif counted is not None and bounds is None:
+        good |= (counted == 0).all(-1)
+    elif counted is not None and bounds is not None:
+        tokens = torch.nn.functional.pad((counted != 0).cumsum(0), (1, 0))
+        good |= tokens[bounds].diff() == 0
+    _check.every("advantages", good, advantages, "finite values where mask is set")
 
 
 def _like_logprobs(name: str, x: Tensor, logprobs: Tensor) -> None:
@@ -341,7 +353,7 @@ def _like_logprobs(name: str, x: Tensor, logprobs: Tensor) -> None:
 
 
 def _bounds(cu_seqlens: Tensor, logprobs: Tensor) -> Tensor:
-    _check.integers("cu_seqlens", _check.tensor("cu_seqlens", cu_seqlens))
+    _check.integers("cu_seqlens", cu_seqlens)
     _check.same_device("cu_seqlens", cu_seqlens, "logprobs", logprobs)
     if logprobs.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
@@ -356,7 +368,11 @@ def _bounds(cu_seqlens: Tensor, logprobs: Tensor) -> Tensor:
                 f"cu_seqlens: expected bounds from 0 to {logprobs.shape[0]} (the packed length), "
                 f"got {int(bounds[0])} to {int(bounds[-1])}"
             )
-    return bounds.contiguous()
+        return bounds.contiguous()
+    # Unchecked: whatever they are, no kernel may leave the tokens, and every token belongs to some sequence.
+    bounds = bounds.clamp(0, logprobs.shape[0]).cummax(0).values
+    bounds[:1], bounds[-1:] = 0, logprobs.shape[0]
+    return bounds
 
 
 def _with_keep(mask: Tensor | None, keep: Tensor | None, logprobs: Tensor, bounds: Tensor | None) -> Tensor | None:
@@ -388,6 +404,4 @@ def _normalizer(normalizer: float | Tensor | None, logprobs: Tensor) -> Tensor |
     if isinstance(normalizer, Tensor):
         _check.shape("normalizer", normalizer, (), "a float or a 0-d tensor")
         return normalizer.detach().to(device=logprobs.device, dtype=torch.float32)
-    if not normalizer > 0:
-        raise ValueError(f"normalizer: expected a positive number, got {normalizer}")
-    return torch.full((), float(normalizer), dtype=torch.float32, device=logprobs.device)
+    return torch.full((), _check.positive("normalizer", normalizer), dtype=torch.float32, device=logprobs.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,19 +16,23 @@ from fastreward._op import custom_op
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
-
 
 @custom_op("whiten_", mutates_args=("out",))
 def _whiten_(
-    x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, out: Tensor, backend: str
+    x: Tensor | None,  # None: out itself, as an op may not see one tensor twice, one of them mutated
+    mask: Tensor | None,
+    shift_mean: bool,
+    ddof: int,
+    eps: float,
+    out: Tensor,
+    backend: str,
 ) -> None:
-    implementation("whiten", backend).forward(x, mask, shift_mean, ddof, eps, out)
+    implementation("whiten", backend).forward(out if x is None else x, mask, shift_mean, ddof, eps, out)
     torch.autograd.graph.increment_version(out)
 
 
 @_whiten_.register_fake
-def _(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, out: Tensor, backend: str) -> None:
+def _(*_: Any) -> None:
     return None
 
 
@@ -59,46 +63,57 @@ def whiten(
 
     Args:
         x: float32 [B, T] (or any shape; rows run along the last dimension).
-        mask: the shape of x, bool, uint8, int32, int64 or float32; nonzero = counts.
+        mask: the shape of x, bool, integer or float; nonzero = counts.
         shift_mean: False keeps the mean: only the variance is normalised.
         ddof: 1 divides the squared deviations by count - 1 (Bessel), 0 by count.
         eps: added to the variance.
         process_group: mean and variance are over all ranks (24 bytes cross, never an element).
-        out: where the result goes; may be x itself.
+        out: where the result goes, contiguous; may be x itself.
 
     Returns:
         float32 in the shape of x. Statistics are two-pass in float64. A constant: no gradient flows to x.
 
     Raises:
-        TypeError, ValueError: wrong dtype or shape; on the CPU also for a mask that counts fewer than ddof + 1.
+        TypeError, ValueError: wrong dtype, shape or device, an `out` that needs a gradient or overlaps a part of x; on
+            the CPU also for a mask that counts fewer than ddof + 1.
     """
     _check.dtype("x", _check.tensor("x", x), (torch.float32,))
-    if mask is not None:
-        _check.dtype("mask", _check.tensor("mask", mask), _MASK_DTYPES)
-        _check.shape("mask", mask, x.shape, "as x")
-        _check.same_device("mask", mask, "x", x)
-        mask = mask.contiguous()
-    if out is not None:
-        _check.dtype("out", _check.tensor("out", out), (torch.float32,))
-        _check.shape("out", out, x.shape, "as x")
-        if not out.is_contiguous():
-            raise ValueError("out: expected a contiguous tensor")
+    mask = _check.mask(mask, "x", x)
+    ddof = _check.whole("ddof", ddof, "the divisor is count - ddof")
     source = x.detach().contiguous()
+    inplace = out is not None and _check_out(out, x, source)
     backend = select("whiten", x)
     if process_group is not None:
         return _whiten_across(source, mask, shift_mean, ddof, eps, process_group, out, backend)
     if _check.values_checked(x):
-        counted = x.numel() if mask is None else int(mask.count_nonzero())
-        if counted < ddof + 1:
-            raise ValueError(f"mask: expected at least {ddof + 1} counted positions for ddof={ddof}, got {counted}")
+        _check_counted(x.numel() if mask is None else int(mask.count_nonzero()), ddof)
     if out is None:
         white: Tensor = _whiten(source, mask, shift_mean, ddof, eps, backend)
         return white
-    if out.data_ptr() == source.data_ptr():  # in place: the op may not see one tensor twice, one of them mutated
-        implementation("whiten", backend).forward(source, mask, shift_mean, ddof, eps, out.detach())
-    else:
-        _whiten_(source, mask, shift_mean, ddof, eps, out, backend)
+    _whiten_(None if inplace else source, mask, shift_mean, ddof, eps, out, backend)
     return out
+
+
+def _check_out(out: Tensor, x: Tensor, source: Tensor) -> bool:
+    """Whether `out` is `source`, the memory of a contiguous x."""
+    _check.dtype("out", _check.tensor("out", out), (torch.float32,))
+    _check.shape("out", out, x.shape, "as x")
+    _check.same_device("out", out, "x", x)
+    if not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous tensor, got strides {list(out.stride())}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out: expected a tensor without requires_grad (no gradient flows through it); use .detach()")
+    if torch.compiler.is_compiling():  # a traced tensor has no address
+        return out is x
+    distance = abs(out.data_ptr() - source.data_ptr())
+    if 0 < distance < out.nbytes:
+        raise ValueError("out: expected x itself or memory of its own, got memory that overlaps a part of x")
+    return distance == 0
+
+
+def _check_counted(counted: int, ddof: int) -> None:
+    if counted < ddof + 1:
+        raise ValueError(f"mask: expected at least {ddof + 1} counted positions for ddof={ddof}, got {counted}")
 
 
 def _whiten_across(
@@ -123,8 +138,11 @@ def _whiten_across(
         squares = squares + other_squares + delta * delta * count * other_count / total
         mean = mean + delta * other_count / total
         count = count + other_count
+    if _check.values_checked(x):
+        _check_counted(int(count), ddof)  # the same on every rank
     scale = torch.rsqrt(squares / (count - ddof) + eps)
     affine = torch.stack([mean, scale, torch.zeros_like(mean) if shift_mean else mean])
     result = empty_like(x) if out is None else out
     kernels.apply(x, mask, affine, result)
+    torch.autograd.graph.increment_version(result)
     return result

@@ -94,7 +94,7 @@ def _zero_row(grad_row, V, BLOCK: tl.constexpr):
 def _backward_kernel(
     logits, logits_units,  # [N, V], unit column stride, row stride logits_units * LOGITS_UNIT
     labels,  # i64 [N]
-    inv_t, inv_t_stride,  # f32 [N] (stride 0 allowed) or a number
+    inv_t, inv_t_stride,  # f64 [N] (stride 0 allowed) or a number
     mask,  # i1 [N]
     keep, keep_units,  # i1 [N, V], row stride keep_units * KEEP_UNIT
     token_ids, token_ids_stride,  # i64 [N, K] (row stride 0 allowed)
@@ -125,7 +125,7 @@ def _backward_kernel(
     if HAS_IDS:
         token_ids_row = token_ids + row * token_ids_stride
         grad_ids_row = grad_ids + row * grad_ids_stride
-    inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
+    inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T).to(tl.float32)
     c0, c1, c2, g_label, top, top_logp = _coefficients(
         values, grad_values, grad_ids_row, N.to(tl.int64), K, row, HAS_IDS, IDS
     )
@@ -169,7 +169,7 @@ def _backward_kernel(
 def _backward_ids_kernel(
     logits, logits_stride,  # [N, V], unit column stride; only the kept columns are read
     labels,  # i64 [N]
-    inv_t, inv_t_stride,  # f32 [N] (stride 0 allowed) or a number
+    inv_t, inv_t_stride,  # f64 [N] (stride 0 allowed) or a number
     mask,  # i1 [N]
     keep_ids, keep_ids_stride,  # i64 [N, k], unique within a row, negative = padding
     token_ids, token_ids_stride,  # i64 [N, K] (row stride 0 allowed)
@@ -195,7 +195,7 @@ def _backward_ids_kernel(
     if HAS_IDS:
         token_ids_row = token_ids + row * token_ids_stride
         grad_ids_row = grad_ids + row * grad_ids_stride
-    inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
+    inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T).to(tl.float32)
     c0, c1, c2, g_label, top, top_logp = _coefficients(
         values, grad_values, grad_ids_row, N.to(tl.int64), K, row, HAS_IDS, IDS
     )
@@ -216,7 +216,7 @@ def _backward_ids_kernel(
 def backward(
     logits: Tensor,  # [N, V] f32, bf16 or f16, unit column stride
     labels: Tensor,  # [N] i64; outside [0, V) = no term for the label
-    inv_temperature: Tensor | float,  # f32 [N], stride 0 allowed
+    inv_temperature: Tensor | float,  # f64 [N], stride 0 allowed
     mask: Tensor | None,  # [N] bool
     keep_mask: Tensor | None,  # [N, V] bool
     keep_ids: Tensor | None,  # [N, k] i64

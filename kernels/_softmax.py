@@ -23,12 +23,13 @@ from ._device import LN2, lane_columns, over_lane
 #: Below any exponent whose exp2 is not 0: what -inf is replaced by where it would meet a 0 (-inf * 0 = NaN).
 FLOOR: tl.constexpr = tl.constexpr(-1.0e4)
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
+INF: tl.constexpr = tl.constexpr(float("inf"))
 
 
 @triton.jit
 def inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T: tl.constexpr):
-    """f32 scalar, from f32 [N] or a number (a plain float under the interpreter)."""
-    return tl.load(inv_t + row * inv_t_stride).to(tl.float32) if HAS_INV_T else tl.full([], inv_t, tl.float32)
+    """f64 scalar, from f64 [N] or a number (a plain float under the interpreter, f32 elsewhere)."""
+    return tl.load(inv_t + row * inv_t_stride).to(tl.float64) if HAS_INV_T else tl.full([], inv_t, tl.float64)
 
 
 @triton.jit
@@ -205,7 +206,7 @@ def store_row(
         tl.store(values + (N + row), (log_total - weighted * tl.exp(-log_total)).to(tl.float32), mask=ok)
     else:
         tl.store(values + (N + row), 0.0, mask=ok)
-    tl.store(values + (2 * N + row), tl.where(empty, top, top * inv_t + log_total).to(tl.float32), mask=ok)
+    tl.store(values + (2 * N + row), tl.where(tl.abs(top) == INF, top, top * inv_t + log_total).to(tl.float32), mask=ok)
     tl.store(values + (3 * N + row), (label_x * inv_t).to(tl.float32), mask=ok)
     if MEAN:
         tl.store(

@@ -87,7 +87,7 @@ def _tile(vec: int) -> dict[str, Any]:
 def _forward_kernel(
     logits, logits_units,  # [N, V], unit column stride, row stride logits_units * LOGITS_UNIT
     labels,  # i64 [N]
-    inv_t, inv_t_stride,  # f32 [N] (stride 0 allowed) or a number
+    inv_t, inv_t_stride,  # f64 [N] (stride 0 allowed) or a number
     mask,  # i1 [N]
     keep, keep_units,  # i1 [N, V], row stride keep_units * KEEP_UNIT
     token_ids, token_ids_stride,  # i64 [N, K] (row stride 0 allowed)
@@ -115,7 +115,8 @@ def _forward_kernel(
     keep_row = keep
     if HAS_KEEP:
         keep_row = keep + row * keep_units * KEEP_UNIT
-    inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
+    inverse64 = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
+    inverse = inverse64.to(tl.float32)
     label_x = kept_logit_at(logits_row, keep_row, tl.load(labels + row), V, HAS_KEEP)
     top, total, weighted, squares, logit_sum, rank, count, argmax = scan_row(
         logits_row, keep_row, V, inverse * LOG2E, label_x,
@@ -123,7 +124,7 @@ def _forward_kernel(
     )  # fmt: skip
     store_row(
         values, indices, N.to(tl.int64), row, True, top, total, weighted, squares, logit_sum, count,
-        label_x.to(tl.float64), inverse.to(tl.float64), argmax, rank, ENTROPY, SQUARES, MEAN, ARGMAX, RANK,
+        label_x.to(tl.float64), inverse64, argmax, rank, ENTROPY, SQUARES, MEAN, ARGMAX, RANK,
     )  # fmt: skip
     if HAS_IDS:
         log_total = tl.log(total)
@@ -131,7 +132,7 @@ def _forward_kernel(
             j = j0 + tl.arange(0, ID_LANES)
             ids = tl.load(token_ids + row * token_ids_stride + j, mask=j < K, other=-1)
             x = kept_logit_at(logits_row, keep_row, ids, V, HAS_KEEP)
-            logp = (x - top).to(tl.float64) * inverse - log_total
+            logp = (x - top).to(tl.float64) * inverse64 - log_total
             tl.store(id_logprobs + (row * K + j), logp.to(tl.float32), mask=j < K)
 
 
@@ -139,7 +140,7 @@ def _forward_kernel(
 def _forward_ids_kernel(
     logits, logits_stride,  # [N, V], unit column stride; only the kept columns, label and token ids are read
     labels,  # i64 [N]
-    inv_t, inv_t_stride,  # f32 [N] (stride 0 allowed) or a number
+    inv_t, inv_t_stride,  # f64 [N] (stride 0 allowed) or a number
     mask,  # i1 [N]
     keep_ids, keep_ids_stride,  # i64 [N, k], unique within a row, negative = padding
     token_ids, token_ids_stride,  # i64 [N, K] (row stride 0 allowed)
@@ -163,7 +164,8 @@ def _forward_ids_kernel(
             return
     logits_row = logits + row * logits_stride
     keep_row = keep_ids + row * keep_ids_stride
-    inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
+    inverse64 = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
+    inverse = inverse64.to(tl.float32)
     lanes = tl.arange(0, ID_LANES)
     label = tl.load(labels + row)
     found = tl.zeros([ID_LANES], tl.int32)
@@ -204,7 +206,7 @@ def _forward_ids_kernel(
         argmax = tl.where((argmax < V) & (top != NEG_INF), argmax, 0)
     store_row(
         values, indices, N.to(tl.int64), row, True, top, total64, weighted64, squares64, sum64, tl.sum(kept, axis=0),
-        label_x.to(tl.float64), inverse.to(tl.float64), argmax, rank, ENTROPY, SQUARES, MEAN, ARGMAX, RANK,
+        label_x.to(tl.float64), inverse64, argmax, rank, ENTROPY, SQUARES, MEAN, ARGMAX, RANK,
     )  # fmt: skip
     if HAS_IDS:
         log_total = tl.log(total64)
@@ -216,7 +218,7 @@ def _forward_ids_kernel(
                 member |= (tl.load(keep_row + i) == ids).to(tl.int32)
             x = logit_at(logits_row, ids, V)
             x = tl.where((ids >= 0) & (ids < V) & (member == 0), NEG_INF, x)
-            logp = (x - top).to(tl.float64) * inverse - log_total
+            logp = (x - top).to(tl.float64) * inverse64 - log_total
             tl.store(id_logprobs + (row * K + j), logp.to(tl.float32), mask=j < K)
 
 
@@ -224,7 +226,7 @@ def _forward_ids_kernel(
 def _fold_kernel(
     logits, logits_units,  # [N, Vc], unit column stride, row stride logits_units * LOGITS_UNIT
     labels,  # i64 [N], in the whole vocabulary
-    inv_t, inv_t_stride,  # f32 [N] (stride 0 allowed) or a number
+    inv_t, inv_t_stride,  # f64 [N] (stride 0 allowed) or a number
     state,  # f64 [N, 8] (fastreward._layout.STATE), in and out
     label_logits,  # f32 [N]
     vocab_units, vocab_start,  # Vc = vocab_units * VEC
@@ -236,7 +238,8 @@ def _fold_kernel(
     row = tl.program_id(0).to(tl.int64)
     V = vocab_units * VEC
     logits_row = logits + row * logits_units * LOGITS_UNIT
-    inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
+    inverse64 = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
+    inverse = inverse64.to(tl.float32)
     local = tl.load(labels + row) - vocab_start
     here_x = logit_at(logits_row, local, V)  # NaN where the label lies in another slice; rank then counts nothing
     threshold = here_x
@@ -252,8 +255,8 @@ def _fold_kernel(
     new = tl.maximum(old, tile)
     base = tl.where(new == NEG_INF, 0.0, new)
     # A side whose maximum is -inf holds nothing: its shift is FLOOR, its sums are 0.
-    old_shift = tl.where(old == NEG_INF, FLOOR, (old - base) * inverse)
-    new_shift = tl.where(tile == NEG_INF, FLOOR, (tile - base) * inverse)
+    old_shift = tl.where(old == NEG_INF, FLOOR, (old - base) * inverse64)
+    new_shift = tl.where(tile == NEG_INF, FLOOR, (tile - base) * inverse64)
     old_scale = tl.exp(old_shift)
     new_scale = tl.exp(new_shift)
     old_total = tl.load(s + 1)
@@ -278,7 +281,7 @@ def _fold_kernel(
 @triton.jit(do_not_specialize=["N", "inv_t_stride", "vocab_size"])
 def _finish_kernel(
     state,  # f64 [N, 8]
-    inv_t, inv_t_stride,  # f32 [N] (stride 0 allowed) or a number
+    inv_t, inv_t_stride,  # f64 [N] (stride 0 allowed) or a number
     values,  # f32 [8, N], out
     indices,  # i64 [2, N], out
     N, vocab_size,
@@ -292,7 +295,7 @@ def _finish_kernel(
     if HAS_INV_T:
         inverse = tl.load(inv_t + row * inv_t_stride, mask=ok, other=1.0).to(tl.float64)
     else:
-        inverse = tl.full([], inv_t, tl.float32).to(tl.float64)
+        inverse = tl.full([], inv_t, tl.float64)
     s = state + row * 8
     store_row(
         values, indices, N.to(tl.int64), row, ok,
@@ -308,7 +311,7 @@ def _finish_kernel(
 def forward(
     logits: Tensor,  # [N, V] f32, bf16 or f16, unit column stride
     labels: Tensor,  # [N] i64
-    inv_temperature: Tensor | float,  # f32 [N], stride 0 allowed
+    inv_temperature: Tensor | float,  # f64 [N], stride 0 allowed
     mask: Tensor | None,  # [N] bool
     keep_mask: Tensor | None,  # [N, V] bool
     keep_ids: Tensor | None,  # [N, k] i64
@@ -351,7 +354,7 @@ def fold(
     logits: Tensor,  # [N, Vc], unit column stride
     labels: Tensor,  # [N] i64, in the whole vocabulary
     vocab_start: int,
-    inv_temperature: Tensor | float,  # f32 [N], stride 0 allowed
+    inv_temperature: Tensor | float,  # f64 [N], stride 0 allowed
     state: Tensor,  # f64 [N, 8], contiguous, in and out
     flags: int,
     label_logits: Tensor | None,  # f32 [N]
@@ -374,7 +377,7 @@ def fold(
 
 def finish(
     state: Tensor,  # f64 [N, 8], contiguous
-    inv_temperature: Tensor | float,  # f32 [N], stride 0 allowed
+    inv_temperature: Tensor | float,  # f64 [N], stride 0 allowed
     vocab_size: int,
     flags: int,
 ) -> tuple[Tensor, Tensor]:

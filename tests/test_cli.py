@@ -12,11 +12,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastreward import _distance, cpu, doctor, verify
+from fastreward import _distance, doctor, verify
 from fastreward._dispatch import BACKENDS, OPERATIONS
 from fastreward.bench import OPERATIONS as BENCHED
 from fastreward.bench import _types, engine, memory, roofline, targets
 from fastreward.cli import app
+from fastreward.cpu import group as cpu_group
+from fastreward.cpu import whiten as cpu_whiten
 
 _RUNNER = CliRunner()
 
@@ -74,13 +76,13 @@ def test_verify_quick_passes() -> None:
 
 
 def test_verify_fails_when_a_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cpu.whiten.forward
+    right = cpu_whiten.forward
 
     def wrong(x: torch.Tensor, mask: Any, shift_mean: bool, ddof: int, eps: float, out: torch.Tensor) -> None:
         right(x, mask, shift_mean, ddof, eps, out)
         out.mul_(1 + 1e-4)
 
-    monkeypatch.setattr(cpu.whiten, "forward", wrong)
+    monkeypatch.setattr(cpu_whiten, "forward", wrong)
     result = _run("verify", "whiten", "--quick", "--backend", "cpu", "--json")
     assert result.exit_code == 1
     facts = json.loads(result.stdout)
@@ -92,7 +94,7 @@ def test_verify_fails_when_a_kernel_crashes(monkeypatch: pytest.MonkeyPatch) -> 
     def crash(*_: Any) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(cpu.group, "forward", crash)
+    monkeypatch.setattr(cpu_group, "forward", crash)
     result = _run("verify", "group", "--quick", "--backend", "cpu")
     assert result.exit_code == 1
     assert "boom" in result.output
@@ -106,6 +108,7 @@ def test_verify_fails_when_the_cpu_kernels_are_missing(monkeypatch: pytest.Monke
 
 
 def test_verify_knows_its_names() -> None:
+    assert _run("verify", "group_advantages", "--quick", "--backend", "cpu").exit_code == 0
     assert _run("verify", "softmax").exit_code == 2
     assert _run("verify", "--backend", "opencl").exit_code == 2
 
@@ -150,7 +153,7 @@ def test_bench_writes_json_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_bench_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu.whiten, "forward", lambda x, mask, shift, ddof, eps, out: out.zero_())
+    monkeypatch.setattr(cpu_whiten, "forward", lambda x, mask, shift, ddof, eps, out: out.zero_())
     result = _run("bench", "whiten", "--quick", "--rows", "8")
     assert result.exit_code == 1
     assert "not equivalent" in result.output

@@ -53,6 +53,28 @@ def test_cuda_tensors_without_cuda_say_why() -> None:
     assert "CUDA" in (_dispatch.unavailable("logprobs", "cuda", "cuda") or "")
 
 
+def test_a_cuda_tensor_that_nothing_can_serve_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is missing and no CUDA kernels are built: a stand-in for a tensor, as there is no device to put one on."""
+
+    class OnDevice:
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_dispatch, "CUDA_PASSED_ON", {})
+    _dispatch.unavailable.cache_clear()
+    try:
+        message = r"backend 'triton' cannot serve logprobs on cuda:0: triton is not installed"
+        with pytest.raises(fr.BackendError, match=message):
+            _dispatch.select("logprobs", OnDevice())
+        with (
+            fr.backend("cpu"),
+            pytest.raises(fr.BackendError, match=r"'cpu' cannot serve group on cuda:0: its kernels take CPU tensors"),
+        ):
+            _dispatch.select("group", OnDevice())
+    finally:
+        _dispatch.unavailable.cache_clear()
+
+
 def test_experimental_cuda_kernels_are_never_the_default() -> None:
     for operation in _dispatch.OPERATIONS:
         if operation not in _dispatch.CUDA_PASSED_ON:

@@ -82,6 +82,8 @@ def test_strings_integers_and_sizes_agree() -> None:
     names = [f"uid-{i // 8}" for i in range(4096)]
     assert torch.equal(by_size, fr.group_advantages(rewards, names))
     assert torch.equal(by_size, fr.group_advantages(rewards, torch.arange(4096) // 8 * 977))
+    extremes = torch.tensor([-(2**63), 2**63 - 1])[torch.arange(4096) % 2]
+    assert torch.equal(fr.group_advantages(rewards, extremes), fr.group_advantages(rewards, ["a", "b"] * 2048))
 
 
 def test_members_need_not_be_neighbours() -> None:
@@ -122,6 +124,14 @@ def test_trl_convention() -> None:
         (ValueError, r"component_weights: expected shape \[1\]", {"group_size": 2, "component_weights": [1, 2]}),
         (
             TypeError,
+            r"group_ids: expected hashable labels: unhashable type: 'list'",
+            {"group_ids": [[1], [1], [2], [2], [3], [3]]},
+        ),
+        (TypeError, r"group_ids: expected integers \[B\] or a sequence of hashables, got 3", {"group_ids": 3}),
+        (TypeError, r"group_size: expected an integer \(rollouts of a group\), got 2\.0", {"group_size": 2.0}),
+        (TypeError, r"ddof: expected an integer", {"group_size": 2, "ddof": "a"}),
+        (
+            TypeError,
             r"rewards: expected dtype float32, float64, got int64",
             {"group_size": 2, "rewards": torch.ones(6).long()},
         ),
@@ -130,6 +140,13 @@ def test_trl_convention() -> None:
 def test_messages(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         fr.group_advantages(**{"rewards": torch.randn(6), **arguments})
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([7, -1, 7, -1, 2, 2]), ["a", "b", "a", "b", "c", "c"]])
+def test_compiles_in_one_graph(ids: Any) -> None:
+    rewards = torch.randn(6)
+    compiled = torch.compile(fr.group_advantages, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rewards, ids), fr.group_advantages(rewards, ids))
 
 
 def test_opcheck() -> None:

@@ -213,6 +213,24 @@ class TestNumbers:
         assert torch.equal(base[:, :-1], plain.grad)
         assert torch.equal(base[:, -1], last)
 
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_logsumexp_of_infinity_is_infinity(self, bad: float) -> None:
+        logits = torch.tensor([[1.0, bad, 2.0]])
+        got = fr.token_logprobs(logits, torch.tensor([0]), outputs=("logsumexp",)).logsumexp
+        assert torch.equal(got.isnan(), logits.logsumexp(-1).isnan())
+        assert torch.equal(got.isinf(), logits.logsumexp(-1).isinf())
+
+    def test_large_logits_over_a_temperature(self) -> None:
+        """1 / temperature rounded to float32 would be off by more than torch's own division."""
+        logits, temperature = torch.randn(400, 257) * 1000, torch.rand(400) * 2 + 0.1
+        labels = torch.randint(0, 257, (400,))
+        stats = fr.token_logprobs(logits, labels, temperature=temperature, outputs=("logprobs", "logsumexp"))
+        truth = truth_of(logits, labels, temperature=temperature)
+        for name in ("logprobs", "logsumexp"):
+            error = (getattr(stats, name).double() - truth[name]).abs()
+            rounding = truth[name].abs().float().clamp(min=1e-3).double() * 2.0**-24  # of the float32 output
+            assert (error <= 1.01 * rounding + 1e-6).all(), name
+
     def test_uneven_use_of_outputs(self) -> None:
         """Only one output with a gradient, the others not even asked for."""
         for name in DIFFERENTIABLE[:4]:
@@ -334,18 +352,46 @@ class TestMessages:
                 r"outputs: expected one of.*got 'entropies' \(did you mean 'entropy'\?\)",
                 {"outputs": ("entropies",)},
             ),
-            (TypeError, r"outputs: expected a tuple of names, got the string 'entropy'", {"outputs": "entropy"}),
+            (
+                TypeError,
+                r"outputs: expected a tuple of names, got 'entropy'; write \('entropy',\)",
+                {"outputs": "entropy"},
+            ),
             (ValueError, r"token_ids: needed for the output 'id_logprobs'", {"outputs": ("id_logprobs",)}),
             (ValueError, r"temperature: expected a positive number, got 0", {"temperature": 0}),
             (ValueError, r"temperature: expected shape \[2, 3\]", {"temperature": torch.ones(3)}),
             (ValueError, r"mask: expected shape \[2, 3\]", {"mask": torch.ones(2)}),
             (ValueError, r"keep: expected ids below 10.*got 10", {"keep": torch.full((2, 3, 1), 10)}),
-            (ValueError, r"keep: expected ids unique within a row, got 4", {"keep": torch.full((2, 3, 2), 4)}),
+            (
+                ValueError,
+                r"keep: expected ids unique within a row, got 4 at index \[1, 0, 2\]",
+                {"keep": torch.tensor([[[1, 2, 3]] * 3, [[4, 5, 4], [0, 1, 2], [0, 1, 2]]])},
+            ),
+            (ValueError, r"keep: expected at least one id per token", {"keep": torch.zeros(2, 3, 0).long()}),
+            (TypeError, r"keep: expected a torch tensor", {"keep": [[0]]}),
+            (TypeError, r"token_ids: expected a torch tensor", {"token_ids": [0], "outputs": ("id_logprobs",)}),
+            (TypeError, r"temperature: expected a positive number, got None", {"temperature": None}),
+            (TypeError, r"outputs: expected a tuple of names, got None", {"outputs": None}),
+            (
+                ValueError,
+                r"logits: expected rows that share no memory with inplace_backward=True",
+                {"logits": torch.randn(1, 3, 10).expand(2, 3, 10), "inplace_backward": True},
+            ),
         ],
     )
     def test_message(self, error: type[Exception], message: str, arguments: dict[str, object]) -> None:
         with pytest.raises(error, match=message):
             fr.token_logprobs(**{"logits": self.logits, "labels": self.labels, **arguments})
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.int32])
+    def test_narrow_integers_are_fine(self, dtype: torch.dtype) -> None:
+        """256 is no uint8 and 70,000 no int16, yet such labels may lie below them."""
+        logits, labels = torch.randn(2, 70_000), torch.tensor([3, 127])
+        expected = fr.token_logprobs(logits, labels, token_ids=labels, outputs=("logprobs", "id_logprobs"))
+        narrow = labels.to(dtype)
+        got = fr.token_logprobs(logits, narrow, token_ids=narrow, outputs=("logprobs", "id_logprobs"))
+        assert torch.equal(got.logprobs, expected.logprobs)
+        assert torch.equal(got.id_logprobs, expected.id_logprobs)
 
     def test_illegal_labels_under_the_mask_are_fine(self) -> None:
         labels = torch.tensor([[0, -100, 2], [3, 4, 1]])
@@ -364,6 +410,24 @@ class TestMessages:
             out.backward()
 
 
+def test_outputs_may_be_edited_before_the_backward() -> None:
+    x, drop = torch.randn(3, 7, requires_grad=True), torch.tensor([True, False, False])
+    stats = fr.token_logprobs(x, torch.tensor([1, 2, 3]), outputs=("logprobs", "label_logit"))
+    stats.logprobs.masked_fill_(drop, 0.0)
+    stats.label_logit.zero_()
+    stats.logprobs.sum().backward()
+    expected = torch.eye(7)[[1, 2, 3]] - x.detach().softmax(-1)
+    assert torch.allclose(x.grad, expected.masked_fill(drop.unsqueeze(-1), 0.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_second_derivatives_are_refused(inplace: bool) -> None:
+    x = torch.randn(3, 7, requires_grad=True)
+    out = fr.token_logprobs(x * 1, torch.tensor([1, 2, 3]), inplace_backward=inplace).logprobs.sum()
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(torch.autograd.grad(out, x, create_graph=True)[0].sum(), x)
+
+
 @pytest.mark.parametrize("inputs", ["plain", "all"])
 def test_opcheck(inputs: str) -> None:
     x, labels = torch.randn(4, 33, requires_grad=True), torch.randint(0, 33, (4,))
@@ -380,6 +444,10 @@ def test_opcheck(inputs: str) -> None:
         )
     )
     torch.library.opcheck(torch.ops.fastreward.token_logprobs, (x, labels, *extra, 31, False, "cpu"))
+    values, _, ids = torch.ops.fastreward.token_logprobs(x.detach(), labels, *extra, 31, False, "cpu")
+    backward = (labels, *extra, values, ids, torch.randn_like(values), torch.randn_like(ids), "cpu")
+    torch.library.opcheck(torch.ops.fastreward.token_logprobs_backward, (x.detach(), *backward))
+    torch.library.opcheck(torch.ops.fastreward.token_logprobs_backward_, (x.detach(), *backward))
 
 
 def test_compiles_in_one_graph() -> None:
@@ -387,11 +455,46 @@ def test_compiles_in_one_graph() -> None:
         stats = fr.token_logprobs(x * 1.5, labels, temperature=0.8, outputs=("logprobs", "entropy"))
         return (stats.logprobs - 0.1 * stats.entropy).sum()
 
-    x, labels = torch.randn(3, 5, 65, requires_grad=True), torch.randint(0, 65, (3, 5))
+    # 9 MB: gradients of this size come from kept memory, which tracing may not touch.
+    x, labels = torch.randn(3, 5, 150_001, requires_grad=True), torch.randint(0, 65, (3, 5))
     (eager,) = torch.autograd.grad(step(x, labels), x)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     (grad,) = torch.autograd.grad(compiled(x, labels), x)
     assert torch.allclose(grad, eager, atol=1e-7)
+
+
+def test_unchecked_ids_under_compile_touch_nothing_outside() -> None:
+    """Traced code checks no values: a kept id that is no column counts as padding, as on a GPU."""
+
+    def score(x: Tensor, keep: Tensor) -> Tensor:
+        return fr.token_logprobs(x, torch.tensor([1]), keep=keep, outputs=("logprobs", "mean_logit")).logprobs
+
+    x = torch.randn(1, 10, requires_grad=True)
+    got = torch.compile(score, backend="eager")(x, torch.tensor([[1, 50_000_000, 2]]))
+    assert torch.equal(got, score(x, torch.tensor([[1, 2, -1]])))
+    (grad,) = torch.autograd.grad(got.sum(), x)
+    assert grad.count_nonzero() == 2
+
+
+def test_a_default_device_changes_nothing() -> None:
+    """`torch.set_default_device` is for new tensors; results stay where the inputs are."""
+    logits, labels, rewards = torch.randn(2, 9), torch.tensor([1, 2]), torch.randn(4)
+    expected = fr.token_logprobs(logits, labels).logprobs
+    advantages = fr.group_advantages(rewards, ["a", "a", "b", "b"])
+    with torch.device("meta"):
+        assert torch.equal(fr.token_logprobs(logits, labels).logprobs, expected)
+        assert torch.equal(fr.group_advantages(rewards, ["a", "a", "b", "b"]), advantages)
+        assert fr.policy_loss(logits, logits, rewards[:2], torch.ones_like(logits)).loss.device.type == "cpu"
+        assert fr.whiten(logits).device.type == "cpu"
+        hidden, weight = logits.new_ones(2, 3), logits.new_ones(9, 3)
+        assert fr.linear_token_logprobs(hidden, weight, labels).logprobs.device.type == "cpu"
+
+
+def test_an_array_beside_a_tensor_is_a_tensor() -> None:
+    logits, labels = torch.randn(4, 20, requires_grad=True), torch.randint(0, 20, (4,))
+    mixed = fr.token_logprobs(logits, labels.numpy()).logprobs
+    mixed.sum().backward()
+    assert logits.grad.any()
 
 
 def test_numpy_in_numpy_out() -> None:

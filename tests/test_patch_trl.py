@@ -161,6 +161,7 @@ def test_head_equals_trl(utils: Any, outputs: tuple[str, ...], softcap: float | 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_head_in_bf16_is_as_close_as_trl(utils: Any, autocast: bool) -> None:
+    """By the root of the mean square: which single element is furthest off is luck where bf16 rounds the inputs."""
     arguments = head_arguments(torch.float32 if autocast else torch.bfloat16)
     exact = [x.detach().double().requires_grad_() for x in arguments[:3]]
     logits = torch.nn.functional.linear(*exact)
@@ -174,7 +175,7 @@ def test_head_in_bf16_is_as_close_as_trl(utils: Any, autocast: bool) -> None:
         assert result[0].dtype == torch.float32
         assert [g.dtype for g in gradients] == [x.dtype for x in arguments[:3]]
         pairs = [(result[0], truth), *zip(gradients, true_gradients, strict=True)]
-        return [float((a.double() - b).detach().abs().max()) for a, b in pairs]
+        return [float((a.double() - b).detach().square().mean().sqrt()) for a, b in pairs]
 
     theirs = errors()
     patch.trl()

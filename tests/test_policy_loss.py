@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from criterion import assert_as_good_as_torch
+from criterion import MASK_DTYPES, assert_as_good_as_torch
 from torch import Tensor
 
 import fastreward as fr
@@ -103,7 +103,7 @@ class TestNumbers:
         data["advantages"] = torch.randn(6)
         check(data, aggregation=aggregation, normalizer=123.0, weights=torch.rand(6, 37) * 2)
 
-    @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32])
+    @pytest.mark.parametrize("dtype", MASK_DTYPES)
     def test_mask_dtypes(self, dtype: torch.dtype) -> None:
         data = batch()
         data["mask"] = data["mask"].to(dtype)
@@ -185,15 +185,19 @@ class TestNumbers:
 
     @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (4, 1), (1, 70_000)])
     def test_odd_shapes(self, shape: tuple[int, int]) -> None:
-        lp = torch.randn(shape, requires_grad=True)
-        result = fr.policy_loss(lp, lp.detach() - 0.1, torch.randn(shape))
-        result.loss.backward()
-        assert lp.grad.shape == shape
-        assert torch.isfinite(result.loss)
-        if lp.numel():
-            assert torch.allclose(
-                result.loss.double(), truth_of(lp, lp.detach() - 0.1, torch.zeros(shape))[0] * 0 + result.loss
-            )
+        lp, advantages = torch.randn(shape, requires_grad=True), torch.randn(shape)
+        old = lp.detach() - 0.1 * torch.rand(shape)
+        result = fr.policy_loss(lp, old, advantages)
+        (grad,) = torch.autograd.grad(result.loss, lp)
+        assert grad.shape == shape
+        if not lp.numel():
+            assert result.loss == 0
+            return
+        leaf = lp.detach().double().requires_grad_()
+        truth = truth_of(leaf, old, advantages)[0]
+        assert_as_good_as_torch(result.loss, truth, truth, "loss")
+        (exact,) = torch.autograd.grad(truth, leaf)
+        assert_as_good_as_torch(grad * lp.numel(), exact * lp.numel(), exact * lp.numel(), "gradient")
 
     def test_keep_drops_sequences_and_tokens(self) -> None:
         data = batch()
@@ -273,7 +277,9 @@ class TestMessages:
             ),
             (ValueError, r"advantages: expected shape \[6, 37\] .*or \[6\].*got \[5\]", {"advantages": torch.zeros(5)}),
             (TypeError, r"logprobs: expected dtype float32, got bfloat16", {"logprobs": torch.zeros(6, 37).bfloat16()}),
-            (TypeError, r"mask: expected dtype", {"mask": torch.zeros(6, 37).double()}),
+            (TypeError, r"mask: expected a torch tensor", {"mask": [[1.0] * 37] * 6}),
+            (ValueError, r"mask: expected shape \[6, 37\] \(as logprobs\)", {"mask": torch.zeros(6)}),
+            (TypeError, r"normalizer: expected a positive number, got 'ten'", {"normalizer": "ten"}),
             (
                 ValueError,
                 r"mask: expected at least one counted token, got an all-zero mask",
@@ -302,6 +308,21 @@ class TestMessages:
         with pytest.raises(ValueError, match=rf"advantages: .*nan.*\[{first[0][0]}, {first[0][1]}\]"):
             fr.policy_loss(**data)
 
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_nan_advantage_of_a_sequence(self, packed: bool, backend: str) -> None:
+        """It may be NaN where nothing of the sequence counts."""
+        data = {**batch(), "advantages": torch.tensor([torch.nan, 1, 2, 3, 4, 5])}
+        if packed:
+            data = {k: v if k == "advantages" else v.flatten() for k, v in data.items()}
+            data["cu_seqlens"] = torch.arange(7) * 37
+        with fr.backend(backend):
+            assert torch.isfinite(fr.policy_loss(**data).loss)
+            data["advantages"][3], data["mask"][-1] = torch.nan, True
+            data["mask"].view(6, 37)[3, 0] = True
+            with pytest.raises(ValueError, match=r"advantages: expected finite values where mask is set, got nan at"):
+                fr.policy_loss(**data)
+
     def test_an_empty_micro_batch_is_fine_with_a_normalizer(self) -> None:
         data = batch()
         data["mask"][:] = False
@@ -318,6 +339,8 @@ class TestMessages:
     def test_clip_arguments(self) -> None:
         with pytest.raises(ValueError, match=r"dual_clip: expected None or a number > 1, got 0\.5"):
             fr.losses.ppo(dual_clip=0.5)
+        with pytest.raises(ValueError, match=r"clip_high: expected a number >= 0, got nan"):
+            fr.losses.ppo(0.2, torch.nan)
 
 
 def test_metrics_by_name_and_as_floats() -> None:
@@ -350,6 +373,28 @@ def test_opcheck() -> None:
         "cpu",
     )
     torch.library.opcheck(torch.ops.fastreward.policy_loss, arguments)
+    _, _, saved, row_weight, _ = (x.detach() for x in torch.ops.fastreward.policy_loss(*arguments))
+    backward = (saved, data["mask"], row_weight, torch.tensor(1.0), None, 0.01, "cpu")
+    torch.library.opcheck(torch.ops.fastreward.policy_loss_backward, backward)
+
+
+def test_second_derivatives_are_refused() -> None:
+    data = batch()
+    leaf = data["logprobs"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(fr.policy_loss(**data).loss, leaf, create_graph=True)
+
+
+def test_unchecked_bounds_under_compile_touch_nothing_outside() -> None:
+    """Traced code checks no values: whatever cu_seqlens says, the kernel stays with the N tokens it was given."""
+
+    def step(lp: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return fr.policy_loss(lp, lp.detach(), torch.ones(3), cu_seqlens=cu_seqlens, normalizer=1.0).loss
+
+    lp = torch.zeros(10, requires_grad=True)
+    loss = torch.compile(step, backend="eager")(lp, torch.tensor([5, 400_000, -7, 3]))
+    (grad,) = torch.autograd.grad(loss, lp)
+    assert torch.equal(grad, -torch.ones(10))
 
 
 def test_compiles_in_one_graph() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from criterion import assert_as_good_as_torch
+from criterion import MASK_DTYPES, assert_as_good_as_torch
 
 import fastreward as fr
 from fastreward.reference.whiten import whiten as truth_of
+
+BUFFER = torch.randn(4)
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -18,7 +20,7 @@ def _backend(request: pytest.FixtureRequest):
 
 @pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("shift_mean", [True, False])
-@pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize("mask_dtype", [None, *MASK_DTYPES])
 @pytest.mark.parametrize("shape", [(5, 1031), (3, 4, 7), (300,)])
 def test_numbers(shape: tuple[int, ...], mask_dtype: torch.dtype | None, shift_mean: bool) -> None:
     x = torch.randn(shape) * 5 + 1000
@@ -57,6 +59,34 @@ def test_out_and_in_place() -> None:
     assert torch.equal(x, expected)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_autograd_sees_what_out_has_overwritten(inplace: bool) -> None:
+    leaf = torch.randn(4, 5, requires_grad=True)
+    needed = leaf.exp()  # whose backward reads its own result
+    with torch.no_grad():
+        fr.whiten(needed if inplace else torch.randn(4, 5), out=needed)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        needed.sum().backward()
+
+
+def test_compiles_in_one_graph() -> None:
+    x, out = torch.randn(16, 500), torch.empty(16, 500)
+    expected = fr.whiten(x)
+
+    def fresh(x: torch.Tensor) -> torch.Tensor:
+        return fr.whiten(x * 1)
+
+    def into(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return fr.whiten(x, out=out)
+
+    assert torch.equal(torch.compile(fresh, fullgraph=True, backend="aot_eager")(x), expected)
+    compiled = torch.compile(into, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, out), expected)
+    assert torch.equal(out, expected)
+    assert torch.equal(compiled(x, x), expected)
+    assert torch.equal(x, expected)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
@@ -69,6 +99,10 @@ def test_out_and_in_place() -> None:
         (ValueError, r"mask: expected shape \[3\]", {"mask": torch.zeros(2)}),
         (TypeError, r"x: expected dtype float32", {"x": torch.zeros(3).double()}),
         (ValueError, r"out: expected shape \[3\]", {"out": torch.zeros(4)}),
+        (ValueError, r"out: expected a contiguous tensor", {"out": torch.zeros(6)[::2]}),
+        (ValueError, r"out: expected a tensor without requires_grad", {"out": torch.zeros(3, requires_grad=True)}),
+        (ValueError, r"out: .*memory that overlaps a part of x", {"x": BUFFER[:3], "out": BUFFER[1:]}),
+        (TypeError, r"ddof: expected an integer", {"ddof": 0.5}),
     ],
 )
 def test_messages(error: type[Exception], message: str, arguments: dict[str, torch.Tensor]) -> None:
@@ -80,8 +114,13 @@ def test_opcheck() -> None:
     x, mask = torch.randn(4, 9), torch.rand(4, 9) > 0.3
     torch.library.opcheck(torch.ops.fastreward.whiten, (x, mask, True, 1, 1e-8, "cpu"))
     torch.library.opcheck(torch.ops.fastreward.whiten_, (x, mask, True, 1, 1e-8, torch.empty(4, 9), "cpu"))
+    torch.library.opcheck(torch.ops.fastreward.whiten_, (None, mask, True, 1, 1e-8, x.clone(), "cpu"))
 
 
 def test_numpy_in_numpy_out() -> None:
     np = pytest.importorskip("numpy")
     assert isinstance(fr.whiten(np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)), np.ndarray)
+    frozen = np.zeros(3, np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="out: expected an array that may be written to"):
+        fr.whiten(np.arange(3, dtype=np.float32), out=frozen)

@@ -1,4 +1,5 @@
 // fastreward._core.group_advantages (see csrc/cpu/group.hpp) and number_labels, which numbers what Python calls groups.
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -13,11 +14,41 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-std::int64_t count_groups(const GroupProblem& p) {
-  if (p.group_index == nullptr) return (p.rows + p.group_size - 1) / p.group_size;
-  std::int64_t largest = -1;
-  for (std::int64_t b = 0; b < p.rows; ++b) largest = p.group_index[b] > largest ? p.group_index[b] : largest;
-  return largest + 1;
+// Any integers to 0, 1, ... in first-seen order, through an open-addressing table; returns how many there are.
+std::int64_t number_integers(const std::int64_t* labels, std::int64_t rows, std::int64_t* index) {
+  std::size_t slots = 16;
+  int bits = 4;
+  while (slots < 2 * static_cast<std::size_t>(rows)) slots *= 2, ++bits;
+  const std::unique_ptr<std::int64_t[]> first_row(new std::int64_t[slots]);
+  std::fill_n(first_row.get(), slots, -1);
+  std::int64_t groups = 0;
+  for (std::int64_t b = 0; b < rows; ++b) {
+    auto slot = static_cast<std::size_t>((static_cast<std::uint64_t>(labels[b]) * 0x9E3779B97F4A7C15U) >> (64 - bits));
+    while (first_row[slot] >= 0 && labels[first_row[slot]] != labels[b]) slot = (slot + 1) & (slots - 1);
+    if (first_row[slot] < 0) {
+      first_row[slot] = b;
+      index[b] = groups++;
+    } else {
+      index[b] = index[first_row[slot]];
+    }
+  }
+  return groups;
+}
+
+// Sets p.groups; labels that are no positions in [0, rows) are numbered into `numbered` first.
+void find_groups(GroupProblem& p, std::unique_ptr<std::int64_t[]>& numbered) {
+  if (p.group_index == nullptr) {
+    p.groups = (p.rows + p.group_size - 1) / p.group_size;
+    return;
+  }
+  const auto [smallest, largest] = std::minmax_element(p.group_index, p.group_index + p.rows);
+  if (*smallest >= 0 && *largest < p.rows) {
+    p.groups = *largest + 1;
+    return;
+  }
+  numbered.reset(new std::int64_t[static_cast<std::size_t>(p.rows)]);
+  p.groups = number_integers(p.group_index, p.rows, numbered.get());
+  p.group_index = numbered.get();
 }
 
 void group_advantages(std::uintptr_t rewards, bool rewards_f64, std::int64_t rows, std::int64_t components,
@@ -46,7 +77,8 @@ void group_advantages(std::uintptr_t rewards, bool rewards_f64, std::int64_t row
   p.eps_inside = eps_inside;
   p.advantages = pointer<float>(advantages);
   p.threads = threads;
-  p.groups = count_groups(p);
+  std::unique_ptr<std::int64_t[]> numbered;
+  find_groups(p, numbered);
 
   const bool indexed = p.group_index != nullptr;
   const auto n = static_cast<std::size_t>(rows);

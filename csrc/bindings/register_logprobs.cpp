@@ -55,7 +55,7 @@ void finish(Address state, Address inv_temperature, std::int64_t stride, double 
   const py::gil_scoped_release unlocked;
   LogprobsFinish call;
   call.state = at<const double>(state);
-  call.inv_temperature = at<const float>(inv_temperature);
+  call.inv_temperature = at<const double>(inv_temperature);
   call.inv_temperature_stride = stride;
   call.inv_temperature_scalar = scalar;
   call.rows = rows;

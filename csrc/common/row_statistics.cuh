@@ -161,7 +161,7 @@ __device__ __forceinline__ void write_row(const RowOutput& out, const double (&s
   float value[VALUES];
   value[LOGPROB] = float(nothing ? nan : (state[LABEL] - peak) * inv_t - log_sum);
   value[ENTROPY] = float(nothing ? nan : log_sum - state[WEIGHTED] / sum);
-  value[LOGSUMEXP] = float(nothing ? peak : peak * inv_t + log_sum);
+  value[LOGSUMEXP] = float(isinf(peak) ? peak : peak * inv_t + log_sum);
   value[LABEL_LOGIT] = float(state[LABEL] * inv_t);
   value[MEAN_LOGIT] = float(state[LOGITS] * inv_t / columns);
   value[LOG_SUM_SQ] = float(nothing ? nan : log(state[SQUARES]) - 2. * log_sum);

@@ -50,13 +50,13 @@ struct LogprobsRows {
   DType dtype = DType::f32;
   std::int64_t rows = 0, columns = 0, row_stride = 0;
   const std::int64_t* labels = nullptr;  // [rows]
-  const float* inv_temperature = nullptr;  // [rows] with stride 0 or 1; null: inv_temperature_scalar
+  const double* inv_temperature = nullptr;  // [rows] with stride 0 or 1; null: inv_temperature_scalar
   std::int64_t inv_temperature_stride = 0;
   double inv_temperature_scalar = 1.0;
   const std::uint8_t* mask = nullptr;       // [rows] or null
   const std::uint8_t* keep_mask = nullptr;  // [rows, columns] or null
   std::int64_t keep_mask_stride = 0;
-  const std::int64_t* keep_ids = nullptr;  // [rows, keep_count], negative = padding, or null
+  const std::int64_t* keep_ids = nullptr;  // [rows, keep_count], outside [0, columns) = padding, or null
   std::int64_t keep_count = 0, keep_ids_stride = 0;
   const std::int64_t* token_ids = nullptr;  // [rows, token_count] or null
   std::int64_t token_count = 0, token_ids_stride = 0;
@@ -83,7 +83,7 @@ struct LogprobsFold {
 
 struct LogprobsFinish {
   const double* state = nullptr;
-  const float* inv_temperature = nullptr;
+  const double* inv_temperature = nullptr;
   std::int64_t inv_temperature_stride = 0;
   double inv_temperature_scalar = 1.0;
   std::int64_t rows = 0, vocab_size = 0;

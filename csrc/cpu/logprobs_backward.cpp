@@ -141,7 +141,7 @@ std::int64_t own_columns(const LogprobsBackward& call, std::int64_t index, Colum
   const LogprobsRows& in = call.in;
   std::int64_t n = 0;
   const auto add = [&](std::int64_t column, float amount) {
-    if (column < 0 || column >= in.columns || amount == 0.0f || !is_kept(in, index, column)) return;
+    if (!is_column(in, column) || amount == 0.0f || !is_kept(in, index, column)) return;
     out[n++] = {column, static_cast<double>(amount), static_cast<double>(read(row_of<T>(in, index) + column))};
   };
   add(in.labels[index], call.grad_values[kValueLogprob * in.rows + index]);
@@ -169,10 +169,10 @@ template <class T>
 void keep_ids_row(const LogprobsRows& in, std::int64_t index, const RowGradient& g, T* out, float* logits) {
   const std::int64_t* ids = in.keep_ids + index * in.keep_ids_stride;
   const T* x = row_of<T>(in, index);
-  for (std::int64_t i = 0; i < in.keep_count; ++i) logits[i] = ids[i] < 0 ? 0.0f : read(x + ids[i]);
+  for (std::int64_t i = 0; i < in.keep_count; ++i) logits[i] = is_column(in, ids[i]) ? read(x + ids[i]) : 0.0f;
   zero_columns(out, in.columns);
   for (std::int64_t i = 0; i < in.keep_count; ++i)
-    if (ids[i] >= 0) write(out + ids[i], static_cast<float>(g.at(static_cast<double>(logits[i]), 0.0)));
+    if (is_column(in, ids[i])) write(out + ids[i], static_cast<float>(g.at(static_cast<double>(logits[i]), 0.0)));
 }
 
 // Zeros by masking the bits, without a branch per column.

@@ -170,12 +170,13 @@ Partial masked_block(const T* x, const std::uint8_t* __restrict keep, int n, con
 }
 
 template <class T>
-Partial gathered_block(const T* x, const std::int64_t* ids, int n, const Row& row) {
+Partial gathered_block(const LogprobsRows& in, const T* x, const std::int64_t* ids, int n, const Row& row) {
   alignas(64) float buffer[kBlock];
   double total = 0.0;
   for (int i = 0; i < n; ++i) {
-    buffer[i] = ids[i] < 0 ? -kInf : read(x + ids[i]);
-    total += ids[i] < 0 ? 0.0 : static_cast<double>(buffer[i]);
+    const bool column = is_column(in, ids[i]);
+    buffer[i] = column ? read(x + ids[i]) : -kInf;
+    total += column ? static_cast<double>(buffer[i]) : 0.0;
   }
   Partial out = block_statistics(static_cast<const float*>(buffer), n, row);
   out.sum_logit = total;
@@ -191,7 +192,7 @@ Partial compute_block(const LogprobsRows& in, std::int64_t index, std::int64_t b
   const std::int64_t rest = length_of(in) - start;
   const int n = rest < kLogprobsBlock ? static_cast<int>(rest) : kBlock;
   const T* x = row_of<T>(in, index);
-  if (in.keep_ids != nullptr) return gathered_block(x, in.keep_ids + index * in.keep_ids_stride + start, n, row);
+  if (in.keep_ids != nullptr) return gathered_block(in, x, in.keep_ids + index * in.keep_ids_stride + start, n, row);
   if (in.keep_mask != nullptr)
     return masked_block(x + start, in.keep_mask + index * in.keep_mask_stride + start, n, row);
   return block_statistics(x + start, n, row);
@@ -240,7 +241,7 @@ std::int64_t find_maximum(const LogprobsRows& in, std::int64_t index, std::int64
     const std::int64_t* ids = in.keep_ids + index * in.keep_ids_stride;
     std::int64_t first = -1;
     for (std::int64_t i = 0; i < in.keep_count; ++i)
-      if (ids[i] >= 0 && read(x + ids[i]) == top && (first < 0 || ids[i] < first)) first = ids[i];
+      if (is_column(in, ids[i]) && read(x + ids[i]) == top && (first < 0 || ids[i] < first)) first = ids[i];
     return first;
   }
   const std::uint8_t* keep = in.keep_mask != nullptr ? in.keep_mask + index * in.keep_mask_stride : nullptr;
@@ -264,7 +265,7 @@ Row open_row(const LogprobsRows& in, std::int64_t index, std::int64_t label, con
   row.scale = exp_scale(row.inv_temperature);
   row.flags = flags;
   row.threshold = kInf;  // nothing lies above: a label outside this slice
-  if (label >= 0 && label < in.columns) {
+  if (is_column(in, label)) {
     const float x = is_kept(in, index, label) ? read(row_of<T>(in, index) + label) : -kInf;
     state.s[kStateLabel] = static_cast<double>(x);
     row.threshold = x;
@@ -286,8 +287,9 @@ void write_row(const State& state, double inv_temperature, double columns, int f
   const double log_sum = std::log(s[kStateSum]);
   const auto put = [&](int name, double x) { values[name * stride] = static_cast<float>(x); };
   const bool nothing = s[kStateSum] == 0.0;  // every logit is -inf
+  const bool certain = s[kStateMax] == static_cast<double>(kInf);  // a logit is +inf: no probabilities, but a logsumexp
   put(kValueLogprob, (s[kStateLabel] - s[kStateMax]) * inv_temperature - log_sum);
-  put(kValueLogsumexp, nothing ? -static_cast<double>(kInf) : s[kStateMax] * inv_temperature + log_sum);
+  put(kValueLogsumexp, nothing || certain ? s[kStateMax] : s[kStateMax] * inv_temperature + log_sum);
   put(kValueLabelLogit, s[kStateLabel] * inv_temperature);
   put(kValueMaxLogprob, nothing ? std::nan("") : -log_sum);
   put(kValueMaxLogit, s[kStateMax]);
@@ -307,7 +309,7 @@ double counted_columns(const LogprobsRows& in, std::int64_t index) {
     for (std::int64_t i = 0; i < in.columns; ++i) n += keep[i] != 0;
   } else if (in.keep_ids != nullptr) {
     const std::int64_t* ids = in.keep_ids + index * in.keep_ids_stride;
-    for (std::int64_t i = 0; i < in.keep_count; ++i) n += ids[i] >= 0;
+    for (std::int64_t i = 0; i < in.keep_count; ++i) n += is_column(in, ids[i]);
   } else {
     n = in.columns;
   }
@@ -321,7 +323,7 @@ void write_ids(const LogprobsForward& call, std::int64_t index, const State& sta
   for (std::int64_t j = 0; j < in.token_count; ++j) {
     const std::int64_t id = in.token_ids[index * in.token_ids_stride + j];
     double x = std::nan("");
-    if (id >= 0 && id < in.columns)
+    if (is_column(in, id))
       x = is_kept(in, index, id) ? static_cast<double>(read(row_of<T>(in, index) + id)) : -static_cast<double>(kInf);
     call.id_logprobs[index * in.token_count + j] =
         static_cast<float>((x - state.s[kStateMax]) * inv_temperature - log_sum);
@@ -406,7 +408,7 @@ void logprobs_finish(const LogprobsFinish& call) {
     State state;
     for (int k = 0; k < kStateSize; ++k) state.s[k] = call.state[index * kStateSize + k];
     const double inv_temperature = call.inv_temperature != nullptr
-                                       ? static_cast<double>(call.inv_temperature[index * call.inv_temperature_stride])
+                                       ? call.inv_temperature[index * call.inv_temperature_stride]
                                        : call.inv_temperature_scalar;
     write_row(state, inv_temperature, static_cast<double>(call.vocab_size), call.flags, call.values + index,
               call.indices + index, call.rows);

@@ -10,7 +10,7 @@
 namespace fastreward::FASTREWARD_ISA::logprobs {
 
 inline double inv_temperature_of(const LogprobsRows& in, std::int64_t row) {
-  return in.inv_temperature != nullptr ? static_cast<double>(in.inv_temperature[row * in.inv_temperature_stride])
+  return in.inv_temperature != nullptr ? in.inv_temperature[row * in.inv_temperature_stride]
                                        : in.inv_temperature_scalar;
 }
 
@@ -33,6 +33,11 @@ inline void write(T* p, float x) {
 }
 
 inline bool row_counts(const LogprobsRows& in, std::int64_t row) { return in.mask == nullptr || in.mask[row] != 0; }
+
+// Whether an id names a column: one comparison, negative ids are huge. Others are never read or written.
+inline bool is_column(const LogprobsRows& in, std::int64_t id) {
+  return static_cast<std::uint64_t>(id) < static_cast<std::uint64_t>(in.columns);
+}
 
 // Whether a column inside [0, columns) belongs to the row's kept set.
 inline bool is_kept(const LogprobsRows& in, std::int64_t row, std::int64_t column) {

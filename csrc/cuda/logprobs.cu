@@ -167,8 +167,8 @@ __device__ __forceinline__ void forward_row(const ForwardArguments& a) {
   }
   const typename T::Bits* row = static_cast<const typename T::Bits*>(a.logits) + n * a.stride;
   const unsigned char* keep = KEEP ? a.keep + n * a.keep_stride : nullptr;
-  const float inv_t = a.inv_temperature ? a.inv_temperature[n * a.inv_stride] : float(a.inv_value);
-  const float scale = inv_t * LOG2E;
+  const double inv_t = a.inv_temperature ? a.inv_temperature[n * a.inv_stride] : a.inv_value;
+  const float scale = float(inv_t) * LOG2E;
   const i64 label = a.labels[n] - a.vocab_start;
   float threshold = not_a_number();
   if (LEVEL >= EVERYTHING) threshold = a.label_logits ? a.label_logits[n] : logit_at<T>(row, keep, label, vocab);
@@ -220,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(256) logprobs_finish(const FinishAr
   double state[STATES];
 #pragma unroll
   for (int i = 0; i < STATES; ++i) state[i] = a.state[n * STATES + i];
-  const float inv_t = a.inv_temperature ? a.inv_temperature[n * a.inv_stride] : float(a.inv_value);
+  const double inv_t = a.inv_temperature ? a.inv_temperature[n * a.inv_stride] : a.inv_value;
   write_row({a.values, a.indices, a.rows, n, int(a.flags)}, state, inv_t, double(a.vocab));
 }
 

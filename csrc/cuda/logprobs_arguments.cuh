@@ -10,7 +10,7 @@ struct ForwardArguments {
   const void* logits;  // [rows, vocab], `stride` elements from row to row
   i64 stride, rows, vocab;
   const i64* labels;             // [rows]
-  const float* inv_temperature;  // [rows] with stride inv_stride, or null: then inv_value
+  const double* inv_temperature;  // [rows] with stride inv_stride, or null: then inv_value
   i64 inv_stride;
   double inv_value;
   const unsigned char* mask;  // [rows] or null
@@ -33,7 +33,7 @@ struct ForwardArguments {
 struct FinishArguments {
   const double* state;  // [rows, STATES]
   i64 rows, vocab;
-  const float* inv_temperature;
+  const double* inv_temperature;
   i64 inv_stride;
   double inv_value;
   float* values;
@@ -45,7 +45,7 @@ struct BackwardArguments {
   const void* logits;
   i64 stride, rows, vocab;
   const i64* labels;
-  const float* inv_temperature;
+  const double* inv_temperature;
   i64 inv_stride;
   double inv_value;
   const unsigned char* mask;

@@ -12,7 +12,7 @@ from fastreward.cpu._pointers import address
 
 def forward(
     rewards: Tensor,  # [B, K] f32 or f64, NaN = not scored
-    group_index: Tensor | None,  # [B] i64, 0 .. groups - 1; or
+    group_index: Tensor | None,  # [B] i64, any labels; or
     group_size: int,  # > 0: contiguous groups of this size
     lengths: Tensor | None,  # [B] f32
     component_weights: Tensor | None,  # [K] f32
@@ -22,7 +22,7 @@ def forward(
 ) -> Tensor:
     """Advantages f32 [B]; statistics in float64."""
     rows, components = rewards.shape
-    advantages = torch.empty(rows, dtype=torch.float32)
+    advantages = torch.empty(rows, dtype=torch.float32, device="cpu")
     _core.group_advantages(
         rewards.data_ptr(),
         rewards.dtype == torch.float64,

@@ -16,19 +16,19 @@ _DTYPES = {torch.float32: _core.DType.f32, torch.bfloat16: _core.DType.bf16, tor
 def forward(
     logits: Tensor,  # [N, V] f32/bf16/f16, unit column stride, any row stride
     labels: Tensor,  # [N] i64
-    inv_temperature: float | Tensor,  # scalar or [N] f32
+    inv_temperature: float | Tensor,  # scalar or [N] f64
     mask: Tensor | None,  # [N] bool; False: the row is not read, its outputs are 0
     keep_mask: Tensor | None,  # [N, V] bool
-    keep_ids: Tensor | None,  # [N, k] i64, negative = padding
+    keep_ids: Tensor | None,  # [N, k] i64, outside [0, V) = padding
     token_ids: Tensor | None,  # [N, K] i64
     flags: int,  # fastreward._layout.FLAG
 ) -> tuple[Tensor, Tensor, Tensor]:
     """values f32 [8, N], indices i64 [2, N], id_logprobs f32 [N, K]; each logit is read once."""
     rows, alive = _rows(logits, labels, inv_temperature, mask, keep_mask, keep_ids, token_ids)
     n = logits.shape[0]
-    values = torch.empty((len(VALUES), n), dtype=torch.float32)
-    indices = torch.empty((len(INDICES), n), dtype=torch.int64)
-    id_logprobs = torch.empty((n, 0 if token_ids is None else token_ids.shape[1]), dtype=torch.float32)
+    values = torch.empty((len(VALUES), n), dtype=torch.float32, device="cpu")
+    indices = torch.empty((len(INDICES), n), dtype=torch.int64, device="cpu")
+    id_logprobs = logits.new_empty((n, 0 if token_ids is None else token_ids.shape[1]), dtype=torch.float32)
     _core.logprobs_forward(rows, flags, values.data_ptr(), indices.data_ptr(), id_logprobs.data_ptr())
     del alive
     return values, indices, id_logprobs
@@ -89,8 +89,8 @@ def finish(state: Tensor, inv_temperature: float | Tensor, vocab_size: int, flag
     """From `state` f64 [N, 8] to values f32 [8, N] and indices i64 [2, N]."""
     n = state.shape[0]
     state = state.contiguous()
-    values = torch.empty((len(VALUES), n), dtype=torch.float32)
-    indices = torch.empty((len(INDICES), n), dtype=torch.int64)
+    values = torch.empty((len(VALUES), n), dtype=torch.float32, device="cpu")
+    indices = torch.empty((len(INDICES), n), dtype=torch.int64, device="cpu")
     scale, stride, scalar = _inv_temperature(inv_temperature)
     _core.logprobs_finish(
         state.data_ptr(), _address(scale), stride, scalar, n, vocab_size, flags, values.data_ptr(), indices.data_ptr()
@@ -134,10 +134,10 @@ def _rows(
 
 
 def _inv_temperature(inv_temperature: float | Tensor) -> tuple[Tensor | None, int, float]:
-    """(f32 tensor or None, its stride, the scalar used where there is no tensor)."""
+    """(f64 tensor or None, its stride, the scalar used where there is no tensor)."""
     if not isinstance(inv_temperature, Tensor):
         return None, 0, float(inv_temperature)
-    scale = inv_temperature.float()
+    scale = inv_temperature.double()
     return scale, scale.stride(0) if scale.ndim else 0, 1.0
 
 

@@ -31,10 +31,10 @@ def forward(
     Raises ValueError for a NaN advantage on a counted token.
     """
     rows, columns = _extent(logprobs, cu_seqlens)
-    loss = torch.empty((), dtype=torch.float32)
-    metrics = torch.empty(len(METRICS), dtype=torch.float32)
+    loss = torch.empty((), dtype=torch.float32, device="cpu")
+    metrics = torch.empty(len(METRICS), dtype=torch.float32, device="cpu")
     saved = empty(logprobs.shape, torch.float32)
-    row_weight = torch.empty(rows, dtype=torch.float32)
+    row_weight = torch.empty(rows, dtype=torch.float32, device="cpu")
     token_loss = empty(logprobs.shape if want_token_loss else (0,), torch.float32)
     mask_address, mask_kind = mask_arguments(mask)
     per_row = advantages.shape != logprobs.shape
@@ -88,7 +88,7 @@ def backward(
         grad = empty(saved.shape, torch.float32)
         _core.policy_scale(saved.data_ptr(), factor, saved.numel(), grad.data_ptr(), threads)
     if not options.entropy_coef:
-        return grad, torch.empty(0, dtype=torch.float32)
+        return grad, torch.empty(0, dtype=torch.float32, device="cpu")
     grad_entropy = empty(saved.shape, torch.float32)
     _core.policy_spread(
         *_extent(saved, cu_seqlens),

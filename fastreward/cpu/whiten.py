@@ -21,7 +21,7 @@ def forward(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: fl
 
 def statistics(x: Tensor, mask: Tensor | None) -> Tensor:
     """(count, mean, sum of squared deviations) of the counted positions, f64 [3]."""
-    return torch.tensor(_statistics(x, mask), dtype=torch.float64)
+    return torch.tensor(_statistics(x, mask), dtype=torch.float64, device="cpu")
 
 
 def apply(x: Tensor, mask: Tensor | None, affine: Tensor, out: Tensor) -> None:

@@ -14,7 +14,7 @@ import struct
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,10 +53,17 @@ def route() -> Route | None:
     return available[0] if available else None
 
 
-def pack(*members: Member) -> bytes:
-    """The bytes of a kernel's argument struct."""
+class Arguments(NamedTuple):
+    """A kernel's argument struct, and the tensors it points into: some are temporaries that must outlive the launch."""
+
+    packed: bytes
+    members: tuple[Member, ...]
+
+
+def pack(*members: Member) -> Arguments:
+    """The argument struct of a kernel."""
     values = [m.data_ptr() if isinstance(m, Tensor) else 0 if m is None else m for m in members]
-    return struct.pack("".join("d" if isinstance(v, float) else "q" for v in values), *values)
+    return Arguments(struct.pack("".join("d" if isinstance(v, float) else "q" for v in values), *values), members)
 
 
 def launch(
@@ -64,7 +71,7 @@ def launch(
     kernel: str,
     grid: int,
     block: int,
-    arguments: bytes,
+    arguments: Arguments,
     device: torch.device,
     shared: int = 0,
     define: str = "",
@@ -73,9 +80,9 @@ def launch(
     index = _index(device)
     stream = torch.cuda.current_stream(index).cuda_stream
     if route() == "nvcc":
-        _compiled().launch(kernel, index, grid, block, shared, stream, arguments)
+        _compiled().launch(kernel, index, grid, block, shared, stream, arguments.packed)
     else:
-        _launch_cupy(source, kernel, grid, block, arguments, index, stream, shared, define)
+        _launch_cupy(source, kernel, grid, block, arguments.packed, index, stream, shared, define)
 
 
 def multiprocessors(device: torch.device) -> int:

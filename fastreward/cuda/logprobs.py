@@ -193,7 +193,8 @@ def _rows_of(x: Tensor | None) -> tuple[Member, int]:
 
 
 def _scale(inv_temperature: float | Tensor) -> tuple[Member, int, float]:
-    """(pointer, stride, value): per-row f32 tensor, or one number."""
+    """(pointer, stride, value): per-row f64 tensor, or one number."""
     if isinstance(inv_temperature, Tensor):
-        return inv_temperature, inv_temperature.stride(0) if inv_temperature.ndim else 0, 1.0
+        scale = inv_temperature.double()
+        return scale, scale.stride(0) if scale.ndim else 0, 1.0
     return None, 0, float(inv_temperature)

@@ -38,7 +38,7 @@ def ppo(
     """
     if not 0 <= clip_low <= 1:
         raise ValueError(f"clip_low: expected a number in [0, 1], got {clip_low}")
-    if clip_high < 0:
+    if not clip_high >= 0:
         raise ValueError(f"clip_high: expected a number >= 0, got {clip_high}")
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip: expected None or a number > 1, got {dual_clip}")

@@ -33,6 +33,12 @@ class Report:
     replaced: list[Entry] = field(default_factory=list)
     kept: list[Entry] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        lines = [f"fastreward in {self.trainer} {self.version}"]
+        for mark, entries in (("replaced", self.replaced), ("kept", self.kept)):
+            lines += [f"  {mark}  {e.target}: {e.what}{f' ({e.why})' if e.why else ''}" for e in entries]
+        return "\n".join(lines)
+
     def __rich__(self) -> Table:
         title = f"fastreward in {self.trainer} {self.version}"
         table = Table(

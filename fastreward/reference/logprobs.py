@@ -202,7 +202,7 @@ def finish(state: Tensor, inv_temperature: float | Tensor, vocab_size: int, flag
         [
             (label - peak) * inv - log_total,
             log_total - weighted / total,
-            torch.where(peak == -torch.inf, peak, peak * inv + log_total),
+            torch.where(peak.isinf(), peak, peak * inv + log_total),
             label * inv,
             logit_sum * inv / vocab_size,
             squares.log() - 2 * log_total,

@@ -43,16 +43,16 @@ class Emulator:
         self.clusters = True
 
     def launch(
-        self, source: str, kernel: str, grid: int, block: int, arguments: bytes, device: torch.device,
+        self, source: str, kernel: str, grid: int, block: int, arguments: _launch.Arguments, device: torch.device,
         shared: int = 0, define: str = "",
     ) -> None:  # fmt: skip
         self.launched.append(kernel)
-        lib = library(source, self.folder)
+        lib, packed = library(source, self.folder), arguments.packed
         status = lib.emulate(
-            ctypes.cast(getattr(lib, kernel), ctypes.c_void_p), ctypes.c_char_p(arguments), len(arguments) // 8,
+            ctypes.cast(getattr(lib, kernel), ctypes.c_void_p), ctypes.c_char_p(packed), len(packed) // 8,
             ctypes.c_uint(grid), ctypes.c_uint(block), ctypes.c_size_t(shared), int(kernel.endswith("_cluster")),
         )  # fmt: skip
-        assert status == 0, f"emulate.hpp does not know a struct of {len(arguments) // 8} words ({kernel})"
+        assert status == 0, f"emulate.hpp does not know a struct of {len(packed) // 8} words ({kernel})"
 
     def has_clusters(self, device: torch.device) -> bool:
         return self.clusters
