@@ -346,7 +346,9 @@ def linear_token_logprobs(
 
     Returns:
         TokenStats, float32 (argmax, rank int64). Gradients flow to hidden, weight and bias through logprobs, entropy,
-        logsumexp and log_sum_sq_probs; the backward recomputes the tiles and accumulates in float32.
+        logsumexp and log_sum_sq_probs; the backward recomputes the tiles and accumulates in float32. A token's bits are
+        as independent of its batch as the vendor's GEMMs: on the CPU they are asked for sums and rows that MKL and
+        oneDNN treat alike in every batch; cuBLAS chooses by shape.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, label or name, before anything runs.

@@ -296,7 +296,8 @@ def token_logprobs(
     Returns:
         TokenStats with the asked-for outputs, each [...] (id_logprobs [..., K]), float32 (argmax, rank int64).
         Gradients flow to logits through logprobs, entropy, logsumexp, log_sum_sq_probs and id_logprobs, together in one
-        pass. A row of only -inf gives NaN, as torch; a label outside `keep` has log-prob -inf.
+        pass, but no second derivatives. A row of only -inf gives NaN, as torch, and so does one with NaN or +inf (whose
+        argmax is unspecified, whose logsumexp is NaN or +inf); a label outside `keep` has log-prob -inf.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, label or name, before anything runs. On a GPU the values of

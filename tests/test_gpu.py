@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import public_checks
 import pytest
 import raw_checks
 import torch
 from torch import Tensor
 
+import fastreward as fr
 import fastreward.cuda
 
 pytestmark = [
@@ -232,3 +234,87 @@ def test_calls_are_captured_in_cuda_graphs(name: str, backend: Callable[[str], M
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ public functions
+@pytest.fixture
+def chosen(request: pytest.FixtureRequest, backend: Callable[[str], ModuleType]) -> Iterator[None]:
+    """The backend of the raw tests, as a user chooses it."""
+    with fr.backend(request.node.callspec.params["backend"]):
+        yield
+
+
+@pytest.mark.usefixtures("chosen")
+class TestPublic:
+    @pytest.mark.parametrize("inplace", [False, True])
+    @pytest.mark.parametrize("vocab", [301, 40_000])
+    def test_token_logprobs(self, vocab: int, inplace: bool) -> None:
+        public_checks.check_token_logprobs("cuda", vocab, inplace)
+
+    @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "logit_scale": 0.7, "bias": True}], ids=["plain", "all"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_linear(self, dtype: torch.dtype, options: dict[str, Any]) -> None:
+        public_checks.check_linear("cuda", dtype, **options)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_policy_loss(self, packed: bool) -> None:
+        public_checks.check_policy_loss("cuda", packed)
+
+    def test_group_and_whiten(self) -> None:
+        public_checks.check_group("cuda")
+        public_checks.check_whiten("cuda")
+
+    def test_messages_in_debug_mode(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FASTREWARD_DEBUG", "1")
+        public_checks.check_messages("cuda")
+
+    def test_illegal_values_without_debug_mode(self) -> None:
+        """Nothing is read outside and nothing synchronises: an illegal label is NaN, a wild bound stays inside."""
+        logits, labels = torch.randn(2, 10, device="cuda"), torch.tensor([1, 10**9], device="cuda")
+        tokens, bounds = torch.zeros(10, device="cuda", requires_grad=True), torch.tensor([0, 10**9], device="cuda")
+        kept, sequence = torch.tensor([[1, 10**9], [2, -3]], device="cuda"), torch.ones(1, device="cuda")
+        fr.token_logprobs(logits, labels)  # compiles
+        fr.policy_loss(tokens, tokens.detach(), sequence, cu_seqlens=bounds).loss.backward()
+        fr.token_logprobs(logits, labels, keep=kept)
+        tokens.grad = None
+        with no_sync():
+            logprobs = fr.token_logprobs(logits, labels).logprobs
+            fr.token_logprobs(logits, labels, keep=kept)
+            fr.policy_loss(tokens, tokens.detach(), sequence, cu_seqlens=bounds).loss.backward()
+        assert torch.isnan(logprobs).tolist() == [False, True]
+        assert torch.allclose(tokens.grad, torch.full_like(tokens, -0.1))
+
+    def test_nothing_synchronises(self) -> None:
+        logits, labels = torch.randn(4, 3, 1000, device="cuda", requires_grad=True), torch.zeros(4, 3).long().cuda()
+        mask, rewards, ids = (
+            torch.ones(4, 3, device="cuda"),
+            torch.randn(4, device="cuda"),
+            torch.zeros(4).long().cuda(),
+        )
+        head, hidden = torch.randn(1000, 16, device="cuda"), torch.randn(4, 3, 16, device="cuda", requires_grad=True)
+
+        def step() -> None:
+            stats = fr.token_logprobs(logits, labels, mask=mask, outputs=("logprobs", "entropy"))
+            advantages = fr.group_advantages(rewards, ids)
+            result = fr.policy_loss(
+                stats.logprobs, stats.logprobs.detach(), advantages, mask, entropy=stats.entropy, entropy_coef=0.1
+            )
+            linear = fr.linear_token_logprobs(hidden, head, labels).logprobs
+            (result.loss + linear.sum()).backward()
+            fr.whiten(stats.logprobs.detach(), mask)
+
+        step()
+        with no_sync():
+            step()
+
+    def test_cupy_in_cupy_out(self) -> None:
+        cupy = pytest.importorskip("cupy")
+        logits, labels = torch.randn(3, 50, device="cuda"), torch.tensor([1, 2, 3], device="cuda")
+        found = fr.token_logprobs(cupy.from_dlpack(logits), cupy.from_dlpack(labels)).logprobs
+        assert isinstance(found, cupy.ndarray)
+        assert torch.equal(torch.from_dlpack(found), fr.token_logprobs(logits, labels).logprobs)
+        advantages = fr.group_advantages(cupy.asarray([1.0, 2.0, 3.0, 5.0]), ["a", "b", "a", "b"])
+        assert isinstance(advantages, cupy.ndarray)
+        tokens, mask = cupy.from_dlpack(torch.randn(2, 5, device="cuda")), cupy.ones((2, 5))
+        assert isinstance(fr.policy_loss(tokens, tokens, tokens, mask).loss, cupy.ndarray)
+        assert isinstance(fr.whiten(tokens, mask), cupy.ndarray)
