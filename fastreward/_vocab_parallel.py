@@ -99,7 +99,8 @@ def merge(states: list[Tensor], inverse: float | Tensor) -> Tensor:
     shift = torch.where(peaks == -torch.inf, 0.0, (peaks - base) * inverse)
     scale = torch.where(peaks == -torch.inf, 0.0, shift.exp())
     first = (peaks == peak).to(torch.int8).argmax(0, keepdim=True)
-    label = torch.where(torch.isnan(labels).all(0), torch.nan, torch.nan_to_num(labels, nan=-torch.inf).amax(0))
+    seen = ~labels.isnan()
+    label = torch.where(seen.any(0), torch.where(seen, labels, -torch.inf).amax(0), torch.nan)
     return torch.stack(
         [
             peak,

@@ -6,6 +6,7 @@ backward it is recomputed and turned into its own gradient in place.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,9 @@ _CPU_TILE = (1024, 16384)
 _GPU_TILE = (4096, 32768)
 
 #: What one GEMM call on the CPU sums over at most, and the fewest rows it gets. Elsewhere MKL adds in an order that
-#: depends on the number of rows and of threads, and so would a token's bits. It costs nothing measurable.
+#: depends on the number of rows and of threads, and so would a token's bits; inside, its AVX-512 kernels do not (its
+#: AVX2 kernels do, and nothing helps). From 64 rows on it costs nothing measurable; a single row takes 2 to 4 times as
+#: long, as a GEMM of 16 where a product with a vector would do.
 _CPU_SUM = 512
 _CPU_ROWS = 16
 
@@ -174,7 +177,9 @@ class _Head:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.logit_scale, self.softcap, self.dtype = logit_scale, softcap, compute_dtype
         self.row_step, self.column_step = min(tile[0], max(len(hidden), 1)), min(tile[1], len(weight))
-        size, device = self.row_step * self.column_step, hidden.device
+        device = hidden.device
+        self.fewest = _CPU_ROWS if device.type == "cpu" else 1
+        size = max(self.row_step, self.fewest) * self.column_step
         self.buffer = torch.empty(size, dtype=compute_dtype, device=device)
         # What follows the GEMM happens in float32: in the GEMM's own dtype every step would round again.
         # So do the CPU's GEMMs of a gradient, which would else each make that copy.
@@ -190,7 +195,7 @@ class _Head:
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
         """[rows, columns], float32 or the GEMMs' dtype, in a shared buffer; the next call overwrites it."""
-        h, w = self.hidden[rows].to(self.dtype), self.weight[columns].to(self.dtype)
+        h, w = self.padded(self.hidden[rows].to(self.dtype)), self.weight[columns].to(self.dtype)
         tile = self.buffer[: len(h) * len(w)].view(len(h), len(w))
         if self.dtype == torch.float32:
             _addmm(tile, h, w.t(), accumulate=False)
@@ -204,7 +209,11 @@ class _Head:
             tile.mul_(self.logit_scale)
         if self.softcap:
             tile.div_(self.softcap).tanh_().mul_(self.softcap)
-        return tile
+        return tile[: rows.stop - rows.start]
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """As many rows as a GEMM should have, zeros below the given."""
+        return pad(rows, (0, 0, 0, self.fewest - len(rows))) if 0 < len(rows) < self.fewest else rows
 
 
 class _HeadGradients:
@@ -213,7 +222,8 @@ class _HeadGradients:
     def __init__(self, head: _Head, needs: list[bool]) -> None:
         self.head = head
         device = head.hidden.device
-        self.hidden = torch.zeros(head.hidden.shape, dtype=torch.float32, device=device) if needs[0] else None
+        shape = (len(head.hidden) + head.fewest, head.hidden.shape[1])  # a padded product adds zeros to the rows below
+        self.hidden = torch.zeros(shape, dtype=torch.float32, device=device) if needs[0] else None
         self.weight = empty_like(head.weight) if needs[1] else None
         self.bias = torch.zeros(len(head.weight), dtype=torch.float32, device=device) if needs[2] else None
         # A float32 weight gradient accumulates in place; another dtype needs one chunk of float32.
@@ -231,7 +241,9 @@ class _HeadGradients:
         if head.wide is not None and grad.is_cuda:  # on the CPU the product would have to be rounded to that dtype
             grad = head.buffer[: grad.numel()].view(grad.shape).copy_(grad)
         if self.hidden is not None:
-            _addmm(self.hidden[rows], grad, head.weight[columns].to(head.dtype), accumulate=True)
+            upstream = head.padded(grad)
+            target = self.hidden[rows.start : rows.start + len(upstream)]
+            _addmm(target, upstream, head.weight[columns].to(head.dtype), accumulate=True)
         if self.weight is not None:
             exact = self.weight.dtype == torch.float32
             target = self.weight[columns] if exact else self.chunk[: columns.stop - columns.start]
@@ -245,7 +257,7 @@ class _HeadGradients:
         if self.weight is not None and not len(head.hidden):
             self.weight.zero_()
         return (
-            _none(head) if self.hidden is None else self.hidden.to(head.hidden.dtype),
+            _none(head) if self.hidden is None else self.hidden[: len(head.hidden)].to(head.hidden.dtype),
             _none(head) if self.weight is None else self.weight,
             _none(head) if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype),
         )
@@ -269,10 +281,11 @@ def _addmm(target: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
 
 
 def _chunks(total: int, step: int) -> Iterator[slice]:
-    """Chunks of at most `step`, of about one size (a vendor's GEMM treats a sliver differently), whole cache lines."""
-    count = -(-total // max(step, 1))
-    size = min(step, 64 * -(-total // (64 * max(count, 1))))
-    return (slice(start, min(start + size, total)) for start in range(0, total, max(size, 1)))
+    """Chunks of at most `step` and about one size: a sliver at the end would be another kind of GEMM."""
+    line = 64 if step % 64 == 0 else 1  # whole cache lines, where that is possible
+    lines, count = -(-total // line), -(-total // max(step, 1))
+    starts = [min(line * (lines * i // max(count, 1)), total) for i in range(count)] + [total]
+    return (slice(start, stop) for start, stop in itertools.pairwise(starts))
 
 
 def _inverse(temperature: Tensor | None, scalar: float) -> float | Tensor:
@@ -340,15 +353,16 @@ def linear_token_logprobs(
         logit_scale, softcap: logits are softcap * tanh(logit_scale * x / softcap) where a softcap is given (Gemma),
             else logit_scale * x.
         mask: [...], nonzero = compute. Other rows are dropped before the first GEMM, cost nothing and give 0. Counting
-            them is the one host synchronisation on a GPU; select the rows yourself to avoid it.
+            them is the one host synchronisation on a GPU; select the rows yourself to avoid it. (Under
+            torch.compile(fullgraph=True) it needs torch._dynamo.config.capture_dynamic_output_shape_ops.)
         outputs: as in `token_logprobs`, except id_logprobs. `rank` costs a second pass of GEMMs.
         chunk_size: vocabulary columns per tile (default: what suits the device's caches).
 
     Returns:
         TokenStats, float32 (argmax, rank int64). Gradients flow to hidden, weight and bias through logprobs, entropy,
         logsumexp and log_sum_sq_probs; the backward recomputes the tiles and accumulates in float32. A token's bits are
-        as independent of its batch as the vendor's GEMMs: on the CPU they are asked for sums and rows that MKL and
-        oneDNN treat alike in every batch; cuBLAS chooses by shape.
+        as independent of its batch as the vendor's GEMMs: the CPU's are asked for sums and rows that MKL's AVX-512
+        kernels and oneDNN treat alike in every batch; MKL's AVX2 kernels do not, and cuBLAS chooses by shape.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, label or name, before anything runs.
@@ -368,11 +382,6 @@ def linear_token_logprobs(
     if kept is not None:
         flat, flat_labels = flat[kept], flat_labels[kept]
         per_token = None if per_token is None else per_token[kept]
-    count = flat.shape[0]
-    missing = _CPU_ROWS - count
-    if hidden.device.type == "cpu" and 0 < count < _CPU_ROWS:
-        flat, flat_labels = pad(flat, (0, 0, 0, missing)), pad(flat_labels, (0, missing))
-        per_token = None if per_token is None else pad(per_token, (0, missing), value=1.0)
     values, indices = _linear_token_logprobs(
         flat,
         weight,
@@ -387,7 +396,6 @@ def linear_token_logprobs(
         _compute_dtype(hidden),
         select("linear_logprobs", hidden),
     )
-    values, indices = values[:, :count], indices[:, :count]
     if kept is not None:
         values = values.new_zeros((len(VALUES), labels.numel())).index_copy(1, kept, values)
         indices = indices.new_zeros((len(INDICES), labels.numel())).index_copy(1, kept, indices)

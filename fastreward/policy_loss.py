@@ -360,6 +360,8 @@ def _bounds(cu_seqlens: Tensor, logprobs: Tensor) -> Tensor:
             "cu_seqlens: expected [B + 1] bounds over packed logprobs [N], "
             f"got {list(cu_seqlens.shape)} over {list(logprobs.shape)}"
         )
+    if cu_seqlens.shape[0] == 1 and logprobs.shape[0]:
+        raise ValueError(f"cu_seqlens: expected bounds from 0 to {logprobs.shape[0]}, got those of no sequence")
     bounds = cu_seqlens.long()
     if _check.values_checked(bounds):
         _check.every("cu_seqlens", bounds.diff(prepend=bounds[:1]) >= 0, bounds, "bounds that never decrease")

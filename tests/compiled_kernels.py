@@ -105,7 +105,14 @@ def logprob_cases(everything: bool) -> dict[str, Any]:
         keep = torch.ones(n, vocab, dtype=torch.bool) if kept == "mask" else None
         keep_ids = torch.zeros(n, 50, dtype=torch.long) if kept == "ids" else None
         ids = torch.zeros(n, k, dtype=torch.long) if k else None
-        rows = (labels, torch.ones(n) if rowwise else 1.0, torch.ones(n, dtype=torch.bool), keep, keep_ids, ids)
+        rows = (
+            labels,
+            torch.ones(n, dtype=torch.float64) if rowwise else 1.0,
+            torch.ones(n, dtype=torch.bool),
+            keep,
+            keep_ids,
+            ids,
+        )
         values, _, id_logprobs = logprobs.forward(x, *rows, flags)
         logprobs.backward(x, *rows, values, id_logprobs, torch.zeros(7, n), torch.zeros(n, k) if k else None, x, cap)
 

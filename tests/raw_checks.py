@@ -86,11 +86,11 @@ def _strided(case: Logits, g: torch.Generator) -> None:
 
 
 def _temperatures(case: Logits, g: torch.Generator) -> None:
-    case.inv_temperature = torch.rand(case.logits.shape[0], generator=g) + 0.5
+    case.inv_temperature = torch.rand(case.logits.shape[0], generator=g).double() + 0.5
 
 
 def _one_temperature(case: Logits, g: torch.Generator) -> None:
-    case.inv_temperature = torch.full((1,), 1.25).expand(case.logits.shape[0])
+    case.inv_temperature = torch.full((1,), 1.25, dtype=torch.float64).expand(case.logits.shape[0])
 
 
 def _masked(case: Logits, g: torch.Generator) -> None:

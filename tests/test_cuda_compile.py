@@ -167,7 +167,9 @@ def test_text_for_nvrtc_is_whole(source: str) -> None:
 
 def test_pack_lays_out_eight_bytes_per_member() -> None:
     tensor = torch.zeros(3)
-    assert _launch.pack(tensor, 7, None, 0.5, True) == struct.pack("qqqdq", tensor.data_ptr(), 7, 0, 0.5, 1)
+    arguments = _launch.pack(tensor, 7, None, 0.5, True)
+    assert arguments.packed == struct.pack("qqqdq", tensor.data_ptr(), 7, 0, 0.5, 1)
+    assert arguments.members[0] is tensor, "a temporary must outlive its launch"
 
 
 def test_every_argument_struct_has_members_of_eight_bytes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from criterion import assert_as_good_as_torch
 from torch import Tensor
 
 import fastreward as fr
+from fastreward.linear_logprobs import _chunks
 from fastreward.reference.logprobs import token_logprobs as truth_of
 
 OUTPUTS = ("logprobs", "entropy", "logsumexp", "label_logit", "mean_logit", "log_sum_sq_probs", "max_logprob")
@@ -135,14 +137,16 @@ def test_bits(dtype: torch.dtype) -> None:
 
 
 def _skip_where_the_gemm_has_moods(hidden: Tensor, weight: Tensor) -> None:
-    """The GEMMs are the vendor's: bits can be promised only where its own, of the shapes it is given, are steady."""
-    h, w = hidden[:, :512].contiguous(), weight[:, :512].contiguous()
-    for count in (2, 1):
-        torch.set_num_threads(count)
-        whole = h @ w.t()
-        for rows in (16, 65):
-            if not torch.equal(h[3 : 3 + rows] @ w.t(), whole[3 : 3 + rows]):
-                pytest.skip("torch.mm on this CPU gives a row other bits in other batches")
+    """The GEMMs are the vendor's: bits can be promised only where its own are steady for the shapes it is asked for."""
+    h, w = hidden[:, :512], weight[:, :512]
+    products = [(h, w.t()), (h.float(), w.t().float()), (torch.randn(len(h), 512), weight[:512].float())]
+    for a, b in products:
+        torch.set_num_threads(2)
+        whole = a @ b
+        for threads, rows in itertools.product((1, 2), (16, 65, 100)):
+            torch.set_num_threads(threads)
+            if not torch.equal(a[3 : 3 + rows] @ b, whole[3 : 3 + rows]):
+                pytest.skip(f"torch.mm on this CPU ({a.dtype}) gives a row other bits in other batches")
 
 
 @pytest.mark.parametrize("options", [{"softcap": 30.0}, {"logit_scale": 0.13}, {"bias": True}], ids=str)
@@ -174,16 +178,21 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(torch.autograd.grad(out, hidden, create_graph=True)[0].sum(), hidden)
 
 
-def test_compiles_in_one_graph() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiles_in_one_graph(masked: bool) -> None:
+    """A mask's count depends on its values: Dynamo has to be told that such sizes are fine."""
+    from torch._dynamo import config
+
     hidden, weight, bias, labels = problem()
-    mask = torch.arange(N) % 3 != 0
+    mask = torch.arange(N) % 3 != 0 if masked else None
 
     def step(x: Tensor) -> Tensor:
-        stats = fr.linear_token_logprobs(x * 1.5, weight, labels, bias=bias, outputs=("logprobs", "entropy"))
-        return ((stats.logprobs - 0.1 * stats.entropy) * mask).sum()
+        stats = fr.linear_token_logprobs(x * 1.5, weight, labels, bias=bias, mask=mask, outputs=("logprobs", "entropy"))
+        return (stats.logprobs - 0.1 * stats.entropy).sum()
 
     (eager,) = torch.autograd.grad(step(hidden), hidden)
-    (compiled,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(hidden), hidden)
+    with config.patch(capture_dynamic_output_shape_ops=masked):
+        (compiled,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(hidden), hidden)
     assert torch.allclose(eager, compiled, atol=1e-6)
 
 
@@ -230,6 +239,16 @@ def test_never_more_than_one_tile_of_logits(dtype: torch.dtype, options: dict[st
     # One tile each in forward and backward; in a low precision with its float32 copy, which a plain forward needs not.
     tiles = 2 if dtype == torch.float32 else 4 if options else 3
     assert sum(size >= tile * dtype.itemsize for size in sizes) == tiles
+
+
+def test_no_chunk_is_a_sliver() -> None:
+    """A GEMM of a few rows adds in another order than one of many."""
+    for total in (1, 16, 1025, 15_361, 40_000):
+        sizes = [chunk.stop - chunk.start for chunk in _chunks(total, 1024)]
+        assert sum(sizes) == total
+        assert max(sizes) <= 1024
+        assert min(sizes) >= min(total, 16)
+    assert not list(_chunks(0, 1024))
 
 
 def test_autocast_runs_the_gemms_in_its_dtype() -> None:

@@ -450,15 +450,18 @@ def test_opcheck(inputs: str) -> None:
     torch.library.opcheck(torch.ops.fastreward.token_logprobs_backward_, (x.detach(), *backward))
 
 
-def test_compiles_in_one_graph() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiles_in_one_graph(inplace: bool, dynamic: bool) -> None:
     def step(x: Tensor, labels: Tensor) -> Tensor:
-        stats = fr.token_logprobs(x * 1.5, labels, temperature=0.8, outputs=("logprobs", "entropy"))
+        outputs = ("logprobs", "entropy")
+        stats = fr.token_logprobs(x * 1.5, labels, temperature=0.8, outputs=outputs, inplace_backward=inplace)
         return (stats.logprobs - 0.1 * stats.entropy).sum()
 
     # 9 MB: gradients of this size come from kept memory, which tracing may not touch.
     x, labels = torch.randn(3, 5, 150_001, requires_grad=True), torch.randint(0, 65, (3, 5))
     (eager,) = torch.autograd.grad(step(x, labels), x)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     (grad,) = torch.autograd.grad(compiled(x, labels), x)
     assert torch.allclose(grad, eager, atol=1e-7)
 

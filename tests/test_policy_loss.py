@@ -293,6 +293,15 @@ class TestMessages:
             (TypeError, r"loss: expected one of fastreward.losses", {"loss": "ppo"}),
             (ValueError, r"group_ids: the PPO family has no term", {"group_ids": [1] * 6}),
             (ValueError, r"normalizer: expected a positive number", {"normalizer": 0.0}),
+            (
+                ValueError,
+                r"cu_seqlens: expected bounds from 0 to 3, got those of no sequence",
+                {
+                    **dict.fromkeys(("logprobs", "old_logprobs", "advantages"), torch.zeros(3)),
+                    "mask": None,
+                    "cu_seqlens": torch.tensor([0]),
+                },
+            ),
             (ValueError, r"cu_seqlens: expected \[B \+ 1\] bounds over packed", {"cu_seqlens": torch.tensor([0, 3])}),
         ],
     )
