@@ -73,7 +73,8 @@ def seconds_of(call: Callable[[], Any], device: str) -> tuple[float, Any]:
 class Probe:
     """The machine's bandwidth on buffers of the case's size, by loops that everybody has: torch's sums and copies.
 
-    Where the case has a GEMM, its rate too, by torch.mm into a reused buffer.
+    Where the case has a GEMM, its rate too, by torch.mm into a reused buffer: in its own dtype and in float32, of which
+    some CPUs do the second faster.
     """
 
     def __init__(self, nbytes: float, device: str, gemm: tuple[Tensor, Tensor] | None = None) -> None:
@@ -92,7 +93,9 @@ class Probe:
         self.flops = 0.0
         if gemm is not None:
             (m, k), n = gemm[0].shape, gemm[1].shape[1]
-            self.products["gemm"] = partial(torch.mm, *gemm, out=gemm[0].new_empty(m, n))
+            for dtype in {gemm[0].dtype, torch.float32 if device == "cpu" else gemm[0].dtype}:
+                a, b = (x.to(dtype) for x in gemm)
+                self.products[f"gemm in {dtype}"] = partial(torch.mm, a, b, out=a.new_empty(m, n))
             self.flops = 2.0 * m * k * n
         self.loops = self.reads | self.writes | self.products
         self.samples: dict[str, list[float]] = {name: [] for name in self.loops}
@@ -107,7 +110,7 @@ class Probe:
         medians = {name: Timing(name, 0.0, 0.0, samples).median for name, samples in self.samples.items()}
         copy = 2 * self.source.nbytes / min(medians[name] for name in self.writes)
         read = self.source.nbytes / min(medians[name] for name in self.reads)
-        flops = self.flops / medians["gemm"] if self.products else inf
+        flops = self.flops / min(medians[name] for name in self.products) if self.products else inf
         return Bandwidth(read if self.device == "cpu" else copy, copy, flops)  # a GPU's one limit is the copy (design)
 
 
