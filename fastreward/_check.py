@@ -36,12 +36,11 @@ def dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
         raise TypeError(f"{name}: expected dtype {names}, got {str(x.dtype).removeprefix('torch.')}")
 
 
-def integers(name: str, x: object) -> Tensor:
-    """`x` itself, if it is a tensor of integers."""
+def integers(name: str, x: object) -> None:
+    """`x` is a tensor of integers."""
     x = tensor(name, x)
     if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
         raise TypeError(f"{name}: expected an integer tensor, got {str(x.dtype).removeprefix('torch.')}")
-    return x
 
 
 def whole(name: str, value: object, meaning: str) -> int:

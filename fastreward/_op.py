@@ -35,9 +35,13 @@ class CustomOp:
         """The backward, and what it saves."""
         torch.library.register_autograd(self._name, backward, setup_context=setup_context, lib=_LIBRARY)
 
+    def refuse_double_backward(self) -> None:
+        """For a backward: differentiating it is an error, where torch would leave the terms out."""
+        self.register_autograd(refuse_double_backward, setup_context=lambda ctx, inputs, output: None)
 
-def once_differentiable(ctx: Any, *_: Any) -> Any:
-    """The backward of a backward: an error, where torch would leave the terms out."""
+
+def refuse_double_backward(*_: Any) -> Any:
+    """Raises, where a second derivative is asked for."""
     raise NotImplementedError("fastreward: gradients of gradients (double backward) are not supported")
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastreward import _check
 from fastreward._dispatch import implementation, select
 from fastreward._layout import STATE, flags_of
 from fastreward._memory import empty_like
+from fastreward._op import refuse_double_backward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -69,8 +69,9 @@ class _Sharded(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if torch.is_grad_enabled():  # create_graph=True; torch's own once_differentiable sees no gradient to refuse
+            refuse_double_backward()
         rows, labels, mask, values = ctx.saved_tensors
         grad = empty_like(rows)
         local = labels - ctx.start

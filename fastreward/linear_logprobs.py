@@ -19,7 +19,7 @@ from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import FLAG, INDICES, OUTPUT_VALUES, STATE, VALUES, flags_of
 from fastreward._memory import empty_like
-from fastreward._op import custom_op, once_differentiable
+from fastreward._op import custom_op
 from fastreward._vocab_parallel import initial_state
 from fastreward.logprobs import LOGITS_DTYPES, TokenStats, _check_labels, _collect, _row_mask, _temperature
 
@@ -156,7 +156,7 @@ def _(
     return grad(needs[0], hidden), grad(needs[1], weight), grad(needs[2], bias)
 
 
-_linear_token_logprobs_backward.register_autograd(once_differentiable, setup_context=lambda ctx, inputs, output: None)
+_linear_token_logprobs_backward.refuse_double_backward()
 
 
 class _Head:

@@ -12,7 +12,7 @@ from fastreward import _check, _rows
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import ALL_OUTPUTS, DIFFERENTIABLE, INDICES, VALUES, flags_of
-from fastreward._op import custom_op, once_differentiable
+from fastreward._op import custom_op, refuse_double_backward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -147,7 +147,7 @@ def _(
     return _rows.like(logits, _rows.split(logits, gaps=keep_mask is None), fake=True)
 
 
-_token_logprobs_backward.register_autograd(once_differentiable, setup_context=lambda ctx, inputs, output: None)
+_token_logprobs_backward.refuse_double_backward()
 
 
 @custom_op("token_logprobs_backward_", mutates_args=("logits",))
@@ -249,7 +249,7 @@ def _backward(ctx: Any, grad_values: Tensor | None, _: Tensor | None, grad_ids: 
     row_data = (labels, temperature, ctx.scalar, mask, keep_mask, keep_ids, token_ids)
     args = (logits, *row_data, values, id_logprobs, grad_values, grad_ids.contiguous(), ctx.backend)
     if ctx.inplace and torch.is_grad_enabled():
-        once_differentiable(ctx)
+        refuse_double_backward()
     if ctx.inplace:
         _token_logprobs_backward_(*args)
         grad = logits.detach()
@@ -300,8 +300,9 @@ def token_logprobs(
         argmax is unspecified, whose logsumexp is NaN or +inf); a label outside `keep` has log-prob -inf.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, label or name, before anything runs. On a GPU the values of
-            labels are checked only with FASTREWARD_DEBUG=1; an illegal label gives NaN for its token.
+        TypeError, ValueError: wrong dtype, shape, device, label or name, before anything runs. Values are checked on
+            the CPU; on a GPU only with FASTREWARD_DEBUG=1, under torch.compile never: there an illegal label or token
+            id gives NaN, and a kept id outside [0, V) counts as padding.
     """
     _check_names(outputs, token_ids)
     _check_logits(logits, labels)

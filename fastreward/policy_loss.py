@@ -13,7 +13,7 @@ from fastreward import _check, losses
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import METRICS
-from fastreward._op import custom_op, once_differentiable
+from fastreward._op import custom_op, refuse_double_backward
 from fastreward._options import AGGREGATIONS, KL, KLS, Aggregation, PolicyOptions
 
 
@@ -184,7 +184,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[An
     if grad_loss is None:
         return (None,) * 19
     if torch.is_grad_enabled():  # create_graph=True: what is saved is the gradient, a constant to autograd
-        once_differentiable(ctx)
+        refuse_double_backward()
     saved, mask, row_weight, cu_seqlens = ctx.saved_tensors
     if type(saved) is Tensor and saved.device.type == "cpu":
         # Not through the custom op, whose outputs may not alias its inputs: an upstream gradient of 1 costs nothing.
@@ -382,6 +382,7 @@ def _with_keep(mask: Tensor | None, keep: Tensor | None, logprobs: Tensor, bound
     if keep is None:
         return mask
     kept = _check.tensor("keep", keep) != 0
+    _check.same_device("keep", keep, "logprobs", logprobs)
     sequences = logprobs.shape[0] if bounds is None else bounds.shape[0] - 1
     if kept.shape != logprobs.shape:
         _check.shape("keep", kept, (sequences,), "one per sequence, or as logprobs")

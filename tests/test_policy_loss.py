@@ -277,6 +277,7 @@ class TestMessages:
             ),
             (ValueError, r"advantages: expected shape \[6, 37\] .*or \[6\].*got \[5\]", {"advantages": torch.zeros(5)}),
             (TypeError, r"logprobs: expected dtype float32, got bfloat16", {"logprobs": torch.zeros(6, 37).bfloat16()}),
+            (ValueError, r"keep: expected a tensor on cpu, where logprobs is", {"keep": torch.ones(6, device="meta")}),
             (TypeError, r"mask: expected a torch tensor", {"mask": [[1.0] * 37] * 6}),
             (ValueError, r"mask: expected shape \[6, 37\] \(as logprobs\)", {"mask": torch.zeros(6)}),
             (TypeError, r"normalizer: expected a positive number, got 'ten'", {"normalizer": "ten"}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -41,6 +42,9 @@ def worker(rank: int, folder: str) -> None:
     mine = (logits[..., :CUT] if rank == 0 else logits[..., CUT:]).clone().requires_grad_()
     stats = fr.token_logprobs(mine, labels, mask=mask, temperature=0.8, outputs=OUTPUTS, process_group=dist.group.WORLD)
     (stats.logprobs.sum() + 0.5 * stats.entropy.sum()).backward()
+    twice = fr.token_logprobs(mine, labels, mask=mask, process_group=dist.group.WORLD).logprobs.sum()
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(twice, mine, create_graph=True)
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank))
     white = fr.whiten(x, x > -1, process_group=dist.group.WORLD)
     torch.save({"stats": [s.detach() for s in stats], "grad": mine.grad, "white": white}, f"{folder}/{rank}.pt")

@@ -93,7 +93,7 @@ class Probe:
         self.flops = 0.0
         if gemm is not None:
             (m, k), n = gemm[0].shape, gemm[1].shape[1]
-            for dtype in {gemm[0].dtype, torch.float32 if device == "cpu" else gemm[0].dtype}:
+            for dtype in dict.fromkeys((gemm[0].dtype, torch.float32 if device == "cpu" else gemm[0].dtype)):
                 a, b = (x.to(dtype) for x in gemm)
                 self.products[f"gemm in {dtype}"] = partial(torch.mm, a, b, out=a.new_empty(m, n))
             self.flops = 2.0 * m * k * n

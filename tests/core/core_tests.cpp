@@ -14,6 +14,7 @@
 
 #include "common/isa.hpp"
 #include "common/kept_memory.hpp"
+#include "common/number_integers.hpp"
 #include "cpu/logprobs.hpp"
 
 namespace {
@@ -382,6 +383,32 @@ CASE(kept_memory_from_many_threads) {
       }
     });
   for (std::thread& thread : threads) thread.join();
+}
+
+// ------------------------------------------------------------------------------------------------------- numbering
+CASE(number_integers_in_first_seen_order) {
+  constexpr std::int64_t kLeast = std::numeric_limits<std::int64_t>::min();
+  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+  const std::vector<std::int64_t> labels{7, kLeast, 7, kMost, -1, kLeast, 0, kMost}, expected{0, 1, 0, 2, 3, 1, 4, 2};
+  std::vector<std::int64_t> index(labels.size(), -9);
+  CHECK(fr::number_integers(labels.data(), 8, index.data()) == 5);
+  CHECK(index == expected);
+}
+
+CASE(number_integers_with_colliding_labels) {
+  // Multiples of a large power of two collide; against a plain search.
+  for (const std::uint64_t step : {std::uint64_t{1}, std::uint64_t{1} << 40, std::uint64_t{1} << 60}) {
+    std::mt19937_64 random(5);
+    std::vector<std::int64_t> labels(1000), seen, index(labels.size(), -9);
+    for (std::int64_t& label : labels) label = static_cast<std::int64_t>(random() % 300 * step);
+    const std::int64_t groups = fr::number_integers(labels.data(), 1000, index.data());
+    for (std::size_t i = 0; i < labels.size(); ++i) {
+      auto place = std::find(seen.begin(), seen.end(), labels[i]);
+      if (place == seen.end()) place = seen.insert(seen.end(), labels[i]);
+      CHECK(index[i] == place - seen.begin());
+    }
+    CHECK(groups == static_cast<std::int64_t>(seen.size()));
+  }
 }
 
 }  // namespace
