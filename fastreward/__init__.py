@@ -6,10 +6,15 @@ import torch as _torch  # noqa: F401  first: the extension shares the OpenMP run
 
 from fastreward import losses
 from fastreward._dispatch import BackendError, backend
+from fastreward._results import PolicyLoss
+from fastreward.correction import correction_weights, off_policy_sequence_mask
 from fastreward.group import group_advantages
 from fastreward.linear_logprobs import linear_token_logprobs
+from fastreward.linear_policy_loss import linear_policy_loss
+from fastreward.logits_policy_loss import logits_policy_loss
 from fastreward.logprobs import TokenStats, token_logprobs
-from fastreward.policy_loss import PolicyLoss, policy_loss
+from fastreward.policy_loss import policy_loss
+from fastreward.preference_loss import preference_loss
 from fastreward.whiten import whiten
 
 __version__ = "0.1.0"
@@ -18,10 +23,24 @@ __all__ = [
     "PolicyLoss",
     "TokenStats",
     "backend",
+    "correction_weights",
     "group_advantages",
+    "linear_policy_loss",
     "linear_token_logprobs",
+    "logits_policy_loss",
     "losses",
+    "off_policy_sequence_mask",
     "policy_loss",
+    "preference_loss",
     "token_logprobs",
     "whiten",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Recipes are loaded when they are asked for: they cost more to import than the operations."""
+    if name == "recipes":
+        import importlib
+
+        return importlib.import_module("fastreward.recipes")
+    raise AttributeError(f"module 'fastreward' has no attribute {name!r}")

@@ -77,12 +77,12 @@ def shape(name: str, x: Tensor, expected: Sequence[int], meaning: str) -> None:
         raise ValueError(f"{name}: expected shape {list(expected)} ({meaning}), got {list(x.shape)}")
 
 
-def mask(x: Tensor | None, reference: str, like: Tensor) -> Tensor | None:
+def mask(x: Tensor | None, reference: str, like: Tensor, name: str = "mask") -> Tensor | None:
     """The mask in a dtype that every kernel reads, with the shape and device of `like`. None: everything counts."""
     if x is None:
         return None
-    shape("mask", tensor("mask", x), like.shape, f"as {reference}")
-    same_device("mask", x, reference, like)
+    shape(name, tensor(name, x), like.shape, f"as {reference}")
+    same_device(name, x, reference, like)
     return (x if x.dtype in _MASK_DTYPES else x != 0).contiguous()
 
 

@@ -18,7 +18,17 @@ import torch
 
 Backend = Literal["reference", "cpu", "triton", "cuda"]
 BACKENDS: Final[tuple[Backend, ...]] = ("reference", "cpu", "triton", "cuda")
-OPERATIONS: Final = ("logprobs", "linear_logprobs", "policy_loss", "group", "whiten")
+OPERATIONS: Final = (
+    "logprobs",
+    "linear_logprobs",
+    "policy_loss",
+    "logits_policy_loss",
+    "linear_policy_loss",
+    "preference_loss",
+    "correction",
+    "group",
+    "whiten",
+)
 
 #: CUDA C++ kernels that have passed their tests on hardware, and where. Others are experimental: by hand only.
 CUDA_PASSED_ON: Final[dict[str, str]] = {}

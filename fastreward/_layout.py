@@ -47,7 +47,7 @@ FLAG: Final = {
     "rank": 16,
 }
 
-#: Names of the entries of `PolicyLoss.metrics`, in order.
+#: Names of the first entries of `PolicyLoss.metrics`, in order; those that a loss reports itself follow.
 METRICS: Final = (
     "clip_fraction_low",  # share of tokens with ratio < 1 - clip_low and A < 0 (gradient cut)
     "clip_fraction_high",  # share of tokens with ratio > 1 + clip_high and A > 0 (gradient cut)
@@ -60,8 +60,11 @@ METRICS: Final = (
     "ratio_min",
     "ratio_max",
     "entropy_mean",  # 0 without entropy
+    "advantage_mean",
     "token_count",
 )
+#: The same for `preference_loss`: pairs that have a token, mean log-prob of a sequence on each side, counted tokens.
+PAIR_METRICS: Final = ("pair_count", "chosen_logprob", "rejected_logprob", "chosen_tokens", "rejected_tokens")
 
 
 def flags_of(outputs: tuple[str, ...]) -> int:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
-KL = Literal["k1", "k2", "k3"]
+Aggregation = Literal[
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "group-mean",
+]
+PairAggregation = Literal["mean", "sum", "group-mean"]
+KL = Literal["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+", "k3-corrected"]
 Center = Literal["none", "mean", "leave-one-out", "length-weighted", "second-max", "tensor"]
 Scale = Literal["none", "std", "batch-std", "max", "tensor"]
 Singleton = Literal["zero", "raw", "nan"]
 Normalize = Literal["sum-then-normalize", "normalize-then-sum"]
 
-AGGREGATIONS: tuple[Aggregation, ...] = (
-    "token-mean",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum",
-    "seq-mean-token-sum-norm",
-)
-KLS: tuple[KL, ...] = ("k1", "k2", "k3")
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
+PAIR_AGGREGATIONS: tuple[PairAggregation, ...] = get_args(PairAggregation)
+KLS: tuple[KL, ...] = get_args(KL)
 CENTERS: tuple[Center, ...] = ("none", "mean", "leave-one-out", "length-weighted", "second-max", "tensor")
 SCALES: tuple[Scale, ...] = ("none", "std", "batch-std", "max", "tensor")
 SINGLETONS: tuple[Singleton, ...] = ("zero", "raw", "nan")

@@ -105,6 +105,7 @@ def policy_loss(
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
     weights: Tensor | None = None,
+    group_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, token loss [B, T] and a few metrics of the PPO family (log-ratio clamped to +-20), in the input dtype."""
     counted = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
@@ -125,7 +126,7 @@ def policy_loss(
         token = token * clean(weights)
     if kl is not None and ref_logprobs is not None:
         gap = (clean(ref_logprobs) - lp).clamp(-20.0, 20.0)
-        token = token + kl_coef * {"k1": -gap, "k2": gap * gap / 2, "k3": gap.exp() - gap - 1}[kl]
+        token = token + kl_coef * _kl(kl, gap, ratio)
     if entropy is not None:
         token = token - entropy_coef * clean(entropy)
     token = token * counted
@@ -135,16 +136,33 @@ def policy_loss(
         "kl_old_k3": ((ratio - log_ratio - 1) * counted).sum() / count,
         "ratio_mean": (ratio * counted).sum() / count,
     }
-    return _aggregate(token, counted, aggregation, normalizer), token, metrics
+    return _aggregate(token, counted, aggregation, normalizer, group_ids), token, metrics
 
 
-def _aggregate(token: Tensor, counted: Tensor, aggregation: str, normalizer: float | None) -> Tensor:
+def _kl(kind: str, gap: Tensor, ratio: Tensor) -> Tensor:
+    squared = gap * gap / 2
+    if kind == "k3-corrected":
+        return (gap.exp() - gap - 1) * ratio
+    value = {"k1": -gap, "abs": gap.abs(), "k2": squared, "k3": gap.exp() - gap - 1}[kind.removesuffix("+")]
+    return squared - squared.detach() + value.detach() if kind.endswith("+") else value
+
+
+def _aggregate(
+    token: Tensor, counted: Tensor, aggregation: str, normalizer: float | None, group_ids: Tensor | None
+) -> Tensor:
     lengths = counted.sum(-1)
     sequences = (lengths > 0).sum()
     rows = token.sum(-1)
-    if aggregation == "seq-mean-token-mean":
+    if aggregation in ("seq-mean-token-mean", "group-mean"):
         rows = rows / lengths.clamp(min=1)
+    groups = lengths.new_zeros(())
+    if aggregation == "group-mean" and group_ids is not None:
+        members = (group_ids.unsqueeze(0) == group_ids.unsqueeze(1)) & (lengths > 0)
+        rows = rows / members.sum(-1).clamp(min=1)
+        groups = ((lengths > 0) / members.sum(-1).clamp(min=1)).sum().round()
     denominator = {
+        "group-mean": groups,
+        "token-sum": torch.ones_like(sequences),
         "token-mean": lengths.sum(),
         "seq-mean-token-mean": sequences,
         "seq-mean-token-sum": sequences,

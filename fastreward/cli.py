@@ -1,4 +1,4 @@
-"""The command line: `fastreward doctor`, `fastreward verify`, `fastreward bench`."""
+"""The command line: `fastreward doctor`, `fastreward verify`, `fastreward bench`, `fastreward recipes`."""
 
 from __future__ import annotations
 
@@ -117,6 +117,28 @@ def bench(
         report.plot(facts["cases"], plot_path)  # type: ignore[arg-type]
     if any(reason.startswith("not equivalent") for result in done for reason in result.outcome.case.absent.values()):
         raise typer.Exit(1)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A method to explain; all are listed when none is named.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table of methods.")] = False,
+) -> None:
+    """List the published methods with their sources, or explain one: formula, gradient, how sure, an example."""
+    from fastreward.recipes import _show as room
+
+    if name is not None and markdown:
+        raise typer.BadParameter("--markdown: prints the whole table, and takes no name")
+    if markdown:
+        sys.stdout.write(room.markdown())
+    elif name is None:
+        room.show_all(_console())
+    else:
+        try:
+            recipe = room.find(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        room.explain(_console(), recipe)
 
 
 def main() -> None:

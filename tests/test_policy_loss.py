@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastreward as fr
 from fastreward._layout import METRICS
-from fastreward._options import AGGREGATIONS
+from fastreward._options import AGGREGATIONS, KLS
 from fastreward.reference.policy_loss import policy_loss as truth_of
 
 BACKENDS = ["cpu", "reference"]
@@ -41,7 +41,7 @@ def check(data: dict[str, Tensor], loss: Any = None, *, entropy: Tensor | None =
     def reference(dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
         leaf = data["logprobs"].detach().to(dtype).requires_grad_()
         more = {} if entropy is None else {"entropy": entropy.detach().to(dtype).requires_grad_()}
-        clip = {name: getattr(settings, name) for name in settings.__slots__}
+        clip = dict(settings.parameters)
         out = truth_of(**{**data, "logprobs": leaf}, **clip, **more, **options)
         (out[0] * 1.7).backward()
         return out, {"logprobs": leaf.grad, **{name: x.grad for name, x in more.items()}}
@@ -59,6 +59,11 @@ def check(data: dict[str, Tensor], loss: Any = None, *, entropy: Tensor | None =
     return result
 
 
+def grouped(aggregation: str, rows: int = 6) -> dict[str, Tensor]:
+    """group_ids, where the aggregation asks for them."""
+    return {"group_ids": torch.tensor([4, 2, 4, 4, 2, 9])[:rows]} if aggregation == "group-mean" else {}
+
+
 @pytest.fixture(params=BACKENDS)
 def _backend(request: pytest.FixtureRequest):
     with fr.backend(request.param):
@@ -68,13 +73,14 @@ def _backend(request: pytest.FixtureRequest):
 @pytest.mark.usefixtures("_backend")
 class TestNumbers:
     @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-    @pytest.mark.parametrize("kl", [None, "k1", "k2", "k3"])
+    @pytest.mark.parametrize("kl", [None, *KLS])
     def test_every_aggregation_and_kl(self, aggregation: str, kl: str | None) -> None:
         data = batch()
         ref = data["old_logprobs"] + torch.randn(data["old_logprobs"].shape) * 0.3
         check(
             data,
             aggregation=aggregation,
+            **grouped(aggregation),
             kl=kl,
             kl_coef=0.05 if kl else 0.0,
             ref_logprobs=ref,
@@ -94,14 +100,15 @@ class TestNumbers:
         ],
         ids=["clip-higher", "dual", "delta", "delta-inside", "all", "no-clamp"],
     )
-    def test_every_clip(self, loss: fr.losses.PPO) -> None:
+    def test_every_clip(self, loss: fr.losses.Loss) -> None:
         check(batch(spread=0.8), loss)
 
     @pytest.mark.parametrize("aggregation", AGGREGATIONS)
     def test_normalizer_weights_and_sequence_advantages(self, aggregation: str) -> None:
         data = batch()
         data["advantages"] = torch.randn(6)
-        check(data, aggregation=aggregation, normalizer=123.0, weights=torch.rand(6, 37) * 2)
+        weights = torch.rand(6, 37) * 2
+        check(data, aggregation=aggregation, **grouped(aggregation), normalizer=123.0, weights=weights)
 
     @pytest.mark.parametrize("dtype", MASK_DTYPES)
     def test_mask_dtypes(self, dtype: torch.dtype) -> None:
@@ -163,13 +170,14 @@ class TestNumbers:
         data["mask"][2, 0] = True
         bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
         padded, packed = data["logprobs"].clone().requires_grad_(), data["logprobs"][inside].clone().requires_grad_()
-        a = fr.policy_loss(padded, data["old_logprobs"], data["advantages"], data["mask"], aggregation=aggregation)
+        options = {"aggregation": aggregation, **grouped(aggregation, 5)}
+        a = fr.policy_loss(padded, data["old_logprobs"], data["advantages"], data["mask"], **options)
         b = fr.policy_loss(
             packed,
             data["old_logprobs"][inside],
             data["advantages"][inside],
             data["mask"][inside],
-            aggregation=aggregation,
+            **options,
             cu_seqlens=bounds.int(),
             return_token_loss=True,
         )
@@ -287,12 +295,16 @@ class TestMessages:
                 {"mask": torch.zeros(6, 37)},
             ),
             (ValueError, r"aggregation: expected one of.*did you mean 'token-mean'", {"aggregation": "token_mean"}),
-            (ValueError, r"kl: expected one of 'k1', 'k2', 'k3', got 'k4'", {"kl": "k4"}),
+            (ValueError, r"kl: expected one of 'k1', 'abs', 'k2', 'k3'.*, got 'k4'", {"kl": "k4"}),
             (ValueError, r"ref_logprobs: needed for kl='k3'", {"kl": "k3"}),
-            (ValueError, r"kl: expected 'k1', 'k2' or 'k3' where kl_coef is not 0", {"kl_coef": 0.1}),
+            (ValueError, r"kl: expected one of 'k1'.* where kl_coef is not 0", {"kl_coef": 0.1}),
             (ValueError, r"entropy: needed where entropy_coef is not 0", {"entropy_coef": 0.1}),
-            (TypeError, r"loss: expected one of fastreward.losses", {"loss": "ppo"}),
-            (ValueError, r"group_ids: the PPO family has no term", {"group_ids": [1] * 6}),
+            (TypeError, r"loss: expected a loss such as losses.ppo\(\), got str", {"loss": "ppo"}),
+            (TypeError, r"loss: dpo is a loss over pairs", {"loss": fr.losses.dpo()}),
+            (ValueError, r"group_ids: expected 6 ids", {"group_ids": [1] * 5, "aggregation": "group-mean"}),
+            (ValueError, r"group_ids: ppo is a loss over groups|group_ids: needed", {"aggregation": "group-mean"}),
+            (ValueError, r"group_size: expected a positive divisor", {"group_size": 4, "aggregation": "group-mean"}),
+            (ValueError, r"extra\['advantage'\]: 'advantage' is a term", {"extra": {"advantage": torch.zeros(6)}}),
             (ValueError, r"normalizer: expected a positive number", {"normalizer": 0.0}),
             (
                 ValueError,
@@ -361,31 +373,32 @@ def test_metrics_by_name_and_as_floats() -> None:
 
 def test_opcheck() -> None:
     data = batch(3, 9)
-    arguments = (
-        data["logprobs"].requires_grad_(),
-        torch.rand(3, 9).requires_grad_(),
-        data["old_logprobs"],
-        data["advantages"],
-        data["mask"],
-        data["old_logprobs"] * 0.9,
-        None,
-        None,
-        None,
-        [0.2, 0.2],
-        3.0,
-        None,
-        20.0,
-        "token-mean",
-        "k3",
-        0.1,
-        0.01,
-        True,
-        "cpu",
-    )
-    torch.library.opcheck(torch.ops.fastreward.policy_loss, arguments)
-    _, _, saved, row_weight, _ = (x.detach() for x in torch.ops.fastreward.policy_loss(*arguments))
-    backward = (saved, data["mask"], row_weight, torch.tensor(1.0), None, 0.01, "cpu")
-    torch.library.opcheck(torch.ops.fastreward.policy_loss_backward, backward)
+    levels = tuple((name, 3) for name in ("old_logprob", "advantage", "ref_logprob", "logprob", "entropy"))
+    for deferred, backend in ((False, "cpu"), (True, "reference")):
+        plan = fr.losses.ppo(dual_clip=3.0).policy_plan(levels, "token-mean", False, False, "k3", True, True, deferred)
+        given = {**data, "ref_logprob": data["old_logprobs"] * 0.9}
+        given |= {"old_logprob": data["old_logprobs"], "advantage": data["advantages"]}
+        arguments = (
+            data["logprobs"].detach().requires_grad_(),
+            torch.rand(3, 9).requires_grad_(),
+            [given[name] for name, _ in plan[1]],
+            data["mask"],
+            None,
+            None,
+            None,
+            None,
+            [9.0, 0.1, 0.01, 0.2, 0.2, 3.0],
+            plan[0],
+            backend,
+        )
+        torch.library.opcheck(torch.ops.fastreward.objective, arguments)
+        _, _, saved, saved_entropy, row_weight, _ = (x.detach() for x in torch.ops.fastreward.objective(*arguments))
+        weight = row_weight if deferred else None
+        like = data["logprobs"].detach()
+        upstream = torch.tensor(1.0)
+        for values, own_weight, per_token in ((saved, weight, True), (saved_entropy, None, False)):
+            backward = (values, own_weight, upstream, like, data["mask"], None, per_token, backend)
+            torch.library.opcheck(torch.ops.fastreward.objective_backward, backward)
 
 
 def test_second_derivatives_are_refused() -> None:

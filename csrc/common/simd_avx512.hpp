@@ -81,6 +81,11 @@ inline F32 to_f32(F64 lower, F64 upper) {
 
 // x * 2^n for an integral n; denormals, zero and infinity come out right.
 inline F32 scale2(F32 x, F32 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+// 2^n for an integral n in [-126, 127].
+inline F32 power2(F32 n) {
+  const __m512i i = _mm512_cvtps_epi32(n.v);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(127)), 23))};
+}
 // mantissa in [0.75, 1.5) and its exponent, for log; x positive and finite (denormals too).
 inline F32 mantissa(F32 x) { return {_mm512_getmant_ps(x.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src)}; }
 inline F32 exponent(F32 x, F32 m) {

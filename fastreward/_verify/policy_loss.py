@@ -47,8 +47,9 @@ def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     base = {"logprobs": old + normal(0.3), "old_logprobs": old, "advantages": normal(), "mask": mask}
     extra = {"ref_logprobs": old + normal(0.3), "entropy": normal().abs(), "weights": normal().abs()}
     for aggregation in AGGREGATIONS:
-        yield aggregation, base | {"aggregation": aggregation}
-        yield f"{aggregation}, normalizer", base | {"aggregation": aggregation, "normalizer": 77.0}
+        grouped = {"group_ids": torch.tensor([3, 7, 3, 3, 7])} if aggregation == "group-mean" else {}
+        yield aggregation, base | grouped | {"aggregation": aggregation}
+        yield f"{aggregation}, normalizer", base | grouped | {"aggregation": aggregation, "normalizer": 77.0}
     for kl in KLS:
         yield f"KL {kl}", base | {"kl": kl, "kl_coef": 0.1, "ref_logprobs": extra["ref_logprobs"]}
     yield "no mask", {name: x for name, x in base.items() if name != "mask"}

@@ -13,8 +13,17 @@ import torch
 
 from fastreward.bench._types import Case
 
-OPERATIONS = ("logprobs", "linear_logprobs", "policy_loss", "group", "whiten")
-WITH_VOCABULARY = ("logprobs", "linear_logprobs")  # their last dimension is V
+OPERATIONS = (
+    "logprobs",
+    "linear_logprobs",
+    "policy_loss",
+    "preference_loss",
+    "logits_policy_loss",
+    "linear_policy_loss",
+    "group",
+    "whiten",
+)
+WITH_VOCABULARY = ("logprobs", "linear_logprobs", "logits_policy_loss", "linear_policy_loss")  # their last dimension is V
 
 
 class Operation(Protocol):

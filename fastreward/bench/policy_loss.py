@@ -1,87 +1,150 @@
-"""policy_loss: PPO with dual clip, forward + backward, as verl's vanilla loss has it (log-ratio clamp 20, c = 3)."""
+"""policy_loss, forward + backward, for five of the field's losses, each beside the same loss in plain torch, eager and
+compiled, and beside verl's own function for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 import fastreward
+from fastreward import losses
 from fastreward._distance import distance
+from fastreward._options import Aggregation
 from fastreward.bench import peers, roofline
 from fastreward.bench._types import OURS, Case, Contender, Target
-from fastreward.reference import policy_loss as reference
 
-CASES = ("backward",)
+CASES = ("ppo", "cispo", "gspo", "sapo")
 DTYPES = ("float32",)
 SHAPE = (512, 8192)
 QUICK = (64, 512)
 
 _DUAL_CLIP = 3.0
+_CLAMP = 20.0
 _VERL_COMPILED = "verl + torch.compile"
 
 Tensors = tuple[Tensor, ...]
 
 
+# ---------------------------------------------------------------------------------------------- the losses in torch
+# As one writes them down, without metrics or care for NaN: what a compiler does best with.
+def _ratio(logprobs: Tensor, old: Tensor) -> Tensor:
+    return (logprobs - old).clamp(-_CLAMP, _CLAMP).exp()
+
+
+def _ppo(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    ratio = _ratio(logprobs, old)
+    clipped = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
+    token = torch.where(advantages < 0, torch.minimum(clipped, -advantages * _DUAL_CLIP), clipped)
+    return (token * mask).sum() / mask.sum()
+
+
+def _cispo(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    weight = _ratio(logprobs, old).clamp(0.8, 1.2).detach()
+    return (-weight * advantages * logprobs * mask).sum() / mask.sum()
+
+
+def _gspo(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    lengths = mask.sum(-1).clamp(min=1)
+    ratio = (((logprobs - old) * mask).sum(-1) / lengths).exp()
+    advantage = (advantages * mask).sum(-1) / lengths
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - 0.0003, 1 + 0.0004)).mean()
+
+
+def _sapo(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    tau = torch.where(advantages > 0, 1.0, 1.05)
+    token = -advantages * torch.sigmoid(tau * (_ratio(logprobs, old) - 1)) * 4 / tau
+    return ((token * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+@dataclass(frozen=True)
+class Written:
+    """One loss: ours, plain torch's, verl's (function of core_algos, its arguments) and the targets."""
+
+    loss: losses.Loss
+    plain: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    verl: str
+    settings: dict[str, Any]
+    aggregation: Aggregation
+    eager: float = 20.0  # how many times verl's eager form; 40 where that form is long
+
+
+_WRITTEN: Final = {
+    "ppo": Written(
+        losses.ppo(dual_clip=_DUAL_CLIP),
+        _ppo,
+        "compute_policy_loss_vanilla",
+        {"clip_ratio_c": _DUAL_CLIP},
+        "token-mean",
+        40.0,
+    ),
+    "cispo": Written(losses.cispo(), _cispo, "compute_policy_loss_cispo", {}, "token-mean"),
+    "gspo": Written(
+        losses.gspo(),
+        _gspo,
+        "compute_policy_loss_gspo",
+        {"clip_ratio_low": 0.0003, "clip_ratio_high": 0.0004},
+        "seq-mean-token-mean",
+    ),
+    "sapo": Written(losses.sapo(), _sapo, "compute_policy_loss_sapo", {}, "seq-mean-token-mean"),
+}
+
+
 @lru_cache(maxsize=1)
 def _data(shape: tuple[int, ...], device: str) -> Tensors:
-    """Log-probs, old log-probs, advantages, all f32 [B, T], and a ragged mask bool [B, T]."""
+    """Log-probs, old log-probs, advantages, all f32 [B, T], and a ragged mask bool [B, T].
+
+    An advantage is the same for all tokens of a sequence, as in GRPO, but given per token, as in verl.
+    """
     generator = torch.Generator(device=device).manual_seed(0)
 
-    def normal() -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
+    def normal(size: tuple[int, ...]) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
 
-    old = -normal().abs()
+    old = -normal(shape).abs()
     lengths = torch.randint(shape[1] // 4, shape[1] + 1, shape[:1], generator=generator, device=device)
     mask = torch.arange(shape[1], device=device) < lengths.unsqueeze(-1)
-    return old + 0.2 * normal(), old, normal(), mask
+    advantages = normal((shape[0], 1)).expand(shape).contiguous()
+    return old + 0.2 * normal(shape), old, advantages, mask
 
 
 def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Case:
     """Forward + backward on [B, T] float32."""
-    data = _data(shape, device)
+    data, written = _data(shape, device), _WRITTEN[case]
     built = Case(
         operation="policy_loss",
         name=case,
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=roofline.policy_loss_forward_backward(shape[0] * shape[1]),
-        error=partial(_error, _truth(*data)),
-        contenders=[Contender(OURS, partial(_ours, *data))],
+        error=partial(_error, _truth(written, *data)),
+        contenders=[Contender(OURS, partial(_ours, written, *data))],
         tolerance=1e-5,
         inputs=list(data),
         targets=(
             Target("speedup", 1.3, "torch.compile"),
-            Target("speedup", 1.3, _VERL_COMPILED),
-            Target("speedup", 40.0, "verl"),
+            Target("speedup", written.eager, "verl"),
             Target("first_call", 0.02),
         ),
     )
     for name, compiled in (("torch eager", False), ("torch.compile", True)):
-        function = peers.compiled(_obvious) if compiled else _obvious
+        function = peers.compiled(written.plain) if compiled else written.plain
         built.contenders.append(Contender(name, partial(_step, function, *data), tolerance=1e-4, compiled=compiled))
     for name, compiled in (("verl", False), (_VERL_COMPILED, True)):
-        peers.add(built, name, partial(_verl, name, compiled, data))
+        peers.add(built, name, partial(_verl, name, compiled, written, data))
     built.absent["TRL"] = "its loss is inside GRPOTrainer._compute_loss, no function of its own"
     built.absent["liger-kernel"] = "its GRPO loss starts from hidden states or logits"
     return built
 
 
-def _ours(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensors:
+def _ours(written: Written, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensors:
     leaf = logprobs.detach().requires_grad_()
-    loss = fastreward.losses.ppo(dual_clip=_DUAL_CLIP)
-    out = fastreward.policy_loss(leaf, old, advantages, mask, loss=loss).loss
+    out = fastreward.policy_loss(leaf, old, advantages, mask, loss=written.loss, aggregation=written.aggregation).loss
     return (out.detach(), *torch.autograd.grad(out, leaf))
-
-
-def _obvious(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """The loss as one writes it down, without metrics or care for NaN: what a compiler does best with."""
-    ratio = (logprobs - old).clamp(-20.0, 20.0).exp()
-    clipped = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
-    token = torch.where(advantages < 0, torch.minimum(clipped, -advantages * _DUAL_CLIP), clipped)
-    return (token * mask).sum() / mask.sum()
 
 
 def _step(function: Any, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensors:
@@ -90,25 +153,27 @@ def _step(function: Any, logprobs: Tensor, old: Tensor, advantages: Tensor, mask
     return (out.detach(), *torch.autograd.grad(out, leaf))
 
 
-def _verl(name: str, compiled: bool, data: Tensors) -> Contender:
+def _verl(name: str, compiled: bool, written: Written, data: Tensors) -> Contender:
     algorithms = peers.load("verl", "verl.trainer.ppo.core_algos")
     config = peers.load("verl", "verl.workers.config").ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_c=_DUAL_CLIP
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **written.settings
     )
-    vanilla = algorithms.compute_policy_loss_vanilla
-    function = peers.compiled(vanilla) if compiled else vanilla
+    if not hasattr(algorithms, written.verl):
+        raise peers.Absent(f"no {written.verl}")
+    function = getattr(algorithms, written.verl)
+    function = peers.compiled(function) if compiled else function
 
     def loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         with peers.quietly():  # torch.compile warns where `.item()` cuts its graph
-            out: Tensor = function(old, logprobs, advantages, mask, "token-mean", config)[0]
+            out: Tensor = function(old, logprobs, advantages, mask, written.aggregation, config)[0]
         return out
 
     return Contender(name, partial(_step, loss, *data), tolerance=1e-4, compiled=compiled)
 
 
-def _truth(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensors:
+def _truth(written: Written, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensors:
     leaf = logprobs.double().requires_grad_()
-    loss, *_ = reference.policy_loss(leaf, old, advantages, mask, dual_clip=_DUAL_CLIP)
+    loss = written.plain(leaf, old.double(), advantages.double(), mask)
     return (loss.detach(), *torch.autograd.grad(loss, leaf))
 
 
@@ -119,3 +184,4 @@ def _error(expected: Tensors, result: Tensors) -> float:
     if float(close.double().mean()) < 1 - 1e-5:
         return distance(result[1], grad)
     return max(distance(result[0], loss), distance(result[1][close], grad[close]))
+

@@ -71,6 +71,23 @@ def policy_loss_forward_backward(tokens: int, per_token_inputs: int = 3, mask_it
     return Traffic(tokens * (4 * per_token_inputs + mask_itemsize), tokens * 4)
 
 
+def preference_loss_forward_backward(tokens: int, mask_itemsize: int = 1) -> Traffic:
+    """Policy and reference log-probs and the mask read once; gradients are written once, and read the mask again."""
+    return Traffic(tokens * (8 + 2 * mask_itemsize), tokens * 4)
+
+
+def logits_policy_loss(rows: int, vocab: int, itemsize: int) -> Traffic:
+    """Each logit read once, its gradient written once."""
+    matrix = rows * vocab * itemsize
+    return Traffic(matrix + rows * (_LABEL + 13), matrix)
+
+
+def linear_policy_loss(rows: int, hidden: int, vocab: int, itemsize: int) -> Traffic:
+    """hidden and weight read once, their gradients written once; three GEMMs: logits, and the gradient of each factor."""
+    operands = (rows * hidden + vocab * hidden) * itemsize
+    return Traffic(operands + rows * (_LABEL + 13), operands, 6.0 * rows * hidden * vocab)
+
+
 def group_advantages(rows: int, components: int = 1) -> Traffic:
     """Rewards and group indices in, advantages out (naming the groups, on the host, is what costs)."""
     return Traffic(rows * (4 * components + _LABEL), rows * 4)

@@ -2,7 +2,8 @@
 
 Every kernel in csrc/cuda is an extern "C" function of one struct whose members are all 8 bytes wide (pointer, int64,
 float64), so that a plan is a name, two numbers and some packed bytes. `_cuda.launch` takes it as it is; on the CuPy
-route the same source is compiled by NVRTC at first use and kept by CuPy on disk under a hash of its text.
+route the same source is compiled by NVRTC at first use and kept by CuPy on disk under a hash of its text. Kernels that
+are generated, those of losses, take the CuPy route always.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastreward._dispatch import BackendError
 
 Route = Literal["nvcc", "cupy"]
 #: As in CMakeLists.txt: multiply-adds are fused only where the source says so, so that both routes give the same bits.
@@ -82,7 +85,19 @@ def launch(
     if route() == "nvcc":
         _compiled().launch(kernel, index, grid, block, shared, stream, arguments.packed)
     else:
-        _launch_cupy(source, kernel, grid, block, arguments.packed, index, stream, shared, define)
+        _queue(_cupy_kernel(source, kernel, define), grid, block, arguments.packed, index, stream, shared)
+
+
+def launch_text(
+    text: str, kernel: str, grid: int, block: int, arguments: Arguments, device: torch.device, shared: int = 0
+) -> None:
+    """Queues `kernel` of generated CUDA C++ on torch's current stream. Its includes are of csrc.
+
+    Such text is compiled by NVRTC through CuPy in every installation: nvcc is no part of a running program.
+    """
+    index = _index(device)
+    stream = torch.cuda.current_stream(index).cuda_stream
+    _queue(_text_kernel(text, kernel), grid, block, arguments.packed, index, stream, shared)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -93,6 +108,11 @@ def multiprocessors(device: torch.device) -> int:
 def has_clusters(device: torch.device) -> bool:
     """True where thread blocks form clusters with distributed shared memory (compute capability 9.0 and later)."""
     return _properties(_index(device))[1] >= 9
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of one multiprocessor, of which CUDA takes 1024 for every block on it."""
+    return _properties(_index(device))[2]
 
 
 def counter(device: torch.device) -> Tensor:
@@ -119,19 +139,23 @@ def countable(mask: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def source_text(name: str) -> str:
-    """csrc/cuda/<name>.cu with its own headers pasted in, so that a hash of the text covers all of it."""
+    """csrc/cuda/<name>.cu, whole."""
+    return whole_text((_sources() / "cuda" / f"{name}.cu").read_text(encoding="utf-8"))
+
+
+def whole_text(text: str) -> str:
+    """CUDA C++ with fastreward's own headers pasted in, so that a hash of it covers everything."""
     seen: set[str] = set()
 
-    def expand(path: Path) -> str:
-        return _INCLUDE.sub(lambda match: include(match[1]), path.read_text(encoding="utf-8"))
-
-    def include(header: str) -> str:
+    def include(match: re.Match[str]) -> str:
+        header = match[1]
         if header in seen or header.endswith(".hpp"):  # .hpp: the host's side, which NVRTC never sees
             return ""
         seen.add(header)
-        return expand(_sources() / header).replace("#pragma once", "")
+        pasted = (_sources() / header).read_text(encoding="utf-8").replace("#pragma once", "")
+        return _INCLUDE.sub(include, pasted)
 
-    return expand(_sources() / "cuda" / f"{name}.cu")
+    return _INCLUDE.sub(include, text)
 
 
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
@@ -149,9 +173,9 @@ def _index(device: torch.device) -> int:
 
 
 @cache
-def _properties(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.major
+def _properties(index: int) -> tuple[int, int, int]:
+    p = torch.cuda.get_device_properties(index)
+    return p.multi_processor_count, p.major, p.shared_memory_per_multiprocessor
 
 
 @cache
@@ -172,9 +196,24 @@ def _cupy_module(source: str, define: str) -> Any:
     return cupy.RawModule(code=source_text(source), options=options, backend="nvrtc")
 
 
-def _launch_cupy(
-    source: str, kernel: str, grid: int, block: int, arguments: bytes, index: int, stream: int, shared: int, define: str
-) -> None:
+@cache
+def _text_kernel(text: str, kernel: str) -> Any:
+    if importlib.util.find_spec("cupy") is None:
+        raise BackendError(
+            "fastreward: the cuda backend compiles losses at first use, through CuPy, which is not installed "
+            "(pip install 'fastreward[cuda13]', or cuda12 where torch is built for CUDA 12)"
+        )
+    return _text_module(text).get_function(kernel)
+
+
+@cache
+def _text_module(text: str) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=whole_text(text), options=NVRTC_OPTIONS, backend="nvrtc")
+
+
+def _queue(kernel: Any, grid: int, block: int, arguments: bytes, index: int, stream: int, shared: int) -> None:
     import cupy
     import numpy as np
 
@@ -182,4 +221,6 @@ def _launch_cupy(
     by_value = np.frombuffer(arguments, dtype=np.int64)
     queue = cupy.cuda.ExternalStream(stream, index) if stream else cupy.cuda.Stream.null
     with cupy.cuda.Device(index), queue:
-        _cupy_kernel(source, kernel, define)((grid,), (block,), (by_value,), shared_mem=shared)
+        if shared > MAX_SHARED_BYTES:
+            kernel.max_dynamic_shared_size_bytes = shared
+        kernel((grid,), (block,), (by_value,), shared_mem=shared)

@@ -1,49 +1,182 @@
-"""Policy losses, named as the field names them; each returns a loss to pass to `fastreward.policy_loss`."""
+"""Losses, each written once in one small language and run fused on every backend.
+
+`define` makes a loss of a function over terms; the functions below are what it is written with. The field's losses are
+here under the field's names, each returning a loss to pass to `policy_loss`, `logits_policy_loss` or `preference_loss`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from fastreward.losses._define import Definition, Loss, define
+from fastreward.losses._functions import (
+    abs,
+    batch_match,
+    batch_max,
+    batch_mean,
+    batch_min,
+    batch_sum,
+    clip,
+    exp,
+    expm1,
+    group_cumsum,
+    group_logsumexp,
+    group_max,
+    group_mean,
+    group_min,
+    group_size,
+    group_sum,
+    group_sum_others,
+    log,
+    log1p,
+    logsigmoid,
+    maximum,
+    minimum,
+    relu,
+    seq_max,
+    seq_mean,
+    seq_min,
+    seq_sum,
+    sigmoid,
+    sign,
+    softplus,
+    sqrt,
+    stop_gradient,
+    tanh,
+    where,
+)
+from fastreward.losses._graph import Node
+from fastreward.losses._objective import kl
+from fastreward.losses._terms import PairTerms, Terms
+from fastreward.losses.preference import (
+    cdpo,
+    cream,
+    dno,
+    dpo,
+    gpo,
+    ld_dpo_weights,
+    mah_dpo,
+    mm_dpo,
+    rpo,
+    simpo,
+    sppo,
+    tgdpo,
+    treg,
+)
+from fastreward.losses.score import (
+    cispo,
+    dispo,
+    dppo_kl,
+    dppo_tv,
+    dro,
+    gpg,
+    raft,
+    reinforce,
+    sdpo,
+    sft,
+    verifree,
+    vespo,
+)
+from fastreward.losses.selection import cov_mask, tw_grpo_importance
+from fastreward.losses.sequence import brain, gdro, gmpo, gspo, gspo_token, jepo, laser, pacs, real, sdpo_topk
+from fastreward.losses.token import (
+    clip_cov,
+    kl_cov,
+    nsr,
+    ppo,
+    psr,
+    sapo,
+    stable_reinforce,
+    tw_grpo,
+    visurf,
+    w_reinforce,
+)
 
-__all__ = ["PPO", "ppo"]
-
-
-@dataclass(frozen=True, slots=True)
-class PPO:
-    """The clipped surrogate and its variants; make one with `losses.ppo`."""
-
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    delta: float | None
-    log_ratio_clamp: float | None
-
-
-def ppo(
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    delta: float | None = None,
-    *,
-    log_ratio_clamp: float | None = 20.0,
-) -> PPO:
-    """PPO-clip: max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), r = exp(logprob - old_logprob).
-
-    Args:
-        clip_low, clip_high: widths of the clip range; unequal ones are DAPO's clip-higher (arXiv 2503.14476).
-        dual_clip: c > 1 bounds the loss of tokens with A < 0 at -A c (arXiv 1912.09729; verl's default is 3.0).
-        delta: upper bound of the ratio in the unclipped branch (two-sided clip of INTELLECT-2, as TRL's `delta`).
-        log_ratio_clamp: the log-ratio is clamped to +- this, with gradient 0 outside (verl, OpenRLHF: 20); None never.
-
-    Formula read in code: verl core_algos.py `compute_policy_loss_vanilla`, TRL grpo_trainer.py `_compute_loss`.
-    """
-    if not 0 <= clip_low <= 1:
-        raise ValueError(f"clip_low: expected a number in [0, 1], got {clip_low}")
-    if not clip_high >= 0:
-        raise ValueError(f"clip_high: expected a number >= 0, got {clip_high}")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip: expected None or a number > 1, got {dual_clip}")
-    if delta is not None and not delta > 0:
-        raise ValueError(f"delta: expected None or a positive number, got {delta}")
-    if log_ratio_clamp is not None and not log_ratio_clamp > 0:
-        raise ValueError(f"log_ratio_clamp: expected None or a positive number, got {log_ratio_clamp}")
-    return PPO(clip_low, clip_high, dual_clip, delta, log_ratio_clamp)
+__all__ = [
+    "Definition",
+    "Loss",
+    "Node",
+    "PairTerms",
+    "Terms",
+    "abs",
+    "batch_match",
+    "batch_max",
+    "batch_mean",
+    "batch_min",
+    "batch_sum",
+    "brain",
+    "cdpo",
+    "cispo",
+    "clip",
+    "clip_cov",
+    "cov_mask",
+    "cream",
+    "define",
+    "dispo",
+    "dno",
+    "dpo",
+    "dppo_kl",
+    "dppo_tv",
+    "dro",
+    "exp",
+    "expm1",
+    "gdro",
+    "gmpo",
+    "gpg",
+    "gpo",
+    "group_cumsum",
+    "group_logsumexp",
+    "group_max",
+    "group_mean",
+    "group_min",
+    "group_size",
+    "group_sum",
+    "group_sum_others",
+    "gspo",
+    "gspo_token",
+    "jepo",
+    "kl",
+    "kl_cov",
+    "laser",
+    "ld_dpo_weights",
+    "log",
+    "log1p",
+    "logsigmoid",
+    "mah_dpo",
+    "maximum",
+    "minimum",
+    "mm_dpo",
+    "nsr",
+    "pacs",
+    "ppo",
+    "psr",
+    "raft",
+    "real",
+    "reinforce",
+    "relu",
+    "rpo",
+    "sapo",
+    "sdpo",
+    "sdpo_topk",
+    "seq_max",
+    "seq_mean",
+    "seq_min",
+    "seq_sum",
+    "sft",
+    "sigmoid",
+    "sign",
+    "simpo",
+    "softplus",
+    "sppo",
+    "sqrt",
+    "stable_reinforce",
+    "stop_gradient",
+    "tanh",
+    "tgdpo",
+    "treg",
+    "tw_grpo",
+    "tw_grpo_importance",
+    "verifree",
+    "vespo",
+    "visurf",
+    "w_reinforce",
+    "where",
+]

@@ -1,5 +1,5 @@
 // Runs CUDA C++ kernels on the CPU, so that their logic is tested where there is no GPU: a thread is a fiber, a block an
-// OS thread's set of fibers that switch at barriers and warp exchanges, a cluster 8 OS threads. Shared memory is
+// OS thread's set of fibers that switch at barriers and warp exchanges, a cluster as many OS threads. Shared memory is
 // thread_local. It says nothing about speed, and nothing about races between barriers.
 #pragma once
 
@@ -14,10 +14,11 @@
 #include <cstring>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define __device__
-#define __global__
+#define __global__ __attribute__((visibility("default")))
 #define __shared__ static thread_local
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -34,7 +35,6 @@ namespace emulation {
 
 constexpr int WARP_SIZE = 32;
 constexpr std::size_t STACK = 64 << 10;
-constexpr unsigned CLUSTER = 8;
 
 struct Rendezvous {  // how many have come, and how often all have
   int arrived = 0, generation = 0;
@@ -190,6 +190,15 @@ void call(void* kernel, void* arguments) {
   reinterpret_cast<void (*)(Blob<BYTES>)>(kernel)(*static_cast<Blob<BYTES>*>(arguments));
 }
 
+// A call for each size of an argument struct, in 8-byte words from FIRST on; smaller ones would go in registers.
+constexpr std::size_t FIRST = 3, LAST = 160;
+using Call = void (*)(void*, void*);
+template <std::size_t... WORDS>
+Call call_of(std::size_t words, std::index_sequence<WORDS...>) {
+  static constexpr Call all[] = {&call<8 * (FIRST + WORDS)>...};
+  return words >= FIRST && words <= LAST ? all[words - FIRST] : nullptr;
+}
+
 }  // namespace emulation
 
 #define threadIdx (emulation::ThreadIndex{emulation::block->current})
@@ -198,6 +207,7 @@ void call(void* kernel, void* arguments) {
 #define gridDim (emulation::ThreadIndex{emulation::block->grid})
 
 inline void __syncthreads() { emulation::meet_block(); }
+inline void __syncwarp(unsigned) { emulation::meet_warp(); }
 inline void __threadfence() {}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int d) {
@@ -230,6 +240,16 @@ inline unsigned __float_as_uint(float x) {
   std::memcpy(&y, &x, 4);
   return y;
 }
+inline long long __double_as_longlong(double x) {
+  long long y;
+  std::memcpy(&y, &x, 8);
+  return y;
+}
+inline double __longlong_as_double(long long x) {
+  double y;
+  std::memcpy(&y, &x, 8);
+  return y;
+}
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return unsigned(((std::uint64_t(high) << 32) | low) >> (shift & 31u));
 }
@@ -241,6 +261,7 @@ using std::isinf;
 using std::isnan;
 inline int min(int a, int b) { return a < b ? a : b; }
 inline long long min(long long a, long long b) { return a < b ? a : b; }
+inline long long max(long long a, long long b) { return a > b ? a : b; }
 
 // What csrc/common/ptx.cuh has as inline PTX.
 #define FASTREWARD_CLUSTER(size)
@@ -283,38 +304,29 @@ inline unsigned load_from_rank(const unsigned* mine, unsigned rank) {
 
 inline float* emulated_dynamic_shared() { return emulation::block->dynamic.data(); }
 
-// Runs all blocks of `kernel`, whose argument struct is `words` 8-byte words; 1 where that size is not in the list.
+// Runs all blocks of `kernel`, whose argument struct is `words` 8-byte words, `cluster` of them at a time; 1 where
+// there is no call for that size.
 extern "C" inline __attribute__((used, visibility("default"))) int emulate(void* kernel, void* arguments, int words, unsigned grid,
-                                                                    unsigned threads, std::size_t shared, int clustered) {
-  void (*body)(void*, void*) = nullptr;
-  switch (words) {
-    case 6: body = emulation::call<48>; break;
-    case 9: body = emulation::call<72>; break;
-    case 12: body = emulation::call<96>; break;
-    case 13: body = emulation::call<104>; break;
-    case 21: body = emulation::call<168>; break;
-    case 25: body = emulation::call<200>; break;
-    case 27: body = emulation::call<216>; break;
-    case 31: body = emulation::call<248>; break;
-    default: return 1;
-  }
+                                                                    unsigned threads, std::size_t shared, unsigned cluster) {
   struct Both {
-    void (*body)(void*, void*);
+    emulation::Call body;
     void *kernel, *arguments;
-  } both = {body, kernel, arguments};
+  } both = {emulation::call_of(std::size_t(words), std::make_index_sequence<emulation::LAST - emulation::FIRST + 1>()),
+            kernel, arguments};
+  if (!both.body) return 1;
   const auto run = [](void* p) {
     const Both& x = *static_cast<Both*>(p);
     x.body(x.kernel, x.arguments);
   };
-  if (!clustered) {
+  if (cluster == 1) {
     for (unsigned i = 0; i < grid; ++i) emulation::run_block(i, grid, threads, shared, nullptr, 0, run, &both);
     return 0;
   }
-  for (unsigned first = 0; first < grid; first += emulation::CLUSTER) {
-    emulation::Cluster cluster(emulation::CLUSTER);
+  for (unsigned first = 0; first < grid; first += cluster) {
+    emulation::Cluster together(cluster);
     std::vector<std::thread> blocks;
-    for (unsigned rank = 0; rank < emulation::CLUSTER; ++rank)
-      blocks.emplace_back([&, rank] { emulation::run_block(first + rank, grid, threads, shared, &cluster, rank, run, &both); });
+    for (unsigned rank = 0; rank < cluster; ++rank)
+      blocks.emplace_back([&, rank] { emulation::run_block(first + rank, grid, threads, shared, &together, rank, run, &both); });
     for (std::thread& t : blocks) t.join();
   }
   return 0;

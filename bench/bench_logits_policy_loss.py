@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OPERATION = "logits_policy_loss"
+
+
+def test_logits_policy_loss(
+    run_contender: Callable[[str, str, str, str], None], case: str, dtype: str, contender: str
+) -> None:
+    run_contender(OPERATION, case, dtype, contender)

@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OPERATION = "preference_loss"
+
+
+def test_preference_loss(
+    run_contender: Callable[[str, str, str, str], None], case: str, dtype: str, contender: str
+) -> None:
+    run_contender(OPERATION, case, dtype, contender)

@@ -1,0 +1,181 @@
+// fastreward._core.Program, program_run, program_scale and program_spread: see csrc/cpu/program.hpp.
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings/registry.hpp"
+#include "cpu/program.hpp"
+
+namespace fastreward {
+namespace {
+
+using Address = std::uintptr_t;
+using RowCode = std::vector<std::array<int, 5>>;
+using StepCode = std::tuple<int, int, int, std::vector<std::array<int, 2>>, std::vector<std::array<int, 8>>,
+                            std::vector<std::array<int, 2>>>;
+using StageCode = std::pair<std::vector<StepCode>, RowCode>;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+Span<T> span(const std::vector<T>& v) {
+  return {v.data(), static_cast<int>(v.size())};
+}
+
+std::vector<RowInstruction> row_instructions(const RowCode& code) {
+  std::vector<RowInstruction> out;
+  for (const auto& [op, result, a, b, c] : code) out.push_back({static_cast<RowOp>(op), result, a, b, c});
+  return out;
+}
+
+// The arrays behind a ProgramCode. Instructions come from fastreward/cpu/program.py, which is trusted to number operands
+// and places as it declares them.
+class Program {
+ public:
+  Program(int numbers, int columns, const std::vector<std::pair<int, double>>& constants, std::vector<int> scalars,
+          const std::vector<std::pair<int, int>>& inputs, const RowCode& prologue, const std::vector<StageCode>& stages,
+          std::vector<int> outputs, std::vector<int> batch)
+      : scalars_(std::move(scalars)), outputs_(std::move(outputs)), batch_(std::move(batch)) {
+    for (const auto& [number, value] : constants) constants_.push_back({number, value});
+    for (const auto& [level, place] : inputs) inputs_.push_back({static_cast<InputLevel>(level), place});
+    prologue_ = row_instructions(prologue);
+    parts_.resize(stages.size());
+    for (std::size_t i = 0; i < stages.size(); ++i) {
+      Stage& own = parts_[i];
+      own.rows = row_instructions(stages[i].second);
+      own.parts.resize(stages[i].first.size());
+      for (std::size_t k = 0; k < own.parts.size(); ++k) own.tokens.push_back(step(stages[i].first[k], own.parts[k]));
+      stages_.push_back({span(own.tokens), span(own.rows)});
+    }
+    code_ = {numbers,        columns,       span(constants_), span(scalars_), span(inputs_),
+             span(prologue_), span(stages_), span(outputs_),   span(batch_)};
+  }
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+
+  const ProgramCode& code() const { return code_; }
+
+ private:
+  struct Step {
+    std::vector<TokenOperand> operands;
+    std::vector<TokenInstruction> instructions;
+    std::vector<Reduction> reductions;
+  };
+  struct Stage {
+    std::vector<Step> parts;
+    std::vector<TokenStep> tokens;
+    std::vector<RowInstruction> rows;
+  };
+
+  static TokenStep step(const StepCode& from, Step& own) {
+    const auto& [side, slots, mask_slots, operands, instructions, reductions] = from;
+    for (const auto& [kind, index] : operands) own.operands.push_back({static_cast<OperandKind>(kind), index});
+    for (const auto& [op, out, second, third, a, b, c, d] : instructions)
+      own.instructions.push_back({static_cast<TokenOp>(op), out, second, third, a, b, c, d});
+    for (const auto& [kind, place] : reductions) own.reductions.push_back({static_cast<ReductionKind>(kind), place});
+    return {side, slots, mask_slots, span(own.operands), span(own.instructions), span(own.reductions)};
+  }
+
+  std::vector<Constant> constants_;
+  std::vector<int> scalars_;
+  std::vector<ProgramInput> inputs_;
+  std::vector<RowInstruction> prologue_;
+  std::vector<Stage> parts_;
+  std::vector<ProgramStage> stages_;
+  std::vector<int> outputs_, batch_;
+  ProgramCode code_;
+};
+
+using TokensCode = std::tuple<std::int64_t, std::int64_t, Address, Address, int>;
+
+ProgramTokens tokens_of(const TokensCode& from) {
+  const auto& [rows, columns, cu_seqlens, mask, mask_kind] = from;
+  return {rows, columns, at<const std::int64_t>(cu_seqlens), {at<const void>(mask), static_cast<MaskKind>(mask_kind)}};
+}
+
+std::int64_t count_groups(const std::int64_t* groups, std::int64_t rows) {
+  std::int64_t count = 0;
+  for (std::int64_t row = 0; groups != nullptr && row < rows; ++row) {
+    if (groups[row] < 0 || groups[row] >= rows)
+      throw std::invalid_argument("groups: expected numbers from 0 below " + std::to_string(rows));
+    if (groups[row] >= count) count = groups[row] + 1;
+  }
+  return count;
+}
+
+void run(const Program& program, const std::vector<TokensCode>& sides, const std::vector<Address>& inputs,
+         const std::vector<double>& scalars, Address groups, const std::vector<Address>& outputs, Address batch,
+         int threads) {
+  const pybind11::gil_scoped_release unlocked;
+  std::vector<ProgramTokens> tokens;
+  for (const TokensCode& side : sides) tokens.push_back(tokens_of(side));
+  std::vector<const float*> sources;
+  for (const Address address : inputs) sources.push_back(at<const float>(address));
+  std::vector<float*> results;
+  for (const Address address : outputs) results.push_back(at<float>(address));
+  ProgramCall call;
+  call.code = &program.code();
+  call.sides = tokens.data();
+  call.inputs = sources.data();
+  call.scalars = scalars.data();
+  call.groups = at<const std::int64_t>(groups);
+  call.group_count = count_groups(call.groups, tokens[0].rows);
+  call.outputs = results.data();
+  call.batch = at<float>(batch);
+  call.threads = threads;
+  FASTREWARD_DISPATCH(program_run)(call);
+}
+
+void scale(const TokensCode& tokens, Address saved, Address row_weight, double factor, Address out, int threads) {
+  const pybind11::gil_scoped_release unlocked;
+  FASTREWARD_DISPATCH(program_scale)
+  (tokens_of(tokens), at<const float>(saved), at<const float>(row_weight), static_cast<float>(factor), at<float>(out),
+   threads);
+}
+
+void spread(const TokensCode& tokens, Address row_values, double factor, Address out, int threads) {
+  const pybind11::gil_scoped_release unlocked;
+  FASTREWARD_DISPATCH(program_spread)
+  (tokens_of(tokens), at<const float>(row_values), static_cast<float>(factor), at<float>(out), threads);
+}
+
+#define FASTREWARD_NAME(name) #name,
+pybind11::dict numbered(const std::vector<const char*>& names) {
+  pybind11::dict out;
+  int number = 0;
+  for (const char* name : names) out[name] = number++;
+  return out;
+}
+
+}  // namespace
+
+void register_program(pybind11::module_& m) {
+  namespace py = pybind11;
+  py::class_<Program>(m, "Program", "Instructions of a program of the loss language, made by fastreward/cpu/program.py.")
+      .def(py::init<int, int, const std::vector<std::pair<int, double>>&, std::vector<int>,
+                    const std::vector<std::pair<int, int>>&, const RowCode&, const std::vector<StageCode>&,
+                    std::vector<int>, std::vector<int>>(),
+           py::kw_only(), py::arg("numbers"), py::arg("columns"), py::arg("constants"), py::arg("scalars"),
+           py::arg("inputs"), py::arg("prologue"), py::arg("stages"), py::arg("outputs"), py::arg("batch"));
+  m.def("program_token_operators", [] { return numbered({FASTREWARD_TOKEN_OPERATORS(FASTREWARD_NAME)}); },
+        "Numbers of the token operators, by name.");
+  m.def("program_row_operators", [] { return numbered({FASTREWARD_ROW_OPERATORS(FASTREWARD_NAME)}); },
+        "Numbers of the row operators, by name.");
+  m.def("program_run", &run, py::kw_only(), py::arg("program"), py::arg("sides"), py::arg("inputs"),
+        py::arg("scalars"), py::arg("groups"), py::arg("outputs"), py::arg("batch"), py::arg("threads"));
+  m.def("program_scale", &scale, py::arg("tokens"), py::arg("saved"), py::arg("row_weight"), py::arg("factor"),
+        py::arg("out"), py::arg("threads"), "out = saved * row_weight[row] * factor; a 0 stays 0.");
+  m.def("program_spread", &spread, py::arg("tokens"), py::arg("row_values"), py::arg("factor"), py::arg("out"),
+        py::arg("threads"), "out = row_values[row] * factor on counted tokens, 0 elsewhere.");
+}
+
+}  // namespace fastreward

@@ -1,0 +1,105 @@
+// Programs of the loss language: the order of their parts, and what backward does with the gradients they saved.
+//
+// A program is a list of passes over the tokens (program_tokens.cpp, operators in program_operators.cpp), each followed by
+// work per row (program_rows.cpp). Everything that a pass needs of a row is known when it begins; the last pass stores the
+// outputs, with the aggregation's weights already in them, so that backward with an upstream gradient of 1 is free.
+#include "cpu/program.hpp"
+
+#include "cpu/program_items.hpp"
+
+namespace fastreward::FASTREWARD_ISA {
+namespace {
+
+using namespace program;
+using namespace simd;
+
+void place_inputs(const ProgramCall& call, const RowValues& values) {
+  const ProgramCode& code = *call.code;
+  for (const Constant& c : code.constants) values.numbers[c.number] = c.value;
+  for (int k = 0; k < code.scalars.size; ++k) values.numbers[code.scalars[k]] = call.scalars[k];
+  for (int k = 0; k < code.inputs.size; ++k) {
+    const ProgramInput& input = code.inputs[k];
+    const float* from = call.inputs[k];
+    if (input.level == InputLevel::batch) values.numbers[input.place] = static_cast<double>(*from);
+    if (input.level != InputLevel::row) continue;
+    double* column = values.column(input.place);
+    for (std::int64_t row = 0; row < values.rows; ++row) column[row] = static_cast<double>(from[row]);
+  }
+}
+
+void write_results(const ProgramCall& call, const RowValues& values) {
+  const ProgramCode& code = *call.code;
+  for (int k = 0; k < code.outputs.size; ++k) {
+    if (code.outputs[k] == kTokenOutput) continue;
+    for (std::int64_t row = 0; row < values.rows; ++row)
+      call.outputs[k][row] = static_cast<float>(values.at(code.outputs[k], row));
+  }
+  for (int k = 0; k < code.batch.size; ++k) call.batch[k] = static_cast<float>(values.numbers[code.batch[k]]);
+}
+
+// f(item's row, first token, tokens, mask bytes or nullptr) for every item.
+template <class F>
+void for_items(const ProgramTokens& t, int threads, const F& f) {
+  const Items items(t);
+  struct Worker {
+    const ProgramTokens& tokens;
+    const Items& items;
+    const F& f;
+    void run(std::int64_t first, std::int64_t last) const {
+      std::uint8_t buffer[kProgramItem];
+      for (std::int64_t i = first; i < last; ++i) {
+        const std::int64_t row = items.row_of(i), column = (i - items.first(row)) * kProgramItem;
+        const std::int64_t left = length_of(tokens, row) - column, begin = begin_of(tokens, row) + column;
+        const int n = static_cast<int>(left < kProgramItem ? left : kProgramItem);
+        f(row, begin, n, mask_block(tokens.mask, begin, n, buffer));
+      }
+    }
+  };
+  for_chunks(items.count(), threads, [&] { return Worker{t, items, f}; });
+}
+
+}  // namespace
+
+// -------------------------------------------------------------------------------------------------------- launchers
+void program_run(const ProgramCall& call) {
+  const ProgramCode& code = *call.code;
+  const std::int64_t rows = call.sides[0].rows;
+  const Buffer<double> numbers(code.numbers), columns(code.columns * rows);
+  const RowValues values{numbers.data(), columns.data(), rows};
+  const RowGroups groups{call.groups, call.group_count};
+  place_inputs(call, values);
+  run_rows(code.prologue, values, groups);
+  for (const ProgramStage& stage : code.stages) {
+    for (const TokenStep& step : stage.tokens) run_tokens(call, step, values);
+    run_rows(stage.rows, values, groups);
+  }
+  write_results(call, values);
+}
+
+void program_scale(const ProgramTokens& t, const float* saved, const float* row_weight, float factor, float* out,
+                   int threads) {
+  for_items(t, threads, [&](std::int64_t row, std::int64_t begin, int n, const std::uint8_t*) {
+    const F32 zero = f32(0.0f), by = f32(row_weight == nullptr ? factor : row_weight[row] * factor);
+    const float* x = saved + begin;
+    float* to = out + begin;
+    const auto scaled = [&](F32 v) { return select(v == zero, zero, v * by); };
+    int i = 0;
+    for (; i + kF32 <= n; i += kF32) store(to + i, scaled(load(x + i)));
+    if (i < n) store_n(to + i, scaled(load_n(x + i, n - i, 0.0f)), n - i);
+  });
+}
+
+void program_spread(const ProgramTokens& t, const float* row_values, float factor, float* out, int threads) {
+  for_items(t, threads, [&](std::int64_t row, std::int64_t begin, int n, const std::uint8_t* bytes) {
+    const F32 value = f32(row_values[row] * factor);
+    float* to = out + begin;
+    int i = 0;
+    for (; i + kF32 <= n; i += kF32)
+      store(to + i, bytes == nullptr ? value : select(nonzero(bytes + i), value, f32(0.0f)));
+    if (i == n) return;
+    const M32 counted = bytes == nullptr ? first32(n - i) : nonzero_n(bytes + i, n - i);
+    store_n(to + i, select(counted, value, f32(0.0f)), n - i);
+  });
+}
+
+}  // namespace fastreward::FASTREWARD_ISA

@@ -1,0 +1,53 @@
+// What the parts of the program evaluator share. For csrc/cpu/program*.cpp only.
+#pragma once
+
+#include <cstddef>
+#include <new>
+
+#include "cpu/program.hpp"
+
+namespace fastreward::FASTREWARD_ISA::program {
+
+// An uninitialised array on cache lines, for scratch of one call. (Not a standard container: their inline functions
+// would be compiled for one instruction set and linked into all.)
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(std::int64_t size)
+      : data_(static_cast<T*>(::operator new(static_cast<std::size_t>(size > 0 ? size : 1) * sizeof(T), kLine))) {}
+  ~Buffer() { ::operator delete(data_, kLine); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() const { return data_; }
+  T& operator[](std::int64_t i) const { return data_[i]; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  T* data_;
+};
+
+// The values per row and for the batch, in float64.
+struct RowValues {
+  double* numbers;  // [code.numbers]
+  double* columns;  // [code.columns, rows]
+  std::int64_t rows;
+
+  bool is_column(RowPlace p) const { return p < 0; }
+  double* column(RowPlace p) const { return columns + static_cast<std::int64_t>(~p) * rows; }
+  double at(RowPlace p, std::int64_t row) const { return p < 0 ? column(p)[row] : numbers[p]; }
+};
+
+// Groups of rows: each one's number, and room for a value per group and for two orders of the rows.
+struct RowGroups {
+  const std::int64_t* of_row;
+  std::int64_t count;
+};
+
+// Runs the instructions in order.
+void run_rows(const Span<RowInstruction>& instructions, const RowValues& values, const RowGroups& groups);
+
+// Runs one pass over the tokens of a side; its reductions go to columns of `values`.
+void run_tokens(const ProgramCall& call, const TokenStep& step, const RowValues& values);
+
+}  // namespace fastreward::FASTREWARD_ISA::program

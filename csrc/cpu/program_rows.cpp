@@ -1,0 +1,195 @@
+// The work of programs per sequence, per group and for the batch: float64, one column of rows after the other, each
+// instruction a loop over the rows. Sums run in the order of the rows; groups cost time linear in the rows.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/program_internal.hpp"
+
+namespace fastreward::FASTREWARD_ISA::program {
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+// An operand of an instruction over n rows.
+struct Operand {
+  const double* p;
+  bool column;
+
+  double operator[](std::int64_t row) const { return p[column ? row : 0]; }
+};
+
+Operand operand(const RowValues& values, RowPlace p) {
+  return values.is_column(p) ? Operand{values.column(p), true} : Operand{values.numbers + p, false};
+}
+
+// ---------------------------------------------------------------------------------------------------- elementwise
+double sign_of(double x) { return std::isnan(x) ? x : static_cast<double>(x > 0.0) - static_cast<double>(x < 0.0); }
+double sigmoid_of(double x) {
+  const double e = std::exp(-std::fabs(x));
+  return (x < 0.0 ? e : 1.0) / (1.0 + e);
+}
+double logsigmoid_of(double x) { return (x > 0.0 ? 0.0 : x) - std::log1p(std::exp(-std::fabs(x))); }
+double log_of(double x) { return x < 0.0 ? std::numeric_limits<double>::quiet_NaN() : std::log(x); }
+
+template <class F>
+void unary(const RowInstruction& i, const RowValues& values, const F& f) {
+  const Operand a = operand(values, i.a);
+  double* out = values.is_column(i.out) ? values.column(i.out) : values.numbers + i.out;
+  const std::int64_t n = values.is_column(i.out) ? values.rows : 1;
+  if (!a.column) {
+    const double y = f(*a.p);
+    for (std::int64_t row = 0; row < n; ++row) out[row] = y;
+    return;
+  }
+  for (std::int64_t row = 0; row < n; ++row) out[row] = f(a.p[row]);
+}
+
+// Loops of their own for columns and numbers, so that the compiler makes vectors of them.
+template <class F>
+void binary(const RowInstruction& i, const RowValues& values, const F& f) {
+  const Operand a = operand(values, i.a), b = operand(values, i.b);
+  double* out = values.is_column(i.out) ? values.column(i.out) : values.numbers + i.out;
+  const std::int64_t n = values.is_column(i.out) ? values.rows : 1;
+  const double *x = a.p, *y = b.p;
+  if (a.column && b.column) {
+    for (std::int64_t row = 0; row < n; ++row) out[row] = f(x[row], y[row]);
+  } else if (a.column) {
+    const double number = *y;
+    for (std::int64_t row = 0; row < n; ++row) out[row] = f(x[row], number);
+  } else if (b.column) {
+    const double number = *x;
+    for (std::int64_t row = 0; row < n; ++row) out[row] = f(number, y[row]);
+  } else {
+    const double value = f(*x, *y);
+    for (std::int64_t row = 0; row < n; ++row) out[row] = value;
+  }
+}
+
+template <class F>
+void ternary(const RowInstruction& i, const RowValues& values, const F& f) {
+  const Operand a = operand(values, i.a), b = operand(values, i.b), c = operand(values, i.c);
+  double* out = values.is_column(i.out) ? values.column(i.out) : values.numbers + i.out;
+  const std::int64_t n = values.is_column(i.out) ? values.rows : 1;
+  for (std::int64_t row = 0; row < n; ++row) out[row] = f(a[row], b[row], c[row]);
+}
+
+double truth(bool x) { return x ? 1.0 : 0.0; }
+
+// ----------------------------------------------------------------------------------------------------- reductions
+// A NaN goes through.
+double larger(double x, double y) { return x > y || std::isnan(x) ? x : y; }
+double smaller(double x, double y) { return x < y || std::isnan(x) ? x : y; }
+
+// Lane = row modulo kLanes, then the lanes in order.
+template <class F>
+void over_batch(const RowInstruction& i, const RowValues& values, double neutral, const F& f) {
+  constexpr int kLanes = 8;
+  const Operand a = operand(values, i.a);
+  double lanes[kLanes];
+  for (double& x : lanes) x = neutral;
+  std::int64_t row = 0;
+  for (; row + kLanes <= values.rows; row += kLanes)
+    for (int k = 0; k < kLanes; ++k) lanes[k] = f(a[row + k], lanes[k]);
+  for (; row < values.rows; ++row) lanes[row % kLanes] = f(a[row], lanes[row % kLanes]);
+  for (int k = 1; k < kLanes; ++k) lanes[0] = f(lanes[k], lanes[0]);
+  values.numbers[i.out] = lanes[0];
+}
+
+template <class F>
+void over_groups(const RowInstruction& i, const RowValues& values, const RowGroups& groups, double neutral,
+                 const F& f) {
+  const Operand a = operand(values, i.a);
+  const Buffer<double> total(groups.count);
+  for (std::int64_t g = 0; g < groups.count; ++g) total[g] = neutral;
+  for (std::int64_t row = 0; row < values.rows; ++row) {
+    double& of_group = total[groups.of_row[row]];
+    of_group = f(a[row], of_group);
+  }
+  double* out = values.column(i.out);
+  for (std::int64_t row = 0; row < values.rows; ++row) out[row] = total[groups.of_row[row]];
+}
+
+// Rows by group, then by falling key, then by number; those whose key is NaN come before nobody and after nobody: they
+// are left out. Returns how many are in.
+std::int64_t order_of(const Operand& key, const RowGroups& groups, std::int64_t rows, std::int64_t* order) {
+  std::int64_t n = 0;
+  for (std::int64_t row = 0; row < rows; ++row)
+    if (!std::isnan(key[row])) order[n++] = row;
+  std::sort(order, order + n, [&](std::int64_t x, std::int64_t y) {
+    if (groups.of_row[x] != groups.of_row[y]) return groups.of_row[x] < groups.of_row[y];
+    const double first = key[x], second = key[y];
+    return first != second ? first > second : x < y;
+  });
+  return n;
+}
+
+// Running sums within the groups, from the front (before) or from the back (after).
+void over_neighbours(const RowInstruction& i, const RowValues& values, const RowGroups& groups, bool before) {
+  const Operand a = operand(values, i.a), key = operand(values, i.b);
+  const Buffer<std::int64_t> order(values.rows);
+  const Buffer<double> sums(values.rows);  // `out` may be one of the arguments
+  const std::int64_t n = order_of(key, groups, values.rows, order.data());
+  for (std::int64_t row = 0; row < values.rows; ++row) sums[row] = 0.0;
+  double sum = 0.0;
+  for (std::int64_t k = 0; k < n; ++k) {
+    const std::int64_t row = order[before ? k : n - 1 - k];
+    const bool same = k > 0 && groups.of_row[row] == groups.of_row[order[before ? k - 1 : n - k]];
+    sum = same ? sum + a[row] : a[row];
+    sums[row] = sum;
+  }
+  double* out = values.column(i.out);
+  for (std::int64_t row = 0; row < values.rows; ++row) out[row] = sums[row];
+}
+
+void run(const RowInstruction& i, const RowValues& values, const RowGroups& groups) {
+  switch (i.op) {
+    case RowOp::k_neg: return unary(i, values, [](double x) { return -x; });
+    case RowOp::k_abs: return unary(i, values, [](double x) { return std::fabs(x); });
+    case RowOp::k_sign: return unary(i, values, sign_of);
+    case RowOp::k_sqrt: return unary(i, values, [](double x) { return std::sqrt(x); });
+    case RowOp::k_exp: return unary(i, values, [](double x) { return std::exp(x); });
+    case RowOp::k_expm1: return unary(i, values, [](double x) { return std::expm1(x); });
+    case RowOp::k_log: return unary(i, values, log_of);
+    case RowOp::k_log1p: return unary(i, values, [](double x) { return std::log1p(x); });
+    case RowOp::k_tanh: return unary(i, values, [](double x) { return std::tanh(x); });
+    case RowOp::k_sigmoid: return unary(i, values, sigmoid_of);
+    case RowOp::k_logsigmoid: return unary(i, values, logsigmoid_of);
+    case RowOp::k_add: return binary(i, values, [](double x, double y) { return x + y; });
+    case RowOp::k_sub: return binary(i, values, [](double x, double y) { return x - y; });
+    case RowOp::k_mul: return binary(i, values, [](double x, double y) { return x * y; });
+    case RowOp::k_div: return binary(i, values, [](double x, double y) { return x / y; });
+    case RowOp::k_minimum: return binary(i, values, smaller);
+    case RowOp::k_maximum: return binary(i, values, larger);
+    case RowOp::k_lt: return binary(i, values, [](double x, double y) { return truth(x < y); });
+    case RowOp::k_le: return binary(i, values, [](double x, double y) { return truth(x <= y); });
+    case RowOp::k_gt: return binary(i, values, [](double x, double y) { return truth(x > y); });
+    case RowOp::k_ge: return binary(i, values, [](double x, double y) { return truth(x >= y); });
+    case RowOp::k_eq: return binary(i, values, [](double x, double y) { return truth(x == y); });
+    case RowOp::k_ne: return binary(i, values, [](double x, double y) { return truth(x != y); });
+    case RowOp::k_and: return binary(i, values, [](double x, double y) { return x * y; });
+    case RowOp::k_or: return binary(i, values, [](double x, double y) { return truth(x + y != 0.0); });
+    case RowOp::k_not: return unary(i, values, [](double x) { return 1.0 - x; });
+    case RowOp::k_where: return ternary(i, values, [](double c, double x, double y) { return c != 0.0 ? x : y; });
+    case RowOp::k_clip:
+      return ternary(i, values, [](double x, double low, double high) { return x < low ? low : x > high ? high : x; });
+    case RowOp::k_outside:
+      return ternary(i, values, [](double x, double low, double high) { return truth(x < low || x > high); });
+    case RowOp::k_group_sum: return over_groups(i, values, groups, 0.0, [](double x, double y) { return y + x; });
+    case RowOp::k_group_max: return over_groups(i, values, groups, -kInf, larger);
+    case RowOp::k_group_min: return over_groups(i, values, groups, kInf, smaller);
+    case RowOp::k_group_sum_before: return over_neighbours(i, values, groups, true);
+    case RowOp::k_group_sum_after: return over_neighbours(i, values, groups, false);
+    case RowOp::k_batch_sum: return over_batch(i, values, 0.0, [](double x, double y) { return y + x; });
+    case RowOp::k_batch_max: return over_batch(i, values, -kInf, larger);
+    case RowOp::k_batch_min: return over_batch(i, values, kInf, smaller);
+  }
+}
+
+}  // namespace
+
+void run_rows(const Span<RowInstruction>& instructions, const RowValues& values, const RowGroups& groups) {
+  for (const RowInstruction& instruction : instructions) run(instruction, values, groups);
+}
+
+}  // namespace fastreward::FASTREWARD_ISA::program

@@ -1,0 +1,301 @@
+"""Arguments of the policy losses: checked, and brought to what the op takes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, get_args
+
+import torch
+from torch import Tensor
+
+from fastreward import _check
+from fastreward._options import AGGREGATIONS, KL, Aggregation
+from fastreward._results import Metrics
+from fastreward._tokens import Tokens
+from fastreward.group import factorize
+from fastreward.losses import Loss, ppo
+
+_TOKEN, _ROW, _BATCH = 3, 2, 1  # losses._graph.Level, as numbers that Dynamo takes for constants
+_DEFAULT_LOSS: Final = ppo()
+_TERMS: Final = ("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "advantage", "entropy", "weight")
+
+GroupIds = Tensor | Sequence[Hashable]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A checked call. tensors: what the objective reads besides the differentiable ones, in its order."""
+
+    objective: str
+    tensors: list[Tensor]
+    tokens: Tokens
+    groups: Tensor | None
+    parameters: list[float]
+    metrics: tuple[str, ...]
+    advantages: Tensor
+    normalized: bool
+    entropy: bool
+    gradient: str | None  # of the gradient token by token, for logits_policy_loss
+    gradient_tensors: list[Tensor]
+
+    def check_results(self, metrics: Metrics) -> None:
+        """What the kernel has seen on its way: NaN advantages, and that nothing counted. Reads two numbers."""
+        if metrics["advantage_mean"].isnan():
+            _check_advantages(self.advantages, self.tokens)
+        if not self.normalized and not metrics["token_count"] and torch.Size(self.tokens.shape).numel():
+            raise ValueError(
+                "mask: expected at least one counted token, got an all-zero mask; "
+                "pass normalizer=... where a micro-batch may be empty"
+            )
+
+
+def prepare(
+    name: str,
+    like: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    loss: Loss | None,
+    aggregation: Aggregation | None,
+    normalizer: float | Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    kl: KL | None,
+    kl_coef: float,
+    entropy: bool,
+    entropy_coef: float,
+    weights: Tensor | None,
+    keep: Tensor | None,
+    group_ids: GroupIds | None,
+    group_size: int | None,
+    cu_seqlens: Tensor | None,
+    extra: Mapping[str, Tensor] | None,
+    token_loss: bool,
+    deferred: bool,
+    from_logits: bool = False,
+) -> Call:
+    """`like`: in the tokens' shape and on their device, called `name` in messages. entropy: whether it is given."""
+    loss = _loss(loss)
+    aggregation = loss.aggregation if aggregation is None else aggregation
+    _check.choice("aggregation", aggregation, AGGREGATIONS)
+    _check_kl(kl, kl_coef, ref_logprobs)
+    bounds = token_bounds(cu_seqlens, like, name)
+    if bounds is None and like.ndim != 2:
+        raise ValueError(f"{name}: expected [B, T], or [N] with cu_seqlens, got shape {list(like.shape)}")
+    tokens = Tokens(tuple(like.shape), _with_keep(_check.mask(mask, name, like), keep, like, bounds, name), bounds)
+    given: dict[str, Tensor] = {"old_logprob": _per_token("old_logprobs", old_logprobs, like, name)}
+    given["advantage"] = _advantages(advantages, like, tokens.rows, name)
+    for term, argument, x in (
+        ("ref_logprob", "ref_logprobs", ref_logprobs),
+        ("rollout_logprob", "rollout_logprobs", rollout_logprobs),
+        ("weight", "weights", weights),
+    ):
+        if x is not None:
+            per_row = term == "weight" and x.ndim == 1 and tuple(x.shape) != tuple(like.shape)
+            given[term] = (
+                _per_row(argument, x, like, tokens.rows, name) if per_row else _per_token(argument, x, like, name)
+            )
+    for term, x in (extra or {}).items():
+        given[term] = _extra(term, x, like, tokens.rows, name)
+    levels = [(term, level_of(x, like)) for term, x in given.items()]
+    levels += [("logprob", _TOKEN), *([("entropy", _TOKEN)] if entropy else [])]
+    packed = bounds is not None
+    formula = (tuple(levels), aggregation, normalizer is not None, packed, kl, entropy_coef != 0)
+    objective, inputs, metrics, grouped = loss.policy_plan(*formula, token_loss, deferred)
+    gradient = loss.gradient_plan(*formula) if from_logits else None
+    read = [term for term, _ in inputs]
+    unread = [f"extra[{term!r}]" for term in extra or {} if term not in read]
+    unread += ["rollout_logprobs"] if rollout_logprobs is not None and "rollout_logprob" not in read else []
+    if unread:
+        raise ValueError(f"{unread[0]}: {loss.name} does not read it; it reads {', '.join(sorted(set(read)))}")
+    if grouped and group_ids is None and group_size is None:
+        raise ValueError(f"group_ids: {loss.name} is a loss over groups; pass group_ids=... or group_size=...")
+    for parameter, value in loss.tensors.items():
+        given[f"parameter.{parameter}"] = _parameter(f"{loss.name}: {parameter}", value, like, tokens.rows)
+    if normalizer is not None:
+        given["call.normalizer"] = positive_normalizer(normalizer, like)
+    if bounds is not None:
+        given["call.width"] = (bounds.diff().max() if tokens.rows else bounds.new_zeros(())).float()
+    width = 0.0 if packed else float(like.shape[1])
+    numbers = loss.scalars
+    return Call(
+        objective,
+        [given[term] for term, _ in inputs],
+        tokens,
+        numbered_groups(group_ids, group_size, tokens.rows, like),
+        [width, float(kl_coef), float(entropy_coef), *(numbers[k] for k in sorted(numbers))],
+        metrics,
+        given["advantage"],
+        normalizer is not None,
+        entropy,
+        None if gradient is None else gradient[0],
+        [] if gradient is None else [given[term] for term, _ in gradient[1] if term not in ("logprob", "entropy")],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+def _loss(loss: Any) -> Loss:
+    if loss is None:
+        return _DEFAULT_LOSS
+    if not isinstance(loss, Loss):
+        hint = ", as in losses.ppo()" if callable(loss) else ""
+        raise TypeError(f"loss: expected a loss such as losses.ppo(), got {type(loss).__name__}{hint}")
+    if loss.definition.pairs:
+        raise TypeError(f"loss: {loss.name} is a loss over pairs; it goes to preference_loss")
+    return loss
+
+
+def _check_kl(kl: str | None, kl_coef: float, ref_logprobs: Tensor | None) -> None:
+    if kl is not None:
+        _check.choice("kl", kl, get_args(KL))
+        if ref_logprobs is None:
+            raise ValueError(f"ref_logprobs: needed for kl={kl!r}")
+    elif kl_coef:
+        raise ValueError(f"kl: expected one of {', '.join(map(repr, get_args(KL)))} where kl_coef is not 0, got None")
+
+
+def _per_token(name: str, x: object, like: Tensor, reference: str) -> Tensor:
+    tensor = _check.tensor(name, x)
+    _check.dtype(name, tensor, (torch.float32,))
+    _check.shape(name, tensor, like.shape, f"as {reference}")
+    _check.same_device(name, tensor, reference, like)
+    return tensor.detach().contiguous()
+
+
+def _per_row(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
+    tensor = _check.tensor(name, x)
+    _check.shape(name, tensor, (rows,), "one per sequence")
+    _check.same_device(name, tensor, reference, like)
+    return tensor.detach().float().contiguous()
+
+
+def _advantages(advantages: Tensor, like: Tensor, rows: int, reference: str) -> Tensor:
+    _check.tensor("advantages", advantages)
+    if tuple(advantages.shape) not in {tuple(like.shape), (rows,)}:
+        raise ValueError(
+            f"advantages: expected shape {list(like.shape)} (one per token) or [{rows}] (one per sequence), "
+            f"got {list(advantages.shape)}"
+        )
+    _check.same_device("advantages", advantages, reference, like)
+    return advantages.detach().float().contiguous()
+
+
+def _extra(term: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
+    name = f"extra[{term!r}]"
+    if term in _TERMS:
+        raise ValueError(f"{name}: {term!r} is a term of its own; pass it by its argument")
+    return on_device(name, x, like, rows, reference)
+
+
+def on_device(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
+    """A constant per token, per sequence or for all, f32."""
+    tensor = torch.full((), float(x), device=like.device) if isinstance(x, int | float) else _check.tensor(name, x)
+    if tuple(tensor.shape) not in {tuple(like.shape), (rows,), ()}:
+        raise ValueError(
+            f"{name}: expected shape {list(like.shape)} (one per token), [{rows}] (one per sequence) or [], "
+            f"got {list(tensor.shape)}"
+        )
+    _check.same_device(name, tensor, reference, like)
+    return tensor.detach().float().contiguous()
+
+
+def _parameter(name: str, x: Tensor, like: Tensor, rows: int) -> Tensor:
+    if x.ndim:
+        _check.shape(name, x, (rows,), "one per sequence")
+    return x.to(device=like.device, dtype=torch.float32).contiguous()
+
+
+def level_of(x: Tensor, like: Tensor) -> int:
+    """How often `x` has a value, beside tokens like `like`."""
+    if x.shape == like.shape:
+        return _TOKEN
+    return _ROW if x.ndim else _BATCH
+
+
+def _check_advantages(advantages: Tensor, tokens: Tokens) -> None:
+    good, counted, bounds = ~advantages.isnan(), tokens.mask, tokens.cu_seqlens
+    if counted is not None and counted.shape == advantages.shape:
+        good |= counted == 0
+    elif counted is not None and bounds is None:
+        good |= (counted == 0).all(-1)
+    elif counted is not None and bounds is not None:
+        before = torch.nn.functional.pad((counted != 0).cumsum(0), (1, 0))
+        good |= before[bounds].diff() == 0
+    _check.every("advantages", good, advantages, "finite values where mask is set")
+
+
+def token_bounds(cu_seqlens: Tensor | None, like: Tensor, name: str, argument: str = "cu_seqlens") -> Tensor | None:
+    """cu_seqlens as i64; inside the tokens also where they may not be looked at."""
+    if cu_seqlens is None:
+        return None
+    _check.integers(argument, cu_seqlens)
+    _check.same_device(argument, cu_seqlens, name, like)
+    if like.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"{argument}: expected [B + 1] bounds over packed {name} [N], "
+            f"got {list(cu_seqlens.shape)} over {list(like.shape)}"
+        )
+    if cu_seqlens.shape[0] == 1 and like.shape[0]:
+        raise ValueError(f"{argument}: expected bounds from 0 to {like.shape[0]}, got those of no sequence")
+    bounds = cu_seqlens.long()
+    if _check.values_checked(bounds):
+        _check.every(argument, bounds.diff(prepend=bounds[:1]) >= 0, bounds, "bounds that never decrease")
+        if int(bounds[0]) != 0 or int(bounds[-1]) != like.shape[0]:
+            raise ValueError(
+                f"{argument}: expected bounds from 0 to {like.shape[0]} (the packed length), "
+                f"got {int(bounds[0])} to {int(bounds[-1])}"
+            )
+        return bounds.contiguous()
+    # Unchecked: whatever they are, no kernel may leave the tokens, and every token belongs to some sequence.
+    bounds = bounds.clamp(0, like.shape[0]).cummax(0).values
+    bounds[:1], bounds[-1:] = 0, like.shape[0]
+    return bounds
+
+
+def _with_keep(
+    mask: Tensor | None, keep: Tensor | None, like: Tensor, bounds: Tensor | None, name: str
+) -> Tensor | None:
+    """The mask, less what `keep` drops; contiguous."""
+    if keep is None:
+        return None if mask is None else mask.contiguous()
+    kept = _check.tensor("keep", keep) != 0
+    _check.same_device("keep", keep, name, like)
+    sequences = like.shape[0] if bounds is None else bounds.shape[0] - 1
+    if kept.shape != like.shape:
+        _check.shape("keep", kept, (sequences,), f"one per sequence, or as {name}")
+        if bounds is None:
+            kept = kept.unsqueeze(-1).expand_as(like)
+        else:
+            kept = kept.repeat_interleave(bounds.diff(), output_size=like.shape[0])
+    return (kept if mask is None else kept & (mask != 0)).contiguous()
+
+
+def numbered_groups(group_ids: GroupIds | None, group_size: int | None, rows: int, like: Tensor) -> Tensor | None:
+    """Numbers 0, 1, ... of the sequences' groups, i64 [B]."""
+    if group_ids is not None and group_size is not None:
+        raise ValueError("group_ids, group_size: expected at most one of them")
+    if group_size is not None:
+        size = _check.whole("group_size", group_size, "sequences of a group")
+        if size < 1 or rows % size:
+            raise ValueError(f"group_size: expected a positive divisor of the {rows} sequences, got {size}")
+        return torch.arange(rows, device=like.device).div(size, rounding_mode="floor")
+    return None if group_ids is None else dense(factorize(group_ids, rows, like.device))
+
+
+def dense(labels: Tensor) -> Tensor:
+    """Numbers 0, 1, ... in the order of the labels i64 [B], without a host synchronisation."""
+    ordered, order = labels.sort(stable=True)
+    steps = (ordered != ordered.roll(1)).long()
+    if steps.shape[0]:
+        steps[:1] = 0
+    return torch.empty_like(labels).scatter_(0, order, steps.cumsum(0))
+
+
+def positive_normalizer(normalizer: float | Tensor, like: Tensor) -> Tensor:
+    """A given denominator, f32 []."""
+    if isinstance(normalizer, Tensor):
+        _check.shape("normalizer", normalizer, (), "a float or a 0-d tensor")
+        return normalizer.detach().to(device=like.device, dtype=torch.float32)
+    return torch.full((), _check.positive("normalizer", normalizer), dtype=torch.float32, device=like.device)

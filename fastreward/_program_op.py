@@ -1,0 +1,233 @@
+"""The custom ops that run programs of the loss language: values and the gradient in one call, kept for the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fastreward._dispatch import implementation
+from fastreward._op import custom_op, refuse_double_backward
+from fastreward._tokens import Tokens
+from fastreward.losses._objective import Gradient, Objective, TokenGradient
+
+#: What has been built in this process, by key: an op's arguments are tensors, numbers and strings.
+_OBJECTIVES: Final[dict[str, Objective]] = {}
+_GRADIENTS: Final[dict[str, TokenGradient]] = {}
+
+_ARGUMENTS: Final = 11  # of the op below
+
+
+def register(objective: Objective) -> str:
+    """The name under which the op below finds the objective."""
+    _OBJECTIVES[objective.key] = objective
+    return objective.key
+
+
+def register_gradient(gradient: TokenGradient) -> str:
+    """The name under which `gradient_program` finds it."""
+    _GRADIENTS[gradient.key] = gradient
+    return gradient.key
+
+
+def gradient_program(key: str) -> TokenGradient:
+    """A registered gradient."""
+    return _GRADIENTS[key]
+
+
+def run(
+    objective: Objective,
+    first: Tensor | None,
+    second: Tensor | None,
+    tensors: Sequence[Tensor],
+    sides: Sequence[Tokens],
+    groups: Tensor | None,
+    parameters: Sequence[float],
+    backend: str,
+) -> tuple[list[Tensor], Tensor]:
+    """(outputs, batch values) of the objective's program. `tensors`: its inputs besides the differentiable ones."""
+    rest = iter(tensors)
+    inputs = [first if k == 0 else second if k == 1 else next(rest) for k in objective.sources]
+    program = objective.program
+    scalars = program.scalar_values(dict(zip(objective.parameters, parameters, strict=True)))
+    result: tuple[list[Tensor], Tensor] = implementation("program", backend).run(
+        program, inputs, sides, scalars, groups
+    )
+    return result
+
+
+@custom_op("objective")
+def _objective(
+    first: Tensor,  # differentiable: logprobs; of a pair those of the chosen
+    second: Tensor | None,  # differentiable: entropy; of a pair log-probs of the rejected
+    tensors: list[Tensor],
+    mask: Tensor | None,
+    second_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    second_cu_seqlens: Tensor | None,
+    groups: Tensor | None,
+    parameters: list[float],
+    objective: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    o = _OBJECTIVES[objective]
+    sides = _sides(o, first, second, mask, second_mask, cu_seqlens, second_cu_seqlens)
+    tensors_out, batch = run(o, first, second, tensors, sides, groups, parameters, backend)
+
+    def output(index: int | None) -> Tensor:
+        return batch.new_empty(0) if index is None else tensors_out[index]
+
+    saved = [output(None if g is None else g.output) for g in o.gradients]
+    return batch[0].clone(), batch[1:].clone(), saved[0], saved[1], output(o.row_weight), output(o.token_loss)
+
+
+@_objective.register_fake
+def _(
+    first: Tensor,
+    second: Tensor | None,
+    tensors: list[Tensor],
+    mask: Tensor | None,
+    second_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    second_cu_seqlens: Tensor | None,
+    groups: Tensor | None,
+    parameters: list[float],
+    objective: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    o = _OBJECTIVES[objective]
+    sides = _sides(o, first, second, mask, second_mask, cu_seqlens, second_cu_seqlens)
+    new, rows = first.new_empty, sides[0].rows
+
+    def kept(k: int, g: Gradient | None) -> Tensor:
+        if g is None:
+            return new((0,))
+        return new(sides[min(k, len(sides) - 1)].shape) if g.per_token else new((rows,))
+
+    weight = new((0,)) if o.row_weight is None else new((rows,))
+    loss_shape = sides[0].shape if o.program.sides == 1 else (rows,)
+    token_loss = new((0,)) if o.token_loss is None else new(loss_shape)
+    return new(()), new((len(o.metrics),)), kept(0, o.gradients[0]), kept(1, o.gradients[1]), weight, token_loss
+
+
+def _sides(
+    o: Objective,
+    first: Tensor,
+    second: Tensor | None,
+    mask: Tensor | None,
+    second_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    second_cu_seqlens: Tensor | None,
+) -> list[Tokens]:
+    sides = [Tokens(tuple(first.shape), mask, cu_seqlens)]
+    if o.program.sides == 2:
+        assert second is not None
+        sides.append(Tokens(tuple(second.shape), second_mask, second_cu_seqlens))
+    return sides
+
+
+# ---------------------------------------------------------------------------------------------------------- backward
+@custom_op("objective_backward")
+def _objective_backward(
+    saved: Tensor,  # of one differentiable input: per token, or per row
+    row_weight: Tensor | None,
+    grad_loss: Tensor,
+    like: Tensor,  # tells the tokens' shape
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    per_token: bool,
+    backend: str,
+) -> Tensor:
+    grad = _scaled(saved, row_weight, grad_loss, Tokens(tuple(like.shape), mask, cu_seqlens), per_token, backend)
+    return grad.clone() if grad is saved else grad
+
+
+@_objective_backward.register_fake
+def _(
+    saved: Tensor,
+    row_weight: Tensor | None,
+    grad_loss: Tensor,
+    like: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    per_token: bool,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(like)
+
+
+def _scaled(
+    saved: Tensor, row_weight: Tensor | None, grad_loss: Tensor, tokens: Tokens, per_token: bool, backend: str
+) -> Tensor:
+    kernels = implementation("program", backend)
+    if not per_token:
+        spread: Tensor = kernels.spread(saved, grad_loss, tokens)
+        return spread
+    if backend == "cpu" and row_weight is None and float(grad_loss) == 1.0:
+        return saved  # the loss itself was differentiated, and nothing has to be computed
+    scaled: Tensor = kernels.scale(saved, row_weight, grad_loss, tokens)
+    return scaled
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    first, second, _, mask, second_mask, cu_seqlens, second_cu_seqlens = inputs[:7]
+    _, metrics, saved, saved_second, row_weight, token_loss = output
+    ctx.mark_non_differentiable(metrics, saved, saved_second, row_weight, token_loss)
+    ctx.set_materialize_grads(False)
+    kept = (saved.detach(), saved_second.detach(), row_weight.detach(), mask, second_mask, cu_seqlens)
+    ctx.save_for_backward(*kept, second_cu_seqlens, first.detach(), None if second is None else second.detach())
+    ctx.objective, ctx.backend, ctx.constants = inputs[9], inputs[10], len(inputs[2])
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    others: tuple[Any, ...] = ([None] * ctx.constants, *[None] * (_ARGUMENTS - 3))
+    if grad_loss is None:
+        return (None, None, *others)
+    if torch.is_grad_enabled():  # create_graph=True: what is saved is the gradient, a constant to autograd
+        refuse_double_backward()
+    o = _OBJECTIVES[ctx.objective]
+    saved, saved_second, weight, mask, second_mask, cu_seqlens, second_cu_seqlens, first, second = ctx.saved_tensors
+    weight = None if o.row_weight is None else weight
+    pair = o.program.sides == 2
+    places = (
+        (first, mask, cu_seqlens),
+        (second, second_mask, second_cu_seqlens) if pair else (second, mask, cu_seqlens),
+    )
+    grads: list[Tensor | None] = [None, None]
+    for k, (g, values) in enumerate(zip(o.gradients, (saved, saved_second), strict=True)):
+        if not ctx.needs_input_grad[k]:
+            continue
+        like, counted, bounds = places[k]
+        if g is None:
+            grads[k] = None
+        elif type(values) is Tensor and values.device.type == "cpu":
+            # Not through the custom op, whose output may not be its input: an upstream gradient of 1 costs nothing.
+            tokens = Tokens(tuple(like.shape), counted, bounds)
+            grads[k] = _scaled(values, weight, grad_loss, tokens, g.per_token, ctx.backend)
+        else:
+            grads[k] = _objective_backward(values, weight, grad_loss, like, counted, bounds, g.per_token, ctx.backend)
+    return (*grads, *others)
+
+
+_objective.register_autograd(_backward, setup_context=_setup_context)
+_objective_backward.refuse_double_backward()
+
+
+def evaluate(
+    objective: str,
+    first: Tensor,
+    second: Tensor | None,
+    tensors: list[Tensor],
+    sides: Sequence[Tokens],
+    groups: Tensor | None,
+    parameters: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [] with its gradient, metrics [M], token or pair losses or [0]) of a registered objective."""
+    a, b = sides[0], sides[-1] if len(sides) == 2 else Tokens(())
+    result = _objective(
+        first, second, tensors, a.mask, b.mask, a.cu_seqlens, b.cu_seqlens, groups, parameters, objective, backend
+    )
+    return result[0], result[1].detach(), result[5].detach()

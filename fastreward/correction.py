@@ -1,0 +1,596 @@
+"""Rollout correction: importance weights, rejection masks and metrics of the gap between trainer and rollout engine.
+
+The mathematics is written in the loss language and runs as one program: verl's rollout_corr_helper.py, TRL's
+importance-sampling modes, IcePop, and DeepSeek-V3.2's off-policy sequence mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastreward import _check
+from fastreward._arrays import accepts_arrays
+from fastreward._dispatch import implementation, select
+from fastreward._op import custom_op
+from fastreward._policy_call import token_bounds
+from fastreward._results import Metrics
+from fastreward._tokens import Tokens
+from fastreward.losses._functions import (
+    abs,
+    batch_max,
+    batch_mean,
+    batch_min,
+    batch_sum,
+    clip,
+    exp,
+    expm1,
+    log,
+    maximum,
+    seq_max,
+    seq_mean,
+    seq_sum,
+    sqrt,
+    where,
+)
+from fastreward.losses._graph import Graph, Level, Node
+from fastreward.losses._program import Program, program
+from fastreward.losses._terms import Terms
+
+Mode = Literal["truncate", "mask", "icepop"]
+CorrectionLevel = Literal["token", "sequence", "geometric"]
+Threshold = float | tuple[float, float]
+
+#: Rejection criteria under verl's names: where the divergence estimate is taken, and which one it is.
+REJECTIONS: Final = (
+    *(f"{place}_k{k}" for place in ("token", "seq_sum", "seq_mean") for k in (1, 2, 3)),
+    "seq_max_k2",
+    "seq_max_k3",
+)
+#: Bounds where a call gives neither: verl's TIS, TRL's sequence_mask, IcePop's own (and verl's decoupled_token_icepop).
+DEFAULT_BOUNDS: Final[dict[Mode, tuple[float | None, float | None]]] = {
+    "truncate": (None, 2.0),
+    "mask": (None, 3.0),
+    "icepop": (0.5, 5.0),
+}
+_CLAMP: Final = 20.0  # verl's SAFETY_BOUND on log-ratios
+
+
+# ----------------------------------------------------------------------------------------------------- the mathematics
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """What decides the formula of a call; thresholds are run-time scalars."""
+
+    mode: Mode | None
+    level: CorrectionLevel
+    low: bool
+    high: bool
+    clamp: bool
+    normalize: bool
+    unscored: bool
+    reject: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A program with its parameters in order; its outputs are the weights (of any mode) and what is kept (if any goes).
+
+    per_token: whether these two have a value per token (True) or per sequence (False); None: there is no such output.
+    """
+
+    program: Program
+    parameters: tuple[str, ...]
+    metrics: tuple[str, ...]
+    per_token: tuple[bool | None, bool | None]
+
+
+class _Correction:
+    """The nodes of one formula."""
+
+    def __init__(self, formula: Formula) -> None:
+        self.formula, self.graph = formula, Graph()
+        t = Terms(self.graph, {"old_logprob": Level.TOKEN, "rollout_logprob": Level.TOKEN})
+        self.length, self.old, rollout = t.length, t.old_logprob, t.rollout_logprob
+        # A NaN is a token that the engine could not score: no evidence of a gap.
+        self.rollout = where(rollout == rollout, rollout, self.old) if formula.unscored else rollout
+        self.log_ratio = self.old - self.rollout
+
+    def parameter(self, name: str) -> Node:
+        return self.graph.parameter(name)
+
+    # ----------------------------------------------------------------------------------------------- reductions
+    def per_row(self, x: Node) -> Node:
+        """Mean over the sequence's tokens; 0 for an empty one, also of what it has per sequence."""
+        return seq_mean(x) if x.level == Level.TOKEN else where(self.length > 0.0, x, 0.0)
+
+    def over_rows(self, x: Node) -> Node:
+        """Mean over all sequences, empty ones included, as verl takes it."""
+        return self.graph.reduce("batch_sum", x) / self.parameter("rows")
+
+    def over_tokens(self, x: Node) -> Node:
+        """Mean over the counted tokens; what is per sequence counts for each of its tokens."""
+        return batch_sum(seq_sum(x)) / maximum(batch_sum(self.length), 1.0)
+
+    def deviation(self, x: Node) -> Node:
+        """Standard deviation over the counted tokens, ddof 0."""
+        return sqrt(self.over_tokens((x - self.over_tokens(x)) ** 2))
+
+    def any_token(self, condition: Node) -> Node:
+        """1 for sequences with a counted token where the condition holds, else 0."""
+        if condition.level == Level.TOKEN:
+            return maximum(seq_max(_one(condition)), 0.0)
+        return where(self.length > 0.0, _one(condition), 0.0)
+
+    # -------------------------------------------------------------------------------------------------- weights
+    def level_log_ratio(self) -> Node:
+        """Log-ratio of tokens, of sequences, or its mean over the sequence's tokens; not clamped."""
+        if self.formula.level == "token":
+            return self.log_ratio
+        return seq_sum(self.log_ratio) if self.formula.level == "sequence" else seq_mean(self.log_ratio)
+
+    def bound(self, name: Literal["low", "high"], missing: float) -> Node:
+        given = {"low": self.formula.low, "high": self.formula.high}[name]
+        return self.parameter(name) if given else self.graph.constant(missing)
+
+    def weights(self) -> tuple[Node, Node, Node]:
+        """(weights within their bounds, before them, whether they were inside)."""
+        log_ratio = self.level_log_ratio()
+        limit = self.parameter("clamp")
+        raw = exp(clip(log_ratio, -limit, limit) if self.formula.clamp else log_ratio)
+        low, high = self.bound("low", -math.inf), self.bound("high", math.inf)
+        inside = (raw >= low) & (raw <= high)
+        return clip(raw, low, high) if self.formula.mode == "truncate" else where(inside, raw, 0.0), raw, inside
+
+    def weight_metrics(self, weights: Node, raw: Node) -> dict[str, Node]:
+        """verl's compute_is_metrics; its lower threshold is 1 / high where none is given."""
+        high = self.bound("high", math.inf)
+        low = self.bound("low", 0.0) if self.formula.low or not self.formula.high else 1.0 / high
+        if self.formula.level == "token":
+            top, bottom = batch_max(weights), batch_min(weights)
+            above, below = self.over_tokens(_one(raw > high)), self.over_tokens(_one(raw < low))
+        else:
+            log_ratio = self.level_log_ratio()
+            top = exp(clip(self.graph.reduce("batch_max", log_ratio), high=_CLAMP))
+            bottom = exp(self.graph.reduce("batch_min", log_ratio))
+            above, below = (self.over_rows(_one(c)) for c in (log_ratio > log(high), log_ratio < log(low)))
+        bounded = clip(weights, 0.0, high)
+        mean = self.over_tokens(bounded)
+        rows, raw_rows = self.per_row(weights), self.per_row(raw)
+        row_mean = self.over_rows(rows)
+        squares = self.graph.reduce("batch_sum", (rows - row_mean) ** 2)
+        return {
+            "rollout_is_mean": self.over_tokens(weights),
+            "rollout_is_max": top,
+            "rollout_is_min": bottom,
+            "rollout_is_ratio_fraction_high": above,
+            "rollout_is_ratio_fraction_low": below,
+            "rollout_is_std": self.deviation(bounded),
+            "rollout_is_eff_sample_size": 1.0 / self.over_tokens((bounded / (mean + 1e-8)) ** 2),
+            "rollout_is_seq_mean": row_mean,
+            "rollout_is_seq_std": sqrt(squares / maximum(self.parameter("rows") - 1.0, 1.0)),
+            "rollout_is_seq_max": self.graph.reduce("batch_max", rows),
+            "rollout_is_seq_min": self.graph.reduce("batch_min", rows),
+            "rollout_is_seq_max_deviation": self.graph.reduce("batch_max", abs(rows - 1.0)),
+            "rollout_is_seq_fraction_high": self.over_rows(_one(raw_rows > high)),
+            "rollout_is_seq_fraction_low": self.over_rows(_one(raw_rows < low)),
+        }
+
+    def norm_factor(self, weights: Node) -> Node:
+        """Mean weight of the tokens, or of the sequences that have one; 1 where that vanishes."""
+        mean = batch_mean(weights)
+        return where(mean > 1e-8, mean, 1.0)
+
+    # ------------------------------------------------------------------------------------------------ rejection
+    def statistic(self, option: str) -> Node:
+        """The divergence estimate that `option` looks at, per token or per sequence."""
+        place, kind = option.rsplit("_", 1)
+        gap = clip(self.log_ratio, -_CLAMP, _CLAMP)
+        token = {"k1": -gap, "k2": 0.5 * gap * gap, "k3": expm1(gap) - gap}[kind]
+        if place == "seq_max":
+            return where(self.length > 0.0, seq_max(token), 0.0)
+        return token if place == "token" else {"seq_sum": seq_sum, "seq_mean": seq_mean}[place](token)
+
+    def limits(self, option: str) -> tuple[Node | None, Node]:
+        """(low, high) of the statistic; only k1, whose thresholds are ratios, has a lower one."""
+        high = self.parameter(f"{option}.high")
+        return (log(self.parameter(f"{option}.low")), log(high)) if option.endswith("k1") else (None, high)
+
+    def passes(self, option: str) -> Node:
+        low, high = self.limits(option)
+        x = self.statistic(option)
+        return x <= high if low is None else (x >= low) & (x <= high)
+
+    def rejection_metrics(self, option: str) -> dict[str, Node]:
+        """verl's compute_rs_metrics, and the shares that the option rejects."""
+        x, (low, high), passed = self.statistic(option), self.limits(option), self.passes(option)
+        rows = self.per_row(x)
+        row_mean, count = batch_mean(rows), batch_sum(1.0, self.graph)
+        # Over tokens, or over sequences: as the statistic is.
+        below = self.graph.constant(0.0) if low is None else batch_mean(_one(x < low))
+        values = {
+            "mean": self.over_tokens(x),
+            "max": batch_max(x),
+            "min": batch_min(x),
+            "fraction_high": batch_mean(_one(x > high)),
+            "fraction_low": below,
+            "std": self.deviation(clip(x, 0.0 if low is None else low, high)),
+            "seq_mean": row_mean,
+            "seq_std": sqrt(batch_sum((rows - row_mean) ** 2) / maximum(count - 1.0, 1.0)),
+            "seq_max": batch_max(rows),
+            "seq_min": batch_min(rows),
+            "seq_max_deviation": batch_max(abs(rows)),
+            "seq_fraction_high": batch_mean(_one(rows > high)),
+            **({} if low is None else {"seq_fraction_low": batch_mean(_one(rows < low))}),
+            "masked_fraction": self.over_tokens(_one(~passed)),
+            "seq_masked_fraction": batch_mean(self.any_token(~passed)),
+        }
+        return {f"rollout_rs_{option}_{name}": value for name, value in values.items()}
+
+    # -------------------------------------------------------------------------------------------------- the gap
+    def gap_metrics(self) -> dict[str, Node]:
+        """verl's compute_offpolicy_metrics."""
+        train, roll = seq_mean(self.old), seq_mean(self.rollout)
+        gap, d = roll - train, self.log_ratio
+        total = clip(seq_sum(d), -_CLAMP, _CLAMP)
+        return {
+            "training_ppl": self.over_rows(exp(-train)),
+            "training_log_ppl": self.over_rows(-train),
+            "kl": self.over_tokens(-d),
+            "k3_kl": self.over_tokens(expm1(d) - d),
+            "rollout_ppl": self.over_rows(exp(-roll)),
+            "rollout_log_ppl": self.over_rows(-roll),
+            "log_ppl_diff": self.over_rows(gap),
+            "log_ppl_abs_diff": self.over_rows(abs(gap)),
+            "log_ppl_diff_max": self.graph.reduce("batch_max", gap),
+            "log_ppl_diff_min": self.graph.reduce("batch_min", gap),
+            "ppl_ratio": self.over_rows(exp(gap)),
+            "chi2_token": self.over_tokens(exp(2.0 * clip(d, -_CLAMP, _CLAMP))) - 1.0,
+            "chi2_seq": self.over_rows(exp(2.0 * total)) - 1.0,
+        }
+
+
+def _one(condition: Node) -> Node:
+    return where(condition, 1.0, 0.0)
+
+
+@lru_cache(maxsize=256)
+def plan(formula: Formula) -> Plan:
+    """The program of a formula; kept, as tracing takes milliseconds."""
+    c = _Correction(formula)
+    metrics: dict[str, Node] = {}
+    weights: Node | None = None
+    kept = c.graph.truth(True)
+    for option in formula.reject:
+        metrics |= c.rejection_metrics(option)
+        kept = kept & c.passes(option)
+    if formula.reject:
+        metrics["rollout_rs_masked_fraction"] = c.over_tokens(_one(~kept))
+        metrics["rollout_rs_seq_masked_fraction"] = c.over_rows(c.any_token(~kept))
+    if formula.mode is not None:
+        weights, raw, inside = c.weights()
+        metrics |= c.weight_metrics(weights, raw)
+        if formula.mode != "truncate":
+            metrics["rollout_is_oob_ratio"] = c.over_tokens(_one(~inside))
+        if formula.mode == "mask":
+            kept = kept & inside
+        if formula.normalize:
+            metrics["rollout_is_batch_norm_factor"] = c.norm_factor(weights)
+            weights = weights / metrics["rollout_is_batch_norm_factor"]
+    metrics |= c.gap_metrics()
+    outputs = [weights, None if kept.op == "constant" else _one(kept)]
+    thresholds = [f"{option}.{side}" for option in formula.reject for side in ("low", "high")]
+    first, second = (None if x is None else x.level == Level.TOKEN for x in outputs)
+    built = program([x for x in outputs if x is not None], list(metrics.values()))
+    return Plan(built, ("rows", "clamp", "low", "high", *thresholds), tuple(metrics), (first, second))
+
+
+@lru_cache(maxsize=8)
+def sequence_mask_plan(unscored: bool) -> Program:
+    """DeepSeek-V3.2's off-policy sequence mask: 1 where kept, per sequence."""
+    graph = Graph()
+    levels = {"logprob": Level.TOKEN, "rollout_logprob": Level.TOKEN, "advantage": Level.ROW}
+    t = Terms(graph, levels)
+    gap = t.rollout_logprob - t.logprob
+    if unscored:
+        gap = where(gap == gap, gap, 0.0)
+    advantage = graph.input("advantage", Level.ROW)
+    keep = (advantage >= 0.0) | (seq_mean(gap) <= graph.parameter("threshold"))
+    return program([_one(keep)], [])
+
+
+# ------------------------------------------------------------------------------------------------------------ the op
+_FORMULAS: Final[dict[str, Formula]] = {}
+
+
+def _register(*fields: Any) -> tuple[str, tuple[str, ...], tuple[bool | None, bool | None]]:
+    """(the name under which the op finds the formula of these fields, its metrics, Plan.per_token)."""
+    formula = Formula(*fields)
+    built = plan(formula)
+    _FORMULAS[built.program.key] = formula
+    return built.program.key, built.metrics, built.per_token
+
+
+# Dynamo runs it while it traces and takes the result for a constant, which it is: strings and truths.
+_register._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@custom_op("correction_weights")
+def _correction_weights(
+    old_logprobs: Tensor,  # [B, T] or [N]
+    rollout_logprobs: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    parameters: list[float],
+    formula: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    p = plan(_FORMULAS[formula])
+    given = {"old_logprob": old_logprobs, "rollout_logprob": rollout_logprobs}
+    inputs = [given[str(node.name)] for node in p.program.inputs]
+    scalars = p.program.scalar_values(dict(zip(p.parameters, parameters, strict=True)))
+    sides = [Tokens(tuple(old_logprobs.shape), mask, cu_seqlens)]
+    outputs, metrics = implementation("program", backend).run(p.program, inputs, sides, scalars, None)
+    found = iter(outputs)
+    weights, keep = (metrics.new_empty(0) if k is None else next(found) for k in p.per_token)
+    return weights, keep, metrics
+
+
+@_correction_weights.register_fake
+def _(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    parameters: list[float],
+    formula: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    p, new = plan(_FORMULAS[formula]), old_logprobs.new_empty
+    rows = Tokens(tuple(old_logprobs.shape), None, cu_seqlens).rows
+    weights, keep = (new((0,) if k is None else old_logprobs.shape if k else (rows,)) for k in p.per_token)
+    return weights, keep, new((len(p.metrics),))
+
+
+@custom_op("off_policy_sequence_mask")
+def _off_policy_sequence_mask(
+    logprobs: Tensor,  # [B, T] or [N]
+    rollout_logprobs: Tensor,
+    advantages: Tensor,  # [B]
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    threshold: float,
+    unscored: bool,
+    backend: str,
+) -> Tensor:
+    p = sequence_mask_plan(unscored)
+    given = {"logprob": logprobs, "rollout_logprob": rollout_logprobs, "advantage": advantages}
+    sides = [Tokens(tuple(logprobs.shape), mask, cu_seqlens)]
+    inputs = [given[str(node.name)] for node in p.inputs]
+    outputs, _ = implementation("program", backend).run(
+        p, inputs, sides, p.scalar_values({"threshold": threshold}), None
+    )
+    kept: Tensor = outputs[0]
+    return kept
+
+
+@_off_policy_sequence_mask.register_fake
+def _(
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    threshold: float,
+    unscored: bool,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(advantages)
+
+
+# --------------------------------------------------------------------------------------------------- public functions
+@accepts_arrays
+def correction_weights(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    mode: Mode | None = "truncate",
+    level: CorrectionLevel = "token",
+    low: float | None = None,
+    high: float | None = None,
+    reject: Mapping[str, Threshold] | None = None,
+    batch_normalize: bool = False,
+    log_ratio_clamp: float | None = 20.0,
+    unscored: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Metrics]:
+    """Importance weights exp(old - rollout) for tokens that another engine sampled, and what to leave out of the loss.
+
+    Args:
+        old_logprobs: of the trainer's policy, float32 [B, T], or packed [N] with cu_seqlens. Constants.
+        rollout_logprobs: as the inference engine reported them, same shape.
+        mask: same shape, bool, integer or float; nonzero = a token that counts.
+        mode: truncate: a weight beyond a bound becomes the bound (TIS; TRL's *_truncate); icepop: it becomes 0, the
+            token still counts in the loss's denominator (IcePop; verl's "lower_upper"; TRL's *_mask); mask:
+            it becomes 0 and `keep` drops the token (MIS). None: no weights (ones).
+        level: token; sequence: the product of a sequence's token ratios; geometric: its geometric mean.
+        low, high: bounds of the weight, None for none. Neither: 2.0 above (truncate: verl's), 3.0 above (mask: TRL's),
+            0.5 to 5.0 (icepop: its paper's and verl's).
+        reject: criteria by verl's names (`correction.REJECTIONS`) with their thresholds, all of which a token or
+            sequence has to pass: k1 = -l, k2 = l^2 / 2, k3 = e^l - 1 - l of the log-ratio l clamped to +-20; per token,
+            or their sum, mean or maximum over the sequence. One number is an upper bound; k1 takes ratio bounds (low,
+            high), of which one number x is (1 / x, x), and compares k1 with their logarithms.
+        batch_normalize: divides the weights by their mean, over tokens, or over sequences that have any.
+        log_ratio_clamp: the level's log-ratio is clamped to +- this before exp (verl: 20; TRL: None).
+        unscored: True: a NaN in rollout_logprobs is a token that the engine could not score; its log-ratio is 0 (TRL).
+        cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N.
+
+    Returns:
+        weights: f32 in the tokens' shape, 0 where masked out; constants, for policy_loss(weights=...).
+        keep: bool in the tokens' shape, for policy_loss(keep=...): counted, not rejected, and with mode="mask" inside
+            the bounds.
+        metrics: verl's (without "rollout_corr/"), by name, on the device: rollout_is_*, rollout_rs_*, and the gap's
+            training_ppl, rollout_ppl, kl, k3_kl, chi2_token, chi2_seq, ... Sequences without a token count in verl's
+            means over sequences as 0, as there. Standard deviations are two-pass (verl's are E[x^2] - E[x]^2).
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, name or bound; on the CPU (on a GPU with FASTREWARD_DEBUG=1) also for
+            a NaN where mask is set.
+
+    Code: verl 0.9.1 rollout_corr_helper.py and TRL 1.16.0 grpo_trainer.py, run against in the tests. The geometric
+    level is an earlier verl's (from memory); the present one has reject={"seq_mean_k1": ...}.
+    """
+    bounds = _check_tokens("old_logprobs", old_logprobs, rollout_logprobs, cu_seqlens)
+    mask = _check.mask(mask, "old_logprobs", old_logprobs)
+    if mode is not None:
+        _check.choice("mode", mode, get_args(Mode))
+        if low is None and high is None:
+            low, high = DEFAULT_BOUNDS[mode]
+        _check_bounds("low, high", low, high)
+    _check.choice("level", level, get_args(CorrectionLevel))
+    if batch_normalize and mode is None:
+        raise ValueError("batch_normalize: there are no weights to normalise with mode=None")
+    limits = {name: _limits(name, threshold) for name, threshold in (reject or {}).items()}
+    clamp = math.inf if log_ratio_clamp is None else _check.positive("log_ratio_clamp", log_ratio_clamp)
+    key, names, per_token = _register(
+        mode,
+        level,
+        mode is not None and low is not None,
+        mode is not None and high is not None,
+        log_ratio_clamp is not None,
+        batch_normalize,
+        unscored,
+        tuple(limits),
+    )
+    tokens = Tokens(tuple(old_logprobs.shape), mask, bounds)
+    thresholds = [x for pair in limits.values() for x in pair]
+    numbers = [float(max(tokens.rows, 1)), clamp, _number(low), _number(high), *thresholds]
+    weights, keep, values = _correction_weights(
+        old_logprobs.detach().contiguous(),
+        rollout_logprobs.detach().contiguous(),
+        mask,
+        bounds,
+        numbers,
+        key,
+        select("correction", old_logprobs),
+    )
+    metrics = Metrics(values, names)
+    if _check.values_checked(old_logprobs) and metrics["kl"].isnan():
+        _check_finite(old_logprobs, rollout_logprobs, mask)
+    counted = _counted(tokens, old_logprobs.device)
+    factor = counted.float() if per_token[0] is None else _spread(weights, per_token[0], counted, tokens)
+    return factor, counted if per_token[1] is None else _spread(keep, per_token[1], counted, tokens) != 0, metrics
+
+
+@accepts_arrays
+def off_policy_sequence_mask(
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    threshold: float,
+    unscored: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Which sequences to learn from, bool [B]: A >= 0, or mean of (rollout - current) log-prob at most `threshold`.
+
+    Args:
+        logprobs: of the policy being trained, float32 [B, T], or packed [N] with cu_seqlens. Constants here.
+        rollout_logprobs: as the inference engine (or the old policy) had them, same shape.
+        advantages: [B].
+        mask: same shape as logprobs; nonzero = a token that counts.
+        threshold: nats per token.
+        unscored: True: a NaN in rollout_logprobs counts as no difference (TRL).
+        cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N.
+
+    For policy_loss(keep=...), or weights= where the denominator is to stay (TRL multiplies the loss with it).
+    DeepSeek-V3.2 (arXiv 2512.02556). Code: TRL 1.16.0 grpo_trainer.py `get_off_policy_mask`, run against in the tests.
+    """
+    bounds = _check_tokens("logprobs", logprobs, rollout_logprobs, cu_seqlens)
+    mask = _check.mask(mask, "logprobs", logprobs)
+    tokens = Tokens(tuple(logprobs.shape), mask, bounds)
+    _check.shape("advantages", _check.tensor("advantages", advantages), (tokens.rows,), "one per sequence")
+    _check.same_device("advantages", advantages, "logprobs", logprobs)
+    kept: Tensor = _off_policy_sequence_mask(
+        logprobs.detach().contiguous(),
+        rollout_logprobs.detach().contiguous(),
+        advantages.detach().float().contiguous(),
+        mask,
+        bounds,
+        float(threshold),
+        unscored,
+        select("correction", logprobs),
+    )
+    return kept != 0
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+def _check_tokens(name: str, logprobs: Any, rollout_logprobs: Any, cu_seqlens: Tensor | None) -> Tensor | None:
+    """cu_seqlens as the kernels read it."""
+    for argument, x in ((name, logprobs), ("rollout_logprobs", rollout_logprobs)):
+        _check.dtype(argument, _check.tensor(argument, x), (torch.float32,))
+    _check.shape("rollout_logprobs", rollout_logprobs, logprobs.shape, f"as {name}")
+    _check.same_device("rollout_logprobs", rollout_logprobs, name, logprobs)
+    if cu_seqlens is None and logprobs.ndim != 2:
+        raise ValueError(f"{name}: expected [B, T], or [N] with cu_seqlens, got shape {list(logprobs.shape)}")
+    return token_bounds(cu_seqlens, logprobs, name)
+
+
+def _check_bounds(name: str, low: float | None, high: float | None) -> None:
+    for value in (low, high):
+        if value is not None:
+            _check.positive(name, value)
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"{name}: expected low <= high, got {low} and {high}")
+
+
+def _limits(option: str, threshold: Threshold) -> tuple[float, float]:
+    """(low, high) of a criterion's thresholds; low is 0 where there is none."""
+    _check.choice("reject", option, REJECTIONS)
+    name = f"reject[{option!r}]"
+    pair = isinstance(threshold, tuple | list)
+    if not option.endswith("k1"):
+        if pair:
+            raise ValueError(f"{name}: expected one number, an upper bound, got {threshold!r}")
+        return 0.0, _check.positive(name, threshold)
+    if not pair:
+        high = _check.positive(name, threshold)
+        low = 1.0 / high
+    else:
+        if len(threshold) != 2:  # type: ignore[arg-type]
+            raise ValueError(f"{name}: expected (low, high), got {threshold!r}")
+        low, high = (_check.positive(name, x) for x in threshold)  # type: ignore[union-attr]
+    _check_bounds(name, low, high)
+    return low, high
+
+
+def _check_finite(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor | None) -> None:
+    counted = torch.ones_like(old_logprobs, dtype=torch.bool) if mask is None else mask != 0
+    for name, x in (("old_logprobs", old_logprobs), ("rollout_logprobs", rollout_logprobs)):
+        hint = "; pass unscored=True for tokens that the engine could not score" if name == "rollout_logprobs" else ""
+        _check.every(name, ~(x.isnan() & counted), x, f"numbers where mask is set{hint}")
+
+
+def _number(bound: float | None) -> float:
+    return 0.0 if bound is None else float(bound)
+
+
+# --------------------------------------------------------------------------------------------------- rows and tokens
+def _counted(tokens: Tokens, device: torch.device) -> Tensor:
+    return torch.ones(tokens.shape, dtype=torch.bool, device=device) if tokens.mask is None else tokens.mask != 0
+
+
+def _spread(x: Tensor, per_token: bool, counted: Tensor, tokens: Tokens) -> Tensor:
+    """x in the tokens' shape, 0 where masked out; a program's token output is that already."""
+    if per_token:
+        return x
+    if tokens.cu_seqlens is None:
+        return torch.where(counted, x.unsqueeze(-1), 0.0)
+    return torch.where(counted, x.repeat_interleave(tokens.cu_seqlens.diff(), output_size=tokens.shape[0]), 0.0)

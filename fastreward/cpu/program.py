@@ -1,0 +1,76 @@
+"""CPU backend of programs of the loss language: torch tensors to pointers for csrc/cpu/program*.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastreward import _core
+from fastreward._memory import empty
+from fastreward._tokens import Tokens
+from fastreward.cpu._pointers import address, mask_arguments
+from fastreward.cpu._program_code import encode
+from fastreward.losses._graph import Level
+from fastreward.losses._program import Program
+
+
+def run(
+    program: Program,
+    inputs: Sequence[Tensor],  # one per program.inputs, f32 contiguous: as the tokens of its side, [B] or []
+    sides: Sequence[Tokens],
+    scalars: Sequence[float],  # the values of program.scalars
+    groups: Tensor | None,  # [B] i64: numbers 0, 1, ... of the sequences' groups
+) -> tuple[list[Tensor], Tensor]:
+    """(outputs f32 as the tokens of their side or [B], batch values f32 [M]). Tokens in f32, all else in f64."""
+    rows = sides[0].rows
+    outputs = [
+        empty(sides[n.side].shape if n.level == Level.TOKEN else (rows,), torch.float32) for n in program.outputs
+    ]
+    batch = torch.empty(len(program.batch), dtype=torch.float32, device="cpu")
+    _core.program_run(
+        program=encode(program),
+        sides=[_tokens(side) for side in sides],
+        inputs=[x.data_ptr() for x in inputs],
+        scalars=list(scalars),
+        groups=address(groups),
+        outputs=[x.data_ptr() for x in outputs],
+        batch=batch.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return outputs, batch
+
+
+def scale(
+    saved: Tensor,  # f32, as the tokens
+    row_weight: Tensor | None,  # f32 [B]
+    grad_loss: Tensor,  # [] f32
+    tokens: Tokens,
+) -> Tensor:
+    """saved * row_weight[row] * grad_loss; a 0 stays 0."""
+    out = empty(saved.shape, torch.float32)
+    _core.program_scale(
+        _tokens(tokens),
+        saved.data_ptr(),
+        address(row_weight),
+        float(grad_loss),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def spread(row_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
+    """row_values [B] times grad_loss on counted tokens, 0 elsewhere; f32 in the tokens' shape."""
+    out = empty(tokens.shape, torch.float32)
+    _core.program_spread(
+        _tokens(tokens), row_values.data_ptr(), float(grad_loss), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def _tokens(tokens: Tokens) -> tuple[int, int, int, int, int]:
+    """(rows, columns of the padded layout, cu_seqlens, mask, mask kind)."""
+    columns = tokens.shape[1] if tokens.cu_seqlens is None else 0
+    return (tokens.rows, columns, address(tokens.cu_seqlens), *mask_arguments(tokens.mask))

@@ -1,0 +1,134 @@
+"""Nodes of the loss language as C++: operators in f32 (per token) and f64 (per sequence), and blocks of statements."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Final, Literal
+
+from fastreward.losses._graph import Node, walk
+from fastreward.losses._ops import OPS
+
+Real = Literal["float", "double"]
+
+# How tightly an operator binds; what is not listed is a call.
+_BINARY: Final = {
+    "or": ("||", 1), "and": ("&&", 2),
+    "lt": ("<", 3), "le": ("<=", 3), "gt": (">", 3), "ge": (">=", 3), "eq": ("==", 3), "ne": ("!=", 3),
+    "add": ("+", 4), "sub": ("-", 4), "mul": ("*", 5), "div": ("/", 5),
+}  # fmt: skip
+_UNARY: Final = {"neg": "-", "not": "!"}
+_ATOM: Final = 9
+# Of CUDA's own functions the f32 one has an f; those of csrc/cuda/program.cuh have one name for both.
+_CUDA: Final = {
+    "abs": "fabs",
+    "sqrt": "sqrt",
+    "exp": "exp",
+    "expm1": "expm1",
+    "log": "log",
+    "log1p": "log1p",
+    "tanh": "tanh",
+}
+_OWN: Final = ("sign", "sigmoid", "logsigmoid", "minimum", "maximum", "clip", "outside")
+#: Longer expressions get a name even where they are used once.
+_WIDE: Final = 72
+
+
+def literal(value: float, real: Real) -> str:
+    """A number in C++."""
+    if real == "float":
+        value = _as_f32(value)
+    if math.isfinite(value):
+        return _shortest(value, real) + ("f" if real == "float" else "")
+    text = "not_a_number()" if math.isnan(value) else "infinity()" if value > 0 else "negative_infinity()"
+    return text if real == "float" else f"double({text})"
+
+
+def _as_f32(value: float) -> float:
+    try:
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def _shortest(value: float, real: Real) -> str:
+    """The fewest digits that mean this very number, with a point or an exponent."""
+    text = repr(value)
+    if real == "float":
+        text = repr(next(x for x in (float(f"{value:.{n}g}") for n in range(1, 10)) if _as_f32(x) == value))
+    text = text.removesuffix(".0")
+    return text if "." in text or "e" in text else f"{text}."
+
+
+class Block:
+    """Statements that compute nodes: what is used more than once, or is long, gets a name; the rest is written inline.
+
+    real: the type of numbers. given: C++ for what is there already and whether reading it costs something, so that it
+    is read once; None for what is to be computed. name: what to call a node. roots: what will be asked for.
+    """
+
+    def __init__(
+        self,
+        real: Real,
+        given: Callable[[Node], tuple[str, bool] | None],
+        name: Callable[[Node], str],
+        roots: Iterable[Node],
+    ) -> None:
+        self.lines: list[str] = []
+        self._real, self._given, self._name = real, given, name
+        self._texts: dict[int, tuple[str, int]] = {}  # and how tightly they bind
+        roots = list(roots)
+        computed = (n for n in walk(roots, self._to_compute) if self._to_compute(n))
+        self._uses = Counter([a.id for n in computed for a in n.args] + [n.id for n in roots])
+
+    def value(self, node: Node) -> str:
+        """An expression for `node`; the statements that it needs are in `lines`."""
+        for n in walk([node], lambda n: n.id not in self._texts and self._to_compute(n)):
+            if n.id not in self._texts:
+                self._texts[n.id] = self._write(n)
+        return self._texts[node.id][0]
+
+    def _to_compute(self, node: Node) -> bool:
+        return self._given(node) is None
+
+    def _write(self, node: Node) -> tuple[str, int]:
+        there = self._given(node)
+        if there is not None:
+            text, once = there
+            name_it = once and self._uses[node.id] > 1
+            binding = 6 if text.startswith("-") else _ATOM
+        else:
+            text, binding = self._operator(node)
+            name_it = self._uses[node.id] > 1 or len(text) > _WIDE
+        if not name_it:
+            return text, binding
+        name = self._name(node)
+        self.lines.append(f"const {'bool' if node.boolean else self._real} {name} = {text};")
+        return name, _ATOM
+
+    def _operator(self, node: Node) -> tuple[str, int]:
+        op, parts = node.op, [self._texts[a.id] for a in node.args]
+        if op in _BINARY:
+            symbol, binding = _BINARY[op]
+            # Operands of && and || get parentheses if they are && or || themselves: compilers warn, readers stumble.
+            left, right = {1: (3, 3), 2: (3, 3), 3: (4, 4)}.get(binding, (binding, binding + 1))
+            return f"{_wrapped(parts[0], left)} {symbol} {_wrapped(parts[1], right)}", binding
+        if op in _UNARY:
+            return f"{_UNARY[op]}{_wrapped(parts[0], 7)}", 6
+        if op == "where":
+            return f"({parts[0][0]} ? {parts[1][0]} : {parts[2][0]})", _ATOM
+        arguments = ", ".join(text for text, _ in parts)
+        if op in _CUDA:
+            return f"{_CUDA[op]}{'f' if self._real == 'float' else ''}({arguments})", _ATOM
+        assert op in _OWN, f"{op} is not in csrc/cuda/program.cuh"
+        return f"{op}({arguments})", _ATOM
+
+
+def _wrapped(part: tuple[str, int], least: int) -> str:
+    text, binding = part
+    return text if binding >= least else f"({text})"
+
+
+assert set(OPS) == {*_BINARY, *_UNARY, *_CUDA, *_OWN, "where", "stop_gradient"}

@@ -1,0 +1,322 @@
+"""The policy loss straight from hidden states and the LM head: no [N, V] tensor, and one GEMM fewer.
+
+Rows are taken a few hundred at a time: their logits (one GEMM) give log-probs, these the loss's gradient, that the
+gradient of the logits in place, and it those of hidden states and weight (two GEMMs); a backward that comes later would
+have to compute the logits again. A loss with sums over log-probs (GSPO, ...) needs all log-probs first and takes that
+way: `linear_token_logprobs`, `policy_loss` and their backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fastreward import _check
+from fastreward._arrays import accepts_arrays
+from fastreward._dispatch import implementation, select
+from fastreward._layout import FLAG, VALUES
+from fastreward._op import custom_op, refuse_double_backward
+from fastreward._options import KL, Aggregation
+from fastreward._policy_call import Call, GroupIds, prepare
+from fastreward._program_op import evaluate, gradient_program
+from fastreward._results import Metrics, PolicyLoss
+from fastreward._tokens import Tokens
+from fastreward.linear_logprobs import (
+    _check_head,
+    _compute_dtype,
+    _Head,
+    _HeadGradients,
+    _inverse,
+    _rows_of,
+    linear_token_logprobs,
+)
+from fastreward.logprobs import _check_labels, _temperature
+from fastreward.losses import Loss
+from fastreward.policy_loss import policy_loss
+
+#: Logits that exist at a time, as elements: on a GPU enough rows to keep the GEMMs at full rate.
+_CPU_LOGITS: Final = 1 << 26
+_GPU_LOGITS: Final = 1 << 29
+_LOGPROB, _ENTROPY = VALUES.index("logprobs"), VALUES.index("entropy")
+
+
+# ------------------------------------------------------------------------------------------------------- custom op
+@custom_op("linear_policy_gradient")
+def _linear_policy_gradient(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N] i64
+    temperature: Tensor | None,  # [N] f64
+    temperature_scalar: float,
+    logit_scale: float,
+    softcap: float,  # 0 = none
+    rows: int,  # tokens at a time
+    compute_dtype: torch.dtype,
+    tensors: list[Tensor],  # inputs of the gradient program besides logprob and entropy; the tokens are packed
+    cu_seqlens: Tensor,
+    groups: Tensor | None,
+    parameters: list[float],
+    gradient: str,
+    needs: list[bool],  # gradient for hidden, weight, bias
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # three gradients ([0] where not needed), logprobs, entropy
+    chosen = gradient_program(gradient)
+    tile = [rows, weight.shape[0]]
+    head = _Head(hidden, weight, bias, logit_scale, softcap, tile, compute_dtype, backward=True)
+    grads = _HeadGradients(head, needs)
+    inverse = _inverse(temperature, temperature_scalar)
+    kernels, engine = implementation("logprobs", backend), implementation("program", backend)
+    tokens = Tokens((hidden.shape[0],), None, cu_seqlens)
+    scalars = chosen.program.scalar_values(dict(zip(chosen.parameters, parameters, strict=True)))
+    seen = {name: hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for name in ("logprob", "entropy")}
+    rest = iter(tensors)
+    inputs = [seen[name] if name in seen else next(rest) for name, _ in chosen.inputs]
+    flags, cap = FLAG["entropy"] if chosen.entropy else 0, 1.0 / softcap if softcap else 0.0
+    whole, none = slice(0, weight.shape[0]), seen["logprob"].new_empty((0, 0))
+    for part in head.row_chunks():
+        logits, scale = head.logits(part, whole), _rows_of(inverse, part)
+        values, _, _ = kernels.forward(logits, labels[part], scale, None, None, None, None, flags)
+        seen["logprob"][part], seen["entropy"][part] = values[_LOGPROB], values[_ENTROPY]
+        # The program over all tokens: what it gives for those whose log-probs are not there yet is not looked at.
+        outputs, _ = engine.run(chosen.program, inputs, [tokens], scalars, groups)
+        upstream = torch.zeros_like(values)
+        upstream[_LOGPROB] = outputs[0][part]
+        if chosen.entropy:
+            upstream[_ENTROPY] = outputs[1][part]
+        kernels.backward(logits, labels[part], scale, None, None, None, None, values, none, upstream, None, logits, cap)
+        grads.add(part, whole, logits)
+    entropy = seen["entropy"] if chosen.entropy else seen["entropy"].new_empty(0)
+    return (*grads.finish(), seen["logprob"], entropy)
+
+
+@_linear_policy_gradient.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor | None,
+    temperature_scalar: float,
+    logit_scale: float,
+    softcap: float,
+    rows: int,
+    compute_dtype: torch.dtype,
+    tensors: list[Tensor],
+    cu_seqlens: Tensor,
+    groups: Tensor | None,
+    parameters: list[float],
+    gradient: str,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def grad(needed: bool, x: Tensor | None) -> Tensor:
+        if not needed or x is None:
+            return hidden.new_empty((0,))
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    def per_token(wanted: bool) -> Tensor:
+        return hidden.new_empty((hidden.shape[0] if wanted else 0,), dtype=torch.float32)
+
+    entropy = per_token(gradient_program(gradient).entropy)
+    return grad(needs[0], hidden), grad(needs[1], weight), grad(needs[2], bias), per_token(True), entropy
+
+
+class _Deliver(torch.autograd.Function):
+    """Gives `loss` the gradients that have been computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*grads)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            refuse_double_backward()
+        scaled = (
+            grad * upstream.to(grad.dtype) if needed else None
+            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        )
+        return (None, None, *scaled)
+
+
+# ------------------------------------------------------------------------------------------------- public function
+@accepts_arrays
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    loss: Loss | None = None,
+    aggregation: Aggregation | None = None,
+    normalizer: float | Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    kl: KL | None = None,
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    weights: Tensor | None = None,
+    keep: Tensor | None = None,
+    group_ids: GroupIds | None = None,
+    group_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    return_token_loss: bool = False,
+) -> PolicyLoss:
+    """`policy_loss` of the log-probs that hidden @ weight.T gives to labels, without ever holding the logits [N, V].
+
+    Args:
+        hidden: [B, T, H], or [N, H] with cu_seqlens; float32, bfloat16 or float16. weight: [V, H]; bias: [V].
+        labels: [B, T] or [N] integers in [0, V) (anything where masked out).
+        old_logprobs, advantages, mask, ...: as in `policy_loss`. Masked tokens are dropped before the first GEMM; as
+            in linear_token_logprobs, counting them is one host synchronisation on a GPU.
+        temperature, logit_scale, softcap: as in `linear_token_logprobs`.
+        chunk_size: tokens whose logits exist at a time (default: what the device likes).
+
+    Returns:
+        PolicyLoss, as policy_loss gives it. Gradients flow to hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: as policy_loss and linear_token_logprobs.
+    """
+    _check_head(hidden, weight, bias, labels)
+    if softcap is not None:
+        softcap = _check.positive("softcap", softcap)
+    if chunk_size is not None and _check.whole("chunk_size", chunk_size, "tokens at a time") < 1:
+        raise ValueError(f"chunk_size: expected a positive number of tokens, got {chunk_size}")
+    scalar, per_token = _temperature(temperature, labels)
+    options: dict[str, Any] = {
+        "loss": loss,
+        "aggregation": aggregation,
+        "normalizer": normalizer,
+        "ref_logprobs": ref_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "kl": kl,
+        "kl_coef": kl_coef,
+        "entropy_coef": entropy_coef,
+        "weights": weights,
+        "keep": keep,
+        "group_ids": group_ids,
+        "group_size": group_size,
+        "cu_seqlens": cu_seqlens,
+        "extra": extra,
+    }
+    backend = select("linear_policy_loss", hidden)
+    wants_entropy = bool(entropy_coef) or (loss is not None and loss.reads("entropy"))
+    call = prepare(
+        "labels",
+        labels,
+        old_logprobs,
+        advantages,
+        mask,
+        entropy=wants_entropy,
+        token_loss=return_token_loss,
+        deferred=backend != "cpu",
+        from_logits=True,
+        **options,
+    )
+    counted = call.tokens.mask
+    if _check.values_checked(hidden, labels):
+        _check_labels("labels", labels, weight.shape[0], counted)
+    if call.gradient is None:
+        stats = linear_token_logprobs(
+            hidden, weight, labels, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+            mask=counted, outputs=("logprobs", "entropy") if wants_entropy else ("logprobs",),
+        )  # fmt: skip
+        return policy_loss(
+            stats.logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            entropy=stats.entropy if wants_entropy else None,
+            return_token_loss=return_token_loss,
+            **options,
+        )
+    packed = _Packed(call, labels)
+    inputs = (hidden, weight, bias)
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
+    with torch.no_grad():
+        *grads, logprobs, entropy = _linear_policy_gradient(
+            packed.rows(hidden.reshape(-1, hidden.shape[-1])),
+            weight,
+            bias,
+            packed.rows(labels.reshape(-1).long()),
+            None if per_token is None else packed.rows(per_token),
+            scalar,
+            float(logit_scale),
+            float(softcap or 0.0),
+            chunk_size or _rows_at_a_time(hidden.device, weight.shape[0]),
+            _compute_dtype(hidden),
+            [packed.tensor(x) for x in call.gradient_tensors],
+            packed.bounds,
+            call.groups,
+            call.parameters,
+            call.gradient,
+            needs,
+            backend,
+        )
+        total, values, token_loss = evaluate(
+            call.objective,
+            logprobs,
+            entropy if call.entropy else None,
+            [packed.tensor(x) for x in call.tensors],
+            [Tokens((logprobs.shape[0],), None, packed.bounds)],
+            call.groups,
+            call.parameters,
+            backend,
+        )
+    metrics = Metrics(values, call.metrics)
+    if _check.values_checked(hidden):
+        call.check_results(metrics)
+    grads[0] = packed.spread(grads[0]).reshape(hidden.shape) if needs[0] else grads[0]
+    delivered = _Deliver.apply(total, grads, *inputs)  # type: ignore[no-untyped-call]
+    kept = packed.spread(token_loss).reshape(labels.shape) if return_token_loss else None
+    return PolicyLoss(delivered, metrics, kept)
+
+
+class _Packed:
+    """The counted tokens of a call, packed; the others are gone."""
+
+    def __init__(self, call: Call, labels: Tensor) -> None:
+        tokens = call.tokens
+        self.shape, self.count = tuple(labels.shape), labels.numel()
+        self.kept = None if tokens.mask is None else (tokens.mask.reshape(-1) != 0).nonzero().squeeze(-1)
+        bounds = tokens.cu_seqlens
+        if bounds is None:
+            rows, width = labels.shape
+            bounds = torch.arange(rows + 1, device=labels.device) * width
+        if tokens.mask is not None:
+            before = torch.nn.functional.pad((tokens.mask.reshape(-1) != 0).cumsum(0), (1, 0))
+            bounds = before[bounds]
+        self.bounds = bounds
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The counted ones of [all tokens, ...]."""
+        return x if self.kept is None else x[self.kept]
+
+    def tensor(self, x: Tensor) -> Tensor:
+        """An input of the program: packed if it is per token."""
+        return self.rows(x.reshape(-1)).contiguous() if tuple(x.shape) == self.shape else x
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[counted, ...] back to [all tokens, ...], 0 where not counted."""
+        if self.kept is None:
+            return x
+        return x.new_zeros((self.count, *x.shape[1:])).index_copy(0, self.kept, x)
+
+
+def _rows_at_a_time(device: torch.device, vocab: int) -> int:
+    budget = _CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS
+    return max(64, budget // vocab // 64 * 64)

@@ -1,0 +1,355 @@
+"""Logits straight to the policy loss and the logits' gradient.
+
+A loss whose gradient at a token needs that token alone (and what is known beforehand) is one call: each logit is read
+once from memory and its gradient written once. One with sums over log-probs (GSPO, VESPO, ...) takes a pass for the
+statistics and a pass for the gradient: `token_logprobs`, `policy_loss` and their backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreward import _check, _rows
+from fastreward._arrays import accepts_arrays
+from fastreward._dispatch import implementation, select
+from fastreward._op import custom_op, refuse_double_backward
+from fastreward._options import KL, Aggregation
+from fastreward._policy_call import Call, GroupIds, prepare
+from fastreward._program_op import evaluate, gradient_program
+from fastreward._results import Metrics, PolicyLoss
+from fastreward._tokens import Tokens
+from fastreward.logprobs import _check_labels, _check_logits, _check_own_memory, _temperature, token_logprobs
+from fastreward.losses import Loss
+from fastreward.policy_loss import policy_loss
+
+
+# ------------------------------------------------------------------------------------------------------ custom ops
+@custom_op("logits_gradient")
+def _logits_gradient(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [N] i64
+    temperature: Tensor | None,  # [N] f64
+    temperature_scalar: float,
+    tensors: list[Tensor],  # inputs of the gradient program besides logprob and entropy
+    mask: Tensor | None,  # in the tokens' shape
+    cu_seqlens: Tensor | None,
+    groups: Tensor | None,
+    parameters: list[float],
+    gradient: str,
+    scale: Tensor,  # f32 []
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # gradient like logits; logprobs, entropy f32 [N] ([0] where not computed)
+    out = _rows.like(logits, _rows.split(logits))
+    args = (labels, temperature, temperature_scalar, tensors, mask, cu_seqlens, groups, parameters, gradient)
+    return (out, *_write_gradient(logits, *args, scale, out, backend))
+
+
+@_logits_gradient.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor | None,
+    temperature_scalar: float,
+    tensors: list[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    groups: Tensor | None,
+    parameters: list[float],
+    gradient: str,
+    scale: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def new() -> Tensor:
+        return logits.new_empty(labels.shape, dtype=torch.float32)
+
+    entropy = new() if gradient_program(gradient).entropy else logits.new_empty((0,), dtype=torch.float32)
+    return _rows.like(logits, _rows.split(logits), fake=True), new(), entropy
+
+
+@custom_op("logits_gradient_", mutates_args=("logits",))
+def _logits_gradient_(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor | None,
+    temperature_scalar: float,
+    tensors: list[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    groups: Tensor | None,
+    parameters: list[float],
+    gradient: str,
+    scale: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    args = (labels, temperature, temperature_scalar, tensors, mask, cu_seqlens, groups, parameters, gradient)
+    result = _write_gradient(logits, *args, scale, logits, backend)
+    torch.autograd.graph.increment_version(logits)
+    return result
+
+
+@_logits_gradient_.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor | None,
+    temperature_scalar: float,
+    tensors: list[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    groups: Tensor | None,
+    parameters: list[float],
+    gradient: str,
+    scale: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    def new(count: int) -> Tensor:
+        return logits.new_empty((count,), dtype=torch.float32)
+
+    return new(labels.shape[0]), new(labels.shape[0] if gradient_program(gradient).entropy else 0)
+
+
+def _write_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor | None,
+    temperature_scalar: float,
+    tensors: list[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    groups: Tensor | None,
+    parameters: list[float],
+    gradient: str,
+    scale: Tensor,
+    out: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Logits' gradient into `out`; log-probs and entropy (or [0]) of the rows."""
+    chosen = gradient_program(gradient)
+    (block,) = _rows.split(logits, gaps=out is not logits)
+    tokens = Tokens(tuple(labels.shape) if cu_seqlens is not None else tuple(logits.shape[:-1]), mask, cu_seqlens)
+    inverse: float | Tensor = 1.0 / temperature_scalar if temperature is None else temperature.reciprocal()
+    scalars = chosen.program.scalar_values(dict(zip(chosen.parameters, parameters, strict=True)))
+    rest = iter(tensors)
+    inputs = [None if name in ("logprob", "entropy") else next(rest) for name, _ in chosen.inputs]
+    if block.gap:
+        tokens, inputs = _with_gaps(block, tokens, chosen, inputs, labels)
+        inverse = inverse if temperature is None else _spread(block, temperature.reciprocal())
+    logprobs, entropy = implementation("logits_policy_loss", backend).run(
+        chosen.program, block.matrix(logits), _spread(block, labels), inverse, inputs, tokens, scalars, groups, scale,
+        block.matrix(out), chosen.entropy,
+    )  # fmt: skip
+    if block.gap:
+        own = block.inside(logprobs.device)
+        logprobs, entropy = logprobs[own], entropy[own] if chosen.entropy else entropy
+    return logprobs.reshape(-1), entropy.reshape(-1)
+
+
+def _spread(block: _rows.RowBlock, x: Tensor) -> Tensor:
+    spread = block.spread(x)
+    assert spread is not None
+    return spread
+
+
+def _with_gaps(
+    block: _rows.RowBlock, tokens: Tokens, chosen: Any, inputs: list[Tensor | None], labels: Tensor
+) -> tuple[Tokens, list[Tensor | None]]:
+    """Padded rows with alien ones between them, as packed sequences whose last positions are masked out."""
+    step, rows = block.length + block.gap, _spread(block, labels).shape[0]
+    bounds = (torch.arange(tokens.rows + 1, device=labels.device) * step).clamp(max=rows)
+    mask = torch.ones(labels.shape, dtype=torch.bool, device=labels.device) if tokens.mask is None else tokens.mask != 0
+    spread = [
+        x if x is None or node.level < 3 else block.spread(x.reshape(-1))
+        for node, x in zip(chosen.program.inputs, inputs, strict=True)
+    ]
+    return Tokens((rows,), _spread(block, mask.reshape(-1)), bounds), spread
+
+
+@custom_op("logits_rescale_", mutates_args=("grad",))
+def _rescale_(grad: Tensor, upstream: Tensor, applied: Tensor, backend: str) -> None:
+    """grad *= upstream / applied, read where they are; costs nothing where the two are equal."""
+    for block in _rows.split(grad, gaps=False):
+        implementation("logits_policy_loss", backend).rescale(block.matrix(grad), upstream, applied)
+
+
+@_rescale_.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------- autograd
+class _Deliver(torch.autograd.Function):
+    """Gives `loss` the gradient that has been computed with it: `grad`, for an upstream gradient of `applied`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, grad: Tensor, applied: Tensor, backend: str) -> Tensor:
+        ctx.grad, ctx.applied, ctx.backend = grad, applied, backend
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            refuse_double_backward()
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            raise RuntimeError(
+                "logits_policy_loss: its gradient exists once and has been handed over; "
+                "call it again for another backward"
+            )
+        _rescale_(grad, upstream.detach().float().reshape(()), ctx.applied, ctx.backend)
+        return grad, None, None, None, None
+
+
+# ------------------------------------------------------------------------------------------------- public function
+@accepts_arrays
+def logits_policy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    loss: Loss | None = None,
+    inplace: bool = False,
+    scale: float | Tensor = 1.0,
+    aggregation: Aggregation | None = None,
+    normalizer: float | Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    kl: KL | None = None,
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    weights: Tensor | None = None,
+    keep: Tensor | None = None,
+    group_ids: GroupIds | None = None,
+    group_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    return_token_loss: bool = False,
+) -> PolicyLoss:
+    """`policy_loss` of the log-probs that logits give to labels, with the gradient for the logits, in one call.
+
+    Args:
+        logits: [B, T, V], or [N, V] with cu_seqlens; float32, bfloat16 or float16, any leading strides, unit stride
+            along V. Gradients flow to it.
+        labels: [B, T] or [N] integers in [0, V) (anything where masked out).
+        old_logprobs, advantages, mask, ...: as in `policy_loss`.
+        temperature: a positive float, or one per token.
+        inplace: the gradient overwrites the logits at once: no second [..., V] tensor. Only where nothing else needs
+            them afterwards. Not under torch.compile, which decides that itself.
+        scale: the upstream gradient that is expected (1 / accumulation steps, a loss scale), a float or a 0-d tensor:
+            the stored gradient is multiplied with it at once. Another one that arrives later is applied then, in one
+            more pass over the gradient; the result is the same. The loss itself is not scaled.
+
+    Returns:
+        PolicyLoss, as policy_loss gives it. Its loss can be differentiated once: the gradient is handed over, not
+        copied.
+
+    Raises:
+        TypeError, ValueError: as policy_loss and token_logprobs.
+    """
+    _check_logits(logits, labels)
+    if inplace:
+        _check_own_memory(logits)
+        if torch.compiler.is_compiling():
+            raise ValueError("inplace: not available under torch.compile")
+    scalar, per_token = _temperature(temperature, labels)
+    options: dict[str, Any] = {
+        "loss": loss,
+        "aggregation": aggregation,
+        "normalizer": normalizer,
+        "ref_logprobs": ref_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "kl": kl,
+        "kl_coef": kl_coef,
+        "entropy_coef": entropy_coef,
+        "weights": weights,
+        "keep": keep,
+        "group_ids": group_ids,
+        "group_size": group_size,
+        "cu_seqlens": cu_seqlens,
+        "extra": extra,
+    }
+    backend = select("logits_policy_loss", logits)
+    wants_entropy = bool(entropy_coef) or (loss is not None and loss.reads("entropy"))
+    call = prepare(
+        "labels",
+        labels,
+        old_logprobs,
+        advantages,
+        mask,
+        entropy=wants_entropy,
+        token_loss=return_token_loss,
+        deferred=backend != "cpu",
+        from_logits=True,
+        **options,
+    )
+    if call.gradient is None or backend == "reference" or not _one_block(logits, inplace):
+        outputs = ("logprobs", "entropy") if wants_entropy else ("logprobs",)
+        counted = call.tokens.mask
+        stats = token_logprobs(
+            logits, labels, temperature=temperature, mask=counted, outputs=outputs, inplace_backward=inplace
+        )
+        return policy_loss(
+            stats.logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            entropy=stats.entropy if wants_entropy else None,
+            return_token_loss=return_token_loss,
+            **options,
+        )
+    if _check.values_checked(logits, labels):
+        _check_labels("labels", labels, logits.shape[-1], call.tokens.mask)
+    return _fused(logits, labels, scalar, per_token, call, scale, inplace, return_token_loss, backend)
+
+
+def _one_block(logits: Tensor, inplace: bool) -> bool:
+    return len(_rows.split(logits, gaps=not inplace)) == 1
+
+
+def _fused(
+    logits: Tensor,
+    labels: Tensor,
+    scalar: float,
+    per_token: Tensor | None,
+    call: Call,
+    scale: float | Tensor,
+    inplace: bool,
+    return_token_loss: bool,
+    backend: str,
+) -> PolicyLoss:
+    applied = _scale(scale, logits)
+    args = (
+        labels.reshape(-1).long(), per_token, scalar, call.gradient_tensors, call.tokens.mask, call.tokens.cu_seqlens,
+        call.groups, call.parameters, call.gradient, applied, backend,
+    )  # fmt: skip
+    with torch.no_grad():
+        if inplace:
+            logprobs, entropy = _logits_gradient_(logits.detach(), *args)
+            grad = logits.detach()
+        else:
+            grad, logprobs, entropy = _logits_gradient(logits.detach(), *args)
+        shaped = [x.reshape(labels.shape) if x.numel() or not labels.numel() else None for x in (logprobs, entropy)]
+        first = shaped[0]
+        assert first is not None
+        second = shaped[1] if call.entropy else None
+        total, values, token_loss = evaluate(
+            call.objective, first, second, call.tensors, [call.tokens], call.groups, call.parameters, backend
+        )
+    metrics = Metrics(values, call.metrics)
+    if _check.values_checked(logits):
+        call.check_results(metrics)
+    delivered = _Deliver.apply(logits, total, grad, applied, backend)  # type: ignore[no-untyped-call]
+    return PolicyLoss(delivered, metrics, token_loss if return_token_loss else None)
+
+
+def _scale(scale: float | Tensor, logits: Tensor) -> Tensor:
+    if isinstance(scale, Tensor):
+        _check.shape("scale", scale, (), "a float or a 0-d tensor")
+        return scale.detach().to(device=logits.device, dtype=torch.float32)
+    return torch.full((), _check.positive("scale", scale), dtype=torch.float32, device=logits.device)

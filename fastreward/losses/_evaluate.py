@@ -1,0 +1,82 @@
+"""`Loss.evaluate`: a loss on numbers, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreward._arrays import as_tensor
+from fastreward.losses._define import Loss
+from fastreward.losses._graph import Graph, Level, Node, walk
+from fastreward.losses._terms import PairTerms, Terms
+from fastreward.reference.program import Values
+
+_SIDES = ("chosen_", "rejected_")
+
+
+def evaluate(loss: Loss, mask: Any, group_ids: Any, arrays: Mapping[str, Any]) -> Tensor:
+    """See Loss.evaluate."""
+    tensors = {name: torch.as_tensor(as_tensor(x), dtype=torch.float64) for name, x in arrays.items()}
+    masks = _masks(loss, mask, tensors)
+    named = {_split(loss, name): _shaped(name, x, masks[_split(loss, name)[1]]) for name, x in tensors.items()}
+    levels = [{n: _level(x) for (n, side), x in named.items() if side == wanted} for wanted in (0, 1)]
+    t = PairTerms(Graph(2), levels[0], (levels[0], levels[1])) if loss.definition.pairs else Terms(Graph(), levels[0])
+    value = loss.trace(t)
+    for name, x in loss.tensors.items():
+        named[f"parameter.{name}", 0] = x
+    result = Values(named, masks, _groups(value, group_ids, masks[0]), loss.scalars).of(value)
+    if value.level == Level.TOKEN:
+        return torch.where(masks[value.side], result, 0.0)
+    return result.expand(masks[0].shape[0], 1).squeeze(-1)
+
+
+def _split(loss: Loss, name: str) -> tuple[str, int]:
+    """(term, side) of the argument `chosen_logprob`, or of `logprob`."""
+    if loss.definition.pairs:
+        for side, prefix in enumerate(_SIDES):
+            if name.startswith(prefix):
+                return name.removeprefix(prefix), side
+    return name, 0
+
+
+def _masks(loss: Loss, mask: Any, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The counted tokens of each side, bool [B, T]; everything where none are given."""
+    sides = 2 if loss.definition.pairs else 1
+    given: Sequence[Any] = mask if isinstance(mask, tuple | list) and sides == 2 else [mask] * sides
+    masks = []
+    for side in range(sides):
+        shapes = [x.shape for name, x in tensors.items() if x.ndim == 2 and _split(loss, name)[1] == side]
+        if given[side] is not None:
+            masks.append(torch.as_tensor(as_tensor(given[side])) != 0)
+        elif shapes:
+            masks.append(torch.ones(shapes[0], dtype=torch.bool))
+        else:
+            raise ValueError(f"{loss.name}: expected a term per token ([B, T]) or a mask, to know the tokens")
+    return masks
+
+
+def _shaped(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    if tuple(x.shape) not in {(), (mask.shape[0],), tuple(mask.shape)}:
+        raise ValueError(
+            f"{name}: expected {list(mask.shape)}, [{mask.shape[0]}] or a number, got shape {list(x.shape)}"
+        )
+    return x
+
+
+def _level(x: Tensor) -> Level:
+    return (Level.BATCH, Level.ROW, Level.TOKEN)[x.ndim]
+
+
+def _groups(node: Node, group_ids: Any, mask: Tensor) -> Tensor | None:
+    if group_ids is None:
+        if any(n.op.startswith("group_") for n in walk([node])):
+            raise ValueError("group_ids: needed for a loss over groups")
+        return None
+    numbers: dict[Any, int] = {}
+    ids = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)
+    if len(ids) != mask.shape[0]:
+        raise ValueError(f"group_ids: expected {mask.shape[0]}, one per sequence, got {len(ids)}")
+    return torch.tensor([numbers.setdefault(i, len(numbers)) for i in ids])

@@ -1,0 +1,247 @@
+"""The functions that a loss is written with: NumPy's and torch's names, and reductions over tokens and sequences."""
+
+from __future__ import annotations
+
+from fastreward.losses._graph import Graph, Level, Node
+
+Value = Node | float
+
+
+def _call(op: str, *args: Value) -> Node:
+    return _graph_of(op, *args).call(op, *args)
+
+
+def _graph_of(op: str, *args: Value) -> Graph:
+    for x in args:
+        if isinstance(x, Node):
+            return x.graph
+    raise TypeError(f"{op}: expected a term of the loss (t.logprob, ...) among the arguments, got {args}")
+
+
+# ------------------------------------------------------------------------------------------------------- elementwise
+def exp(x: Value) -> Node:
+    """e^x."""
+    return _call("exp", x)
+
+
+def expm1(x: Value) -> Node:
+    """e^x - 1, accurate near 0."""
+    return _call("expm1", x)
+
+
+def log(x: Value) -> Node:
+    """Natural logarithm: -inf at 0, NaN below."""
+    return _call("log", x)
+
+
+def log1p(x: Value) -> Node:
+    """log(1 + x), accurate near 0."""
+    return _call("log1p", x)
+
+
+def sqrt(x: Value) -> Node:
+    """Square root."""
+    return _call("sqrt", x)
+
+
+def tanh(x: Value) -> Node:
+    """Hyperbolic tangent."""
+    return _call("tanh", x)
+
+
+def sigmoid(x: Value) -> Node:
+    """1 / (1 + e^-x)."""
+    return _call("sigmoid", x)
+
+
+def logsigmoid(x: Value) -> Node:
+    """log(sigmoid(x)) without overflow."""
+    return _call("logsigmoid", x)
+
+
+def softplus(x: Value) -> Node:
+    """log(1 + e^x) without overflow."""
+    return -_call("logsigmoid", -x if isinstance(x, Node) else -x)
+
+
+def relu(x: Value) -> Node:
+    """max(x, 0); gradient 1 at 0."""
+    return _call("maximum", x, 0.0)
+
+
+def abs(x: Value) -> Node:
+    """|x|; gradient 0 at 0."""
+    return _call("abs", x)
+
+
+def sign(x: Value) -> Node:
+    """-1, 0 or 1; gradient 0."""
+    return _call("sign", x)
+
+
+def clip(x: Value, low: Value | None = None, high: Value | None = None) -> Node:
+    """x within [low, high]; gradient 1 on the bounds and between them, 0 outside. None: no bound."""
+    if low is None and high is None:
+        raise TypeError("clip: expected a lower or an upper bound")
+    if low is None:
+        return minimum(x, 0.0 if high is None else high)
+    return maximum(x, low) if high is None else _call("clip", x, low, high)
+
+
+def minimum(x: Value, y: Value) -> Node:
+    """The smaller; the gradient goes to x where they are equal."""
+    return _call("minimum", x, y)
+
+
+def maximum(x: Value, y: Value) -> Node:
+    """The larger; the gradient goes to x where they are equal."""
+    return _call("maximum", x, y)
+
+
+def where(condition: Value, x: Value, y: Value) -> Node:
+    """x where the condition holds (is not 0), else y; both are computed."""
+    return _call("where", condition, x, y)
+
+
+def stop_gradient(x: Value) -> Node:
+    """x as a constant."""
+    return _call("stop_gradient", x)
+
+
+# -------------------------------------------------------------------------------------- over the tokens of a sequence
+# What is the same for all tokens of a sequence may be given too: its mean is itself, its sum is length times it.
+def seq_sum(x: Node) -> Node:
+    """Sum over the counted tokens."""
+    return x.graph.reduce("seq_sum", _number(x)) if x.level == Level.TOKEN else x * x.graph.length(x.side)
+
+
+def seq_mean(x: Node) -> Node:
+    """Mean over the counted tokens; 0 where there are none."""
+    return seq_sum(x) / maximum(x.graph.length(x.side), 1.0) if x.level == Level.TOKEN else x
+
+
+def seq_max(x: Node) -> Node:
+    """Largest over the counted tokens, -inf where there are none; the gradient is shared among equals."""
+    return x.graph.reduce("seq_max", _number(x)) if x.level == Level.TOKEN else x
+
+
+def seq_min(x: Node) -> Node:
+    """Smallest over the counted tokens, inf where there are none; the gradient is shared among equals."""
+    return x.graph.reduce("seq_min", _number(x)) if x.level == Level.TOKEN else x
+
+
+# ----------------------------------------------------------------------------------- over the sequences of the group
+# Sequences without a counted token do not count.
+def group_sum(x: Value, graph: Graph | None = None) -> Node:
+    """Sum over the sequences of the own group."""
+    x, counted = _rows("group_sum", x, graph)
+    return x.graph.reduce("group_sum", where(counted, x, 0.0))
+
+
+def group_size(t: object) -> Node:
+    """Sequences of the own group; `t`: the loss's terms."""
+    graph: Graph = t.graph  # type: ignore[attr-defined]
+    return group_sum(1.0, graph)
+
+
+def group_mean(x: Node) -> Node:
+    """Mean over the sequences of the own group."""
+    return group_sum(x) / maximum(group_sum(1.0, x.graph), 1.0)
+
+
+def group_max(x: Node) -> Node:
+    """Largest over the sequences of the own group."""
+    x, counted = _rows("group_max", x)
+    return x.graph.reduce("group_max", where(counted, x, float("-inf")))
+
+
+def group_min(x: Node) -> Node:
+    """Smallest over the sequences of the own group."""
+    x, counted = _rows("group_min", x)
+    return x.graph.reduce("group_min", where(counted, x, float("inf")))
+
+
+def group_cumsum(x: Value, *, by: Node, reverse: bool = False) -> Node:
+    """Sum over the own group's sequences from the one with the largest `by` down to oneself, oneself included.
+
+    reverse: from oneself down to the smallest. Equal keys are in the order of the rows. No gradient goes to `by`.
+    """
+    by, counted = _rows("group_cumsum", by)
+    x, _ = _rows("group_cumsum", x, by.graph)
+    op = "group_sum_after" if reverse else "group_sum_before"
+    return by.graph.reduce(op, where(counted, x, 0.0), stop_gradient(by))
+
+
+def group_sum_others(x: Node) -> Node:
+    """Sum over the other sequences of the own group."""
+    x, counted = _rows("group_sum_others", x)
+    return x.graph.reduce("group_sum_others", where(counted, x, 0.0))
+
+
+def group_logsumexp(x: Node, *, by: Node | None = None, reverse: bool = False, others: bool = False) -> Node:
+    """log of the sum of e^x over the own group, over those that group_cumsum takes, or over the others alone.
+
+    x may be -inf: such a sequence adds nothing and gets gradient 0. Of nothing -inf, with gradient 0.
+    """
+    x, counted = _rows("group_logsumexp", x)
+    largest = stop_gradient(group_max(x))
+    top = where(largest > float("-inf"), largest, 0.0)
+    grown = where(counted, exp(x - top), 0.0)
+    if others:
+        total = group_sum_others(grown)
+    else:
+        total = group_sum(grown) if by is None else group_cumsum(grown, by=by, reverse=reverse)
+    something = total > 0.0
+    return where(something, top + log(where(something, total, 1.0)), float("-inf"))
+
+
+# ------------------------------------------------------------------------------------------------ over the whole batch
+def batch_sum(x: Value, graph: Graph | None = None) -> Node:
+    """Sum over the counted tokens of the batch; of what is per sequence, over its sequences with a counted token."""
+    if isinstance(x, Node) and x.level == Level.TOKEN:
+        return batch_sum(seq_sum(x))
+    x, counted = _rows("batch_sum", x, graph)
+    return x.graph.reduce("batch_sum", where(counted, x, 0.0))
+
+
+def batch_mean(x: Node) -> Node:
+    """Mean over the counted tokens of the batch; of what is per sequence, over its sequences with a counted token."""
+    graph = x.graph
+    if x.level < Level.ROW:
+        return x
+    count = batch_sum(graph.length(x.side)) if x.level == Level.TOKEN else batch_sum(1.0, graph)
+    return batch_sum(x) / maximum(count, 1.0)
+
+
+def batch_max(x: Node) -> Node:
+    """Largest over the counted tokens of the batch, or over its sequences."""
+    x, counted = _rows("batch_max", seq_max(x))
+    return x.graph.reduce("batch_max", where(counted, x, float("-inf")))
+
+
+def batch_min(x: Node) -> Node:
+    """Smallest over the counted tokens of the batch, or over its sequences."""
+    x, counted = _rows("batch_min", seq_min(x))
+    return x.graph.reduce("batch_min", where(counted, x, float("inf")))
+
+
+def batch_match(x: Node, y: Node) -> Node:
+    """For each sequence the y of that rank among all sequences which its own x has; gradients go to y."""
+    x, y = _rows("batch_match", x)[0], _rows("batch_match", y)[0]
+    rank_of_y, rank_of_x = stop_gradient(y), stop_gradient(x)
+    return x.graph.reduce("batch_permute", y, rank_of_y, rank_of_x)
+
+
+def _number(x: Node) -> Node:
+    return where(x, 1.0, 0.0) if x.boolean else x
+
+
+def _rows(name: str, x: Value, graph: Graph | None = None) -> tuple[Node, Node]:
+    """`x` as a node, and whether a sequence counts."""
+    graph = x.graph if isinstance(x, Node) else graph
+    if graph is None:
+        raise TypeError(f"{name}: expected a term of the loss, got {x!r}")
+    node = graph.node(x)
+    if node.level == Level.TOKEN:
+        node.fail(f"{name} takes what is per sequence, got a per-token term; reduce it first, as in seq_mean(...)")
+    return _number(node), graph.counted()

@@ -1,0 +1,510 @@
+"""Expression graphs: what a loss becomes when it is called with terms instead of numbers.
+
+Every node lives in one graph, which keeps equal nodes once (common subexpressions), folds constants and drops what has
+no effect while it is built. A node's level says how often it has a value: once (SCALAR: known before anything runs;
+BATCH: known on the device), once a sequence (ROW) or once a token (TOKEN).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from enum import IntEnum
+from typing import Any, Final, NoReturn
+
+from fastreward.losses._ops import OPS, REDUCTIONS
+
+_HERE: Final = os.path.dirname(os.path.abspath(__file__))
+
+
+class Level(IntEnum):
+    """How often a node has a value."""
+
+    SCALAR = 0
+    BATCH = 1
+    ROW = 2
+    TOKEN = 3
+
+
+class Node:
+    """A symbolic value; arithmetic and comparisons with it give further ones.
+
+    `id` grows in the order of creation, so that arguments always have smaller ones. `side` tells the two sets of
+    tokens of a preference loss apart (0 chosen, 1 rejected).
+    """
+
+    __slots__ = ("args", "boolean", "graph", "id", "level", "name", "op", "origin", "side", "value")
+    __array_ufunc__ = None  # numpy leaves `array * node` to us, which then says what is wrong
+
+    def __init__(
+        self,
+        graph: Graph,
+        op: str,
+        args: tuple[Node, ...],
+        level: Level,
+        side: int,
+        boolean: bool,
+        value: float | None,
+        name: str | None,
+    ) -> None:
+        self.graph, self.op, self.args, self.level, self.side = graph, op, args, level, side
+        self.boolean, self.value, self.name = boolean, value, name
+        self.id = graph.count
+        self.origin = _origin()
+
+    # ------------------------------------------------------------------------------------------------- operators
+    def __add__(self, other: object) -> Node:
+        return self.graph.call("add", self, other)
+
+    def __radd__(self, other: object) -> Node:
+        return self.graph.call("add", other, self)
+
+    def __sub__(self, other: object) -> Node:
+        return self.graph.call("sub", self, other)
+
+    def __rsub__(self, other: object) -> Node:
+        return self.graph.call("sub", other, self)
+
+    def __mul__(self, other: object) -> Node:
+        return self.graph.call("mul", self, other)
+
+    def __rmul__(self, other: object) -> Node:
+        return self.graph.call("mul", other, self)
+
+    def __truediv__(self, other: object) -> Node:
+        return self.graph.call("div", self, other)
+
+    def __rtruediv__(self, other: object) -> Node:
+        return self.graph.call("div", other, self)
+
+    def __pow__(self, exponent: object) -> Node:
+        if not isinstance(exponent, int) or isinstance(exponent, bool) or exponent < 0:
+            self.fail(f"** takes a whole number as its exponent, got {exponent!r}; write exp({exponent!r} * log(x))")
+        result = self.graph.constant(1.0)
+        for _ in range(exponent):
+            result = result * self
+        return result
+
+    def __neg__(self) -> Node:
+        return self.graph.call("neg", self)
+
+    def __abs__(self) -> Node:
+        return self.graph.call("abs", self)
+
+    def __lt__(self, other: object) -> Node:
+        return self.graph.call("lt", self, other)
+
+    def __le__(self, other: object) -> Node:
+        return self.graph.call("le", self, other)
+
+    def __gt__(self, other: object) -> Node:
+        return self.graph.call("gt", self, other)
+
+    def __ge__(self, other: object) -> Node:
+        return self.graph.call("ge", self, other)
+
+    def __eq__(self, other: object) -> Node:  # type: ignore[override]
+        return self.graph.call("eq", self, other)
+
+    def __ne__(self, other: object) -> Node:  # type: ignore[override]
+        return self.graph.call("ne", self, other)
+
+    def __and__(self, other: object) -> Node:
+        return self.graph.call("and", self, other)
+
+    def __rand__(self, other: object) -> Node:
+        return self.graph.call("and", other, self)
+
+    def __or__(self, other: object) -> Node:
+        return self.graph.call("or", self, other)
+
+    def __ror__(self, other: object) -> Node:
+        return self.graph.call("or", other, self)
+
+    def __invert__(self) -> Node:
+        return self.graph.call("not", self)
+
+    __hash__ = object.__hash__  # by identity; never a key of a dict: == gives a node
+
+    # ---------------------------------------------------------------------------------------------- what can't be
+    def __bool__(self) -> NoReturn:
+        self.fail("a term has no truth value while the loss is traced; write where(condition, a, b), and & | ~")
+
+    def __float__(self) -> NoReturn:
+        self.fail("a term is not a number while the loss is traced; use the functions of fastreward.losses, not math's")
+
+    __int__ = __index__ = __float__
+
+    def __iter__(self) -> NoReturn:
+        self.fail("a term can't be iterated over; it stands for one token or one sequence")
+
+    def __getitem__(self, _: object) -> NoReturn:
+        self.fail("a term can't be indexed; it stands for one token or one sequence")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        name = getattr(function, "__name__", str(function))
+        raise TypeError(f"{_origin()}: torch's {name} does not take terms; use fastreward.losses.{name} if it is there")
+
+    def fail(self, message: str) -> NoReturn:
+        """Raises a TypeError that names the line of the loss."""
+        raise TypeError(f"{_origin()}: {message}")
+
+    def __repr__(self) -> str:
+        from fastreward.losses._show import expression
+
+        return expression(self)
+
+
+class Graph:
+    """Makes nodes."""
+
+    def __init__(self, sides: int = 1) -> None:
+        self.sides = sides  # 2 for losses over pairs of sequences
+        self.count = 0
+        self._nodes: dict[tuple[object, ...], Node] = {}
+
+    # ------------------------------------------------------------------------------------------------------ leaves
+    def constant(self, value: float) -> Node:
+        """A number that is part of the formula."""
+        value = float(value)
+        return self._make("constant", (), Level.SCALAR, value=value, key=(repr(value),))
+
+    def truth(self, value: float | None) -> Node:
+        """A condition that always, or never, holds."""
+        truth = bool(value)
+        return self._make("constant", (), Level.SCALAR, boolean=True, value=float(truth), key=(truth,))
+
+    def parameter(self, name: str) -> Node:
+        """A number that is given at each call."""
+        return self._make("parameter", (), Level.SCALAR, name=name, key=(name,))
+
+    def input(self, name: str, level: Level, side: int = 0) -> Node:
+        """What a tensor of the call holds for the token or the sequence."""
+        return self._make("input", (), level, side=side, name=name, key=(name, level, side))
+
+    # -------------------------------------------------------------------------------------------------- operators
+    def node(self, x: object) -> Node:
+        """`x`, or the constant it is."""
+        if isinstance(x, Node):
+            if x.graph is not self:
+                x.fail("terms of two different calls are mixed in one expression")
+            return x
+        if isinstance(x, bool | int | float):
+            return self.constant(x)
+        raise TypeError(f"{_origin()}: expected a term or a number, got {type(x).__name__}")
+
+    def call(self, op: str, *operands: object) -> Node:
+        """An elementwise operator on terms and numbers, folded and simplified where that changes nothing."""
+        args = tuple(self.node(x) for x in operands)
+        spec = OPS[op]
+        conditions = {"where": (True, False, False), "and": (True, True), "or": (True, True), "not": (True,)}
+        wanted = conditions.get(op, (False,) * spec.arity)
+        args = tuple(self._as(a, boolean) for a, boolean in zip(args, wanted, strict=True))
+        if all(a.op == "constant" for a in args):
+            value = float(spec.python(*(_python(a) for a in args)))
+            return self.truth(value) if spec.boolean else self.constant(value)
+        simple = _SIMPLIFY[op](self, *args) if op in _SIMPLIFY else None
+        if simple is not None:
+            return simple
+        return self.plain(op, *args)
+
+    def plain(self, op: str, *args: Node) -> Node:
+        """The operator on these nodes, not simplified."""
+        level = max(a.level for a in args)
+        return self._make(op, args, level, side=self._side(op, args), boolean=OPS[op].boolean)
+
+    def reduce(self, op: str, *args: Node, side: int = 0) -> Node:
+        """A reduction (see _ops.py). What is the same for all tokens may be summed over them: length times it."""
+        if op.startswith("seq") and args and args[0].level < Level.TOKEN:
+            return args[0] * self.length(args[0].side) if op == "seq_sum" else args[0]
+        if args and is_constant(args[0], 0.0):
+            return args[0]
+        assert op == "seq_count" or args[0].level >= Level.ROW, f"{op} of a {args[0].level.name} node"
+        level = Level.BATCH if op.startswith("batch") and op != "batch_permute" else Level.ROW
+        key = (side,) if op == "seq_count" else ()
+        return self._make(op, args, level, side=args[0].side if args else side, key=key)
+
+    def length(self, side: int = 0) -> Node:
+        """Counted tokens of the sequence."""
+        return self.reduce("seq_count", side=side)
+
+    def counted(self) -> Node:
+        """Whether the sequence (the pair) has a counted token: others do not count in any mean."""
+        tokens = self.length(0)
+        for side in range(1, self.sides):
+            tokens = tokens + self.length(side)
+        return tokens > 0.0
+
+    def inputs(self) -> list[tuple[str, Level, int]]:
+        """(name, level, side) of all inputs so far."""
+        return [(n.name or "", n.level, n.side) for n in self._nodes.values() if n.op == "input"]
+
+    def find(self, op: str, *args: Node) -> Node | None:
+        """The node of this operator and these arguments, if there is one already."""
+        return self._nodes.get((op, *(a.id for a in args)))
+
+    def _as(self, x: Node, boolean: bool) -> Node:
+        if boolean == x.boolean:
+            return x
+        if boolean:
+            return self.truth(x.value) if x.op == "constant" else self.call("ne", x, 0.0)
+        return self.call("where", x, 1.0, 0.0)
+
+    def _side(self, op: str, args: tuple[Node, ...]) -> int:
+        sides = {a.side for a in args if a.level == Level.TOKEN}
+        if len(sides) > 1:
+            raise TypeError(
+                f"{_origin()}: {op} mixes chosen and rejected tokens; reduce each side first, as in seq_sum(...)"
+            )
+        return sides.pop() if sides else max((a.side for a in args if a.level == Level.ROW), default=0)
+
+    def _make(
+        self,
+        op: str,
+        args: tuple[Node, ...],
+        level: Level,
+        *,
+        side: int = 0,
+        boolean: bool = False,
+        value: float | None = None,
+        name: str | None = None,
+        key: tuple[object, ...] = (),
+    ) -> Node:
+        full = (op, *key, *(a.id for a in args))
+        found = self._nodes.get(full)
+        if found is None:
+            found = self._nodes[full] = Node(self, op, args, level, side, boolean, value, name)
+            self.count += 1
+        return found
+
+
+def walk(roots: Iterable[Node], into: Callable[[Node], bool] = lambda _: True) -> Iterator[Node]:
+    """The nodes that `roots` are made of, each once, arguments first; `into` says whose arguments to follow."""
+    seen: dict[int, Node] = {}
+    waiting = list(roots)
+    while waiting:
+        node = waiting.pop()
+        if node.id not in seen:
+            seen[node.id] = node
+            if into(node):
+                waiting.extend(node.args)
+    yield from (seen[i] for i in sorted(seen))
+
+
+def is_constant(x: Node, value: float | None = None) -> bool:
+    """Whether `x` is a number of the formula (this one)."""
+    return x.op == "constant" and (value is None or x.value == value)
+
+
+def _python(x: Node) -> float:
+    assert x.value is not None
+    return bool(x.value) if x.boolean else x.value
+
+
+def _origin() -> str:
+    """File and line of the innermost caller outside the machinery (its files start with an underscore)."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        path = frame.f_code.co_filename
+        if os.path.dirname(path) != _HERE or not os.path.basename(path).startswith("_"):
+            break
+        frame = frame.f_back
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}, in {frame.f_code.co_name}"
+
+
+# ------------------------------------------------------------------------------------------------- simplification
+# "drop(c, x)" below is where(c, 0, x): what derivatives of clips, maxima and where are made of. Drops are pushed
+# outwards and merged, so that a clipped gradient costs one select.
+def _drop(graph: Graph, condition: Node, x: Node) -> Node:
+    return graph.call("where", condition, 0.0, x)
+
+
+def _as_drop(graph: Graph, x: Node) -> tuple[Node, Node] | None:
+    """(condition, value) where x is a drop, written either way round."""
+    if x.op != "where":
+        return None
+    if is_constant(x.args[1], 0.0):
+        return x.args[0], x.args[2]
+    return (graph.call("not", x.args[0]), x.args[1]) if is_constant(x.args[2], 0.0) else None
+
+
+def _simplify_add(graph: Graph, x: Node, y: Node) -> Node | None:
+    if is_constant(x, 0.0):
+        return y
+    if is_constant(y, 0.0):
+        return x
+    if y.op == "neg":
+        return graph.call("sub", x, y.args[0])
+    if x.op == "neg":
+        return graph.call("sub", y, x.args[0])
+    first, second = _as_drop(graph, x), _as_drop(graph, y)
+    if first is not None and second is not None and first[1].id == second[1].id:
+        merged = _alternatives(graph, first[0], second[0])
+        if merged is not None:
+            return _drop(graph, merged, first[1])
+    return graph.find("add", y, x)
+
+
+def _alternatives(graph: Graph, c: Node, d: Node) -> Node | None:
+    """c & d for conditions of which one always holds, since a member p of one is negated in the other; else None.
+
+    c = s | ~p | q and d = s | p | r: s is common, and what is left is p & q where r is empty (as in a clipped maximum).
+    """
+    left, right = ({m.id: m for m in _members(x)} for x in (c, d))
+    for one, other in ((left, right), (right, left)):
+        for p in list(one.values()):
+            negated = graph.call("not", p)
+            if negated.id not in other:
+                continue
+            shared = [m for m in one.values() if m.id in other]
+            r = [m for m in one.values() if m.id not in other and m.id != p.id]
+            q = [m for m in other.values() if m.id not in one and m.id != negated.id]
+            rest = graph.call("and", p, _any(graph, q)) if not r else None
+            if rest is None and not q:
+                rest = graph.call("and", negated, _any(graph, r))
+            if rest is not None:
+                return graph.call("or", _any(graph, shared), rest)
+    return None
+
+
+def _any(graph: Graph, conditions: Iterable[Node]) -> Node:
+    result = graph.truth(0.0)
+    for c in conditions:
+        result = graph.call("or", result, c)
+    return result
+
+
+def _members(x: Node) -> Iterator[Node]:
+    if x.op == "or":
+        for a in x.args:
+            yield from _members(a)
+    else:
+        yield x
+
+
+def _simplify_sub(graph: Graph, x: Node, y: Node) -> Node | None:
+    if is_constant(y, 0.0):
+        return x
+    if is_constant(x, 0.0):
+        return graph.call("neg", y)
+    if y.op == "neg":
+        return graph.call("add", x, y.args[0])
+    return graph.constant(0.0) if x.id == y.id else None
+
+
+def _simplify_mul(graph: Graph, x: Node, y: Node) -> Node | None:
+    for a, b in ((x, y), (y, x)):
+        if is_constant(a, 0.0):
+            return graph.constant(0.0)
+        if is_constant(a, 1.0):
+            return b
+        if is_constant(a, -1.0):
+            return graph.call("neg", b)
+        dropped = _as_drop(graph, a) if a.level >= b.level else None  # a row's select stays the row's
+        if dropped is not None:
+            return _drop(graph, dropped[0], graph.call("mul", dropped[1], b))
+    if x.op == "neg" and y.op == "neg":
+        return graph.call("mul", x.args[0], y.args[0])
+    found = graph.find("mul", y, x)
+    return found if found is not None else _regroup(graph, x, y)
+
+
+def _regroup(graph: Graph, x: Node, y: Node) -> Node | None:
+    """(a * b) * y as a * (b * y) where b * y is there already, or is known once a row while a is a token's."""
+    for product, other in ((x, y), (y, x)):
+        if product.op != "mul":
+            continue
+        for a, b in (product.args, product.args[::-1]):
+            there = graph.find("mul", b, other)
+            if there is None:
+                there = graph.find("mul", other, b)
+            if there is None and max(b.level, other.level) < a.level and not is_constant(b):
+                there = graph.call("mul", b, other)
+            if there is not None:
+                return graph.plain("mul", a, there)  # as it is: regrouping it again would undo this
+    return None
+
+
+def _simplify_div(graph: Graph, x: Node, y: Node) -> Node | None:
+    if is_constant(y, 1.0):
+        return x
+    if is_constant(x, 0.0):
+        return x
+    if is_constant(y) and y.value and math.frexp(y.value)[0] in (0.5, -0.5):  # a power of two: exact
+        return graph.call("mul", x, 1.0 / y.value)
+    dropped = _as_drop(graph, x) if x.level >= y.level else None
+    return None if dropped is None else _drop(graph, dropped[0], graph.call("div", dropped[1], y))
+
+
+def _simplify_neg(graph: Graph, x: Node) -> Node | None:
+    if x.op == "neg":
+        return x.args[0]
+    if x.op == "sub":
+        return graph.call("sub", x.args[1], x.args[0])
+    dropped = _as_drop(graph, x)
+    return None if dropped is None else _drop(graph, dropped[0], graph.call("neg", dropped[1]))
+
+
+def _simplify_where(graph: Graph, condition: Node, x: Node, y: Node) -> Node | None:
+    if condition.op == "constant":
+        return x if condition.value else y
+    if x.id == y.id:
+        return x
+    if is_constant(x, 0.0):
+        dropped = _as_drop(graph, y) if y.level >= condition.level else None
+        return None if dropped is None else _drop(graph, graph.call("or", condition, dropped[0]), dropped[1])
+    if is_constant(y, 0.0):
+        return _drop(graph, graph.call("not", condition), x) if not is_constant(x) else None
+    return graph.call("where", condition.args[0], y, x) if condition.op == "not" else None
+
+
+def _simplify_clip(graph: Graph, x: Node, low: Node, high: Node) -> Node | None:
+    below, above = is_constant(low, -math.inf), is_constant(high, math.inf)
+    if below and above:
+        return x
+    if below:
+        return graph.call("minimum", x, high)
+    return graph.call("maximum", x, low) if above else None
+
+
+def _simplify_extreme(graph: Graph, x: Node, y: Node) -> Node | None:
+    return x if x.id == y.id else None
+
+
+def _simplify_and(graph: Graph, x: Node, y: Node) -> Node | None:
+    for a, b in ((x, y), (y, x)):
+        if a.op == "constant":
+            return b if a.value else a
+    return x if x.id == y.id else graph.find("and", y, x)
+
+
+def _simplify_or(graph: Graph, x: Node, y: Node) -> Node | None:
+    for a, b in ((x, y), (y, x)):
+        if a.op == "constant":
+            return a if a.value else b
+    return x if x.id == y.id else graph.find("or", y, x)
+
+
+def _simplify_not(graph: Graph, x: Node) -> Node | None:
+    return x.args[0] if x.op == "not" else None
+
+
+_SIMPLIFY: Final[dict[str, Callable[..., Node | None]]] = {
+    "add": _simplify_add,
+    "sub": _simplify_sub,
+    "mul": _simplify_mul,
+    "div": _simplify_div,
+    "neg": _simplify_neg,
+    "where": _simplify_where,
+    "clip": _simplify_clip,
+    "minimum": _simplify_extreme,
+    "maximum": _simplify_extreme,
+    "and": _simplify_and,
+    "or": _simplify_or,
+    "not": _simplify_not,
+}
+
+assert not set(REDUCTIONS) & set(OPS)

@@ -1,0 +1,417 @@
+"""What a call of `policy_loss` or `preference_loss` minimises: the loss, its KL and entropy terms, aggregated.
+
+All of it is written in the loss language, so that one program gives the loss, its metrics and its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final, get_args
+
+from fastreward._layout import METRICS, PAIR_METRICS
+from fastreward._options import KL, Aggregation, PairAggregation
+from fastreward.losses._define import Loss
+from fastreward.losses._derivative import gradients
+from fastreward.losses._functions import (
+    abs,
+    batch_max,
+    batch_mean,
+    batch_min,
+    batch_sum,
+    clip,
+    expm1,
+    group_sum,
+    maximum,
+    seq_sum,
+    stop_gradient,
+    where,
+)
+from fastreward.losses._graph import Graph, Level, Node, walk
+from fastreward.losses._ops import SEQ_REDUCTIONS
+from fastreward.losses._program import Program, program, without_stop_gradient
+from fastreward.losses._terms import LOG_RATIO_CLAMP, PairTerms, Terms
+
+#: Parameters of a call that are not the loss's own; their values come before its.
+CALL_PARAMETERS: Final = ("call.width", "call.kl_coef", "call.entropy_coef")
+_CLIP_FRACTIONS: Final = ("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual")
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """Where the gradient for one differentiable input is: an output that holds it once a token, or once a sequence.
+
+    A gradient per sequence is that of each of its counted tokens, the aggregation's weight included.
+    """
+
+    output: int
+    per_token: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Objective:
+    """A program and the meaning of what goes in and out. batch: the loss, then `metrics` in order.
+
+    parameters: names of the numbers of a call, in order. sources: for each input of the program 0 or 1 where it is the
+    first or second differentiable tensor, else -1.
+    row_weight: the output that gradients per token have still to be multiplied with, by sequence; None: nothing.
+    """
+
+    program: Program
+    parameters: tuple[str, ...]
+    sources: tuple[int, ...]
+    metrics: tuple[str, ...]
+    gradients: tuple[Gradient | None, Gradient | None]
+    token_loss: int | None
+    row_weight: int | None
+
+    @property
+    def key(self) -> str:
+        """Equal for objectives that are the same in every respect."""
+        layout = (self.parameters, self.sources, self.metrics, self.gradients, self.token_loss, self.row_weight)
+        return f"{self.program.key} {layout}"
+
+    @property
+    def inputs(self) -> tuple[tuple[str, int], ...]:
+        """(name, side) of the program's inputs that are not differentiable, in order."""
+        nodes = zip(self.program.inputs, self.sources, strict=True)
+        return tuple((n.name or "", n.side) for n, source in nodes if source < 0)
+
+
+@dataclass(frozen=True)
+class PolicyCall:
+    """What decides the formula of a `policy_loss` call besides the loss. levels: the terms passed, by name.
+
+    packed: tokens come with cu_seqlens. deferred: gradients may leave out the aggregation's weight.
+    """
+
+    levels: tuple[tuple[str, Level], ...]
+    aggregation: Aggregation
+    normalizer: bool = False
+    packed: bool = False
+    kl: KL | None = None
+    entropy_bonus: bool = False
+    token_loss: bool = False
+    deferred: bool = False
+
+
+def kl(t: Terms, kind: KL = "k3", *, clamp: float | None = LOG_RATIO_CLAMP, value_clamp: float | None = None) -> Node:
+    """Estimate of KL(policy || reference) per token, from x = ref_logprob - logprob.
+
+    k1: -x. abs: |x|. k2: x^2 / 2. k3: e^x - x - 1 (http://joschu.net/blog/kl-approx.html). With "+" the value of that
+    one and the gradient of k2, whose expectation is the KL's (verl's kl_penalty). "k3-corrected": k3 times the ratio to
+    the old policy, not detached (DeepSeek-V3.2; TRL's use_bias_correction_kl).
+
+    clamp: x is clamped to +- this, with gradient 0 beyond (None: not at all, as in TRL; exp then overflows above 88).
+    value_clamp: so is the estimate (verl: 10 for k3; OpenRLHF: 10).
+    """
+    if kind not in get_args(KL):
+        raise ValueError(f"kl: expected one of {', '.join(map(repr, get_args(KL)))}, got {kind!r}")
+    x = t.ref_logprob - t.logprob
+    if clamp is not None:
+        x = clip(x, -clamp, clamp)
+    squared = 0.5 * x * x
+    if kind == "k3-corrected":
+        value = (expm1(x) - x) * t.ratio
+    else:
+        value = {"k1": -x, "abs": abs(x), "k2": squared, "k3": expm1(x) - x}[kind.removesuffix("+")]
+    if value_clamp is not None:
+        value = clip(value, -value_clamp, value_clamp)
+    return squared - stop_gradient(squared) + stop_gradient(value) if kind.endswith("+") else value
+
+
+# ------------------------------------------------------------------------------------------------------ policy losses
+def policy_objective(loss: Loss, call: PolicyCall) -> Objective:
+    """The objective of `loss` under `call`; kept, as tracing takes milliseconds."""
+    return _cached_policy(_Key(loss), call)
+
+
+class _Key:
+    """A loss as a cache's key: equal when the formulas are."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss, self.structure = loss, loss.structure
+
+    def __hash__(self) -> int:
+        return hash(self.structure)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.structure == other.structure
+
+
+@lru_cache(maxsize=512)
+def _cached_policy(key: _Key, call: PolicyCall) -> Objective:
+    t, total, wanted, weight, value = _traced(key.loss, call)
+    metrics = _policy_metrics(t, dict(call.levels))
+    if call.deferred and value.level == Level.TOKEN:
+        seeded = gradients(value, wanted, t.graph.constant(1.0))
+        objective = _assemble(key.loss, total, wanted, seeded, weight, value, call.token_loss, metrics, weighted=False)
+        if len(objective.program.stages) == 1:
+            return objective
+    found = gradients(total, wanted)
+    return _assemble(key.loss, total, wanted, found, weight, value, call.token_loss, metrics, weighted=True)
+
+
+def _traced(loss: Loss, call: PolicyCall) -> tuple[Terms, Node, list[Node], Node, Node]:
+    """(terms, total loss, differentiable inputs, the rows' weights, loss per token or row)."""
+    levels = dict(call.levels)
+    t = Terms(Graph(), levels)
+    surrogate = loss.trace(t)
+    if "weight" in levels and not any(n.op == "input" and n.name == "weight" for n in walk([surrogate])):
+        surrogate = surrogate * t.weight  # a loss that reads the weights applies them itself
+    value = surrogate
+    if call.kl is not None:
+        value = value + t.graph.parameter("call.kl_coef") * kl(t, call.kl)
+    if call.entropy_bonus:
+        value = value - t.graph.parameter("call.entropy_coef") * t.entropy
+    weight = _row_weight(t.graph, call)
+    total = t.graph.reduce("batch_sum", _weighted(weight, value))
+    wanted = [t.logprob, *([t.entropy] if "entropy" in levels else [])]
+    _check_depends(loss, surrogate, wanted)
+    return t, total, wanted, weight, value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenGradient:
+    """The gradient alone: a program whose outputs are d/dlogprob and, where `entropy`, d/dentropy, both per token.
+
+    No pass but the last reads logprob or entropy, so a kernel that has just computed them for a token can go on.
+    """
+
+    program: Program
+    parameters: tuple[str, ...]
+    inputs: tuple[tuple[str, int], ...]
+    entropy: bool
+
+    @property
+    def key(self) -> str:
+        """Equal for gradients that are the same in every respect."""
+        return f"{self.program.key} {self.parameters} {self.entropy}"
+
+
+def token_gradient(loss: Loss, call: PolicyCall) -> TokenGradient | None:
+    """The gradient of an objective token by token; None where it needs sums over log-probs of other tokens first."""
+    return _cached_gradient(_Key(loss), call)
+
+
+@lru_cache(maxsize=512)
+def _cached_gradient(key: _Key, call: PolicyCall) -> TokenGradient | None:
+    _, total, wanted, *_ = _traced(key.loss, call)
+    found = [g for g in gradients(total, wanted) if g is not None and not (g.op == "constant" and g.value == 0.0)]
+    names = {x.name for x in wanted}
+    for node in walk(found):
+        below = walk(node.args) if node.op in SEQ_REDUCTIONS else ()
+        if any(n.op == "input" and n.name in names for n in below):
+            return None
+    entropy = gradients(total, wanted)[1] is not None if len(wanted) == 2 else False
+    outputs = [g if g.level == Level.TOKEN else _per_token(g) for g in without_stop_gradient(found)]
+    built = program(outputs, [])
+    inputs = tuple((n.name or "", n.side) for n in built.inputs)
+    return TokenGradient(built, _parameters(key.loss), inputs, entropy)
+
+
+def _weighted(weight: Node, value: Node) -> Node:
+    """The row's share of the loss. A value per sequence of an empty one may be anything: it must not count."""
+    if value.level == Level.TOKEN:
+        return weight * seq_sum(value)
+    return where(value.graph.counted(), weight * seq_sum(value), 0.0)
+
+
+def _row_weight(graph: Graph, call: PolicyCall) -> Node:
+    """What the aggregation multiplies a sequence's token losses by, per row."""
+    length = graph.length()
+    sequences, one = batch_sum(1.0, graph), graph.constant(1.0)
+    width = graph.input("call.width", Level.BATCH) if call.packed else graph.parameter("call.width")
+    groups = batch_sum(1.0 / group_sum(1.0, graph)) if call.aggregation == "group-mean" else one
+    denominator = {
+        "token-mean": graph.reduce("batch_sum", length),
+        "token-sum": one,
+        "seq-mean-token-mean": sequences,
+        "seq-mean-token-sum": sequences,
+        "seq-mean-token-sum-norm": sequences * width,
+        "group-mean": groups,
+    }[call.aggregation]
+    denominator = graph.input("call.normalizer", Level.BATCH) if call.normalizer else maximum(denominator, 1.0)
+    if call.aggregation == "group-mean":
+        return 1.0 / (denominator * maximum(length * group_sum(1.0, graph), 1.0))
+    if call.aggregation == "seq-mean-token-mean":
+        return 1.0 / (denominator * maximum(length, 1.0))
+    return 1.0 / denominator
+
+
+def _check_depends(loss: Loss, value: Node, wanted: Sequence[Node]) -> None:
+    """Refuses a loss that no parameter of the model can change, before anything runs."""
+    if all(g is None or (g.op == "constant" and g.value == 0.0) for g in gradients(value, wanted)):
+        raise ValueError(
+            f"{loss.name}: its gradient for {' and '.join(x.name or '' for x in wanted)} is zero everywhere: "
+            "every use of a differentiable term is inside stop_gradient, a comparison or sign()"
+        )
+
+
+def _policy_metrics(t: Terms, levels: Mapping[str, Level]) -> dict[str, Node]:
+    """METRICS in order, then what the loss reports besides."""
+    graph = t.graph
+    zero = graph.constant(0.0)
+    counted = batch_sum(1.0, graph) > 0.0
+    d = clip(t.log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    log_ratio, ratio = batch_mean(d), batch_mean(t.ratio)
+    gap = clip(t.ref_logprob - t.logprob, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP) if "ref_logprob" in levels else None
+    some = where(counted, 1.0, 0.0)
+    values = {
+        **{name: t.reports.get(name, zero) for name in _CLIP_FRACTIONS},
+        "kl_old_k1": -log_ratio,
+        "kl_old_k3": ratio - log_ratio - some,
+        "kl_ref_k1": zero if gap is None else -batch_mean(gap),
+        "kl_ref_k3": zero if gap is None else batch_mean(expm1(gap) - gap),
+        "ratio_mean": ratio,
+        "ratio_min": where(counted, batch_min(t.ratio), 0.0),
+        "ratio_max": where(counted, batch_max(t.ratio), 0.0),
+        "entropy_mean": batch_mean(t.entropy) if "entropy" in levels else zero,
+        "advantage_mean": batch_mean(t.advantage),
+        "token_count": graph.reduce("batch_sum", graph.length()),
+    }
+    assert tuple(values) == METRICS
+    return {**values, **{name: x for name, x in t.reports.items() if name not in values}}
+
+
+def _assemble(
+    loss: Loss,
+    total: Node,
+    wanted: Sequence[Node],
+    found: Sequence[Node | None],
+    weight: Node,
+    value: Node,
+    want_token_loss: bool,
+    metrics: Mapping[str, Node],
+    *,
+    weighted: bool,
+) -> Objective:
+    # First without stop_gradient: a copy and its original may cancel, and a gradient then be the same for all tokens.
+    given = [x for x in found if x is not None]
+    total, weight, value, *rest = without_stop_gradient([total, weight, value, *given, *metrics.values()])
+    metrics = dict(zip(metrics, rest[len(given) :], strict=True))
+    remaining = iter(rest)
+    outputs: list[Node] = []
+
+    def add(node: Node) -> int:
+        outputs.append(node)
+        return len(outputs) - 1
+
+    graph = total.graph
+    kept: list[Gradient | None] = []
+    for g in (None if x is None else next(remaining) for x in found):
+        if g is None or (g.op == "constant" and g.value == 0.0):
+            kept.append(None)
+        elif g.level == Level.TOKEN:
+            kept.append(Gradient(add(g), True))
+        else:  # the same for every counted token of a sequence
+            row = g if weighted else g * weight
+            kept.append(Gradient(add(where(graph.counted(), row, 0.0)), False))
+    token_loss = add(value if value.level == Level.TOKEN else _per_token(value)) if want_token_loss else None
+    row_weight = add(where(graph.counted(), weight, 0.0)) if not weighted else None
+    built = program(outputs, [total, *metrics.values()], graph.sides)
+    first, second = (*kept, None)[:2]
+    names, sources = _parameters(loss), _sources(built, wanted)
+    return Objective(built, names, sources, tuple(metrics), (first, second), token_loss, row_weight)
+
+
+def _parameters(loss: Loss) -> tuple[str, ...]:
+    return (*CALL_PARAMETERS, *sorted(loss.scalars))
+
+
+def _sources(built: Program, wanted: Sequence[Node]) -> tuple[int, ...]:
+    places = {(x.name, x.side): k for k, x in enumerate(wanted)}
+    return tuple(places.get((n.name, n.side), -1) for n in built.inputs)
+
+
+def _per_token(value: Node) -> Node:
+    """What is the same for all tokens of a sequence, at each of them (NaN where its log-prob is)."""
+    logprob = value.graph.input("logprob", Level.TOKEN)
+    return where(logprob == logprob, value, float("nan"))
+
+
+# -------------------------------------------------------------------------------------------------- preference losses
+@dataclass(frozen=True)
+class PairCall:
+    """What decides the formula of a `preference_loss` call besides the loss. Levels: of each side, and of the pair."""
+
+    sides: tuple[tuple[tuple[str, Level], ...], tuple[tuple[str, Level], ...]]
+    levels: tuple[tuple[str, Level], ...]
+    aggregation: PairAggregation
+    normalizer: bool = False
+    weights: bool = False
+    pair_loss: bool = False
+
+
+def pair_objective(loss: Loss, call: PairCall) -> Objective:
+    """The objective of `loss` under `call`; kept, as tracing takes milliseconds."""
+    return _cached_pair(_Key(loss), call)
+
+
+@lru_cache(maxsize=512)
+def _cached_pair(key: _Key, call: PairCall) -> Objective:
+    graph = Graph(sides=2)
+    t = PairTerms(graph, dict(call.levels), (dict(call.sides[0]), dict(call.sides[1])))
+    value = key.loss.trace(t)
+    if value.level == Level.TOKEN:
+        raise ValueError(f"{key.loss.name}: expected a loss per pair, got one per token; reduce it, as in seq_sum(...)")
+    if call.weights:
+        value = value * graph.input("call.weights", Level.ROW)
+    wanted = [t.chosen.logprob, t.rejected.logprob]
+    _check_depends(key.loss, value, wanted)
+    pairs = batch_sum(1.0, graph)
+    groups = group_sum(1.0, graph) if call.aggregation == "group-mean" else graph.constant(1.0)
+    denominator = {"mean": pairs, "sum": graph.constant(1.0)}.get(call.aggregation)
+    if denominator is None:
+        denominator = batch_sum(1.0 / groups)
+    denominator = graph.input("call.normalizer", Level.BATCH) if call.normalizer else maximum(denominator, 1.0)
+    total = batch_sum(value / maximum(groups, 1.0) / denominator)
+    metrics = _pair_metrics(t)
+    outputs: list[Node] = []
+    kept: list[Gradient | None] = []
+    found = gradients(total, wanted)
+    given = [x for x in found if x is not None]
+    total, value, *rest = without_stop_gradient([total, value, *given, *metrics.values()], 2)
+    graph, metrics = total.graph, dict(zip(metrics, rest[len(given) :], strict=True))
+    remaining = iter(rest)
+    for g in (None if x is None else next(remaining) for x in found):
+        if g is None or (g.op == "constant" and g.value == 0.0):
+            kept.append(None)
+            continue
+        per_token = g.level == Level.TOKEN
+        kept.append(Gradient(len(outputs), per_token))
+        outputs.append(g if per_token else where(graph.counted(), g, 0.0))
+    pair_loss = None
+    if call.pair_loss:
+        pair_loss = len(outputs)
+        outputs.append(where(graph.counted(), value, 0.0))
+    built = program(outputs, [total, *metrics.values()], sides=2)
+    names, sources = _parameters(key.loss), _sources(built, wanted)
+    return Objective(built, names, sources, tuple(metrics), (kept[0], kept[1]), pair_loss, None)
+
+
+def _pair_metrics(t: PairTerms) -> dict[str, Node]:
+    graph = t.graph
+    values = {
+        "pair_count": batch_sum(1.0, graph),
+        "chosen_logprob": batch_mean(seq_sum(t.chosen.logprob)),
+        "rejected_logprob": batch_mean(seq_sum(t.rejected.logprob)),
+        "chosen_tokens": graph.reduce("batch_sum", graph.length(0)),
+        "rejected_tokens": graph.reduce("batch_sum", graph.length(1)),
+    }
+    assert tuple(values) == PAIR_METRICS
+    return {**values, **{name: x for name, x in t.reports.items() if name not in values}}
+
+
+__all__ = [
+    "Gradient",
+    "Objective",
+    "PairCall",
+    "PolicyCall",
+    "TokenGradient",
+    "kl",
+    "pair_objective",
+    "policy_objective",
+    "token_gradient",
+]

@@ -1,0 +1,219 @@
+"""A loss as the backends receive it: a graph cut into passes over the tokens, with work per sequence between them.
+
+A pass reads the tokens once: it computes per-token nodes, reduces some of them over each sequence, and in the last pass
+stores the results. Between two passes the per-sequence (ROW) and whole-batch (BATCH) nodes are computed, among them
+reductions over groups and over the batch. A backend needs nothing but this page and the operators' table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from fastreward.losses._graph import Graph, Level, Node, walk
+from fastreward.losses._ops import GROUP_REDUCTIONS, LEAVES, OPS, REDUCTIONS, SEQ_REDUCTIONS
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStep:
+    """One pass over the tokens of one side.
+
+    body: TOKEN operators, arguments first; an argument of a lower level is one value for the whole sequence.
+    reduce: seq_* nodes over counted tokens, each one ROW value. store: (index of `Program.outputs`, node) pairs;
+    tokens that are masked out get 0.
+    """
+
+    side: int
+    body: tuple[Node, ...]
+    reduce: tuple[Node, ...]
+    store: tuple[tuple[int, Node], ...]
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """The TOKEN inputs that the pass reads."""
+        used = walk(self._roots, lambda n: n.level == Level.TOKEN)
+        return tuple(n for n in used if n.op == "input" and n.level == Level.TOKEN)
+
+    @property
+    def rows(self) -> tuple[Node, ...]:
+        """The ROW, BATCH and SCALAR nodes that the pass reads, constants among them."""
+        below = (n for n in walk(self._roots, lambda n: n.level == Level.TOKEN) if n.level < Level.TOKEN)
+        return tuple(below)
+
+    @property
+    def _roots(self) -> list[Node]:
+        return [*(a for n in self.reduce for a in n.args), *(node for _, node in self.store)]
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A pass over the tokens of each side, then nodes per sequence and for the batch, arguments first."""
+
+    tokens: tuple[TokenStep, ...]
+    rows: tuple[Node, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What a backend runs.
+
+    key: a hash of everything here. sides: sets of tokens (2 for preference losses). inputs: the tensors of a call in
+    order; TOKEN inputs as the tokens of their side, ROW [B], BATCH []. scalars: SCALAR nodes whose values are given at
+    each call, in order; constants are in the graph. prologue: ROW and BATCH nodes before the first pass. outputs:
+    tensors, TOKEN or ROW nodes, f32. batch: BATCH (or SCALAR) nodes, one f32 vector.
+    """
+
+    key: str
+    sides: int
+    inputs: tuple[Node, ...]
+    scalars: tuple[Node, ...]
+    prologue: tuple[Node, ...]
+    stages: tuple[Stage, ...]
+    outputs: tuple[Node, ...]
+    batch: tuple[Node, ...]
+
+    @cached_property
+    def groups(self) -> bool:
+        """Whether the call has to say which sequences belong together."""
+        return any(n.op in GROUP_REDUCTIONS for n in self.rows)
+
+    @cached_property
+    def rows(self) -> tuple[Node, ...]:
+        """All ROW and BATCH operators in the order in which they run, seq_* nodes left out."""
+        return (*self.prologue, *(n for stage in self.stages for n in stage.rows))
+
+    def scalar_values(self, parameters: Mapping[str, float]) -> list[float]:
+        """The values of `scalars`, in float64."""
+        values: dict[int, float] = {}
+        for node in self._scalar_order:
+            if node.op == "parameter":
+                assert node.name is not None
+                values[node.id] = parameters[node.name]
+            elif node.op == "constant":
+                assert node.value is not None
+                values[node.id] = node.value
+            else:
+                values[node.id] = float(OPS[node.op].python(*(values[a.id] for a in node.args)))
+        return [values[n.id] for n in self.scalars]
+
+    @cached_property
+    def _scalar_order(self) -> tuple[Node, ...]:
+        return tuple(walk(self.scalars))
+
+
+def program(outputs: Sequence[Node], batch: Sequence[Node], sides: int = 1) -> Program:
+    """The program that computes `outputs` (TOKEN or ROW nodes) and `batch` (nodes of at most BATCH level)."""
+    lowered = without_stop_gradient([*outputs, *batch], sides)
+    tensors, totals = tuple(lowered[: len(outputs)]), tuple(lowered[len(outputs) :])
+    nodes = list(walk(lowered))
+    place = _places(nodes, tensors)
+    passes = 1 + max((k for n, k in ((n, place[n.id]) for n in nodes) if _in_pass(n)), default=0)
+    last = passes - 1
+    stages = tuple(
+        Stage(
+            tuple(s for side in range(sides) if (s := _token_step(nodes, place, tensors, k, k == last, side))),
+            tuple(n for n in nodes if _is_row_operator(n) and place[n.id] == k),
+        )
+        for k in range(passes)
+    )
+    prologue = tuple(n for n in nodes if _is_row_operator(n) and place[n.id] < 0)
+    inputs = tuple(n for n in nodes if n.op == "input")
+    return Program(
+        _key(nodes, tensors, totals), sides, inputs, _scalars(nodes, lowered), prologue, stages, tensors, totals
+    )
+
+
+def without_stop_gradient(roots: Sequence[Node], sides: int = 1) -> list[Node]:
+    """The same nodes in a fresh graph, where a constant copy and its original are one."""
+    graph = Graph(sides)
+    copy: dict[int, Node] = {}
+    for node in walk(roots):
+        args = [copy[a.id] for a in node.args]
+        copy[node.id] = (
+            args[0] if node.op == "stop_gradient" else _copy_leaf(graph, node) if not args else _copy(graph, node, args)
+        )
+    return [copy[n.id] for n in roots]
+
+
+def _copy_leaf(graph: Graph, node: Node) -> Node:
+    if node.op == "seq_count":
+        return graph.length(node.side)
+    if node.op == "constant":
+        assert node.value is not None
+        return graph.truth(node.value) if node.boolean else graph.constant(node.value)
+    assert node.name is not None
+    return graph.parameter(node.name) if node.op == "parameter" else graph.input(node.name, node.level, node.side)
+
+
+def _copy(graph: Graph, node: Node, args: list[Node]) -> Node:
+    return graph.reduce(node.op, *args) if node.op in REDUCTIONS else graph.call(node.op, *args)
+
+
+def _in_pass(node: Node) -> bool:
+    return node.level == Level.TOKEN or node.op in SEQ_REDUCTIONS
+
+
+def _is_row_operator(node: Node) -> bool:
+    return node.level in (Level.BATCH, Level.ROW) and node.op not in (*LEAVES, *SEQ_REDUCTIONS)
+
+
+def _places(nodes: Sequence[Node], outputs: Iterable[Node]) -> dict[int, int]:
+    """For each node the pass in or after which it is computed; -1: before the first.
+
+    A reduction that no later pass waits for moves to the last one, which reads most of the tensors anyway.
+    """
+    earliest = {n.id: -1 for n in nodes}
+    for n in nodes:
+        if n.op in SEQ_REDUCTIONS:
+            earliest[n.id] = max((earliest[a.id] for a in n.args), default=0)
+            earliest[n.id] = max(earliest[n.id], 0)
+        elif n.level == Level.TOKEN:
+            after = (earliest[a.id] + (a.level < Level.TOKEN) for a in n.args)
+            earliest[n.id] = max(0, *after, 0)
+        elif n.args:
+            earliest[n.id] = max(earliest[a.id] for a in n.args)
+    last = max((earliest[n.id] for n in nodes if _in_pass(n)), default=0)
+    last = max([last, *(earliest[o.id] + 1 for o in outputs if o.level == Level.TOKEN and not _in_pass(o))])
+    awaited = {m.id for m in walk(a for n in nodes if n.level == Level.TOKEN for a in n.args if a.level < Level.TOKEN)}
+    place: dict[int, int] = {}
+    for n in nodes:
+        if n.op in SEQ_REDUCTIONS:
+            place[n.id] = earliest[n.id] if n.id in awaited else last
+        elif n.level == Level.TOKEN or not n.args:
+            place[n.id] = earliest[n.id]
+        else:
+            place[n.id] = max(place[a.id] for a in n.args)
+    return place
+
+
+def _token_step(
+    nodes: Sequence[Node], place: Mapping[int, int], outputs: Sequence[Node], k: int, last: bool, side: int
+) -> TokenStep | None:
+    reduce = tuple(n for n in nodes if n.op in SEQ_REDUCTIONS and place[n.id] == k and n.side == side)
+    store = tuple((i, n) for i, n in enumerate(outputs) if last and n.level == Level.TOKEN and n.side == side)
+    if not reduce and not store:
+        return None
+    roots = [*(a for n in reduce for a in n.args), *(n for _, n in store)]
+    used = walk(roots, lambda n: n.level == Level.TOKEN)
+    body = tuple(n for n in used if n.level == Level.TOKEN and n.op not in LEAVES)
+    return TokenStep(side, body, reduce, store)
+
+
+def _scalars(nodes: Sequence[Node], outputs: Sequence[Node]) -> tuple[Node, ...]:
+    """SCALAR nodes that others read, constants left out."""
+    read = {a.id for n in nodes if n.level > Level.SCALAR for a in n.args} | {o.id for o in outputs}
+    return tuple(n for n in nodes if n.level == Level.SCALAR and n.op != "constant" and n.id in read)
+
+
+def _key(nodes: Sequence[Node], outputs: Sequence[Node], batch: Sequence[Node]) -> str:
+    at = {n.id: i for i, n in enumerate(nodes)}
+    text = repr(
+        (
+            [(n.op, n.name, n.value, n.boolean, int(n.level), n.side, [at[a.id] for a in n.args]) for n in nodes],
+            [at[n.id] for n in outputs],
+            [at[n.id] for n in batch],
+        )
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

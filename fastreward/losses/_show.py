@@ -1,0 +1,87 @@
+"""Losses as text: formula and derivative, one line per value that is used more than once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from fastreward.losses._derivative import gradients
+from fastreward.losses._graph import Graph, Level, Node, walk
+from fastreward.losses._ops import OPS
+from fastreward.losses._terms import PairTerms, Terms
+
+if TYPE_CHECKING:
+    from fastreward.losses._define import Loss
+
+_SIDES = ("chosen.", "rejected.")
+_BINDING = {"|": 1, "&": 2, "<": 3, "<=": 3, ">": 3, ">=": 3, "==": 3, "!=": 3, "+": 4, "-": 4, "*": 5, "/": 5}
+_ATOM = 9
+
+
+def expression(node: Node) -> str:
+    """One node as a formula."""
+    return _write(node, {})[0]
+
+
+def show(loss: Loss) -> str:
+    """The loss, its reports and its derivative, as assignments."""
+    t = loss.terms()
+    value = loss.trace(t)
+    wanted = [t.chosen.logprob, t.rejected.logprob] if isinstance(t, PairTerms) else [t.logprob, t.entropy]
+    named = [("loss", value), *_derivatives(value, wanted)]
+    given = ", ".join(f"{k}={'[B]' if k in loss.tensors else repr(v)}" for k, v in loss.parameters.items())
+    return "\n".join([f"{loss.name}({given})", *("  " + line for line in assignments(named))])
+
+
+def assignments(named: Iterable[tuple[str, Node]]) -> list[str]:
+    """`name = formula` lines; what occurs more than once comes first, under names of its own."""
+    named = list(named)
+    nodes = list(walk(n for _, n in named))
+    uses = Counter(a.id for n in nodes for a in n.args)
+    names: dict[int, str] = {}
+    lines = []
+    for node in nodes:
+        if uses[node.id] > 1 and node.args:
+            formula = _write(node, names)[0]
+            names[node.id] = f"v{len(names) + 1}"
+            lines.append(f"{names[node.id]} = {formula}")
+    return lines + [f"{name} = {_write(node, names)[0]}" for name, node in named]
+
+
+def _derivatives(value: Node, wanted: list[Node]) -> list[tuple[str, Node]]:
+    """Of the sum of the losses, for each differentiable term that it depends on."""
+    found = []
+    for x, gradient in zip(wanted, gradients(value, wanted), strict=True):
+        if gradient is not None:
+            found.append((f"d/d {_write(x, {})[0]}", gradient))
+    return found
+
+
+def _write(node: Node, names: dict[int, str]) -> tuple[str, int]:
+    """(text, how tightly its outermost operator binds)."""
+    if node.id in names:
+        return names[node.id], _ATOM
+    if node.op == "constant":
+        assert node.value is not None
+        return (str(bool(node.value)) if node.boolean else f"{node.value:g}"), _ATOM if node.value >= 0 else 4
+    if node.op in ("parameter", "input"):
+        side = _SIDES[node.side] if node.graph.sides == 2 and node.level == Level.TOKEN else ""
+        return f"{side}{(node.name or '').removeprefix('parameter.')}", _ATOM
+    if node.op == "seq_count":
+        return f"{_SIDES[node.side] if node.graph.sides == 2 else ''}length", _ATOM
+    symbol = OPS[node.op].symbol if node.op in OPS else None
+    if symbol is not None:
+        binding = _BINDING[symbol]
+        left, right = (_write(a, names) for a in node.args)
+        first = left[0] if left[1] >= binding else f"({left[0]})"
+        second = right[0] if right[1] > binding else f"({right[0]})"
+        return f"{first} {symbol} {second}", binding
+    if node.op in ("neg", "not"):
+        inner, binding = _write(node.args[0], names)
+        sign = "-" if node.op == "neg" else "~"
+        return f"{sign}{inner if binding > 5 else f'({inner})'}", 6
+    return f"{node.op}({', '.join(_write(a, names)[0] for a in node.args)})", _ATOM
+
+
+__all__ = ["Graph", "Terms", "assignments", "expression", "show"]

@@ -1,0 +1,46 @@
+"""`Loss.source`: the kernel that a backend generates for a loss."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Final
+
+from fastreward.losses._define import Loss
+from fastreward.losses._graph import Level
+from fastreward.losses._objective import PairCall, PolicyCall, pair_objective, policy_objective
+from fastreward.losses._terms import PairTerms
+
+_GENERATORS: Final = {"triton": "fastreward.kernels._program_source", "cuda": "fastreward.cuda._program_source"}
+
+
+def source(loss: Loss, backend: str, **options: Any) -> str:
+    """The generated source for a call that passes every term the loss reads, per token (extras as the loss says).
+
+    options: fields of PolicyCall or PairCall, such as aggregation="seq-mean-token-mean" or kl="k3".
+    """
+    if backend not in _GENERATORS:
+        raise ValueError(f"backend: expected 'triton' or 'cuda' (the cpu backend interprets), got {backend!r}")
+    traced = loss.terms()
+    loss.trace(traced)
+    given = traced.graph.inputs()
+    if isinstance(traced, PairTerms):
+        sides = tuple(_levels(given, side, Level.TOKEN, "logprob") for side in (0, 1))
+        extras = _levels(given, 0, Level.ROW)
+        options = {"aggregation": "mean", **options}
+        objective = pair_objective(loss, PairCall((sides[0], sides[1]), extras, **options))
+    else:
+        names = dict((*_levels(given, 0, Level.TOKEN), *_levels(given, 0, Level.ROW), *_levels(given, 0, Level.BATCH)))
+        names |= {name: Level.TOKEN for name in ("logprob", "old_logprob", "advantage")}
+        names |= {"ref_logprob": Level.TOKEN} if options.get("kl") else {}
+        names |= {"entropy": Level.TOKEN} if options.get("entropy_bonus") else {}
+        options = {"aggregation": loss.aggregation, "deferred": True, **options}
+        objective = policy_objective(loss, PolicyCall(tuple(names.items()), **options))
+    text: str = importlib.import_module(_GENERATORS[backend]).source(objective.program)
+    return text
+
+
+def _levels(
+    given: list[tuple[str, Level, int]], side: int, level: Level, *always: str
+) -> tuple[tuple[str, Level], ...]:
+    own = {name: at for name, at, of in given if of == side and at == level and not name.startswith("parameter.")}
+    return (*own.items(), *((name, level) for name in always if name not in own))

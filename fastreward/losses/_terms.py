@@ -1,0 +1,174 @@
+"""The terms that a loss is written with: t.logprob, t.ratio, t.advantage, ..., and named extras."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Final, Literal, NoReturn
+
+from fastreward.losses._functions import batch_mean, clip, exp
+from fastreward.losses._graph import Graph, Level, Node
+
+#: The log-ratio is clamped to +- this before t.ratio exponentiates it (verl's and OpenRLHF's bound).
+LOG_RATIO_CLAMP: Final = 20.0
+
+_SOURCES: Final = {
+    "logprob": "logprobs",
+    "old_logprob": "old_logprobs",
+    "ref_logprob": "ref_logprobs",
+    "rollout_logprob": "rollout_logprobs",
+    "advantage": "advantages",
+    "entropy": "entropy",
+    "weight": "weights",
+}
+_PAIR_SOURCES: Final = {
+    "logprob": "{side}_logprobs",
+    "ref_logprob": "ref_{side}_logprobs",
+    "weight": "{side}_weights",
+}
+_SIDES: Final = ("chosen", "rejected")
+
+
+class _Inputs:
+    """What a call passes: inputs of the graph by name, with the level of each."""
+
+    def __init__(self, graph: Graph, levels: Mapping[str, Level] | None, side: int, sources: Mapping[str, str]) -> None:
+        self.graph = graph
+        self._levels = levels  # None: whatever the loss asks for, at its usual level
+        self._side = side
+        self._named = sources
+
+    def _input(self, name: str, usual: Level) -> Node:
+        full = self._named.get(name, f'extra={{"{name}": ...}}').replace("{side}", _SIDES[self._side])
+        level = usual
+        if self._levels is not None:
+            if name not in self._levels:
+                raise ValueError(f"{_where()}: the loss reads the term {name!r}, which was not passed; pass {full}")
+            level = self._levels[name]
+        if level > usual:
+            raise ValueError(f"{full}: the loss reads {name!r} once per sequence, got a value per token")
+        return self.graph.input(name, level, self._side)
+
+    def extra(self, name: str, per: Literal["token", "sequence", "batch"] = "token") -> Node:
+        """What the caller passes as extra={name: tensor}: a constant per token, per sequence, or for the whole batch."""
+        levels = {"token": Level.TOKEN, "sequence": Level.ROW, "batch": Level.BATCH}
+        if per not in levels:
+            raise ValueError(f"extra: per: expected 'token', 'sequence' or 'batch', got {per!r}")
+        return self._input(name, levels[per])
+
+    def has(self, name: str) -> bool:
+        """Whether the call passes this term or extra: an ordinary bool, known while the loss is traced."""
+        return self._levels is not None and name in self._levels
+
+    def _unknown(self, name: str, known: list[str]) -> NoReturn:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean t.{near[0]}?)" if near else ""
+        raise AttributeError(
+            f"{_where()}: no term {name!r}{hint}; there are {', '.join(known)}, "
+            f"and t.extra({name!r}) for one of your own"
+        )
+
+
+def _where() -> str:
+    from fastreward.losses._graph import _origin
+
+    return _origin()
+
+
+class Terms(_Inputs):
+    """Terms of a policy loss, one value per token unless said.
+
+    logprob, old_logprob, ref_logprob, rollout_logprob, entropy, weight: as passed to the call. advantage: per token or
+    per sequence. log_ratio: logprob - old_logprob. ratio: exp(log_ratio), the log-ratio clamped to +-20. length:
+    counted tokens, per sequence. extra(name): the caller's own. Gradients flow through logprob and entropy.
+    """
+
+    NAMES: Final = (*_SOURCES, "log_ratio", "ratio", "length", "extra", "report")
+
+    def __init__(self, graph: Graph, levels: Mapping[str, Level] | None = None) -> None:
+        super().__init__(graph, levels, 0, {k: f"{v}=" for k, v in _SOURCES.items()})
+        self.reports: dict[str, Node] = {}
+
+    @property
+    def log_ratio(self) -> Node:
+        """Logprob - old_logprob."""
+        return self.logprob - self.old_logprob
+
+    @property
+    def ratio(self) -> Node:
+        """exp(log_ratio) with the log-ratio clamped to +-20, gradient 0 beyond."""
+        return exp(clip(self.log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
+
+    @property
+    def length(self) -> Node:
+        """Counted tokens of the sequence."""
+        return self.graph.length(self._side)
+
+    def report(self, **values: Node) -> None:
+        """Adds metrics: the mean of each value over the counted tokens, or over the sequences if it is one of theirs."""
+        for name, value in values.items():
+            self.reports[name] = batch_mean(self.graph.node(value))
+
+    def __getattr__(self, name: str) -> Node:
+        if name.startswith("_") or name not in _SOURCES:
+            self._unknown(name, list(self.NAMES))
+        return self._input(name, Level.TOKEN)
+
+
+class Side(_Inputs):
+    """Terms of one side of a pair, per token: logprob, ref_logprob, weight, log_ratio = logprob - ref_logprob.
+
+    length: counted tokens of that side, per pair. Gradients flow through logprob.
+    """
+
+    NAMES: Final = (*_PAIR_SOURCES, "log_ratio", "length", "extra")
+
+    def __init__(self, graph: Graph, levels: Mapping[str, Level] | None, side: int) -> None:
+        sources = {k: f"{v}=" for k, v in _PAIR_SOURCES.items()}
+        super().__init__(graph, levels, side, sources)
+
+    @property
+    def log_ratio(self) -> Node:
+        """Logprob - ref_logprob."""
+        return self.logprob - self.ref_logprob
+
+    @property
+    def length(self) -> Node:
+        """Counted tokens of this side."""
+        return self.graph.length(self._side)
+
+    def __getattr__(self, name: str) -> Node:
+        if name.startswith("_") or name not in _PAIR_SOURCES:
+            self._unknown(name, list(self.NAMES))
+        return self._input(name, Level.TOKEN)
+
+
+class PairTerms(_Inputs):
+    """Terms of a preference loss: t.chosen and t.rejected (see Side), and extra(name) per pair."""
+
+    NAMES: Final = ("chosen", "rejected", "extra", "report")
+
+    def __init__(
+        self,
+        graph: Graph,
+        levels: Mapping[str, Level] | None = None,
+        sides: tuple[Mapping[str, Level], Mapping[str, Level]] | None = None,
+    ) -> None:
+        super().__init__(graph, levels, 0, {})
+        self.chosen = Side(graph, None if sides is None else sides[0], 0)
+        self.rejected = Side(graph, None if sides is None else sides[1], 1)
+        self.reports: dict[str, Node] = {}
+
+    def extra(self, name: str, per: Literal["token", "sequence", "batch"] = "sequence") -> Node:
+        """What the caller passes as extra={name: tensor [pairs]}."""
+        if per == "token":
+            raise ValueError("extra: per-token extras belong to a side: t.chosen.extra(...) or t.rejected.extra(...)")
+        return super().extra(name, per)
+
+    def report(self, **values: Node) -> None:
+        """Adds metrics: the mean of each value over the pairs."""
+        for name, value in values.items():
+            self.reports[name] = batch_mean(self.graph.node(value))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self._unknown(name, list(self.NAMES))

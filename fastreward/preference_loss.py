@@ -1,0 +1,175 @@
+"""Losses over pairs of a chosen and a rejected sequence, with metrics, and the gradient for both sides' log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fastreward import _check
+from fastreward._arrays import accepts_arrays
+from fastreward._dispatch import select
+from fastreward._options import PAIR_AGGREGATIONS, PairAggregation
+from fastreward._policy_call import GroupIds, level_of, numbered_groups, on_device, positive_normalizer, token_bounds
+from fastreward._program_op import evaluate
+from fastreward._results import Metrics, PolicyLoss
+from fastreward._tokens import Tokens
+from fastreward.losses import Loss, dpo
+
+_DEFAULT_LOSS: Final = dpo()
+
+
+@accepts_arrays
+def preference_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    *,
+    loss: Loss | None = None,
+    ref_chosen_logprobs: Tensor | None = None,
+    ref_rejected_logprobs: Tensor | None = None,
+    chosen_mask: Tensor | None = None,
+    rejected_mask: Tensor | None = None,
+    chosen_weights: Tensor | None = None,
+    rejected_weights: Tensor | None = None,
+    weights: Tensor | None = None,
+    aggregation: PairAggregation = "mean",
+    normalizer: float | Tensor | None = None,
+    group_ids: GroupIds | None = None,
+    chosen_cu_seqlens: Tensor | None = None,
+    rejected_cu_seqlens: Tensor | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    chosen_extra: Mapping[str, Tensor] | None = None,
+    rejected_extra: Mapping[str, Tensor] | None = None,
+    return_pair_loss: bool = False,
+) -> PolicyLoss:
+    """A loss over pairs (DPO and its kin) with its metrics; one read of the log-probs, one write of the gradients.
+
+    Args:
+        chosen_logprobs, rejected_logprobs: per token, float32 [P, T] or packed [N] with cu_seqlens; the two sides may
+            differ in length. Gradients flow to both.
+        loss: one of `fastreward.losses` over pairs, or your own (`losses.define(pairs=True)`); default losses.dpo().
+        ref_chosen_logprobs, ref_rejected_logprobs: of the reference policy, for losses that have one.
+        chosen_mask, rejected_mask: nonzero = a token that counts. What lies under a zero leaks nowhere.
+        chosen_weights, rejected_weights: per token, for losses that read them (t.chosen.weight).
+        weights: constant factor of each pair's loss, [P].
+        aggregation: "mean" over pairs, "sum", or "group-mean" (mean over groups of their means: MAH-DPO's dimensions).
+            A pair counts where either side has a counted token.
+        normalizer: replaces that denominator (pairs; 1; groups), for gradient accumulation and data parallelism.
+        group_ids: [P] integers or any hashables, for group-mean and losses over groups.
+        chosen_cu_seqlens, rejected_cu_seqlens: integers [P + 1], bounds of packed sequences.
+        extra: what the loss reads as t.extra(name), [P] or numbers; chosen_extra, rejected_extra: per token of a side.
+        return_pair_loss: also give the loss of each pair, [P], as token_loss.
+
+    Returns:
+        PolicyLoss(loss f32 [], metrics, token_loss f32 [P] or None). The metrics are `fastreward._layout.PAIR_METRICS`,
+        then what the loss reports (dpo: rewards, margins, accuracy).
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or name, a term that the loss reads and that is not there, a loss
+            whose gradient is zero; on the CPU (on a GPU with FASTREWARD_DEBUG=1) also where no pair counts and no
+            `normalizer` is given.
+    """
+    loss = _loss(loss)
+    _check.choice("aggregation", aggregation, PAIR_AGGREGATIONS)
+    sides = (
+        _side("chosen", chosen_logprobs, chosen_mask, chosen_cu_seqlens),
+        _side("rejected", rejected_logprobs, rejected_mask, rejected_cu_seqlens),
+    )
+    pairs = sides[0].rows
+    if sides[1].rows != pairs:
+        raise ValueError(f"rejected_logprobs: expected {pairs} sequences, as many as chosen, got {sides[1].rows}")
+    _check.same_device("rejected_logprobs", rejected_logprobs, "chosen_logprobs", chosen_logprobs)
+    given: dict[tuple[str, int], Tensor] = {}
+    levels: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([("logprob", 3)], [("logprob", 3)])
+    for k, (like, ref, weight, extras) in enumerate(
+        (
+            (chosen_logprobs, ref_chosen_logprobs, chosen_weights, chosen_extra),
+            (rejected_logprobs, ref_rejected_logprobs, rejected_weights, rejected_extra),
+        )
+    ):
+        side = ("chosen", "rejected")[k]
+        named: list[tuple[str, str, Any]] = [
+            ("ref_logprob", f"ref_{side}_logprobs", ref),
+            ("weight", f"{side}_weights", weight),
+        ]
+        named += [(name, f"{side}_extra[{name!r}]", x) for name, x in (extras or {}).items()]
+        for term, argument, x in named:
+            if x is not None:
+                given[term, k] = on_device(argument, x, like, pairs, f"{side}_logprobs")
+                levels[k].append((term, level_of(given[term, k], like)))
+    pair_levels = []
+    for name, x in (extra or {}).items():
+        given[name, 0] = _per_pair(f"extra[{name!r}]", x, chosen_logprobs, pairs)
+        pair_levels.append((name, 2 if given[name, 0].ndim else 1))
+    objective, inputs, names, grouped = loss.pair_plan(
+        (tuple(levels[0]), tuple(levels[1])),
+        tuple(pair_levels),
+        aggregation,
+        normalizer is not None,
+        weights is not None,
+        return_pair_loss,
+    )
+    for (term, side), _ in given.items():
+        if (term, side) not in inputs and term != "ref_logprob":
+            name = f"{term} of the {('chosen', 'rejected')[side]} or of the pair"
+            raise ValueError(
+                f"{name}: {loss.name} does not read it; it reads {', '.join(sorted({n for n, _ in inputs}))}"
+            )
+    if grouped and group_ids is None:
+        raise ValueError("group_ids: needed for aggregation='group-mean' and for losses over groups")
+    for name, value in loss.tensors.items():
+        given[f"parameter.{name}", 0] = _per_pair(f"{loss.name}: {name}", value, chosen_logprobs, pairs)
+    if weights is not None:
+        given["call.weights", 0] = _per_pair("weights", weights, chosen_logprobs, pairs)
+    if normalizer is not None:
+        given["call.normalizer", 0] = positive_normalizer(normalizer, chosen_logprobs)
+    numbers = loss.scalars
+    total, values, pair_loss = evaluate(
+        objective,
+        chosen_logprobs.contiguous(),
+        rejected_logprobs.contiguous(),
+        [given[key] for key in inputs],
+        sides,
+        numbered_groups(group_ids, None, pairs, chosen_logprobs),
+        [0.0, 0.0, 0.0, *(numbers[k] for k in sorted(numbers))],
+        select("preference_loss", chosen_logprobs),
+    )
+    metrics = Metrics(values, names)
+    if normalizer is None and pairs and _check.values_checked(chosen_logprobs) and not metrics["pair_count"]:
+        raise ValueError(
+            "chosen_mask, rejected_mask: expected at least one counted token, got all-zero masks; "
+            "pass normalizer=... where a micro-batch may be empty"
+        )
+    return PolicyLoss(total, metrics, pair_loss if return_pair_loss else None)
+
+
+def _loss(loss: Any) -> Loss:
+    if loss is None:
+        return _DEFAULT_LOSS
+    if not isinstance(loss, Loss):
+        hint = ", as in losses.dpo()" if callable(loss) else ""
+        raise TypeError(f"loss: expected a loss such as losses.dpo(), got {type(loss).__name__}{hint}")
+    if not loss.definition.pairs:
+        raise TypeError(f"loss: {loss.name} is a policy loss; it goes to policy_loss")
+    return loss
+
+
+def _side(side: str, logprobs: object, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
+    name = f"{side}_logprobs"
+    like = _check.tensor(name, logprobs)
+    _check.dtype(name, like, (torch.float32,))
+    bounds = token_bounds(cu_seqlens, like, name, f"{side}_cu_seqlens")
+    if bounds is None and like.ndim != 2:
+        raise ValueError(f"{name}: expected [P, T], or [N] with {side}_cu_seqlens, got shape {list(like.shape)}")
+    counted = _check.mask(mask, name, like, f"{side}_mask")
+    return Tokens(tuple(like.shape), counted, bounds)
+
+
+def _per_pair(name: str, x: object, like: Tensor, pairs: int) -> Tensor:
+    tensor = torch.full((), float(x), device=like.device) if isinstance(x, int | float) else _check.tensor(name, x)
+    if tuple(tensor.shape) not in {(pairs,), ()}:
+        raise ValueError(f"{name}: expected shape [{pairs}] (one per pair) or [], got {list(tensor.shape)}")
+    _check.same_device(name, tensor, "chosen_logprobs", like)
+    return tensor.detach().float().contiguous()

@@ -1,0 +1,99 @@
+"""Keyword options that recipes pass on to the operation they call, and what recipes add to them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypedDict
+
+from torch import Tensor
+
+from fastreward._options import KL, PairAggregation
+
+GroupIds = Tensor | Sequence[Hashable]
+
+
+class PolicyOptions(TypedDict, total=False):
+    """Those of `fastreward.policy_loss`, which describes them."""
+
+    normalizer: float | Tensor | None
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    kl: KL | None
+    kl_coef: float
+    entropy: Tensor | None
+    entropy_coef: float
+    weights: Tensor | None
+    keep: Tensor | None
+    group_ids: GroupIds | None
+    group_size: int | None
+    cu_seqlens: Tensor | None
+    extra: Mapping[str, Tensor] | None
+    return_token_loss: bool
+
+
+class PairOptions(TypedDict, total=False):
+    """Those of `fastreward.preference_loss`, which describes them."""
+
+    chosen_mask: Tensor | None
+    rejected_mask: Tensor | None
+    chosen_weights: Tensor | None
+    rejected_weights: Tensor | None
+    weights: Tensor | None
+    aggregation: PairAggregation
+    normalizer: float | Tensor | None
+    group_ids: GroupIds | None
+    chosen_cu_seqlens: Tensor | None
+    rejected_cu_seqlens: Tensor | None
+    return_pair_loss: bool
+
+
+def per_token(x: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[B] given to each token, in the shape of logprobs; what has that shape already stays as it is."""
+    if x.shape == logprobs.shape:
+        return x
+    if cu_seqlens is None:
+        return x.unsqueeze(-1).expand_as(logprobs)
+    return x.repeat_interleave(cu_seqlens.diff(), output_size=logprobs.shape[0])
+
+
+def per_sequence(value: float, logprobs: Tensor, options: PolicyOptions) -> Tensor:
+    """`value` for each sequence, [B]: what stands for advantages in methods that have none."""
+    cu_seqlens = options.get("cu_seqlens")
+    return logprobs.new_full((logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,), value)
+
+
+def counted(logprobs: Tensor, mask: Tensor | None, options: PolicyOptions) -> Tensor | None:
+    """The mask with `keep` taken into it, in the shape of logprobs."""
+    keep = options.get("keep")
+    if keep is None:
+        return mask
+    kept = per_token(keep, logprobs, options.get("cu_seqlens")) != 0
+    return kept if mask is None else kept & (mask != 0)
+
+
+def keep_also(options: PolicyOptions, keep: Tensor, logprobs: Tensor) -> None:
+    """Drops more sequences or tokens: `keep` bool, [B] or in the shape of logprobs."""
+    given = options.get("keep")
+    if given is not None and given.shape != keep.shape:
+        given, keep = (per_token(x, logprobs, options.get("cu_seqlens")) for x in (given, keep))
+    options["keep"] = keep if given is None else keep & (given != 0)
+
+
+def weigh_also(options: PolicyOptions, weights: Tensor, logprobs: Tensor) -> None:
+    """Multiplies the weights, [B] or in the shape of logprobs."""
+    given = options.get("weights")
+    if given is not None and given.shape != weights.shape:
+        given, weights = (per_token(x, logprobs, options.get("cu_seqlens")) for x in (given, weights))
+    options["weights"] = weights if given is None else weights * given
+
+
+def add_extra(options: PolicyOptions, **extra: Tensor) -> None:
+    """What the loss reads as t.extra(name)."""
+    options["extra"] = {**(options.get("extra") or {}), **extra}
+
+
+def add_kl(options: PolicyOptions, kl: KL, kl_coef: float) -> None:
+    """The method's KL term, where the caller passes ref_logprobs and chooses no other."""
+    if options.get("ref_logprobs") is not None:
+        options.setdefault("kl", kl)
+        options.setdefault("kl_coef", kl_coef)

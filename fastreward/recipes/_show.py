@@ -1,0 +1,83 @@
+"""Recipes on paper: the list, the explanation of one, and the README's table."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+
+from rich.console import Console
+from rich.table import Table
+
+from fastreward.recipes._registry import FAMILIES, NOTATION, RECIPES, VERIFIED, Recipe, by_family
+
+_COLOURS = {"code": "green", "paper": "green", "note": "yellow", "reconstructed": "red"}
+
+
+def find(name: str) -> Recipe:
+    """The recipe of this name, however it is written; raises ValueError that names the nearest."""
+    wanted = name.lower().replace("-", "_").replace(" ", "_").replace(".", "_")
+    if wanted in RECIPES:
+        return RECIPES[wanted]
+    near = [*(n for n in RECIPES if wanted and wanted in n.split("_")), *difflib.get_close_matches(wanted, RECIPES, 3)]
+    hint = f"did you mean {', '.join(dict.fromkeys(near))}?" if near else "`fastreward recipes` lists all"
+    raise ValueError(f"no recipe {name!r}; {hint}")
+
+
+def show_all(console: Console) -> None:
+    """One table for each family."""
+    for family, recipes in by_family().items():
+        table = Table(
+            title=FAMILIES[family], title_justify="left", caption=_plain(NOTATION[family]), caption_justify="left"
+        )
+        table.add_column("recipe", no_wrap=True)
+        table.add_column("formula", ratio=1)
+        table.add_column("paper")
+        table.add_column("verified", no_wrap=True)
+        for r in recipes:
+            sure = f"[{_COLOURS[r.verified]}]{VERIFIED[r.verified][0]}[/]"
+            table.add_row(r.name, _plain(r.summary), _plain(r.source), sure)
+        console.print(table)
+    console.print("`fastreward recipes NAME` explains one, with its gradient and an example.", highlight=False)
+
+
+def explain(console: Console, recipe: Recipe) -> None:
+    """Everything that is known of one recipe, as text that can be copied."""
+
+    def write(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def section(title: str, text: str) -> None:
+        write(f"\n{title}", "bold")
+        write(textwrap.indent(text.rstrip(), "  "))
+
+    write(f"{recipe.title}", "bold")
+    write(recipe.source if recipe.url is None else f"{recipe.source}  {recipe.url}")
+    write(f"formula verified: {VERIFIED[recipe.verified][1]}", _COLOURS[recipe.verified])
+    write(f"read in: {recipe.where}")
+    section("Call", recipe.signature + (f"\n**options: the others of {recipe.operation}" if recipe.operation else ""))
+    section("Formula", f"{recipe.documentation}\n\n{NOTATION[recipe.family]}")
+    loss = recipe.loss()
+    if loss is not None:
+        section("The loss in fastreward.losses, and the derivative made of it", str(loss))
+    write("\nExample", "bold")
+    write(recipe.example())
+
+
+def markdown() -> str:
+    """The README's table of methods."""
+    lines = ["| recipe | formula | paper | verified |", "|---|---|---|---|"]
+    for family, recipes in by_family().items():
+        lines.append(f"| **{FAMILIES[family]}** | {NOTATION[family]} | | |")
+        for r in recipes:
+            source = r.source if r.url is None else f"[{r.source.removeprefix('arXiv ')}]({r.url})"
+            lines.append(f"| `{r.name}` | {_cell(r.summary)} | {source} | {VERIFIED[r.verified][0]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Brackets in formulas are not markup."""
+    return text.replace("[", r"\[")
+
+
+def _cell(formula: str) -> str:
+    return "`" + formula.replace("|", r"\|") + "`"

@@ -1,0 +1,862 @@
+"""Methods whose loss is one value per token.
+
+r = exp(lp - old_lp), lp = logprobs, A = advantages, sg = stop_gradient. Every recipe takes the arguments of
+`fastreward.policy_loss`, passes its options on and returns what it returns; parameters have their published values.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Unpack
+
+from torch import Tensor
+
+from fastreward import PolicyLoss, losses, policy_loss
+from fastreward._options import Aggregation
+from fastreward.recipes._options import (
+    PolicyOptions,
+    add_extra,
+    add_kl,
+    counted,
+    keep_also,
+    per_sequence,
+    per_token,
+)
+from fastreward.recipes._registry import Verified, recipe
+
+_VANILLA = "verl core_algos.py `compute_policy_loss_vanilla`"
+_TRL = "TRL grpo_trainer.py `_compute_loss`"
+
+
+# ---------------------------------------------------------------------------------------------- PPO's clipped surrogate
+@recipe("token", "PPO (proximal policy optimization)", "arXiv 1707.06347", "code", _VANILLA, definition=losses.ppo)
+def ppo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)).
+
+    Advantages: per token, from generalised advantage estimation; or any other.
+    """
+    loss = losses.ppo(clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe("token", "Dual-clip PPO", "arXiv 1912.09729", "code", _VANILLA, definition=losses.ppo)
+def dual_clip_ppo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float = 3.0,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """min(PPO's loss, -A dual_clip) where A < 0, else PPO's loss.
+
+    Without it the loss of a token with A < 0 has no upper bound as its ratio grows. 3.0 is verl's clip_ratio_c.
+    """
+    loss = losses.ppo(clip_low, clip_high, dual_clip)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "GRPO's loss (group relative policy optimization)",
+    "arXiv 2402.03300",
+    "code",
+    f'{_TRL} (loss_type "grpo"), {_VANILLA}',
+    definition=losses.ppo,
+    passes=("ref_logprobs",),
+)
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """PPO's loss + kl_coef k3, mean over each response, then over responses.
+
+    k3 = exp(ref_lp - lp) - (ref_lp - lp) - 1, where ref_logprobs is passed; kl_coef is then 0.04, DeepSeekMath's,
+    unless given. Advantages: (reward - group mean) / (group std + eps), `group_advantages(rewards, ...)`; the name
+    `grpo` is kept for these.
+    """
+    add_kl(options, "k3", 0.04)
+    loss = losses.ppo(clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "DAPO (decoupled clip and dynamic sampling)",
+    "arXiv 2503.14476",
+    "code",
+    f'{_VANILLA}, {_TRL} (loss_type "dapo")',
+    definition=losses.ppo,
+)
+def dapo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """max(-A r, -A clip(r, 1 - 0.2, 1 + 0.28)), mean over all tokens.
+
+    Clip-higher, no KL. Advantages: GRPO's, `group_advantages(rewards, ...)`, of rewards with the overlong penalty.
+    Groups whose rewards are all equal are sampled anew, or left out: keep=... For gradient accumulation and data
+    parallelism pass the tokens of the whole step as normalizer.
+    """
+    loss = losses.ppo(clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "Dr. GRPO's loss (GRPO done right)",
+    "arXiv 2503.20783",
+    "code",
+    f'{_TRL} (loss_type "dr_grpo"), verl core_algos.py `agg_loss`',
+    definition=losses.ppo,
+    advantages='scale="none"',
+)
+def dr_grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    aggregation: Aggregation = "seq-mean-token-sum-norm",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """PPO's loss, summed over all tokens, divided by a constant: responses * T.
+
+    T is the padded length; for TRL's constant pass normalizer=responses * max_completion_length. Advantages: reward -
+    group mean, `group_advantages(rewards, ..., scale="none")`; the name `dr_grpo` is kept for these.
+    """
+    loss = losses.ppo(clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "The aggregation that TRL calls bnpo",
+    "arXiv 2506.02864",
+    "code",
+    f'{_TRL} (loss_type "bnpo"); the paper\'s own method is an advantage',
+    definition=losses.ppo,
+)
+def bnpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """PPO's loss, mean over the tokens of this micro-batch.
+
+    TRL and ms-swift call this aggregation so; it differs from DAPO's where a step has several micro-batches. BNPO
+    itself normalises rewards by a Beta distribution: an advantage, for which the name `bnpo` is kept.
+    """
+    loss = losses.ppo(clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "Lite PPO's loss (Tricks or Traps)",
+    "arXiv 2508.08221",
+    "code",
+    'ROLL functionals.py, TRL grpo_trainer.py (scale_rewards "batch")',
+    definition=losses.ppo,
+    advantages='scale="batch-std"',
+)
+def lite_ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """PPO's loss, mean over all tokens, on advantages scaled over the batch.
+
+    Advantages: (reward - group mean) / (batch std + eps), `group_advantages(rewards, ..., scale="batch-std")`; the name
+    `lite_ppo` is kept for these.
+    """
+    loss = losses.ppo(clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "INTELLECT-2's two-sided clip",
+    "arXiv 2505.07291",
+    "code",
+    f"{_TRL} (delta)",
+    definition=losses.ppo,
+    passes=("ref_logprobs",),
+)
+def intellect_2(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    delta: float = 4.0,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """max(-A min(r, delta), -A clip(r, 1 - clip_low, 1 + clip_high)) + kl_coef k3.
+
+    The ratio's own upper bound keeps tokens with A < 0 from huge losses. k3 is there where ref_logprobs is passed;
+    kl_coef is then 0.001 unless given (delta and kl_coef as TRL's documentation quotes the paper's section 4.1).
+    Advantages: GRPO's, `group_advantages(rewards, ...)`.
+    """
+    add_kl(options, "k3", 0.001)
+    loss = losses.ppo(clip_low, clip_high, delta=delta)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+# -------------------------------------------------------------------------------------- PPO's surrogate, tokens weighed
+@recipe(
+    "token",
+    "Clip-Cov (The Entropy Mechanism)",
+    "arXiv 2505.22617",
+    "code",
+    "verl core_algos.py `compute_policy_loss_clip_cov`",
+    definition=losses.clip_cov,
+)
+def clip_cov(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    share: float = 0.0002,
+    cov_low: float = 1.0,
+    cov_high: float = 5.0,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """PPO's loss, 0 on a random few of the tokens with cov_low < cov < cov_high.
+
+    cov = (A - mean A)(lp - mean lp), means over the batch. At most max(1, share * tokens), of those that PPO's clip
+    leaves alone; `losses.cov_mask` draws them on the device. Advantages: GRPO's, `group_advantages(rewards, ...)`.
+    """
+    selected = losses.cov_mask(
+        logprobs,
+        per_token(advantages, logprobs, options.get("cu_seqlens")),
+        counted(logprobs, mask, options),
+        method="clip",
+        share=share,
+        old_logprobs=old_logprobs,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        cov_low=cov_low,
+        cov_high=cov_high,
+    )
+    add_extra(options, selected=selected)
+    loss = losses.clip_cov(clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "KL-Cov (The Entropy Mechanism)",
+    "arXiv 2505.22617",
+    "code",
+    "verl core_algos.py `compute_policy_loss_kl_cov`",
+    definition=losses.kl_cov,
+    fixed={"kl_coef": 1.0},
+)
+def kl_cov(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ppo_kl_coef: float = 1.0,
+    share: float = 0.0002,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-A r, plus ppo_kl_coef |lp - old_lp| on the few tokens of the largest cov; no clip.
+
+    cov = (A - mean A)(lp - mean lp), means over the batch; max(1, share * tokens) of them, which `losses.cov_mask`
+    finds on the device. ppo_kl_coef: the paper's; verl's configuration has 0.1. Advantages: GRPO's,
+    `group_advantages(rewards, ...)`.
+    """
+    selected = losses.cov_mask(
+        logprobs,
+        per_token(advantages, logprobs, options.get("cu_seqlens")),
+        counted(logprobs, mask, options),
+        method="kl",
+        share=share,
+    )
+    add_extra(options, selected=selected)
+    loss = losses.kl_cov(ppo_kl_coef)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "TW-GRPO (token-weighted GRPO, focused thinking)",
+    "arXiv 2505.24718",
+    "code",
+    "longmalongma/TW-GRPO grpo_trainer.py",
+    definition=losses.tw_grpo,
+    advantages="eps=1e-4",
+)
+def tw_grpo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    importance: Tensor,
+    mask: Tensor | None = None,
+    *,
+    alpha: float = 1.4,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """(1 + (alpha - 1) importance) * PPO's loss, divided by the plain token count.
+
+    importance, in [0, 1], in the shape of logprobs: how much the group's next-token distributions disagree at a
+    position, from `losses.tw_grpo_importance`. The authors' scripts have alpha 1.5. Advantages: GRPO's with eps 1e-4,
+    `group_advantages(rewards, ..., eps=1e-4)`.
+    """
+    add_extra(options, importance=importance)
+    loss = losses.tw_grpo(alpha, clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "StableReinforce (R1-Reward)",
+    "arXiv 2505.02835",
+    "code",
+    "yfzhang114/r1_reward openrlhf/models/loss.py, replay_buffer.py; the paper's filter where the two differ",
+    definition=losses.stable_reinforce,
+)
+def stable_reinforce(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    pre_clip: float = 1000.0,
+    advantage_filter: str | None = "paper",
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """PPO's loss on clip(r, 1 / pre_clip, pre_clip) and whitened advantages, outliers beyond 3 sigma set to 0.
+
+    advantage_filter: "paper" |z| <= 3; "code" the released filter, which compares z with the raw mean +- 3; None: no
+    whitening. Advantages: as REINFORCE++ has them before its own whitening.
+    """
+    loss = losses.stable_reinforce(clip_low, clip_high, pre_clip, advantage_filter)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "ViSurf (supervised and reinforcement learning in one step)",
+    "arXiv 2510.10606",
+    "reconstructed",
+    "the abstract; no code or full text read",
+    definition=losses.visurf,
+)
+def visurf(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    expert: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """PPO's loss; on the rows of given answers old_lp := sg(lp), so that their gradient is -A.
+
+    expert [B]: nonzero for the ground-truth answers that were put into the group. Their old_logprobs go into the
+    metrics alone; pass the current ones. Advantages: GRPO's over the group with the given answer in it.
+    """
+    add_extra(options, expert=expert)
+    loss = losses.visurf(clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+# --------------------------------------------------------------------------------------------- right and wrong answers
+_RLVR: Final[tuple[str, Verified, str]] = ("arXiv 2506.01347", "code", "TianHongZXY/RLVR-Decomposed core_algos.py")
+
+
+@recipe("token", "PSR (positive sample reinforcement)", *_RLVR, definition=losses.psr)
+def psr(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """PPO's loss with A = R on the right answers; the wrong ones are dropped.
+
+    rewards [B]: 1 for right, 0 for wrong; they take the place of advantages, there is no baseline.
+    """
+    keep_also(options, rewards > 0, logprobs)
+    loss = losses.psr(clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe("token", "NSR (negative sample reinforcement)", *_RLVR, definition=losses.nsr)
+def nsr(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """PPO's loss with A = R - 1 on the wrong answers; the right ones are dropped.
+
+    rewards [B]: 1 for right, 0 for wrong; they take the place of advantages, there is no baseline.
+    """
+    keep_also(options, rewards <= 0, logprobs)
+    loss = losses.nsr(clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe("token", "W-REINFORCE (weighted PSR and NSR)", *_RLVR, definition=losses.w_reinforce)
+def w_reinforce(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    positive_weight: float = 0.1,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """PPO's loss with A = positive_weight R on right answers, -1 on wrong ones.
+
+    rewards [B]: 1 for right, 0 for wrong; they take the place of advantages, there is no baseline.
+    """
+    loss = losses.w_reinforce(positive_weight, clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+
+
+# ----------------------------------------------------------------------------------------------- other token surrogates
+@recipe(
+    "token",
+    "SAPO (soft adaptive policy optimization)",
+    "arXiv 2511.20347",
+    "code",
+    f'verl core_algos.py `compute_policy_loss_sapo`, {_TRL} (loss_type "sapo")',
+    definition=losses.sapo,
+)
+def sapo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-A sigmoid(tau (r - 1)) 4 / tau, tau = tau_pos where A > 0, else tau_neg.
+
+    A soft gate in the place of the clip. Advantages: GRPO's, `group_advantages(rewards, ...)`.
+    """
+    loss = losses.sapo(tau_pos, tau_neg)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "CISPO (MiniMax-M1)",
+    "arXiv 2506.13585",
+    "code",
+    f'verl core_algos.py `compute_policy_loss_cispo`, {_TRL} (loss_type "cispo")',
+    definition=losses.cispo,
+)
+def cispo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    convention: str = "verl",
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A lp: the weight is clipped, no token loses its gradient.
+
+    The paper's own runs set clip_low to 1, no lower bound. convention: "verl" as above; "trl" r <= clip_high (ScaleRL,
+    arXiv 2510.13786, recommends 5.0); "tinker" r in [clip_low, clip_high]. Advantages: GRPO's,
+    `group_advantages(rewards, ...)`.
+    """
+    loss = losses.cispo(clip_low, clip_high, convention)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "DISPO (CISPO with bounds by the sign of A)",
+    "arXiv 2602.00983",
+    "note",
+    "two independent notes that agree; no code is released",
+    definition=losses.dispo,
+)
+def dispo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    pos_low: float = 0.2,
+    pos_high: float = 10.0,
+    neg_low: float = 1.0,
+    neg_high: float = 100.0,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-sg(clip(r, 1 - low, 1 + high)) A lp, (low, high) by the sign of A.
+
+    Advantages: GRPO's, `group_advantages(rewards, ...)`, of rewards with DAPO's overlong penalty; groups whose rewards
+    are all equal are sampled anew, or left out: keep=...
+    """
+    loss = losses.dispo(pos_low, pos_high, neg_low, neg_high)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "DPPO (divergence PPO) with the binary total variation",
+    "arXiv 2602.04879",
+    "code",
+    "verl core_algos.py `compute_policy_loss_dppo_tv`, sail-sg/Stable-RL core_algos.py",
+    definition=losses.dppo_tv,
+)
+def dppo_tv(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    low: float = 0.2,
+    high: float = 0.2,
+    cap: float = 20.0,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-A sg(min(r, cap)) lp while p - q <= high (A > 0) or p - q >= -low (A <= 0), else 0.
+
+    p, q: the token's new and old probability. The authors' own code has cap 10. Advantages: GRPO's,
+    `group_advantages(rewards, ...)`.
+    """
+    loss = losses.dppo_tv(low, high, cap)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "DPPO (divergence PPO) with the binary KL",
+    "arXiv 2602.04879",
+    "code",
+    "verl core_algos.py `compute_policy_loss_dppo_kl`, sail-sg/Stable-RL core_algos.py",
+    definition=losses.dppo_kl,
+)
+def dppo_kl(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    low: float = 0.2,
+    high: float = 0.2,
+    cap: float = 20.0,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-A sg(min(r, cap)) lp while KL <= high or p <= q (A > 0), KL <= low or p >= q (A <= 0), else 0.
+
+    KL = q log(q / p) + (1 - q) log((1 - q) / (1 - p)), p and q the token's new and old probability. Advantages: GRPO's,
+    `group_advantages(rewards, ...)`.
+    """
+    loss = losses.dppo_kl(low, high, cap)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "DRO (direct reward optimization), per token",
+    "arXiv 2405.19107",
+    "code",
+    "verl core_algos.py `compute_policy_loss_dro`",
+    definition=losses.dro,
+    settings={"beta": 0.1},
+)
+def dro(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-(A lp - beta (lp - old_lp)^2 / 2).
+
+    A quadratic pull to the old policy in the place of a clip. verl gives beta no default.
+    """
+    loss = losses.dro(beta)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "VESPO (variational sequence-level soft policy optimization)",
+    "arXiv 2602.10693",
+    "code",
+    "TRL grpo_trainer.py `get_gamma_weights`",
+    definition=losses.vespo,
+)
+def vespo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    k_pos: float = 2.0,
+    lambda_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lambda_neg: float = 2.0,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-sg(phi) A lp, phi = exp(lambda + k log W - lambda W), W the sequence's ratio.
+
+    log W = sum of lp - old_lp over the sequence, and of the logarithms of weights= (rollout importance weights), where
+    passed; (k, lambda) by the sign of A. Advantages: GRPO's, `group_advantages(rewards, ...)`.
+    """
+    loss = losses.vespo(k_pos, lambda_pos, k_neg, lambda_neg)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+# ---------------------------------------------------------------------------------------------- log-prob times a weight
+@recipe(
+    "token",
+    "REINFORCE",
+    "Williams 1992, doi.org/10.1007/BF00992696",
+    "code",
+    "verl core_algos.py `compute_policy_loss_reinforce`",
+    definition=losses.reinforce,
+)
+def reinforce(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    aggregation: Aggregation = "seq-mean-token-sum",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-A lp, times weights= where passed (rollout importance weights).
+
+    old_logprobs go into the metrics alone. Advantages: any.
+    """
+    loss = losses.reinforce()
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "GPG's loss (group policy gradient)",
+    "arXiv 2504.02546",
+    "code",
+    "AMAP-ML/GPG grpo_trainer.py, verl core_algos.py `compute_policy_loss_gpg`",
+    definition=losses.gpg,
+    advantages='scale="none"',
+)
+def gpg_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-A lp: no ratio, no clip, no reference.
+
+    old_logprobs go into the metrics alone. Advantages: (reward - group mean) * samples / samples of groups whose
+    rewards differ, `group_advantages(rewards, ..., scale="none")` times that; the name `gpg` is kept for these.
+    """
+    loss = losses.gpg()
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "SFT (supervised fine-tuning)",
+    "common knowledge",
+    "code",
+    'TRL dpo_trainer.py `_compute_loss` (loss_type "sft")',
+    definition=losses.sft,
+)
+def sft(
+    logprobs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-lp, mean over all tokens.
+
+    Metrics of the ratio and of advantages say nothing here.
+    """
+    nothing = per_sequence(0.0, logprobs, options)
+    old = logprobs.detach()
+    return policy_loss(logprobs, old, nothing, mask, loss=losses.sft(), aggregation=aggregation, **options)
+
+
+@recipe(
+    "token",
+    "RAFT (reward-ranked fine-tuning, best-of-n)",
+    "arXiv 2304.06767",
+    "reconstructed",
+    "commonly known; no code or full text read",
+    definition=losses.raft,
+)
+def raft(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-lp on the responses with a positive reward; the others are dropped.
+
+    rewards [B]: of right and wrong answers 1 and 0; to learn from the best of each group, 1 for it and 0 for the
+    others. old_logprobs go into the metrics alone.
+    """
+    keep_also(options, rewards > 0, logprobs)
+    loss = losses.raft()
+    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+
+
+# ---------------------------------------------------------------------------------------------------- self-distillation
+_SDPO: Final[tuple[str, Verified, str]] = (
+    "arXiv 2601.20802",
+    "code",
+    "lasgroup/SDPO core_algos.py, TRL experimental/sdpo/loss_utils.py",
+)
+
+
+@recipe("token", "SDPO (self-distillation), sampled tokens", *_SDPO, definition=losses.sdpo)
+def sdpo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_clip: float | None = 2.0,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """sg(lp - teacher_lp) lp sg(min(r, is_clip)): the reverse KL's gradient on the sampled tokens.
+
+    teacher_logprobs: of the same tokens, by the model itself shown a successful rollout or feedback. Responses without
+    a teacher are left out: keep=... There are no advantages.
+    """
+    add_extra(options, teacher_logprob=teacher_logprobs)
+    nothing = per_sequence(0.0, logprobs, options)
+    loss = losses.sdpo(is_clip)
+    return policy_loss(logprobs, old_logprobs, nothing, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe("token", "SDPO (self-distillation), k likeliest tokens", *_SDPO, definition=losses.sdpo_topk)
+def sdpo_topk(
+    logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    alpha: float = 0.5,
+    tail: bool = True,
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> PolicyLoss:
+    """(1 - alpha) KL(student || M) + alpha KL(teacher || M), M = (1 - alpha) student + alpha teacher, over k ids.
+
+    logprobs, teacher_logprobs [B, T, k]: log-probs of the student's k likeliest ids (k = 100 in the paper), as
+    `token_logprobs(..., token_ids=...)` gives them. mask, weights [B, T]: tokens that count; factors, such as the
+    clipped importance weight of the sampled token. alpha 0: KL(teacher || student), 1: KL(student || teacher). tail:
+    what the k ids leave is one id more, else both sides are renormalised. Mean over the counted tokens, or divided by
+    normalizer; each token is a sequence of k to the operation, so its metrics count ids.
+    """
+    if logprobs.ndim != 3:
+        raise ValueError(f"logprobs: expected shape [B, T, k], got {list(logprobs.shape)}")
+    student, teacher = logprobs.flatten(0, 1), teacher_logprobs.flatten(0, 1)
+    return policy_loss(
+        student,
+        student.detach(),
+        student.new_zeros(student.shape[0]),
+        loss=losses.sdpo_topk(alpha, tail),
+        aggregation="seq-mean-token-mean",
+        normalizer=normalizer,
+        weights=None if weights is None else weights.flatten(),
+        keep=None if mask is None else mask.flatten() != 0,
+        extra={"teacher_logprob": teacher},
+    )

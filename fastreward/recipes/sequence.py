@@ -1,0 +1,354 @@
+"""Methods whose loss is one value per sequence, or per group of sequences.
+
+d = logprobs - old_logprobs, lp = logprobs, A = advantages, R = rewards, L = a sequence's counted tokens. Every recipe
+takes the arguments of `fastreward.policy_loss`, passes its options on and returns what it returns; parameters have
+their published values. Methods over groups need group_ids or group_size.
+"""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from torch import Tensor
+
+from fastreward import PolicyLoss, group_advantages, losses, policy_loss
+from fastreward._options import Aggregation
+from fastreward.recipes._options import PolicyOptions, add_extra, per_sequence
+from fastreward.recipes._registry import recipe
+
+_TRL = "TRL grpo_trainer.py `_compute_loss`"
+
+
+# ----------------------------------------------------------------------------------------------------------- sequences
+@recipe(
+    "sequence",
+    "GSPO (group sequence policy optimization)",
+    "arXiv 2507.18071",
+    "code",
+    f'{_TRL} (importance_sampling_level "sequence"), OpenRLHF models/loss.py; widths from a note on the paper',
+    definition=losses.gspo,
+)
+def gspo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.0003,
+    clip_high: float = 0.0004,
+    log_ratio_max: float | None = 10.0,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)), s = exp(mean of d over the sequence).
+
+    log s is at most log_ratio_max (verl; None: TRL, OpenRLHF). Advantages: GRPO's, `group_advantages(rewards, ...)`.
+    """
+    loss = losses.gspo(clip_low, clip_high, log_ratio_max=log_ratio_max)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "sequence",
+    "GSPO-token",
+    "arXiv 2507.18071",
+    "code",
+    'verl core_algos.py `compute_policy_loss_gspo`, ms-swift (importance_sampling_level "sequence_token")',
+    definition=losses.gspo_token,
+)
+def gspo_token(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.0003,
+    clip_high: float = 0.0004,
+    log_ratio_max: float | None = 10.0,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """GSPO's loss per token, its ratio exp(lp - sg(lp) + sg(mean of d)).
+
+    For advantages that differ within a sequence; with one per sequence, value and gradient are GSPO's.
+    """
+    loss = losses.gspo_token(clip_low, clip_high, log_ratio_max=log_ratio_max)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "sequence",
+    "LUSPO (length-unbiased sequence policy optimization)",
+    "arXiv 2602.05261",
+    "code",
+    f'{_TRL} (loss_type "luspo")',
+    definition=losses.gspo,
+    fixed={"log_ratio_max": None},
+)
+def luspo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.0003,
+    clip_high: float = 0.0004,
+    aggregation: Aggregation = "seq-mean-token-sum",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """GSPO's loss of a sequence times its length L, mean over sequences.
+
+    The clip widths are GSPO's: TRL gives none for LUSPO. Advantages: GRPO's, `group_advantages(rewards, ...)`.
+    """
+    loss = losses.gspo(clip_low, clip_high, log_ratio_max=None)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "sequence",
+    "GMPO (geometric-mean policy optimization)",
+    "arXiv 2507.20673",
+    "code",
+    "verl core_algos.py `compute_policy_loss_geo_mean`, TRL experimental/gmpo",
+    definition=losses.gmpo,
+)
+def gmpo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.4,
+    clip_high: float = 0.4,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-A exp(mean of c), c = min(d, u) where A > 0, max(d, u) where A < 0, u = clip(d, -clip_low, clip_high).
+
+    weights= (rollout importance weights) multiply by their geometric mean over the sequence, as in verl. Advantages:
+    GRPO's, `group_advantages(rewards, ...)`.
+    """
+    loss = losses.gmpo(clip_low, clip_high)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "sequence",
+    "LaSeR's last-token term (self-rewarding)",
+    "arXiv 2510.14943",
+    "code",
+    "RUCBM/LaSeR dp_actor.py, ray_trainer.py",
+    definition=losses.laser,
+)
+def laser(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    rewards: Tensor,
+    score_token: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    temperature: float = 1.0,
+    constant: float | None = -23.0,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """(beta (temperature lp - constant) - R)^2 at the score token, 0 for sequences without one.
+
+    score_token, in the shape of logprobs: nonzero at the fixed token behind the end of the response, which has to count
+    in mask. constant None: temperature ref_lp in its place (pass ref_logprobs). temperature: of sampling. rewards [B]:
+    1 right, 0 wrong. The method adds 0.1 times this to a GRPO loss, right and wrong responses balanced by weights= [B];
+    old_logprobs go into the metrics alone.
+    """
+    add_extra(options, score_token=score_token, reward=rewards)
+    nothing = per_sequence(0.0, logprobs, options)
+    loss = losses.laser(beta, temperature, constant)
+    return policy_loss(logprobs, old_logprobs, nothing, mask, loss=loss, aggregation=aggregation, **options)
+
+
+# ----------------------------------------------------------------------------------------- likelihood of a given answer
+@recipe(
+    "sequence",
+    "VeriFree (reinforcing general reasoners without verifiers)",
+    "arXiv 2505.21493",
+    "code",
+    "sail-sg/VeriFree verifree.py",
+    definition=losses.verifree,
+    passes=("group_ids",),
+)
+def verifree(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    rewards: Tensor,
+    answer: Tensor,
+    mask: Tensor | None = None,
+    *,
+    aggregation: Aggregation = "seq-mean-token-sum",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-A lp on the reasoning's tokens, -R lp on the reference answer's.
+
+    answer, in the shape of logprobs: nonzero on the reference answer's tokens, spliced in behind the reasoning. rewards
+    [B]: R = exp(sum of old_logprobs over the answer), 0 where the response has no place for one. A = R - mean R of the
+    group's others, computed here by `group_advantages(..., center="leave-one-out", scale="none")`: pass group_ids or
+    group_size. old_logprobs go into the metrics alone.
+    """
+    advantages = group_advantages(
+        rewards,
+        options.get("group_ids"),
+        group_size=options.get("group_size"),
+        center="leave-one-out",
+        scale="none",
+    )
+    add_extra(options, answer=answer, reward=rewards)
+    loss = losses.verifree()
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "sequence",
+    "JEPO (Jensen's evidence lower bound policy optimization)",
+    "arXiv 2503.19618",
+    "paper",
+    "arXiv 2602.03979, which restates it (equations 2 to 11)",
+    definition=losses.jepo,
+    passes=("group_ids",),
+)
+def jepo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    answer: Tensor,
+    mask: Tensor | None = None,
+    *,
+    sft_coef: float = 1.0,
+    aggregation: Aggregation = "group-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-sum_i A_i lp(reasoning_i) - sft_coef J, J = log mean_i p_i, A_i = sg(J - J without i), per group.
+
+    p_i = exp(sum of lp over the reference answer's tokens after reasoning i). answer, in the shape of logprobs: nonzero
+    on these tokens. There are no rewards; old_logprobs go into the metrics alone.
+    """
+    add_extra(options, answer=answer)
+    nothing = per_sequence(0.0, logprobs, options)
+    loss = losses.jepo(sft_coef)
+    return policy_loss(logprobs, old_logprobs, nothing, mask, loss=loss, aggregation=aggregation, **options)
+
+
+# -------------------------------------------------------------------------------------------------- rewards as labels
+@recipe(
+    "sequence",
+    "REAL (rewards as labels)",
+    "arXiv 2602.05630",
+    "code",
+    'ms-swift grpo_trainer.py (loss_type "real"); the variant "bce" is reconstructed from the abstract',
+    definition=losses.real,
+    passes=("group_ids",),
+)
+def real(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    tau: float = 0.5,
+    variant: str = "anchor",
+    aggregation: Aggregation = "group-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """log(1 + sum_right exp(-s / tau)) + log(1 + sum_wrong exp(s / tau)) per group, s = mean of d.
+
+    The mean is over the sequence. rewards [B]: positive for right answers, else 0 or below (so group-centred ones do as
+    well). A group of one class has loss 0 and counts in the mean over groups. variant "bce": each sequence's own
+    softplus(-s / tau) or softplus(s / tau).
+    """
+    loss = losses.real(tau, variant)
+    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "sequence",
+    "PACS (implicit actor-critic coupling)",
+    "arXiv 2509.02522",
+    "code",
+    "ritzz-ai/PACS pacs_core_algos.py",
+    definition=losses.pacs,
+    passes=("group_ids",),
+)
+def pacs(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 1.0,
+    method: str = "sum",
+    center: str = "leave-one-out",
+    balanced: bool = True,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """Cross-entropy of R in {0, 1} with the logit psi - mean psi of the group's others, psi = beta sum of d.
+
+    The gradient goes through that baseline too. method "mean": psi = beta mean of lp; center "std": (psi - mean) / std,
+    "none": psi. balanced: in a group with both labels each weighs n / (2 n_label). rewards [B]: the labels.
+    """
+    loss = losses.pacs(beta, method, center, balanced)
+    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "sequence",
+    "BRAIn (Bayesian reward-conditioned amortized inference)",
+    "arXiv 2402.02479",
+    "reconstructed",
+    "the abstract and its special case, DPO-sft; no code or equation read",
+    definition=losses.brain,
+    passes=("group_ids",),
+)
+def brain(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    aggregation: Aggregation = "group-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-sum_i alpha_i log softmax_i(sum of d), alpha = sg(softmax_i(R_i / gamma + sum of ref_lp - old_lp)), per group.
+
+    old_logprobs: of the proposal that wrote the responses. ref_logprobs: of the prior; not passed, the proposal is the
+    prior. rewards [B].
+    """
+    loss = losses.brain(gamma)
+    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "sequence",
+    "GDRO (group-level direct reward optimization)",
+    "arXiv 2601.02036",
+    "note",
+    "a note on the paper, which is on diffusion models; its form for log-ratios is ours",
+    definition=losses.gdro,
+    passes=("ref_logprobs", "group_ids"),
+)
+def gdro(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    tau: float = 0.05,
+    aggregation: Aggregation = "group-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """sum_i [LSE_{j >= i} s_j - sum_{j >= i} q_i(j) s_j] per group, s = beta sum of lp - ref_lp.
+
+    i, j: ranks by reward, the best first; q_i = softmax of R / tau over the ranks from i on. Needs ref_logprobs. tau ->
+    0 is Plackett-Luce, a group of two DPO. rewards [B]; old_logprobs go into the metrics alone.
+    """
+    loss = losses.gdro(beta, tau)
+    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)

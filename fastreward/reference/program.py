@@ -1,0 +1,210 @@
+"""Programs of the loss language in float64 torch, node by node: slow, obvious, and differentiable by autograd.
+
+A node is anything with op, args, level (0 scalar, 1 batch, 2 row, 3 token), side, value, name and id. Token values are
+[B, T], row values [B, 1], everything else [1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "sign": torch.sign,
+    "sqrt": torch.sqrt,
+    "exp": torch.exp,
+    "expm1": torch.expm1,
+    "log": torch.log,
+    "log1p": torch.log1p,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "logsigmoid": torch.nn.functional.logsigmoid,
+    # As the backends have it: a tie goes to the first argument, where torch shares the gradient.
+    "minimum": lambda x, y: torch.where(x > y, y, x + 0 * y),
+    "maximum": lambda x, y: torch.where(x < y, y, x + 0 * y),
+    "clip": lambda x, low, high: torch.where(x < low, low, torch.where(x > high, high, x)),
+    "where": torch.where,
+    "stop_gradient": torch.detach,
+    "lt": torch.lt,
+    "le": torch.le,
+    "gt": torch.gt,
+    "ge": torch.ge,
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "and": torch.logical_and,
+    "or": torch.logical_or,
+    "not": torch.logical_not,
+    "outside": lambda x, low, high: (x < low) | (x > high),
+}
+
+
+class Values:
+    """Values of nodes, computed when they are asked for.
+
+    inputs: by (name, side), [B, T], [B] or []. masks: bool [B, T], one per side. groups: int64 [B]. scalars: by name.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[tuple[str, int], Tensor],
+        masks: Sequence[Tensor],
+        groups: Tensor | None = None,
+        scalars: Mapping[str, float] | None = None,
+    ) -> None:
+        self._inputs, self._masks, self._groups, self._scalars = inputs, masks, groups, scalars or {}
+        self._known: dict[int, Tensor] = {}
+
+    def set(self, node: Any, value: float) -> None:
+        """Gives a SCALAR node its value; of a condition 1 or 0."""
+        self._known[node.id] = self._number(value) != 0 if node.boolean else self._number(value)
+
+    def of(self, node: Any) -> Tensor:
+        """[B, T] of a token node (of its side), [B, 1] of a row's, [1, 1] of any other."""
+        waiting = [node]
+        while waiting:
+            top = waiting[-1]
+            missing = [a for a in top.args if a.id not in self._known]
+            if missing and top.id not in self._known:
+                waiting.extend(missing)
+                continue
+            waiting.pop()
+            if top.id not in self._known:
+                self._known[top.id] = self._compute(top)
+        return self._known[node.id]
+
+    def _number(self, value: float) -> Tensor:
+        return torch.full((1, 1), value, dtype=torch.float64, device=self._masks[0].device)
+
+    def _compute(self, node: Any) -> Tensor:
+        args = [self._known[a.id] for a in node.args]
+        if node.op == "constant":
+            return self._number(node.value) != 0 if node.boolean else self._number(node.value)
+        if node.op == "parameter":
+            return self._number(self._scalars[node.name])
+        if node.op == "input":
+            return self._input(node)
+        if node.op.startswith("seq_"):
+            return self._over_tokens(node, *args)
+        if node.op.startswith("group_"):
+            return self._over_group(node.op, *args)
+        if node.op == "batch_permute":
+            x, source, target = (a.expand(self._masks[0].shape[0], 1).squeeze(-1) for a in args)
+            out = torch.empty(len(x), dtype=torch.int64, device=x.device)
+            out[target.argsort(stable=True)] = source.argsort(stable=True)
+            return x[out].unsqueeze(-1)
+        if node.op.startswith("batch_"):
+            return _reduce(node.op, args[0].expand(self._masks[0].shape[0], 1)).reshape(1, 1)
+        return _ELEMENTWISE[node.op](*args)
+
+    def _input(self, node: Any) -> Tensor:
+        x = self._inputs[node.name, node.side].double()
+        if node.level == 3:
+            return torch.where(self._masks[node.side], x, 0.0)  # what lies under the mask leaks nowhere
+        return x.reshape(-1, 1)
+
+    def _over_tokens(self, node: Any, x: Tensor | None = None) -> Tensor:
+        mask = self._masks[node.side]
+        if x is None:
+            return mask.sum(-1, keepdim=True).double()
+        neutral = {"seq_sum": 0.0, "seq_max": -torch.inf, "seq_min": torch.inf}[node.op]
+        return _reduce(node.op, torch.where(mask, x, neutral).mT).mT
+
+    def _over_group(self, op: str, x: Tensor, key: Tensor | None = None) -> Tensor:
+        assert self._groups is not None
+        together = self._groups.unsqueeze(0) == self._groups.unsqueeze(1)  # [own row, other row]
+        values = x.expand(len(self._groups), 1).mT
+        if op == "group_sum_others":
+            together = together & ~torch.eye(len(self._groups), dtype=torch.bool, device=x.device)
+        if key is not None:
+            keys, rows = key.expand(len(self._groups), 1), torch.arange(len(self._groups), device=x.device)
+            above = (keys.mT > keys) | ((keys.mT == keys) & (rows.unsqueeze(0) <= rows.unsqueeze(1)))
+            below = (keys.mT < keys) | ((keys.mT == keys) & (rows.unsqueeze(0) >= rows.unsqueeze(1)))
+            together = together & (above if op == "group_sum_before" else below)
+        neutral = {"group_max": -torch.inf, "group_min": torch.inf}.get(op, 0.0)
+        kind = op if op in ("group_max", "group_min") else "group_sum"
+        return _reduce(kind, torch.where(together, values, neutral).mT).mT
+
+
+def _reduce(op: str, x: Tensor) -> Tensor:
+    """[n, k] to [1, k]; of nothing 0, -inf or inf."""
+    if op.endswith("sum"):
+        return x.sum(0, keepdim=True)
+    empty = x.new_full((1, x.shape[1]), -torch.inf if op.endswith("max") else torch.inf)
+    rows = torch.cat([empty, x])
+    return rows.amax(0, keepdim=True) if op.endswith("max") else rows.amin(0, keepdim=True)
+
+
+def run(
+    program: Any,
+    inputs: Sequence[Tensor],
+    sides: Sequence[Any],
+    scalars: Sequence[float],
+    groups: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Raw form: (outputs f32 as their tokens or [B], batch values f32 [M]).
+
+    sides: one per set of tokens, each with mask (or None), cu_seqlens (or None) and shape, that of its token tensors.
+    """
+    rows = [_Rows(side, inputs) for side in sides]
+    given = {
+        (node.name, node.side): rows[node.side].padded(x) if node.level == 3 else x
+        for node, x in zip(program.inputs, inputs, strict=True)
+    }
+    values = Values(given, [r.counted for r in rows], groups)
+    for node, value in zip(program.scalars, scalars, strict=True):
+        values.set(node, value)
+    outputs = []
+    for node in program.outputs:
+        x = values.of(node)
+        if node.level == 3:
+            outputs.append(rows[node.side].flat(torch.where(rows[node.side].counted, x, 0.0)).float())
+        else:
+            outputs.append(x.expand(len(rows[0].counted), 1).squeeze(-1).float())
+    batch = [values.of(node).reshape(()) for node in program.batch]
+    return outputs, torch.stack(batch).float() if batch else torch.zeros(0)
+
+
+class _Rows:
+    """Packed [N] to padded [B, T] and back; padded tensors pass through."""
+
+    def __init__(self, side: Any, like: Sequence[Tensor]) -> None:
+        device = like[0].device if like else torch.device("cpu")
+        mask = torch.ones(side.shape, dtype=torch.bool, device=device) if side.mask is None else side.mask != 0
+        self.inside: Tensor | None = None
+        if side.cu_seqlens is not None:
+            lengths = side.cu_seqlens.diff()
+            width = int(lengths.max()) if len(lengths) else 0
+            self.inside = torch.arange(width, device=device) < lengths.unsqueeze(-1)
+        self.counted = self.padded(mask)
+
+    def padded(self, x: Tensor) -> Tensor:
+        return x if self.inside is None else x.new_zeros(self.inside.shape).masked_scatter(self.inside, x)
+
+    def flat(self, x: Tensor) -> Tensor:
+        return x if self.inside is None else x[self.inside]
+
+
+def scale(saved: Tensor, row_weight: Tensor | None, grad_loss: Tensor, tokens: Any) -> Tensor:
+    """saved * row_weight of the token's row * grad_loss; 0 where `saved` is 0, whatever the others are."""
+    rows = _Rows(tokens, [saved])
+    factor = grad_loss.double().reshape(1, 1)
+    if row_weight is not None:
+        factor = factor * row_weight.double().unsqueeze(-1)
+    padded = rows.padded(saved)
+    return rows.flat(torch.where(padded == 0, 0.0, padded * factor)).float()
+
+
+def spread(row_values: Tensor, grad_loss: Tensor, tokens: Any) -> Tensor:
+    """row_values of the token's row * grad_loss on counted tokens, 0 elsewhere."""
+    rows = _Rows(tokens, [row_values])
+    values = (row_values.double() * grad_loss.double()).unsqueeze(-1)
+    return rows.flat(torch.where(rows.counted, values, 0.0)).float()

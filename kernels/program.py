@@ -1,0 +1,267 @@
+"""Runs loss programs: `run` launches generated kernels, `scale` and `spread` are the backward of what they saved.
+
+Fused: all elementwise operators and reductions of a loss, its metrics and its derivative (_program_source.py). A pass
+over the tokens is one launch; a loss whose gradient needs no reduction first, such as PPO before the aggregation's
+weight, has one. No host sync, and the same bits every time.
+
+Bytes a token, m = bytes per mask element: each pass 4 for each tensor that it reads, m, and 4 for each that it writes;
+scale 8, spread 4 + m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastreward._tokens import Tokens
+from fastreward.losses._program import Program
+
+from ._launch import OPTIONS, arrival_counter, on_device_of
+from ._program_module import load
+from ._program_source import Argument, Generated, Launch, generate, source
+from ._program_tokens import before, row_bounds, tile_columns, wide
+
+__all__ = ["run", "scale", "source", "spread"]
+
+# --------------------------------------------------------------------------------------------------------- config
+# A tile is [ROWS, STEPS, LANES, VEC] tokens: 1 row of 1024 or 8 rows of 64, by the mean length. VEC = 4 (16-byte loads)
+# where T is a multiple of 4; else, and for packed rows, which start anywhere, 1. So a program is compiled four times
+# over at most, and packed ones twice. A long row is dealt, tile by tile, to as many programs as fill the machine.
+WARPS = 4
+FILL = 1056  # programs that fill an H100: 132 SMs, 8 programs each
+MOST_CHUNKS = 64  # programs that may share a row
+LONG = 512  # mean tokens a row from which one row makes a tile
+
+
+def tiling(rows: int, tokens: int, longest: int) -> tuple[int, int, int]:
+    """(rows per tile, columns of a tile, programs per group of rows) for `rows` rows that hold `tokens` tokens."""
+    if tokens < LONG * rows or rows == 0:
+        return 8, 64, 1
+    return 1, 1024, max(1, min(triton.cdiv(FILL, rows), triton.cdiv(longest, 1024), MOST_CHUNKS))
+
+
+def tile(together: int, columns: int, vec: int) -> dict[str, Any]:
+    """The tile of `together` rows."""
+    lanes = 32 * WARPS // together if vec == 4 else min(32 * WARPS, columns) // min(together, 2)
+    return {"ROWS": together, "STEPS": columns // (lanes * vec), "LANES": lanes, "VEC": vec, "num_warps": WARPS}
+
+
+# --------------------------------------------------------------------------------------------------------- kernel
+@triton.jit(do_not_specialize=["N", "row_units", "B", "chunks"])
+def _scale_kernel(
+    saved,  # f32 [B, T] or [N]
+    row_weight,  # f32 [B]
+    grad_loss,  # f32 []
+    cu_seqlens,  # i64 [B + 1]
+    out,  # f32 like saved
+    N, row_units, B, chunks,  # T = row_units * VEC
+    PACKED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """8 bytes a token. A gradient of 0 stays 0 whatever the upstream one is."""
+    T = row_units * VEC
+    program = tl.program_id(0)
+    row = (program // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_ok = row < B
+    start, _, extent = row_bounds(cu_seqlens, row, row_ok, N, T, B, PACKED)
+    factor = tl.zeros([ROWS], tl.float32) + tl.load(grad_loss)
+    if HAS_WEIGHT:
+        factor *= tl.load(row_weight + row, mask=row_ok, other=0.0)
+    TILE: tl.constexpr = STEPS * LANES * VEC
+    offsets = tile_columns(STEPS, LANES, VEC)
+    for t0 in range((program % chunks) * TILE, tl.max(extent, axis=0), chunks * TILE):
+        t = t0 + offsets
+        inside = before(t, extent, row_ok, T, PACKED)
+        at = wide(start) + t
+        x = tl.load(saved + at, mask=inside, other=0.0)
+        tl.store(out + at, tl.where(x == 0.0, 0.0, x * wide(factor)), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "row_units", "B", "chunks"])
+def _spread_kernel(
+    row_values,  # f32 [B]
+    grad_loss,  # f32 []
+    mask,  # like out, any dtype, nonzero = counted
+    cu_seqlens,  # i64 [B + 1]
+    out,  # f32 [B, T] or [N]
+    N, row_units, B, chunks,  # T = row_units * VEC
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """4 + m bytes a token. A gradient of 0 stays 0 whatever the upstream one is."""
+    T = row_units * VEC
+    program = tl.program_id(0)
+    row = (program // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_ok = row < B
+    start, tokens, extent = row_bounds(cu_seqlens, row, row_ok, N, T, B, PACKED)
+    value = tl.load(row_values + row, mask=row_ok, other=0.0)
+    value = wide(tl.where(value == 0.0, 0.0, value * tl.load(grad_loss)))
+    TILE: tl.constexpr = STEPS * LANES * VEC
+    offsets = tile_columns(STEPS, LANES, VEC)
+    for t0 in range((program % chunks) * TILE, tl.max(extent, axis=0), chunks * TILE):
+        t = t0 + offsets
+        inside = before(t, extent, row_ok, T, PACKED)
+        counted = before(t, tokens, row_ok, T, PACKED)
+        at = wide(start) + t
+        if HAS_MASK:
+            counted = counted & (tl.load(mask + at, mask=inside, other=0) != 0)
+        tl.store(out + at, tl.where(counted, value, 0.0), mask=inside)
+
+
+# --------------------------------------------------------------------------------------------------------- launch
+@lru_cache(maxsize=4096)
+def prepared(program: Program) -> Generated:
+    """Source and launches of a program; programs are kept by those who trace them, so identity will do."""
+    return generate(program)
+
+
+def run(
+    program: Program,
+    inputs: Sequence[Tensor],  # one per program.inputs: TOKEN f32 like the tokens, ROW f32 [B], BATCH f32 []; contiguous
+    sides: Sequence[Tokens],
+    scalars: Sequence[float],  # values of program.scalars
+    groups: Tensor | None,  # i64 [B], numbers 0 .. G - 1 in any order
+) -> tuple[list[Tensor], Tensor]:
+    """(outputs f32, each like its tokens or [B]; batch values f32 [M])."""
+    call = Call(program, inputs, sides, scalars, groups)
+    call.launch(prepared(program))
+    return call.outputs, call.batch
+
+
+class Call:
+    """The tensors of a call, and the launches on them."""
+
+    def __init__(
+        self,
+        program: Program,
+        inputs: Sequence[Tensor],
+        sides: Sequence[Tokens],
+        scalars: Sequence[float],
+        groups: Tensor | None,
+    ) -> None:
+        self.inputs, self.sides, self.scalars, self.groups = inputs, sides, scalars, groups
+        self.rows = sides[0].rows
+        self.like = _any_tensor(inputs, sides)
+        self.outputs = [self._empty(sides[n.side].shape if n.level == 3 else (self.rows,)) for n in program.outputs]
+        self.batch = self._empty((len(program.batch),))
+        self.order = self.starts = None
+        if program.groups:
+            assert groups is not None
+            in_order, self.order = torch.sort(groups, stable=True)
+            bounds = torch.arange(self.rows + 1, device=groups.device)
+            self.starts = torch.searchsorted(in_order, bounds)
+
+    def launch(self, generated: Generated, count: int | None = None) -> None:
+        """The first `count` launches, or all."""
+        module = load("program", generated.source)
+        launches = generated.launches[:count]
+        partials = max((self._partials(launch) for launch in launches), default=0)
+        scratch = torch.empty(generated.columns * self.rows + partials, dtype=torch.float64, device=self.like.device)
+        values = torch.empty(generated.values, dtype=torch.float64, device=self.like.device)
+        self.named = {
+            "order": self.order, "starts": self.starts, "groups": self.groups, "batch": self.batch,
+            "columns": scratch, "values": values,
+        }  # fmt: skip
+        with on_device_of(self.like):
+            for launch in launches:
+                self._launch(getattr(module, launch.kernel), launch)
+
+    def argument(self, argument: Argument, tokens: Tokens | None) -> Any:
+        """What a kernel gets for one of its arguments."""
+        if argument.kind == "input":
+            return self.inputs[argument.index]
+        if argument.kind == "scalar":
+            return float(self.scalars[argument.index])
+        if argument.kind == "output":
+            return self.outputs[argument.index]
+        if argument.kind == "counter":
+            return arrival_counter(self.like)
+        if argument.kind in ("mask", "cu_seqlens"):
+            return getattr(tokens, argument.kind)
+        return self.named[argument.kind]
+
+    def _launch(self, kernel: Any, launch: Launch) -> None:
+        tokens = None if launch.side is None else self.sides[launch.side]
+        given = [self.argument(a, tokens) for a in launch.arguments]
+        block_rows = 256 if launch.row_nodes <= 64 else 128
+        if tokens is None:
+            kernel[(1,)](*given, self.rows, BLOCK_ROWS=block_rows, num_warps=WARPS, **OPTIONS)
+            return
+        sizes, flavour, programs = geometry(tokens)
+        kernel[(programs,)](
+            *given, *sizes, **flavour, HAS_MASK=tokens.mask is not None, BLOCK_ROWS=block_rows, **OPTIONS
+        )
+
+    def _partials(self, launch: Launch) -> int:
+        """Partial results of rows that several programs share."""
+        if launch.side is None:
+            return 0
+        chunks = tiling(*extent(self.sides[launch.side]))[2]
+        return launch.reductions * self.rows * chunks if chunks > 1 else 0
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.like.device)
+
+
+def scale(
+    saved: Tensor,  # f32 [B, T] or [N], contiguous
+    row_weight: Tensor | None,  # f32 [B]
+    grad_loss: Tensor,  # f32 []
+    tokens: Tokens,
+) -> Tensor:
+    """Saved times grad_loss, and times the row's weight where there is one; a 0 in `saved` stays 0."""
+    out = torch.empty_like(saved)
+    sizes, flavour, programs = geometry(tokens)
+    with on_device_of(saved):
+        _scale_kernel[(programs,)](
+            saved, row_weight, grad_loss, tokens.cu_seqlens, out, *sizes, **flavour,
+            HAS_WEIGHT=row_weight is not None, **OPTIONS,
+        )  # fmt: skip
+    return out
+
+
+def spread(
+    row_values: Tensor,  # f32 [B]
+    grad_loss: Tensor,  # f32 []
+    tokens: Tokens,
+) -> Tensor:
+    """The row's value times grad_loss on counted tokens, 0 elsewhere: f32 in tokens.shape."""
+    out = torch.empty(tokens.shape, dtype=torch.float32, device=row_values.device)
+    sizes, flavour, programs = geometry(tokens)
+    with on_device_of(row_values):
+        _spread_kernel[(programs,)](
+            row_values, grad_loss, tokens.mask, tokens.cu_seqlens, out, *sizes, **flavour,
+            HAS_MASK=tokens.mask is not None, **OPTIONS,
+        )  # fmt: skip
+    return out
+
+
+def geometry(tokens: Tokens) -> tuple[tuple[int, int, int, int], dict[str, Any], int]:
+    """((N, row_units, B, chunks), the compile-time part, programs) of a pass over tokens."""
+    rows, count, longest = extent(tokens)
+    together, columns, chunks = tiling(rows, count, longest)
+    packed = tokens.cu_seqlens is not None
+    vec = 4 if not packed and longest % 4 == 0 else 1
+    programs = max(triton.cdiv(rows, together) * chunks, 1)
+    return (count, longest // vec, rows, chunks), {"PACKED": packed, **tile(together, columns, vec)}, programs
+
+
+def extent(tokens: Tokens) -> tuple[int, int, int]:
+    """(rows, tokens, longest row as far as the host knows)."""
+    if tokens.cu_seqlens is None:
+        return tokens.shape[0], tokens.shape[0] * tokens.shape[1], tokens.shape[1]
+    return tokens.rows, tokens.shape[0], tokens.shape[0]
+
+
+def _any_tensor(inputs: Sequence[Tensor], sides: Sequence[Tokens]) -> Tensor:
+    """A tensor of the call, for its device."""
+    for x in (*inputs, *(t for side in sides for t in (side.mask, side.cu_seqlens))):
+        if x is not None:
+            return x
+    return torch.empty(0)

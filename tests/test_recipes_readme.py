@@ -1,0 +1,17 @@
+"""The README has the table of methods that `fastreward recipes --markdown` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastreward.recipes import _show
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_readme_has_the_table_of_methods() -> None:
+    text = README.read_text()
+    start, end = "<!-- recipes -->\n", "<!-- /recipes -->"
+    assert text.count(start) == text.count(end) == 1
+    table = text.partition(start)[2].partition(end)[0]
+    assert table == _show.markdown(), "paste what `fastreward recipes --markdown` prints between the two comments"

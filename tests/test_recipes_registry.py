@@ -1,0 +1,212 @@
+"""What holds for every recipe: its example runs, its loss is the one it declares, its metadata is complete."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+import fastreward as fr
+from fastreward import losses, recipes
+from fastreward.recipes import RECIPES, Recipe, _options, _registry, correction, policy, preference, sequence
+from fastreward.recipes._registry import FAMILIES, NOTATION, VERIFIED, by_family
+
+#: Names of advantages in the design: not to be taken by a loss.
+ADVANTAGES = {
+    "grpo", "rloo", "dr_grpo", "reinforce_plus_plus", "remax", "opo", "gpg", "gdpo", "pass_at_k", "lite_ppo", "bnpo",
+    "tempo",
+}  # fmt: skip
+CALLED = {"policy_loss": fr.policy_loss, "preference_loss": fr.preference_loss}
+every = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+
+
+def run_example(recipe: Recipe) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(recipe.example(), names)
+    return names
+
+
+def losses_used(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[losses.Loss]:
+    """The losses that the recipe passes to an operation while its example runs."""
+    seen: list[losses.Loss] = []
+    for module in (correction, policy, preference, sequence):
+        for name, operation in CALLED.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, recorder(operation, seen))
+    run_example(recipe)
+    return seen
+
+
+def recorder(operation: Callable[..., Any], seen: list[losses.Loss]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["loss"])
+        return operation(*args, **kwargs)
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------------------ examples
+@every
+def test_example_trains(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_example(recipe)
+    result = names["result"]
+    assert result.loss.isfinite()
+    sides = ("chosen_logprobs", "rejected_logprobs") if recipe.family == "preference" else ("logprobs",)
+    for side in sides:
+        gradient = names[side].grad
+        assert gradient.isfinite().all()
+        assert gradient.abs().sum() > 0, side
+    loss, gradient_sum = (float(x) for x in capsys.readouterr().out.split())
+    assert loss == pytest.approx(result.loss.item())
+    assert gradient_sum > 0
+    assert f"recipes.{recipe.name}(" in recipe.example()
+    assert all(len(line) <= 125 for line in recipe.example().splitlines())
+
+
+@every
+def test_declared_loss_is_the_one_that_runs(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared, used = recipe.loss(), losses_used(recipe, monkeypatch)
+    if declared is None:
+        assert used == []
+        return
+    (loss,) = used
+    assert loss.definition is declared.definition is recipe.definition
+    assert dict(loss.parameters) == dict(declared.parameters)
+    assert str(declared).startswith(f"{declared.name}(")
+
+
+@every
+def test_aggregation_is_what_the_loss_was_published_with(recipe: Recipe) -> None:
+    parameter = inspect.signature(recipe.function).parameters.get("aggregation")
+    if parameter is None or recipe.definition is losses.ppo:
+        return
+    if recipe.name == "luspo":  # GSPO's loss summed over the tokens of a sequence is what LUSPO is
+        assert parameter.default == "seq-mean-token-sum"
+        return
+    assert parameter.default == recipe.definition.aggregation  # type: ignore[union-attr]
+
+
+# ------------------------------------------------------------------------------------------------------------ metadata
+@every
+def test_metadata_is_complete(recipe: Recipe) -> None:
+    assert recipe.family in FAMILIES
+    assert recipe.verified in VERIFIED
+    for text in (recipe.title, recipe.where, recipe.summary):
+        assert text == text.strip() != ""
+    if recipe.source.startswith("arXiv"):
+        assert re.fullmatch(r"arXiv \d{4}\.\d{5}", recipe.source)
+        assert recipe.url == f"https://arxiv.org/abs/{recipe.source[6:]}"
+    else:
+        assert recipe.source == "common knowledge" or (recipe.url or "").startswith("https://")
+    first = recipe.documentation.splitlines()[0]
+    assert first.endswith(".")
+    assert len(first) <= 116
+    assert getattr(recipes, recipe.name) is recipe.function
+    assert recipe.name in recipes.__all__
+    assert (recipe.loss() is None) == (recipe.definition is None)
+
+
+def test_families_and_marks() -> None:
+    assert set(FAMILIES) == set(get_args(_registry.Family)) == set(NOTATION)
+    assert set(VERIFIED) == set(get_args(_registry.Verified))
+    listed = [r for members in by_family().values() for r in members]
+    assert len(listed) == len(RECIPES) == len({r.name for r in listed})
+    assert all(by_family().values())
+
+
+def test_marks_are_those_of_the_formulas() -> None:
+    """What was not read in code, as the page of formulas says it."""
+    marks = {name: r.verified for name, r in RECIPES.items() if r.verified != "code"}
+    assert marks == {
+        "visurf": "reconstructed",
+        "raft": "reconstructed",
+        "brain": "reconstructed",
+        "jepo": "paper",
+        "dispo": "note",
+        "gdro": "note",
+        "dno": "note",
+        "treg": "note",
+    }
+
+
+def test_no_recipe_takes_an_advantage_s_name() -> None:
+    assert not ADVANTAGES & set(RECIPES)
+
+
+def test_every_loss_has_a_recipe() -> None:
+    defined = {name for name, x in vars(losses).items() if isinstance(x, losses.Definition)}
+    assert len(defined) > 40
+    assert defined == {r.definition.name for r in RECIPES.values() if r.definition is not None}
+
+
+def test_every_variant_of_dpo_has_a_recipe() -> None:
+    variants = {loss.parameters["variant"] for r in RECIPES.values() if (loss := r.loss()) and loss.name == "dpo"}
+    assert variants == set(losses.preference._VARIANTS) - {"sft"}  # which is recipes.sft on the chosen responses
+
+
+@pytest.mark.parametrize(
+    ("options", "operation", "given"),
+    [
+        (
+            _options.PolicyOptions,
+            fr.policy_loss,
+            {"logprobs", "old_logprobs", "advantages", "mask", "loss", "aggregation"},
+        ),
+        (
+            _options.PairOptions,
+            fr.preference_loss,
+            {"chosen_logprobs", "rejected_logprobs", "loss", "ref_chosen_logprobs", "ref_rejected_logprobs"}
+            | {"extra", "chosen_extra", "rejected_extra"},
+        ),
+        (
+            correction.CorrectionOptions,
+            fr.correction_weights,
+            {"old_logprobs", "rollout_logprobs", "mask", "mode", "level", "low", "high", "reject"},
+        ),
+    ],
+)
+def test_options_are_the_operation_s(options: type, operation: Callable[..., Any], given: set[str]) -> None:
+    """A keyword that is added to an operation has to be added to the recipes' options."""
+    assert set(options.__annotations__) | given == set(inspect.signature(operation).parameters)
+
+
+@every
+def test_arguments_have_the_operation_s_names(recipe: Recipe) -> None:
+    parameters = list(inspect.signature(recipe.function).parameters)
+    start = {
+        "preference": ["chosen_logprobs", "rejected_logprobs"],
+        "correction": ["old_logprobs", "rollout_logprobs"],
+    }.get(recipe.family, ["logprobs"])
+    if recipe.name in ("off_policy_sequence_mask", "deepseek_v3_2"):
+        start = ["logprobs"]
+    assert parameters[: len(start)] == start
+    assert (recipe.operation is None) == ("options" not in parameters)
+
+
+# ------------------------------------------------------------------------------------------------------ package, arrays
+def test_recipes_are_loaded_when_asked_for() -> None:
+    program = (
+        "import sys, fastreward\n"
+        "assert not [m for m in sys.modules if m.startswith('fastreward.recipes')]\n"
+        "assert fastreward.recipes.dapo.__name__ == 'dapo'\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_arrays_go_in_and_come_out() -> None:
+    logprobs, old = -1 - np.random.rand(4, 6).astype(np.float32), -1 - np.random.rand(4, 6).astype(np.float32)
+    rewards, keep = np.array([1.0, 0.0, 1.0, 0.0], np.float32), np.array([True, True, False, True])
+    result = recipes.psr(logprobs, old, rewards, keep=keep)
+    want = recipes.psr(*(torch.from_numpy(x) for x in (logprobs, old, rewards)), keep=torch.from_numpy(keep))
+    assert isinstance(result.loss, np.ndarray)
+    assert result.loss == want.loss.numpy()
+    weights, kept, _ = recipes.tis(old, logprobs)
+    assert isinstance(weights, np.ndarray)
+    assert kept.all()
