@@ -39,6 +39,14 @@ _PACKAGES: Final[dict[Backend, str]] = {
     "triton": "fastreward.kernels",
     "cuda": "fastreward.cuda",
 }
+#: The kernels of operations that are made of others': losses of the loss language are programs, whatever their shape.
+_KERNELS: Final = {
+    "linear_logprobs": "logprobs",
+    "policy_loss": "program",
+    "linear_policy_loss": "program",
+    "preference_loss": "program",
+    "correction": "program",
+}
 # Innermost last; process-wide, as torch.compile can trace and guard a list but no context variable.
 _chosen_by_hand: list[Backend] = []
 
@@ -71,8 +79,9 @@ def select(operation: str, tensor: torch.Tensor) -> Backend:
 
 def implementation(operation: str, name: str) -> ModuleType:
     """The module that holds the raw functions of `operation` in backend `name`."""
-    kernel = "logprobs" if operation == "linear_logprobs" else operation  # composed of logprobs' fold and backward
-    return _load(f"{_PACKAGES[cast(Backend, name)]}.{kernel}")
+    if name == "reference" and operation == "logits_policy_loss":
+        operation = "program"  # two calls there, no kernel of its own
+    return _load(f"{_PACKAGES[cast(Backend, name)]}.{_KERNELS.get(operation, operation)}")
 
 
 def interpreted() -> bool:

@@ -78,8 +78,8 @@ def prepare(
 ) -> Call:
     """`like`: in the tokens' shape and on their device, called `name` in messages. entropy: whether it is given."""
     loss = _loss(loss)
-    aggregation = loss.aggregation if aggregation is None else aggregation
-    _check.choice("aggregation", aggregation, AGGREGATIONS)
+    chosen: str = loss.aggregation if aggregation is None else aggregation
+    _check.choice("aggregation", chosen, AGGREGATIONS)
     _check_kl(kl, kl_coef, ref_logprobs)
     bounds = token_bounds(cu_seqlens, like, name)
     if bounds is None and like.ndim != 2:
@@ -102,7 +102,7 @@ def prepare(
     levels = [(term, level_of(x, like)) for term, x in given.items()]
     levels += [("logprob", _TOKEN), *([("entropy", _TOKEN)] if entropy else [])]
     packed = bounds is not None
-    formula = (tuple(levels), aggregation, normalizer is not None, packed, kl, entropy_coef != 0)
+    formula = (tuple(levels), chosen, normalizer is not None, packed, kl, entropy_coef != 0)
     objective, inputs, metrics, grouped = loss.policy_plan(*formula, token_loss, deferred)
     gradient = loss.gradient_plan(*formula) if from_logits else None
     read = [term for term, _ in inputs]

@@ -190,7 +190,7 @@ class _Deliver(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             refuse_double_backward()
         grad, ctx.grad = ctx.grad, None

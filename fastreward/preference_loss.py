@@ -82,6 +82,7 @@ def preference_loss(
         raise ValueError(f"rejected_logprobs: expected {pairs} sequences, as many as chosen, got {sides[1].rows}")
     _check.same_device("rejected_logprobs", rejected_logprobs, "chosen_logprobs", chosen_logprobs)
     given: dict[tuple[str, int], Tensor] = {}
+    arguments: dict[tuple[str, int], str] = {}
     levels: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([("logprob", 3)], [("logprob", 3)])
     for k, (like, ref, weight, extras) in enumerate(
         (
@@ -97,11 +98,13 @@ def preference_loss(
         named += [(name, f"{side}_extra[{name!r}]", x) for name, x in (extras or {}).items()]
         for term, argument, x in named:
             if x is not None:
+                arguments[term, k] = argument
                 given[term, k] = on_device(argument, x, like, pairs, f"{side}_logprobs")
                 levels[k].append((term, level_of(given[term, k], like)))
     pair_levels = []
     for name, x in (extra or {}).items():
-        given[name, 0] = _per_pair(f"extra[{name!r}]", x, chosen_logprobs, pairs)
+        arguments[name, 0] = f"extra[{name!r}]"
+        given[name, 0] = _per_pair(arguments[name, 0], x, chosen_logprobs, pairs)
         pair_levels.append((name, 2 if given[name, 0].ndim else 1))
     objective, inputs, names, grouped = loss.pair_plan(
         (tuple(levels[0]), tuple(levels[1])),
@@ -111,12 +114,10 @@ def preference_loss(
         weights is not None,
         return_pair_loss,
     )
-    for (term, side), _ in given.items():
-        if (term, side) not in inputs and term != "ref_logprob":
-            name = f"{term} of the {('chosen', 'rejected')[side]} or of the pair"
-            raise ValueError(
-                f"{name}: {loss.name} does not read it; it reads {', '.join(sorted({n for n, _ in inputs}))}"
-            )
+    for key, argument in arguments.items():
+        if key not in inputs and key[0] != "ref_logprob":
+            read = sorted({name for name, _ in inputs if not name.startswith(("call.", "parameter."))})
+            raise ValueError(f"{argument}: {loss.name} does not read it; it reads logprob, {', '.join(read)}")
     if grouped and group_ids is None:
         raise ValueError("group_ids: needed for aggregation='group-mean' and for losses over groups")
     for name, value in loss.tensors.items():

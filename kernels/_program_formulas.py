@@ -3,53 +3,98 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from fastreward.losses._graph import Level, Node
 from fastreward.losses._ops import OPS
+from fastreward.losses._program import Program
+
+from ._program_arguments import Arguments
+from ._program_layout import BY_GROUP, Layout
+from ._program_names import names
 
 _FROM_TRITON = {"abs": "tl.abs", "sqrt": "tl.sqrt", "where": "tl.where"}
-_CALL = re.compile(r"(?<![\w.])([A-Za-z_]\w*)\(")
 
 
 class Formulas:
-    """Writes nodes by their names."""
+    """A program's nodes as source, by their names and places."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
-        self.names = names
+    def __init__(self, program: Program) -> None:
+        self.program, self.names, self.layout = program, names(program), Layout(program)
+
+    def arguments(self) -> Arguments:
+        """Those of a function that is about to be written."""
+        return Arguments(self.program, self.names)
 
     def value(self, node: Node) -> str:
         """The node as an operand: its name, or the number it is."""
-        return literal(node.value) if node.op == "constant" and node.value is not None else self.names[node.id]
+        return _literal(node.value) if node.op == "constant" and node.value is not None else self.names[node.id]
+
+    def number(self, node: Node) -> str:
+        """The node as an operand that may be stored: 1.0 or 0.0 for a condition."""
+        truth = node.boolean and node.op != "constant"
+        return f"tl.where({self.value(node)}, 1.0, 0.0)" if truth else self.value(node)
 
     def line(self, node: Node, *, double: bool) -> str:
         """`name = operator(operands)`; double: of f64 values."""
-        return f"{self.names[node.id]} = {self._formula(node, double)}"
+        return f"{self.names[node.id]} = {_of_batch(node, self._formula(node, double))}"
+
+    def scalar(self, node: Node, dtype: str) -> str:
+        """A run-time number, in a kernel a f64 and under the interpreter a plain float, as a value of `dtype`."""
+        name = self.names[node.id]
+        return f"{name} = tl.full([], {name}, {'tl.int32) != 0' if node.boolean else f'{dtype})'}"
+
+    def given(self, node: Node, arguments: Arguments, row: str, ok: str) -> str:
+        """The line that loads a ROW or BATCH node, or computes it where that is done wherever it is read."""
+        name = self.names[node.id]
+        if node.op == "input":
+            at = f" + {row}, mask={ok}, other=0.0" if node.level == Level.ROW else ""
+            return f"{name} = tl.load({arguments.pointer(node)}{at}).to(tl.float64)"
+        if self.layout.inlined(node):
+            return self.line(node, double=True)
+        if node.level == Level.BATCH:
+            arguments.plain("values")
+            loaded = f"tl.load(values + {self.layout.values[node.id]}){' != 0.0' if node.boolean else ''}"
+            return f"{name} = {_of_batch(node, loaded)}"
+        return f"{name} = {self.column(node, arguments, row, ok)}"
+
+    def column(self, node: Node, arguments: Arguments, row: str, ok: str) -> str:
+        """The expression that loads a ROW node from its column; what groups reduce to is there by group."""
+        arguments.plain("columns")
+        if node.op in BY_GROUP:
+            arguments.plain("groups")
+            row = f"tl.load(groups + {row}, mask={ok}, other=0)"
+        return f"column(columns, {row}, {ok}, B, {self.layout.columns[node.id]}){' != 0.0' if node.boolean else ''}"
+
+    def all_given(self, nodes: Iterable[Node], arguments: Arguments, row: str, ok: str) -> list[str]:
+        """The lines of `given` for nodes in order, after those of the numbers that they need."""
+        nodes = list(nodes)
+        read = {a.id: a for n in nodes if self.layout.inlined(n) for a in n.args if a.level == Level.SCALAR}
+        scalars = [a for a in read.values() if a.op != "constant"]
+        for a in scalars:
+            arguments.scalar(a)
+        return [
+            *(self.scalar(a, "tl.float64") for a in scalars),
+            *(self.given(n, arguments, row, ok) for n in nodes),
+        ]
 
     def token_function(self, name: str, roots: Iterable[Node], given: Iterable[Node]) -> tuple[list[str], list[Node]]:
         """A function from values of one token, in f32, to `roots`; its source and the nodes that are its parameters.
 
         given: nodes that are not computed in it besides TOKEN inputs: ROW, BATCH and SCALAR ones.
         """
-        wanted = list({n.id: n for n in roots}.values())
+        wanted = unique(roots)
         known = {n.id for n in given}
-        nodes = list(_walk(wanted, known))
-        inputs = [n for n in nodes if n.op == "input" or n.id in known]
-        parameters = [n for n in inputs if n.op != "constant"]
-        lines = [f"def {name}({', '.join(self.names[n.id] for n in parameters)}):"]
+        nodes = _walk(wanted, known)
+        parameters = [n for n in nodes if n.op != "constant" and (n.op == "input" or n.id in known)]
+        lines = ["@triton.jit", f"def {name}({', '.join(self.names[n.id] for n in parameters)}):"]
         lines.append('    """Of one token, or of as many as the arguments hold, in f32."""')
         lines += [f"    {self.scalar(n, 'tl.float32')}" for n in parameters if n.level == Level.SCALAR]
         lines += [f"    {self.line(n, double=False)}" for n in nodes if n.level == Level.TOKEN and n.op != "input"]
         return [*lines, f"    return {', '.join(self.value(n) for n in wanted)}"], parameters
 
-    def scalar(self, node: Node, dtype: str) -> str:
-        """A run-time number, in a kernel a f64 and under the interpreter a plain float, as a value of `dtype`."""
-        name = self.names[node.id]
-        return f"{name} = tl.full([], {name}, {dtype}){' != 0.0' if node.boolean else ''}"
-
     def _formula(self, node: Node, double: bool) -> str:
-        args = [self.value(a) for a in operands(node)]
+        args = [self.value(a) for a in _operands(node)]
         if _cancels(node) and not double:
             return f"expm1_minus({args[0]})"
         if node.op in ("neg", "not"):
@@ -57,7 +102,12 @@ class Formulas:
         if node.op in ("minimum", "maximum"):
             return self._extreme(node, *args)
         if node.op == "where" and double and all(a.op == "constant" for a in node.args[1:]):
-            args[1] = f"tl.full([], {args[1]}, tl.float64)"
+            args[1] = _double(args[1])
+        if node.op == "div" and double:
+            return f"divide({args[0]}, {_double(args[1]) if node.args[1].op == 'constant' else args[1]})"
+        if node.op == "outside":
+            sides = ((sign, a, text) for sign, a, text in zip("<>", node.args[1:], args[1:], strict=True))
+            return " | ".join(f"({_of_pair(node.args[0], a, f'{args[0]} {sign} {text}')})" for sign, a, text in sides)
         symbol = OPS[node.op].symbol
         if symbol is not None:
             return f"{args[0]} {symbol} {args[1]}"
@@ -71,19 +121,27 @@ class Formulas:
         return f"tl.where({x} {sign} {y}, {x}, {y})" if node.args[0].op == "constant" else f"{node.op}({x}, {y})"
 
 
-def operands(node: Node) -> tuple[Node, ...]:
-    """The nodes that the node's line names."""
-    return node.args[1:] if _cancels(node) else node.args
+def unique(nodes: Iterable[Node]) -> list[Node]:
+    """Each once, in the order of their first occurrence."""
+    return list({n.id: n for n in nodes}.values())
 
 
-def called(source: str) -> set[str]:
-    """Names of what the source calls."""
-    return set(_CALL.findall(source))
-
-
-def literal(value: float) -> str:
-    """A number as source."""
+def _literal(value: float) -> str:
     return repr(value) if math.isfinite(value) else f'float("{value}")'
+
+
+def _double(number: str) -> str:
+    """A number as a f64, where nothing beside it says so."""
+    return f"tl.full([], {number}, tl.float64)"
+
+
+def _of_batch(node: Node, formula: str) -> str:
+    """The formula of a node; one of a scalar condition so that it can be broadcast."""
+    return f"truth({formula})" if node.boolean and node.level == Level.BATCH else formula
+
+
+def _of_pair(x: Node, y: Node, comparison: str) -> str:
+    return f"truth({comparison})" if x.level <= Level.BATCH and y.level <= Level.BATCH else comparison
 
 
 def _cancels(node: Node) -> bool:
@@ -93,8 +151,13 @@ def _cancels(node: Node) -> bool:
     return node.args[0].op == "expm1" and node.args[0].args[0].id == node.args[1].id
 
 
-def _walk(roots: Iterable[Node], known: set[int]) -> Iterable[Node]:
-    """As `walk`, by the operands of lines, not beyond what is known."""
+def _operands(node: Node) -> tuple[Node, ...]:
+    """The nodes that the node's line names."""
+    return node.args[1:] if _cancels(node) else node.args
+
+
+def _walk(roots: Iterable[Node], known: set[int]) -> list[Node]:
+    """What lines for `roots` name, arguments first; not what the known ones are made of."""
     found: dict[int, Node] = {}
     waiting = list(roots)
     while waiting:
@@ -102,5 +165,5 @@ def _walk(roots: Iterable[Node], known: set[int]) -> Iterable[Node]:
         if node.id not in found:
             found[node.id] = node
             if node.id not in known:
-                waiting.extend(operands(node))
-    return (found[i] for i in sorted(found))
+                waiting.extend(_operands(node))
+    return [found[i] for i in sorted(found)]

@@ -13,8 +13,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastreward.losses._graph import Level, Node, walk
-from fastreward.losses._ops import BATCH_REDUCTIONS, GROUP_REDUCTIONS, LEAVES, REDUCTIONS, SEQ_REDUCTIONS
+from fastreward.losses._ops import GROUP_REDUCTIONS, LEAVES, REDUCTIONS, SEQ_REDUCTIONS
 from fastreward.losses._program import Program, TokenStep
+
+#: Take columns and give one: what a row gets depends on other rows.
+ACROSS = (*GROUP_REDUCTIONS, "batch_permute")
+#: Of these, what has one value a group, and what has one a row.
+BY_GROUP = ("group_sum", "group_max", "group_min")
+_BY_ROW = tuple(op for op in ACROSS if op not in BY_GROUP)
+#: Give one value for the batch.
+TOTALS = ("batch_sum", "batch_max", "batch_min")
 
 _COSTLY = ("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "logsigmoid", "sqrt", "div")
 _WORTH_KEEPING = 4  # operators; what takes fewer is computed again wherever it is read
@@ -22,7 +30,7 @@ _WORTH_KEEPING = 4  # operators; what takes fewer is computed again wherever it 
 
 @dataclass
 class Sweep:
-    """One loop over the rows: batch_* nodes whose argument it reduces, nodes that get a column, rows of outputs."""
+    """One loop over the rows: TOTALS whose argument it reduces, nodes that get a column, rows of outputs."""
 
     reduce: list[Node] = field(default_factory=list)
     keep: list[Node] = field(default_factory=list)
@@ -31,7 +39,7 @@ class Sweep:
 
 @dataclass
 class RowWork:
-    """The work per sequence after a stage's passes. between: group_* and BATCH operators by the sweep they follow.
+    """The work per sequence after a stage's passes. between: ACROSS and BATCH operators by the sweep they follow.
 
     given: BATCH nodes that are there before the first sweep. batch: (index of Program.batch, node) to store.
     """
@@ -67,17 +75,21 @@ class TokenWork:
 class Layout:
     """The plan of a program. columns, values: places by node id. tokens, rows: the work of each stage.
 
-    prologue: row work before the first pass; None where it has no reductions: then it is computed wherever it is read.
+    spare: columns that hold something meanwhile. copies: by row, of what `columns` has by group. prologue: row work before
+    the first pass; None where it has no reductions: then it is computed wherever it is read.
     """
 
     def __init__(self, program: Program) -> None:
         self.columns: dict[int, int] = {}
+        self.spare: dict[int, int] = {}
+        self.copies: dict[int, int] = {}
         self.values: dict[int, int] = {}
         self._last = len(program.stages) - 1
         self._home: dict[int, int] = {}  # stage of everything that is computed once; -1: a launched prologue
         self._time: dict[int, int] = {}  # sweep that computes a ROW operator, or that a reduction follows
         self._work: defaultdict[int, RowWork] = defaultdict(RowWork)
         self._seen: set[tuple[int, ...]] = set()
+        self._kept: set[tuple[int, int]] = set()
         self._place(program)
         self.tokens = [[self._token_work(step) for step in stage.tokens] for stage in program.stages]
         for work in (work for stage in self.tokens for work in stage):
@@ -87,13 +99,22 @@ class Layout:
         self.rows = [self._sorted(self._work[k]) for k in range(len(program.stages))]
         self._coming_back = self._find_coming_back(program)
 
+    @property
+    def column_count(self) -> int:
+        """Columns of the scratch tensor."""
+        return len(self.columns) + len(self.spare) + len(self.copies)
+
+    def by_row(self, node: Node) -> int:
+        """The column where a ROW node is kept for reductions across rows."""
+        return self.copies[node.id] if node.op in BY_GROUP else self.columns[node.id]
+
     def inlined(self, node: Node) -> bool:
         """Whether the node is computed or loaded wherever it is read: leaves, and a prologue that is not launched."""
         return node.id not in self._home
 
     def here(self, node: Node, stage: int, sweep: int) -> bool:
         """Whether a ROW node that this sweep reads is computed in it, not loaded from a column."""
-        if node.op in (*SEQ_REDUCTIONS, *GROUP_REDUCTIONS):
+        if node.op in (*SEQ_REDUCTIONS, *ACROSS):
             return False
         home = (self._home.get(node.id), self._time.get(node.id))
         return self.inlined(node) or home == (stage, sweep) or node.id not in self.columns
@@ -114,9 +135,9 @@ class Layout:
     def _time_rows(self, stage: int, rows: Iterable[Node]) -> None:
         for n in rows:
             self._home[n.id] = stage
-            if n.op in GROUP_REDUCTIONS:
+            if n.op in ACROSS:
                 self._time[n.id] = max(self._in_column(a, stage) for a in n.args)
-            elif n.level == Level.ROW or n.op in BATCH_REDUCTIONS:
+            elif n.level == Level.ROW or n.op in TOTALS:
                 self._time[n.id] = max(self._ready(a, stage) for a in n.args)
             else:
                 self._time[n.id] = max([-1, *(self._time[a.id] for a in n.args if self._home.get(a.id) == stage)])
@@ -125,14 +146,14 @@ class Layout:
         """The first sweep of `stage` that can read the node."""
         if self._home.get(node.id) != stage or node.op in SEQ_REDUCTIONS:
             return 0
-        reduced = node.level == Level.BATCH or node.op in GROUP_REDUCTIONS
+        reduced = node.level == Level.BATCH or node.op in ACROSS
         return self._time[node.id] + 1 if reduced else self._time[node.id]
 
     def _in_column(self, node: Node, stage: int) -> int:
         """The sweep after which the node is in a column; -1: before the first."""
         if node.level == Level.ROW and not self.inlined(node):
             own = self._home[node.id] == stage and node.op not in SEQ_REDUCTIONS
-            return self._time[node.id] if own else -1
+            return self._time[node.id] + (node.op in BY_GROUP) if own else -1
         return self._ready(node, stage)
 
     def _token_work(self, step: TokenStep) -> TokenWork:
@@ -140,7 +161,7 @@ class Layout:
         most = tuple(n for n in step.reduce if n.op == "seq_max")
         work = TokenWork(step, sums, most, tuple(n for n in step.reduce if n.op == "seq_min"))
         for n in work.reductions:
-            self.columns[n.id] = len(self.columns)
+            self.columns[n.id] = self.column_count
         return work
 
     # ------------------------------------------------------------------------------------------------------ demands
@@ -172,8 +193,8 @@ class Layout:
                 self._in_tokens(a, found)
         elif node.level == Level.BATCH:
             self._keep_value(node)
-        elif node.op in GROUP_REDUCTIONS:
-            self._in_group(node)
+        elif node.op in ACROSS:
+            self._in_across(node)
         elif node.op not in SEQ_REDUCTIONS:
             self._keep(node, self._home[node.id], self._time[node.id])
 
@@ -184,8 +205,8 @@ class Layout:
         self._seen.add((node.id, stage, sweep))
         if node.level <= Level.BATCH:
             self._in_batch(node, stage)
-        elif node.op in GROUP_REDUCTIONS:
-            self._in_group(node)
+        elif node.op in ACROSS:
+            self._in_across(node)
         elif node.op not in (*LEAVES, *SEQ_REDUCTIONS):
             home = (self._home.get(node.id), self._time.get(node.id))
             if self.inlined(node) or home == (stage, sweep) or self._cost(node) < _WORTH_KEEPING:
@@ -201,7 +222,7 @@ class Layout:
         self._seen.add((node.id, stage))
         own = self._home.get(node.id) == stage
         (self._work[stage].between[self._time[node.id]] if own else self._work[stage].given).append(node)
-        if own and node.op in BATCH_REDUCTIONS:
+        if own and node.op in TOTALS:
             self._in_sweep(node.args[0], stage, self._time[node.id])
             self._work[stage].sweeps[self._time[node.id]].reduce.append(node)
         elif own or self.inlined(node):
@@ -210,24 +231,29 @@ class Layout:
         else:
             self._keep_value(node)
 
-    def _in_group(self, node: Node) -> None:
-        """Someone reads the result of a group_* node."""
+    def _in_across(self, node: Node) -> None:
+        """Someone reads the result of an ACROSS node."""
         if node.id in self.columns:
             return
         stage = self._home[node.id]
-        self.columns[node.id] = len(self.columns)
+        self.columns[node.id] = self.column_count
+        if node.op == "batch_permute":
+            self.spare[node.id] = self.column_count
         self._work[stage].between[self._time[node.id]].append(node)
         for a in node.args:
-            if a.op in GROUP_REDUCTIONS:
-                self._in_group(a)
-            elif a.op not in SEQ_REDUCTIONS:
+            if a.op in ACROSS:
+                self._in_across(a)
+            if a.op not in (*SEQ_REDUCTIONS, *_BY_ROW):
                 home = self._home.get(a.id, stage) if a.level == Level.ROW else stage
                 self._keep(a, home, self._ready(a, home))
 
     def _keep(self, node: Node, stage: int, sweep: int) -> None:
-        """The node gets a column, which this sweep writes."""
-        if node.id not in self.columns:
-            self.columns[node.id] = len(self.columns)
+        """The node gets a column, which this sweep writes; one that is known everywhere, in each stage that needs it."""
+        places = self.copies if node.op in BY_GROUP else self.columns
+        if node.id not in places:
+            places[node.id] = self.column_count
+        if (node.id, stage) not in self._kept:
+            self._kept.add((node.id, stage))
             self._in_sweep(node, stage, sweep)
             self._work[stage].sweeps[sweep].keep.append(node)
 
@@ -238,7 +264,7 @@ class Layout:
             self._in_batch(node, self._home[node.id])
 
     def _cost(self, node: Node) -> int:
-        if node.level < Level.ROW or node.op in (*LEAVES, *SEQ_REDUCTIONS, *GROUP_REDUCTIONS):
+        if node.level < Level.ROW or node.op in (*LEAVES, *SEQ_REDUCTIONS, *ACROSS):
             return 0
         return (_WORTH_KEEPING if node.op in _COSTLY else 1) + sum(self._cost(a) for a in node.args)
 
@@ -252,4 +278,4 @@ class Layout:
     def _find_coming_back(self, program: Program) -> set[int]:
         back = [n for stage in self.tokens for work in stage for n in work.given]
         back += [n for n in program.outputs if n.level < Level.TOKEN]
-        return {n.id for n in walk(back, lambda n: n.op not in BATCH_REDUCTIONS) if n.op == "seq_sum"}
+        return {n.id for n in walk(back, lambda n: n.op not in TOTALS) if n.op == "seq_sum"}

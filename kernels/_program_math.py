@@ -128,13 +128,13 @@ def sign(x):
 @triton.jit
 def minimum(x, y):
     """The smaller; NaN where either is."""
-    return tl.where((x < y) | (x != x), x, y)
+    return tl.where(x < y, x, tl.where(x == x, y, x))
 
 
 @triton.jit
 def maximum(x, y):
     """The larger; NaN where either is."""
-    return tl.where((x > y) | (x != x), x, y)
+    return tl.where(x > y, x, tl.where(x == x, y, x))
 
 
 @triton.jit
@@ -144,6 +144,34 @@ def clip(x, low, high):
 
 
 @triton.jit
-def outside(x, low, high):
-    """Whether x < low or x > high: where a clip is flat."""
-    return (x < low) | (x > high)
+def truth(condition):
+    """A scalar condition as Triton's interpreter needs it: it would broadcast that of a comparison as a float."""
+    return tl.where(condition, 1, 0) != 0
+
+
+@triton.jit
+def divide(x, y):
+    """x / y in f64 by Newton's steps: the hardware's division is a subroutine, and calls cost registers.
+
+    A subnormal y counts as 0.
+    """
+    bits = y.to(tl.int64, bitcast=True)
+    exponent = (bits >> 52) & 0x7FF
+    ordinary = (exponent != 0) & (exponent != 0x7FF)
+    m = tl.where(ordinary, bits - ((exponent - 1023) << 52), bits).to(tl.float64, bitcast=True)  # 1 <= |m| < 2
+    r = (1.0 / m.to(tl.float32)).to(tl.float64)
+    r = r * (2.0 - m * r)
+    r = r * (2.0 - m * r)
+    r = tl.where(ordinary, r, 1.0 / y.to(tl.float32))  # 0, infinite or NaN: its inverse needs no digits
+    q = x * r
+    rest = tl.fma(-q, m, x) * r
+    q = tl.where(tl.abs(rest) < INF, q + rest, q)
+    down = tl.where(ordinary, 1023 - exponent, 0)  # in two halves that do not overflow
+    half = down >> 1
+    return q * _power_of_2(half) * _power_of_2(down - half)
+
+
+@triton.jit
+def _power_of_2(n):
+    """2^n as f64 for -1022 <= n <= 1023."""
+    return ((n + 1023) << 52).to(tl.float64, bitcast=True)

@@ -14,14 +14,14 @@ _SIDES = ("chosen_", "rejected_")
 _LONGEST = 36  # what would be longer is numbered
 #: What the generated functions use themselves.
 _TAKEN = """
-    tl triton exp expm1 expm1_minus log log1p tanh sigmoid logsigmoid sign minimum maximum clip outside range float True
-    row_bounds before tile_columns wide add count most sum_of most_of store_partial is_last NOTHING column store_column
-    largest smallest merge_chunks group_reduce group_cumulate SUM MAX MIN
+    tl triton range float True exp expm1 expm1_minus log log1p tanh sigmoid logsigmoid sign minimum maximum clip truth
+    divide row_bounds before tile_columns wide add count most sum_of most_of store_partial is_last NOTHING column
+    store_column largest smallest merge_chunks group_reduce group_select batch_permute SUM MAX MIN OTHERS BEFORE AFTER
     mask cu_seqlens batch columns values order starts groups counter N B T row_units chunks chunk program programs
     PACKED HAS_MASK ROWS STEPS LANES VEC BLOCK_ROWS TILE row row_ok start tokens extent offsets t0 t at inside counted b
     logits logits_units labels inv_t inv_t_stride row_of_token grad_scale logprobs entropies grad_logits grad_units
-    vocab_units V HAS_INV_T LOGITS_UNIT GRAD_UNIT PER_PROGRAM token statistics_of store_gradient zero_row g_logprob
-    g_entropy row_stop logits_row grad_row inverse64 top log_total entropy_of
+    vocab_units V HAS_INV_T LOGITS_UNIT GRAD_UNIT index token statistics store_gradient zero_row inverse_temperature
+    own_logprob own_entropy g_logprob g_entropy scale label logits_row grad_row inverse64 top top_logprob
 """
 
 
@@ -51,7 +51,7 @@ def _name(node: Node, names: dict[int, str], sides: int) -> str:
     """What the node is in the words of the field, "" where there is no word."""
     side = _SIDES[node.side] if sides == 2 and (node.level == Level.TOKEN or node.op == "seq_count") else ""
     if node.op == "input":
-        return side + (node.name or "").removeprefix("parameter ")
+        return side + (node.name or "").removeprefix("parameter.")
     if node.op == "seq_count":
         return f"{side}length"
     if node.op in ("parameter", "constant") or node.level == Level.SCALAR:

@@ -131,11 +131,13 @@ def scan_row(
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, ARGMAX: tl.constexpr, RANK: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    EVICTION: tl.constexpr = "evict_first",
 ):  # fmt: skip
     """(max, sum_exp, sum_t_exp, sum_sq_exp, sum_logit, above, kept, argmax) of a row, which is read once.
 
     The next block is asked for before this one is folded: the loads of a whole block are always in flight. For the
     argmax a lane remembers only the block of its first maximum; the one block that holds the row's is read again.
+    EVICTION: what becomes of the row in the caches; "evict_last" where it is soon read again.
     """
     BLOCK: tl.constexpr = STEPS * LANES * VEC
     columns = lane_columns(STEPS, LANES, VEC)
@@ -148,11 +150,11 @@ def scan_row(
     above = tl.zeros([LANES], tl.int32)
     kept = tl.zeros([LANES], tl.int32)
     first = tl.zeros([LANES], tl.int32)
-    ahead = tl.load(row + columns, mask=columns < V, other=NEG_INF, eviction_policy="evict_first")
+    ahead = tl.load(row + columns, mask=columns < V, other=NEG_INF, eviction_policy=EVICTION)
     for start in range(0, V, BLOCK):
         here = start + columns
         x = ahead.to(tl.float32)
-        ahead = tl.load(row + (here + BLOCK), mask=here < V - BLOCK, other=NEG_INF, eviction_policy="evict_first")
+        ahead = tl.load(row + (here + BLOCK), mask=here < V - BLOCK, other=NEG_INF, eviction_policy=EVICTION)
         real = here < V
         if HAS_KEEP:
             real = tl.load(keep_row + here, mask=real, other=0) != 0

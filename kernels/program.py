@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,9 +34,12 @@ __all__ = ["run", "scale", "source", "spread"]
 # A tile is [ROWS, STEPS, LANES, VEC] tokens: 1 row of 1024 or 8 rows of 64, by the mean length. VEC = 4 (16-byte loads)
 # where T is a multiple of 4; else, and for packed rows, which start anywhere, 1. So a program is compiled four times
 # over at most, and packed ones twice. A long row is dealt, tile by tile, to as many programs as fill the machine.
+# Registers are stated where ptxas, left alone, would spill some to get below the next step of occupancy.
 WARPS = 4
 FILL = 1056  # programs that fill an H100: 132 SMs, 8 programs each
 MOST_CHUNKS = 64  # programs that may share a row
+REGISTERS = 128  # of kernels with 8-row tiles, or with reductions over groups or ranks: four programs an SM
+BLOCK_ROWS = 128  # sequences that the last program takes at once
 LONG = 512  # mean tokens a row from which one row makes a tile
 
 
@@ -48,8 +52,11 @@ def tiling(rows: int, tokens: int, longest: int) -> tuple[int, int, int]:
 
 def tile(together: int, columns: int, vec: int) -> dict[str, Any]:
     """The tile of `together` rows."""
-    lanes = 32 * WARPS // together if vec == 4 else min(32 * WARPS, columns) // min(together, 2)
-    return {"ROWS": together, "STEPS": columns // (lanes * vec), "LANES": lanes, "VEC": vec, "num_warps": WARPS}
+    lanes = 32 * WARPS // together
+    registers = {"maxnreg": REGISTERS} if together > 1 else {}
+    return {
+        "ROWS": together, "STEPS": columns // (lanes * vec), "LANES": lanes, "VEC": vec, "num_warps": WARPS, **registers
+    }  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- kernel
@@ -129,8 +136,9 @@ def run(
     groups: Tensor | None,  # i64 [B], numbers 0 .. G - 1 in any order
 ) -> tuple[list[Tensor], Tensor]:
     """(outputs f32, each like its tokens or [B]; batch values f32 [M])."""
+    generated = prepared(program)
     call = Call(program, inputs, sides, scalars, groups)
-    call.launch(prepared(program))
+    call.launch(load("program", generated.source), generated, len(generated.launches))
     return call.outputs, call.batch
 
 
@@ -140,34 +148,31 @@ class Call:
     def __init__(
         self,
         program: Program,
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Tensor | None],
         sides: Sequence[Tokens],
         scalars: Sequence[float],
         groups: Tensor | None,
+        like: Tensor | None = None,
     ) -> None:
-        self.inputs, self.sides, self.scalars, self.groups = inputs, sides, scalars, groups
+        self.inputs, self.sides, self.scalars = inputs, sides, scalars
         self.rows = sides[0].rows
-        self.like = _any_tensor(inputs, sides)
+        self.like = _any_tensor(inputs, sides) if like is None else like
         self.outputs = [self._empty(sides[n.side].shape if n.level == 3 else (self.rows,)) for n in program.outputs]
         self.batch = self._empty((len(program.batch),))
-        self.order = self.starts = None
+        self.named: dict[str, Tensor | None] = {"batch": self.batch, "groups": groups}
         if program.groups:
             assert groups is not None
-            in_order, self.order = torch.sort(groups, stable=True)
+            in_order, self.named["order"] = torch.sort(groups, stable=True)
             bounds = torch.arange(self.rows + 1, device=groups.device)
-            self.starts = torch.searchsorted(in_order, bounds)
+            self.named["starts"] = torch.searchsorted(in_order, bounds)
 
-    def launch(self, generated: Generated, count: int | None = None) -> None:
-        """The first `count` launches, or all."""
-        module = load("program", generated.source)
+    def launch(self, module: ModuleType, generated: Generated, count: int) -> None:
+        """The first `count` launches."""
         launches = generated.launches[:count]
         partials = max((self._partials(launch) for launch in launches), default=0)
-        scratch = torch.empty(generated.columns * self.rows + partials, dtype=torch.float64, device=self.like.device)
-        values = torch.empty(generated.values, dtype=torch.float64, device=self.like.device)
-        self.named = {
-            "order": self.order, "starts": self.starts, "groups": self.groups, "batch": self.batch,
-            "columns": scratch, "values": values,
-        }  # fmt: skip
+        scratch = (generated.columns * self.rows + partials, generated.values)
+        for name, size in zip(("columns", "values"), scratch, strict=True):
+            self.named[name] = torch.empty(size, dtype=torch.float64, device=self.like.device)
         with on_device_of(self.like):
             for launch in launches:
                 self._launch(getattr(module, launch.kernel), launch)
@@ -189,13 +194,14 @@ class Call:
     def _launch(self, kernel: Any, launch: Launch) -> None:
         tokens = None if launch.side is None else self.sides[launch.side]
         given = [self.argument(a, tokens) for a in launch.arguments]
-        block_rows = 256 if launch.row_nodes <= 64 else 128
         if tokens is None:
-            kernel[(1,)](*given, self.rows, BLOCK_ROWS=block_rows, num_warps=WARPS, **OPTIONS)
+            kernel[(1,)](*given, self.rows, BLOCK_ROWS=BLOCK_ROWS, num_warps=WARPS, maxnreg=REGISTERS, **OPTIONS)
             return
         sizes, flavour, programs = geometry(tokens)
+        if launch.across:
+            flavour["maxnreg"] = REGISTERS
         kernel[(programs,)](
-            *given, *sizes, **flavour, HAS_MASK=tokens.mask is not None, BLOCK_ROWS=block_rows, **OPTIONS
+            *given, *sizes, **flavour, HAS_MASK=tokens.mask is not None, BLOCK_ROWS=BLOCK_ROWS, **OPTIONS
         )
 
     def _partials(self, launch: Launch) -> int:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import triton
-from fastreward.kernels import group, logprobs, policy_loss, whiten
+from fastreward.kernels import group, logprobs, whiten
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastreward._options import AGGREGATIONS, GroupOptions, PolicyOptions
+from fastreward._options import GroupOptions
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDE = re.compile(r"\bLDG\.E(\.\w+)*\.128\b")
@@ -140,25 +140,6 @@ def logprob_cases(everything: bool) -> dict[str, Any]:
     return {f"logprobs: {name}": call for name, call in cases.items()}
 
 
-def policy_cases(everything: bool) -> dict[str, Any]:
-    def run(rows: int, length: int, full: bool, packed: bool = False, aggregation: Any = AGGREGATIONS[3]) -> None:
-        x = torch.zeros(rows * length) if packed else torch.zeros(rows, length)
-        cu = torch.arange(rows + 1) * length if packed else None
-        o = PolicyOptions(aggregation=aggregation, kl="k3" if full else None, entropy_coef=0.1 if full else 0.0)
-        mask, more = torch.ones(x.shape, dtype=torch.bool), x if full else None
-        _, _, saved, weight, _ = policy_loss.forward(x, x, x, mask, more, more, more, cu, o, full, None)
-        policy_loss.backward(saved, mask, weight, torch.ones(()), cu, o)
-
-    cases = {"everything": lambda: run(64, 2048, True)}
-    if everything:
-        cases |= {
-            "packed": lambda: run(64, 1001, True, packed=True),
-            "plain, short rows": lambda: run(64, 100, False, aggregation="token-mean"),
-            "shorter rows, packed": lambda: run(64, 15, True, packed=True, aggregation="seq-mean-token-mean"),
-        }
-    return {f"policy_loss: {name}": call for name, call in cases.items()}
-
-
 def small_cases(everything: bool) -> dict[str, Any]:
     def grouped(size: int, k: int = 1, **options: Any) -> None:
         b = 4096
@@ -193,12 +174,12 @@ def main(capabilities: list[int]) -> None:
 
     JITFunction.run = compile_only
     for capability in capabilities:
-        for function in (m for module in (logprobs, policy_loss, group, whiten) for m in vars(module).values()):
+        for function in (m for module in (logprobs, group, whiten) for m in vars(module).values()):
             if isinstance(function, JITFunction):
                 function.device_caches.clear()
         driver.set_active(Device(capability))
         everything = capability == 90
-        cases = logprob_cases(everything) | policy_cases(everything) | small_cases(everything)
+        cases = logprob_cases(everything) | small_cases(everything)
         for case, call in cases.items():
             compiled.clear()
             call()

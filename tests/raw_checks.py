@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from fastreward._layout import FLAG, INDICES, VALUES
-from fastreward._options import GroupOptions, PolicyOptions
+from fastreward._options import GroupOptions
 from fastreward.reference import group as reference_group
 from fastreward.reference import logprobs as reference_logprobs
-from fastreward.reference import policy_loss as reference_policy_loss
 from fastreward.reference import whiten as reference_whiten
 
 EVERYTHING = 31
@@ -266,85 +265,6 @@ def check_illegal_labels(module: ModuleType, device: str, dtype: torch.dtype, vo
     arguments = case.arguments(device)
     module.backward(*arguments, legal[0], legal[2], grad, None, out, 0.0)
     assert out.isfinite().all()
-
-
-POLICY_OPTIONS = {
-    "ppo": PolicyOptions(),
-    "dapo": PolicyOptions(clip_low=0.2, clip_high=0.28, aggregation="token-mean"),
-    "dual": PolicyOptions(dual_clip=3.0, aggregation="seq-mean-token-mean"),
-    "delta": PolicyOptions(delta=2.0, aggregation="seq-mean-token-sum", log_ratio_clamp=None),
-    "k1": PolicyOptions(kl="k1", kl_coef=0.1, aggregation="seq-mean-token-sum-norm"),
-    "k2": PolicyOptions(kl="k2", kl_coef=0.1, entropy_coef=0.01),
-    "k3": PolicyOptions(kl="k3", kl_coef=0.05, entropy_coef=0.01, aggregation="seq-mean-token-mean"),
-}
-_MASK_TYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float16)
-
-
-def check_policy_loss(
-    module: ModuleType,
-    device: str,
-    options: PolicyOptions,
-    rows: int,
-    width: int,
-    *,
-    packed: bool = False,
-    seed: int = 0,
-) -> None:
-    g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, width + 1, (rows,), generator=g)
-    lengths[0] = width
-    if rows > 1:
-        lengths[1] = 0
-
-    def new(scale: float = 0.5) -> Tensor:
-        return torch.randn(rows, width, generator=g) * scale
-
-    old = new()
-    lp, ref, entropy, weights = old + new(), old + new(), new().abs(), new().abs()
-    advantages = torch.randn(rows, generator=g) if seed % 2 else new(1.0)
-    inside = torch.arange(width) < lengths[:, None]
-    mask = inside & (torch.rand(rows, width, generator=g) < 0.9)
-    for x in (lp, old, ref, entropy, weights, *([advantages] if advantages.ndim == 2 else [])):
-        x[~mask] = torch.nan
-    cu_seqlens = None
-    per_token = [lp, old, ref, entropy, weights, mask]
-    if packed:
-        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        per_token = [x[inside] for x in per_token]
-        advantages = advantages[inside] if advantages.ndim == 2 else advantages
-    lp, old, ref, entropy, weights, mask = per_token
-    mask = mask.to(_MASK_TYPES[seed % len(_MASK_TYPES)])
-    for normalizer in (None, torch.tensor(37.0)):
-        given = (lp, old, advantages, mask, ref, entropy, weights, cu_seqlens)
-        want_loss, want_metrics, want_saved, want_weight, want_token = reference_policy_loss.forward(
-            *given, options, True, normalizer
-        )
-        moved = tuple(x if x is None else x.to(device) for x in given)
-        on_device = None if normalizer is None else normalizer.to(device)
-        loss, metrics, saved, weight, token = module.forward(*moved, options, True, on_device)
-        close(loss, want_loss, 2e-6, 2e-6, "loss")
-        close(metrics, want_metrics, 2e-6, 2e-6, "metrics")
-        close(token, want_token, 2e-6, 2e-6, "token_loss")
-        upstream = torch.tensor(1.7)
-        want = reference_policy_loss.backward(want_saved, mask, want_weight, upstream, cu_seqlens, options)
-        got = module.backward(saved, moved[3], weight, upstream.to(device), moved[7], options)
-        close(got[0], want[0], 1e-7, 3e-6, "grad_logprobs")
-        close(got[1], want[1], 1e-8, 2e-6, "grad_entropy")
-        again = module.forward(*moved, options, True, on_device)
-        assert all(torch.equal(a, b) for a, b in zip(again, (loss, metrics, saved, weight, token), strict=True))
-
-
-def check_policy_nothing_counts(module: ModuleType, device: str) -> None:
-    nan = torch.full((3, 5), torch.nan, device=device)
-    mask = torch.zeros(3, 5, dtype=torch.bool, device=device)
-    for rows in (3, 0):
-        loss, metrics, saved, weight, _ = module.forward(
-            nan[:rows], nan[:rows], nan[:rows], mask[:rows], None, None, None, None, PolicyOptions(), False, None
-        )
-        assert loss.item() == 0.0
-        assert (metrics == 0).all()
-        grad, _ = module.backward(saved, mask[:rows], weight, torch.ones((), device=device), None, PolicyOptions())
-        assert (grad == 0).all()
 
 
 GROUP_OPTIONS = {

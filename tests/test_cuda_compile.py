@@ -23,7 +23,7 @@ import fastreward.cuda
 from fastreward.cuda import _launch
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-SOURCES = ("logprobs", "policy_loss", "group", "whiten")
+SOURCES = ("logprobs", "group", "whiten")
 ARCHITECTURES = ("80", "90", "100")
 TYPES = ("f32", "bf16", "f16")
 

@@ -17,7 +17,7 @@ import raw_checks
 import torch
 from emulation import Emulator
 
-from fastreward.cuda import group, logprobs, policy_loss, whiten
+from fastreward.cuda import group, logprobs, whiten
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     stand_in = Emulator(folder)
-    modules: tuple[ModuleType, ...] = (logprobs, policy_loss, group, whiten)
+    modules: tuple[ModuleType, ...] = (logprobs, group, whiten)
     for module in modules:
         for name in ("launch", "multiprocessors", "has_clusters", "counter"):
             if hasattr(module, name):
@@ -101,18 +101,6 @@ def test_logprobs_bits_and_illegal_labels(dtype: torch.dtype, emulator: Emulator
 def test_logprobs_fold(kind: str, known_labels: bool, emulator: Emulator) -> None:
     case = raw_checks.logits_case(kind, torch.bfloat16, 4, 1003)
     raw_checks.check_fold(logprobs, "cpu", case, 300, known_labels=known_labels)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", raw_checks.POLICY_OPTIONS)
-def test_policy_loss(name: str, packed: bool, emulator: Emulator) -> None:
-    for seed, (rows, width) in enumerate([(4, 33), (2, 2500), (1, 1), (20, 3)]):
-        options = raw_checks.POLICY_OPTIONS[name]
-        raw_checks.check_policy_loss(policy_loss, "cpu", options, rows, width, packed=packed, seed=seed)
-
-
-def test_policy_loss_where_nothing_counts(emulator: Emulator) -> None:
-    raw_checks.check_policy_nothing_counts(policy_loss, "cpu")
 
 
 @pytest.mark.parametrize("contiguous", [False, True])

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import program_checks
 import public_checks
 import pytest
 import raw_checks
@@ -123,22 +124,30 @@ def test_logprobs_beyond_32_bit_offsets(backend: Callable[[str], ModuleType]) ->
     assert torch.equal(logits[-2:], alone)
 
 
-# ---------------------------------------------------------------------------------------- policy_loss, group and whiten
+# ------------------------------------------------------------------------------------------- programs, group and whiten
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", raw_checks.POLICY_OPTIONS)
-def test_small_policy_loss(name: str, packed: bool, backend: Callable[[str], ModuleType]) -> None:
-    for seed, (rows, width) in enumerate([(4, 33), (3, 5000), (1, 1), (2, 2048), (70, 3), (5, 100)]):
-        options = raw_checks.POLICY_OPTIONS[name]
-        raw_checks.check_policy_loss(backend("policy_loss"), "cuda", options, rows, width, packed=packed, seed=seed)
+@pytest.mark.parametrize("name", program_checks.PROGRAMS)
+def test_small_program(name: str, packed: bool, backend: Callable[[str], ModuleType]) -> None:
+    named = program_checks.PROGRAMS[name]()
+    for seed, (rows, width) in enumerate([(4, 33), (3, 5000), (1, 1), (2, 2048), (70, 3), (5, 100), (0, 7)]):
+        mask = list(program_checks.MASKS)[seed % len(program_checks.MASKS)]
+        call = program_checks.make_call(named, rows, width, mask=mask, packed=packed, seed=seed)
+        program_checks.check_run(backend("program"), "cuda", named, call)
+        program_checks.check_backward(backend("program"), "cuda", call, seed)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_small_random_program(seed: int, backend: Callable[[str], ModuleType]) -> None:
+    named = program_checks.random_program(seed)
+    call = program_checks.make_call(named, 9, 700, packed=bool(seed % 2), seed=seed)
+    program_checks.check_run(backend("program"), "cuda", named, call, 1e-5)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(512, 8192), (3, 70_000), (20_000, 40)])
-def test_policy_loss_at_size(rows: int, width: int, backend: Callable[[str], ModuleType]) -> None:
-    raw_checks.check_policy_loss(backend("policy_loss"), "cuda", raw_checks.POLICY_OPTIONS["k3"], rows, width)
-
-
-def test_policy_loss_where_nothing_counts(backend: Callable[[str], ModuleType]) -> None:
-    raw_checks.check_policy_nothing_counts(backend("policy_loss"), "cuda")
+def test_program_at_size(rows: int, width: int, backend: Callable[[str], ModuleType]) -> None:
+    named = program_checks.PROGRAMS["ppo, everything"]()
+    call = program_checks.make_call(named, rows, width)
+    program_checks.check_run(backend("program"), "cuda", named, call)
 
 
 @pytest.mark.parametrize("contiguous", [False, True])
@@ -160,18 +169,14 @@ def test_small_whiten(shift_mean: bool, masked: bool, backend: Callable[[str], M
 def _calls(backend: Callable[[str], ModuleType]) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """One call of each raw function over fixed inputs on the device."""
     g = torch.Generator(device="cuda").manual_seed(0)
-    logprobs, policy_loss, group, whiten = (backend(n) for n in ("logprobs", "policy_loss", "group", "whiten"))
+    logprobs, programs, group, whiten = (backend(n) for n in ("logprobs", "program", "group", "whiten"))
     logits = torch.randn(9, 40_000, generator=g, device="cuda").bfloat16()
     labels = torch.randint(0, 40_000, (9,), generator=g, device="cuda")
     grad = torch.randn(7, 9, generator=g, device="cuda")
-    lp, old = torch.randn(2, 16, 3000, generator=g, device="cuda") * 0.3
-    advantages = torch.randn(16, generator=g, device="cuda")
+    lp = torch.randn(16, 3000, generator=g, device="cuda") * 0.3
     mask = torch.rand(16, 3000, generator=g, device="cuda") < 0.8
-    one = torch.ones((), device="cuda")
-    options = raw_checks.POLICY_OPTIONS["k3"]
     rewards = torch.randn(64, 2, generator=g, device="cuda")
     index = torch.randint(0, 9, (64,), generator=g, device="cuda")
-    cu_seqlens = torch.arange(17, device="cuda") * 3000
 
     def run_logprobs() -> tuple[Tensor, ...]:
         out = torch.empty_like(logits)
@@ -179,13 +184,17 @@ def _calls(backend: Callable[[str], ModuleType]) -> dict[str, Callable[[], tuple
         logprobs.backward(logits, labels, 1.0, None, None, None, None, values, ids, grad, None, out, 0.0)
         return values, indices, out
 
-    def run_policy(packed: bool) -> tuple[Tensor, ...]:
-        given = [x.flatten() if packed else x for x in (lp, old, mask, lp * 0.9, old.abs())]
-        cu = cu_seqlens if packed else None
-        forward = policy_loss.forward(
-            given[0], given[1], advantages, given[2], given[3], given[4], None, cu, options, False, None
-        )
-        return *forward, *policy_loss.backward(forward[2], given[2], forward[3], one, cu, options)
+    def run_program(name: str, packed: bool) -> tuple[Tensor, ...]:
+        one, arguments = calls[name, packed]
+        outputs, batch = programs.run(one.program, *arguments)
+        return *outputs, batch
+
+    named = {name: program_checks.PROGRAMS[name]() for name in ("ppo, everything", "gspo", "real")}
+    calls = {
+        (name, packed): (one, program_checks.make_call(one, 16, 3000, packed=packed).on("cuda"))
+        for name, one in named.items()
+        for packed in (False, True)
+    }
 
     def run_whiten() -> tuple[Tensor, ...]:
         out = torch.empty_like(lp)
@@ -197,15 +206,17 @@ def _calls(backend: Callable[[str], ModuleType]) -> dict[str, Callable[[], tuple
 
     return {
         "logprobs": run_logprobs,
-        "policy_loss": lambda: run_policy(False),
-        "policy_loss packed": lambda: run_policy(True),
+        "ppo": lambda: run_program("ppo, everything", False),
+        "ppo packed": lambda: run_program("ppo, everything", True),
+        "gspo": lambda: run_program("gspo", False),
+        "group loss": lambda: run_program("real", False),
         "group": lambda: run_group("grpo"),
         "group batch-std": lambda: run_group("gdpo_batch"),
         "whiten": run_whiten,
     }
 
 
-_CALLS = ("logprobs", "policy_loss", "policy_loss packed", "group", "group batch-std", "whiten")
+_CALLS = ("logprobs", "ppo", "ppo packed", "gspo", "group loss", "group", "group batch-std", "whiten")
 
 
 @pytest.mark.parametrize("name", _CALLS)

@@ -31,7 +31,10 @@ def in_use(isa: str) -> str:
 def test_numbers_on_lower_instruction_sets(isa: str) -> None:
     if in_use(isa) != isa:
         pytest.skip(f"this machine has no {isa}")
-    files = [str(ROOT / f"test_{name}.py") for name in ("logprobs", "policy_loss", "group", "whiten")]
+    files = [
+        str(ROOT / f"test_{name}.py")
+        for name in ("logprobs", "policy_loss", "preference_loss", "logits_policy_loss", "group", "whiten")
+    ]
     chosen = "cpu and (Numbers or numbers)"
     done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -63,7 +63,8 @@ def test_constants_fold_and_neutral_elements_vanish() -> None:
     assert (x + 0).id == x.id
     assert (1 * x).id == x.id
     assert (x * 0).value == 0.0
-    assert (-(-x)).id == x.id
+    negated = -x
+    assert (-negated).id == x.id
     assert where(graph.constant(1.0) > 0, x, 5.0).id == x.id
     assert (x - x).value == 0.0
 
@@ -290,7 +291,7 @@ def test_group_losses_need_groups_and_sequence_values() -> None:
 def test_what_a_loss_returns_and_takes_is_checked() -> None:
     refused(lambda t: t.ratio > 1, TypeError, "condition")
     refused(lambda t: None, TypeError, "expected the loss to return a term")
-    with pytest.raises(TypeError, match="as in losses.ppo"):
+    with pytest.raises(TypeError, match=r"as in losses\.ppo"):
         fastreward.policy_loss(*(torch.zeros(1, 1) for _ in range(3)), loss=losses.ppo)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="clip_low"):
         losses.ppo(clip_low=2.0)

@@ -1,20 +1,43 @@
-"""The README's ten lines run as written."""
+"""The README's code runs as written."""
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
+import fastreward as fr
+from fastreward.bench import policy_loss as bench
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_ten_lines_run_as_written() -> None:
-    (example,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "policy_loss" in block]
+    (example,) = [block for block in BLOCKS if "group_advantages" in block]
     names: dict[str, object] = {}
     exec(example, names)
     logits = names["logits"]
     assert isinstance(logits, torch.Tensor)
     assert logits.grad is not None
     assert logits.grad.abs().sum() > 0
+
+
+def test_the_loss_of_ones_own_runs_as_written_and_is_the_benchs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = [block for block in BLOCKS if "losses.define" in block]
+    (tmp_path / "own_loss.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_loss")
+    assert "d/d logprob" in capsys.readouterr().out
+    g = torch.Generator().manual_seed(0)
+    data = {name: torch.randn(3, 7, generator=g) for name in ("logprob", "old_logprob", "advantage")}
+    torch.testing.assert_close(own.surprise().evaluate(**data), bench.surprise().evaluate(**data))
+    logprobs = data["logprob"].requires_grad_()
+    fr.policy_loss(logprobs, data["old_logprob"], data["advantage"], loss=own.surprise(cap=3.0)).loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.abs().sum() > 0

@@ -93,6 +93,25 @@ def test_aggregation_is_what_the_loss_was_published_with(recipe: Recipe) -> None
     assert parameter.default == recipe.definition.aggregation  # type: ignore[union-attr]
 
 
+def test_defaults_are_the_loss_s_but_where_the_method_has_its_own() -> None:
+    own: dict[tuple[str, str], object] = {}
+    for recipe in RECIPES.values():
+        if recipe.definition is None:
+            continue
+        known = inspect.signature(recipe.definition).parameters
+        for name, p in inspect.signature(recipe.function).parameters.items():
+            if name in known and p.default is not p.empty and p.default != known[name].default:
+                own[recipe.name, name] = p.default
+    assert own == {
+        ("dual_clip_ppo", "dual_clip"): 3.0,
+        ("dapo", "clip_high"): 0.28,
+        ("intellect_2", "delta"): 4.0,
+        ("robust_dpo", "label_smoothing"): 0.1,
+        ("exo", "label_smoothing"): 1e-3,
+        ("dpo_norm", "beta"): 5.0,
+    }
+
+
 # ------------------------------------------------------------------------------------------------------------ metadata
 @every
 def test_metadata_is_complete(recipe: Recipe) -> None:

@@ -66,7 +66,7 @@ if [ "$built" -eq 0 ]; then
   if command -v compute-sanitizer >/dev/null; then
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor its own allocation, so that its ends are guarded
     part sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 "${pytest[@]}" -m gpu \
-      -k "cuda and (small_illegal or (small_logprobs and (strided or keep)) or (small_policy_loss and k3) or small_whiten)" \
+      -k "cuda and (small_illegal or (small_logprobs and (strided or keep)) or (small_program and everything) or small_whiten)" \
       "$work/tests/test_gpu.py"
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
   else

@@ -17,8 +17,9 @@ namespace {
 
 using Address = std::uintptr_t;
 using RowCode = std::vector<std::array<int, 5>>;
-using StepCode = std::tuple<int, int, int, std::vector<std::array<int, 2>>, std::vector<std::array<int, 8>>,
-                            std::vector<std::array<int, 2>>>;
+// side, operands, tile instructions, item instructions, reductions
+using StepCode = std::tuple<int, std::vector<std::array<int, 2>>, std::vector<std::array<int, 6>>,
+                            std::vector<std::array<int, 4>>, std::vector<std::array<int, 2>>>;
 using StageCode = std::pair<std::vector<StepCode>, RowCode>;
 
 template <class T>
@@ -67,7 +68,8 @@ class Program {
  private:
   struct Step {
     std::vector<TokenOperand> operands;
-    std::vector<TokenInstruction> instructions;
+    std::vector<TokenInstruction> tile;
+    std::vector<MaskInstruction> item;
     std::vector<Reduction> reductions;
   };
   struct Stage {
@@ -77,12 +79,12 @@ class Program {
   };
 
   static TokenStep step(const StepCode& from, Step& own) {
-    const auto& [side, slots, mask_slots, operands, instructions, reductions] = from;
+    const auto& [side, operands, tile, item, reductions] = from;
     for (const auto& [kind, index] : operands) own.operands.push_back({static_cast<OperandKind>(kind), index});
-    for (const auto& [op, out, second, third, a, b, c, d] : instructions)
-      own.instructions.push_back({static_cast<TokenOp>(op), out, second, third, a, b, c, d});
+    for (const auto& [op, w, x, y, z, k] : tile) own.tile.push_back({static_cast<TokenOp>(op), w, x, y, z, k});
+    for (const auto& [op, x, y, z] : item) own.item.push_back({static_cast<MaskOp>(op), x, y, z});
     for (const auto& [kind, place] : reductions) own.reductions.push_back({static_cast<ReductionKind>(kind), place});
-    return {side, slots, mask_slots, span(own.operands), span(own.instructions), span(own.reductions)};
+    return {side, span(own.operands), span(own.tile), span(own.item), span(own.reductions)};
   }
 
   std::vector<Constant> constants_;
@@ -165,9 +167,13 @@ void register_program(pybind11::module_& m) {
                     const std::vector<std::pair<int, int>>&, const RowCode&, const std::vector<StageCode>&,
                     std::vector<int>, std::vector<int>>(),
            py::kw_only(), py::arg("numbers"), py::arg("columns"), py::arg("constants"), py::arg("scalars"),
-           py::arg("inputs"), py::arg("prologue"), py::arg("stages"), py::arg("outputs"), py::arg("batch"));
+           py::arg("inputs"), py::arg("prologue"), py::arg("stages"), py::arg("outputs"), py::arg("batch"))
+      .def_property_readonly("code", [](const Program& p) { return reinterpret_cast<Address>(&p.code()); },
+                             "Address of the ProgramCode, for as long as this lives.");
   m.def("program_token_operators", [] { return numbered({FASTREWARD_TOKEN_OPERATORS(FASTREWARD_NAME)}); },
         "Numbers of the token operators, by name.");
+  m.def("program_mask_operators", [] { return numbered({FASTREWARD_MASK_OPERATORS(FASTREWARD_NAME)}); },
+        "Numbers of the operators on an item's masks, by name.");
   m.def("program_row_operators", [] { return numbered({FASTREWARD_ROW_OPERATORS(FASTREWARD_NAME)}); },
         "Numbers of the row operators, by name.");
   m.def("program_run", &run, py::kw_only(), py::arg("program"), py::arg("sides"), py::arg("inputs"),

@@ -19,7 +19,6 @@ struct KernelTable {
 };
 
 KernelTable logprobs_kernels();
-KernelTable policy_loss_kernels();
 KernelTable group_kernels();
 KernelTable whiten_kernels();
 

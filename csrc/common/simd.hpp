@@ -12,7 +12,7 @@
 //   stream(p, v)         non-temporal, p aligned to the vector; fence() before anyone else reads
 //   + - * / fma(a,b,c)=a*b+c  fms=a*b-c  fnma=c-a*b  abs sqrt
 //   max(a, b), min(a, b) b when a lane of either is NaN: max(bound, x) keeps a NaN x, max(x, running) drops it
-//   > >= < <= ==, is_nan, & | ~, select(m, a, b) = m ? a : b, first32(n), first64(n), bits(M32), count(M32), any(M32)
+//   > >= < <= ==, is_nan, unordered (either NaN), differ (neither NaN, not equal), & | ~, select(m, a, b) = m ? a : b, first32(n), first64(n), bits(M32), count(M32), any(M32)
 //   lower_f64(v), upper_f64(v), to_f32(lower, upper)
 //   exp(F32) <= 1.2 ulp, denormals, 0 below -104, inf above 88.73, NaN kept;  log(F32) <= 2 ulp
 //   sum(F32) -> float, sum(F64) -> double, sum_f64(F32) -> double, maximum, minimum: lanes folded in one fixed order

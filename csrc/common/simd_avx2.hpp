@@ -51,6 +51,8 @@ inline M32 operator<(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)
 inline M32 operator<=(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
 inline M32 operator==(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 inline M32 is_nan(F32 a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
+inline M32 unordered(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q)}; }
+inline M32 differ(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NEQ_OQ)}; }
 inline M32 operator&(M32 a, M32 b) { return {_mm256_and_ps(a.k, b.k)}; }
 inline M32 operator|(M32 a, M32 b) { return {_mm256_or_ps(a.k, b.k)}; }
 inline M32 operator~(M32 a) { return {_mm256_xor_ps(a.k, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }

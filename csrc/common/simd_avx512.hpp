@@ -47,6 +47,8 @@ inline M32 operator<(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_L
 inline M32 operator<=(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
 inline M32 operator==(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 inline M32 is_nan(F32 a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+inline M32 unordered(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)}; }
+inline M32 differ(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_OQ)}; }
 inline M32 operator&(M32 a, M32 b) { return {static_cast<__mmask16>(a.k & b.k)}; }
 inline M32 operator|(M32 a, M32 b) { return {static_cast<__mmask16>(a.k | b.k)}; }
 inline M32 operator~(M32 a) { return {static_cast<__mmask16>(~a.k)}; }

@@ -73,6 +73,8 @@ inline M32 operator<(F32 a, F32 b) { return {a.v < b.v}; }
 inline M32 operator<=(F32 a, F32 b) { return {a.v <= b.v}; }
 inline M32 operator==(F32 a, F32 b) { return {a.v == b.v}; }
 inline M32 is_nan(F32 a) { return {a.v != a.v}; }
+inline M32 unordered(F32 a, F32 b) { return {(a.v != a.v) | (b.v != b.v)}; }
+inline M32 differ(F32 a, F32 b) { return {(a.v < b.v) | (a.v > b.v)}; }
 inline M32 operator&(M32 a, M32 b) { return {a.k & b.k}; }
 inline M32 operator|(M32 a, M32 b) { return {a.k | b.k}; }
 inline M32 operator~(M32 a) { return {~a.k}; }

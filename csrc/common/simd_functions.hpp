@@ -118,6 +118,11 @@ inline F32 minimum_of(F32 a, F32 b) {
 #ifdef FASTREWARD_AVX512
 using Word = std::uint16_t;
 inline M32 lanes(Word w) { return {w}; }
+inline M32 load_mask(const Word* p) {  // compilers go through a general register
+  M32 m;
+  asm("kmovw %1, %0" : "=k"(m.k) : "m"(*p));
+  return m;
+}
 #elif defined(__AVX2__)
 using Word = std::uint8_t;
 inline M32 lanes(Word w) {
@@ -131,16 +136,63 @@ inline M32 lanes(Word w) {
   return {(V4i{w, w, w, w} & bit) == bit};
 }
 #endif
+#ifndef FASTREWARD_AVX512
+inline M32 load_mask(const Word* p) { return lanes(*p); }
+#endif
 constexpr Word kAllLanes = static_cast<Word>((1u << kF32) - 1u);
 
 inline Word word(M32 m) { return static_cast<Word>(bits(m)); }
 
-// x where the mask is off, else 0
-inline F32 drop(M32 m, F32 x) {
+// How many lanes are on in both of n words (n a multiple of 8).
+inline std::int64_t count_lanes(const Word* a, const Word* b, int n) {
+  std::int64_t on = 0;
+  int i = 0;
 #ifdef FASTREWARD_AVX512
-  return {_mm512_maskz_mov_ps(static_cast<__mmask16>(~m.k), x.v)};
+  const __m512i low = _mm512_set1_epi8(15);
+  const __m512i bits_of = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  __m512i total = _mm512_setzero_si512();
+  for (; i + 32 <= n; i += 32) {
+    const __m512i both = _mm512_and_si512(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i));
+    const __m512i first = _mm512_shuffle_epi8(bits_of, _mm512_and_si512(both, low));
+    const __m512i second = _mm512_shuffle_epi8(bits_of, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+    total = _mm512_add_epi64(total, _mm512_sad_epu8(_mm512_add_epi8(first, second), _mm512_setzero_si512()));
+  }
+  on = _mm512_reduce_add_epi64(total);
+#endif
+  for (; i < n; i += static_cast<int>(8 / sizeof(Word))) {
+    std::uint64_t x, y;
+    __builtin_memcpy(&x, a + i, 8);
+    __builtin_memcpy(&y, b + i, 8);
+    on += __builtin_popcountll(x & y);
+  }
+  return on;
+}
+
+// The words of 8 vectors' worth of mask bytes (nonzero counts); returns how many lanes are on.
+inline int to_words(const std::uint8_t* bytes, Word* words) {
+#ifdef FASTREWARD_AVX512
+  const __m512i low = _mm512_loadu_si512(bytes), high = _mm512_loadu_si512(bytes + 64);
+  const std::uint64_t bits[2] = {_mm512_test_epi8_mask(low, low), _mm512_test_epi8_mask(high, high)};
+  __builtin_memcpy(words, bits, sizeof bits);
+  return __builtin_popcountll(bits[0]) + __builtin_popcountll(bits[1]);
+#elif defined(__AVX2__)
+  const __m256i zero = _mm256_setzero_si256();
+  const auto bits_of = [&](const std::uint8_t* p) {
+    const __m256i off = _mm256_cmpeq_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), zero);
+    return ~static_cast<std::uint32_t>(_mm256_movemask_epi8(off));
+  };
+  const std::uint32_t bits[2] = {bits_of(bytes), bits_of(bytes + 32)};
+  __builtin_memcpy(words, bits, sizeof bits);
+  return __builtin_popcount(bits[0]) + __builtin_popcount(bits[1]);
 #else
-  return select(m, f32(0.0f), x);
+  int on = 0;
+  for (int v = 0; v < 8; ++v) {
+    unsigned w = 0;
+    for (unsigned k = 0; k < kF32; ++k) w |= bytes[4 * v + static_cast<int>(k)] != 0 ? 1u << k : 0u;
+    words[v] = static_cast<Word>(w);
+    on += __builtin_popcount(w);
+  }
+  return on;
 #endif
 }
 

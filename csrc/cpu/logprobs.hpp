@@ -100,6 +100,7 @@ struct LogprobsBackward {
   void* grad_logits = nullptr;         // [rows, columns], may be `logits`
   std::int64_t grad_stride = 0;
   double inv_softcap = 0.0;
+  std::int64_t total_bytes = 0;  // of a gradient that is written in parts; 0: this is all of it
   // Per thread, or per row where rows are few and split: token_count + 1 and keep_count entries.
   ColumnGradient* columns = nullptr;
   float* kept_logits = nullptr;

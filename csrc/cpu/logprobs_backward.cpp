@@ -226,7 +226,8 @@ void logprobs_backward(const LogprobsBackward& call) {
   const bool split = in.keep_ids == nullptr && logprobs_splits_rows(in.rows, in.columns, in.threads);
   by_dtype(in.dtype, [&](auto type) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-    const auto bytes = in.rows * in.columns * static_cast<std::int64_t>(sizeof(T));
+    const auto here = in.rows * in.columns * static_cast<std::int64_t>(sizeof(T));
+    const auto bytes = call.total_bytes > 0 ? call.total_bytes : here;
     const bool streaming = call.grad_logits != in.logits && bytes >= kCached;
     parallel_for(in.rows, split ? 1 : in.threads, row_grain(in),
                  [&](std::int64_t index, int thread) { backward_row<T>(call, index, thread, streaming, split); });

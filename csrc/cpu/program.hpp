@@ -1,5 +1,5 @@
-// Programs of the loss language on the CPU (fastreward/losses/_program.py): passes over the tokens in cache-sized blocks,
-// and between them work on one value per sequence or per batch. fastreward/cpu/program.py makes the instructions.
+// Programs of the loss language on the CPU (fastreward/losses/_program.py): passes over the tokens, tile by tile, and
+// between them work on one value per sequence or per batch. fastreward/cpu/_program_code.py makes the instructions.
 #pragma once
 
 #include <cstdint>
@@ -7,36 +7,49 @@
 #include "common/isa.hpp"
 #include "common/mask.hpp"
 
-// Operators on the vectors of a block; their names are what the Python side says. Elementwise ones are explained in
-// fastreward/losses/_ops.py; operands are named by the instruction's fields.
-//   exp_bounded        exp where |a| <= 87 is known
-//   fma, fms, fnma     a * b + c, a * b - c, c - a * b, rounded once
-//   drop               0 where mask a, else b
-//   mul_drop           0 where mask a, else b * c
-//   *_store            the same written to an output instead of a slot, 0 where masked out
-//   maximum_lt, minimum_gt   out = maximum(a, b), second = a < b;  out = minimum(a, b), second = a > b
-//   clip_parts         out = clip(a, b, c), second = a < b, third = a > c
-//   sub_clip           x = a - b; out = clip(x, c, d), second = outside(x, c, d)
-//   reduce             adds a to the sums `out`, `second`, `third`: sum, minimum, maximum; any may be missing
-//   count              adds the number of lanes of mask a to `out`
-#define FASTREWARD_TOKEN_OPERATORS(X)                                                                               \
-  X(neg) X(abs) X(sign) X(sqrt) X(exp) X(exp_bounded) X(expm1) X(log) X(log1p) X(tanh) X(sigmoid) X(logsigmoid)     \
-  X(add) X(sub) X(mul) X(div) X(minimum) X(maximum) X(fma) X(fms) X(fnma) X(clip) X(where) X(drop) X(mul_drop)      \
-  X(lt) X(le) X(eq) X(ne) X(outside) X(and) X(or) X(not)                                                            \
-  X(maximum_lt) X(minimum_gt) X(clip_parts) X(sub_clip)                                                             \
-  X(reduce) X(count) X(store) X(drop_store) X(mul_store) X(mul_drop_store)
+// Operators of a machine whose accumulator a is a tile of tokens (eight vectors, in registers). Their names are what the
+// Python side says. x, y, z are the instruction's operands; what an elementwise name means is in fastreward/losses/_ops.py.
+// Those up to `maximum` may start from operand w instead of a, those up to `where_not` may keep their result in slot k.
+//   load                       a = w
+//   keep, store                slot k = a; output x = a
+//   exp_bounded                exp where |a| <= 87 is known
+//   from, over                 x - a, x / a
+//   fma, fms, fnma             a * x + y, a * x - y, y - a * x, rounded once
+//   add_product, sub_product   a + x * y, a - x * y, rounded once
+//   clip_outside               mask z = outside(a, x, y); a = clip(a, x, y)
+//   lt ... ne, outside         mask z; lt_and ... also & mask y
+//   sides                      mask z = a < x, the mask after it = a > y
+//   where, where_not           a where mask z, else x; x where mask z, else a
+//   drop, drop2, drop3         0 where mask z (or y, or x), else a
+//   and, or, not               mask z of masks x, y
+//   (from here on reductions)
+//   sum, least, most           adds a to sum, minimum, maximum x; extremes: to minimum x and maximum y
+//   sum_extremes               the same to sum x, minimum y, maximum z, for an a that is never -inf
+#define FASTREWARD_TOKEN_OPERATORS(X)                                                                            \
+  X(load)                                                                                                        \
+  X(neg) X(abs) X(sign) X(sqrt) X(exp) X(exp_bounded) X(expm1) X(log) X(log1p) X(tanh) X(sigmoid) X(logsigmoid)  \
+  X(add) X(sub) X(from) X(mul) X(div) X(over) X(minimum) X(maximum)                                              \
+  X(fma) X(fms) X(fnma) X(add_product) X(sub_product) X(clip) X(where) X(where_not)                              \
+  X(clip_outside) X(drop) X(drop2) X(drop3) X(keep) X(store)                                                     \
+  X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(lt_and) X(le_and) X(gt_and) X(ge_and) X(eq_and) X(ne_and)                \
+  X(outside) X(sides) X(and) X(or) X(not)                                                                        \
+  X(sum) X(least) X(most) X(extremes) X(sum_extremes)
+// Operators on the masks of a whole item, after its tiles: mask z of masks x, y; count adds the lanes of mask x that count
+// to sum z.
+#define FASTREWARD_MASK_OPERATORS(X) X(and) X(or) X(not) X(count)
 // Operators on columns [rows] and on single numbers, float64; conditions are 0 and 1.
-#define FASTREWARD_ROW_OPERATORS(X)                                                                                 \
-  X(neg) X(abs) X(sign) X(sqrt) X(exp) X(expm1) X(log) X(log1p) X(tanh) X(sigmoid) X(logsigmoid)                    \
-  X(add) X(sub) X(mul) X(div) X(minimum) X(maximum) X(clip) X(where)                                                \
-  X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(and) X(or) X(not) X(outside)                                                \
-  X(group_sum) X(group_max) X(group_min) X(group_sum_before) X(group_sum_after)                                     \
+#define FASTREWARD_ROW_OPERATORS(X)                                                              \
+  X(neg) X(abs) X(sign) X(sqrt) X(exp) X(expm1) X(log) X(log1p) X(tanh) X(sigmoid) X(logsigmoid) \
+  X(add) X(sub) X(mul) X(div) X(minimum) X(maximum) X(clip) X(where)                             \
+  X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(and) X(or) X(not) X(outside)                             \
+  X(group_sum) X(group_max) X(group_min) X(group_sum_before) X(group_sum_after)                  \
   X(batch_sum) X(batch_max) X(batch_min)
 
 namespace fastreward {
 
 #define FASTREWARD_ENUMERATOR(name) k_##name,
 enum class TokenOp : int { FASTREWARD_TOKEN_OPERATORS(FASTREWARD_ENUMERATOR) };
+enum class MaskOp : int { FASTREWARD_MASK_OPERATORS(FASTREWARD_ENUMERATOR) };
 enum class RowOp : int { FASTREWARD_ROW_OPERATORS(FASTREWARD_ENUMERATOR) };
 #undef FASTREWARD_ENUMERATOR
 
@@ -61,9 +74,9 @@ struct RowInstruction {
   RowPlace out, a, b, c;
 };
 
-// What an operand of a token instruction is. index: of the slot, mask slot, reduction, the call's inputs or outputs; or
-// the RowPlace of a value that is the same for all tokens of a row.
-enum class OperandKind : int { slot, mask_slot, row_value, row_mask, input, output, reduction };
+// What an operand of a token instruction is. index: of the slot, mask, reduction, the call's inputs or outputs; or the
+// RowPlace of a value that is the same for all tokens of a row.
+enum class OperandKind : int { slot, mask, row_value, row_mask, input, output, reduction };
 struct TokenOperand {
   OperandKind kind;
   int index;
@@ -72,7 +85,11 @@ struct TokenOperand {
 // Fields are positions in the step's operands, -1: none.
 struct TokenInstruction {
   TokenOp op;
-  int out, second, third, a, b, c, d;
+  int w, x, y, z, k;
+};
+struct MaskInstruction {
+  MaskOp op;
+  int x, y, z;
 };
 
 // tokens: how many count, and no instruction adds to it.
@@ -83,9 +100,10 @@ struct Reduction {
 };
 
 struct TokenStep {
-  int side = 0, slots = 0, mask_slots = 0;
+  int side = 0;
   Span<TokenOperand> operands;
-  Span<TokenInstruction> instructions;
+  Span<TokenInstruction> tile;
+  Span<MaskInstruction> item;
   Span<Reduction> reductions;
 };
 

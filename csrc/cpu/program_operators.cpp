@@ -1,8 +1,10 @@
-// The SIMD loops behind the token operators of programs (list: program.hpp).
+// The operators behind the token instructions of programs (list: program.hpp).
 //
-// Each is one sweep over a block of a few dozen vectors that lie in L1. An operand that is the same for all tokens of a
-// row is held in a register, so that an operator costs little more than its loads and its store; a vector of booleans is
-// a word of bits. Fused forms exist where a measurement has shown that they pay.
+// A tile of eight vectors passes through the instructions in registers: each operator ends in a jump to the next one with
+// the tile as its arguments, which the calling convention keeps in vector registers. So an operator costs its arithmetic
+// and little else, where one sweep over a block in L1 per operator costs a load, a store and a loop as well (measured: two
+// thirds more). Masks are words of bits in memory, written and read one by one, since a wide load of what narrow stores
+// have just written has to wait for them: hence `volatile`, which keeps the compiler from joining them.
 #include "cpu/program_operators.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
@@ -10,411 +12,545 @@ namespace {
 
 using namespace simd;
 
+#define INLINE __attribute__((always_inline))
+// On to the next instruction, with the tile as it is or after f(vector, its number).
+#define NEXT return i[1].run(i + 1, t, a0, a1, a2, a3, a4, a5, a6, a7)
+#define EACH(f)                                                                                              \
+  a0 = f(a0, 0), a1 = f(a1, 1), a2 = f(a2, 2), a3 = f(a3, 3), a4 = f(a4, 4), a5 = f(a5, 5), a6 = f(a6, 6), \
+  a7 = f(a7, 7)
+#define NEXT_EACH(f) \
+  do {               \
+    EACH(f);         \
+    NEXT;            \
+  } while (false)
+
 // ------------------------------------------------------------------------------------------------------- operands
-struct Many {
+struct Slot {
   const float* p;
-  explicit Many(const void* at) : p(static_cast<const float*>(at)) {}
-  F32 operator[](int v) const { return load(p + v * kF32); }
+  Slot(const char* x, const Tile*) : p(reinterpret_cast<const float*>(x)) {}
+  F32 operator[](int k) const { return load(p + k * kF32); }
 };
-struct One {
-  F32 x;
-  explicit One(const void* at) : x(load(static_cast<const float*>(at))) {}
-  F32 operator[](int) const { return x; }
+struct Row {
+  F32 v;
+  Row(const char* x, const Tile*) : v(load(reinterpret_cast<const float*>(x))) {}
+  F32 operator[](int) const { return v; }
 };
+struct Far {
+  const float* p;
+  Far(const char* x, const Tile* t) : p(reinterpret_cast<const float*>(x + t->at)) {}
+  F32 operator[](int k) const { return load(p + k * kF32); }
+};
+
+// Masks are written, and combined, word by word: see above.
 struct Mask {
   const Word* p;
-  explicit Mask(const void* at) : p(static_cast<const Word*>(at)) {}
-  M32 operator[](int v) const { return lanes(p[v]); }
-};
-struct Result {
-  float* p;
-  explicit Result(void* at) : p(static_cast<float*>(at)) {}
-  void set(int v, F32 x) const { store(p + v * kF32, x); }
+  Mask(const Tile* t, std::int64_t place) : p(reinterpret_cast<const Word*>(t->masks + place)) {}
+  M32 operator[](int k) const { return load_mask(p + k); }
+  unsigned word(int k) const { return *static_cast<const volatile Word*>(p + k); }
 };
 struct MaskResult {
-  Word* p;
-  explicit MaskResult(void* at) : p(static_cast<Word*>(at)) {}
-  void set(int v, M32 m) const { p[v] = word(m); }
+  volatile Word* p;
+  MaskResult(const Tile* t, std::int64_t place) : p(reinterpret_cast<volatile Word*>(t->masks + place)) {}
+  void set(int k, M32 m) const { p[k] = simd::word(m); }
+  void set(int k, unsigned w) const { p[k] = static_cast<Word>(w); }
 };
+std::int64_t place_of(const char* y) { return reinterpret_cast<std::int64_t>(y); }  // of a mask in field x or y
 
-// Lambdas below are the bodies of hot loops: a call per vector would cost more than the work.
-#define INLINE __attribute__((always_inline))
+// ---------------------------------------------------------------------------------------------------------- values
+// What an operator starts from: the accumulator, or operand w.
+struct Here {
+  Here(const char*, const Tile*) {}
+  F32 of(F32 a, int) const { return a; }
+};
+template <class W>
+struct From {
+  W w;
+  From(const char* at, const Tile* t) : w(at, t) {}
+  F32 of(F32, int k) const { return w[k]; }
+};
+// Where else the result goes: nowhere, or to slot k.
+struct Nowhere {
+  explicit Nowhere(char*) {}
+  F32 of(F32 a, int) const { return a; }
+};
+struct Kept {
+  float* p;
+  explicit Kept(char* at) : p(reinterpret_cast<float*>(at)) {}
+  F32 of(F32 a, int k) const {
+    store(p + k * kF32, a);
+    return a;
+  }
+};
+// On to the next instruction with f(what it starts from, its number).
+#define NEXT_VALUE(W, K, f)                                                             \
+  const W start_(i->w, t);                                                              \
+  const K end_(i->k);                                                                   \
+  const auto all_ = [&](F32 a, int k) INLINE { return end_.of(f(start_.of(a, k), k), k); }; \
+  NEXT_EACH(all_)
 
-template <class Body>
-INLINE inline void each(int n, const Body& body) {
-  int v = 0;
-  for (; v + 4 <= n; v += 4) body(v), body(v + 1), body(v + 2), body(v + 3);
-  for (; v < n; ++v) body(v);
+void keep(FASTREWARD_TILE) {
+  const Kept k(i->k);
+  const auto f = [&](F32 a, int n) INLINE { return k.of(a, n); };
+  NEXT_EACH(f);
 }
 
-// ---------------------------------------------------------------------------------------------------- elementwise
+template <bool kMasked, bool kStreamed>
+void store_output(FASTREWARD_TILE) {
+  float* x = reinterpret_cast<float*>(i->x + t->at);
+  const Mask counted(t, 0);
+  const auto f = [&](F32 a, int k) INLINE {
+    const F32 kept = kMasked ? select(counted[k], a, f32(0.0f)) : a;
+    if (kStreamed) stream(x + k * kF32, kept);
+    else store(x + k * kF32, kept);
+    return a;
+  };
+  NEXT_EACH(f);
+}
+
 #define UNARY(Name, expression)                 \
   struct Name {                                 \
-    static F32 of(F32 x) { return expression; } \
+    static F32 of(F32 a) { return expression; } \
   };
-UNARY(Neg, -x)
-UNARY(Abs, abs(x))
-UNARY(Sign, sign(x))
-UNARY(Sqrt, sqrt(x))
-UNARY(Exp, exp(x))
-UNARY(ExpBounded, exp_bounded(x))
-UNARY(Expm1, expm1(x))
-UNARY(Log, log(x))
-UNARY(Log1p, log1p(x))
-UNARY(Tanh, tanh(x))
-UNARY(Sigmoid, sigmoid(x))
-UNARY(LogSigmoid, logsigmoid(x))
-#define BINARY(Name, Type, expression)                  \
-  struct Name {                                         \
-    static Type of(F32 a, F32 b) { return expression; } \
+UNARY(Load, a)
+UNARY(Neg, -a)
+UNARY(Abs, abs(a))
+UNARY(Sign, sign(a))
+UNARY(Sqrt, sqrt(a))
+UNARY(Exp, exp(a))
+UNARY(ExpBounded, exp_bounded(a))
+UNARY(Expm1, expm1(a))
+UNARY(Log, log(a))
+UNARY(Log1p, log1p(a))
+UNARY(Tanh, tanh(a))
+UNARY(Sigmoid, sigmoid(a))
+UNARY(LogSigmoid, logsigmoid(a))
+template <class Op, class W, class K>
+void unary(FASTREWARD_TILE) {
+  const auto f = [](F32 a, int) INLINE { return Op::of(a); };
+  NEXT_VALUE(W, K, f);
+}
+
+#define BINARY(Name, expression)                       \
+  struct Name {                                        \
+    static F32 of(F32 a, F32 x) { return expression; } \
   };
-BINARY(Add, F32, a + b)
-BINARY(Sub, F32, a - b)
-BINARY(Mul, F32, a* b)
-BINARY(Div, F32, a / b)
-BINARY(Minimum, F32, minimum_of(a, b))
-BINARY(Maximum, F32, maximum_of(a, b))
-BINARY(Lt, M32, a < b)
-BINARY(Le, M32, a <= b)
-BINARY(Eq, M32, a == b)
-BINARY(Ne, M32, ~(a == b))
-#define TERNARY(Name, Type, expression)                        \
-  struct Name {                                                \
-    static Type of(F32 a, F32 b, F32 c) { return expression; } \
+BINARY(Add, a + x)
+BINARY(Sub, a - x)
+BINARY(SubFrom, x - a)
+BINARY(Mul, a* x)
+BINARY(Div, a / x)
+BINARY(Over, x / a)
+BINARY(Minimum, minimum_of(a, x))
+BINARY(Maximum, maximum_of(a, x))
+template <class Op, class W, class K, class X>
+void binary(FASTREWARD_TILE) {
+  const X x(i->x, t);
+  const auto f = [&](F32 a, int k) INLINE { return Op::of(a, x[k]); };
+  NEXT_VALUE(W, K, f);
+}
+
+// max(low, min(high, a)) passes over NaN bounds and keeps a NaN, and is clip where the bounds are in order.
+inline F32 clipped(F32 a, F32 low, F32 high) { return max(low, min(high, a)); }
+inline F32 clipped_anyhow(F32 a, F32 low, F32 high) { return select(a < low, low, select(a > high, high, a)); }
+
+#define TERNARY(Name, expression)                             \
+  struct Name {                                               \
+    static F32 of(F32 a, F32 x, F32 y) { return expression; } \
   };
-TERNARY(Fma, F32, fma(a, b, c))
-TERNARY(Fms, F32, fms(a, b, c))
-TERNARY(Fnma, F32, fnma(a, b, c))
-TERNARY(Clip, F32, select(a < b, b, select(a > c, c, a)))
-TERNARY(Outside, M32, (a < b) | (a > c))
-
-template <class Op>
-void unary(const TokenInstruction& i, const Frame& f) {
-  const Many a(f.at[i.a]);
-  const Result out(f.at[i.out]);
-  each(f.vectors, [&](int v) INLINE { out.set(v, Op::of(a[v])); });
+TERNARY(Fma, fma(a, x, y))
+TERNARY(Fms, fms(a, x, y))
+TERNARY(Fnma, fnma(a, x, y))
+TERNARY(AddProduct, fma(x, y, a))
+TERNARY(SubProduct, fnma(x, y, a))
+TERNARY(Clip, clipped_anyhow(a, x, y))
+template <class Op, class K, class X, class Y>
+void ternary(FASTREWARD_TILE) {
+  const X x(i->x, t);
+  const Y y(i->y, t);
+  const auto f = [&](F32 a, int k) INLINE { return Op::of(a, x[k], y[k]); };
+  NEXT_VALUE(Here, K, f);
 }
 
-template <class Op, class Out, class A, class B>
-void binary(const TokenInstruction& i, const Frame& f) {
-  const A a(f.at[i.a]);
-  const B b(f.at[i.b]);
-  const Out out(f.at[i.out]);
-  each(f.vectors, [&](int v) INLINE { out.set(v, Op::of(a[v], b[v])); });
+bool in_order(const Instruction* i) {
+  return !(*reinterpret_cast<const float*>(i->x) > *reinterpret_cast<const float*>(i->y));
 }
 
-template <class Op, class Out, class A, class B, class C>
-void ternary(const TokenInstruction& i, const Frame& f) {
-  const A a(f.at[i.a]);
-  const B b(f.at[i.b]);
-  const C c(f.at[i.c]);
-  const Out out(f.at[i.out]);
-  each(f.vectors, [&](int v) INLINE { out.set(v, Op::of(a[v], b[v], c[v])); });
+// Bounds that are the rows', as most are.
+template <class K>
+void clip_rows(FASTREWARD_TILE) {
+  const Row x(i->x, t), y(i->y, t);
+  if (in_order(i)) {
+    const auto f = [&](F32 a, int k) INLINE { return clipped(a, x[k], y[k]); };
+    NEXT_VALUE(Here, K, f);
+  }
+  const auto f = [&](F32 a, int k) INLINE { return clipped_anyhow(a, x[k], y[k]); };
+  NEXT_VALUE(Here, K, f);
 }
 
-template <class B, class C>
-void where(const TokenInstruction& i, const Frame& f) {
-  const Mask a(f.at[i.a]);
-  const B b(f.at[i.b]);
-  const C c(f.at[i.c]);
-  const Result out(f.at[i.out]);
-  each(f.vectors, [&](int v) INLINE { out.set(v, select(a[v], b[v], c[v])); });
+// What was changed was outside; a NaN is not.
+void clip_outside(FASTREWARD_TILE) {
+  const Row x(i->x, t), y(i->y, t);
+  const MaskResult z(t, i->z);
+  if (in_order(i)) {
+    const auto f = [&](F32 a, int k) INLINE {
+      const F32 c = clipped(a, x[k], y[k]);
+      z.set(k, differ(a, c));
+      return c;
+    };
+    NEXT_EACH(f);
+  }
+  const auto f = [&](F32 a, int k) INLINE {
+    z.set(k, (a < x[k]) | (a > y[k]));
+    return clipped_anyhow(a, x[k], y[k]);
+  };
+  NEXT_EACH(f);
 }
 
-template <class B>
-void drop(const TokenInstruction& i, const Frame& f) {
-  const Mask a(f.at[i.a]);
-  const B b(f.at[i.b]);
-  const Result out(f.at[i.out]);
-  each(f.vectors, [&](int v) INLINE { out.set(v, simd::drop(a[v], b[v])); });
+// ----------------------------------------------------------------------------------------------------------- masks
+// With AVX-512 a comparison takes the mask in (otherwise the compiler brings both to general registers).
+#ifdef FASTREWARD_AVX512
+#define MASKED(expression, code) M32{_mm512_mask_cmp_ps_mask(m.k, a.v, x.v, code)}
+#else
+#define MASKED(expression, code) (m & (expression))
+#endif
+#define COMPARISON(Name, expression, code)                                         \
+  struct Name {                                                                    \
+    static M32 of(F32 a, F32 x) { return expression; }                             \
+    static M32 of(F32 a, F32 x, M32 m) { return MASKED(expression, code); }        \
+  };
+COMPARISON(Lt, a < x, _CMP_LT_OQ)
+COMPARISON(Le, a <= x, _CMP_LE_OQ)
+COMPARISON(Gt, a > x, _CMP_GT_OQ)
+COMPARISON(Ge, a >= x, _CMP_GE_OQ)
+COMPARISON(Eq, a == x, _CMP_EQ_OQ)
+COMPARISON(Ne, ~(a == x), _CMP_NEQ_UQ)
+template <class Op, class X>
+void compare(FASTREWARD_TILE) {
+  const X x(i->x, t);
+  const MaskResult z(t, i->z);
+  const auto f = [&](F32 a, int k) INLINE {
+    z.set(k, Op::of(a, x[k]));
+    return a;
+  };
+  NEXT_EACH(f);
 }
 
-template <class B, class C>
-void mul_drop(const TokenInstruction& i, const Frame& f) {
-  const Mask a(f.at[i.a]);
-  const B b(f.at[i.b]);
-  const C c(f.at[i.c]);
-  const Result out(f.at[i.out]);
-  each(f.vectors, [&](int v) INLINE { out.set(v, simd::drop(a[v], b[v] * c[v])); });
+template <class Op, class X>
+void compare_and(FASTREWARD_TILE) {
+  const X x(i->x, t);
+  const Mask y(t, place_of(i->y));
+  const MaskResult z(t, i->z);
+  const auto f = [&](F32 a, int k) INLINE {
+    z.set(k, Op::of(a, x[k], y[k]));
+    return a;
+  };
+  NEXT_EACH(f);
 }
 
-// ---------------------------------------------------------------------------------------------------------- masks
+template <class X, class Y>
+void outside(FASTREWARD_TILE) {
+  const X x(i->x, t);
+  const Y y(i->y, t);
+  const MaskResult z(t, i->z);
+  const auto f = [&](F32 a, int k) INLINE {
+    z.set(k, (a < x[k]) | (a > y[k]));
+    return a;
+  };
+  NEXT_EACH(f);
+}
+
+// Both sides of the bounds: z below x, the next mask above y.
+template <class X, class Y>
+void sides(FASTREWARD_TILE) {
+  const X x(i->x, t);
+  const Y y(i->y, t);
+  const MaskResult below(t, i->z), above(t, i->z + kItemVectors * static_cast<std::int64_t>(sizeof(Word)));
+  const auto f = [&](F32 a, int k) INLINE {
+    below.set(k, a < x[k]);
+    above.set(k, a > y[k]);
+    return a;
+  };
+  NEXT_EACH(f);
+}
+
+template <class K, class X>
+void where(FASTREWARD_TILE) {
+  const X x(i->x, t);
+  const Mask z(t, i->z);
+  const auto f = [&](F32 a, int k) INLINE { return select(z[k], a, x[k]); };
+  NEXT_VALUE(Here, K, f);
+}
+
+template <class K, class X>
+void where_not(FASTREWARD_TILE) {
+  const X x(i->x, t);
+  const Mask z(t, i->z);
+  const auto f = [&](F32 a, int k) INLINE { return select(z[k], x[k], a); };
+  NEXT_VALUE(Here, K, f);
+}
+
+template <int kMasks>
+void drop(FASTREWARD_TILE) {
+  const Mask z(t, i->z), y(t, kMasks > 1 ? place_of(i->y) : 0), x(t, kMasks > 2 ? place_of(i->x) : 0);
+  const auto f = [&](F32 a, int k) INLINE {
+    if (kMasks == 1) return select(z[k], f32(0.0f), a);
+    Word either = static_cast<Word>(z.p[k] | y.p[k]);
+    if (kMasks > 2) either = static_cast<Word>(either | x.p[k]);
+    asm("" : "+r"(either));  // one by one
+    return select(lanes(either), f32(0.0f), a);
+  };
+  NEXT_EACH(f);
+}
+
 struct And {
-  static unsigned of(unsigned a, unsigned b) { return a & b; }
+  static unsigned of(unsigned x, unsigned y) { return x & y; }
 };
 struct Or {
-  static unsigned of(unsigned a, unsigned b) { return a | b; }
+  static unsigned of(unsigned x, unsigned y) { return x | y; }
+};
+template <class Op>
+void logic(FASTREWARD_TILE) {
+  const Mask x(t, place_of(i->x)), y(t, place_of(i->y));
+  const MaskResult z(t, i->z);
+  for (int k = 0; k < kTileVectors; ++k) z.set(k, Op::of(x.word(k), y.word(k)));
+  NEXT;
+}
+
+void logic_not(FASTREWARD_TILE) {
+  const Mask x(t, place_of(i->x));
+  const MaskResult z(t, i->z);
+  for (int k = 0; k < kTileVectors; ++k) z.set(k, x.word(k) ^ kAllLanes);
+  NEXT;
+}
+
+// ------------------------------------------------------------------------------------------------------ reductions
+// Lanes that do not count become neutral.
+struct Everything {
+  explicit Everything(const Tile*) {}
+  F32 of(F32 a, int, F32) const { return a; }
+};
+struct Counted {
+  Mask words;
+  explicit Counted(const Tile* t) : words(t, 0) {}
+  F32 of(F32 a, int k, F32 neutral) const { return select(words[k], a, neutral); }
 };
 
-template <class Op>
-void logic(const TokenInstruction& i, const Frame& f) {
-  const Word *a = static_cast<const Word*>(f.at[i.a]), *b = static_cast<const Word*>(f.at[i.b]);
-  Word* out = static_cast<Word*>(f.at[i.out]);
-  for (int v = 0; v < f.vectors; ++v) out[v] = static_cast<Word>(Op::of(a[v], b[v]));
+struct Addition {
+  static F32 of(F32 a, F32 b) { return a + b; }
+};
+struct Least {
+  static constexpr float kNeutral = 1.0f;
+  static F32 of(F32 a, F32 b) { return min(a, b); }
+};
+struct Most {
+  static constexpr float kNeutral = -1.0f;
+  static F32 of(F32 a, F32 b) { return max(a, b); }
+};
+template <class F>
+inline INLINE F32 fold(F32 a0, F32 a1, F32 a2, F32 a3, F32 a4, F32 a5, F32 a6, F32 a7) {
+  return F::of(F::of(F::of(a0, a1), F::of(a2, a3)), F::of(F::of(a4, a5), F::of(a6, a7)));
+}
+#define COUNTED(neutral)                                                                                           \
+  tokens.of(a0, 0, neutral), tokens.of(a1, 1, neutral), tokens.of(a2, 2, neutral), tokens.of(a3, 3, neutral),      \
+      tokens.of(a4, 4, neutral), tokens.of(a5, 5, neutral), tokens.of(a6, 6, neutral), tokens.of(a7, 7, neutral)
+
+template <class F>
+inline INLINE void add_to(char* accumulator, F32 x) {
+  Accumulator* to = reinterpret_cast<Accumulator*>(accumulator);
+  store(to->run, F::of(x, load(to->run)));
 }
 
-void logic_not(const TokenInstruction& i, const Frame& f) {
-  const Word* a = static_cast<const Word*>(f.at[i.a]);
-  Word* out = static_cast<Word*>(f.at[i.out]);
-  for (int v = 0; v < f.vectors; ++v) out[v] = static_cast<Word>(a[v] ^ kAllLanes);
+template <class Tokens>
+void sum_tile(FASTREWARD_TILE) {
+  const Tokens tokens(t);
+  add_to<Addition>(i->x, fold<Addition>(COUNTED(f32(0.0f))));
+  NEXT;
 }
 
-// ------------------------------------------------------------------------------------------------- two at a time
-template <class A, class B>
-void maximum_lt(const TokenInstruction& i, const Frame& f) {
-  const A a(f.at[i.a]);
-  const B b(f.at[i.b]);
-  const Result out(f.at[i.out]);
-  const MaskResult second(f.at[i.second]);
-  each(f.vectors, [&](int v) INLINE {
-    const F32 x = a[v], y = b[v];
-    out.set(v, maximum_of(x, y));
-    second.set(v, x < y);
-  });
+template <class Tokens>
+inline INLINE void add_extremes(char* least, char* most, const Tokens& tokens, F32 a0, F32 a1, F32 a2, F32 a3, F32 a4,
+                                F32 a5, F32 a6, F32 a7) {
+  const float inf = __builtin_inff();
+  add_to<Least>(least, fold<Least>(COUNTED(f32(inf))));
+  add_to<Most>(most, fold<Most>(COUNTED(f32(-inf))));
 }
 
-template <class A, class B>
-void minimum_gt(const TokenInstruction& i, const Frame& f) {
-  const A a(f.at[i.a]);
-  const B b(f.at[i.b]);
-  const Result out(f.at[i.out]);
-  const MaskResult second(f.at[i.second]);
-  each(f.vectors, [&](int v) INLINE {
-    const F32 x = a[v], y = b[v];
-    out.set(v, minimum_of(x, y));
-    second.set(v, x > y);
-  });
-}
-
-template <class A, class B, class C>
-void clip_parts(const TokenInstruction& i, const Frame& f) {
-  const A a(f.at[i.a]);
-  const B b(f.at[i.b]);
-  const C c(f.at[i.c]);
-  const Result out(f.at[i.out]);
-  const MaskResult second(f.at[i.second]), third(f.at[i.third]);
-  each(f.vectors, [&](int v) INLINE {
-    const F32 x = a[v], low = b[v], high = c[v];
-    const M32 below = x < low, above = x > high;
-    out.set(v, select(below, low, select(above, high, x)));
-    second.set(v, below);
-    third.set(v, above);
-  });
-}
-
-void sub_clip(const TokenInstruction& i, const Frame& f) {
-  const Many a(f.at[i.a]), b(f.at[i.b]);
-  const One c(f.at[i.c]), d(f.at[i.d]);
-  const Result out(f.at[i.out]);
-  const MaskResult second(f.at[i.second]);
-  each(f.vectors, [&](int v) INLINE {
-    const F32 x = a[v] - b[v];
-    const M32 below = x < c[v], above = x > d[v];
-    out.set(v, select(below, c[v], select(above, d[v], x)));
-    second.set(v, below | above);
-  });
-}
-
-// ----------------------------------------------------------------------------------------------------- reductions
-// The sum goes over a run in float, and from there on in float64; with a mask, lanes that do not count add 0. Extremes
-// have two chains, as each step waits for the one before it.
-template <bool kSum, bool kMinimum, bool kMaximum, bool kMasked>
-void reduce_some(const TokenInstruction& i, const Frame& f) {
-  const Many a(f.at[i.a]);
-  Accumulator* const sums = kSum ? static_cast<Accumulator*>(f.at[i.out]) : nullptr;
-  Accumulator* const least = kMinimum ? static_cast<Accumulator*>(f.at[i.second]) : nullptr;
-  Accumulator* const most = kMaximum ? static_cast<Accumulator*>(f.at[i.third]) : nullptr;
-  const F32 zero = f32(0.0f);
-  F64 lower = f64(0.0), upper = f64(0.0);
-  if (kSum) lower = load(sums->sum), upper = load(sums->sum + kF64);
-  F32 low[2] = {zero, zero}, high[2] = {zero, zero};
-  if (kMinimum) low[0] = low[1] = load(least->extreme);
-  if (kMaximum) high[0] = high[1] = load(most->extreme);
-  M32 nan = zero < zero;
-  const auto one = [&](int v, F32& run) INLINE {
-    F32 x = a[v];
-    if (kMasked) {
-      const M32 counted = lanes(f.counted[v]);
-      if (kMinimum) low[v % 2] = select(counted, min(x, low[v % 2]), low[v % 2]);
-      if (kMaximum) high[v % 2] = select(counted, max(x, high[v % 2]), high[v % 2]);
-      x = select(counted, x, zero);
-    } else {
-      if (kMinimum) low[v % 2] = min(x, low[v % 2]);
-      if (kMaximum) high[v % 2] = max(x, high[v % 2]);
-    }
-    if (kMinimum || kMaximum) nan = nan | is_nan(x);
-    if (kSum) run = run + x;
+template <class Tokens>
+inline INLINE bool any_nan(const Tokens& tokens, F32 a0, F32 a1, F32 a2, F32 a3, F32 a4, F32 a5, F32 a6, F32 a7) {
+  const auto of = [](F32 b0, F32 b1, F32 b2, F32 b3, F32 b4, F32 b5, F32 b6, F32 b7) INLINE {
+    return any((unordered(b0, b1) | unordered(b2, b3)) | (unordered(b4, b5) | unordered(b6, b7)));
   };
-  int v = 0;
-  for (; v + kRun <= f.vectors; v += kRun) {
-    F32 run = zero;
-    one(v, run), one(v + 1, run), one(v + 2, run), one(v + 3, run);
-    one(v + 4, run), one(v + 5, run), one(v + 6, run), one(v + 7, run);
-    if (kSum) lower = lower + lower_f64(run), upper = upper + upper_f64(run);
+  return of(COUNTED(f32(0.0f)));
+}
+
+template <class F, class Tokens>
+void extreme(FASTREWARD_TILE) {
+  const Tokens tokens(t);
+  const float inf = __builtin_inff();
+  add_to<F>(i->x, fold<F>(COUNTED(f32(F::kNeutral * inf))));
+  reinterpret_cast<Accumulator*>(i->x)->nan |= any_nan(tokens, a0, a1, a2, a3, a4, a5, a6, a7);
+  NEXT;
+}
+
+template <class Tokens>
+void extremes(FASTREWARD_TILE) {
+  const Tokens tokens(t);
+  add_extremes(i->x, i->y, tokens, a0, a1, a2, a3, a4, a5, a6, a7);
+  const bool nan = any_nan(tokens, a0, a1, a2, a3, a4, a5, a6, a7);
+  reinterpret_cast<Accumulator*>(i->x)->nan |= nan;
+  reinterpret_cast<Accumulator*>(i->y)->nan |= nan;
+  NEXT;
+}
+
+template <class Tokens>
+void sum_extremes(FASTREWARD_TILE) {
+  const Tokens tokens(t);
+  add_to<Addition>(i->x, fold<Addition>(COUNTED(f32(0.0f))));
+  add_extremes(i->y, reinterpret_cast<char*>(i->z), tokens, a0, a1, a2, a3, a4, a5, a6, a7);
+  NEXT;
+}
+
+// ---------------------------------------------------------------------------------------------------------- tables
+#define BY_Y(kernel, ...) {&kernel<__VA_ARGS__, Slot>, &kernel<__VA_ARGS__, Row>, &kernel<__VA_ARGS__, Far>}
+#define BY_XY(kernel, ...)                                                                 \
+  {                                                                                        \
+    BY_Y(kernel, __VA_ARGS__, Slot), BY_Y(kernel, __VA_ARGS__, Row), BY_Y(kernel, __VA_ARGS__, Far) \
   }
-  F32 run = zero;
-  for (; v < f.vectors; ++v) one(v, run);
-  if (kSum) {
-    store(sums->sum, lower + lower_f64(run));
-    store(sums->sum + kF64, upper + upper_f64(run));
-  }
-  if (kMinimum) store(least->extreme, min(low[0], low[1])), least->nan |= any(nan);
-  if (kMaximum) store(most->extreme, max(high[0], high[1])), most->nan |= any(nan);
-}
 
-template <bool kSum, bool kMinimum, bool kMaximum>
-void reduce(const TokenInstruction& i, const Frame& f) {
-  if (f.counted == nullptr) reduce_some<kSum, kMinimum, kMaximum, false>(i, f);
-  else reduce_some<kSum, kMinimum, kMaximum, true>(i, f);
-}
+// Indices into the tables below.
+int number(Place place) { return static_cast<int>(place); }
+int start_of(Variant v) { return v.w == Place::none ? 0 : v.w == Place::slot ? 1 : v.w == Place::tensor ? 2 : 3; }
+int end_of(Variant v) { return v.keeps ? 1 : 0; }
 
-// Bits of n words.
-template <class At>
-std::int64_t count_bits(int n, const At& at) {
-  constexpr int kStep = 8 / static_cast<int>(sizeof(Word));
-  std::int64_t counted = 0;
-  int v = 0;
-  for (; v + kStep <= n; v += kStep) {
-    std::uint64_t packed = 0;
-    for (int k = 0; k < kStep; ++k) packed |= static_cast<std::uint64_t>(at(v + k)) << (8 * sizeof(Word) * static_cast<unsigned>(k));
-    counted += __builtin_popcountll(packed);
-  }
-  for (; v < n; ++v) counted += __builtin_popcountll(at(v));
-  return counted;
+template <class Op>
+Operator unary_of(Variant v) {
+  constexpr Operator table[4][2] = {{&unary<Op, Here, Nowhere>, &unary<Op, Here, Kept>},
+                                    {&unary<Op, From<Slot>, Nowhere>, &unary<Op, From<Slot>, Kept>},
+                                    {&unary<Op, From<Far>, Nowhere>, &unary<Op, From<Far>, Kept>},
+                                    {&unary<Op, From<Row>, Nowhere>, &unary<Op, From<Row>, Kept>}};
+  return table[start_of(v)][end_of(v)];
 }
-
-void count(const TokenInstruction& i, const Frame& f) {
-  const Word* a = static_cast<const Word*>(f.at[i.a]);
-  const Word* counted = f.counted;
-  Accumulator* const sums = static_cast<Accumulator*>(f.at[i.out]);
-  if (counted == nullptr) sums->count += count_bits(f.vectors, [&](int v) INLINE { return a[v]; });
-  else sums->count += count_bits(f.vectors, [&](int v) INLINE { return static_cast<Word>(a[v] & counted[v]); });
+template <class Op>
+Operator binary_of(Variant v) {
+  constexpr Operator table[3][2][3] = {
+      {BY_Y(binary, Op, Here, Nowhere), BY_Y(binary, Op, Here, Kept)},
+      {BY_Y(binary, Op, From<Slot>, Nowhere), BY_Y(binary, Op, From<Slot>, Kept)},
+      {BY_Y(binary, Op, From<Far>, Nowhere), BY_Y(binary, Op, From<Far>, Kept)}};
+  return table[start_of(v)][end_of(v)][number(v.x)];
 }
-
-// -------------------------------------------------------------------------------------------------------- outputs
-template <class Value>
-INLINE inline void write(float* out, const Frame& f, const Value& value) {
-  if (f.counted == nullptr) {
-    if (f.streamed) each(f.vectors, [&](int v) INLINE { stream(out + v * kF32, value(v)); });
-    else each(f.vectors, [&](int v) INLINE { simd::store(out + v * kF32, value(v)); });
-    return;
-  }
-  const auto kept = [&](int v) INLINE { return select(lanes(f.counted[v]), value(v), f32(0.0f)); };
-  const int whole = f.tokens / kF32;
-  for (int v = 0; v < whole; ++v) simd::store(out + v * kF32, kept(v));
-  if (whole < f.vectors) store_n(out + whole * kF32, kept(whole), f.tokens - whole * kF32);
+template <class Op>
+Operator ternary_of(Variant v) {
+  constexpr Operator table[2][3][3] = {BY_XY(ternary, Op, Nowhere), BY_XY(ternary, Op, Kept)};
+  return table[end_of(v)][number(v.x)][number(v.y)];
 }
-
-template <class A>
-void store_output(const TokenInstruction& i, const Frame& f) {
-  const A a(f.at[i.a]);
-  write(static_cast<float*>(f.at[i.out]), f, [&](int v) INLINE { return a[v]; });
+Operator clip_of(Variant v) {
+  if (v.x != Place::row || v.y != Place::row) return ternary_of<Clip>(v);
+  return v.keeps ? &clip_rows<Kept> : &clip_rows<Nowhere>;
 }
-
-template <class A, class B>
-void mul_store(const TokenInstruction& i, const Frame& f) {
-  const A a(f.at[i.a]);
-  const B b(f.at[i.b]);
-  write(static_cast<float*>(f.at[i.out]), f, [&](int v) INLINE { return a[v] * b[v]; });
+template <class Op>
+Operator compare_of(Variant v) {
+  constexpr Operator table[] = BY_Y(compare, Op);
+  return table[number(v.x)];
 }
-
-template <class B>
-void drop_store(const TokenInstruction& i, const Frame& f) {
-  const Mask a(f.at[i.a]);
-  const B b(f.at[i.b]);
-  write(static_cast<float*>(f.at[i.out]), f, [&](int v) INLINE { return simd::drop(a[v], b[v]); });
+template <class Op>
+Operator compare_and_of(Variant v) {
+  constexpr Operator table[] = BY_Y(compare_and, Op);
+  return table[number(v.x)];
 }
-
-template <class B, class C>
-void mul_drop_store(const TokenInstruction& i, const Frame& f) {
-  const Mask a(f.at[i.a]);
-  const B b(f.at[i.b]);
-  const C c(f.at[i.c]);
-  write(static_cast<float*>(f.at[i.out]), f, [&](int v) INLINE { return simd::drop(a[v], b[v] * c[v]); });
+Operator outside_of(Variant v) {
+  constexpr Operator table[3][3] = {BY_Y(outside, Slot), BY_Y(outside, Row), BY_Y(outside, Far)};
+  return table[number(v.x)][number(v.y)];
 }
-
-// --------------------------------------------------------------------------------------------------------- tables
-template <class Op, class Out = Result>
-Kernel binary_kernel(unsigned fixed) {
-  constexpr Kernel table[] = {&binary<Op, Out, Many, Many>, &binary<Op, Out, One, Many>, &binary<Op, Out, Many, One>};
-  return fixed < 3 ? table[fixed] : nullptr;
+Operator sides_of(Variant v) {
+  constexpr Operator table[3][3] = {BY_Y(sides, Slot), BY_Y(sides, Row), BY_Y(sides, Far)};
+  return table[number(v.x)][number(v.y)];
 }
-
-template <class Op, class Out = Result>
-Kernel ternary_kernel(unsigned fixed) {
-  constexpr Kernel table[] = {&ternary<Op, Out, Many, Many, Many>, &ternary<Op, Out, One, Many, Many>,
-                              &ternary<Op, Out, Many, One, Many>,  &ternary<Op, Out, One, One, Many>,
-                              &ternary<Op, Out, Many, Many, One>,  &ternary<Op, Out, One, Many, One>,
-                              &ternary<Op, Out, Many, One, One>};
-  return fixed < 7 ? table[fixed] : nullptr;
+Operator where_of(Variant v) {
+  constexpr Operator table[2][3] = {BY_Y(where, Nowhere), BY_Y(where, Kept)};
+  return table[end_of(v)][number(v.x)];
 }
-
-Kernel reduce_kernel(unsigned present) {
-  constexpr Kernel table[] = {nullptr,
-                              &reduce<true, false, false>,
-                              &reduce<false, true, false>,
-                              &reduce<true, true, false>,
-                              &reduce<false, false, true>,
-                              &reduce<true, false, true>,
-                              &reduce<false, true, true>,
-                              &reduce<true, true, true>};
-  return table[present];
+Operator where_not_of(Variant v) {
+  constexpr Operator table[2][3] = {BY_Y(where_not, Nowhere), BY_Y(where_not, Kept)};
+  return table[end_of(v)][number(v.x)];
 }
-
-// By the kinds of the two operands at bits `shift` and `shift` + 1.
-#define BY_TWO(kernel, fixed, shift)                                            \
-  ((fixed) >> (shift) == 0   ? &kernel<Many, Many>                              \
-   : (fixed) >> (shift) == 1 ? &kernel<One, Many>                               \
-   : (fixed) >> (shift) == 2 ? &kernel<Many, One>                               \
-                             : &kernel<One, One>)
+Operator store_of(Variant v) {
+  constexpr Operator table[2][2] = {{&store_output<false, false>, &store_output<false, true>},
+                                    {&store_output<true, false>, &store_output<true, true>}};
+  return table[v.masked ? 1 : 0][v.streamed ? 1 : 0];
+}
+#define BY_TOKENS(kernel) (v.masked ? &kernel<Counted> : &kernel<Everything>)
+#define EXTREME(F) (v.masked ? &extreme<F, Counted> : &extreme<F, Everything>)
 
 }  // namespace
 
-Kernel kernel_of(TokenOp op, unsigned variant) {
+void finish(FASTREWARD_TILE) {
+  (void)i, (void)t, (void)a0, (void)a1, (void)a2, (void)a3, (void)a4, (void)a5, (void)a6, (void)a7;
+}
+
+void fetch(FASTREWARD_TILE) {
+  for (std::int64_t k = 0; k < kTileBytes; k += 64) __builtin_prefetch(i->x + t->ahead + k);
+  NEXT;
+}
+
+Operator operator_of(TokenOp op, Variant v) {
   switch (op) {
-    case TokenOp::k_neg: return &unary<Neg>;
-    case TokenOp::k_abs: return &unary<Abs>;
-    case TokenOp::k_sign: return &unary<Sign>;
-    case TokenOp::k_sqrt: return &unary<Sqrt>;
-    case TokenOp::k_exp: return &unary<Exp>;
-    case TokenOp::k_exp_bounded: return &unary<ExpBounded>;
-    case TokenOp::k_expm1: return &unary<Expm1>;
-    case TokenOp::k_log: return &unary<Log>;
-    case TokenOp::k_log1p: return &unary<Log1p>;
-    case TokenOp::k_tanh: return &unary<Tanh>;
-    case TokenOp::k_sigmoid: return &unary<Sigmoid>;
-    case TokenOp::k_logsigmoid: return &unary<LogSigmoid>;
-    case TokenOp::k_add: return binary_kernel<Add>(variant);
-    case TokenOp::k_sub: return binary_kernel<Sub>(variant);
-    case TokenOp::k_mul: return binary_kernel<Mul>(variant);
-    case TokenOp::k_div: return binary_kernel<Div>(variant);
-    case TokenOp::k_minimum: return binary_kernel<Minimum>(variant);
-    case TokenOp::k_maximum: return binary_kernel<Maximum>(variant);
-    case TokenOp::k_lt: return binary_kernel<Lt, MaskResult>(variant);
-    case TokenOp::k_le: return binary_kernel<Le, MaskResult>(variant);
-    case TokenOp::k_eq: return binary_kernel<Eq, MaskResult>(variant);
-    case TokenOp::k_ne: return binary_kernel<Ne, MaskResult>(variant);
-    case TokenOp::k_fma: return ternary_kernel<Fma>(variant);
-    case TokenOp::k_fms: return ternary_kernel<Fms>(variant);
-    case TokenOp::k_fnma: return ternary_kernel<Fnma>(variant);
-    case TokenOp::k_clip: return ternary_kernel<Clip>(variant);
-    case TokenOp::k_outside: return ternary_kernel<Outside, MaskResult>(variant);
-    case TokenOp::k_where: return BY_TWO(where, variant, 1);
-    case TokenOp::k_drop: return variant == 0 ? &drop<Many> : &drop<One>;
-    case TokenOp::k_mul_drop: return BY_TWO(mul_drop, variant, 1);
+    case TokenOp::k_load: return unary_of<Load>(v);
+    case TokenOp::k_keep: return &keep;
+    case TokenOp::k_store: return store_of(v);
+    case TokenOp::k_neg: return unary_of<Neg>(v);
+    case TokenOp::k_abs: return unary_of<Abs>(v);
+    case TokenOp::k_sign: return unary_of<Sign>(v);
+    case TokenOp::k_sqrt: return unary_of<Sqrt>(v);
+    case TokenOp::k_exp: return unary_of<Exp>(v);
+    case TokenOp::k_exp_bounded: return unary_of<ExpBounded>(v);
+    case TokenOp::k_expm1: return unary_of<Expm1>(v);
+    case TokenOp::k_log: return unary_of<Log>(v);
+    case TokenOp::k_log1p: return unary_of<Log1p>(v);
+    case TokenOp::k_tanh: return unary_of<Tanh>(v);
+    case TokenOp::k_sigmoid: return unary_of<Sigmoid>(v);
+    case TokenOp::k_logsigmoid: return unary_of<LogSigmoid>(v);
+    case TokenOp::k_add: return binary_of<Add>(v);
+    case TokenOp::k_sub: return binary_of<Sub>(v);
+    case TokenOp::k_from: return binary_of<SubFrom>(v);
+    case TokenOp::k_mul: return binary_of<Mul>(v);
+    case TokenOp::k_div: return binary_of<Div>(v);
+    case TokenOp::k_over: return binary_of<Over>(v);
+    case TokenOp::k_minimum: return binary_of<Minimum>(v);
+    case TokenOp::k_maximum: return binary_of<Maximum>(v);
+    case TokenOp::k_fma: return ternary_of<Fma>(v);
+    case TokenOp::k_fms: return ternary_of<Fms>(v);
+    case TokenOp::k_fnma: return ternary_of<Fnma>(v);
+    case TokenOp::k_add_product: return ternary_of<AddProduct>(v);
+    case TokenOp::k_sub_product: return ternary_of<SubProduct>(v);
+    case TokenOp::k_clip: return clip_of(v);
+    case TokenOp::k_clip_outside: return &clip_outside;
+    case TokenOp::k_lt: return compare_of<Lt>(v);
+    case TokenOp::k_le: return compare_of<Le>(v);
+    case TokenOp::k_gt: return compare_of<Gt>(v);
+    case TokenOp::k_ge: return compare_of<Ge>(v);
+    case TokenOp::k_eq: return compare_of<Eq>(v);
+    case TokenOp::k_ne: return compare_of<Ne>(v);
+    case TokenOp::k_lt_and: return compare_and_of<Lt>(v);
+    case TokenOp::k_le_and: return compare_and_of<Le>(v);
+    case TokenOp::k_gt_and: return compare_and_of<Gt>(v);
+    case TokenOp::k_ge_and: return compare_and_of<Ge>(v);
+    case TokenOp::k_eq_and: return compare_and_of<Eq>(v);
+    case TokenOp::k_ne_and: return compare_and_of<Ne>(v);
+    case TokenOp::k_outside: return outside_of(v);
+    case TokenOp::k_sides: return sides_of(v);
+    case TokenOp::k_where: return where_of(v);
+    case TokenOp::k_where_not: return where_not_of(v);
+    case TokenOp::k_drop: return &drop<1>;
+    case TokenOp::k_drop2: return &drop<2>;
+    case TokenOp::k_drop3: return &drop<3>;
     case TokenOp::k_and: return &logic<And>;
     case TokenOp::k_or: return &logic<Or>;
     case TokenOp::k_not: return &logic_not;
-    case TokenOp::k_maximum_lt: return BY_TWO(maximum_lt, variant, 0);
-    case TokenOp::k_minimum_gt: return BY_TWO(minimum_gt, variant, 0);
-    case TokenOp::k_clip_parts: return variant == 6 ? &clip_parts<Many, One, One> : nullptr;
-    case TokenOp::k_sub_clip: return variant == 12 ? &sub_clip : nullptr;
-    case TokenOp::k_reduce: return reduce_kernel(variant);
-    case TokenOp::k_count: return &count;
-    case TokenOp::k_store: return variant == 0 ? &store_output<Many> : &store_output<One>;
-    case TokenOp::k_drop_store: return variant == 0 ? &drop_store<Many> : &drop_store<One>;
-    case TokenOp::k_mul_store: return BY_TWO(mul_store, variant, 0);
-    case TokenOp::k_mul_drop_store: return BY_TWO(mul_drop_store, variant, 1);
+    case TokenOp::k_sum: return BY_TOKENS(sum_tile);
+    case TokenOp::k_least: return EXTREME(Least);
+    case TokenOp::k_most: return EXTREME(Most);
+    case TokenOp::k_extremes: return BY_TOKENS(extremes);
+    case TokenOp::k_sum_extremes: return BY_TOKENS(sum_extremes);
   }
   return nullptr;
 }

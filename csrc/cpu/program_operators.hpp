@@ -1,4 +1,4 @@
-// The token operators of programs as functions over a block of vectors. For csrc/cpu/program_*.cpp only.
+// The token operators of programs as functions on a tile in registers. For csrc/cpu/program*.cpp only.
 #pragma once
 
 #include "common/simd_functions.hpp"
@@ -6,37 +6,59 @@
 
 namespace fastreward::FASTREWARD_ISA::program {
 
-// Floats of a block: its slots stay in L1. Results do not depend on it.
-constexpr int kBlock = 1024;
-constexpr int kBlockVectors = kBlock / simd::kF32;
-// Vectors whose terms are added in float before they go to the float64 sums; blocks start at multiples of it.
+// Vectors and tokens of a tile; vectors and tiles of an item.
+constexpr int kTileVectors = 8;
+constexpr int kTile = kTileVectors * simd::kF32;
+constexpr int kItem = static_cast<int>(kProgramItem);
+constexpr int kItemVectors = kItem / simd::kF32;
+constexpr int kItemTiles = kItem / kTile;
+constexpr std::int64_t kTileBytes = kTile * 4;
+constexpr std::int64_t kTileWords = kTileVectors * sizeof(simd::Word);  // bytes of a tile's mask
+static_assert(kItem % kTile == 0 && kItemTiles <= 64, "a bit for each tile");
+// Tiles whose terms are summed in float before they go to float64.
 constexpr int kRun = 8;
-static_assert(kProgramItem % kBlock == 0 && kBlockVectors % kRun == 0, "items are blocks, blocks are runs");
 
 // What a reduction adds to, one per lane.
 struct alignas(64) Accumulator {
-  union {
-    double sum[simd::kF32];
-    float extreme[simd::kF32];
-    std::int64_t count;
-  };
+  float run[simd::kF32];     // of a sum since the last flush; of an extreme the extreme
+  double total[simd::kF32];  // of a sum
+  std::int64_t count;
   bool nan;  // an extreme has met one
 };
 
-// One block. at: the operands of the step: a slot (floats), a mask slot (words), a vector of equal floats, a block of
-// equal words, the input's or output's first float in the block, or an Accumulator.
-struct Frame {
-  void* const* at;
-  int vectors;                 // those that hold the tokens
-  int tokens;
-  const simd::Word* counted;   // nullptr: all of them, and they fill their vectors
-  bool streamed;               // outputs go past the caches; only where all tokens count
+// Where a tile lies. masks: its words of mask 0, in an item's masks; at: its place in the tensors, in bytes; ahead: that of
+// the tile that is to be fetched meanwhile.
+struct Tile {
+  char* masks;
+  std::int64_t at, ahead;
 };
 
-using Kernel = void (*)(const TokenInstruction& instruction, const Frame& frame);
+// An instruction with its operands: the address of a tile of floats (slot), a vector of equal floats (row value), or an
+// Accumulator; for a tensor the address of its first element; for a mask its place in an item's masks, in bytes.
+// run(instruction, tile, a0 ... a7) goes on to the next one by itself, so that the accumulator stays in registers from one
+// instruction to the next; the last one is `finish`.
+struct Instruction;
+#define FASTREWARD_TILE                                                                                    \
+  const Instruction *i, const Tile *t, simd::F32 a0, simd::F32 a1, simd::F32 a2, simd::F32 a3, simd::F32 a4, \
+      simd::F32 a5, simd::F32 a6, simd::F32 a7
+using Operator = void (*)(FASTREWARD_TILE);
+struct Instruction {
+  Operator run;
+  char *w, *x, *y;
+  std::int64_t z;  // a mask, or the address of a third accumulator
+  char* k;
+};
 
-// variant: bit k set: operand a, b, c, d (k = 0 ... 3) is the same for all tokens; of reduce: result out, second, third
-// (k = 0, 1, 2) is there.
-Kernel kernel_of(TokenOp op, unsigned variant);
+// How an operator is to be had: what its operands w, x and y are; whether it keeps its result in slot k; whether some tokens
+// of the tile may not count (their mask is number 0); whether an output goes past the caches.
+enum class Place { slot, row, tensor, none };
+struct Variant {
+  Place w = Place::none, x = Place::none, y = Place::none;
+  bool keeps = false, masked = false, streamed = false;
+};
+Operator operator_of(TokenOp op, Variant variant);
+void finish(FASTREWARD_TILE);
+// Brings the tile of tensor x that lies at `ahead` into L1.
+void fetch(FASTREWARD_TILE);
 
 }  // namespace fastreward::FASTREWARD_ISA::program

@@ -1,10 +1,12 @@
 // One pass of a program over the tokens of a side.
 //
-// Threads take items of 2048 tokens; an item goes through the instructions in blocks that stay in L1. A block whose tokens
-// all count reads the inputs where they are; of others a copy is made, with 0 for what does not count, so that NaN or inf
-// there leaks nowhere; blocks without a counted token are not read at all. While a block is computed the next one is
-// fetched. Sums have a fixed structure: lane = position in the row modulo the vector, float over kRun vectors, float64
-// above that, items in order. Padding on the right adds exact zeros, and the number of threads changes nothing.
+// Threads take items of 2048 tokens; an item goes through the instructions tile by tile, in registers (see
+// program_operators.cpp). Lanes that do not count may hold anything: they are left out of sums and become 0 in outputs,
+// and tiles without a counted token are not even read. Conditions that are only counted are kept as bits until the end of
+// the item. Sums have a fixed structure: lane = position in the row
+// modulo the vector, float over a few tiles, float64 above that, items in order. Padding on the right adds exact zeros, and
+// the number of threads changes nothing.
+#include <cstring>
 #include <limits>
 
 #include "cpu/program_items.hpp"
@@ -17,71 +19,53 @@ using namespace simd;
 constexpr double kInf = std::numeric_limits<double>::infinity();
 // Outputs of this size are written past the caches, which saves reading their old lines first.
 constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
+// Inputs are fetched this many tiles ahead: hardware stops at each 4 KiB page of several streams.
+constexpr int kAhead = 512 / kTile;
 
-std::int64_t on_lines(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-bool writes(const TokenStep& step) {
-  for (const TokenOperand& o : step.operands)
-    if (o.kind == OperandKind::output) return true;
-  return false;
-}
-
-// ------------------------------------------------------------------------------------------------------ the frame
-// Where the operands of a step lie in a thread's scratch.
-std::int64_t bytes_of(const TokenOperand& o) {
-  switch (o.kind) {
-    case OperandKind::row_value: return on_lines(kF32 * 4);
-    case OperandKind::row_mask: return on_lines(kBlockVectors * static_cast<std::int64_t>(sizeof(Word)));
-    case OperandKind::input: return kBlock * 4;  // the copy
-    case OperandKind::reduction: return sizeof(Accumulator);
-    default: return 0;
-  }
-}
-
-constexpr std::int64_t kMaskSlotBytes = (kBlockVectors * static_cast<std::int64_t>(sizeof(Word)) + 63) / 64 * 64;
-
-std::int64_t frame_bytes(const TokenStep& step) {
-  std::int64_t bytes = step.slots * kBlock * 4 + step.mask_slots * kMaskSlotBytes;
-  for (const TokenOperand& o : step.operands) bytes += bytes_of(o);
-  return bytes;
-}
-
-struct Bound {
-  Kernel kernel;
-  const TokenInstruction* instruction;
+struct Line {
+  char bytes[64];
 };
 
-Kernel bind(const TokenStep& step, const TokenInstruction& i) {
-  const auto fixed = [&](int operand, unsigned bit) {
-    return operand >= 0 && step.operands[operand].kind == OperandKind::row_value ? bit : 0u;
-  };
-  if (i.op == TokenOp::k_reduce)
-    return kernel_of(i.op, (i.out >= 0 ? 1u : 0u) | (i.second >= 0 ? 2u : 0u) | (i.third >= 0 ? 4u : 0u));
-  return kernel_of(i.op, fixed(i.a, 1) | fixed(i.b, 2) | fixed(i.c, 4) | fixed(i.d, 8));
-}
-
-void reset(Accumulator& into, ReductionKind kind) {
-  into.nan = false;
-  const float neutral = static_cast<float>(kind == ReductionKind::minimum ? kInf : -kInf);
-  if (kind == ReductionKind::sum)
-    for (double& x : into.sum) x = 0.0;
-  else if (kind == ReductionKind::minimum || kind == ReductionKind::maximum)
-    for (float& x : into.extreme) x = neutral;
-  else
-    into.count = 0;
-}
-
-double value_of(const Accumulator& from, ReductionKind kind) {
-  if (from.nan) return std::numeric_limits<double>::quiet_NaN();
+// Lines of scratch for an operand that is not a mask.
+std::int64_t lines_of(OperandKind kind) {
   switch (kind) {
-    case ReductionKind::sum: return sum(load(from.sum) + load(from.sum + kF64));
-    case ReductionKind::minimum: return static_cast<double>(minimum(load(from.extreme)));
-    case ReductionKind::maximum: return static_cast<double>(maximum(load(from.extreme)));
-    default: return static_cast<double>(from.count);
+    case OperandKind::slot:
+    case OperandKind::input:
+    case OperandKind::output: return kTileBytes / static_cast<std::int64_t>(sizeof(Line));  // a tensor's: at a row's end
+    case OperandKind::reduction: return sizeof(Accumulator) / sizeof(Line);
+    case OperandKind::row_value: return 1;
+    case OperandKind::mask:
+    case OperandKind::row_mask: return 0;
   }
+  return 0;
 }
 
-// ---------------------------------------------------------------------------------------------------------- a pass
+bool is_mask(OperandKind kind) { return kind == OperandKind::mask || kind == OperandKind::row_mask; }
+bool is_row(OperandKind kind) { return kind == OperandKind::row_value || kind == OperandKind::row_mask; }
+bool is_tensor(OperandKind kind) { return kind == OperandKind::input || kind == OperandKind::output; }
+
+struct Sizes {
+  std::int64_t lines = 0, masks = 1;  // mask 0: the tokens that count
+  int inputs = 0;
+};
+
+Sizes sizes_of(const TokenStep& step) {
+  Sizes sizes;
+  for (const TokenOperand& o : step.operands) {
+    sizes.lines += lines_of(o.kind);
+    sizes.masks += is_mask(o.kind);
+    sizes.inputs += o.kind == OperandKind::input;
+  }
+  return sizes;
+}
+
+// An accumulator and the reduction that it is for.
+struct Total {
+  Accumulator* at;
+  ReductionKind kind;
+  int index;
+};
+
 // Everything that the threads share.
 struct Pass {
   const ProgramCall& call;
@@ -89,189 +73,296 @@ struct Pass {
   const ProgramTokens& tokens;
   const RowValues& values;
   const Items& items;
-  const Bound* instructions;
+  Sizes sizes;
   double* sums;  // [items, reductions]
-  bool large;
+  bool large;    // the outputs
 };
 
-// Fetches the inputs of the next block, a few lines after each instruction.
-class Ahead {
- public:
-  Ahead(const char* const* inputs, int count, const Block* block, int steps) : inputs_(inputs), count_(count) {
-    if (block == nullptr) return;
-    offset_ = block->begin * 4;
-    bytes_ = block->tokens * 4;
-    const std::int64_t lines = (bytes_ + 63) / 64 * count_;
-    quota_ = static_cast<int>((lines + steps - 1) / steps);
-  }
-  void some() {
-    for (int k = 0; k < quota_; ++k) {
-      if (input_ == count_) return;
-      __builtin_prefetch(inputs_[input_] + offset_ + at_);
-      at_ += 64;
-      if (at_ >= bytes_) at_ = 0, ++input_;
-    }
-  }
-
- private:
-  const char* const* inputs_;
-  int count_, input_ = 0, quota_ = 0;
-  std::int64_t offset_ = 0, bytes_ = 0, at_ = 0;
-};
-
+// ------------------------------------------------------------------------------------------------ a thread's part
 class Worker {
  public:
   explicit Worker(const Pass& pass)
       : p_(pass),
-        frame_(frame_bytes(pass.step) / 64 + 1),
-        at_(pass.step.operands.size),
-        copies_(pass.step.operands.size),
-        inputs_(pass.step.operands.size),
-        outputs_(pass.step.operands.size) {
+        operands_(pass.step.operands),
+        lines_(pass.sizes.lines),
+        masks_(pass.sizes.masks * kItemVectors),
+        at_(operands_.size),
+        mask_(operands_.size),
+        totals_(operands_.size),
+        direct_(pass.step.tile.size + pass.sizes.inputs + 1),
+        masked_(pass.step.tile.size + pass.sizes.inputs + 1),
+        last_(pass.step.tile.size + 1) {
     lay_out();
+    link(direct_.data(), false, false);
+    link(masked_.data(), true, false);
+    link(last_.data(), true, true);
   }
 
   void run(std::int64_t first, std::int64_t last) {
-    const auto skipped = [this](std::int64_t begin, std::int64_t n) { write_zeros(begin, n); };
-    BlockCursor<decltype(skipped)> cursor(p_.tokens, p_.items, first, last, skipped);
-    std::int64_t open = first;
-    reset_sums();
-    Block* block = &blocks_[0];
-    Block* next = &blocks_[1];
-    for (bool more = cursor.next(*block); more;) {
-      more = cursor.next(*next);
-      for (; open < block->item; ++open) close(open);
-      enter(block->row);
-      run(*block, more ? next : nullptr);
-      Block* const done = block;
-      block = next;
+    std::int64_t row = p_.items.row_of(first);
+    Item *item = &items_[0], *next = &items_[1];
+    fill(*item, p_.tokens, p_.items, first, row, bytes_);
+    for (std::int64_t i = first; i < last; ++i) {
+      next->some = 0;
+      if (i + 1 < last) {
+        while (p_.items.first(row + 1) <= i + 1) ++row;
+        fill(*next, p_.tokens, p_.items, i + 1, row, bytes_);
+      }
+      run(*item, *next);
+      Item* const done = item;
+      item = next;
       next = done;
     }
-    for (; open < last; ++open) close(open);
   }
 
  private:
-  struct Line {
-    char bytes[64];
-  };
-
+  // ------------------------------------------------------------------------------------------------------ set-up
   void lay_out() {
-    const TokenStep& step = p_.step;
-    char* slots = frame_.data()->bytes;
-    char* masks = slots + static_cast<std::int64_t>(step.slots) * kBlock * 4;
-    char* rest = masks + step.mask_slots * kMaskSlotBytes;
-    for (int k = 0; k < step.operands.size; ++k) {
-      const TokenOperand& o = step.operands[k];
-      char* own = rest;
-      rest += bytes_of(o);
-      copies_[k] = at_[k] = own;
-      if (o.kind == OperandKind::slot) at_[k] = slots + static_cast<std::int64_t>(o.index) * kBlock * 4;
-      if (o.kind == OperandKind::mask_slot) at_[k] = masks + o.index * kMaskSlotBytes;
-      if (o.kind == OperandKind::input) inputs_[input_count_++] = reinterpret_cast<const char*>(p_.call.inputs[o.index]);
-      if (o.kind == OperandKind::output) outputs_[output_count_++] = p_.call.outputs[o.index];
-      if (o.kind == OperandKind::row_value || o.kind == OperandKind::row_mask) {
-        if (o.index >= 0) broadcast(k, p_.values.numbers[o.index]);
-      }
+    Line* line = lines_.data();
+    std::int64_t mask = 1;
+    for (int k = 0; k < operands_.size; ++k) {
+      at_[k] = line->bytes;
+      line += lines_of(operands_[k].kind);
+      mask_[k] = operands_[k].kind == OperandKind::mask ? 1 + operands_[k].index
+                 : is_mask(operands_[k].kind)           ? 1 + p_.sizes.masks + row_masks++
+                                                        : 0;
+      if (is_row(operands_[k].kind) && operands_[k].index >= 0) broadcast(k, p_.values.numbers[operands_[k].index]);
+      if (is_sum(k)) totals_[sum_count_++] = total_of(k);
     }
+    total_count_ = sum_count_;
+    for (int k = 0; k < operands_.size; ++k)
+      if (operands_[k].kind == OperandKind::reduction && !is_sum(k)) totals_[total_count_++] = total_of(k);
   }
 
-  void broadcast(int operand, double value) {
-    if (p_.step.operands[operand].kind == OperandKind::row_value) {
-      store(static_cast<float*>(at_[operand]), f32(static_cast<float>(value)));
+  bool is_sum(int k) const { return operands_[k].kind == OperandKind::reduction && kind_of(k) == ReductionKind::sum; }
+  Total total_of(int k) const { return {&accumulator(k), kind_of(k), operands_[k].index}; }
+
+  char* tensor(int k) const {
+    if (operands_[k].kind == OperandKind::output) return reinterpret_cast<char*>(p_.call.outputs[operands_[k].index]);
+    return const_cast<char*>(reinterpret_cast<const char*>(p_.call.inputs[operands_[k].index]));
+  }
+  Word* mask(int k) const { return masks_.data() + mask_[k] * kItemVectors; }
+  Accumulator& accumulator(int k) const { return *reinterpret_cast<Accumulator*>(at_[k]); }
+  ReductionKind kind_of(int k) const { return p_.step.reductions[operands_[k].index].kind; }
+
+  // Makes the instructions; masked: for tiles in which some tokens do not count; copies: of copies of the tensors.
+  void link(Instruction* out, bool masked, bool copies) {
+    const int wanted = copies ? 0 : p_.sizes.inputs, size = p_.step.tile.size;
+    int fetched = 0, input = 0;
+    for (int k = 0; k < size; ++k) {
+      for (; fetched * size < k * wanted; ++fetched) {  // evenly among the others
+        while (operands_[input].kind != OperandKind::input) ++input;
+        *out++ = {&fetch, nullptr, tensor(input++), nullptr, 0, nullptr};
+      }
+      const TokenInstruction& i = p_.step.tile[k];
+      *out++ = {operator_of(i.op, variant_of(i, masked)),
+                field(i.w, copies),
+                field(i.x, copies),
+                field(i.y, copies),
+                reinterpret_cast<std::int64_t>(field(i.z, copies)),
+                field(i.k, copies)};
+    }
+    *out = {&finish, nullptr, nullptr, nullptr, 0, nullptr};
+  }
+
+  char* field(int k, bool copies) const {
+    if (k < 0) return nullptr;
+    if (is_tensor(operands_[k].kind)) return copies ? at_[k] : tensor(k);
+    if (!is_mask(operands_[k].kind)) return at_[k];
+    return reinterpret_cast<char*>(mask_[k] * kItemVectors * static_cast<std::int64_t>(sizeof(Word)));
+  }
+
+  Variant variant_of(const TokenInstruction& i, bool masked) const {
+    const auto place = [&](int k) {
+      if (k < 0) return Place::none;
+      if (operands_[k].kind == OperandKind::row_value) return Place::row;
+      return is_tensor(operands_[k].kind) ? Place::tensor : Place::slot;
+    };
+    Variant variant;
+    variant.w = place(i.w), variant.x = place(i.x), variant.y = place(i.y);
+    variant.keeps = i.k >= 0;
+    variant.masked = masked;
+    return variant;
+  }
+
+  void broadcast(int k, double value) {
+    if (operands_[k].kind == OperandKind::row_value) {
+      store(reinterpret_cast<float*>(at_[k]), f32(static_cast<float>(value)));
       return;
     }
-    Word* words = static_cast<Word*>(at_[operand]);
-    for (int v = 0; v < kBlockVectors; ++v) words[v] = value != 0.0 ? kAllLanes : Word{0};
+    for (int v = 0; v < kItemVectors; ++v) mask(k)[v] = value != 0.0 ? kAllLanes : Word{0};
+  }
+
+  // ---------------------------------------------------------------------------------------------------- an item
+  void run(const Item& item, const Item& next) {
+    reset_sums();
+    if (item.some == 0) write_zeros(item.begin, item.tokens);
+    else run_tiles(item, next);
+    close(item);
+  }
+
+  void run_tiles(const Item& item, const Item& next) {
+    if (item.row != row_) enter(item.row);
+    if (p_.large) choose_stores(item);
+    const bool every = item.counted == item.tiles * kTile;
+    if (!every) std::memcpy(masks_.data(), item.words, static_cast<std::size_t>(item.tiles * kTileWords));
+    for (int tile = 0; tile < item.tiles; ++tile) {
+      const bool some = (item.some >> tile & 1) != 0;
+      if ((item.every >> tile & 1) != 0) start(direct_, tile, place_of(item, tile), ahead_of(item, next, tile));
+      else if (!some) write_zeros(item.begin + tile * kTile, tokens_of(item, tile));
+      else if (tokens_of(item, tile) == kTile) start(masked_, tile, place_of(item, tile), 0);
+      else run_last(item, tile);
+      if (tile % kRun == kRun - 1 || tile == item.tiles - 1) flush_sums();
+    }
+    for (const MaskInstruction& i : p_.step.item) run_masks(i, item);
+  }
+
+  static int tokens_of(const Item& item, int tile) {
+    return item.tokens - tile * kTile < kTile ? item.tokens - tile * kTile : kTile;
+  }
+  static std::int64_t place_of(const Item& item, int tile) { return (item.begin + tile * kTile) * 4; }
+
+  // Where the tile lies that will be read kAhead from now; this one where that will not be read.
+  static std::int64_t ahead_of(const Item& item, const Item& next, int tile) {
+    const int at = tile + kAhead;
+    const bool later = at >= item.tiles;
+    const Item& from = later ? next : item;
+    const int index = later ? at - item.tiles : at;
+    return (from.some >> index & 1) != 0 ? place_of(from, index) : place_of(item, tile);
+  }
+
+  void start(const Buffer<Instruction>& code, int tile, std::int64_t at, std::int64_t ahead) const {
+    const Tile where{reinterpret_cast<char*>(masks_.data()) + tile * kTileWords, at, ahead};
+    const Instruction* i = code.data();
+    const F32 a = f32(0.0f);
+    i->run(i, &where, a, a, a, a, a, a, a, a);
   }
 
   void enter(std::int64_t row) {
-    if (row == row_) return;
     row_ = row;
-    for (int k = 0; k < p_.step.operands.size; ++k) {
-      const TokenOperand& o = p_.step.operands[k];
-      if ((o.kind == OperandKind::row_value || o.kind == OperandKind::row_mask) && o.index < 0)
-        broadcast(k, p_.values.at(o.index, row));
+    for (int k = 0; k < operands_.size; ++k)
+      if (is_row(operands_[k].kind) && operands_[k].index < 0) broadcast(k, p_.values.at(operands_[k].index, row));
+  }
+
+  // Outputs go past the caches where the item lies on whole vectors.
+  void choose_stores(const Item& item) {
+    Instruction* i = direct_.data();
+    for (int k = 0; k < p_.step.tile.size; ++k, ++i) {
+      while (i->run == &fetch) ++i;
+      if (p_.step.tile[k].op != TokenOp::k_store) continue;
+      Variant variant = variant_of(p_.step.tile[k], false);
+      variant.streamed = aligned(i->x + item.begin * 4);
+      i->run = operator_of(TokenOp::k_store, variant);
     }
   }
 
-  void run(const Block& block, const Block* next) {
-    const TokenStep& step = p_.step;
-    Frame frame{at_.data(), block.vectors, block.tokens, block.every ? nullptr : block.words, false};
-    for (int k = 0, in = 0, out = 0; k < step.operands.size; ++k) {
-      const OperandKind kind = step.operands[k].kind;
-      if (kind == OperandKind::input) {
-        float* const from = const_cast<float*>(reinterpret_cast<const float*>(inputs_[in++])) + block.begin;
-        at_[k] = from;
-        if (!block.every) at_[k] = copies_[k], copy(block, from, static_cast<float*>(copies_[k]));
-      } else if (kind == OperandKind::output) {
-        float* const to = outputs_[out++] + block.begin;
-        at_[k] = to;
-        frame.streamed = p_.large && block.every && aligned(to);
-      }
+  static bool aligned(const char* p) { return reinterpret_cast<std::uintptr_t>(p) % (kF32 * 4) == 0; }
+
+  // The tile at the end of a row: on copies, as nothing behind the row may be touched.
+  void run_last(const Item& item, int tile) {
+    const std::int64_t at = place_of(item, tile);
+    const auto bytes = static_cast<std::size_t>(tokens_of(item, tile)) * 4;
+    for (int k = 0; k < operands_.size; ++k) {
+      if (operands_[k].kind != OperandKind::input) continue;
+      std::memset(at_[k] + bytes, 0, kTileBytes - bytes);
+      std::memcpy(at_[k], tensor(k) + at, bytes);
     }
-    counted_ += block.counted;
-    Ahead ahead(inputs_.data(), input_count_, next, step.instructions.size);
-    for (int k = 0; k < step.instructions.size; ++k) {
-      p_.instructions[k].kernel(*p_.instructions[k].instruction, frame);
-      ahead.some();
-    }
+    start(last_, tile, 0, 0);
+    for (int k = 0; k < operands_.size; ++k)
+      if (operands_[k].kind == OperandKind::output) std::memcpy(tensor(k) + at, at_[k], bytes);
   }
 
-  static bool aligned(const float* p) {
-    return reinterpret_cast<std::uintptr_t>(p) % (static_cast<std::uintptr_t>(kF32) * sizeof(float)) == 0;
-  }
-
-  static void copy(const Block& block, const float* from, float* to) {
-    const F32 zero = f32(0.0f);
-    const int whole = block.tokens / kF32;
-    for (int v = 0; v < whole; ++v) store(to + v * kF32, select(lanes(block.words[v]), load(from + v * kF32), zero));
-    if (whole == block.vectors) return;
-    const F32 tail = load_n(from + whole * kF32, block.tokens - whole * kF32, 0.0f);
-    store(to + whole * kF32, select(lanes(block.words[whole]), tail, zero));
-  }
-
-  void write_zeros(std::int64_t begin, std::int64_t n) {
-    for (int k = 0; k < output_count_; ++k) {
-      float* to = outputs_[k] + begin;
+  void write_zeros(std::int64_t begin, std::int64_t n) const {
+    for (int k = 0; k < operands_.size; ++k) {
+      if (operands_[k].kind != OperandKind::output) continue;
+      float* to = reinterpret_cast<float*>(tensor(k)) + begin;
       std::int64_t i = 0;
-      if (p_.large && aligned(to))
+      if (p_.large && aligned(reinterpret_cast<const char*>(to)))
         for (; i + kF32 <= n; i += kF32) stream(to + i, f32(0.0f));
       for (; i + kF32 <= n; i += kF32) store(to + i, f32(0.0f));
       if (i < n) store_n(to + i, f32(0.0f), static_cast<int>(n - i));
     }
   }
 
+  void run_masks(const MaskInstruction& i, const Item& item) {
+    const int n = item.tiles * kTileVectors;
+    const Word *x = mask(i.x), *y = i.y < 0 ? nullptr : mask(i.y);
+    Word* z = mask(i.z);
+    switch (i.op) {
+      case MaskOp::k_and:
+        for (int v = 0; v < n; ++v) z[v] = static_cast<Word>(x[v] & y[v]);
+        return;
+      case MaskOp::k_or:
+        for (int v = 0; v < n; ++v) z[v] = static_cast<Word>(x[v] | y[v]);
+        return;
+      case MaskOp::k_not:
+        for (int v = 0; v < n; ++v) z[v] = static_cast<Word>(x[v] ^ kAllLanes);
+        return;
+      case MaskOp::k_count:
+        accumulator(i.z).count += count_lanes(x, item.words, n);
+    }
+  }
+
+  // -------------------------------------------------------------------------------------------------- reductions
   void reset_sums() {
-    counted_ = 0;
-    for (int k = 0; k < p_.step.operands.size; ++k) {
-      const TokenOperand& o = p_.step.operands[k];
-      if (o.kind == OperandKind::reduction)
-        reset(*static_cast<Accumulator*>(at_[k]), p_.step.reductions[o.index].kind);
+    for (int k = 0; k < total_count_; ++k) {
+      Accumulator& a = *totals_[k].at;
+      const ReductionKind kind = totals_[k].kind;
+      const double first = kind == ReductionKind::minimum ? kInf : kind == ReductionKind::maximum ? -kInf : 0.0;
+      store(a.run, f32(static_cast<float>(first)));
+      store(a.total, f64(0.0)), store(a.total + kF64, f64(0.0));
+      a.count = 0;
+      a.nan = false;
+    }
+  }
+
+  void flush_sums() {
+    for (int k = 0; k < sum_count_; ++k) {
+      Accumulator& a = *totals_[k].at;
+      const F32 run = load(a.run);
+      store(a.total, load(a.total) + lower_f64(run));
+      store(a.total + kF64, load(a.total + kF64) + upper_f64(run));
+      store(a.run, f32(0.0f));
     }
   }
 
   // Puts the sums of an item away.
-  void close(std::int64_t item) {
+  void close(const Item& item) {
     const Span<Reduction>& reductions = p_.step.reductions;
-    double* sums = p_.sums + item * reductions.size;
+    double* sums = p_.sums + item.number * reductions.size;
     for (int k = 0; k < reductions.size; ++k)
-      if (reductions[k].kind == ReductionKind::tokens) sums[k] = static_cast<double>(counted_);
-    for (int k = 0; k < p_.step.operands.size; ++k) {
-      const TokenOperand& o = p_.step.operands[k];
-      if (o.kind == OperandKind::reduction)
-        sums[o.index] = value_of(*static_cast<Accumulator*>(at_[k]), reductions[o.index].kind);
+      if (reductions[k].kind == ReductionKind::tokens) sums[k] = static_cast<double>(item.counted);
+    for (int k = 0; k < total_count_; ++k) sums[totals_[k].index] = value_of(*totals_[k].at, totals_[k].kind);
+    // Where extremes are taken along with a sum, the sum alone has met a NaN.
+    for (const TokenInstruction& i : p_.step.tile) {
+      if (i.op != TokenOp::k_sum_extremes) continue;
+      const double sum = sums[operands_[i.x].index];
+      if (sum != sum) sums[operands_[i.y].index] = sums[operands_[i.z].index] = sum;
     }
-    reset_sums();
+  }
+
+  static double value_of(const Accumulator& a, ReductionKind kind) {
+    if (a.nan) return std::numeric_limits<double>::quiet_NaN();
+    switch (kind) {
+      case ReductionKind::sum: return sum(load(a.total) + load(a.total + kF64));
+      case ReductionKind::minimum: return static_cast<double>(minimum(load(a.run)));
+      case ReductionKind::maximum: return static_cast<double>(maximum(load(a.run)));
+      default: return static_cast<double>(a.count);
+    }
   }
 
   const Pass& p_;
-  Buffer<Line> frame_;
-  Buffer<void*> at_, copies_;
-  Buffer<const char*> inputs_;
-  Buffer<float*> outputs_;
-  int input_count_ = 0, output_count_ = 0;
-  std::int64_t row_ = -1, counted_ = 0;
-  Block blocks_[2];
+  const Span<TokenOperand>& operands_;
+  Buffer<Line> lines_;
+  Buffer<Word> masks_;          // [masks, item]
+  Buffer<char*> at_;            // the scratch of each operand
+  Buffer<std::int64_t> mask_;   // the number of each operand's mask
+  Buffer<Total> totals_;        // sums first
+  Buffer<Instruction> direct_, masked_, last_;
+  int sum_count_ = 0, total_count_ = 0;
+  std::int64_t row_ = -1;
+  Item items_[2];
+  std::uint8_t bytes_[kProgramItem];
 };
 
 double together(double x, double y, ReductionKind kind) {
@@ -326,21 +417,23 @@ void count_rows(const ProgramTokens& t, double* lengths, int threads) {
   }
 }
 
+bool writes(const TokenStep& step) {
+  for (const TokenOperand& o : step.operands)
+    if (o.kind == OperandKind::output) return true;
+  return false;
+}
+
 }  // namespace
 
 void run_tokens(const ProgramCall& call, const TokenStep& step, const RowValues& values) {
   const ProgramTokens& t = call.sides[step.side];
-  if (step.instructions.size == 0) {  // nothing but the number of counted tokens
+  if (step.tile.size == 0) {  // nothing but the number of counted tokens
     for (const Reduction& r : step.reductions) count_rows(t, values.column(r.out), call.threads);
     return;
   }
   const Items items(t);
-  const Buffer<Bound> instructions(step.instructions.size);
-  for (int k = 0; k < step.instructions.size; ++k)
-    instructions[k] = {bind(step, step.instructions[k]), &step.instructions[k]};
   const Buffer<double> sums(items.count() * step.reductions.size);
-  const bool large = writes(step) && size_of(t) * 4 >= kStreamBytes;
-  const Pass pass{call, step, t, values, items, instructions.data(), sums.data(), large};
+  const Pass pass{call, step, t, values, items, sizes_of(step), sums.data(), writes(step) && size_of(t) * 4 >= kStreamBytes};
   for_chunks(items.count(), call.threads, [&] { return Worker(pass); });
   fold(pass);
 }

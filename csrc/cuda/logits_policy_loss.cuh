@@ -6,12 +6,13 @@
 // Bytes: N * V * size read and as much written; all else is O(N).
 //
 // BLOCKS thread blocks share a row: 1, or a cluster of 2, 4 or 8 (sm_90 and later) where a row is more than a block's
-// shared memory. Each keeps its slice of the row there as raw 16-byte vectors, f64 states of the slices cross the cluster
-// once, and every block then does the same small arithmetic. A row that fits no cluster is read a second time, with one
-// block of twice as many threads per multiprocessor, so that the rows under way fit in L2. How a row is cut depends on V
-// alone, never on its address: rows that are not 16-byte aligned are funnel-shifted on the way in and gathered from
-// shared memory on the way out. In place, every logit of a row is read before the block's (the cluster's) barrier and its
-// gradient written after it. Rows that do not count are set to 0 and not read.
+// shared memory. Each keeps its slice of the row there as raw 16-byte vectors, f64 states of the slices cross the
+// cluster once, and every block then does the same small arithmetic. A row that fits no cluster is read a second time,
+// with one block of twice as many threads per multiprocessor, so that the rows under way fit in L2. How a row is cut
+// depends on V alone, never on its address: rows that are not 16-byte aligned are funnel-shifted on the way in and
+// gathered from shared memory on the way out. In place, every logit of a row is read before the block's (the cluster's)
+// barrier and its gradient written after it; where a row is read again, the thread that reads a column is the one that
+// then writes it. Rows that do not count are set to 0 and not read.
 #pragma once
 
 #include "common/row_statistics.cuh"
@@ -40,7 +41,8 @@ struct TokenGradient {
 };
 
 // ------------------------------------------------------------------------------------------------------------- kernels
-constexpr int LOGITS_UNROLL = 4;  // vectors of a thread that are loaded together
+constexpr int READ_UNROLL = 4;  // vectors of a thread that are loaded together, from memory
+constexpr int WRITE_UNROLL = 2;  // and from where the row is kept
 
 // Vector `index` of the row; columns past the end are -inf.
 template <class T, bool ALIGNED>
@@ -61,19 +63,20 @@ __device__ __forceinline__ uint4 logits_vector(const typename T::Bits* row, int 
 template <class T, int LEVEL, bool ON_CHIP, bool ALIGNED, int BLOCK>
 __device__ __forceinline__ Partial read_slice(const typename T::Bits* row, int vocab, int first, int last, float scale,
                                               uint4* on_chip) {
+  constexpr int TOGETHER = ALIGNED ? READ_UNROLL : READ_UNROLL / 2;  // shifting takes registers
   Partial p = empty_partial();
 #pragma unroll 1
-  for (int k = first + int(threadIdx.x); k < last; k += BLOCK * LOGITS_UNROLL) {
-    uint4 v[LOGITS_UNROLL];
+  for (int k = first + int(threadIdx.x); k < last; k += BLOCK * TOGETHER) {
+    uint4 v[TOGETHER];
 #pragma unroll
-    for (int u = 0; u < LOGITS_UNROLL; ++u) {
+    for (int u = 0; u < TOGETHER; ++u) {
       const int index = k + u * BLOCK;
       v[u] = make_uint4(T::NEG_INF, T::NEG_INF, T::NEG_INF, T::NEG_INF);
       if (index < last) v[u] = logits_vector<T, ALIGNED>(row, index, vocab);
     }
     float top = p.max, x[T::LANES];
 #pragma unroll
-    for (int u = 0; u < LOGITS_UNROLL; ++u) {
+    for (int u = 0; u < TOGETHER; ++u) {
       const int index = k + u * BLOCK;
       if (ON_CHIP && index < last) on_chip[index - first] = v[u];
       T::unpack(v[u], x);
@@ -84,7 +87,7 @@ __device__ __forceinline__ Partial read_slice(const typename T::Bits* row, int v
     fastreward::rescale<LEVEL>(p, base, scale);
     p.max = top;
 #pragma unroll
-    for (int u = 0; u < LOGITS_UNROLL; ++u) {
+    for (int u = 0; u < TOGETHER; ++u) {
       T::unpack(v[u], x);
 #pragma unroll
       for (int j = 0; j < T::LANES; ++j) add_column<LEVEL>(p, x[j], base, scale);
@@ -113,7 +116,8 @@ __device__ __forceinline__ RowState merge_slices(const RowState& mine, double in
     if (threadIdx.x < BLOCKS)
 #pragma unroll
       for (int i = 0; i < 3; ++i) {
-        const u64 low = load_from_rank(words + 2 * i, threadIdx.x), high = load_from_rank(words + 2 * i + 1, threadIdx.x);
+        const u64 low = load_from_rank(words + 2 * i, threadIdx.x);
+        const u64 high = load_from_rank(words + 2 * i + 1, threadIdx.x);
         state[i] = __longlong_as_double(i64(low | high << 32));
       }
     row.peak = warp_max(state[0]);
@@ -126,7 +130,7 @@ __device__ __forceinline__ RowState merge_slices(const RowState& mine, double in
   return row;
 }
 
-// Columns [begin, end) of `out`, cut at 16-byte boundaries: single columns up to `head`, `vectors` from there, the rest.
+// Columns [begin, end) of `out`, cut at 16-byte boundaries: single ones up to `head`, `vectors` from there, the rest.
 struct Columns {
   int begin, end, head, vectors;
 };
@@ -161,10 +165,10 @@ __device__ __forceinline__ void write_columns(typename T::Bits* out, const typen
   const typename T::Bits* in = x + (c.head - c.begin);
   const bool alike = misalignment(in) == 0;
 #pragma unroll 1
-  for (int k = int(threadIdx.x); k < c.vectors; k += BLOCK * LOGITS_UNROLL) {
-    uint4 v[LOGITS_UNROLL];
+  for (int k = int(threadIdx.x); k < c.vectors; k += BLOCK * WRITE_UNROLL) {
+    uint4 v[WRITE_UNROLL];
 #pragma unroll
-    for (int u = 0; u < LOGITS_UNROLL; ++u) {
+    for (int u = 0; u < WRITE_UNROLL; ++u) {
       const int index = k + u * BLOCK;
       if (index >= c.vectors) break;
       if (alike) {
@@ -177,7 +181,7 @@ __device__ __forceinline__ void write_columns(typename T::Bits* out, const typen
       }
     }
 #pragma unroll
-    for (int u = 0; u < LOGITS_UNROLL; ++u) {
+    for (int u = 0; u < WRITE_UNROLL; ++u) {
       const int index = k + u * BLOCK;
       if (index >= c.vectors) break;
       float y[T::LANES];
@@ -205,7 +209,7 @@ __device__ __forceinline__ RowGradient finish_row(const Arguments& arguments, i6
     a.logprobs[n] = logprob;
     if (a.entropy) a.entropy[n] = entropy;
   }
-  const i64 sequence = a.sequences ? a.sequences[n] : n / arguments.side0.width;
+  const i64 sequence = a.sequences ? a.sequences[n] : quotient(n, arguments.side0.width);
   TokenGradient g = Loss::gradient(arguments, n, sequence, logprob, entropy);
   g.logprob *= a.scale[0], g.entropy *= a.scale[0];
   RowGradient r = {};
@@ -226,12 +230,11 @@ __device__ __forceinline__ void logits_row(const Arguments& arguments) {
   const i64 n = blockIdx.x / BLOCKS;
   const int part = int(blockIdx.x % BLOCKS), vocab = int(a.vocab);
   const Bits* row = static_cast<const Bits*>(a.logits) + n * a.stride;
-  Bits* out = static_cast<Bits*>(a.grad) + n * a.grad_stride;
   const int vectors = (vocab + T::LANES - 1) / T::LANES, each = (vectors + BLOCKS - 1) / BLOCKS;
   const int first = min(vectors, part * each), last = min(vectors, first + each);
-  const Columns c = columns_of<T>(out, first * T::LANES, min(vocab, last * T::LANES));
-  if (!mask_bits(arguments.side0, n)) {  // the same for the whole cluster
-    zero_columns<T, BLOCK>(out, c);
+  if (!counts(arguments.side0.mask, int(arguments.side0.mask_kind), n)) {  // the same for the whole cluster
+    Bits* out = static_cast<Bits*>(a.grad) + n * a.grad_stride;
+    zero_columns<T, BLOCK>(out, columns_of<T>(out, first * T::LANES, min(vocab, last * T::LANES)));
     if (part == 0 && threadIdx.x == 0) {
       a.logprobs[n] = 0.f;
       if (a.entropy) a.entropy[n] = 0.f;
@@ -255,6 +258,8 @@ __device__ __forceinline__ void logits_row(const Arguments& arguments) {
     __syncthreads();
   }
   const RowGradient r = shared_gradient;
+  Bits* out = static_cast<Bits*>(a.grad) + n * a.grad_stride;
+  const Columns c = columns_of<T>(out, first * T::LANES, min(vocab, last * T::LANES));
   const Bits* in = ON_CHIP ? reinterpret_cast<const Bits*>(on_chip) : row + c.begin;
   if (r.c1 == 0.f)
     write_columns<T, false, BLOCK>(out, in, c, r);

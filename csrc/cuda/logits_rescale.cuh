@@ -1,5 +1,5 @@
 // A stored gradient of the logits, made for one upstream gradient, brought to another that arrived later: multiplied by
-// their ratio, in place. Both numbers are read on the device; where they are equal, which is the rule, nothing is touched.
+// their ratio, in place. Both are read on the device; where they are equal, which is the rule, nothing is touched.
 // Bytes: 0, or N * V * size read and as much written.
 #pragma once
 

@@ -1,8 +1,8 @@
 // The fixed part of the kernels that run a loss: what fastreward/cuda/_program_source.py generates stands on this.
 //
 // A program reads the tokens in one or more passes. A pass is one launch: it computes every counted token's values in
-// registers, stores what the program gives per token and adds up what it reduces over sequences; the block that finishes
-// last then does all work per sequence, per group and for the batch. No host sync, no order left to chance.
+// registers, stores what the program gives per token and adds up what it reduces over sequences; the block that
+// finishes last then does all work per sequence, per group and for the batch. No host sync, no order left to chance.
 //
 // A unit is CHUNK tokens of one row, from the row's start on: its sums depend on that row alone. Blocks take units in
 // turn and write a unit's sums to its own place; the last block joins them row by row. A thread adds up its own
@@ -20,7 +20,7 @@ constexpr int PER_THREAD = 8;
 constexpr int UNROLL = 4;  // tokens of a thread whose loads are under way together
 constexpr int CHUNK = THREADS * PER_THREAD;
 
-// --------------------------------------------------------------------------------- operators, in f32 and f64
+// ------------------------------------------------------------------------------------------- operators, in f32 and f64
 // NaN goes through all of them, and comparisons with it are false.
 __device__ __forceinline__ float infinity() { return -negative_infinity(); }
 
@@ -54,7 +54,7 @@ __device__ __forceinline__ double sigmoid(double x) { return 1. / (1. + exp(-x))
 __device__ __forceinline__ float logsigmoid(float x) { return fminf(x, 0.f) - log1pf(expf(-fabsf(x))); }
 __device__ __forceinline__ double logsigmoid(double x) { return fmin(x, 0.) - log1p(exp(-fabs(x))); }
 
-// ------------------------------------------------------------------------------------------------ tokens and their rows
+// ----------------------------------------------------------------------------------------------- tokens and their rows
 // Tokens of one side: [rows, width], or packed: row b is tokens cu_seqlens[b] .. cu_seqlens[b + 1].
 struct Side {
   const void* mask;  // one per token, or null: all count
@@ -66,6 +66,11 @@ struct Side {
 struct Unit {
   i64 row, begin, end;
 };
+
+// a / b for numbers that are not negative; 64-bit division takes a hundred instructions.
+__device__ __forceinline__ i64 quotient(i64 a, i64 b) {
+  return (a | b) >> 32 ? a / b : i64(unsigned(a) / unsigned(b));
+}
 
 __device__ __forceinline__ i64 first_unit(const Side& s, i64 row) {
   return s.cu_seqlens ? s.cu_seqlens[row] / CHUNK + row : row * s.units_per_row;
@@ -92,7 +97,7 @@ __device__ __forceinline__ Unit unit_of(const Side& s, i64 u) {
     unit.row = low;
     start = s.cu_seqlens[low], stop = s.cu_seqlens[low + 1];
   } else {
-    unit.row = u / s.units_per_row;
+    unit.row = quotient(u, s.units_per_row);
     start = unit.row * s.width, stop = start + s.width;
   }
   unit.begin = start + (u - first_unit(s, unit.row)) * CHUNK;
@@ -100,34 +105,36 @@ __device__ __forceinline__ Unit unit_of(const Side& s, i64 u) {
   return unit;
 }
 
-// Not 0 where token i counts. The caller compares, so that the loads of several tokens are under way together.
-__device__ __forceinline__ unsigned mask_bits(const Side& s, i64 i) {
-  switch (int(s.mask_kind)) {
-    case MASK_BYTE: return static_cast<const unsigned char*>(s.mask)[i];
-    case MASK_I32: return unsigned(static_cast<const int*>(s.mask)[i]);
-    case MASK_I64: {
-      const u64 bits = u64(static_cast<const i64*>(s.mask)[i]);
-      return unsigned(bits) | unsigned(bits >> 32);
-    }
-    case MASK_F32: return __float_as_uint(static_cast<const float*>(s.mask)[i]) << 1;  // -0 does not count
-    default: return 1u;
-  }
-}
-
-// Bit k: whether this thread's token k, at unit.begin + k * THREADS + threadIdx.x, is there and counts.
-__device__ __forceinline__ unsigned counted_tokens(const Side& s, const Unit& unit) {
-  unsigned bits[PER_THREAD], counted = 0u;
+// Bit k: whether this thread's token k, at unit.begin + k * THREADS + threadIdx.x, is there and `mask` is not 0 for it.
+template <class X>
+__device__ __forceinline__ unsigned nonzero_tokens(const Unit& unit, const void* mask) {
+  X x[PER_THREAD];
 #pragma unroll
   for (int k = 0; k < PER_THREAD; ++k) {
     const i64 i = unit.begin + k * THREADS + int(threadIdx.x);
-    bits[k] = i < unit.end ? mask_bits(s, i) : 0u;
+    x[k] = i < unit.end ? static_cast<const X*>(mask)[i] : X(0);
   }
+  unsigned bits = 0u;
 #pragma unroll
-  for (int k = 0; k < PER_THREAD; ++k) counted |= unsigned(bits[k] != 0u) << k;
-  return counted;
+  for (int k = 0; k < PER_THREAD; ++k) bits |= unsigned(x[k] != X(0)) << k;
+  return bits;
 }
 
-// ------------------------------------------------------------------------------------------ reductions in a fixed order
+// The same for the tokens that count.
+__device__ __forceinline__ unsigned counted_tokens(const Side& s, const Unit& unit) {
+  switch (int(s.mask_kind)) {
+    case MASK_BYTE: return nonzero_tokens<unsigned char>(unit, s.mask);
+    case MASK_I32: return nonzero_tokens<int>(unit, s.mask);
+    case MASK_I64: return nonzero_tokens<i64>(unit, s.mask);
+    case MASK_F32: return nonzero_tokens<float>(unit, s.mask);
+    default: break;
+  }
+  const i64 mine = unit.end - unit.begin - int(threadIdx.x);  // tokens from this thread's first one on
+  const int count = mine <= 0 ? 0 : int((mine + THREADS - 1) / THREADS);
+  return (1u << count) - 1u;
+}
+
+// ----------------------------------------------------------------------------------------- reductions in a fixed order
 // What is reduced together: first SUMS sums, then maxima, then minima.
 template <int SUMS, int MAXIMA, int MINIMA>
 struct Reductions {
@@ -176,9 +183,9 @@ struct Reductions {
   }
 };
 
-// ------------------------------------------------------------------------------------------------- a pass over the tokens
-// `Pass` is generated. Its types: Reduced (a Reductions), Row (what a token reads that is the row's), Input (what it reads
-// of its own), Output; its functions: row, load, token (values of one counted token, joined to `sums`), store.
+// ---------------------------------------------------------------------------------------------- a pass over the tokens
+// `Pass` is generated. Its types: Reduced (a Reductions), Row (what a token reads that is the row's), Input (what it
+// reads of its own), Output; its functions: row, load, token (values of one counted token, joined to `sums`), store.
 template <class Pass, class Arguments>
 __device__ __forceinline__ void run_unit(const Arguments& a, const Side& side, i64 u, double* sums, double* room) {
   const Unit unit = unit_of(side, u);
@@ -206,7 +213,7 @@ __device__ __forceinline__ void run_unit(const Arguments& a, const Side& side, i
   if (Pass::Reduced::COUNT > 0) Pass::Reduced::over_block(mine, room, sums + u * Pass::Reduced::COUNT);
 }
 
-// --------------------------------------------------------------------------------------------- sequences of one group
+// ---------------------------------------------------------------------------------------------- sequences of one group
 // Rows sorted by group, rows of a group in their order: order[begin[g]] .. order[begin[g + 1]] are group g's.
 struct Groups {
   const i64* keys;   // [rows], sorted labels
@@ -278,7 +285,7 @@ __device__ __forceinline__ void add_members(const Groups& g, const double* x, co
   }
 }
 
-// ------------------------------------------------------------------------------------------------- ranks in the batch
+// -------------------------------------------------------------------------------------------------- ranks in the batch
 // Place of row `row` when all are sorted by key, ascending; equal ones in their order, NaN last.
 __device__ __forceinline__ i64 rank_of(const double* key, i64 row, i64 rows) {
   const double own = key[row];
@@ -294,8 +301,8 @@ __device__ __forceinline__ i64 rank_of(const double* key, i64 row, i64 rows) {
 }
 
 // To every row the x of the row whose `from` has the rank that its own `to` has. place: [rows], row numbers.
-__device__ __forceinline__ void permute_rows(i64 rows, const double* x, const double* from, const double* to, double* out,
-                                             double* place) {
+__device__ __forceinline__ void permute_rows(i64 rows, const double* x, const double* from, const double* to,
+                                             double* out, double* place) {
   for (i64 row = threadIdx.x; row < rows; row += THREADS) place[rank_of(from, row, rows)] = double(row);
   __syncthreads();
   for (i64 row = threadIdx.x; row < rows; row += THREADS) out[row] = x[i64(place[rank_of(to, row, rows)])];

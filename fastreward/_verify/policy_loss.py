@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import fastreward
-from fastreward import _plain
+from fastreward import _plain, losses
 from fastreward._options import AGGREGATIONS, KLS
 from fastreward._verify import Problem, Tensors, gradients, leaf
+from fastreward._verify._losses import problem
 from fastreward.reference import policy_loss as reference
 
 _CLIPS = ("clip_low", "clip_high", "dual_clip", "delta")
@@ -21,6 +22,7 @@ _DATA = ("logprobs", "old_logprobs", "advantages", "mask")
 
 def problems(quick: bool) -> Iterator[Problem]:
     """Every option in turn, then what breaks losses: edges, ties, infinities under the mask, empty sequences."""
+    yield from _others()
     for seed in range(1 if quick else 3):
         for name, inputs in _inputs(seed):
             yield Problem(
@@ -32,6 +34,38 @@ def problems(quick: bool) -> Iterator[Problem]:
                 partial(_truth, seed),
                 partial(_plain_torch, seed),
             )
+
+
+def _others() -> Iterator[Problem]:
+    """One loss of each kind: detached weights, gates, sequence and group statistics."""
+    generator = torch.Generator().manual_seed(0)
+    old = -torch.rand(6, 41, generator=generator) * 3
+    mask = torch.arange(41) < torch.tensor([41, 1, 0, 30, 17, 5]).unsqueeze(-1)
+    for spread in (0.3, 8.0):
+        terms = {
+            "logprob": old + torch.randn(6, 41, generator=generator) * spread,
+            "old_logprob": old,
+            "advantage": torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 1.0]),
+            "mask": mask,
+        }
+        groups = {"group_ids": torch.tensor([5, 5, 2, 2, 2, 5])}
+        for loss in (losses.cispo(), losses.dispo(), losses.sapo(), losses.gspo(), losses.gmpo(), losses.vespo()):
+            yield problem("policy_loss", f"{loss.name}, log-ratios of {spread:g}", loss, terms, _run_loss)
+        for loss in (losses.real(), losses.pacs()):
+            yield problem("policy_loss", f"{loss.name}, log-ratios of {spread:g}", loss, terms | groups, _run_loss)
+
+
+def _run_loss(loss: losses.Loss, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensors]:
+    logprobs = leaf(inputs["logprob"])
+    out = fastreward.policy_loss(
+        logprobs,
+        inputs["old_logprob"],
+        inputs["advantage"],
+        inputs["mask"],
+        loss=loss,
+        group_ids=inputs.get("group_ids"),
+    )
+    return out.loss, {"logprob": logprobs}
 
 
 def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -23,7 +23,12 @@ OPERATIONS = (
     "group",
     "whiten",
 )
-WITH_VOCABULARY = ("logprobs", "linear_logprobs", "logits_policy_loss", "linear_policy_loss")  # their last dimension is V
+WITH_VOCABULARY = (
+    "logprobs",
+    "linear_logprobs",
+    "logits_policy_loss",
+    "linear_policy_loss",
+)  # their last dimension is V
 
 
 class Operation(Protocol):

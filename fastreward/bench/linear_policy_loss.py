@@ -1,4 +1,4 @@
-"""linear_policy_loss: hidden states and LM head to PPO loss and gradients, beside two calls of ours, torch and Liger."""
+"""linear_policy_loss: hidden states and LM head to PPO loss and gradients, beside two calls of ours, torch, Liger."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         shape=shape,
         traffic=roofline.linear_policy_loss(rows, width, vocab, hidden.element_size()),
         error=partial(_error, _truth(*data)),
-        contenders=[Contender(OURS, partial(_step, _ours, data)), Contender(_TWO_CALLS, partial(_step, _two_calls, data))],
+        contenders=[
+            Contender(OURS, partial(_step, _ours, data)),
+            Contender(_TWO_CALLS, partial(_step, _two_calls, data)),
+        ],
         tolerance=1e-4,
         inputs=list(data),
         gemm=(hidden.flatten(0, 1), weight.t()),

@@ -35,9 +35,18 @@ def _data(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensors:
     logits = torch.randn((*lead, vocab), generator=generator, device=device, dtype=torch.float32).mul_(2).to(dtype)
     labels = torch.randint(0, vocab, lead, generator=generator, device=device)
     noise = 0.2 * torch.randn(lead, generator=generator, device=device)
-    old = torch.stack([torch.log_softmax(x.float(), -1).gather(-1, y[:, None])[:, 0] for x, y in zip(logits, labels)])
+    old = _logprobs(logits, labels, torch.float32)
     advantages = torch.randn(lead, generator=generator, device=device)
     return logits, labels, old + noise, advantages, torch.ones(lead, dtype=torch.bool, device=device)
+
+
+def _logprobs(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T], one sequence at a time: all of it in `dtype` would not fit."""
+    rows = (
+        torch.log_softmax(x.to(dtype), -1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        for x, y in zip(logits, labels, strict=True)
+    )
+    return torch.stack(list(rows))
 
 
 def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Case:
@@ -87,9 +96,7 @@ def _untimed(function: Any) -> Any:
 def _ours(inplace: bool, logits: Tensor, rest: Tensors) -> Tensors:
     leaf = logits.detach().requires_grad_()
     labels, old, advantages, mask = rest
-    out = fastreward.logits_policy_loss(
-        leaf, labels, old, advantages, mask, loss=losses.ppo(), inplace=inplace
-    ).loss
+    out = fastreward.logits_policy_loss(leaf, labels, old, advantages, mask, loss=losses.ppo(), inplace=inplace).loss
     return (out.detach(), *torch.autograd.grad(out, leaf))
 
 
@@ -114,8 +121,7 @@ def _step(function: Any, logits: Tensor, rest: Tensors) -> Tensors:
 def _truth(logits: Tensor, rest: Tensors) -> Tensors:
     """Loss, and the gradient of the first and the last rows: all of it in float64 would not fit."""
     labels, old, advantages, mask = rest
-    parts = [torch.log_softmax(x.double(), -1).gather(-1, y[:, None])[:, 0] for x, y in zip(logits, labels)]
-    leaf = torch.stack(parts).requires_grad_()
+    leaf = _logprobs(logits, labels, torch.float64).requires_grad_()
     ratio = (leaf - old.double()).exp()
     token = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
     loss = (token * mask).sum() / mask.sum()

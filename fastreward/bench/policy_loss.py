@@ -1,5 +1,5 @@
-"""policy_loss, forward + backward, for five of the field's losses, each beside the same loss in plain torch, eager and
-compiled, and beside verl's own function for it."""
+"""policy_loss, forward + backward, for four of the field's losses and one of a user's own, each beside the same loss in
+plain torch, eager and compiled, and beside verl's own function for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastreward._options import Aggregation
 from fastreward.bench import peers, roofline
 from fastreward.bench._types import OURS, Case, Contender, Target
 
-CASES = ("ppo", "cispo", "gspo", "sapo")
+CASES = ("ppo", "cispo", "gspo", "sapo", "own")
 DTYPES = ("float32",)
 SHAPE = (512, 8192)
 QUICK = (64, 512)
@@ -61,13 +61,27 @@ def _sapo(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Te
     return ((token * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
 
 
+@losses.define
+def surprise(t: losses.Terms, floor: float = 0.1, cap: float = 2.0) -> losses.Node:
+    """README's loss of a user's own: tokens count by how surprising they are in their sequence."""
+    surprise = -t.logprob / losses.maximum(losses.seq_mean(-t.logprob), 0.01)
+    weight = losses.stop_gradient(losses.clip(surprise, floor, cap))
+    return -weight * t.advantage * losses.minimum(t.ratio, cap)
+
+
+def _surprise(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    mean = (-logprobs * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    weight = (-logprobs / mean.clamp(min=0.01)).clamp(0.1, 2.0).detach()
+    return (-weight * advantages * _ratio(logprobs, old).clamp(max=2.0) * mask).sum() / mask.sum()
+
+
 @dataclass(frozen=True)
 class Written:
-    """One loss: ours, plain torch's, verl's (function of core_algos, its arguments) and the targets."""
+    """One loss: ours, plain torch's, verl's (function of core_algos, its arguments; or none) and the targets."""
 
     loss: losses.Loss
     plain: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    verl: str
+    verl: str | None
     settings: dict[str, Any]
     aggregation: Aggregation
     eager: float = 20.0  # how many times verl's eager form; 40 where that form is long
@@ -91,6 +105,7 @@ _WRITTEN: Final = {
         "seq-mean-token-mean",
     ),
     "sapo": Written(losses.sapo(), _sapo, "compute_policy_loss_sapo", {}, "seq-mean-token-mean"),
+    "own": Written(surprise(), _surprise, None, {}, "token-mean"),
 }
 
 
@@ -127,7 +142,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         inputs=list(data),
         targets=(
             Target("speedup", 1.3, "torch.compile"),
-            Target("speedup", written.eager, "verl"),
+            Target("speedup", written.eager, "verl" if written.verl else "torch eager"),
             Target("first_call", 0.02),
         ),
     )
@@ -158,8 +173,8 @@ def _verl(name: str, compiled: bool, written: Written, data: Tensors) -> Contend
     config = peers.load("verl", "verl.workers.config").ActorConfig(
         strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **written.settings
     )
-    if not hasattr(algorithms, written.verl):
-        raise peers.Absent(f"no {written.verl}")
+    if written.verl is None or not hasattr(algorithms, written.verl):
+        raise peers.Absent("no such loss")
     function = getattr(algorithms, written.verl)
     function = peers.compiled(function) if compiled else function
 
@@ -184,4 +199,3 @@ def _error(expected: Tensors, result: Tensors) -> float:
     if float(close.double().mean()) < 1 - 1e-5:
         return distance(result[1], grad)
     return max(distance(result[0], loss), distance(result[1][close], grad[close]))
-

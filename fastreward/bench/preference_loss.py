@@ -64,7 +64,9 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
     for name, compiled in (("torch eager", False), ("torch.compile", True)):
         function = peers.compiled(_dpo) if compiled else _dpo
         built.contenders.append(Contender(name, partial(_step, function, *data), tolerance=1e-4, compiled=compiled))
-    built.absent["TRL"] = "its loss is inside DPOTrainer._compute_loss, no function of its own; 'torch eager' is its form"
+    built.absent["TRL"] = (
+        "its loss is inside DPOTrainer._compute_loss, no function of its own; 'torch eager' is its form"
+    )
     built.absent["verl"] = "no preference loss"
     built.absent["liger-kernel"] = "its DPO starts from hidden states"
     return built

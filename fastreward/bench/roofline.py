@@ -83,7 +83,7 @@ def logits_policy_loss(rows: int, vocab: int, itemsize: int) -> Traffic:
 
 
 def linear_policy_loss(rows: int, hidden: int, vocab: int, itemsize: int) -> Traffic:
-    """hidden and weight read once, their gradients written once; three GEMMs: logits, and the gradient of each factor."""
+    """hidden and weight read once, their gradients written once; three GEMMs: logits, and each factor's gradient."""
     operands = (rows * hidden + vocab * hidden) * itemsize
     return Traffic(operands + rows * (_LABEL + 13), operands, 6.0 * rows * hidden * vocab)
 

@@ -1,29 +1,418 @@
 """From programs of the loss language to the instructions of csrc/cpu/program.hpp.
 
-Nodes become instructions one by one, except where a fused form covers several. Slots (blocks of floats or of mask words)
-and columns (values per row) are given out by liveness, so that a block's values stay in L1.
+The evaluator of token passes has one accumulator, a tile of tokens in registers. So the nodes of a pass are ordered such
+that a value is used where it has just been made; only what is needed again later is kept in a slot. Values per row get
+columns, reused when their last reader is done.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import Any, Final
 
 from fastreward import _core
 from fastreward.losses._graph import Level, Node, is_constant
-from fastreward.losses._ops import REDUCTIONS, SEQ_REDUCTIONS
 from fastreward.losses._program import Program, TokenStep
 
 _TOKEN_OPERATORS: Final = _core.program_token_operators()
+_MASK_OPERATORS: Final = _core.program_mask_operators()
 _ROW_OPERATORS: Final = _core.program_row_operators()
 # csrc/cpu/program.hpp: OperandKind, ReductionKind, kTokenOutput
-_SLOT, _MASK_SLOT, _ROW_VALUE, _ROW_MASK, _INPUT, _OUTPUT, _REDUCTION = range(7)
+_SLOT, _MASK, _ROW_VALUE, _ROW_MASK, _INPUT, _OUTPUT, _REDUCTION = range(7)
 _REDUCTION_KINDS: Final = {"seq_sum": 0, "seq_min": 1, "seq_max": 2, "count": 3, "seq_count": 4}
 _TOKEN_OUTPUT: Final = 2**31 - 1
 _BOUNDED: Final = 87.0  # |x| up to which exp_bounded may be used
+
+_COMPARISONS: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}  # with arguments swapped
+_LOGIC: Final = ("and", "or", "not")
+
+
+# ------------------------------------------------------------------------------------------------- what is computed
+@dataclass(eq=False)
+class _Value:
+    """What an instruction computes, before it is known where from. op: of a node; args: what it reads, by key.
+
+    made: the keys of its results: a value, a mask, or one of each (clip_outside).
+    """
+
+    op: str
+    args: tuple[Hashable, ...]
+    made: tuple[Hashable, ...]
+
+
+class _Selection:
+    """The values of a pass, fused where a fused operator exists. Keys of nodes are their ids."""
+
+    def __init__(self, step: TokenStep) -> None:
+        self.step = step
+        self.nodes: dict[Hashable, Node] = {}
+        self.values: list[_Value] = []
+        self.counts: list[tuple[Node, Node]] = []  # (the reduction, the mask that it counts)
+        self.sums: list[Node] = []
+        for n in step.reduce:
+            if n.op == "seq_sum" and (n.args[0].boolean or _is_indicator(n.args[0])):
+                self.counts.append((n, n.args[0] if n.args[0].boolean else n.args[0].args[0]))
+            elif n.op != "seq_count":
+                self.sums.append(n)
+        roots = [*(m for _, m in self.counts), *(n.args[0] for n in self.sums), *(n for _, n in step.store)]
+        self.body = [n for n in _walk(roots) if n.level == Level.TOKEN and n.op != "input"]
+        self.readers: dict[Hashable, int] = {}
+        for a in (*(a for n in self.body for a in n.args), *roots):
+            self.nodes[a.id] = a
+            self.readers[a.id] = self.readers.get(a.id, 0) + 1
+        self._inside: set[Hashable] = set()
+        self._same = {(n.op, *(a.id for a in n.args)): n for n in self.body}
+        self.deferred = self._find_deferred()
+        for node in reversed(self.body):
+            if node.id not in self._inside:
+                self._select(node)
+        self.values.reverse()
+
+    def _find_deferred(self) -> set[Hashable]:
+        """Masks made of masks that are only counted: bits that can wait for the end of the item."""
+        counted = {m.id for _, m in self.counts}
+        waiting: set[Hashable] = set()
+        readers: dict[Hashable, list[Node]] = {}
+        for n in self.body:
+            for a in n.args:
+                readers.setdefault(a.id, []).append(n)
+        sources = {n.args[0].id for n in self.sums} | {n.id for _, n in self.step.store}
+        for n in reversed(self.body):
+            others = readers.get(n.id, [])
+            if n.op in _LOGIC and n.id not in sources and (others or n.id in counted):
+                if all(r.id in waiting for r in others):
+                    waiting.add(n.id)
+        return waiting
+
+    # --------------------------------------------------------------------------------------------------- fusing
+    def _select(self, node: Node) -> None:
+        """Adds the value of a node, with what it takes in. Readers come before what they read."""
+        rules: tuple[Callable[[Node], _Value | None], ...] = (
+            self._product_sum,
+            self._bounded_exp,
+            self._clip_outside,
+            self._compare_and,
+            self._drop,
+        )
+        for rule in rules:
+            value = rule(node)
+            if value is not None:
+                self.values.append(value)
+                return
+        self.values.append(_Value(node.op, tuple(a.id for a in node.args), (node.id,)))
+
+    def _take(self, node: Node) -> bool:
+        """Whether the node has one reader, which then computes it along with itself."""
+        alone = self.readers.get(node.id) == 1 and node.level == Level.TOKEN and node.id not in self._inside
+        if alone:
+            self._inside.add(node.id)
+        return alone
+
+    def _product_sum(self, node: Node) -> _Value | None:
+        if node.op not in ("add", "sub"):
+            return None
+        for k in (1, 0):
+            product, other = node.args[k], node.args[1 - k]
+            if product.op == "mul" and self._take(product):
+                kind = "fma" if node.op == "add" else "fnma" if k == 1 else "fms"
+                return _Value(kind, (*(a.id for a in product.args), other.id), (node.id,))
+        return None
+
+    def _bounded_exp(self, node: Node) -> _Value | None:
+        if node.op != "exp" or node.args[0].op != "clip":
+            return None
+        bounds = [a.value for a in node.args[0].args[1:] if a.op == "constant"]
+        small = len(bounds) == 2 and all(b is not None and abs(b) <= _BOUNDED for b in bounds)
+        return _Value("exp_bounded", (node.args[0].id,), (node.id,)) if small else None
+
+    def _clip_outside(self, node: Node) -> _Value | None:
+        if node.op not in ("clip", "outside") or any(a.level == Level.TOKEN for a in node.args[1:]):
+            return None
+        args = tuple(a.id for a in node.args)
+        clip, outside = self._same.get(("clip", *args)), self._same.get(("outside", *args))
+        if clip is None or outside is None or not {clip.id, outside.id}.isdisjoint(self._inside):
+            return None
+        self._inside |= {clip.id, outside.id}
+        return _Value("clip_outside", args, (clip.id, outside.id))
+
+    def _compare_and(self, node: Node) -> _Value | None:
+        if node.op != "and" or node.id in self.deferred:
+            return None
+        for comparison, mask in (node.args, node.args[::-1]):
+            if comparison.op in _COMPARISONS and self._take(comparison):
+                return _Value(f"{comparison.op}_and", (*(a.id for a in comparison.args), mask.id), (node.id,))
+        return None
+
+    def _drop(self, node: Node) -> _Value | None:
+        if node.op != "where" or not is_constant(node.args[1], 0.0) or node.args[2].level < Level.TOKEN:
+            return None
+        masks = [node.args[0]]
+        while len(masks) < 3:
+            either = next((m for m in masks if m.op == "or" and self._take(m)), None)
+            if either is None:
+                break
+            k = masks.index(either) if False else next(i for i, m in enumerate(masks) if m is either)
+            masks[k : k + 1] = either.args
+        name = ("drop", "drop2", "drop3")[len(masks) - 1]
+        return _Value(name, (*(m.id for m in masks), node.args[2].id), (node.id,))
+
+
+def _walk(roots: Iterable[Node]) -> list[Node]:
+    """Token nodes under `roots`, arguments first."""
+    seen: dict[int, Node] = {}
+    waiting = list(roots)
+    while waiting:
+        node = waiting.pop()
+        if node.id not in seen:
+            seen[node.id] = node
+            if node.level == Level.TOKEN:
+                waiting.extend(node.args)
+    return [seen[i] for i in sorted(seen)]
+
+
+def _is_indicator(node: Node) -> bool:
+    return node.op == "where" and is_constant(node.args[1], 1.0) and is_constant(node.args[2], 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- the order
+@dataclass
+class _Form:
+    """One way to compute a value with `acc` in the accumulator: the operator and its fields x, y, z."""
+
+    name: str
+    acc: Hashable
+    x: Hashable = None
+    y: Hashable = None
+    z: Hashable = None
+    changes: bool = True  # whether the accumulator holds something else afterwards
+
+
+def _forms(v: _Value) -> Iterator[_Form]:
+    """All ways to compute a value that leaves or makes something in the accumulator."""
+    a, b, c = (*v.args, None, None, None)[:3]
+    if v.op in _COMPARISONS:
+        yield _Form(v.op, a, b, z=v.made[0], changes=False)
+        yield _Form(_COMPARISONS[v.op], b, a, z=v.made[0], changes=False)
+    elif v.op.endswith("_and"):
+        name = v.op.removesuffix("_and")
+        yield _Form(v.op, a, b, c, v.made[0], changes=False)
+        yield _Form(f"{_COMPARISONS[name]}_and", b, a, c, v.made[0], changes=False)
+    elif v.op == "outside":
+        yield _Form(v.op, a, b, c, v.made[0], changes=False)
+    elif v.op == "clip_outside":
+        yield _Form(v.op, a, b, c, v.made[1])
+    elif v.op == "where":
+        yield _Form("where", b, c, z=a)
+        yield _Form("where_not", c, b, z=a)
+    elif v.op.startswith("drop"):
+        *masks, value = v.args
+        z, y, x = (*masks, None, None)[:3]
+        yield _Form(v.op, value, x, y, z)
+    elif v.op in ("add", "mul", "minimum", "maximum"):
+        yield _Form(v.op, a, b)
+        yield _Form(v.op, b, a)
+    elif v.op in ("sub", "div"):
+        yield _Form(v.op, a, b)
+        yield _Form({"sub": "from", "div": "over"}[v.op], b, a)
+    elif v.op in ("fma", "fms", "fnma"):
+        yield _Form(v.op, a, b, c)
+        yield _Form(v.op, b, a, c)
+        if v.op != "fms":
+            yield _Form({"fma": "add_product", "fnma": "sub_product"}[v.op], c, a, b)
+    else:
+        yield _Form(v.op, a, b, c)
+
+
+class _Schedule:
+    """Orders the values of a pass; `forms` is the result, with loads and keeps."""
+
+    def __init__(self, selection: _Selection) -> None:
+        self.selection = s = selection
+        self.forms: list[_Form] = []
+        self.item: list[_Value] = []
+        self._waiting: list[_Value] = []
+        for v in s.values:
+            (self.item if v.op in _LOGIC and v.made[0] in s.deferred else self._waiting).append(v)
+        self._made: set[Hashable] = {k for k, n in s.nodes.items() if n.op == "input" or n.level < Level.TOKEN}
+        self._kept: set[Hashable] = set(self._made)
+        self._acc: Hashable = None
+        self._endings = self._ending_forms()
+        while self._waiting or self._endings:
+            self._advance()
+
+    def _ending_forms(self) -> dict[Hashable, list[_Form]]:
+        """Reductions and outputs, by the value that they take from the accumulator."""
+        endings: dict[Hashable, list[_Form]] = {}
+        by_source: dict[Hashable, dict[str, Hashable]] = {}
+        for n in self.selection.sums:
+            by_source.setdefault(n.args[0].id, {})[n.op] = ("reduction", n.id)
+        for key, found in by_source.items():
+            total, least, most = (found.get(k) for k in ("seq_sum", "seq_min", "seq_max"))
+            source = self.selection.nodes[key]
+            if None not in (total, least, most) and source.op in ("exp", "sigmoid"):
+                forms = [_Form("sum_extremes", key, total, least, most, changes=False)]
+            else:
+                forms = [_Form("sum", key, total, changes=False)] if total is not None else []
+                if least is not None and most is not None:
+                    forms.append(_Form("extremes", key, least, most, changes=False))
+                else:
+                    forms += [_Form("least", key, least, changes=False)] if least is not None else []
+                    forms += [_Form("most", key, most, changes=False)] if most is not None else []
+            endings.setdefault(key, []).extend(forms)
+        for i, node in self.selection.step.store:
+            endings.setdefault(node.id, []).append(_Form("store", node.id, ("output", i), changes=False))
+        return endings
+
+    def _advance(self) -> None:
+        """Whatever needs no other accumulator first; then what changes it; else loads one."""
+        for v in [v for v in self._waiting if v.op in _LOGIC and self._ready(v)]:
+            self._emit(_Form(v.op, None, v.args[0], (*v.args, None)[1], v.made[0], changes=False), v)
+        for form in self._endings.pop(self._acc, []):
+            self.forms.append(form)
+        changing: tuple[_Form, _Value] | None = None
+        for v in [v for v in self._waiting if self._ready(v)]:
+            form = next((f for f in _forms(v) if f.acc == self._acc and self._reachable(f)), None)
+            if form is not None and not form.changes:
+                self._emit(form, v)
+            elif form is not None and (changing is None or self._releases(v) > self._releases(changing[1])):
+                changing = form, v
+        if changing is not None:
+            self._emit(*changing)
+        elif self._waiting or self._endings:
+            self._load()
+
+    def _ready(self, v: _Value) -> bool:
+        return v.op not in ("",) and all(a in self._made for a in v.args)
+
+    def _reachable(self, form: _Form) -> bool:
+        """Whether the operands in memory are there; the accumulator itself can be put there."""
+        return form.acc is not None
+
+    def _releases(self, v: _Value) -> int:
+        """How many of a value's arguments nobody else waits for."""
+        return sum(not any(a in w.args for w in self._waiting if w is not v) for a in set(v.args))
+
+    def _needed(self, key: Hashable, besides: _Value | None) -> bool:
+        return key in self._endings or any(key in w.args for w in self._waiting if w is not besides)
+
+    def _keep(self) -> None:
+        if self._acc is not None and self._acc not in self._kept:
+            self.forms.append(_Form("keep", self._acc, self._acc, changes=False))
+            self._kept.add(self._acc)
+
+    def _emit(self, form: _Form, v: _Value) -> None:
+        self._waiting.remove(v)
+        twice = form.acc is not None and form.acc in (form.x, form.y)
+        if twice or (form.changes and self._acc is not None and self._needed(self._acc, v)):
+            self._keep()
+        self.forms.append(form)
+        self._made.update(v.made)
+        if form.changes:
+            self._acc = v.made[0]
+
+    def _load(self) -> None:
+        """Brings an argument of the first value that can be computed, or of an ending."""
+        if self._acc is not None and self._needed(self._acc, None):
+            self._keep()
+        key = next((f.acc for v in self._waiting if self._ready(v) for f in self._choices(v)), None)
+        if key is None:
+            key = next(k for k in self._endings if k in self._made)
+        self.forms.append(_Form("load", None, key))
+        self._acc = key
+
+    def _choices(self, v: _Value) -> list[_Form]:
+        """Forms by what they load: a token's value rather than a row's."""
+        level = {f.acc: self.selection.nodes[f.acc].level for f in _forms(v) if f.acc is not None}
+        return sorted((f for f in _forms(v) if f.acc is not None), key=lambda f: -level[f.acc])
+
+
+# --------------------------------------------------------------------------------------------------- as numbers
+class _Operands:
+    """The operands of a step, by key."""
+
+    def __init__(self) -> None:
+        self.table: list[tuple[int, int]] = []
+        self._at: dict[Hashable, int] = {}
+
+    def get(self, kind: int, index: int) -> int:
+        key = kind, index
+        if key not in self._at:
+            self._at[key] = len(self.table)
+            self.table.append(key)
+        return self._at[key]
+
+
+class _StepCode:
+    """A step as the arrays of TokenStep."""
+
+    def __init__(self, step: TokenStep, places: _Places, inputs: dict[int, int]) -> None:
+        self.step = step
+        self._places, self._inputs = places, inputs
+        self._selection = _Selection(step)
+        schedule = _Schedule(self._selection)
+        self._operands = _Operands()
+        self._free: dict[int, list[int]] = {_SLOT: [], _MASK: []}
+        self._slots: dict[Hashable, tuple[int, int]] = {}
+        self._number_reductions()
+        self._last = {k: t for t, f in enumerate(schedule.forms) for k in (f.x, f.y, f.z)}
+        self._item_masks = {a for v in schedule.item for a in (*v.args, *v.made)}
+        self._item_masks |= {m.id for _, m in self._selection.counts}
+        self.tile = [self._instruction(t, f) for t, f in enumerate(schedule.forms)]
+        self.item = [self._mask_instruction(v) for v in schedule.item]
+        for node, mask in self._selection.counts:
+            x, z = self._operand(mask.id), self._operand(("reduction", node.id))
+            self.item.append((_MASK_OPERATORS["count"], x, -1, z))
+
+    def _number_reductions(self) -> None:
+        counted = {n.id for n, _ in self._selection.counts}
+        self._reductions = [
+            (_REDUCTION_KINDS["count" if n.id in counted else n.op], self._places.new(n)) for n in self.step.reduce
+        ]
+        self._reduction_at = {n.id: i for i, n in enumerate(self.step.reduce)}
+
+    def code(self) -> tuple[Any, ...]:
+        """What `_core.Program` takes for a step."""
+        return (self.step.side, self._operands.table, self.tile, self.item, self._reductions)
+
+    def _instruction(self, time: int, form: _Form) -> tuple[int, int, int, int]:
+        new = form.x if form.name == "keep" else form.z if _makes_mask(form.name) else None
+        fields = [-1 if k is None or k == new else self._operand(k) for k in (form.x, form.y, form.z)]
+        for k in {form.x, form.y, form.z} - {new}:
+            if k in self._slots and self._last[k] == time and k not in self._item_masks:
+                kind, index = self._slots[k]
+                self._free[kind].append(index)
+        if new is not None:
+            fields[0 if form.name == "keep" else 2] = self._new_slot(new, _SLOT if form.name == "keep" else _MASK)
+        return (_TOKEN_OPERATORS[form.name], *fields)
+
+    def _mask_instruction(self, v: _Value) -> tuple[int, int, int, int]:
+        x, y = (*(self._operand(k) for k in v.args), -1)[:2]
+        return (_MASK_OPERATORS[v.op], x, y, self._new_slot(v.made[0], _MASK))
+
+    def _new_slot(self, key: Hashable, kind: int) -> int:
+        free = self._free[kind]
+        self._slots[key] = kind, free.pop() if free else len(self._slots)
+        return self._operands.get(*self._slots[key])
+
+    def _operand(self, key: Hashable) -> int:
+        if key in self._slots:
+            return self._operands.get(*self._slots[key])
+        if isinstance(key, tuple):
+            kind, index = key
+            if kind == "output":
+                return self._operands.get(_OUTPUT, index)
+            return self._operands.get(_REDUCTION, self._reduction_at[index])
+        node = self._selection.nodes[key]
+        if node.level < Level.TOKEN:
+            return self._operands.get(_ROW_MASK if node.boolean else _ROW_VALUE, self._places.of(node))
+        assert node.op == "input", node
+        return self._operands.get(_INPUT, self._inputs[node.id])
+
+
+def _makes_mask(name: str) -> bool:
+    return name in (*_COMPARISONS, *_LOGIC, "outside", "clip_outside") or name.endswith("_and")
 
 
 # ------------------------------------------------------------------------------------------------- values per row
@@ -74,334 +463,49 @@ def _last_readings(program: Program) -> dict[int, int]:
     return last
 
 
-def _timeline(program: Program) -> list[tuple[Node | TokenStep, tuple[Node, ...]]]:
+def _timeline(program: Program) -> list[tuple[Node | TokenStep, Sequence[Node]]]:
     """Everything that is done with values per row, in order, and what it reads."""
-    steps: list[tuple[Node | TokenStep, tuple[Node, ...]]] = [(n, n.args) for n in program.prologue]
+    steps: list[tuple[Node | TokenStep, Sequence[Node]]] = [(n, n.args) for n in program.prologue]
     for stage in program.stages:
         steps += [(step, step.rows) for step in stage.tokens]
         steps += [(n, n.args) for n in stage.rows]
     return steps
 
 
-# ------------------------------------------------------------------------------------------------- token passes
-@dataclass
-class _Op:
-    """An instruction before its operands have numbers. results: up to three; args: up to four; all are keys."""
-
-    name: str
-    results: tuple[object, ...]
-    args: tuple[object, ...]
-
-
-@dataclass
-class _Operands:
-    """The operands of a step: (kind, index), by key."""
-
-    table: list[tuple[int, int]] = field(default_factory=list)
-    at: dict[object, int] = field(default_factory=dict)
-
-    def get(self, key: object, kind: int, index: int) -> int:
-        """The operand of that key, made if need be."""
-        if key not in self.at:
-            self.at[key] = len(self.table)
-            self.table.append((kind, index))
-        return self.at[key]
-
-
-class _Selection:
-    """Chooses the instructions of a step. Keys: a node's id; ("not", id) and the like; ("out", i); ("sum", i)."""
-
-    def __init__(self, step: TokenStep) -> None:
-        self.step = step
-        self.nodes: dict[object, Node] = {}
-        self.ops: list[_Op] = []
-        self.reductions: list[tuple[str, Node]] = []
-        self._uses: Counter[int] = Counter(a.id for n in (*step.body, *step.reduce) for a in n.args)
-        self._uses.update(n.id for _, n in step.store)
-        self._same = {(n.op, *(a.id for a in n.args)): n for n in step.body}
-        self._done: set[int] = set()
-        self._counted = {
-            n.id: n.args[0].args[0] for n in step.reduce if n.op == "seq_sum" and _is_indicator(n.args[0])
-        }
-        for n in step.reduce:
-            if n.id in self._counted:  # the condition is counted itself
-                self._uses[n.args[0].id] -= 1
-        self._fuse()
-        self._reduced = self._reductions_by_source()
-        for node in step.body:
-            self._emit(node)
-        self._finish()
-
-    # ------------------------------------------------------------------------------------------- what is fused
-    def _fuse(self) -> None:
-        """Marks nodes that their only reader computes along with itself."""
-        self._inside: dict[int, Node] = {}
-        for _, node in self.step.store:
-            self._absorb_output(node)
-        for node in reversed(self.step.body):
-            if self._uses[node.id] == 0 or node.id in self._inside:
-                continue
-            if node.op in ("add", "sub"):
-                product = next((a for a in node.args if a.op == "mul" and self._only(a)), None)
-                if product is not None:
-                    self._inside[product.id] = node
-
-    def _absorb_output(self, node: Node) -> None:
-        if not self._only(node):
-            return
-        if node.op == "mul":
-            self._inside[node.id] = node
-        elif _is_drop(node):
-            self._inside[node.id] = node
-            value = node.args[2]
-            if value.op == "mul" and self._only(value):
-                self._inside[value.id] = node
-
-    def _only(self, node: Node) -> bool:
-        return self._uses[node.id] == 1 and node.level == Level.TOKEN and node.op not in ("input",)
-
-    # ------------------------------------------------------------------------------------------- instructions
-    def _add(self, name: str, results: Sequence[object], args: Sequence[Node | object]) -> None:
-        keys = []
-        for a in args:
-            if isinstance(a, Node):
-                self.nodes[a.id] = a
-                keys.append(a.id)
-            else:
-                keys.append(a)
-        self.ops.append(_Op(name, tuple(results), tuple(keys)))
-        for key in [*keys, *results]:
-            self._reduce(key)
-
-    def _emit(self, node: Node) -> None:
-        if node.id in self._done or node.id in self._inside or self._uses[node.id] == 0:
-            return
-        self._done.add(node.id)
-        self.nodes[node.id] = node
-        for rule in (self._bounded_exp, self._with_product, self._pair, self._clip, self._drop):
-            if rule(node):
-                return
-        swapped = {"gt": "lt", "ge": "le"}.get(node.op)
-        if swapped is not None:
-            self._add(swapped, (node.id,), node.args[::-1])
-        else:
-            self._add(node.op, (node.id,), node.args)
-
-    def _bounded_exp(self, node: Node) -> bool:
-        x = node.args[0]
-        bounded = node.op == "exp" and x.op == "clip" and all(_is_small(bound) for bound in x.args[1:])
-        if bounded:
-            self._add("exp_bounded", (node.id,), node.args)
-        return bounded
-
-    def _with_product(self, node: Node) -> bool:
-        product = next((a for a in node.args if self._inside.get(a.id) is node), None)
-        if product is None or node.op not in ("add", "sub"):
-            return False
-        first = node.args[0] is product
-        name = "fma" if node.op == "add" else "fms" if first else "fnma"
-        a, b = product.args if product.args[0].level == Level.TOKEN else product.args[::-1]
-        self._add(name, (node.id,), (a, b, node.args[1] if first else node.args[0]))
-        return True
-
-    def _pair(self, node: Node) -> bool:
-        """An extreme and the comparison of the same two."""
-        for extreme, comparison in (("maximum", "lt"), ("minimum", "gt")):
-            if node.op not in (extreme, comparison):
-                continue
-            ids = tuple(a.id for a in node.args)
-            other = self._same.get((comparison if node.op == extreme else extreme, *ids))
-            if other is None or not self._pending(other):
-                return False
-            self._done.add(other.id)
-            self.nodes[other.id] = other
-            both = (node, other) if node.op == extreme else (other, node)
-            self._add(f"{extreme}_{comparison}", [n.id for n in both], node.args)
-            return True
-        return False
-
-    def _clip(self, node: Node) -> bool:
-        """clip, and which side of it was hit."""
-        if node.op != "clip" or any(bound.level == Level.TOKEN for bound in node.args[1:]):
-            return False
-        x, low, high = node.args
-        below, above = self._same.get(("lt", x.id, low.id)), self._same.get(("gt", x.id, high.id))
-        outside = self._same.get(("outside", x.id, low.id, high.id))
-        sides = [n if n is not None and self._pending(n) else None for n in (below, above)]
-        outside = outside if outside is not None and self._pending(outside) else None
-        if outside is None and None in sides:
-            return False
-        keys: list[object] = []
-        for name, n in zip(("below", "above"), sides, strict=True):
-            keys.append((name, node.id) if n is None else n.id)
-            if n is not None:
-                self._done.add(n.id)
-                self.nodes[n.id] = n
-        self._add("clip_parts", (node.id, *keys), node.args)
-        if outside is not None:
-            self._done.add(outside.id)
-            self.nodes[outside.id] = outside
-            self._add("or", (outside.id,), keys)
-        return True
-
-    def _drop(self, node: Node) -> bool:
-        if not _is_drop(node):
-            return False
-        self._add("drop", (node.id,), (node.args[0], node.args[2]))
-        return True
-
-    def _pending(self, node: Node) -> bool:
-        return node.id not in self._done and node.id not in self._inside and self._uses[node.id] > 0
-
-    # ----------------------------------------------------------------------------------- reductions and outputs
-    def _reductions_by_source(self) -> dict[int, dict[str, Node]]:
-        found: dict[int, dict[str, Node]] = {}
-        for n in self.step.reduce:
-            if n.op == "seq_count":
-                self.reductions.append(("seq_count", n))
-            elif n.id in self._counted:
-                found.setdefault(self._counted[n.id].id, {})["count"] = n
-            else:
-                found.setdefault(n.args[0].id, {})[n.op] = n
-        return found
-
-    def _reduce(self, key: object) -> None:
-        """The reductions of a value, as soon as it is there."""
-        found = self._reduced.pop(key, None) if isinstance(key, int) else None
-        if found is None:
-            return
-        kinds = ("count",) if "count" in found else ("seq_sum", "seq_min", "seq_max")
-        results = []
-        for kind in kinds:
-            node = found.pop(kind, None)
-            results.append(None if node is None else ("sum", len(self.reductions)))
-            if node is not None:
-                self.reductions.append((kind, node))
-        assert not found, found
-        self.ops.append(_Op("count" if kinds == ("count",) else "reduce", tuple(results), (key,)))
-
-    def _finish(self) -> None:
-        for source in list(self._reduced):  # of inputs that nothing else reads
-            node = next(n.args[0] for n in self.step.reduce if n.args and n.args[0].id == source)
-            self.nodes[source] = node
-            self._reduce(source)
-        for index, node in self.step.store:
-            self._store(index, node)
-
-    def _store(self, index: int, node: Node) -> None:
-        out = (("out", index),)
-        if node.id not in self._inside:
-            self._add("store", out, (node,))
-        elif node.op == "mul":
-            self._add("mul_store", out, node.args)
-        elif node.args[2].id in self._inside:
-            self._add("mul_drop_store", out, (node.args[0], *node.args[2].args))
-        else:
-            self._add("drop_store", out, (node.args[0], node.args[2]))
-
-
-def _is_drop(node: Node) -> bool:
-    return node.op == "where" and is_constant(node.args[1], 0.0)
-
-
-def _is_indicator(node: Node) -> bool:
-    return node.op == "where" and is_constant(node.args[1], 1.0) and is_constant(node.args[2], 0.0)
-
-
-def _is_small(node: Node) -> bool:
-    return node.op == "constant" and node.value is not None and abs(node.value) <= _BOUNDED
-
-
-class _StepCode:
-    """A step as the arrays of TokenStep."""
-
-    def __init__(self, step: TokenStep, places: _Places, inputs: dict[int, int]) -> None:
-        self._selection = _Selection(step)
-        self._places, self._inputs = places, inputs
-        self._operands = _Operands()
-        self._slots: list[list[int]] = [[], []]  # free ones: of floats, of masks
-        self._slot_counts = [0, 0]
-        self._temporary: dict[object, tuple[int, int]] = {}
-        ops = self._selection.ops
-        self._last = {key: time for time, op in enumerate(ops) for key in op.args}
-        self.instructions = [self._instruction(time, op) for time, op in enumerate(ops)]
-        self.side = step.side
-
-    def code(self) -> tuple[Any, ...]:
-        """What `_core.Program` takes for a step."""
-        reductions = [(_REDUCTION_KINDS[kind], self._places.new(n)) for kind, n in self._selection.reductions]
-        return (self.side, *self._slot_counts, self._operands.table, self.instructions, reductions)
-
-    def _instruction(self, time: int, op: _Op) -> tuple[int, ...]:
-        args = [self._operand(key) for key in op.args]
-        for key in set(op.args):
-            if key in self._temporary and self._last[key] == time:
-                kind, slot = self._temporary[key]
-                self._slots[kind].append(slot)
-        results = [-1 if key is None else self._result(key, op.name, k) for k, key in enumerate(op.results)]
-        for key in op.results:  # made along with another and never read
-            if key in self._temporary and key not in self._last:
-                kind, slot = self._temporary[key]
-                self._slots[kind].append(slot)
-        padded = [*results, *[-1] * (3 - len(results)), *args, *[-1] * (4 - len(args))]
-        return (_TOKEN_OPERATORS[op.name], *padded)
-
-    def _operand(self, key: object) -> int:
-        if key in self._temporary:
-            kind, slot = self._temporary[key]
-            return self._operands.get(("slot", kind, slot), (_SLOT, _MASK_SLOT)[kind], slot)
-        node = self._selection.nodes[key]
-        if node.level < Level.TOKEN:
-            return self._operands.get(key, _ROW_MASK if node.boolean else _ROW_VALUE, self._places.of(node))
-        assert node.op == "input", node
-        return self._operands.get(key, _INPUT, self._inputs[node.id])
-
-    def _result(self, key: object, name: str, k: int) -> int:
-        if isinstance(key, tuple) and key[0] in ("out", "sum"):
-            return self._operands.get(key, _OUTPUT if key[0] == "out" else _REDUCTION, key[1])
-        kind = int(k > 0 or name in ("lt", "le", "eq", "ne", "outside", "and", "or", "not"))
-        if not self._slots[kind]:
-            self._slots[kind].append(self._slot_counts[kind])
-            self._slot_counts[kind] += 1
-        self._temporary[key] = kind, self._slots[kind].pop()
-        return self._operand(key)
-
-
 # ----------------------------------------------------------------------------------------------------- the whole
+@dataclass(frozen=True)
+class ByKey:
+    """A program as a cache's key."""
+
+    key: str
+    program: Program = field(hash=False, compare=False)
+
+
 def encode(program: Program) -> _core.Program:
     """The program as the evaluator takes it; kept."""
-    return _encode(_ByKey(program))
+    return _encode(ByKey(program.key, program))
 
 
-@dataclass(frozen=True)
-class _ByKey:
-    program: Program = field(hash=False, compare=False)
-    key: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "key", self.program.key)
-
-
-@cache
-def _encode(by_key: _ByKey) -> _core.Program:
+@lru_cache(maxsize=512)
+def _encode(by_key: ByKey) -> _core.Program:
     program = by_key.program
     places = _Places(program)
     inputs = [(int(n.level), 0 if n.level == Level.TOKEN else places.new(n)) for n in program.inputs]
     input_numbers = {n.id: i for i, n in enumerate(program.inputs)}
-    prologue: list[tuple[int, ...]] = []
-    stages: list[tuple[list[Any], list[tuple[int, ...]]]] = []
-    bounds = _stage_bounds(program)
-    for time, (what, reads) in enumerate(_timeline(program)):
-        while len(stages) < sum(time >= b for b in bounds):
-            stages.append(([], []))
-        if isinstance(what, TokenStep):
-            stages[-1][0].append(_StepCode(what, places, input_numbers).code())
-            places.release(time, reads)
-        else:
-            args = [places.of(a) for a in reads]
-            places.release(time, reads)
-            code = (_ROW_OPERATORS[what.op], places.new(what), *args, *[0] * (3 - len(args)))
-            (stages[-1][1] if stages else prologue).append(code)
+    clock = iter(range(1 << 30))
+
+    def row(node: Node) -> tuple[int, ...]:
+        args = [places.of(a) for a in node.args]
+        places.release(next(clock), node.args)
+        return (_ROW_OPERATORS[node.op], places.new(node), *args, *[0] * (3 - len(args)))
+
+    def tokens(step: TokenStep) -> tuple[Any, ...]:
+        code = _StepCode(step, places, input_numbers).code()
+        places.release(next(clock), step.rows)
+        return code
+
+    prologue = [row(n) for n in program.prologue]
+    stages = [([tokens(step) for step in stage.tokens], [row(n) for n in stage.rows]) for stage in program.stages]
     scalars = [places.of(n) for n in program.scalars]
     outputs = [_TOKEN_OUTPUT if n.level == Level.TOKEN else places.of(n) for n in program.outputs]
     batch = [places.of(n) for n in program.batch]
@@ -418,14 +522,4 @@ def _encode(by_key: _ByKey) -> _core.Program:
     )
 
 
-def _stage_bounds(program: Program) -> list[int]:
-    """At which steps of the timeline the stages begin."""
-    bounds, time = [], len(program.prologue)
-    for stage in program.stages:
-        bounds.append(time)
-        time += len(stage.tokens) + len(stage.rows)
-    return bounds
-
-
-assert set(SEQ_REDUCTIONS) < set(REDUCTIONS)
 __all__ = ["encode"]

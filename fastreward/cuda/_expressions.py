@@ -1,4 +1,4 @@
-"""Nodes of the loss language as C++: operators in f32 (per token) and f64 (per sequence), and blocks of statements."""
+"""Pieces of C++: nodes of the loss language in f32 (per token) and f64 (per sequence), statements, functions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from fastreward.losses._graph import Node, walk
 from fastreward.losses._ops import OPS
 
 Real = Literal["float", "double"]
+#: C++ for a node that is there already, and whether reading it costs something; None for one that is to be computed.
+Given = Callable[[Node], tuple[str, bool] | None]
 
 # How tightly an operator binds; what is not listed is a call.
 _BINARY: Final = {
@@ -65,14 +67,14 @@ def _shortest(value: float, real: Real) -> str:
 class Block:
     """Statements that compute nodes: what is used more than once, or is long, gets a name; the rest is written inline.
 
-    real: the type of numbers. given: C++ for what is there already and whether reading it costs something, so that it
-    is read once; None for what is to be computed. name: what to call a node. roots: what will be asked for.
+    real: the type of numbers. given: what is there already; what costs something is read once. name: what to call a
+    node. roots: what will be asked for.
     """
 
     def __init__(
         self,
         real: Real,
-        given: Callable[[Node], tuple[str, bool] | None],
+        given: Given,
         name: Callable[[Node], str],
         roots: Iterable[Node],
     ) -> None:
@@ -130,5 +132,46 @@ def _wrapped(part: tuple[str, int], least: int) -> str:
     text, binding = part
     return text if binding >= least else f"({text})"
 
+
+# ------------------------------------------------------------------------------------------------------------- text
+def truth(node: Node, text: str) -> str:
+    """What was stored as a number, as what it is."""
+    return f"({text} != 0.)" if node.boolean else text
+
+
+def kind_of(node: Node) -> Literal["sum", "max", "min"]:
+    """What a reduction is; a count is a sum."""
+    return "max" if node.op.endswith("_max") else "min" if node.op.endswith("_min") else "sum"
+
+
+def in_order(nodes: Iterable[Node]) -> list[Node]:
+    """Sums, then maxima, then minima, as program.cuh's Reductions wants them."""
+    return sorted(nodes, key=lambda n: _KINDS.index(kind_of(n)))
+
+
+def kinds(nodes: Iterable[Node]) -> str:
+    """The arguments of Reductions for these."""
+    count = Counter(map(kind_of, nodes))
+    return ", ".join(str(count[kind]) for kind in _KINDS)
+
+
+def joined(target: str, node: Node, x: str) -> str:
+    """The statement by which x joins the reduction `node` in `target`."""
+    kind = kind_of(node)
+    return f"{target} += {x};" if kind == "sum" else f"{target} = {kind}imum({target}, {x});"
+
+
+def function(signature: str, body: Iterable[str], *, member: bool = False) -> list[str]:
+    """A device function; `member`: static, in a struct."""
+    lines = [f"{'static ' if member else ''}__device__ __forceinline__ {signature} {{", *indented(body), "}"]
+    return indented(lines) if member else lines
+
+
+def indented(lines: Iterable[str]) -> list[str]:
+    """One level further in."""
+    return [f"  {line}" for line in lines]
+
+
+_KINDS: Final = ("sum", "max", "min")
 
 assert set(OPS) == {*_BINARY, *_UNARY, *_CUDA, *_OWN, "where", "stop_gradient"}

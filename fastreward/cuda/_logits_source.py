@@ -1,4 +1,4 @@
-"""From a loss's gradient per token to CUDA C++ that starts at the logits; on top of csrc/cuda/logits_policy_loss.cuh."""
+"""From a loss's gradient per token to CUDA C++ from the logits on, on top of csrc/cuda/logits_policy_loss.cuh."""
 
 from __future__ import annotations
 

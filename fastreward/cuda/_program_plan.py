@@ -31,6 +31,22 @@ class Launch:
     steps: tuple[TokenStep, ...]
     nodes: tuple[Node, ...]
 
+    @property
+    def name(self) -> str:
+        """Its kernel without the prefix."""
+        return self.kernel.removeprefix("program_")
+
+    @property
+    def finish(self) -> str:
+        """The function for the last block."""
+        return f"finish_{self.name}"
+
+    @property
+    def resident(self) -> int:
+        """Blocks that are to fit on a multiprocessor: the more a thread holds, the fewer (64, 80 or 128 registers)."""
+        most = max(len(self.nodes), *(len(step.body) + 2 * len(step.reduce) for step in self.steps), 0)
+        return 4 if most <= 40 else 3 if most <= 80 else 2
+
 
 class Plan:
     """Launches of a program, and where values wait for later use.
@@ -52,25 +68,23 @@ class Plan:
         self.columns: dict[int, int] = {}
         self.totals: dict[int, int] = {}
         self.stores: dict[Time, list[Node]] = {}
-        waiting: list[Node] = []
+        waiting = {}
         for node, users in self._uses():
-            if (
-                node.level == Level.BATCH
-                and node.id in self.ready
-                and any(t[0] != self.ready[node.id][0] for t in users)
-            ):
-                self.totals.setdefault(node.id, len(self.totals))
-            if node.level == Level.ROW and node.id in self.ready and any(t != self.ready[node.id] for t in users):
-                waiting.append(node)
-        for node in sorted(waiting, key=lambda n: n.id):
-            if not self._is_cheap(node, {n.id for n in waiting}):
+            ready = self.ready.get(node.id)
+            if ready is None:
+                continue
+            if node.level == Level.BATCH and any(launch != ready[0] for launch, _ in users):
+                self.totals[node.id] = len(self.totals)
+            if node.level == Level.ROW and any(time != ready for time in users):
+                waiting[node.id] = node
+        for _, node in sorted(waiting.items()):
+            if not self._is_cheap(node, waiting):
                 self._keep(node, self.ready[node.id])
-        for launch in self.launches:
-            for node in launch.nodes:
-                if node.op in ACROSS:
-                    self._keep(node, None)
-                    for a in node.args:
-                        self._keep(a, self.ready.get(a.id, self.loop(node)))
+        across = [n for launch in self.launches for n in launch.nodes if n.op in ACROSS]
+        for node in sorted(across, key=self.loop):  # an argument that is there from the start: before its first use
+            self._keep(node, None)
+            for a in node.args:
+                self._keep(a, self.ready.get(a.id, self.loop(node)))
         self.permutation = len(self.columns) if any(n.op == "batch_permute" for n in program.rows) else None
 
     @property

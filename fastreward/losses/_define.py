@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
 
 from torch import Tensor
 
 from fastreward._arrays import as_tensor
-from fastreward.losses._graph import Graph, Level, Node, walk
+from fastreward.losses._graph import Graph, Level, Node
 from fastreward.losses._terms import PairTerms, Terms
 
 P = ParamSpec("P")
@@ -19,6 +19,8 @@ T = TypeVar("T", Terms, PairTerms)
 Scalar = float | int
 #: Key of a registered objective, (name, side) of the inputs it reads, names of its metrics, whether it reads groups.
 Plan = tuple[str, tuple[tuple[str, int], ...], tuple[str, ...], bool]
+#: Key of a registered gradient, (name, side) of the inputs it reads.
+GradientPlan = tuple[str, tuple[tuple[str, int], ...]]
 
 
 class Definition(Generic[P]):
@@ -76,6 +78,8 @@ class Loss:
 
     definition: Definition[Any]
     parameters: Mapping[str, Any]
+    _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict, repr=False)
+    _gradient_plans: dict[tuple[Any, ...], GradientPlan | None] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -135,24 +139,30 @@ class Loss:
 
     def reads(self, term: str) -> bool:
         """Whether the loss depends on the term of this name (of a preference loss: on either side)."""
-        nodes = walk([self.trace(self.terms())])
-        return any(n.op == "input" and n.name == term for n in nodes)
+        from fastreward.losses._objective import terms_read
+
+        return term in terms_read(self)
 
     def policy_plan(self, *call: Any) -> Plan:
         """Registers the objective of a `policy_loss` call (fields of PolicyCall)."""
-        from fastreward._program_op import register
-        from fastreward.losses._objective import PolicyCall, policy_objective
+        if call not in self._plans:
+            from fastreward._program_op import register
+            from fastreward.losses._objective import PolicyCall, policy_objective
 
-        objective = policy_objective(self, PolicyCall(*call))
-        return register(objective), objective.inputs, objective.metrics, objective.program.groups
+            o = policy_objective(self, PolicyCall(*call))
+            self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
+        return self._plans[call]
 
-    def gradient_plan(self, *call: Any) -> tuple[str, tuple[tuple[str, int], ...]] | None:
+    def gradient_plan(self, *call: Any) -> GradientPlan | None:
         """Registers the gradient token by token: its key and inputs; None where other tokens' log-probs go into it."""
-        from fastreward._program_op import register_gradient
-        from fastreward.losses._objective import PolicyCall, token_gradient
+        if call not in self._gradient_plans:
+            from fastreward._program_op import register_gradient
+            from fastreward.losses._objective import PolicyCall, token_gradient
 
-        gradient = token_gradient(self, PolicyCall(*call))
-        return None if gradient is None else (register_gradient(gradient), gradient.inputs)
+            gradient = token_gradient(self, PolicyCall(*call))
+            plan = None if gradient is None else (register_gradient(gradient), gradient.inputs)
+            self._gradient_plans[call] = plan
+        return self._gradient_plans[call]
 
     def pair_plan(self, *call: Any) -> Plan:
         """The same for `preference_loss` (fields of PairCall)."""

@@ -17,9 +17,11 @@ from fastreward.reference.program import Values
 _SIDES = ("chosen_", "rejected_")
 
 
-def evaluate(loss: Loss, mask: Any, group_ids: Any, arrays: Mapping[str, Any]) -> Tensor:
-    """See Loss.evaluate."""
-    tensors = {name: torch.as_tensor(as_tensor(x), dtype=torch.float64) for name, x in arrays.items()}
+def evaluate(
+    loss: Loss, mask: Any, group_ids: Any, arrays: Mapping[str, Any], dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """See Loss.evaluate; in another dtype it is what plain torch would give."""
+    tensors = {name: torch.as_tensor(as_tensor(x), dtype=dtype) for name, x in arrays.items()}
     masks = _masks(loss, mask, tensors)
     named = {_split(loss, name): _shaped(name, x, masks[_split(loss, name)[1]]) for name, x in tensors.items()}
     levels = [{n: _level(x) for (n, side), x in named.items() if side == wanted} for wanted in (0, 1)]
@@ -27,7 +29,7 @@ def evaluate(loss: Loss, mask: Any, group_ids: Any, arrays: Mapping[str, Any]) -
     value = loss.trace(t)
     for name, x in loss.tensors.items():
         named[f"parameter.{name}", 0] = x
-    result = Values(named, masks, _groups(value, group_ids, masks[0]), loss.scalars).of(value)
+    result = Values(named, masks, _groups(value, group_ids, masks[0]), loss.scalars, dtype).of(value)
     if value.level == Level.TOKEN:
         return torch.where(masks[value.side], result, 0.0)
     return result.expand(masks[0].shape[0], 1).squeeze(-1)
@@ -79,4 +81,4 @@ def _groups(node: Node, group_ids: Any, mask: Tensor) -> Tensor | None:
     ids = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)
     if len(ids) != mask.shape[0]:
         raise ValueError(f"group_ids: expected {mask.shape[0]}, one per sequence, got {len(ids)}")
-    return torch.tensor([numbers.setdefault(i, len(numbers)) for i in ids])
+    return torch.tensor([numbers.setdefault(i, len(numbers)) for i in ids], device=mask.device)

@@ -61,7 +61,7 @@ def logsigmoid(x: Value) -> Node:
 
 def softplus(x: Value) -> Node:
     """log(1 + e^x) without overflow."""
-    return -_call("logsigmoid", -x if isinstance(x, Node) else -x)
+    return -_call("logsigmoid", -x)
 
 
 def relu(x: Value) -> Node:

@@ -35,7 +35,7 @@ class Node:
     tokens of a preference loss apart (0 chosen, 1 rejected).
     """
 
-    __slots__ = ("args", "boolean", "graph", "id", "level", "name", "op", "origin", "side", "value")
+    __slots__ = ("args", "boolean", "graph", "id", "level", "name", "op", "side", "value")
     __array_ufunc__ = None  # numpy leaves `array * node` to us, which then says what is wrong
 
     def __init__(
@@ -52,7 +52,6 @@ class Node:
         self.graph, self.op, self.args, self.level, self.side = graph, op, args, level, side
         self.boolean, self.value, self.name = boolean, value, name
         self.id = graph.count
-        self.origin = _origin()
 
     # ------------------------------------------------------------------------------------------------- operators
     def __add__(self, other: object) -> Node:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Final, get_args
 
 from fastreward._layout import METRICS, PAIR_METRICS
@@ -49,7 +49,7 @@ class Gradient:
     per_token: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Objective:
     """A program and the meaning of what goes in and out. batch: the loss, then `metrics` in order.
 
@@ -66,13 +66,13 @@ class Objective:
     token_loss: int | None
     row_weight: int | None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Equal for objectives that are the same in every respect."""
         layout = (self.parameters, self.sources, self.metrics, self.gradients, self.token_loss, self.row_weight)
         return f"{self.program.key} {layout}"
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[tuple[str, int], ...]:
         """(name, side) of the program's inputs that are not differentiable, in order."""
         nodes = zip(self.program.inputs, self.sources, strict=True)
@@ -140,6 +140,17 @@ class _Key:
         return isinstance(other, _Key) and self.structure == other.structure
 
 
+def terms_read(loss: Loss) -> frozenset[str]:
+    """Names of the terms and extras that the loss depends on, of a preference loss on either side."""
+    return _cached_terms(_Key(loss))
+
+
+@lru_cache(maxsize=512)
+def _cached_terms(key: _Key) -> frozenset[str]:
+    value = key.loss.trace(key.loss.terms())
+    return frozenset(n.name for n in walk([value]) if n.op == "input" and n.name is not None)
+
+
 @lru_cache(maxsize=512)
 def _cached_policy(key: _Key, call: PolicyCall) -> Objective:
     t, total, wanted, weight, value = _traced(key.loss, call)
@@ -172,7 +183,7 @@ def _traced(loss: Loss, call: PolicyCall) -> tuple[Terms, Node, list[Node], Node
     return t, total, wanted, weight, value
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class TokenGradient:
     """The gradient alone: a program whose outputs are d/dlogprob and, where `entropy`, d/dentropy, both per token.
 
@@ -184,7 +195,7 @@ class TokenGradient:
     inputs: tuple[tuple[str, int], ...]
     entropy: bool
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Equal for gradients that are the same in every respect."""
         return f"{self.program.key} {self.parameters} {self.entropy}"

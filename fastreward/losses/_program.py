@@ -217,3 +217,37 @@ def _key(nodes: Sequence[Node], outputs: Sequence[Node], batch: Sequence[Node]) 
         )
     )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------- token by token
+@dataclass(frozen=True, eq=False)
+class TokenPart:
+    """A program whose last pass has no reductions, in two: what comes before it, and that pass alone.
+
+    before: its outputs (ROW) and batch values (BATCH) are what the pass reads of a row. token: one pass of TOKEN
+    operators whose inputs are those of the program, then `before`'s outputs and batch values as tokens. sources: for
+    each input of `token` its number among the program's inputs, or ~k for value k of `before`, outputs first.
+    """
+
+    before: Program
+    token: Program
+    sources: tuple[int, ...]
+
+
+def token_part(whole: Program) -> TokenPart:
+    """Splits a program of one side whose outputs are all TOKEN."""
+    (step,) = whole.stages[-1].tokens
+    assert not [n for n in step.reduce if n.op != "seq_count"] and not whole.batch
+    rows = [n for n in step.rows if n.level == Level.ROW]
+    batch = [n for n in step.rows if n.level == Level.BATCH]
+    before = program(rows, batch)
+    graph = Graph()
+    copy: dict[int, Node] = {n.id: graph.input(f"before {k}", Level.TOKEN) for k, n in enumerate((*rows, *batch))}
+    for node in walk(whole.outputs, lambda n: n.id not in copy):
+        if node.id not in copy:
+            args = [copy[a.id] for a in node.args]
+            copy[node.id] = graph.call(node.op, *args) if args else _copy_leaf(graph, node)
+    token = program([copy[n.id] for n in whole.outputs], [])
+    numbers = {(n.name, n.level): k for k, n in enumerate(whole.inputs)}
+    numbers |= {(f"before {k}", Level.TOKEN): ~k for k in range(len(rows) + len(batch))}
+    return TokenPart(before, token, tuple(numbers[n.name, n.level] for n in token.inputs))

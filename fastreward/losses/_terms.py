@@ -50,7 +50,7 @@ class _Inputs:
         return self.graph.input(name, level, self._side)
 
     def extra(self, name: str, per: Literal["token", "sequence", "batch"] = "token") -> Node:
-        """What the caller passes as extra={name: tensor}: a constant per token, per sequence, or for the whole batch."""
+        """What the caller passes as extra={name: tensor}: a constant per token, per sequence or for the whole batch."""
         levels = {"token": Level.TOKEN, "sequence": Level.ROW, "batch": Level.BATCH}
         if per not in levels:
             raise ValueError(f"extra: per: expected 'token', 'sequence' or 'batch', got {per!r}")
@@ -105,7 +105,7 @@ class Terms(_Inputs):
         return self.graph.length(self._side)
 
     def report(self, **values: Node) -> None:
-        """Adds metrics: the mean of each value over the counted tokens, or over the sequences if it is one of theirs."""
+        """Adds metrics: the mean of each value over the counted tokens, of a sequence's over the sequences."""
         for name, value in values.items():
             self.reports[name] = batch_mean(self.graph.node(value))
 

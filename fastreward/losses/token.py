@@ -172,7 +172,8 @@ def visurf(t: Terms, clip_low: float = 0.2, clip_high: float = 0.2) -> Node:
     """PPO-clip on rollouts mixed with given answers, which no old policy wrote: old_logprob := stop_gradient(logprob).
 
     t.extra("expert") [B], not 0 = a given answer: its ratio is 1 and its gradient -A, that of supervised learning
-    weighted by A. Its old_logprobs are read by the metrics alone (pass the current ones).
+    weighted by A; with A = 1 these are the SFT or RAFT rows of a mixed batch. Their old_logprobs are read by the
+    metrics alone (pass the current ones).
 
     ViSurf (arXiv 2510.10606). Reconstructed: the abstract has ground truth injected into the rollout group; the switch
     is how a ratio can be had for it. Aggregation: seq-mean-token-mean.

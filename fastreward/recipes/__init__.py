@@ -1,7 +1,8 @@
 """Published methods, each one call: the public operations with the loss, parameters and aggregation that it has.
 
 Every recipe takes the arguments of the operation that it is made of and returns what that returns. `fastreward recipes`
-lists them, `fastreward recipes NAME` explains one; RECIPES holds what is known of each.
+lists them, `fastreward recipes NAME` explains one; RECIPES holds what is known of each. In a function that
+torch.compile compiles call the operation itself, with a loss that was made outside: recipes make theirs in the call.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def aggregate(
         total, denominator = rows.sum(), sequences * token.shape[-1]
     elif aggregation == "group-mean":
         assert group_ids is not None
-        groups = [(group_ids == g) & (lengths > 0) for g in group_ids.unique()]
+        groups = [(group_ids == g) & (lengths > 0) for g in sorted(set(group_ids.tolist()))]
         filled = [means[g].mean() for g in groups if g.any()]
         total, denominator = torch.stack([means.sum() * 0, *filled]).sum(), torch.tensor(len(filled))
     else:

@@ -51,6 +51,7 @@ class Values:
     """Values of nodes, computed when they are asked for.
 
     inputs: by (name, side), [B, T], [B] or []. masks: bool [B, T], one per side. groups: int64 [B]. scalars: by name.
+    dtype: another than float64 shows what plain torch would have given.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class Values:
         masks: Sequence[Tensor],
         groups: Tensor | None = None,
         scalars: Mapping[str, float] | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         self._inputs, self._masks, self._groups, self._scalars = inputs, masks, groups, scalars or {}
+        self._dtype = dtype
         self._known: dict[int, Tensor] = {}
 
     def set(self, node: Any, value: float) -> None:
@@ -82,7 +85,7 @@ class Values:
         return self._known[node.id]
 
     def _number(self, value: float) -> Tensor:
-        return torch.full((1, 1), value, dtype=torch.float64, device=self._masks[0].device)
+        return torch.full((1, 1), value, dtype=self._dtype, device=self._masks[0].device)
 
     def _compute(self, node: Any) -> Tensor:
         args = [self._known[a.id] for a in node.args]
@@ -103,10 +106,11 @@ class Values:
             return x[out].unsqueeze(-1)
         if node.op.startswith("batch_"):
             return _reduce(node.op, args[0].expand(self._masks[0].shape[0], 1)).reshape(1, 1)
-        return _ELEMENTWISE[node.op](*args)
+        result: Tensor = _ELEMENTWISE[node.op](*args)
+        return result
 
     def _input(self, node: Any) -> Tensor:
-        x = self._inputs[node.name, node.side].double()
+        x = self._inputs[node.name, node.side].to(self._dtype)
         if node.level == 3:
             return torch.where(self._masks[node.side], x, 0.0)  # what lies under the mask leaks nowhere
         return x.reshape(-1, 1)
@@ -114,8 +118,9 @@ class Values:
     def _over_tokens(self, node: Any, x: Tensor | None = None) -> Tensor:
         mask = self._masks[node.side]
         if x is None:
-            return mask.sum(-1, keepdim=True).double()
-        neutral = {"seq_sum": 0.0, "seq_max": -torch.inf, "seq_min": torch.inf}[node.op]
+            length: Tensor = mask.sum(-1, keepdim=True).to(self._dtype)
+            return length
+        neutral: float = {"seq_sum": 0.0, "seq_max": -torch.inf, "seq_min": torch.inf}[node.op]
         return _reduce(node.op, torch.where(mask, x, neutral).mT).mT
 
     def _over_group(self, op: str, x: Tensor, key: Tensor | None = None) -> Tensor:

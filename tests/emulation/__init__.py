@@ -66,6 +66,7 @@ class Emulator:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.launched: list[str] = []
+        self.cluster = 1  # blocks of the last launch's clusters
         self.clusters = True
         self.shared = 228 << 10
 
@@ -84,9 +85,11 @@ class Emulator:
         self._run(text_library(text, self.folder), kernel, grid, block, arguments, shared, int(size[1]) if size else 1)
 
     def _run(
-        self, lib: ctypes.CDLL, kernel: str, grid: int, block: int, arguments: _launch.Arguments, shared: int, cluster: int
+        self, lib: ctypes.CDLL, kernel: str, grid: int, block: int, arguments: _launch.Arguments, shared: int,
+        cluster: int,
     ) -> None:  # fmt: skip
         self.launched.append(kernel)
+        self.cluster = cluster
         packed = arguments.packed
         status = lib.emulate(
             ctypes.cast(getattr(lib, kernel), ctypes.c_void_p), ctypes.c_char_p(packed), len(packed) // 8,

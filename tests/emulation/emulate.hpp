@@ -191,7 +191,7 @@ void call(void* kernel, void* arguments) {
 }
 
 // A call for each size of an argument struct, in 8-byte words from FIRST on; smaller ones would go in registers.
-constexpr std::size_t FIRST = 3, LAST = 160;
+constexpr std::size_t FIRST = 3, LAST = 256;
 using Call = void (*)(void*, void*);
 template <std::size_t... WORDS>
 Call call_of(std::size_t words, std::index_sequence<WORDS...>) {
@@ -306,8 +306,9 @@ inline float* emulated_dynamic_shared() { return emulation::block->dynamic.data(
 
 // Runs all blocks of `kernel`, whose argument struct is `words` 8-byte words, `cluster` of them at a time; 1 where
 // there is no call for that size.
-extern "C" inline __attribute__((used, visibility("default"))) int emulate(void* kernel, void* arguments, int words, unsigned grid,
-                                                                    unsigned threads, std::size_t shared, unsigned cluster) {
+extern "C" inline __attribute__((used, visibility("default"))) int emulate(void* kernel, void* arguments, int words,
+                                                                           unsigned grid, unsigned threads,
+                                                                           std::size_t shared, unsigned cluster) {
   struct Both {
     emulation::Call body;
     void *kernel, *arguments;
@@ -326,7 +327,8 @@ extern "C" inline __attribute__((used, visibility("default"))) int emulate(void*
     emulation::Cluster together(cluster);
     std::vector<std::thread> blocks;
     for (unsigned rank = 0; rank < cluster; ++rank)
-      blocks.emplace_back([&, rank] { emulation::run_block(first + rank, grid, threads, shared, &together, rank, run, &both); });
+      blocks.emplace_back(
+          [&, rank] { emulation::run_block(first + rank, grid, threads, shared, &together, rank, run, &both); });
     for (std::thread& t : blocks) t.join();
   }
   return 0;

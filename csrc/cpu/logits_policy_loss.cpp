@@ -1,0 +1,111 @@
+// Logits to the gradient of a policy loss, each logit read once from memory and its gradient written once.
+//
+// A row of logits fits the core's own cache (608 KiB for 151,936 floats), so a thread takes a row at a time: its
+// statistics (logprobs_forward), the loss's gradient for this one token (a program without reductions), and the row's
+// gradient (logprobs_backward), whose reading then comes from the cache. What is computed is what the three do apart.
+#include "cpu/logits_policy_loss.hpp"
+
+#include "cpu/logprobs_rows.hpp"
+#include "cpu/program_internal.hpp"
+
+namespace fastreward::FASTREWARD_ISA {
+namespace {
+
+using namespace logprobs;
+
+// The one row `row` of the call.
+LogprobsRows row_alone(const LogprobsRows& in, std::int64_t row) {
+  LogprobsRows one = in;
+  const std::int64_t itemsize = in.dtype == DType::f32 ? 4 : 2;
+  one.rows = 1;
+  one.threads = 1;
+  one.logits = static_cast<const char*>(in.logits) + row * in.row_stride * itemsize;
+  one.labels = in.labels + row;
+  if (in.inv_temperature != nullptr) one.inv_temperature = in.inv_temperature + row * in.inv_temperature_stride;
+  if (in.mask != nullptr) one.mask = in.mask + row;
+  return one;
+}
+
+class Rows {
+ public:
+  explicit Rows(const LogitsPolicyLoss& call) : c_(call), sources_(call.code->inputs.size) {
+    program_.code = call.code;
+    program_.sides = &token_;
+    program_.inputs = sources_.data();
+    program_.scalars = call.scalars;
+    program_.outputs = outputs_;
+    token_.rows = token_.columns = 1;
+  }
+
+  void run(std::int64_t row) {
+    const LogprobsRows one = row_alone(c_.in, row);
+    float values[8] = {}, upstream[8] = {};
+    const bool counted = row_counts(one, 0);
+    if (counted) {
+      statistics(one, values);
+      gradient(row, values, upstream);
+    }
+    c_.logprobs[row] = values[kValueLogprob];
+    if (c_.entropies != nullptr) c_.entropies[row] = values[kValueEntropy];
+    write(one, row, values, upstream);
+  }
+
+ private:
+  void statistics(const LogprobsRows& one, float* values) const {
+    std::int64_t indices[2];
+    LogprobsForward call;
+    call.in = one;
+    call.flags = c_.entropies != nullptr ? kEntropy : 0;
+    call.values = values;
+    call.indices = indices;
+    logprobs_forward(call);
+  }
+
+  void gradient(std::int64_t row, const float* values, float* upstream) {
+    for (int k = 0; k < sources_size(); ++k) sources_[k] = c_.inputs[k] + row;
+    if (c_.logprob >= 0) sources_[c_.logprob] = values + kValueLogprob;
+    if (c_.entropy >= 0) sources_[c_.entropy] = values + kValueEntropy;
+    program_run(program_);
+    upstream[kValueLogprob] = gradients_[0] * c_.scale;
+    if (c_.has_entropy_gradient) upstream[kValueEntropy] = gradients_[1] * c_.scale;
+  }
+
+  void write(const LogprobsRows& one, std::int64_t row, const float* values, const float* upstream) const {
+    const std::int64_t itemsize = one.dtype == DType::f32 ? 4 : 2;
+    ColumnGradient column;
+    LogprobsBackward call;
+    call.in = one;
+    call.values = values;
+    call.grad_values = upstream;
+    call.grad_logits = static_cast<char*>(c_.grad_logits) + row * c_.grad_stride * itemsize;
+    call.grad_stride = c_.grad_stride;
+    call.columns = &column;
+    call.total_bytes = c_.in.rows * c_.in.columns * itemsize;
+    logprobs_backward(call);
+  }
+
+  int sources_size() const { return c_.code->inputs.size; }
+
+  const LogitsPolicyLoss& c_;
+  program::Buffer<const float*> sources_;
+  float gradients_[2] = {};
+  float* outputs_[2] = {&gradients_[0], &gradients_[1]};
+  ProgramTokens token_;
+  ProgramCall program_;
+};
+
+}  // namespace
+
+// -------------------------------------------------------------------------------------------------------- launcher
+void logits_policy_loss(const LogitsPolicyLoss& call) {
+  const int threads = call.in.threads;
+#pragma omp parallel num_threads(threads) if (threads > 1 && call.in.rows > 1)
+  {
+    const simd::FlushDenormals flush;
+    Rows rows(call);
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t row = 0; row < call.in.rows; ++row) rows.run(row);
+  }
+}
+
+}  // namespace fastreward::FASTREWARD_ISA

@@ -1,0 +1,178 @@
+"""The last block's work as CUDA C++: loops over the sequences, with reductions over groups and the batch in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fastreward.cuda._expressions import Block, Given, function, in_order, indented, joined, kinds, literal, truth
+from fastreward.cuda._program_plan import ACROSS, OVER_BATCH
+from fastreward.losses._graph import Level, Node
+from fastreward.losses._ops import GROUP_REDUCTIONS
+from fastreward.losses._program import TokenStep
+
+if TYPE_CHECKING:
+    from fastreward.cuda._program_source import Source
+
+
+class RowWork:
+    """Writes `finish_...`, which the block that arrives last in launch `k` calls."""
+
+    def __init__(self, source: Source, k: int) -> None:
+        self._source, self._plan, self._k = source, source.plan, k
+        self._launch = source.plan.launches[k]
+        self._slots = self._places_in_shared_memory()
+
+    def text(self) -> str:
+        """The function; "" where there is nothing to do."""
+        body = [line for q in range(self._plan.phases(self._k)) for line in (*self._batch(q), *self._loop(q))]
+        if not body:
+            return ""
+        head = ["const i64 rows = a.side0.rows;"]
+        if self._slots:
+            head.append(f"__shared__ double batch[{len(self._slots)}];")
+        if any(n.op in GROUP_REDUCTIONS for n in self._launch.nodes):
+            head += ["Groups groups = a.groups;", "find_groups(groups);"]
+        lines = function(f"void {self._launch.finish}(const Arguments& a, double* room)", [*head, *body])
+        return "\n".join([*lines, "", ""])
+
+    def widest(self) -> int:
+        """The most that one phase reduces over the batch."""
+        return max(len(self._over_batch(q)) for q in range(self._plan.phases(self._k)))
+
+    def _over_batch(self, q: int) -> list[Node]:
+        return in_order(n for n in self._plan.reductions((self._k, q)) if n.op in OVER_BATCH)
+
+    def _places_in_shared_memory(self) -> dict[int, int]:
+        """Where batch values lie that others read; a phase's reductions one after the other."""
+        nodes = [n for q in range(self._plan.phases(self._k)) for n in self._over_batch(q)]
+        nodes += [n for n in self._launch.nodes if n.level == Level.BATCH and n.op not in OVER_BATCH and self._read(n)]
+        return {n.id: i for i, n in enumerate(nodes)}
+
+    def _read(self, node: Node) -> bool:
+        """Whether a loop, or a later phase of this launch, reads a batch operator."""
+        own = self._plan.ready[node.id]
+        readers = [n for n in self._launch.nodes if any(a.id == node.id for a in n.args)]
+        later = any(n.level == Level.ROW or n.op in OVER_BATCH or self._plan.ready[n.id] > own for n in readers)
+        return later or any(n.id == node.id for n in self._source.program.outputs)
+
+    # ------------------------------------------------------------------------------------------------------- one phase
+    def _given(self, q: int, row: bool) -> Given:
+        """What phase q finds: batch values, columns, and what is there from the start."""
+
+        def given(node: Node) -> tuple[str, bool] | None:
+            ready = self._plan.ready.get(node.id)
+            if ready is not None and node.id in self._slots and ready <= (self._k, q):
+                return truth(node, f"batch[{self._slots[node.id]}]"), False
+            return self._source.kept(node, (self._k, q)) or self._source.leaf(node, "double", row=row)
+
+        return given
+
+    def _batch(self, q: int) -> list[str]:
+        """Batch values: computed by one thread, left where others find them."""
+        plan, time = self._plan, (self._k, q)
+        own = [n for n in self._launch.nodes if n.level == Level.BATCH and plan.ready[n.id] == time]
+        operators = [n for n in own if n.op not in OVER_BATCH]
+        shared = [(f"batch[{self._slots[n.id]}]", n) for n in operators if n.id in self._slots]
+        totals = [(f"a.totals[{plan.totals[n.id]}]", n) for n in own if n.id in plan.totals]
+        outputs = enumerate(self._source.program.batch)
+        results = [(f"a.results[{i}]", n) for i, n in outputs if plan.output_time(n) == time]
+        fresh, there = {n.id for n in operators}, self._given(q, row=False)
+        block = Block(
+            "double",
+            lambda n: None if n.id in fresh else there(n),
+            self._source.name,
+            [n for _, n in (*shared, *totals, *results)],
+        )
+        lines = [f"{target} = {block.value(n)};" for target, n in (*shared, *totals)]
+        lines += [f"{target} = {_as_f32(n, block)};" for target, n in results]
+        if not lines:
+            return []
+        return [
+            "if (threadIdx.x == 0) {",
+            *indented([*block.lines, *lines]),
+            "}",
+            *(["__syncthreads();"] if shared else []),
+        ]
+
+    def _loop(self, q: int) -> list[str]:
+        """The loop over the sequences, then the reductions that it has fed."""
+        batch = self._over_batch(q)
+        across = [n for n in self._plan.reductions((self._k, q)) if n.op in ACROSS]
+        lines = self._sequences(q, batch)
+        if batch:
+            lines = [
+                "{  // over the batch",
+                f"  using Reduced = Reductions<{kinds(batch)}>;",
+                "  double sums[Reduced::ROOM];",
+                "  Reduced::start(sums);",
+                *indented(lines),
+                f"  Reduced::over_block(sums, room, batch + {self._slots[batch[0].id]});",
+                "}",
+                "__syncthreads();",
+            ]
+        elif across:
+            lines.append("__syncthreads();")
+        return [*lines, *map(self._across, across), *(["__syncthreads();"] if across else [])]
+
+    def _sequences(self, q: int, batch: list[Node]) -> list[str]:
+        """The loop; [] where the phase has nothing per sequence."""
+        plan, time = self._plan, (self._k, q)
+        # In the graph's order, so that nothing lives longer than it must.
+        tasks = [(n.args[0], joined(f"sums[{i}]", n, "{}")) for i, n in enumerate(batch)]
+        tasks += [(n, f"a.columns[{plan.columns[n.id]} * rows + row] = {{}};") for n in plan.stores.get(time, [])]
+        outputs = ((i, n) for i, n in enumerate(self._source.program.outputs) if n.level < Level.TOKEN)
+        tasks += [(n, f"a.out{i}[row] = float({{}});") for i, n in outputs if plan.output_time(n) == time]
+        tasks.sort(key=lambda task: task[0].id)
+        if not tasks:
+            return []
+        reduced = {n.id: text for step in self._steps(q) for n, text in self._reduced(step)}
+        there = self._given(q, row=True)
+        block = Block(
+            "double",
+            lambda n: (reduced[n.id], False) if n.id in reduced else there(n),
+            self._source.name,
+            [n for n, _ in tasks],
+        )
+        for n, statement in tasks:
+            value = block.value(n)
+            block.lines.append(statement.format(value))
+        body = [*self._joined_units(q, "\n".join(block.lines)), *block.lines]
+        return ["for (i64 row = threadIdx.x; row < rows; row += THREADS) {", *indented(body), "}"]
+
+    def _steps(self, q: int) -> tuple[TokenStep, ...]:
+        return self._launch.steps if q == 0 else ()
+
+    def _array(self, step: TokenStep) -> str:
+        return f"tokens{step.side}" if self._source.program.sides == 2 else "tokens"
+
+    def _reduced(self, step: TokenStep) -> Iterator[tuple[Node, str]]:
+        for i, n in enumerate(in_order(step.reduce)):
+            yield n, f"{self._array(step)}[{i}]"
+
+    def _joined_units(self, q: int, body: str) -> Iterator[str]:
+        """Statements that bring a row's units together, for the sides that `body` asks about."""
+        for step in self._steps(q):
+            array = self._array(step)
+            if f"{array}[" in body:
+                reduced = f"{self._source.pass_name(self._k, step)}::Reduced"
+                yield f"double {array}[{reduced}::ROOM];"
+                yield f"{reduced}::over_units(a.side{step.side}, a.sums{step.side}, row, {array});"
+
+    def _across(self, node: Node) -> str:
+        """The statement that computes, for every sequence, a value from others'."""
+        columns = [f"a.columns + {self._plan.columns[n.id]} * rows" for n in (*node.args, node)]
+        if node.op == "batch_permute":
+            return f"permute_rows(rows, {', '.join(columns)}, a.columns + {self._plan.permutation} * rows);"
+        members = node.op.removeprefix("group_sum_").upper()
+        if members in ("OTHERS", "BEFORE", "AFTER"):
+            x, key, out = columns if len(columns) == 3 else (columns[0], "nullptr", columns[1])
+            return f"add_members<{members}>(groups, {x}, {key}, {out});"
+        return f"over_groups<Reductions<{kinds([node])}>>(groups, {', '.join(columns)});"
+
+
+def _as_f32(node: Node, block: Block) -> str:
+    if node.op == "constant":
+        assert node.value is not None
+        return literal(node.value, "float")
+    return f"float({block.value(node)})"

@@ -1,0 +1,353 @@
+"""logits_policy_loss and linear_policy_loss against plain float64 torch: losses, gradients, layouts, scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastreward as fr
+from fastreward import losses
+from fastreward.reference.policy_loss import aggregate
+
+VOCAB, HIDDEN = 311, 24
+LOSSES = {
+    "ppo": losses.ppo(dual_clip=3.0),
+    "cispo": losses.cispo(),
+    "sapo": losses.sapo(),
+    "reinforce": losses.reinforce(),
+    "gspo": losses.gspo(),  # needs all log-probs of a sequence first: two passes
+    "real": losses.real(),  # of a group
+}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def batch(rows: int = 4, width: int = 11, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    logits = (2 * torch.randn(rows, width, VOCAB)).to(dtype)
+    labels = torch.randint(0, VOCAB, (rows, width))
+    logprobs = torch.log_softmax(logits.double(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    mask = torch.arange(width) < torch.tensor([width, 1, 0, width // 2])[:rows].unsqueeze(-1)
+    return {
+        "logits": logits,
+        "labels": labels,
+        "old_logprobs": (logprobs + 0.3 * torch.randn(rows, width)).float(),
+        "advantages": torch.tensor([1.0, -0.5, 1.0, -2.0])[:rows],
+        "mask": mask,
+    }
+
+
+def truth(
+    data: dict[str, Tensor],
+    loss: losses.Loss,
+    leaves: dict[str, Tensor],
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy_coef: float = 0.0,
+    aggregation: str | None = None,
+    upstream: float = 1.0,
+    **terms: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients in float64, the loss by the language's evaluation, its gradient by autograd."""
+    scale = temperature.double().unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    distribution = torch.log_softmax(logits / scale, -1)
+    logprobs = distribution.gather(-1, data["labels"].unsqueeze(-1)).squeeze(-1)
+    mask = data["mask"]
+    value = loss.evaluate(
+        mask=mask,
+        group_ids=[0, 1, 1, 0],
+        logprob=logprobs,
+        old_logprob=data["old_logprobs"],
+        advantage=data["advantages"],
+        **terms,
+    )
+    token = value if value.ndim == 2 else torch.where(mask, value.unsqueeze(-1), 0.0)
+    entropy = -(distribution.exp() * distribution.nan_to_num(neginf=0.0)).sum(-1)
+    token = token - entropy_coef * torch.where(mask, entropy, 0.0)
+    total = aggregate(token, mask, aggregation or loss.aggregation, None, torch.tensor([0, 1, 1, 0]))
+    grads = torch.autograd.grad(total, list(leaves.values()), torch.tensor(upstream, dtype=torch.float64))
+    return total.detach(), dict(zip(leaves, grads, strict=True))
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    # A loss is a sum of log-probs of about 10 that cancel: its error is that of its terms.
+    scale = max(float(expected.detach().abs().max()), 1e-9 if expected.ndim else 1.0)
+    assert float((actual.detach().double() - expected.double()).abs().max()) <= tolerance * scale
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_loss_and_gradient(name: str, dtype: torch.dtype, inplace: bool, backend: str) -> None:
+    data, loss = batch(dtype=dtype), LOSSES[name]
+    leaf = data["logits"].double().requires_grad_()
+    expected, grads = truth(data, loss, {"logits": leaf}, leaf, temperature=0.8, entropy_coef=0.02)
+    own = {**data, "logits": data["logits"].clone().requires_grad_()}
+    with fr.backend(backend):
+        result = fr.logits_policy_loss(
+            **own, loss=loss, temperature=0.8, entropy_coef=0.02, inplace=inplace, group_ids=[0, 1, 1, 0]
+        )
+        (grad,) = torch.autograd.grad(result.loss, own["logits"])
+    close(result.loss, expected, 2e-6)
+    close(grad, grads["logits"], TOLERANCE[dtype])
+    assert not grad[~data["mask"]].any()
+    assert grad.dtype == dtype
+    if inplace:
+        assert grad.data_ptr() == own["logits"].data_ptr()
+    assert result.metrics["token_count"] == data["mask"].sum()
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm", "group-mean"])
+def test_every_kind_of_row_weight(aggregation: str) -> None:
+    data, loss = batch(), LOSSES["ppo"]
+    leaf = data["logits"].double().requires_grad_()
+    expected, grads = truth(data, loss, {"logits": leaf}, leaf, aggregation=aggregation)
+    own = data["logits"].clone().requires_grad_()
+    result = fr.logits_policy_loss(
+        **{**data, "logits": own}, loss=loss, aggregation=aggregation, group_ids=[0, 1, 1, 0]
+    )
+    (grad,) = torch.autograd.grad(result.loss, own)
+    close(result.loss, expected, 2e-6)
+    close(grad, grads["logits"], 2e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("upstream", [1.0, 0.25, 3.0, 0.0])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_upstream_scale_before_and_after(scale: float, upstream: float, inplace: bool) -> None:
+    """Given beforehand, arriving later, or both: the gradient is the upstream one times the loss's."""
+    data, loss = batch(), LOSSES["ppo"]
+    leaf = data["logits"].double().requires_grad_()
+    _, grads = truth(data, loss, {"logits": leaf}, leaf, upstream=upstream)
+    own = data["logits"].clone().requires_grad_()
+    result = fr.logits_policy_loss(**{**data, "logits": own}, loss=loss, scale=scale, inplace=inplace)
+    (grad,) = torch.autograd.grad(result.loss * upstream, own)
+    close(grad, grads["logits"], 3e-6)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_views_packed_rows_and_temperatures(inplace: bool) -> None:
+    """logits[:, :-1] of a model's output is not copied, and in place only its own rows are written."""
+    data = batch(4, 12)
+    whole = torch.randn(4, 13, VOCAB)
+    whole[:, :-1] = data["logits"]
+    temperature = 0.5 + torch.rand(4, 12)
+    leaf = data["logits"].double().requires_grad_()
+    expected, grads = truth(data, LOSSES["ppo"], {"logits": leaf}, leaf, temperature=temperature)
+    rest = {k: v for k, v in data.items() if k != "logits"}
+    model_output = whole.clone().requires_grad_()
+    result = fr.logits_policy_loss(
+        (model_output * 1.0)[:, :-1], **rest, loss=LOSSES["ppo"], temperature=temperature, inplace=inplace
+    )
+    result.loss.backward()
+    close(result.loss, expected, 2e-6)
+    close(model_output.grad[:, :-1], grads["logits"], 3e-6)
+    assert not model_output.grad[:, -1].any()
+    inside = torch.arange(12) < torch.tensor([12, 1, 0, 6]).unsqueeze(-1)
+    packed = data["logits"][inside].clone().requires_grad_()
+    result = fr.logits_policy_loss(
+        packed,
+        *(data[k][inside] for k in ("labels", "old_logprobs")),
+        data["advantages"],
+        loss=LOSSES["ppo"],
+        temperature=temperature[inside],
+        cu_seqlens=torch.tensor([0, 12, 13, 13, 19]),
+        inplace=inplace,
+    )
+    (grad,) = torch.autograd.grad(result.loss, packed)
+    close(result.loss, expected, 2e-6)
+    close(grad, grads["logits"][inside], 3e-6)
+
+
+def test_minus_infinity_in_the_logits_and_garbage_under_the_mask() -> None:
+    """A first block of only -inf (kept sets, padded vocabularies) gives liger-kernel 0.8.5 a NaN."""
+    data, loss = batch(), LOSSES["ppo"]
+    data["labels"] = data["labels"].clamp(min=200)
+    data["logits"][..., :200] = -torch.inf
+    leaf = data["logits"].double().requires_grad_()
+    expected, grads = truth(data, loss, {"logits": leaf}, leaf)
+    data["logits"][~data["mask"]] = torch.nan
+    data["labels"][~data["mask"]] = -100
+    data["old_logprobs"][~data["mask"]] = torch.inf
+    for inplace in (False, True):
+        own = data["logits"].clone().requires_grad_()
+        result = fr.logits_policy_loss(**{**data, "logits": own}, loss=loss, inplace=inplace)
+        (grad,) = torch.autograd.grad(result.loss, own)
+        close(result.loss, expected, 2e-6)
+        close(grad[data["mask"]], grads["logits"][data["mask"]], 3e-6)
+        assert not grad[~data["mask"]].any()
+
+
+def test_extras_kl_and_weights_reach_the_fused_gradient() -> None:
+    @losses.define
+    def gated(t, power=0.5):
+        return -t.extra("gate") * t.advantage * t.ratio * power
+
+    data = batch()
+    gate, weights = torch.rand(4, 11), torch.rand(4, 11)
+    ref = data["old_logprobs"] - 0.1
+    leaf = data["logits"].double().requires_grad_()
+    logprobs = torch.log_softmax(leaf, -1).gather(-1, data["labels"].unsqueeze(-1)).squeeze(-1)
+    ratio = (logprobs - data["old_logprobs"]).exp()
+    gap = ref - logprobs
+    token = -gate * data["advantages"].unsqueeze(-1) * ratio * 0.7 * weights + 0.3 * (gap.exp() - gap - 1)
+    expected = aggregate(torch.where(data["mask"], token, 0.0), data["mask"], "token-mean")
+    (grad,) = torch.autograd.grad(expected, leaf)
+    own = data["logits"].clone().requires_grad_()
+    result = fr.logits_policy_loss(
+        **{**data, "logits": own},
+        loss=gated(power=0.7),
+        extra={"gate": gate},
+        weights=weights,
+        ref_logprobs=ref,
+        kl="k3",
+        kl_coef=0.3,
+    )
+    (actual,) = torch.autograd.grad(result.loss, own)
+    close(result.loss, expected.detach(), 3e-6)
+    close(actual, grad, 3e-6)
+
+
+@pytest.mark.usefixtures("threads")
+def test_bits_do_not_depend_on_threads_batch_or_padding() -> None:
+    data = batch(4, 11)
+
+    def run(d: dict[str, Tensor]) -> Tensor:
+        own = d["logits"].clone().requires_grad_()
+        result = fr.logits_policy_loss(**{**d, "logits": own}, loss=LOSSES["ppo"], aggregation="token-sum")
+        return torch.autograd.grad(result.loss, own)[0]
+
+    first = run(data)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(run(data), first)
+    assert torch.equal(run({k: v[[3, 0]] for k, v in data.items()}), first[[3, 0]])
+    wide = {k: torch.nn.functional.pad(v, (0, 5)) for k, v in data.items() if v.ndim == 2}
+    wide |= {"logits": torch.nn.functional.pad(data["logits"], (0, 0, 0, 5)), "advantages": data["advantages"]}
+    assert torch.equal(run(wide)[:, :11], first)
+
+
+def test_metrics_are_policy_losses() -> None:
+    data = batch()
+    rest = {k: v for k, v in data.items() if k not in ("logits", "labels")}
+    stats = fr.token_logprobs(data["logits"], data["labels"], mask=data["mask"])
+    apart = fr.policy_loss(stats.logprobs, **rest, loss=LOSSES["ppo"], return_token_loss=True)
+    fused = fr.logits_policy_loss(**data, loss=LOSSES["ppo"], return_token_loss=True)
+    assert fused.metrics.names == apart.metrics.names
+    torch.testing.assert_close(fused.metrics.values_tensor, apart.metrics.values_tensor)
+    torch.testing.assert_close(fused.token_loss, apart.token_loss)
+
+
+class TestRefusals:
+    def test_a_second_backward(self) -> None:
+        data = batch()
+        own = data["logits"].requires_grad_()
+        loss = fr.logits_policy_loss(**data).loss
+        torch.autograd.grad(loss, own, retain_graph=True)
+        with pytest.raises(RuntimeError, match="exists once"):
+            torch.autograd.grad(loss, own)
+
+    def test_second_derivatives(self) -> None:
+        data = batch()
+        own = data["logits"].requires_grad_()
+        with pytest.raises(NotImplementedError, match="double backward"):
+            torch.autograd.grad(fr.logits_policy_loss(**data).loss, own, create_graph=True)
+
+    @pytest.mark.parametrize(
+        ("error", "message", "change"),
+        [
+            (ValueError, r"labels: expected shape \[4, 11\]", {"labels": torch.zeros(4, 3).long()}),
+            (ValueError, r"labels: expected integers in \[0, 311\)", {"labels": torch.full((4, 11), 311)}),
+            (ValueError, r"old_logprobs: expected shape \[4, 11\] \(as labels\)", {"old_logprobs": torch.zeros(4)}),
+            (ValueError, r"scale: expected a positive number", {"scale": 0.0}),
+            (ValueError, r"temperature: expected a positive number", {"temperature": -1.0}),
+            (
+                ValueError,
+                r"share no memory",
+                {"logits": torch.zeros(1, 1, VOCAB).expand(4, 11, VOCAB), "inplace": True},
+            ),
+            (ValueError, r"mask: expected at least one counted token", {"mask": torch.zeros(4, 11)}),
+            (TypeError, r"loss: dpo is a loss over pairs", {"loss": losses.dpo()}),
+        ],
+    )
+    def test_messages(self, error: type[Exception], message: str, change: dict[str, Any]) -> None:
+        with pytest.raises(error, match=message):
+            fr.logits_policy_loss(**{**batch(), **change})
+
+
+# ------------------------------------------------------------------------------------------------ linear_policy_loss
+def head_batch() -> dict[str, Tensor]:
+    data = {k: v for k, v in batch().items() if k != "logits"}
+    hidden, weight = torch.randn(4, 11, HIDDEN), torch.randn(VOCAB, HIDDEN) * 0.4
+    return {"hidden": hidden, "weight": weight, "bias": torch.randn(VOCAB) * 0.1, **data}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("masked", [True, False])
+def test_linear_loss_and_gradients(name: str, masked: bool, backend: str) -> None:
+    data, loss = head_batch(), LOSSES[name]
+    if not masked:
+        data["mask"] = torch.ones_like(data["mask"])
+    leaves = {k: data[k].double().requires_grad_() for k in ("hidden", "weight", "bias")}
+    logits = 4.0 * torch.tanh((leaves["hidden"] @ leaves["weight"].t() + leaves["bias"]) * 0.5 / 4.0)
+    expected, grads = truth(data, loss, leaves, logits, temperature=0.9, entropy_coef=0.02, upstream=1.7)
+    own = {k: data[k].clone().requires_grad_() for k in leaves}
+    with fr.backend(backend):
+        result = fr.linear_policy_loss(
+            **{**data, **own},
+            loss=loss,
+            temperature=0.9,
+            logit_scale=0.5,
+            softcap=4.0,
+            entropy_coef=0.02,
+            chunk_size=7,
+            group_ids=[0, 1, 1, 0],
+            return_token_loss=True,
+        )
+        actual = torch.autograd.grad(result.loss * 1.7, list(own.values()))
+    close(result.loss, expected, 3e-6)
+    for key, grad in zip(own, actual, strict=True):
+        close(grad, grads[key], 5e-6)
+    assert result.token_loss is not None
+    assert result.token_loss.shape == data["labels"].shape
+
+
+def test_linear_policy_loss_needs_only_what_is_asked() -> None:
+    data = head_batch()
+    data["hidden"].requires_grad_()
+    result = fr.linear_policy_loss(**data)
+    (grad,) = torch.autograd.grad(result.loss, data["hidden"])
+    assert grad.shape == data["hidden"].shape
+    with torch.no_grad():
+        assert not fr.linear_policy_loss(**data).loss.requires_grad
+
+
+def test_linear_policy_loss_in_bfloat16_is_as_good_as_two_calls() -> None:
+    data = head_batch()
+    data.pop("bias")
+    half = {k: v.bfloat16() if k in ("hidden", "weight") else v for k, v in data.items()}
+    leaves = {k: half[k].double().requires_grad_() for k in ("hidden", "weight")}
+    expected, grads = truth(data, LOSSES["ppo"], leaves, leaves["hidden"] @ leaves["weight"].t())
+    own = {k: half[k].clone().requires_grad_() for k in leaves}
+    result = fr.linear_policy_loss(**{**half, **own}, loss=LOSSES["ppo"])
+    close(result.loss, expected, 5e-2)
+    for grad, key in zip(torch.autograd.grad(result.loss, list(own.values())), own, strict=True):
+        close(grad, grads[key], 5e-2)
+        assert grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (r"chunk_size: expected a positive number of tokens", {"chunk_size": 0}),
+        (r"weight: expected shape \[V, 24\]", {"weight": torch.zeros(VOCAB, 3)}),
+        (r"softcap: expected a positive number", {"softcap": 0.0}),
+    ],
+)
+def test_linear_messages(message: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        fr.linear_policy_loss(**{**head_batch(), **change})
