@@ -60,7 +60,6 @@ METRICS: Final = (
     "ratio_min",
     "ratio_max",
     "entropy_mean",  # 0 without entropy
-    "advantage_mean",
     "token_count",
 )
 #: The same for `preference_loss`: pairs that have a token, mean log-prob of a sequence on each side, counted tokens.

@@ -39,9 +39,9 @@ class Call:
     gradient: str | None  # of the gradient token by token, for logits_policy_loss
     gradient_tensors: list[Tensor]
 
-    def check_results(self, metrics: Metrics) -> None:
-        """What the kernel has seen on its way: NaN advantages, and that nothing counted. Reads two numbers."""
-        if metrics["advantage_mean"].isnan():
+    def check_results(self, loss: Tensor, metrics: Metrics) -> None:
+        """NaN advantages, and that something counted. Per-token advantages are looked at where the loss became NaN."""
+        if loss.isnan() or (self.advantages.shape != self.tokens.shape and self.advantages.isnan().any()):
             _check_advantages(self.advantages, self.tokens)
         if not self.normalized and not metrics["token_count"] and torch.Size(self.tokens.shape).numel():
             raise ValueError(

@@ -279,7 +279,7 @@ def linear_policy_loss(
         )
     metrics = Metrics(values, call.metrics)
     if _check.values_checked(hidden):
-        call.check_results(metrics)
+        call.check_results(total, metrics)
     grads[0] = packed.spread(grads[0]).reshape(hidden.shape) if needs[0] else grads[0]
     delivered = _Deliver.apply(total, grads, *inputs)  # type: ignore[no-untyped-call]
     kept = packed.spread(token_loss).reshape(labels.shape) if return_token_loss else None

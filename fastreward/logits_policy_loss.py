@@ -343,7 +343,7 @@ def _fused(
         )
     metrics = Metrics(values, call.metrics)
     if _check.values_checked(logits):
-        call.check_results(metrics)
+        call.check_results(total, metrics)
     delivered = _Deliver.apply(logits, total, grad, applied, backend)  # type: ignore[no-untyped-call]
     return PolicyLoss(delivered, metrics, token_loss if return_token_loss else None)
 

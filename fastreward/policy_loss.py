@@ -123,7 +123,7 @@ def policy_loss(
     )
     metrics = Metrics(values, call.metrics)
     if _check.values_checked(logprobs):
-        call.check_results(metrics)
+        call.check_results(total.detach(), metrics)
     return PolicyLoss(total, metrics, token_loss if return_token_loss else None)
 
 

@@ -21,7 +21,8 @@ _CHUNKS: tl.constexpr = tl.constexpr(8)  # partial results of a row taken at onc
 _GROUPS: tl.constexpr = tl.constexpr(16)  # groups reduced at once,
 _LANES: tl.constexpr = tl.constexpr(32)  # and how many members of each
 _OWNERS: tl.constexpr = tl.constexpr(64)  # rows that look through others at once,
-_MEMBERS: tl.constexpr = tl.constexpr(8)  # and how many members of their groups
+_MEMBERS: tl.constexpr = tl.constexpr(8)  # how many members of their groups,
+_RANKED: tl.constexpr = tl.constexpr(32)  # and how many of all rows
 
 
 # --------------------------------------------------------------------------------------------------------- columns
@@ -191,12 +192,12 @@ def batch_permute(
         row = r0 + tl.arange(0, _OWNERS)
         ok = row < B
         x = tl.load(columns + SOURCE * B + row, mask=ok, other=0.0, cache_modifier=".cg")
-        tl.store(columns + SORTED * B + _rank(columns + FROM * B, row, ok, B, 32), x, mask=ok)
+        tl.store(columns + SORTED * B + _rank(columns + FROM * B, row, ok, B, _RANKED), x, mask=ok)
     tl.debug_barrier()
     for r0 in range(0, B, _OWNERS):
         row = r0 + tl.arange(0, _OWNERS)
         ok = row < B
-        rank = _rank(columns + TO * B, row, ok, B, 32)
+        rank = _rank(columns + TO * B, row, ok, B, _RANKED)
         x = tl.load(columns + SORTED * B + rank, mask=ok, other=0.0, cache_modifier=".cg")
         tl.store(columns + TARGET * B + row, x, mask=ok)
     tl.debug_barrier()

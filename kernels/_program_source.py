@@ -29,6 +29,7 @@ _MODULES = {
     "_program_tokens": "NOTHING add before count is_last most most_of row_bounds store_partial sum_of tile_columns "
     "wide",
 }
+_COSTLY = ("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "logsigmoid", "sqrt")
 _SIDES = ("_chosen", "_rejected")
 _SIZES = ("N", "row_units", "B", "chunks")
 _CONSTANTS = ("PACKED", "HAS_MASK", "ROWS", "STEPS", "LANES", "VEC", "BLOCK_ROWS")
@@ -38,7 +39,8 @@ _CONSTANTS = ("PACKED", "HAS_MASK", "ROWS", "STEPS", "LANES", "VEC", "BLOCK_ROWS
 class Launch:
     """A kernel. side: of whose tokens, None for work per sequence alone. reductions: columns that it fills.
 
-    across: whether its work per sequence includes reductions over groups or ranks.
+    across: whether its work per sequence includes reductions over groups or ranks; costly: or exponentials and their
+    kin, which take many registers in f64.
     """
 
     kernel: str
@@ -46,6 +48,7 @@ class Launch:
     arguments: tuple[Argument, ...]
     reductions: int = 0
     across: bool = False
+    costly: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Module:
     def __init__(self, program: Program) -> None:
         self.formulas = Formulas(program)
         self.names, self.layout = self.formulas.names, self.formulas.layout
-        self.sides = program.sides
+        self.program = program
         self.text: list[str] = []
         self.launches: list[Launch] = []
         self.notes: list[str] = []
@@ -142,12 +145,12 @@ class Module:
         name = f"sequences_{stage + 1}"
         body = [f'    """Work per sequence before pass {stage + 2}, in one program."""', *_call(stage, arguments, 4)]
         self.add([*decorated(name, arguments.signature(), ["B"], ["BLOCK_ROWS"]), *body])
-        self.launches.append(Launch(name, None, arguments.ordered(), 0, _has_across(rows)))
+        self.launches.append(Launch(name, None, arguments.ordered(), 0, *self._needs(stage, rows)))
         self.notes.append(f"{name}: values per sequence, in one program.")
 
     def _tokens(self, stage: int, work: TokenWork, rows: RowWork) -> None:
         """A pass over the tokens of a side."""
-        suffix = f"{stage + 1}{_SIDES[work.step.side] if self.sides > 1 else ''}"
+        suffix = f"{stage + 1}{_SIDES[work.step.side] if self.program.sides > 1 else ''}"
         name = f"tokens_{suffix}"
         arguments = self.formulas.arguments()
         arguments.plain("mask", "cu_seqlens", *(["columns"] if work.reductions else []))
@@ -164,10 +167,15 @@ class Module:
         body += [*self._running(work), *_LOOP, *(f"    {line}" for line in inside), *self._partials(work)]
         body += self._last(stage, work, row_arguments)
         self.add([*decorated(name, arguments.signature(), _SIZES, _CONSTANTS), *(f"    {line}" for line in body)])
-        self.launches.append(
-            Launch(name, work.step.side, arguments.ordered(), len(work.reductions), _has_across(rows))
-        )
+        needs = self._needs(stage, rows)
+        self.launches.append(Launch(name, work.step.side, arguments.ordered(), len(work.reductions), *needs))
         self._note(name, work, rows)
+
+    def _needs(self, stage: int, rows: RowWork) -> tuple[bool, bool]:
+        """(reductions over groups or ranks, costly operators) in the work per sequence."""
+        across = any(n.op in ACROSS for nodes in rows.between.values() for n in nodes)
+        nodes = self.program.prologue if stage < 0 else self.program.stages[stage].rows
+        return across, bool(rows) and any(n.op in _COSTLY for n in nodes)
 
     def _rows(self, stage: int, rows: RowWork) -> Arguments:
         text, arguments = row_function(self.formulas, stage, rows)
@@ -233,7 +241,7 @@ class Module:
         lines = ["if is_last(counter, programs):"]
         if work.reductions:
             counts = (len(work.reductions), len(work.sums), len(work.most), self.layout.column_count)
-            merge = f"merge_chunks(columns, B, chunks, {self._first(work)}, {', '.join(map(str, counts))}, 64)"
+            merge = f"merge_chunks(columns, B, chunks, {self._first(work)}, {', '.join(map(str, counts))}, 32)"
             lines += ["    if chunks > 1:", f"        {merge}", "    tl.debug_barrier()"]
         if row_arguments is not None:
             lines += _call(stage, row_arguments, 4)
@@ -291,7 +299,3 @@ def _imports(body: str) -> str:
             line = f"from fastreward.kernels.{module} import {', '.join(found)}"
             lines += [line] if len(line) <= 120 else wrapped(f"from fastreward.kernels.{module} import (", found, ")")
     return "\n".join(lines) + "\n"
-
-
-def _has_across(rows: RowWork) -> bool:
-    return any(n.op in ACROSS for nodes in rows.between.values() for n in nodes)

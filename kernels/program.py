@@ -38,7 +38,8 @@ __all__ = ["run", "scale", "source", "spread"]
 WARPS = 4
 FILL = 1056  # programs that fill an H100: 132 SMs, 8 programs each
 MOST_CHUNKS = 64  # programs that may share a row
-REGISTERS = 128  # of kernels with 8-row tiles, or with reductions over groups or ranks: four programs an SM
+REGISTERS = 128  # four programs an SM
+MORE_REGISTERS = 168  # three
 BLOCK_ROWS = 128  # sequences that the last program takes at once
 LONG = 512  # mean tokens a row from which one row makes a tile
 
@@ -53,10 +54,10 @@ def tiling(rows: int, tokens: int, longest: int) -> tuple[int, int, int]:
 def tile(together: int, columns: int, vec: int) -> dict[str, Any]:
     """The tile of `together` rows."""
     lanes = 32 * WARPS // together
-    registers = {"maxnreg": REGISTERS} if together > 1 else {}
-    return {
-        "ROWS": together, "STEPS": columns // (lanes * vec), "LANES": lanes, "VEC": vec, "num_warps": WARPS, **registers
-    }  # fmt: skip
+    shape: dict[str, Any] = {"ROWS": together, "STEPS": columns // (lanes * vec), "LANES": lanes, "VEC": vec}
+    if together > 1:
+        shape["maxnreg"] = REGISTERS if vec > 1 else MORE_REGISTERS
+    return {**shape, "num_warps": WARPS}
 
 
 # --------------------------------------------------------------------------------------------------------- kernel
@@ -195,11 +196,11 @@ class Call:
         tokens = None if launch.side is None else self.sides[launch.side]
         given = [self.argument(a, tokens) for a in launch.arguments]
         if tokens is None:
-            kernel[(1,)](*given, self.rows, BLOCK_ROWS=BLOCK_ROWS, num_warps=WARPS, maxnreg=REGISTERS, **OPTIONS)
+            kernel[(1,)](*given, self.rows, BLOCK_ROWS=BLOCK_ROWS, num_warps=WARPS, maxnreg=MORE_REGISTERS, **OPTIONS)
             return
         sizes, flavour, programs = geometry(tokens)
-        if launch.across:
-            flavour["maxnreg"] = REGISTERS
+        if launch.across or launch.costly:
+            flavour["maxnreg"] = max(MORE_REGISTERS if launch.across else REGISTERS, flavour.get("maxnreg", 0))
         kernel[(programs,)](
             *given, *sizes, **flavour, HAS_MASK=tokens.mask is not None, BLOCK_ROWS=BLOCK_ROWS, **OPTIONS
         )

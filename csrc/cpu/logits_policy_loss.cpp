@@ -28,7 +28,11 @@ LogprobsRows row_alone(const LogprobsRows& in, std::int64_t row) {
 
 class Rows {
  public:
-  explicit Rows(const LogitsPolicyLoss& call) : c_(call), sources_(call.code->inputs.size) {
+  explicit Rows(const LogitsPolicyLoss& call)
+      : c_(call),
+        sources_(call.code->inputs.size),
+        exponentials_(keeps(call) ? call.in.columns : 0),
+        maxima_(keeps(call) ? logprobs_blocks(call.in.columns) : 0) {
     program_.code = call.code;
     program_.sides = &token_;
     program_.inputs = sources_.data();
@@ -58,6 +62,7 @@ class Rows {
     call.flags = c_.entropies != nullptr ? kEntropy : 0;
     call.values = values;
     call.indices = indices;
+    if (keeps(c_)) call.exponentials = exponentials_.data(), call.block_maxima = maxima_.data();
     logprobs_forward(call);
   }
 
@@ -80,14 +85,25 @@ class Rows {
     call.grad_logits = static_cast<char*>(c_.grad_logits) + row * c_.grad_stride * itemsize;
     call.grad_stride = c_.grad_stride;
     call.columns = &column;
+    if (keeps(c_) && row_counts(one, 0)) call.exponentials = exponentials_.data(), call.block_maxima = maxima_.data();
     call.total_bytes = c_.in.rows * c_.in.columns * itemsize;
     logprobs_backward(call);
+  }
+
+  // Half the bytes of f32 are half the time in memory, and exponentials would take longer: they are kept for the second
+  // sweep, as floats, still in the core's own cache. Rows of f32 would fill it, and are at the memory's limit as it is.
+  static bool keeps(const LogitsPolicyLoss& call) {
+    return call.in.dtype != DType::f32 && !call.has_entropy_gradient && call.in.columns <= kKept;
   }
 
   int sources_size() const { return c_.code->inputs.size; }
 
   const LogitsPolicyLoss& c_;
+  static constexpr std::int64_t kKept = std::int64_t{1} << 18;  // columns: a megabyte of floats
+
   program::Buffer<const float*> sources_;
+  program::Buffer<float> exponentials_;
+  program::Buffer<double> maxima_;
   float gradients_[2] = {};
   float* outputs_[2] = {&gradients_[0], &gradients_[1]};
   ProgramTokens token_;

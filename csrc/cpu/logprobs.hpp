@@ -70,6 +70,10 @@ struct LogprobsForward {
   std::int64_t* indices = nullptr;   // [2, rows]
   float* id_logprobs = nullptr;      // [rows, token_count]
   double* scratch = nullptr;         // logprobs_scratch() doubles
+  // Of one row: exp((x - block's maximum) * inv_temperature) of every column, in an order of the backward's knowledge,
+  // and each block's maximum. Not for kept sets. Null: not wanted.
+  float* exponentials = nullptr;     // [columns]
+  double* block_maxima = nullptr;    // [logprobs_blocks(columns)]
 };
 
 struct LogprobsFold {
@@ -100,6 +104,8 @@ struct LogprobsBackward {
   void* grad_logits = nullptr;         // [rows, columns], may be `logits`
   std::int64_t grad_stride = 0;
   double inv_softcap = 0.0;
+  const float* exponentials = nullptr;  // the forward's, of one row: a gradient of logprobs alone needs no others
+  const double* block_maxima = nullptr;
   std::int64_t total_bytes = 0;  // of a gradient that is written in parts; 0: this is all of it
   // Per thread, or per row where rows are few and split: token_count + 1 and keep_count entries.
   ColumnGradient* columns = nullptr;

@@ -114,6 +114,46 @@ void gradient_columns(const T* x, T* out, std::int64_t n, const RowGradient& g, 
   else gradient_columns<T, kFlat>(x, out, n, r, streaming);
 }
 
+// A block of the forward's exponentials times one number: whole steps of four vectors in load2's order, the rest as it is.
+template <class T, bool kStream>
+void scaled_columns(const float* e, T* out, int n, F32 by) {
+  const F32 least = f32(2.5e-38f);  // what the forward's clamp stands for is 0
+  const auto gradient = [&](F32 x) { return select(x < least, f32(0.0f), x * by); };
+  int i = 0;
+  for (; i + 4 * kF32 <= n; i += 4 * kF32) {
+    F32 v[4];
+    for (int u = 0; u < 4; ++u) v[u] = gradient(load(e + i + u * kF32));
+    if (kStream) {
+      stream2(out + i, v[0], v[1]);
+      stream2(out + i + 2 * kF32, v[2], v[3]);
+    } else {
+      store2(out + i, v[0], v[1]);
+      store2(out + i + 2 * kF32, v[2], v[3]);
+    }
+  }
+  for (; i < n; i += kF32) {
+    const int left = n - i < kF32 ? n - i : kF32;
+    if (left == kF32) store(out + i, gradient(load(e + i)));
+    else store_n(out + i, gradient(load_n(e + i, left, 0.0f)), left);
+  }
+  if (kStream) fence();
+}
+
+// The gradient of a row of which the forward has kept the exponentials, where it is p times one number.
+template <class T>
+void scaled_row(const LogprobsBackward& call, const RowGradient& g, T* out, bool streaming) {
+  const std::int64_t columns = call.in.columns;
+  for (std::int64_t start = 0; start < columns; start += kLogprobsBlock) {
+    const int n = static_cast<int>(columns - start < kLogprobsBlock ? columns - start : kLogprobsBlock);
+    const double logp = (call.block_maxima[start / kLogprobsBlock] - g.max_logit) * g.inv_temperature + g.max_logprob;
+    const F32 by = f32(static_cast<float>(std::exp(logp) * g.c0 * g.inv_temperature));
+    if (streaming && reinterpret_cast<std::uintptr_t>(out + start) % 64 == 0)
+      scaled_columns<T, true>(call.exponentials + start, out + start, n, by);
+    else
+      scaled_columns<T, false>(call.exponentials + start, out + start, n, by);
+  }
+}
+
 // ------------------------------------------------------------------------------------------------------ one row
 RowGradient row_gradient(const LogprobsBackward& call, std::int64_t index) {
   const LogprobsRows& in = call.in;
@@ -211,7 +251,9 @@ void backward_row(const LogprobsBackward& call, std::int64_t index, int thread, 
   const std::int64_t owned = own_columns<T>(call, index, own);
   const bool flat = g.c0 == 0.0 && g.c1 == 0.0 && g.c2 == 0.0 && owned == 0;
   if (flat && std::isfinite(g.max_logprob)) return zero_columns(out, in.columns);  // no gradient came: nothing to read
-  if (in.keep_ids != nullptr) keep_ids_row(in, index, g, out, call.kept_logits + thread * in.keep_count);
+  const bool scaled = call.exponentials != nullptr && g.c1 == 0.0 && g.c2 == 0.0 && g.inv_softcap == 0.0;
+  if (scaled && std::isfinite(g.max_logprob)) scaled_row(call, g, out, streaming);
+  else if (in.keep_ids != nullptr) keep_ids_row(in, index, g, out, call.kept_logits + thread * in.keep_count);
   else dense_row(in, index, g, out, streaming, split);
   for (std::int64_t i = 0; i < owned; ++i)
     write(out + own[i].column, static_cast<float>(g.at(own[i].logit, own[i].amount)));

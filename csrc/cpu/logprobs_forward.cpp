@@ -35,6 +35,8 @@ struct Row {
   double inv_temperature;
   float threshold;  // rank counts logits above it
   int flags;
+  float* exponentials = nullptr;  // LogprobsForward's
+  double* block_maxima = nullptr;
 };
 
 // -------------------------------------------------------------------------------------------------------- kernels
@@ -72,8 +74,8 @@ void first_pass(const T* x, int n, const Row& row, Partial& out) {
 constexpr int kChunk = 256 * kF32;
 static_assert(kBlock % kChunk == 0, "whole chunks make a block");
 
-template <class T, bool kMoment, bool kSquares>
-void second_pass(const T* x, int n, const char* next, const Row& row, Partial& out) {
+template <class T, bool kMoment, bool kSquares, bool kKeep>
+void second_pass(const T* x, int n, const char* next, const Row& row, float* kept, Partial& out) {
   constexpr int kStep = 4 * kF32;
   constexpr int kLine = 64 / static_cast<int>(sizeof(T));
   const ExpScale scale = row.scale;
@@ -93,6 +95,7 @@ void second_pass(const T* x, int n, const char* next, const Row& row, Partial& o
       const ExpFactors factors = exp_factors(d, scale);
       total[u] = fma(factors.power, factors.rest, total[u]);
       const F32 e = factors.power * factors.rest;
+      if (kKeep) store(kept + i + u * kF32, e);
       if (kMoment) moment[u] = fma(e, d, moment[u]);
       if (kSquares) squares[u] = fma(e, e, squares[u]);
     }
@@ -103,6 +106,7 @@ void second_pass(const T* x, int n, const char* next, const Row& row, Partial& o
     const ExpFactors factors = exp_factors(d, scale);  // nothing to speak of in the lanes past the end
     total[0] = fma(factors.power, factors.rest, total[0]);
     const F32 e = factors.power * factors.rest;
+    if (kKeep) store_n(kept + i, e, left);
     if (kMoment) moment[0] = fma(e, d, moment[0]);
     if (kSquares) squares[0] = fma(e, e, squares[0]);
   }
@@ -114,12 +118,13 @@ void second_pass(const T* x, int n, const char* next, const Row& row, Partial& o
 }
 
 // The second pass over a whole block; meanwhile the columns behind it are fetched into L2.
-template <class T, bool kMoment, bool kSquares>
+template <class T, bool kMoment, bool kSquares, bool kKeep = false>
 void second_passes(const T* x, int n, const Row& row, Partial& out) {
   out.sum = out.sum_d = out.sum_sq = 0.0;
   for (int start = 0; start < n; start += kChunk) {
     const auto* next = reinterpret_cast<const char*>(x + start + n);
-    second_pass<T, kMoment, kSquares>(x + start, n - start < kChunk ? n - start : kChunk, next, row, out);
+    const int size = n - start < kChunk ? n - start : kChunk;
+    second_pass<T, kMoment, kSquares, kKeep>(x + start, size, next, row, kKeep ? row.exponentials + start : nullptr, out);
   }
 }
 
@@ -132,7 +137,9 @@ Partial block_statistics(const T* x, int n, const Row& row) {
   else if (mean) first_pass<T, false, true>(x, n, row, out);
   else first_pass<T, false, false>(x, n, row, out);
   const bool moment = (row.flags & kEntropy) != 0, squares = (row.flags & kLogSumSq) != 0;
-  if (moment && squares) second_passes<T, true, true>(x, n, row, out);
+  if (row.exponentials != nullptr && moment) second_passes<T, true, false, true>(x, n, row, out);
+  else if (row.exponentials != nullptr) second_passes<T, false, false, true>(x, n, row, out);
+  else if (moment && squares) second_passes<T, true, true>(x, n, row, out);
   else if (moment) second_passes<T, true, false>(x, n, row, out);
   else if (squares) second_passes<T, false, true>(x, n, row, out);
   else second_passes<T, false, false>(x, n, row, out);
@@ -195,7 +202,12 @@ Partial compute_block(const LogprobsRows& in, std::int64_t index, std::int64_t b
   if (in.keep_ids != nullptr) return gathered_block(in, x, in.keep_ids + index * in.keep_ids_stride + start, n, row);
   if (in.keep_mask != nullptr)
     return masked_block(x + start, in.keep_mask + index * in.keep_mask_stride + start, n, row);
-  return block_statistics(x + start, n, row);
+  if (row.exponentials == nullptr) return block_statistics(x + start, n, row);
+  Row own = row;
+  own.exponentials += start;
+  const Partial out = block_statistics(x + start, n, own);
+  row.block_maxima[block] = out.max;
+  return out;
 }
 
 // The running statistics of a row (fastreward/_layout.py: STATE) and the block that holds its maximum.
@@ -337,10 +349,16 @@ void write_zeros(const LogprobsForward& call, std::int64_t index) {
   for (std::int64_t j = 0; j < in.token_count; ++j) call.id_logprobs[index * in.token_count + j] = 0.0f;
 }
 
+// Where a row's exponentials go, if anywhere.
+struct Keep {
+  float* exponentials = nullptr;
+  double* maxima = nullptr;
+};
+
 // Runs every counted row: open, its blocks in order, close. Few long rows: blocks go to threads first, into scratch.
 template <class T, class Begin, class End>
 void run_rows(const LogprobsRows& in, std::int64_t vocab_start, int flags, const float* label_logits, double* scratch,
-              const Begin& begin, const End& end) {
+              const Keep& keep, const Begin& begin, const End& end) {
   const std::int64_t blocks = logprobs_blocks(length_of(in));
   auto* partials = reinterpret_cast<Partial*>(scratch);
   const bool split = scratch != nullptr && logprobs_splits_rows(in.rows, length_of(in), in.threads);
@@ -357,7 +375,9 @@ void run_rows(const LogprobsRows& in, std::int64_t vocab_start, int flags, const
     if (!row_counts(in, index)) return end(index, nullptr, 0.0);
     State state;
     begin(index, state);
-    const Row row = open_row<T>(in, index, in.labels[index] - vocab_start, label_logits, flags, state);
+    Row row = open_row<T>(in, index, in.labels[index] - vocab_start, label_logits, flags, state);
+    row.exponentials = keep.exponentials;
+    row.block_maxima = keep.maxima;
     for (std::int64_t block = 0; block < blocks; ++block)
       merge(state, split ? partials[index * blocks + block] : compute_block<T>(in, index, block, row),
             row.inv_temperature, block);
@@ -378,7 +398,8 @@ void initial_state(std::int64_t, State& state) {
 void logprobs_forward(const LogprobsForward& call) {
   by_dtype(call.in.dtype, [&](auto type) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-    run_rows<T>(call.in, 0, call.flags, nullptr, call.scratch, initial_state,
+    const Keep keep{call.exponentials, call.block_maxima};
+    run_rows<T>(call.in, 0, call.flags, nullptr, call.scratch, keep, initial_state,
                 [&](std::int64_t index, const State* state, double inv_temperature) {
                   if (state == nullptr) return write_zeros(call, index);
                   const double columns = (call.flags & kMeanLogit) != 0 ? counted_columns(call.in, index) : 1.0;
@@ -399,7 +420,7 @@ void logprobs_fold(const LogprobsFold& call) {
       if (state == nullptr) return;
       for (int k = 0; k < kStateSize; ++k) call.state[index * kStateSize + k] = state->s[k];
     };
-    run_rows<T>(call.in, call.vocab_start, call.flags, call.label_logits, call.scratch, begin, end);
+    run_rows<T>(call.in, call.vocab_start, call.flags, call.label_logits, call.scratch, Keep(), begin, end);
   });
 }
 

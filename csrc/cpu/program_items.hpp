@@ -50,9 +50,17 @@ class Items {
 struct Item {
   std::int64_t number, row, begin;  // begin: of its first token in the token arrays
   int tokens, tiles, counted;
+  int end;  // one past the last tile with a counted token
   std::uint64_t some, every;  // a bit for each tile: some, all of its (kTile) tokens count
   alignas(64) simd::Word words[kItemVectors];
 };
+
+// The mask of the item after the next, of which nobody else knows that it will be read.
+inline void fetch_mask(const ProgramTokens& t, const Item& next) {
+  if (t.mask.kind != MaskKind::bytes) return;  // the others are so long that hardware sees to it
+  const char* p = static_cast<const char*>(t.mask.data) + next.begin + next.tokens;
+  for (std::int64_t i = 0; i < kProgramItem; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
 
 // Fills an item of that row; `bytes`: room for its mask.
 inline void fill(Item& item, const ProgramTokens& t, const Items& items, std::int64_t number, std::int64_t row,
@@ -82,6 +90,7 @@ inline void fill(Item& item, const ProgramTokens& t, const Items& items, std::in
     item.some |= static_cast<std::uint64_t>(on > 0) << k;
     item.every |= static_cast<std::uint64_t>(on == kTile) << k;
   }
+  item.end = item.some == 0 ? 0 : 64 - __builtin_clzll(item.some);
 }
 
 // make().run(first, last) for chunks of consecutive items, spread over the threads; each makes one worker.

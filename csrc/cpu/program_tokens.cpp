@@ -7,6 +7,7 @@
 // modulo the vector, float over a few tiles, float64 above that, items in order. Padding on the right adds exact zeros, and
 // the number of threads changes nothing.
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 
 #include "cpu/program_items.hpp"
@@ -45,15 +46,16 @@ bool is_row(OperandKind kind) { return kind == OperandKind::row_value || kind ==
 bool is_tensor(OperandKind kind) { return kind == OperandKind::input || kind == OperandKind::output; }
 
 struct Sizes {
-  std::int64_t lines = 0, masks = 1;  // mask 0: the tokens that count
-  int inputs = 0;
+  std::int64_t lines = 0;
+  int masks = 0, row_masks = 0, inputs = 0;
 };
 
 Sizes sizes_of(const TokenStep& step) {
   Sizes sizes;
   for (const TokenOperand& o : step.operands) {
     sizes.lines += lines_of(o.kind);
-    sizes.masks += is_mask(o.kind);
+    if (o.kind == OperandKind::mask && o.index >= sizes.masks) sizes.masks = o.index + 1;
+    sizes.row_masks += o.kind == OperandKind::row_mask;
     sizes.inputs += o.kind == OperandKind::input;
   }
   return sizes;
@@ -85,14 +87,16 @@ class Worker {
       : p_(pass),
         operands_(pass.step.operands),
         lines_(pass.sizes.lines),
-        masks_(pass.sizes.masks * kItemVectors),
+        masks_((1 + pass.sizes.masks + pass.sizes.row_masks) * kItemVectors),
         at_(operands_.size),
         mask_(operands_.size),
         totals_(operands_.size),
+        with_extremes_(pass.step.tile.size),
         direct_(pass.step.tile.size + pass.sizes.inputs + 1),
         masked_(pass.step.tile.size + pass.sizes.inputs + 1),
         last_(pass.step.tile.size + 1) {
     lay_out();
+    find_sums_with_extremes();
     link(direct_.data(), false, false);
     link(masked_.data(), true, false);
     link(last_.data(), true, true);
@@ -103,10 +107,11 @@ class Worker {
     Item *item = &items_[0], *next = &items_[1];
     fill(*item, p_.tokens, p_.items, first, row, bytes_);
     for (std::int64_t i = first; i < last; ++i) {
-      next->some = 0;
+      next->end = 0;
       if (i + 1 < last) {
         while (p_.items.first(row + 1) <= i + 1) ++row;
         fill(*next, p_.tokens, p_.items, i + 1, row, bytes_);
+        fetch_mask(p_.tokens, *next);
       }
       run(*item, *next);
       Item* const done = item;
@@ -119,19 +124,23 @@ class Worker {
   // ------------------------------------------------------------------------------------------------------ set-up
   void lay_out() {
     Line* line = lines_.data();
-    std::int64_t mask = 1;
+    int row_masks = 0;
     for (int k = 0; k < operands_.size; ++k) {
       at_[k] = line->bytes;
       line += lines_of(operands_[k].kind);
-      mask_[k] = operands_[k].kind == OperandKind::mask ? 1 + operands_[k].index
-                 : is_mask(operands_[k].kind)           ? 1 + p_.sizes.masks + row_masks++
-                                                        : 0;
+      mask_[k] = 1 + operands_[k].index;  // mask 0: the tokens that count
+      if (operands_[k].kind == OperandKind::row_mask) mask_[k] = 1 + p_.sizes.masks + row_masks++;
       if (is_row(operands_[k].kind) && operands_[k].index >= 0) broadcast(k, p_.values.numbers[operands_[k].index]);
       if (is_sum(k)) totals_[sum_count_++] = total_of(k);
     }
     total_count_ = sum_count_;
     for (int k = 0; k < operands_.size; ++k)
       if (operands_[k].kind == OperandKind::reduction && !is_sum(k)) totals_[total_count_++] = total_of(k);
+  }
+
+  void find_sums_with_extremes() {
+    for (const TokenInstruction& i : p_.step.tile)
+      if (i.op == TokenOp::k_sum_extremes) with_extremes_[with_extremes_count_++] = &i;
   }
 
   bool is_sum(int k) const { return operands_[k].kind == OperandKind::reduction && kind_of(k) == ReductionKind::sum; }
@@ -203,17 +212,20 @@ class Worker {
 
   void run_tiles(const Item& item, const Item& next) {
     if (item.row != row_) enter(item.row);
-    if (p_.large) choose_stores(item);
+    if (p_.large && phase_ != item.begin % kF32) choose_stores(item);
     const bool every = item.counted == item.tiles * kTile;
     if (!every) std::memcpy(masks_.data(), item.words, static_cast<std::size_t>(item.tiles * kTileWords));
-    for (int tile = 0; tile < item.tiles; ++tile) {
-      const bool some = (item.some >> tile & 1) != 0;
+    for (int tile = 0; tile < item.end; ++tile) {
+      const bool some = (item.some >> tile & 1) != 0, last = tokens_of(item, tile) < kTile;
       if ((item.every >> tile & 1) != 0) start(direct_, tile, place_of(item, tile), ahead_of(item, next, tile));
-      else if (!some) write_zeros(item.begin + tile * kTile, tokens_of(item, tile));
-      else if (tokens_of(item, tile) == kTile) start(masked_, tile, place_of(item, tile), 0);
+      else if (!some) write_zeros(item.begin + tile * kTile, kTile);
+      else if (!last) start(masked_, tile, place_of(item, tile), ahead_of(item, next, tile));
       else run_last(item, tile);
-      if (tile % kRun == kRun - 1 || tile == item.tiles - 1) flush_sums();
+      if (tile % kRun == kRun - 1) flush_sums();
     }
+    flush_sums();
+    const int done = item.end * kTile;
+    if (done < item.tokens) write_zeros(item.begin + done, item.tokens - done);
     for (const MaskInstruction& i : p_.step.item) run_masks(i, item);
   }
 
@@ -225,10 +237,9 @@ class Worker {
   // Where the tile lies that will be read kAhead from now; this one where that will not be read.
   static std::int64_t ahead_of(const Item& item, const Item& next, int tile) {
     const int at = tile + kAhead;
-    const bool later = at >= item.tiles;
-    const Item& from = later ? next : item;
-    const int index = later ? at - item.tiles : at;
-    return (from.some >> index & 1) != 0 ? place_of(from, index) : place_of(item, tile);
+    if (at < item.end) return place_of(item, at);
+    const int later = at - item.tiles;
+    return later >= 0 && later < next.end ? place_of(next, later) : place_of(item, tile);
   }
 
   void start(const Buffer<Instruction>& code, int tile, std::int64_t at, std::int64_t ahead) const {
@@ -244,15 +255,18 @@ class Worker {
       if (is_row(operands_[k].kind) && operands_[k].index < 0) broadcast(k, p_.values.at(operands_[k].index, row));
   }
 
-  // Outputs go past the caches where the item lies on whole vectors.
+  // Outputs go past the caches where an item's lie on whole vectors, which its place modulo the vector decides.
   void choose_stores(const Item& item) {
-    Instruction* i = direct_.data();
-    for (int k = 0; k < p_.step.tile.size; ++k, ++i) {
-      while (i->run == &fetch) ++i;
-      if (p_.step.tile[k].op != TokenOp::k_store) continue;
-      Variant variant = variant_of(p_.step.tile[k], false);
-      variant.streamed = aligned(i->x + item.begin * 4);
-      i->run = operator_of(TokenOp::k_store, variant);
+    phase_ = item.begin % kF32;
+    for (const bool masked : {false, true}) {
+      Instruction* i = masked ? masked_.data() : direct_.data();
+      for (int k = 0; k < p_.step.tile.size; ++k, ++i) {
+        while (i->run == &fetch) ++i;
+        if (p_.step.tile[k].op != TokenOp::k_store) continue;
+        Variant variant = variant_of(p_.step.tile[k], masked);
+        variant.streamed = aligned(i->x + item.begin * 4);
+        i->run = operator_of(TokenOp::k_store, variant);
+      }
     }
   }
 
@@ -334,8 +348,8 @@ class Worker {
       if (reductions[k].kind == ReductionKind::tokens) sums[k] = static_cast<double>(item.counted);
     for (int k = 0; k < total_count_; ++k) sums[totals_[k].index] = value_of(*totals_[k].at, totals_[k].kind);
     // Where extremes are taken along with a sum, the sum alone has met a NaN.
-    for (const TokenInstruction& i : p_.step.tile) {
-      if (i.op != TokenOp::k_sum_extremes) continue;
+    for (int k = 0; k < with_extremes_count_; ++k) {
+      const TokenInstruction& i = *with_extremes_[k];
       const double sum = sums[operands_[i.x].index];
       if (sum != sum) sums[operands_[i.y].index] = sums[operands_[i.z].index] = sum;
     }
@@ -358,9 +372,10 @@ class Worker {
   Buffer<char*> at_;            // the scratch of each operand
   Buffer<std::int64_t> mask_;   // the number of each operand's mask
   Buffer<Total> totals_;        // sums first
+  Buffer<const TokenInstruction*> with_extremes_;
   Buffer<Instruction> direct_, masked_, last_;
-  int sum_count_ = 0, total_count_ = 0;
-  std::int64_t row_ = -1;
+  int sum_count_ = 0, total_count_ = 0, with_extremes_count_ = 0;
+  std::int64_t row_ = -1, phase_ = -1;
   Item items_[2];
   std::uint8_t bytes_[kProgramItem];
 };

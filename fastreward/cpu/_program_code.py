@@ -8,7 +8,7 @@ columns, reused when their last reader is done.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Final
 
@@ -27,6 +27,15 @@ _BOUNDED: Final = 87.0  # |x| up to which exp_bounded may be used
 
 _COMPARISONS: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}  # with arguments swapped
 _LOGIC: Final = ("and", "or", "not")
+# Operators that may start from memory, and those that may keep their result as well (csrc/cpu/program.hpp).
+_STARTING: Final = (
+    *("neg", "abs", "sign", "sqrt", "exp", "exp_bounded", "expm1", "log", "log1p", "tanh", "sigmoid", "logsigmoid"),
+    *("add", "sub", "from", "mul", "div", "over", "minimum", "maximum"),
+)
+_KEEPING: Final = (
+    *("load", *_STARTING),
+    *("fma", "fms", "fnma", "add_product", "sub_product", "clip", "where", "where_not"),
+)
 
 
 # ------------------------------------------------------------------------------------------------- what is computed
@@ -186,6 +195,8 @@ class _Form:
     x: Hashable = None
     y: Hashable = None
     z: Hashable = None
+    w: Hashable = None  # loaded first
+    k: Hashable = None  # kept
     changes: bool = True  # whether the accumulator holds something else afterwards
 
 
@@ -241,6 +252,7 @@ class _Schedule:
         self._endings = self._ending_forms()
         while self._waiting or self._endings:
             self._advance()
+        self.forms = _joined(self.forms)
 
     def _ending_forms(self) -> dict[Hashable, list[_Form]]:
         """Reductions and outputs, by the value that they take from the accumulator."""
@@ -299,7 +311,7 @@ class _Schedule:
 
     def _keep(self) -> None:
         if self._acc is not None and self._acc not in self._kept:
-            self.forms.append(_Form("keep", self._acc, self._acc, changes=False))
+            self.forms.append(_Form("keep", self._acc, k=self._acc, changes=False))
             self._kept.add(self._acc)
 
     def _emit(self, form: _Form, v: _Value) -> None:
@@ -319,13 +331,33 @@ class _Schedule:
         key = next((f.acc for v in self._waiting if self._ready(v) for f in self._choices(v)), None)
         if key is None:
             key = next(k for k in self._endings if k in self._made)
-        self.forms.append(_Form("load", None, key))
+        self.forms.append(_Form("load", None, w=key))
         self._acc = key
 
     def _choices(self, v: _Value) -> list[_Form]:
         """Forms by what they load: a token's value rather than a row's."""
         level = {f.acc: self.selection.nodes[f.acc].level for f in _forms(v) if f.acc is not None}
         return sorted((f for f in _forms(v) if f.acc is not None), key=lambda f: -level[f.acc])
+
+
+def _joined(forms: Sequence[_Form]) -> list[_Form]:
+    """Several as one: what is loaded is computed with, what was computed is kept, both sides are compared."""
+    joined: list[_Form] = []
+    maker: _Form | None = None  # of what the accumulator holds
+    for form in forms:
+        last = joined[-1] if joined else None
+        if form.name == "keep" and maker is not None and maker.name in _KEEPING:
+            maker.k = form.k
+            continue
+        if last is not None and last.name == "load" and last.k is None and form.name in _STARTING:
+            form.w = last.w
+            joined.pop()
+        elif last is not None and (last.name, form.name) == ("lt", "gt"):
+            form = replace(last, name="sides", y=form.x, z=(last.z, form.z))
+            joined.pop()
+        joined.append(form)
+        maker = form if form.changes else maker
+    return joined
 
 
 # --------------------------------------------------------------------------------------------------- as numbers
@@ -354,9 +386,10 @@ class _StepCode:
         schedule = _Schedule(self._selection)
         self._operands = _Operands()
         self._free: dict[int, list[int]] = {_SLOT: [], _MASK: []}
+        self._counts = {_SLOT: 0, _MASK: 0}
         self._slots: dict[Hashable, tuple[int, int]] = {}
         self._number_reductions()
-        self._last = {k: t for t, f in enumerate(schedule.forms) for k in (f.x, f.y, f.z)}
+        self._last = {k: t for t, f in enumerate(schedule.forms) for k in (f.w, f.x, f.y, f.z)}
         self._item_masks = {a for v in schedule.item for a in (*v.args, *v.made)}
         self._item_masks |= {m.id for _, m in self._selection.counts}
         self.tile = [self._instruction(t, f) for t, f in enumerate(schedule.forms)]
@@ -376,25 +409,39 @@ class _StepCode:
         """What `_core.Program` takes for a step."""
         return (self.step.side, self._operands.table, self.tile, self.item, self._reductions)
 
-    def _instruction(self, time: int, form: _Form) -> tuple[int, int, int, int]:
-        new = form.x if form.name == "keep" else form.z if _makes_mask(form.name) else None
-        fields = [-1 if k is None or k == new else self._operand(k) for k in (form.x, form.y, form.z)]
-        for k in {form.x, form.y, form.z} - {new}:
-            if k in self._slots and self._last[k] == time and k not in self._item_masks:
-                kind, index = self._slots[k]
+    def _instruction(self, time: int, form: _Form) -> tuple[int, ...]:
+        made = form.z if _makes_mask(form.name) else None
+        read = [form.w, form.x, form.y, None if made is not None else form.z]
+        fields = [-1 if key is None else self._operand(key) for key in read]
+        for key in {*read} - {None}:
+            if key in self._slots and self._last[key] == time and key not in self._item_masks:
+                kind, index = self._slots[key]
                 self._free[kind].append(index)
-        if new is not None:
-            fields[0 if form.name == "keep" else 2] = self._new_slot(new, _SLOT if form.name == "keep" else _MASK)
-        return (_TOKEN_OPERATORS[form.name], *fields)
+        if isinstance(made, tuple):
+            fields[3] = self._new_neighbours(*made)
+        elif made is not None:
+            fields[3] = self._new_slot(made, _MASK)
+        kept = -1 if form.k is None else self._new_slot(form.k, _SLOT)
+        return (_TOKEN_OPERATORS[form.name], *fields, kept)
 
     def _mask_instruction(self, v: _Value) -> tuple[int, int, int, int]:
         x, y = (*(self._operand(k) for k in v.args), -1)[:2]
         return (_MASK_OPERATORS[v.op], x, y, self._new_slot(v.made[0], _MASK))
 
     def _new_slot(self, key: Hashable, kind: int) -> int:
-        free = self._free[kind]
-        self._slots[key] = kind, free.pop() if free else len(self._slots)
+        if not self._free[kind]:
+            self._free[kind].append(self._counts[kind])
+            self._counts[kind] += 1
+        self._slots[key] = kind, self._free[kind].pop()
         return self._operands.get(*self._slots[key])
+
+    def _new_neighbours(self, first: Hashable, second: Hashable) -> int:
+        """Two masks, one after the other."""
+        index = self._counts[_MASK]
+        self._counts[_MASK] += 2
+        self._slots[first], self._slots[second] = (_MASK, index), (_MASK, index + 1)
+        self._operands.get(_MASK, index + 1)
+        return self._operands.get(_MASK, index)
 
     def _operand(self, key: Hashable) -> int:
         if key in self._slots:
@@ -412,7 +459,7 @@ class _StepCode:
 
 
 def _makes_mask(name: str) -> bool:
-    return name in (*_COMPARISONS, *_LOGIC, "outside", "clip_outside") or name.endswith("_and")
+    return name in (*_COMPARISONS, *_LOGIC, "outside", "sides", "clip_outside") or name.endswith("_and")
 
 
 # ------------------------------------------------------------------------------------------------- values per row

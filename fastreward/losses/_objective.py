@@ -279,7 +279,6 @@ def _policy_metrics(t: Terms, levels: Mapping[str, Level]) -> dict[str, Node]:
         "ratio_min": where(counted, batch_min(t.ratio), 0.0),
         "ratio_max": where(counted, batch_max(t.ratio), 0.0),
         "entropy_mean": batch_mean(t.entropy) if "entropy" in levels else zero,
-        "advantage_mean": batch_mean(t.advantage),
         "token_count": graph.reduce("batch_sum", graph.length()),
     }
     assert tuple(values) == METRICS

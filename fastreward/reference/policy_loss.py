@@ -87,16 +87,9 @@ def policy_loss(
         "ratio_min": torch.where(counted, moved.exp(), torch.inf).amin() if counted.any() else none,
         "ratio_max": torch.where(counted, moved.exp(), -torch.inf).amax() if counted.any() else none,
         "entropy_mean": mean(clean(entropy)),
-        "advantage_mean": mean(adv) if advantages.ndim == 2 else _mean_of_rows(advantages, counted),
         "token_count": counted.sum().double(),
     }
     return loss, token, {name: value.detach() for name, value in metrics.items()}
-
-
-def _mean_of_rows(x: Tensor, counted: Tensor) -> Tensor:
-    """Mean of [B] over the rows with a counted token."""
-    rows = counted.any(-1)
-    return torch.where(rows, x.double(), 0.0).sum() / rows.sum().clamp(min=1)
 
 
 def _kl(kind: str, gap: Tensor, ratio: Tensor) -> Tensor:
