@@ -79,48 +79,6 @@ def logprobs_finish(
 ) -> None: ...
 def logprobs_fold(rows: LogprobsRows, vocab_start: int, flags: int, label_logits: int, state: int) -> None: ...
 def logprobs_forward(rows: LogprobsRows, flags: int, values: int, indices: int, id_logprobs: int) -> None: ...
-def policy_forward(
-    rows: int,
-    columns: int,
-    cu_seqlens: int,
-    mask: int,
-    mask_kind: int,
-    logprobs: int,
-    old_logprobs: int,
-    advantages: int,
-    advantage_per_row: bool,
-    ref_logprobs: int,
-    entropy: int,
-    weights: int,
-    normalizer: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    delta: float | None,
-    log_ratio_clamp: float | None,
-    aggregation: int,
-    kl: int,
-    kl_coef: float,
-    entropy_coef: float,
-    loss: int,
-    metrics: int,
-    gradient: int,
-    row_weight: int,
-    token_loss: int,
-    threads: int,
-) -> tuple[int, int]: ...
-def policy_scale(x: int, factor: float, n: int, out: int, threads: int) -> None: ...
-def policy_spread(
-    rows: int,
-    columns: int,
-    cu_seqlens: int,
-    mask: int,
-    mask_kind: int,
-    row_weight: int,
-    factor: float,
-    out: int,
-    threads: int,
-) -> None: ...
 def whiten_apply(
     x: int,
     mask: int,
@@ -136,3 +94,54 @@ def whiten_apply(
 def whiten_statistics(
     x: int, mask: int, mask_kind: int, rows: int, columns: int, threads: int
 ) -> tuple[float, float, float]: ...
+
+TokensCode = tuple[int, int, int, int, int]
+
+class Program:
+    def __init__(
+        self,
+        *,
+        numbers: int,
+        columns: int,
+        constants: list[tuple[int, float]],
+        scalars: list[int],
+        inputs: list[tuple[int, int]],
+        prologue: list[tuple[int, ...]],
+        stages: list[tuple[list[tuple[Any, ...]], list[tuple[int, ...]]]],
+        outputs: list[int],
+        batch: list[int],
+    ) -> None: ...
+    @property
+    def code(self) -> int: ...
+
+def program_token_operators() -> dict[str, int]: ...
+def program_mask_operators() -> dict[str, int]: ...
+def program_row_operators() -> dict[str, int]: ...
+def program_run(
+    *,
+    program: Program,
+    sides: list[TokensCode],
+    inputs: list[int],
+    scalars: list[float],
+    groups: int,
+    outputs: list[int],
+    batch: int,
+    threads: int,
+) -> None: ...
+def program_scale(tokens: TokensCode, saved: int, row_weight: int, factor: float, out: int, threads: int) -> None: ...
+def program_spread(tokens: TokensCode, row_values: int, factor: float, out: int, threads: int) -> None: ...
+def logits_policy_loss(
+    *,
+    rows: LogprobsRows,
+    code: int,
+    inputs: list[int],
+    logprob: int,
+    entropy: int,
+    has_entropy_gradient: bool,
+    scalars: list[float],
+    scale: float,
+    logprobs: int,
+    entropies: int,
+    grad_logits: int,
+    grad_stride: int,
+) -> None: ...

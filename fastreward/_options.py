@@ -30,21 +30,6 @@ NORMALIZES: tuple[Normalize, ...] = ("sum-then-normalize", "normalize-then-sum")
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyOptions:
-    """The PPO family's switches (formulas 1.1 to 1.3)."""
-
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    delta: float | None = None
-    log_ratio_clamp: float | None = 20.0
-    aggregation: Aggregation = "token-mean"
-    kl: KL | None = None
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class GroupOptions:
     """How rewards of one group become advantages."""
 

@@ -55,7 +55,7 @@ def tile(together: int, columns: int, vec: int) -> dict[str, Any]:
     """The tile of `together` rows."""
     lanes = 32 * WARPS // together
     shape: dict[str, Any] = {"ROWS": together, "STEPS": columns // (lanes * vec), "LANES": lanes, "VEC": vec}
-    if together > 1:
+    if together > 1 or vec == 1:
         shape["maxnreg"] = REGISTERS if vec > 1 else MORE_REGISTERS
     return {**shape, "num_warps": WARPS}
 

@@ -8,7 +8,6 @@ PYBIND11_MODULE(_core, m) {
         "Instruction set in use: baseline, avx2 or avx512 (FASTREWARD_ISA lowers it).");
   fastreward::register_memory(m);
   fastreward::register_logprobs(m);
-  fastreward::register_policy_loss(m);
   fastreward::register_program(m);
   fastreward::register_logits_policy_loss(m);
   fastreward::register_group(m);

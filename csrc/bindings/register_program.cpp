@@ -42,7 +42,7 @@ std::vector<RowInstruction> row_instructions(const RowCode& code) {
 // and places as it declares them.
 class Program {
  public:
-  Program(int numbers, int columns, const std::vector<std::pair<int, double>>& constants, std::vector<int> scalars,
+  Program(int sides, int numbers, int columns, const std::vector<std::pair<int, double>>& constants, std::vector<int> scalars,
           const std::vector<std::pair<int, int>>& inputs, const RowCode& prologue, const std::vector<StageCode>& stages,
           std::vector<int> outputs, std::vector<int> batch)
       : scalars_(std::move(scalars)), outputs_(std::move(outputs)), batch_(std::move(batch)) {
@@ -57,8 +57,8 @@ class Program {
       for (std::size_t k = 0; k < own.parts.size(); ++k) own.tokens.push_back(step(stages[i].first[k], own.parts[k]));
       stages_.push_back({span(own.tokens), span(own.rows)});
     }
-    code_ = {numbers,        columns,       span(constants_), span(scalars_), span(inputs_),
-             span(prologue_), span(stages_), span(outputs_),   span(batch_)};
+    code_ = {sides,         numbers,         columns,       span(constants_), span(scalars_),
+             span(inputs_), span(prologue_), span(stages_), span(outputs_),   span(batch_)};
   }
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
@@ -163,10 +163,10 @@ pybind11::dict numbered(const std::vector<const char*>& names) {
 void register_program(pybind11::module_& m) {
   namespace py = pybind11;
   py::class_<Program>(m, "Program", "Instructions of a program of the loss language, made by fastreward/cpu/program.py.")
-      .def(py::init<int, int, const std::vector<std::pair<int, double>>&, std::vector<int>,
+      .def(py::init<int, int, int, const std::vector<std::pair<int, double>>&, std::vector<int>,
                     const std::vector<std::pair<int, int>>&, const RowCode&, const std::vector<StageCode>&,
                     std::vector<int>, std::vector<int>>(),
-           py::kw_only(), py::arg("numbers"), py::arg("columns"), py::arg("constants"), py::arg("scalars"),
+           py::kw_only(), py::arg("sides"), py::arg("numbers"), py::arg("columns"), py::arg("constants"), py::arg("scalars"),
            py::arg("inputs"), py::arg("prologue"), py::arg("stages"), py::arg("outputs"), py::arg("batch"))
       .def_property_readonly("code", [](const Program& p) { return reinterpret_cast<Address>(&p.code()); },
                              "Address of the ProgramCode, for as long as this lives.");

@@ -6,7 +6,6 @@
 namespace fastreward {
 
 void register_logprobs(pybind11::module_& m);
-void register_policy_loss(pybind11::module_& m);
 void register_program(pybind11::module_& m);
 void register_logits_policy_loss(pybind11::module_& m);
 void register_group(pybind11::module_& m);

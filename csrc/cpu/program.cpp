@@ -37,25 +37,26 @@ void write_results(const ProgramCall& call, const RowValues& values) {
   for (int k = 0; k < code.batch.size; ++k) call.batch[k] = static_cast<float>(values.numbers[code.batch[k]]);
 }
 
-// f(item's row, first token, tokens, mask bytes or nullptr) for every item.
+// f(row, first token, tokens, mask bytes or nullptr) for pieces of the rows.
 template <class F>
-void for_items(const ProgramTokens& t, int threads, const F& f) {
-  const Items items(t);
+void for_pieces(const ProgramTokens& t, int threads, const F& f) {
+  const ProgramTokens unmasked{t.rows, t.columns, t.cu_seqlens, {}};
+  const Items items(unmasked, threads);
   struct Worker {
     const ProgramTokens& tokens;
     const Items& items;
     const F& f;
-    void run(std::int64_t first, std::int64_t last) const {
-      std::uint8_t buffer[kProgramItem];
+    std::uint8_t bytes[kProgramItem];
+    void run(std::int64_t first, std::int64_t last) {
+      std::int64_t row = items.row_of(first);
       for (std::int64_t i = first; i < last; ++i) {
-        const std::int64_t row = items.row_of(i), column = (i - items.first(row)) * kProgramItem;
-        const std::int64_t left = length_of(tokens, row) - column, begin = begin_of(tokens, row) + column;
-        const int n = static_cast<int>(left < kProgramItem ? left : kProgramItem);
-        f(row, begin, n, mask_block(tokens.mask, begin, n, buffer));
+        while (items.first(row + 1) <= i) ++row;
+        const Item item = items.item(i, row);
+        f(row, item.begin, item.tokens, mask_block(tokens.mask, item.begin, item.tokens, bytes));
       }
     }
   };
-  for_chunks(items.count(), threads, [&] { return Worker{t, items, f}; });
+  for_chunks(items.count(), threads, [&] { return Worker{t, items, f, {}}; });
 }
 
 }  // namespace
@@ -67,10 +68,12 @@ void program_run(const ProgramCall& call) {
   const Buffer<double> numbers(code.numbers), columns(code.columns * rows);
   const RowValues values{numbers.data(), columns.data(), rows};
   const RowGroups groups{call.groups, call.group_count};
+  const ProgramTokens none;
+  const Items first(call.sides[0], call.threads), second(code.sides > 1 ? call.sides[1] : none, call.threads);
   place_inputs(call, values);
   run_rows(code.prologue, values, groups);
   for (const ProgramStage& stage : code.stages) {
-    for (const TokenStep& step : stage.tokens) run_tokens(call, step, values);
+    for (const TokenStep& step : stage.tokens) run_tokens(call, step, step.side == 0 ? first : second, values);
     run_rows(stage.rows, values, groups);
   }
   write_results(call, values);
@@ -78,7 +81,7 @@ void program_run(const ProgramCall& call) {
 
 void program_scale(const ProgramTokens& t, const float* saved, const float* row_weight, float factor, float* out,
                    int threads) {
-  for_items(t, threads, [&](std::int64_t row, std::int64_t begin, int n, const std::uint8_t*) {
+  for_pieces(t, threads, [&](std::int64_t row, std::int64_t begin, int n, const std::uint8_t*) {
     const F32 zero = f32(0.0f), by = f32(row_weight == nullptr ? factor : row_weight[row] * factor);
     const float* x = saved + begin;
     float* to = out + begin;
@@ -90,7 +93,7 @@ void program_scale(const ProgramTokens& t, const float* saved, const float* row_
 }
 
 void program_spread(const ProgramTokens& t, const float* row_values, float factor, float* out, int threads) {
-  for_items(t, threads, [&](std::int64_t row, std::int64_t begin, int n, const std::uint8_t* bytes) {
+  for_pieces(t, threads, [&](std::int64_t row, std::int64_t begin, int n, const std::uint8_t* bytes) {
     const F32 value = f32(row_values[row] * factor);
     float* to = out + begin;
     int i = 0;

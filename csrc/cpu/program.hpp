@@ -9,7 +9,7 @@
 
 // Operators of a machine whose accumulator a is a tile of tokens (eight vectors, in registers). Their names are what the
 // Python side says. x, y, z are the instruction's operands; what an elementwise name means is in fastreward/losses/_ops.py.
-// Those up to `maximum` may start from operand w instead of a, those up to `where_not` may keep their result in slot k.
+// Those up to `maximum` may start from operand w instead of a, those up to `maximum_where` may keep their result in slot k.
 //   load                       a = w
 //   keep, store                slot k = a; output x = a
 //   exp_bounded                exp where |a| <= 87 is known
@@ -20,7 +20,8 @@
 //   lt ... ne, outside         mask z; lt_and ... also & mask y
 //   sides                      mask z = a < x, the mask after it = a > y
 //   where, where_not           a where mask z, else x; x where mask z, else a
-//   drop, drop2, drop3         0 where mask z (or y, or x), else a
+//   minimum_where, maximum_where   that of a and x where mask z, else a
+//   drop, drop2, drop3         0 where mask z (or y, or w), else a; drop_store ...: the same, and output x = a
 //   and, or, not               mask z of masks x, y
 //   (from here on reductions)
 //   sum, least, most           adds a to sum, minimum, maximum x; extremes: to minimum x and maximum y
@@ -30,7 +31,8 @@
   X(neg) X(abs) X(sign) X(sqrt) X(exp) X(exp_bounded) X(expm1) X(log) X(log1p) X(tanh) X(sigmoid) X(logsigmoid)  \
   X(add) X(sub) X(from) X(mul) X(div) X(over) X(minimum) X(maximum)                                              \
   X(fma) X(fms) X(fnma) X(add_product) X(sub_product) X(clip) X(where) X(where_not)                              \
-  X(clip_outside) X(drop) X(drop2) X(drop3) X(keep) X(store)                                                     \
+  X(minimum_where) X(maximum_where)                                                                              \
+  X(clip_outside) X(drop) X(drop2) X(drop3) X(keep) X(store) X(drop_store) X(drop2_store) X(drop3_store)         \
   X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(lt_and) X(le_and) X(gt_and) X(ge_and) X(eq_and) X(ne_and)                \
   X(outside) X(sides) X(and) X(or) X(not)                                                                        \
   X(sum) X(least) X(most) X(extremes) X(sum_extremes)
@@ -43,7 +45,7 @@
   X(add) X(sub) X(mul) X(div) X(minimum) X(maximum) X(clip) X(where)                             \
   X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(and) X(or) X(not) X(outside)                             \
   X(group_sum) X(group_max) X(group_min) X(group_sum_before) X(group_sum_after)                  \
-  X(batch_sum) X(batch_max) X(batch_min)
+  X(group_sum_others) X(batch_sum) X(batch_max) X(batch_min) X(batch_permute)
 
 namespace fastreward {
 
@@ -126,6 +128,7 @@ struct Constant {
 // outputs: the place of a value per row; kTokenOutput: the last passes write it.
 constexpr RowPlace kTokenOutput = INT32_MAX;
 struct ProgramCode {
+  int sides = 1;
   int numbers = 0, columns = 0;
   Span<Constant> constants;
   Span<int> scalars;  // the numbers that the call's scalars go to

@@ -48,6 +48,7 @@ struct RowGroups {
 void run_rows(const Span<RowInstruction>& instructions, const RowValues& values, const RowGroups& groups);
 
 // Runs one pass over the tokens of a side; its reductions go to columns of `values`.
-void run_tokens(const ProgramCall& call, const TokenStep& step, const RowValues& values);
+class Items;
+void run_tokens(const ProgramCall& call, const TokenStep& step, const Items& items, const RowValues& values);
 
 }  // namespace fastreward::FASTREWARD_ISA::program

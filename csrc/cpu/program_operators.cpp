@@ -94,11 +94,36 @@ void keep(FASTREWARD_TILE) {
   NEXT_EACH(f);
 }
 
-template <bool kMasked, bool kStreamed>
+// 0 where one of kMasks masks is on: z, y, w.
+template <int kMasks>
+struct Dropped {
+  Mask z, y, w;
+  Dropped(const Instruction* i, const Tile* t)
+      : z(t, kMasks > 0 ? i->z : 0), y(t, kMasks > 1 ? place_of(i->y) : 0), w(t, kMasks > 2 ? place_of(i->w) : 0) {}
+  F32 of(F32 a, int k) const {
+    if (kMasks == 0) return a;
+    if (kMasks == 1) return select(z[k], f32(0.0f), a);
+    Word either = static_cast<Word>(z.p[k] | y.p[k]);
+    if (kMasks > 2) either = static_cast<Word>(either | w.p[k]);
+    asm("" : "+r"(either));  // one by one
+    return select(lanes(either), f32(0.0f), a);
+  }
+};
+
+template <int kMasks>
+void drop(FASTREWARD_TILE) {
+  const Dropped<kMasks> dropped(i, t);
+  const auto f = [&](F32 a, int k) INLINE { return dropped.of(a, k); };
+  NEXT_EACH(f);
+}
+
+template <int kMasks, bool kMasked, bool kStreamed>
 void store_output(FASTREWARD_TILE) {
   float* x = reinterpret_cast<float*>(i->x + t->at);
+  const Dropped<kMasks> dropped(i, t);
   const Mask counted(t, 0);
   const auto f = [&](F32 a, int k) INLINE {
+    a = dropped.of(a, k);
     const F32 kept = kMasked ? select(counted[k], a, f32(0.0f)) : a;
     if (kStreamed) stream(x + k * kF32, kept);
     else store(x + k * kF32, kept);
@@ -281,25 +306,21 @@ void where(FASTREWARD_TILE) {
   NEXT_VALUE(Here, K, f);
 }
 
+// The minimum or maximum with x where mask z.
+template <class Op, class K, class X>
+void bound_where(FASTREWARD_TILE) {
+  const X x(i->x, t);
+  const Mask z(t, i->z);
+  const auto f = [&](F32 a, int k) INLINE { return select(z[k], Op::of(a, x[k]), a); };
+  NEXT_VALUE(Here, K, f);
+}
+
 template <class K, class X>
 void where_not(FASTREWARD_TILE) {
   const X x(i->x, t);
   const Mask z(t, i->z);
   const auto f = [&](F32 a, int k) INLINE { return select(z[k], x[k], a); };
   NEXT_VALUE(Here, K, f);
-}
-
-template <int kMasks>
-void drop(FASTREWARD_TILE) {
-  const Mask z(t, i->z), y(t, kMasks > 1 ? place_of(i->y) : 0), x(t, kMasks > 2 ? place_of(i->x) : 0);
-  const auto f = [&](F32 a, int k) INLINE {
-    if (kMasks == 1) return select(z[k], f32(0.0f), a);
-    Word either = static_cast<Word>(z.p[k] | y.p[k]);
-    if (kMasks > 2) either = static_cast<Word>(either | x.p[k]);
-    asm("" : "+r"(either));  // one by one
-    return select(lanes(either), f32(0.0f), a);
-  };
-  NEXT_EACH(f);
 }
 
 struct And {
@@ -473,9 +494,15 @@ Operator where_not_of(Variant v) {
   constexpr Operator table[2][3] = {BY_Y(where_not, Nowhere), BY_Y(where_not, Kept)};
   return table[end_of(v)][number(v.x)];
 }
+template <class Op>
+Operator bound_where_of(Variant v) {
+  constexpr Operator table[2][3] = {BY_Y(bound_where, Op, Nowhere), BY_Y(bound_where, Op, Kept)};
+  return table[end_of(v)][number(v.x)];
+}
+template <int kMasks>
 Operator store_of(Variant v) {
-  constexpr Operator table[2][2] = {{&store_output<false, false>, &store_output<false, true>},
-                                    {&store_output<true, false>, &store_output<true, true>}};
+  constexpr Operator table[2][2] = {{&store_output<kMasks, false, false>, &store_output<kMasks, false, true>},
+                                    {&store_output<kMasks, true, false>, &store_output<kMasks, true, true>}};
   return table[v.masked ? 1 : 0][v.streamed ? 1 : 0];
 }
 #define BY_TOKENS(kernel) (v.masked ? &kernel<Counted> : &kernel<Everything>)
@@ -496,7 +523,10 @@ Operator operator_of(TokenOp op, Variant v) {
   switch (op) {
     case TokenOp::k_load: return unary_of<Load>(v);
     case TokenOp::k_keep: return &keep;
-    case TokenOp::k_store: return store_of(v);
+    case TokenOp::k_store: return store_of<0>(v);
+    case TokenOp::k_drop_store: return store_of<1>(v);
+    case TokenOp::k_drop2_store: return store_of<2>(v);
+    case TokenOp::k_drop3_store: return store_of<3>(v);
     case TokenOp::k_neg: return unary_of<Neg>(v);
     case TokenOp::k_abs: return unary_of<Abs>(v);
     case TokenOp::k_sign: return unary_of<Sign>(v);
@@ -540,6 +570,8 @@ Operator operator_of(TokenOp op, Variant v) {
     case TokenOp::k_sides: return sides_of(v);
     case TokenOp::k_where: return where_of(v);
     case TokenOp::k_where_not: return where_not_of(v);
+    case TokenOp::k_minimum_where: return bound_where_of<Minimum>(v);
+    case TokenOp::k_maximum_where: return bound_where_of<Maximum>(v);
     case TokenOp::k_drop: return &drop<1>;
     case TokenOp::k_drop2: return &drop<2>;
     case TokenOp::k_drop3: return &drop<3>;

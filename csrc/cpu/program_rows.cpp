@@ -142,6 +142,49 @@ void over_neighbours(const RowInstruction& i, const RowValues& values, const Row
   for (std::int64_t row = 0; row < values.rows; ++row) out[row] = sums[row];
 }
 
+// What comes before in the own group plus what comes after: no subtraction that could cancel.
+void over_others(const RowInstruction& i, const RowValues& values, const RowGroups& groups) {
+  const Operand a = operand(values, i.a);
+  const Buffer<double> running(groups.count), sums(values.rows);  // `out` may be one of the arguments
+  for (std::int64_t g = 0; g < groups.count; ++g) running[g] = 0.0;
+  for (std::int64_t row = 0; row < values.rows; ++row) {
+    double& before = running[groups.of_row[row]];
+    sums[row] = before;
+    before += a[row];
+  }
+  for (std::int64_t g = 0; g < groups.count; ++g) running[g] = 0.0;
+  double* out = values.column(i.out);
+  for (std::int64_t row = values.rows - 1; row >= 0; --row) {
+    double& after = running[groups.of_row[row]];
+    sums[row] += after;
+    after += a[row];
+  }
+  for (std::int64_t row = 0; row < values.rows; ++row) out[row] = sums[row];
+}
+
+// Rows by rising key, then by number; NaN last, as torch sorts.
+void sort_rows(const Operand& key, std::int64_t rows, std::int64_t* order) {
+  for (std::int64_t row = 0; row < rows; ++row) order[row] = row;
+  std::sort(order, order + rows, [&](std::int64_t x, std::int64_t y) {
+    const double first = key[x], second = key[y];
+    const bool first_nan = std::isnan(first), second_nan = std::isnan(second);
+    if (first_nan != second_nan) return second_nan;
+    return first_nan || first == second ? x < y : first < second;
+  });
+}
+
+// Row j gets the a of the row whose b has the rank of j's c.
+void permute(const RowInstruction& i, const RowValues& values) {
+  const Operand a = operand(values, i.a), from = operand(values, i.b), to = operand(values, i.c);
+  const Buffer<std::int64_t> source(values.rows), target(values.rows);
+  const Buffer<double> moved(values.rows);  // `out` may be one of the arguments
+  sort_rows(from, values.rows, source.data());
+  sort_rows(to, values.rows, target.data());
+  for (std::int64_t k = 0; k < values.rows; ++k) moved[target[k]] = a[source[k]];
+  double* out = values.column(i.out);
+  for (std::int64_t row = 0; row < values.rows; ++row) out[row] = moved[row];
+}
+
 void run(const RowInstruction& i, const RowValues& values, const RowGroups& groups) {
   switch (i.op) {
     case RowOp::k_neg: return unary(i, values, [](double x) { return -x; });
@@ -180,6 +223,8 @@ void run(const RowInstruction& i, const RowValues& values, const RowGroups& grou
     case RowOp::k_group_min: return over_groups(i, values, groups, kInf, smaller);
     case RowOp::k_group_sum_before: return over_neighbours(i, values, groups, true);
     case RowOp::k_group_sum_after: return over_neighbours(i, values, groups, false);
+    case RowOp::k_group_sum_others: return over_others(i, values, groups);
+    case RowOp::k_batch_permute: return permute(i, values);
     case RowOp::k_batch_sum: return over_batch(i, values, 0.0, [](double x, double y) { return y + x; });
     case RowOp::k_batch_max: return over_batch(i, values, -kInf, larger);
     case RowOp::k_batch_min: return over_batch(i, values, kInf, smaller);

@@ -45,6 +45,8 @@ bool is_mask(OperandKind kind) { return kind == OperandKind::mask || kind == Ope
 bool is_row(OperandKind kind) { return kind == OperandKind::row_value || kind == OperandKind::row_mask; }
 bool is_tensor(OperandKind kind) { return kind == OperandKind::input || kind == OperandKind::output; }
 
+bool stores(TokenOp op) { return op >= TokenOp::k_store && op <= TokenOp::k_drop3_store; }
+
 struct Sizes {
   std::int64_t lines = 0;
   int masks = 0, row_masks = 0, inputs = 0;
@@ -72,7 +74,6 @@ struct Total {
 struct Pass {
   const ProgramCall& call;
   const TokenStep& step;
-  const ProgramTokens& tokens;
   const RowValues& values;
   const Items& items;
   Sizes sizes;
@@ -104,19 +105,14 @@ class Worker {
 
   void run(std::int64_t first, std::int64_t last) {
     std::int64_t row = p_.items.row_of(first);
-    Item *item = &items_[0], *next = &items_[1];
-    fill(*item, p_.tokens, p_.items, first, row, bytes_);
-    for (std::int64_t i = first; i < last; ++i) {
-      next->end = 0;
+    Item item = p_.items.item(first, row), next = item;
+    for (std::int64_t i = first; i < last; ++i, item = next) {
+      next.end = 0;
       if (i + 1 < last) {
         while (p_.items.first(row + 1) <= i + 1) ++row;
-        fill(*next, p_.tokens, p_.items, i + 1, row, bytes_);
-        fetch_mask(p_.tokens, *next);
+        next = p_.items.item(i + 1, row);
       }
-      run(*item, *next);
-      Item* const done = item;
-      item = next;
-      next = done;
+      run(item, next);
     }
   }
 
@@ -213,14 +209,12 @@ class Worker {
   void run_tiles(const Item& item, const Item& next) {
     if (item.row != row_) enter(item.row);
     if (p_.large && phase_ != item.begin % kF32) choose_stores(item);
-    const bool every = item.counted == item.tiles * kTile;
-    if (!every) std::memcpy(masks_.data(), item.words, static_cast<std::size_t>(item.tiles * kTileWords));
+    if (!item.full()) place_words(item);
     for (int tile = 0; tile < item.end; ++tile) {
-      const bool some = (item.some >> tile & 1) != 0, last = tokens_of(item, tile) < kTile;
-      if ((item.every >> tile & 1) != 0) start(direct_, tile, place_of(item, tile), ahead_of(item, next, tile));
-      else if (!some) write_zeros(item.begin + tile * kTile, kTile);
-      else if (!last) start(masked_, tile, place_of(item, tile), ahead_of(item, next, tile));
-      else run_last(item, tile);
+      if ((item.every >> tile & 1) != 0) start(direct_, tile, item.place_of(tile), ahead_of(item, next, tile));
+      else if ((item.some >> tile & 1) == 0) write_zeros(item.begin + tile * kTile, kTile);
+      else if (item.tokens_of(tile) < kTile) run_last(item, tile);
+      else start(masked_, tile, item.place_of(tile), ahead_of(item, next, tile));
       if (tile % kRun == kRun - 1) flush_sums();
     }
     flush_sums();
@@ -229,17 +223,26 @@ class Worker {
     for (const MaskInstruction& i : p_.step.item) run_masks(i, item);
   }
 
-  static int tokens_of(const Item& item, int tile) {
-    return item.tokens - tile * kTile < kTile ? item.tokens - tile * kTile : kTile;
+  // Mask 0: which tokens count.
+  void place_words(const Item& item) {
+    Word* words = masks_.data();
+    const int n = item.tiles * kTileVectors;
+    if (item.words != nullptr) {
+      std::memcpy(words, item.words, static_cast<std::size_t>(n) * sizeof(Word));
+      return;
+    }
+    for (int v = 0; v < n; ++v) {
+      const int left = item.tokens - v * kF32;
+      words[v] = left >= kF32 ? kAllLanes : left > 0 ? word(first32(left)) : Word{0};
+    }
   }
-  static std::int64_t place_of(const Item& item, int tile) { return (item.begin + tile * kTile) * 4; }
 
   // Where the tile lies that will be read kAhead from now; this one where that will not be read.
   static std::int64_t ahead_of(const Item& item, const Item& next, int tile) {
     const int at = tile + kAhead;
-    if (at < item.end) return place_of(item, at);
+    if (at < item.end) return item.place_of(at);
     const int later = at - item.tiles;
-    return later >= 0 && later < next.end ? place_of(next, later) : place_of(item, tile);
+    return later >= 0 && later < next.end ? next.place_of(later) : item.place_of(tile);
   }
 
   void start(const Buffer<Instruction>& code, int tile, std::int64_t at, std::int64_t ahead) const {
@@ -262,10 +265,10 @@ class Worker {
       Instruction* i = masked ? masked_.data() : direct_.data();
       for (int k = 0; k < p_.step.tile.size; ++k, ++i) {
         while (i->run == &fetch) ++i;
-        if (p_.step.tile[k].op != TokenOp::k_store) continue;
+        if (!stores(p_.step.tile[k].op)) continue;
         Variant variant = variant_of(p_.step.tile[k], masked);
         variant.streamed = aligned(i->x + item.begin * 4);
-        i->run = operator_of(TokenOp::k_store, variant);
+        i->run = operator_of(p_.step.tile[k].op, variant);
       }
     }
   }
@@ -274,8 +277,8 @@ class Worker {
 
   // The tile at the end of a row: on copies, as nothing behind the row may be touched.
   void run_last(const Item& item, int tile) {
-    const std::int64_t at = place_of(item, tile);
-    const auto bytes = static_cast<std::size_t>(tokens_of(item, tile)) * 4;
+    const std::int64_t at = item.place_of(tile);
+    const auto bytes = static_cast<std::size_t>(item.tokens_of(tile)) * 4;
     for (int k = 0; k < operands_.size; ++k) {
       if (operands_[k].kind != OperandKind::input) continue;
       std::memset(at_[k] + bytes, 0, kTileBytes - bytes);
@@ -313,7 +316,7 @@ class Worker {
         for (int v = 0; v < n; ++v) z[v] = static_cast<Word>(x[v] ^ kAllLanes);
         return;
       case MaskOp::k_count:
-        accumulator(i.z).count += count_lanes(x, item.words, n);
+        accumulator(i.z).count += count_lanes(x, item.full() ? x : masks_.data(), n);
     }
   }
 
@@ -344,8 +347,6 @@ class Worker {
   void close(const Item& item) {
     const Span<Reduction>& reductions = p_.step.reductions;
     double* sums = p_.sums + item.number * reductions.size;
-    for (int k = 0; k < reductions.size; ++k)
-      if (reductions[k].kind == ReductionKind::tokens) sums[k] = static_cast<double>(item.counted);
     for (int k = 0; k < total_count_; ++k) sums[totals_[k].index] = value_of(*totals_[k].at, totals_[k].kind);
     // Where extremes are taken along with a sum, the sum alone has met a NaN.
     for (int k = 0; k < with_extremes_count_; ++k) {
@@ -376,8 +377,6 @@ class Worker {
   Buffer<Instruction> direct_, masked_, last_;
   int sum_count_ = 0, total_count_ = 0, with_extremes_count_ = 0;
   std::int64_t row_ = -1, phase_ = -1;
-  Item items_[2];
-  std::uint8_t bytes_[kProgramItem];
 };
 
 double together(double x, double y, ReductionKind kind) {
@@ -387,47 +386,16 @@ double together(double x, double y, ReductionKind kind) {
 }
 
 // From items to rows, in order.
-void fold(const Pass& pass) {
-  const Span<Reduction>& reductions = pass.step.reductions;
-  for (int k = 0; k < reductions.size; ++k) {
-    const ReductionKind kind = reductions[k].kind;
-    double* column = pass.values.column(reductions[k].out);
+void fold(const Items& items, const TokenStep& step, const double* sums, const RowValues& values) {
+  for (int k = 0; k < step.reductions.size; ++k) {
+    const ReductionKind kind = step.reductions[k].kind;
+    double* column = values.column(step.reductions[k].out);
     const double neutral = kind == ReductionKind::minimum ? kInf : kind == ReductionKind::maximum ? -kInf : 0.0;
-    for (std::int64_t row = 0; row < pass.values.rows; ++row) {
-      double x = neutral;
-      for (std::int64_t i = pass.items.first(row); i < pass.items.first(row + 1); ++i)
-        x = together(x, pass.sums[i * reductions.size + k], kind);
+    for (std::int64_t row = 0; row < values.rows; ++row) {
+      double x = kind == ReductionKind::tokens ? static_cast<double>(items.counted(row)) : neutral;
+      for (std::int64_t i = items.first(row); i < items.first(row + 1) && kind != ReductionKind::tokens; ++i)
+        x = together(x, sums[i * step.reductions.size + k], kind);
       column[row] = x;
-    }
-  }
-}
-
-// ------------------------------------------------------------------------------------------------------- counting
-int count_bytes(const std::uint8_t* bytes, int n) {
-  constexpr int kStep = 128;  // so short that a byte can count it: the compiler then adds bytes, not integers
-  int counted = 0, i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    std::uint8_t step = 0;
-    for (int j = 0; j < kStep; ++j) step = static_cast<std::uint8_t>(step + (bytes[i + j] != 0));
-    counted += step;
-  }
-  for (; i < n; ++i) counted += bytes[i] != 0;
-  return counted;
-}
-
-void count_rows(const ProgramTokens& t, double* lengths, int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1 && size_of(t) > 32 * kProgramItem)
-  {
-    std::uint8_t buffer[kProgramItem];
-#pragma omp for schedule(static)
-    for (std::int64_t row = 0; row < t.rows; ++row) {
-      const std::int64_t length = length_of(t, row);
-      std::int64_t counted = t.mask.kind == MaskKind::none ? length : 0;
-      for (std::int64_t c = 0; c < length && t.mask.kind != MaskKind::none; c += kProgramItem) {
-        const int n = static_cast<int>(length - c < kProgramItem ? length - c : kProgramItem);
-        counted += count_bytes(mask_block(t.mask, begin_of(t, row) + c, n, buffer), n);
-      }
-      lengths[row] = static_cast<double>(counted);
     }
   }
 }
@@ -440,17 +408,14 @@ bool writes(const TokenStep& step) {
 
 }  // namespace
 
-void run_tokens(const ProgramCall& call, const TokenStep& step, const RowValues& values) {
-  const ProgramTokens& t = call.sides[step.side];
-  if (step.tile.size == 0) {  // nothing but the number of counted tokens
-    for (const Reduction& r : step.reductions) count_rows(t, values.column(r.out), call.threads);
-    return;
+void run_tokens(const ProgramCall& call, const TokenStep& step, const Items& items, const RowValues& values) {
+  const Buffer<double> sums(step.tile.size == 0 ? 0 : items.count() * step.reductions.size);
+  if (step.tile.size > 0) {
+    const bool large = writes(step) && size_of(items.tokens()) * 4 >= kStreamBytes;
+    const Pass pass{call, step, values, items, sizes_of(step), sums.data(), large};
+    for_chunks(items.count(), call.threads, [&] { return Worker(pass); });
   }
-  const Items items(t);
-  const Buffer<double> sums(items.count() * step.reductions.size);
-  const Pass pass{call, step, t, values, items, sizes_of(step), sums.data(), writes(step) && size_of(t) * 4 >= kStreamBytes};
-  for_chunks(items.count(), call.threads, [&] { return Worker(pass); });
-  fold(pass);
+  fold(items, step, sums.data(), values);
 }
 
 }  // namespace fastreward::FASTREWARD_ISA::program

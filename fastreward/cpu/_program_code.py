@@ -35,6 +35,7 @@ _STARTING: Final = (
 _KEEPING: Final = (
     *("load", *_STARTING),
     *("fma", "fms", "fnma", "add_product", "sub_product", "clip", "where", "where_not"),
+    *("minimum_where", "maximum_where"),
 )
 
 
@@ -103,6 +104,7 @@ class _Selection:
             self._bounded_exp,
             self._clip_outside,
             self._compare_and,
+            self._bound_where,
             self._drop,
         )
         for rule in rules:
@@ -153,6 +155,16 @@ class _Selection:
             if comparison.op in _COMPARISONS and self._take(comparison):
                 return _Value(f"{comparison.op}_and", (*(a.id for a in comparison.args), mask.id), (node.id,))
         return None
+
+    def _bound_where(self, node: Node) -> _Value | None:
+        """where(mask, minimum(value, bound), value)."""
+        if node.op != "where" or node.args[1].op not in ("minimum", "maximum"):
+            return None
+        mask, bounded, value = node.args
+        if value.id not in [a.id for a in bounded.args] or not self._take(bounded):
+            return None
+        bound = next((a for a in bounded.args if a.id != value.id), value)
+        return _Value(f"{bounded.op}_where", (mask.id, bound.id, value.id), (node.id,))
 
     def _drop(self, node: Node) -> _Value | None:
         if node.op != "where" or not is_constant(node.args[1], 0.0) or node.args[2].level < Level.TOKEN:
@@ -217,10 +229,12 @@ def _forms(v: _Value) -> Iterator[_Form]:
     elif v.op == "where":
         yield _Form("where", b, c, z=a)
         yield _Form("where_not", c, b, z=a)
+    elif v.op in ("minimum_where", "maximum_where"):
+        yield _Form(v.op, c, b, z=a)
     elif v.op.startswith("drop"):
         *masks, value = v.args
-        z, y, x = (*masks, None, None)[:3]
-        yield _Form(v.op, value, x, y, z)
+        z, y, w = (*masks, None, None)[:3]
+        yield _Form(v.op, value, y=y, z=z, w=w)
     elif v.op in ("add", "mul", "minimum", "maximum"):
         yield _Form(v.op, a, b)
         yield _Form(v.op, b, a)
@@ -279,28 +293,25 @@ class _Schedule:
 
     def _advance(self) -> None:
         """Whatever needs no other accumulator first; then what changes it; else loads one."""
-        for v in [v for v in self._waiting if v.op in _LOGIC and self._ready(v)]:
+        ready = [v for v in self._waiting if all(a in self._made for a in v.args)]
+        logic = [v for v in ready if v.op in _LOGIC]
+        for v in logic:
             self._emit(_Form(v.op, None, v.args[0], (*v.args, None)[1], v.made[0], changes=False), v)
-        for form in self._endings.pop(self._acc, []):
-            self.forms.append(form)
-        changing: tuple[_Form, _Value] | None = None
-        for v in [v for v in self._waiting if self._ready(v)]:
-            form = next((f for f in _forms(v) if f.acc == self._acc and self._reachable(f)), None)
-            if form is not None and not form.changes:
-                self._emit(form, v)
-            elif form is not None and (changing is None or self._releases(v) > self._releases(changing[1])):
-                changing = form, v
-        if changing is not None:
-            self._emit(*changing)
-        elif self._waiting or self._endings:
-            self._load()
-
-    def _ready(self, v: _Value) -> bool:
-        return v.op not in ("",) and all(a in self._made for a in v.args)
-
-    def _reachable(self, form: _Form) -> bool:
-        """Whether the operands in memory are there; the accumulator itself can be put there."""
-        return form.acc is not None
+        endings = self._endings.pop(self._acc, [])
+        self.forms += endings
+        here = [(f, v) for v in ready if v.op not in _LOGIC for f in _forms(v) if f.acc == self._acc]
+        still: dict[int, tuple[_Form, _Value]] = {}
+        for form, v in here:
+            if not form.changes:
+                still.setdefault(id(v), (form, v))
+        for form, v in still.values():
+            self._emit(form, v)
+        if logic or endings or still:
+            return
+        if here:
+            self._emit(*max(here, key=lambda pair: self._releases(pair[1])))
+        else:
+            self._load([v for v in ready if v.op not in _LOGIC])
 
     def _releases(self, v: _Value) -> int:
         """How many of a value's arguments nobody else waits for."""
@@ -324,11 +335,11 @@ class _Schedule:
         if form.changes:
             self._acc = v.made[0]
 
-    def _load(self) -> None:
+    def _load(self, ready: Sequence[_Value]) -> None:
         """Brings an argument of the first value that can be computed, or of an ending."""
         if self._acc is not None and self._needed(self._acc, None):
             self._keep()
-        key = next((f.acc for v in self._waiting if self._ready(v) for f in self._choices(v)), None)
+        key = next((f.acc for v in ready for f in self._choices(v)), None)
         if key is None:
             key = next(k for k in self._endings if k in self._made)
         self.forms.append(_Form("load", None, w=key))
@@ -336,8 +347,7 @@ class _Schedule:
 
     def _choices(self, v: _Value) -> list[_Form]:
         """Forms by what they load: a token's value rather than a row's."""
-        level = {f.acc: self.selection.nodes[f.acc].level for f in _forms(v) if f.acc is not None}
-        return sorted((f for f in _forms(v) if f.acc is not None), key=lambda f: -level[f.acc])
+        return sorted(_forms(v), key=lambda f: -self.selection.nodes[f.acc].level)
 
 
 def _joined(forms: Sequence[_Form]) -> list[_Form]:
@@ -352,8 +362,12 @@ def _joined(forms: Sequence[_Form]) -> list[_Form]:
         if last is not None and last.name == "load" and last.k is None and form.name in _STARTING:
             form.w = last.w
             joined.pop()
-        elif last is not None and (last.name, form.name) == ("lt", "gt"):
-            form = replace(last, name="sides", y=form.x, z=(last.z, form.z))
+        elif last is not None and form.name == "store" and last.name in ("drop", "drop2", "drop3"):
+            form = replace(last, name=f"{last.name}_store", x=form.x)
+            joined.pop()
+        elif last is not None and {last.name, form.name} == {"lt", "gt"}:
+            below, above = (last, form) if form.name == "gt" else (form, last)
+            form = replace(below, name="sides", y=above.x, z=(below.z, above.z))
             joined.pop()
         joined.append(form)
         maker = form if form.changes else maker
@@ -557,6 +571,7 @@ def _encode(by_key: ByKey) -> _core.Program:
     outputs = [_TOKEN_OUTPUT if n.level == Level.TOKEN else places.of(n) for n in program.outputs]
     batch = [places.of(n) for n in program.batch]
     return _core.Program(
+        sides=program.sides,
         numbers=len(places.numbers),
         columns=places.column_count,
         constants=list(places.constants.items()),
