@@ -101,6 +101,7 @@ class Program:
     def __init__(
         self,
         *,
+        sides: int,
         numbers: int,
         columns: int,
         constants: list[tuple[int, float]],

@@ -75,7 +75,7 @@ class TokenWork:
 class Layout:
     """The plan of a program. columns, values: places by node id. tokens, rows: the work of each stage.
 
-    spare: columns that hold something meanwhile. copies: by row, of what `columns` has by group. prologue: row work before
+    spare: columns that hold something meanwhile. copies: by row, of what `columns` has by group. prologue: work before
     the first pass; None where it has no reductions: then it is computed wherever it is read.
     """
 
@@ -248,7 +248,7 @@ class Layout:
                 self._keep(a, home, self._ready(a, home))
 
     def _keep(self, node: Node, stage: int, sweep: int) -> None:
-        """The node gets a column, which this sweep writes; one that is known everywhere, in each stage that needs it."""
+        """The node gets a column, which this sweep writes; one that is known everywhere, in each stage that asks."""
         places = self.copies if node.op in BY_GROUP else self.columns
         if node.id not in places:
             places[node.id] = self.column_count

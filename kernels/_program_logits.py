@@ -49,7 +49,7 @@ def store_gradient(
     columns = tl.arange(0, BLOCK)
     here = (blocks - 1) * BLOCK + columns
     ahead = tl.load(row + here, mask=here < V, other=NEG_INF, eviction_policy="evict_first")
-    for done in range(0, blocks):
+    for done in range(blocks):
         here = (blocks - 1 - done) * BLOCK + columns
         x = ahead.to(tl.float32)
         ahead = tl.load(row + (here - BLOCK), mask=here >= BLOCK, other=NEG_INF, eviction_policy="evict_first")

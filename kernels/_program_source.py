@@ -21,8 +21,7 @@ from ._program_row_source import row_function
 
 _MODULES = {
     "_program_logits": "statistics store_gradient zero_row",
-    "_program_math": "clip divide exp expm1 expm1_minus log log1p logsigmoid maximum minimum sigmoid sign tanh "
-    "truth",
+    "_program_math": "clip divide exp expm1 expm1_minus log log1p logsigmoid maximum minimum sigmoid sign tanh truth",
     "_program_rows": "AFTER BEFORE MAX MIN OTHERS SUM batch_permute column group_reduce group_select largest "
     "merge_chunks smallest store_column",
     "_softmax": "inverse_temperature",

@@ -1,7 +1,7 @@
 """What the generated token passes of loss programs share: tiles of tokens, running sums, partial results.
 
 A tile is [ROWS, STEPS, LANES, VEC] tokens. VEC neighbours are one load; sums run over STEPS and VEC within a thread and
-cross threads when a program is done. A row's partial results are [chunks] f64 each, one for every program that worked on
+cross threads when a program is done. A row's partial results are [chunks] f64 each, one per program that worked on
 the row; where there is one program a row they are the final ones.
 """
 
@@ -102,7 +102,7 @@ def store_partial(
     row, ok, B, chunk, chunks,
     COLUMN: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A program's share of COLUMN, or all of it where one program does the whole row. FIRST: the pass's first column."""
+    """A program's share of COLUMN, or all where one program does the whole row. FIRST: the pass's first column."""
     B = B.to(tl.int64)
     share = COLUMNS * B + ((COLUMN - FIRST) * B + row) * chunks + chunk
     tl.store(columns + tl.where(chunks > 1, share, COLUMN * B + row), value, mask=ok)

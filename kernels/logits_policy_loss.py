@@ -1,7 +1,7 @@
 """From logits to the gradient of a loss for the logits in one kernel, for losses whose gradient at a token needs no
 other token's log-prob first.
 
-Fused: log-softmax, gather and entropy, all operators of the loss and of its derivative, and the backward of log-softmax.
+Fused: log-softmax, gather, entropy, all operators of the loss and of its derivative, the backward of log-softmax.
 A row of logits is read from memory once: its second sweep finds it in the L2 cache, as far as the rows in flight fit
 there, and goes backwards, so that what does not fit is at least not all of it. Nothing but log-prob and entropy is
 stored between, and the loss and its metrics are then `program.run` on those (16 bytes a token).
@@ -10,7 +10,7 @@ Bytes a row, e = bytes per logit: 2 e V (e V read, e V written; e V more from L2
 token without a gradient (clipped, zero advantage) is read once. Where the loss needs lengths or group sums of what is
 known before, a pass over the mask or over those comes first.
 
-Raw form: `run`. `rescale` corrects a stored gradient when the upstream one turns out different; both stay on the device.
+Raw form: `run`. `rescale` corrects a stored gradient when the upstream one turns out different, on the device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["rescale", "run"]
 
 # --------------------------------------------------------------------------------------------------------- config
 # 8 warps and blocks of 4096 columns, as in logprobs.py: a token's log-prob has the same bits here and there, so that
-# the ratio to log-probs from there is exactly 1 before the first update. Programs go over the rows in turn; there are so
+# the ratio to log-probs from there is exactly 1 before the first update. Programs take the rows in turn; there are so
 # many that each SM has 16 KiB of loads in flight, and more where the rows that are then in flight fit half the L2.
 WARPS = 8
 LANES = 32 * WARPS
@@ -139,7 +139,7 @@ def rescale(
     upstream: Tensor,  # f32 []: the scale that is wanted
     applied: Tensor,  # f32 []: the scale that `run` was given; not 0
 ) -> None:
-    """Multiplies a stored gradient by upstream / applied, which the device compares: nothing is done where they agree."""
+    """Multiplies a stored gradient by upstream / applied; the device compares, and does nothing where they agree."""
     size, vocab = grad.shape
     if size == 0 or vocab == 0:
         return

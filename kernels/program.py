@@ -131,7 +131,9 @@ def prepared(program: Program) -> Generated:
 
 def run(
     program: Program,
-    inputs: Sequence[Tensor],  # one per program.inputs: TOKEN f32 like the tokens, ROW f32 [B], BATCH f32 []; contiguous
+    inputs: Sequence[
+        Tensor
+    ],  # one per program.inputs: TOKEN f32 like the tokens, ROW f32 [B], BATCH f32 []; contiguous
     sides: Sequence[Tokens],
     scalars: Sequence[float],  # values of program.scalars
     groups: Tensor | None,  # i64 [B], numbers 0 .. G - 1 in any order

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import program_checks as checks
 import pytest
-import torch
-from raw_checks import close
 
-from fastreward._tokens import Tokens
 from fastreward.cpu import program as cpu
-from fastreward.losses import _functions as f
-from fastreward.losses._graph import Graph, Level, Node
-from fastreward.losses._program import program
-from fastreward.reference import program as reference
+from fastreward.losses._graph import Level
 
 T, R, B = Level.TOKEN, Level.ROW, Level.BATCH
 

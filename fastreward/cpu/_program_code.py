@@ -1,6 +1,6 @@
 """From programs of the loss language to the instructions of csrc/cpu/program.hpp.
 
-The evaluator of token passes has one accumulator, a tile of tokens in registers. So the nodes of a pass are ordered such
+The evaluator of token passes has one accumulator, a tile of tokens in registers. So a pass's nodes are ordered such
 that a value is used where it has just been made; only what is needed again later is kept in a slot. Values per row get
 columns, reused when their last reader is done.
 """
@@ -91,9 +91,9 @@ class _Selection:
         sources = {n.args[0].id for n in self.sums} | {n.id for _, n in self.step.store}
         for n in reversed(self.body):
             others = readers.get(n.id, [])
-            if n.op in _LOGIC and n.id not in sources and (others or n.id in counted):
-                if all(r.id in waiting for r in others):
-                    waiting.add(n.id)
+            free = n.op in _LOGIC and n.id not in sources and (others or n.id in counted)
+            if free and all(r.id in waiting for r in others):
+                waiting.add(n.id)
         return waiting
 
     # --------------------------------------------------------------------------------------------------- fusing

@@ -237,7 +237,8 @@ class TokenPart:
 def token_part(whole: Program) -> TokenPart:
     """Splits a program of one side whose outputs are all TOKEN."""
     (step,) = whole.stages[-1].tokens
-    assert not [n for n in step.reduce if n.op != "seq_count"] and not whole.batch
+    assert not whole.batch
+    assert all(n.op == "seq_count" for n in step.reduce)
     rows = [n for n in step.rows if n.level == Level.ROW]
     batch = [n for n in step.rows if n.level == Level.BATCH]
     before = program(rows, batch)

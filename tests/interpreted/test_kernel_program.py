@@ -6,9 +6,9 @@ import program_checks as checks
 import pytest
 import raw_checks
 import torch
+from fastreward.kernels import logits_policy_loss, program
 
 from fastreward import losses
-from fastreward.kernels import logits_policy_loss, program
 from fastreward.losses._graph import Level
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what lies under the mask
