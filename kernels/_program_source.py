@@ -28,7 +28,6 @@ _MODULES = {
     "_program_tokens": "NOTHING add before count is_last most most_of row_bounds store_partial sum_of tile_columns "
     "wide",
 }
-_COSTLY = ("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "logsigmoid", "sqrt")
 _SIDES = ("_chosen", "_rejected")
 _SIZES = ("N", "row_units", "B", "chunks")
 _CONSTANTS = ("PACKED", "HAS_MASK", "ROWS", "STEPS", "LANES", "VEC", "BLOCK_ROWS")
@@ -38,8 +37,7 @@ _CONSTANTS = ("PACKED", "HAS_MASK", "ROWS", "STEPS", "LANES", "VEC", "BLOCK_ROWS
 class Launch:
     """A kernel. side: of whose tokens, None for work per sequence alone. reductions: columns that it fills.
 
-    across: whether its work per sequence includes reductions over groups or ranks; costly: or exponentials and their
-    kin, which take many registers in f64.
+    across: whether its work per sequence includes reductions over groups or ranks.
     """
 
     kernel: str
@@ -47,7 +45,6 @@ class Launch:
     arguments: tuple[Argument, ...]
     reductions: int = 0
     across: bool = False
-    costly: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ class Module:
         name = f"sequences_{stage + 1}"
         body = [f'    """Work per sequence before pass {stage + 2}, in one program."""', *_call(stage, arguments, 4)]
         self.add([*decorated(name, arguments.signature(), ["B"], ["BLOCK_ROWS"]), *body])
-        self.launches.append(Launch(name, None, arguments.ordered(), 0, *self._needs(stage, rows)))
+        self.launches.append(Launch(name, None, arguments.ordered(), 0, _has_across(rows)))
         self.notes.append(f"{name}: values per sequence, in one program.")
 
     def _tokens(self, stage: int, work: TokenWork, rows: RowWork) -> None:
@@ -166,15 +163,8 @@ class Module:
         body += [*self._running(work), *_LOOP, *(f"    {line}" for line in inside), *self._partials(work)]
         body += self._last(stage, work, row_arguments)
         self.add([*decorated(name, arguments.signature(), _SIZES, _CONSTANTS), *(f"    {line}" for line in body)])
-        needs = self._needs(stage, rows)
-        self.launches.append(Launch(name, work.step.side, arguments.ordered(), len(work.reductions), *needs))
+        self.launches.append(Launch(name, work.step.side, arguments.ordered(), len(work.reductions), _has_across(rows)))
         self._note(name, work, rows)
-
-    def _needs(self, stage: int, rows: RowWork) -> tuple[bool, bool]:
-        """(reductions over groups or ranks, costly operators) in the work per sequence."""
-        across = any(n.op in ACROSS for nodes in rows.between.values() for n in nodes)
-        nodes = self.program.prologue if stage < 0 else self.program.stages[stage].rows
-        return across, bool(rows) and any(n.op in _COSTLY for n in nodes)
 
     def _rows(self, stage: int, rows: RowWork) -> Arguments:
         text, arguments = row_function(self.formulas, stage, rows)
@@ -298,3 +288,7 @@ def _imports(body: str) -> str:
             line = f"from fastreward.kernels.{module} import {', '.join(found)}"
             lines += [line] if len(line) <= 120 else wrapped(f"from fastreward.kernels.{module} import (", found, ")")
     return "\n".join(lines) + "\n"
+
+
+def _has_across(rows: RowWork) -> bool:
+    return any(n.op in ACROSS for nodes in rows.between.values() for n in nodes)

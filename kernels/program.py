@@ -31,33 +31,32 @@ from ._program_tokens import before, row_bounds, tile_columns, wide
 __all__ = ["run", "scale", "source", "spread"]
 
 # --------------------------------------------------------------------------------------------------------- config
-# A tile is [ROWS, STEPS, LANES, VEC] tokens: 1 row of 1024 or 8 rows of 64, by the mean length. VEC = 4 (16-byte loads)
-# where T is a multiple of 4; else, and for packed rows, which start anywhere, 1. So a program is compiled four times
-# over at most, and packed ones twice. A long row is dealt, tile by tile, to as many programs as fill the machine.
-# Registers are stated where ptxas, left alone, would spill some to get below the next step of occupancy.
+# A tile is [ROWS, STEPS, LANES, VEC] tokens: by the mean length 1 long row or 8 short ones, of 4 or 8 tokens a thread.
+# VEC = 4 (16-byte loads) where T is a multiple of 4; else, and for packed rows, which start anywhere, 1. So a loss is
+# compiled four times over at most, for packed rows twice. A long row is dealt, tile by tile, to as many programs as
+# fill the machine. Registers are stated where ptxas, left alone, spills some to get below the next step of occupancy.
 WARPS = 4
 FILL = 1056  # programs that fill an H100: 132 SMs, 8 programs each
 MOST_CHUNKS = 64  # programs that may share a row
-REGISTERS = 128  # four programs an SM
-MORE_REGISTERS = 168  # three
-BLOCK_ROWS = 128  # sequences that the last program takes at once
 LONG = 512  # mean tokens a row from which one row makes a tile
+BLOCK_ROWS = 128  # sequences that the last program takes at once
+REGISTERS = 128  # short rows: four programs an SM
+REGISTERS_ACROSS = 168  # work per sequence with reductions over groups or ranks: three
 
 
-def tiling(rows: int, tokens: int, longest: int) -> tuple[int, int, int]:
-    """(rows per tile, columns of a tile, programs per group of rows) for `rows` rows that hold `tokens` tokens."""
+def tiling(rows: int, tokens: int, longest: int) -> tuple[int, int]:
+    """(rows per tile, programs per group of rows) for `rows` rows that hold `tokens` tokens."""
     if tokens < LONG * rows or rows == 0:
-        return 8, 64, 1
-    return 1, 1024, max(1, min(triton.cdiv(FILL, rows), triton.cdiv(longest, 1024), MOST_CHUNKS))
+        return 8, 1
+    return 1, max(1, min(triton.cdiv(FILL, rows), triton.cdiv(longest, 1024), MOST_CHUNKS))
 
 
-def tile(together: int, columns: int, vec: int) -> dict[str, Any]:
+def tile(together: int, vec: int) -> dict[str, Any]:
     """The tile of `together` rows."""
-    lanes = 32 * WARPS // together
-    shape: dict[str, Any] = {"ROWS": together, "STEPS": columns // (lanes * vec), "LANES": lanes, "VEC": vec}
-    if together > 1 or vec == 1:
-        shape["maxnreg"] = REGISTERS if vec > 1 else MORE_REGISTERS
-    return {**shape, "num_warps": WARPS}
+    steps = {(1, 4): 2, (1, 1): 4, (8, 4): 1, (8, 1): 2}[together, vec]
+    shape: dict[str, Any] = {"ROWS": together, "STEPS": steps, "LANES": 32 * WARPS // together, "VEC": vec}
+    registers = {"maxnreg": REGISTERS} if together > 1 else {}
+    return {**shape, **registers, "num_warps": WARPS}
 
 
 # --------------------------------------------------------------------------------------------------------- kernel
@@ -131,9 +130,7 @@ def prepared(program: Program) -> Generated:
 
 def run(
     program: Program,
-    inputs: Sequence[
-        Tensor
-    ],  # one per program.inputs: TOKEN f32 like the tokens, ROW f32 [B], BATCH f32 []; contiguous
+    inputs: Sequence[Tensor],  # one per program.inputs, contiguous f32: TOKEN like the tokens, ROW [B], BATCH []
     sides: Sequence[Tokens],
     scalars: Sequence[float],  # values of program.scalars
     groups: Tensor | None,  # i64 [B], numbers 0 .. G - 1 in any order
@@ -198,11 +195,11 @@ class Call:
         tokens = None if launch.side is None else self.sides[launch.side]
         given = [self.argument(a, tokens) for a in launch.arguments]
         if tokens is None:
-            kernel[(1,)](*given, self.rows, BLOCK_ROWS=BLOCK_ROWS, num_warps=WARPS, maxnreg=MORE_REGISTERS, **OPTIONS)
+            kernel[(1,)](*given, self.rows, BLOCK_ROWS=BLOCK_ROWS, num_warps=WARPS, maxnreg=REGISTERS_ACROSS, **OPTIONS)
             return
         sizes, flavour, programs = geometry(tokens)
-        if launch.across or launch.costly:
-            flavour["maxnreg"] = max(MORE_REGISTERS if launch.across else REGISTERS, flavour.get("maxnreg", 0))
+        if launch.across:
+            flavour["maxnreg"] = REGISTERS_ACROSS
         kernel[(programs,)](
             *given, *sizes, **flavour, HAS_MASK=tokens.mask is not None, BLOCK_ROWS=BLOCK_ROWS, **OPTIONS
         )
@@ -211,7 +208,7 @@ class Call:
         """Partial results of rows that several programs share."""
         if launch.side is None:
             return 0
-        chunks = tiling(*extent(self.sides[launch.side]))[2]
+        chunks = tiling(*extent(self.sides[launch.side]))[1]
         return launch.reductions * self.rows * chunks if chunks > 1 else 0
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
@@ -254,11 +251,11 @@ def spread(
 def geometry(tokens: Tokens) -> tuple[tuple[int, int, int, int], dict[str, Any], int]:
     """((N, row_units, B, chunks), the compile-time part, programs) of a pass over tokens."""
     rows, count, longest = extent(tokens)
-    together, columns, chunks = tiling(rows, count, longest)
+    together, chunks = tiling(rows, count, longest)
     packed = tokens.cu_seqlens is not None
     vec = 4 if not packed and longest % 4 == 0 else 1
     programs = max(triton.cdiv(rows, together) * chunks, 1)
-    return (count, longest // vec, rows, chunks), {"PACKED": packed, **tile(together, columns, vec)}, programs
+    return (count, longest // vec, rows, chunks), {"PACKED": packed, **tile(together, vec)}, programs
 
 
 def extent(tokens: Tokens) -> tuple[int, int, int]:

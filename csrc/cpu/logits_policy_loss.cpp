@@ -32,14 +32,8 @@ class Rows {
       : c_(call),
         sources_(call.code->inputs.size),
         exponentials_(keeps(call) ? call.in.columns : 0),
-        maxima_(keeps(call) ? logprobs_blocks(call.in.columns) : 0) {
-    program_.code = call.code;
-    program_.sides = &token_;
-    program_.inputs = sources_.data();
-    program_.scalars = call.scalars;
-    program_.outputs = outputs_;
-    token_.rows = token_.columns = 1;
-  }
+        maxima_(keeps(call) ? logprobs_blocks(call.in.columns) : 0),
+        program_(*call.code, call.scalars) {}
 
   void run(std::int64_t row) {
     const LogprobsRows one = row_alone(c_.in, row);
@@ -70,9 +64,10 @@ class Rows {
     for (int k = 0; k < sources_size(); ++k) sources_[k] = c_.inputs[k] + row;
     if (c_.logprob >= 0) sources_[c_.logprob] = values + kValueLogprob;
     if (c_.entropy >= 0) sources_[c_.entropy] = values + kValueEntropy;
-    program_run(program_);
-    upstream[kValueLogprob] = gradients_[0] * c_.scale;
-    if (c_.has_entropy_gradient) upstream[kValueEntropy] = gradients_[1] * c_.scale;
+    float gradients[2] = {};
+    program_.run(sources_.data(), gradients);
+    upstream[kValueLogprob] = gradients[0] * c_.scale;
+    if (c_.has_entropy_gradient) upstream[kValueEntropy] = gradients[1] * c_.scale;
   }
 
   void write(const LogprobsRows& one, std::int64_t row, const float* values, const float* upstream) const {
@@ -104,10 +99,7 @@ class Rows {
   program::Buffer<const float*> sources_;
   program::Buffer<float> exponentials_;
   program::Buffer<double> maxima_;
-  float gradients_[2] = {};
-  float* outputs_[2] = {&gradients_[0], &gradients_[1]};
-  ProgramTokens token_;
-  ProgramCall program_;
+  program::TokenProgram program_;
 };
 
 }  // namespace

@@ -16,6 +16,7 @@ class Buffer {
   explicit Buffer(std::int64_t size)
       : data_(static_cast<T*>(::operator new(static_cast<std::size_t>(size > 0 ? size : 1) * sizeof(T), kLine))) {}
   ~Buffer() { ::operator delete(data_, kLine); }
+  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
@@ -38,7 +39,7 @@ struct RowValues {
   double at(RowPlace p, std::int64_t row) const { return p < 0 ? column(p)[row] : numbers[p]; }
 };
 
-// Groups of rows: each one's number, and room for a value per group and for two orders of the rows.
+// Groups of rows: each one's number.
 struct RowGroups {
   const std::int64_t* of_row;
   std::int64_t count;
@@ -50,5 +51,23 @@ void run_rows(const Span<RowInstruction>& instructions, const RowValues& values,
 // Runs one pass over the tokens of a side; its reductions go to columns of `values`.
 class Items;
 void run_tokens(const ProgramCall& call, const TokenStep& step, const Items& items, const RowValues& values);
+
+// A program of one pass without reductions and without values per row, run for one token at a time (by one thread). The
+// numbers are those that the token would have had among others.
+class TokenProgram {
+ public:
+  TokenProgram(const ProgramCode& code, const double* scalars);
+  ~TokenProgram();
+  TokenProgram(const TokenProgram&) = delete;
+  TokenProgram& operator=(const TokenProgram&) = delete;
+
+  void run(const float* const* inputs, float* outputs);
+
+ private:
+  struct Linked;
+  const ProgramCode& code_;
+  Buffer<double> numbers_;
+  Linked* linked_;
+};
 
 }  // namespace fastreward::FASTREWARD_ISA::program

@@ -1,0 +1,173 @@
+// Scratch and instructions of a pass for one thread; and programs without reductions for one token at a time.
+#include "cpu/program_frame.hpp"
+
+#include <cstring>
+
+namespace fastreward::FASTREWARD_ISA::program {
+namespace {
+
+using namespace simd;
+
+bool is_row(OperandKind kind) { return kind == OperandKind::row_value || kind == OperandKind::row_mask; }
+
+}  // namespace
+
+// ----------------------------------------------------------------------------------------------------------- layout
+std::int64_t Frame::lines_of(OperandKind kind) {
+  switch (kind) {
+    case OperandKind::slot:
+    case OperandKind::input:
+    case OperandKind::output: return kTileBytes / static_cast<std::int64_t>(sizeof(Line));
+    case OperandKind::reduction: return sizeof(Accumulator) / sizeof(Line);
+    case OperandKind::row_value: return 1;
+    case OperandKind::mask:
+    case OperandKind::row_mask: return 0;
+  }
+  return 0;
+}
+
+Frame::Sizes::Sizes(const TokenStep& step) {
+  for (const TokenOperand& o : step.operands) {
+    lines += lines_of(o.kind);
+    if (o.kind == OperandKind::mask && o.index >= masks) masks = o.index + 1;
+    row_masks += o.kind == OperandKind::row_mask;
+    inputs += o.kind == OperandKind::input;
+  }
+}
+
+Frame::Frame(const TokenStep& step, const float* const* inputs, float* const* outputs)
+    : step_(step),
+      inputs_(inputs),
+      outputs_(outputs),
+      sizes_(step),
+      lines_(sizes_.lines),
+      masks_((1 + sizes_.masks + sizes_.row_masks) * kItemVectors),
+      at_(size()),
+      mask_(size()) {
+  Line* line = lines_.data();
+  int row_masks = 0;
+  for (int k = 0; k < size(); ++k) {
+    at_[k] = line->bytes;
+    line += lines_of(kind(k));
+    mask_[k] = 1 + (kind(k) == OperandKind::row_mask ? sizes_.masks + row_masks++ : index(k));
+  }
+}
+
+char* Frame::tensor(int k) const {
+  if (kind(k) == OperandKind::output) return reinterpret_cast<char*>(outputs_[index(k)]);
+  return const_cast<char*>(reinterpret_cast<const char*>(inputs_[index(k)]));
+}
+
+// ----------------------------------------------------------------------------------------------------------- values
+void Frame::broadcast(int k, double value) {
+  if (kind(k) == OperandKind::row_value) {
+    store(copy(k), f32(static_cast<float>(value)));
+    return;
+  }
+  for (int v = 0; v < kItemVectors; ++v) mask(k)[v] = value != 0.0 ? kAllLanes : Word{0};
+}
+
+void Frame::set_numbers(const double* numbers) {
+  for (int k = 0; k < size(); ++k)
+    if (is_row(kind(k)) && index(k) >= 0) broadcast(k, numbers[index(k)]);
+}
+
+void Frame::set_row(const RowValues& values, std::int64_t row) {
+  for (int k = 0; k < size(); ++k)
+    if (is_row(kind(k)) && index(k) < 0) broadcast(k, values.at(index(k), row));
+}
+
+// ----------------------------------------------------------------------------------------------------- instructions
+char* Frame::field(int k, bool copies) const {
+  if (k < 0) return nullptr;
+  if (is_tensor(kind(k)) && !copies) return tensor(k);
+  if (kind(k) != OperandKind::mask && kind(k) != OperandKind::row_mask) return at_[k];
+  return reinterpret_cast<char*>(mask_[k] * kItemVectors * static_cast<std::int64_t>(sizeof(Word)));
+}
+
+Variant Frame::variant_of(const TokenInstruction& i, bool masked) const {
+  const auto place = [&](int k) {
+    if (k < 0) return Place::none;
+    if (kind(k) == OperandKind::row_value) return Place::row;
+    return is_tensor(kind(k)) ? Place::tensor : Place::slot;
+  };
+  Variant variant;
+  variant.w = place(i.w), variant.x = place(i.x), variant.y = place(i.y);
+  variant.keeps = i.k >= 0;
+  variant.masked = masked;
+  return variant;
+}
+
+Frame::Program Frame::link(bool masked, bool copies) const {
+  const int size = step_.tile.size, wanted = copies ? 0 : sizes_.inputs;
+  Program program{Buffer<Instruction>(size + wanted + 1)};
+  Instruction* out = program.code.data();
+  int fetched = 0, input = 0;
+  for (int n = 0; n < size; ++n) {
+    for (; fetched * size < n * wanted; ++fetched) {  // evenly among the others
+      while (kind(input) != OperandKind::input) ++input;
+      *out++ = {&fetch, nullptr, tensor(input++), nullptr, 0, nullptr};
+    }
+    const TokenInstruction& i = step_.tile[n];
+    *out++ = {operator_of(i.op, variant_of(i, masked)),
+              field(i.w, copies),
+              field(i.x, copies),
+              field(i.y, copies),
+              reinterpret_cast<std::int64_t>(field(i.z, copies)),
+              field(i.k, copies)};
+  }
+  *out = {&finish, nullptr, nullptr, nullptr, 0, nullptr};
+  return program;
+}
+
+void Frame::choose_stores(const Program& program, bool masked, std::int64_t place) const {
+  Instruction* i = program.code.data();
+  for (const TokenInstruction& from : step_.tile) {
+    while (i->run == &fetch) ++i;
+    if (stores(from.op)) {
+      Variant variant = variant_of(from, masked);
+      variant.streamed = on_vectors(i->x + place);
+      i->run = operator_of(from.op, variant);
+    }
+    ++i;
+  }
+}
+
+void Frame::run(const Program& program, int tile, std::int64_t at, std::int64_t ahead) const {
+  const Tile where{reinterpret_cast<char*>(masks_.data()) + tile * kTileWords, at, ahead};
+  const Instruction* i = program.code.data();
+  const F32 a = f32(0.0f);
+  i->run(i, &where, a, a, a, a, a, a, a, a);
+}
+
+// -------------------------------------------------------------------------------------------------- single tokens
+struct TokenProgram::Linked {
+  explicit Linked(const TokenStep& step) : frame(step, nullptr, nullptr), program(frame.link(false, true)) {}
+  Frame frame;
+  Frame::Program program;
+};
+
+TokenProgram::TokenProgram(const ProgramCode& code, const double* scalars)
+    : code_(code), numbers_(code.numbers), linked_(new Linked(code.stages[0].tokens[0])) {
+  for (const Constant& c : code.constants) numbers_[c.number] = c.value;
+  for (int k = 0; k < code.scalars.size; ++k) numbers_[code.scalars[k]] = scalars[k];
+  Frame& frame = linked_->frame;
+  frame.set_numbers(numbers_.data());
+  for (int k = 0; k < frame.size(); ++k)
+    if (frame.kind(k) == OperandKind::input) std::memset(frame.copy(k), 0, kTileBytes);
+}
+
+TokenProgram::~TokenProgram() { delete linked_; }
+
+void TokenProgram::run(const float* const* inputs, float* outputs) {
+  const Frame& frame = linked_->frame;
+  for (int k = 0; k < frame.size(); ++k)
+    if (frame.kind(k) == OperandKind::input) *frame.copy(k) = *inputs[frame.index(k)];
+  frame.run(linked_->program, 0, 0, 0);
+  for (int k = 0; k < code_.outputs.size; ++k)
+    if (code_.outputs[k] != kTokenOutput) outputs[k] = static_cast<float>(numbers_[code_.outputs[k]]);
+  for (int k = 0; k < frame.size(); ++k)
+    if (frame.kind(k) == OperandKind::output) outputs[frame.index(k)] = *frame.copy(k);
+}
+
+}  // namespace fastreward::FASTREWARD_ISA::program

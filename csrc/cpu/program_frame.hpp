@@ -1,0 +1,71 @@
+// The operands of a pass in one thread's scratch, and its instructions with their addresses. For csrc/cpu/program*.cpp.
+#pragma once
+
+#include "cpu/program_internal.hpp"
+#include "cpu/program_operators.hpp"
+
+namespace fastreward::FASTREWARD_ISA::program {
+
+inline bool is_tensor(OperandKind kind) { return kind == OperandKind::input || kind == OperandKind::output; }
+inline bool stores(TokenOp op) { return op >= TokenOp::k_store && op <= TokenOp::k_drop3_store; }
+
+class Frame {
+ public:
+  // inputs, outputs: the call's, in which the operands of a direct program lie; a program of copies does not touch them.
+  Frame(const TokenStep& step, const float* const* inputs, float* const* outputs);
+
+  const TokenStep& step() const { return step_; }
+  int size() const { return step_.operands.size; }
+  OperandKind kind(int k) const { return step_.operands[k].kind; }
+  int index(int k) const { return step_.operands[k].index; }
+
+  // Of an operand: its tensor's first element; the tile that stands for it in a program of copies; its mask, of an item;
+  // its accumulator.
+  char* tensor(int k) const;
+  float* copy(int k) const { return reinterpret_cast<float*>(at_[k]); }
+  simd::Word* mask(int k) const { return masks_.data() + mask_[k] * kItemVectors; }
+  Accumulator& accumulator(int k) const { return *reinterpret_cast<Accumulator*>(at_[k]); }
+  simd::Word* counted() const { return masks_.data(); }  // mask 0: the tokens of an item that count
+
+  // Gives the operands that are the same for the whole batch, or for all tokens of a row, their values.
+  void set_numbers(const double* numbers);
+  void set_row(const RowValues& values, std::int64_t row);
+
+  // Instructions for tiles of which all tokens count (or not, masked), in the tensors themselves (or in copies).
+  struct Program {
+    Buffer<Instruction> code;
+  };
+  Program link(bool masked, bool copies) const;
+  // Chooses whether a direct program's outputs go past the caches, for an item that begins at `place` (in bytes).
+  void choose_stores(const Program& program, bool masked, std::int64_t place) const;
+  // Runs a program on a tile: its number in the item, its place in the tensors, and that of the tile to fetch meanwhile.
+  void run(const Program& program, int tile, std::int64_t at, std::int64_t ahead) const;
+
+ private:
+  char* field(int k, bool copies) const;
+  Variant variant_of(const TokenInstruction& i, bool masked) const;
+  void broadcast(int k, double value);
+
+  struct Line {
+    char bytes[64];
+  };
+  struct Sizes {
+    std::int64_t lines = 0;
+    int masks = 0, row_masks = 0, inputs = 0;
+    explicit Sizes(const TokenStep& step);
+  };
+  static std::int64_t lines_of(OperandKind kind);
+
+  const TokenStep& step_;
+  const float* const* inputs_;
+  float* const* outputs_;
+  Sizes sizes_;
+  Buffer<Line> lines_;
+  Buffer<simd::Word> masks_;   // [masks, item]
+  Buffer<char*> at_;           // the scratch of each operand
+  Buffer<std::int64_t> mask_;  // the number of each operand's mask
+};
+
+inline bool on_vectors(const char* p) { return reinterpret_cast<std::uintptr_t>(p) % (simd::kF32 * 4) == 0; }
+
+}  // namespace fastreward::FASTREWARD_ISA::program

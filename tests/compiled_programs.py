@@ -1,0 +1,115 @@
+"""Compiles loss programs for real GPUs on a machine without one; a program, run by test_triton_program_compile.py.
+
+As compiled_kernels.py does it: the raw functions are called on CPU tensors, nothing is launched. Prints one JSON object
+per kernel, and one that says how many kernels were compiled for PPO calls of many shapes and parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import program_checks as checks
+import torch
+from compiled_kernels import Device, report
+from fastreward.kernels import _program_module, logits_policy_loss, program
+from fastreward.kernels._program_source import generate
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastreward import losses
+from fastreward._tokens import Tokens
+from fastreward.losses._graph import Level
+
+ALIGNED, PACKED, SHORT, SHORT_ODD = (64, 2048, False), (64, 2048, True), (64, 100, False), (64, 15, False)
+
+
+def loss(name: str, rows: int, width: int, packed: bool) -> None:
+    named = checks.PROGRAMS[name]()
+    program.run(named.program, *checks.make_call(named, rows, width, packed=packed).on("cpu"))
+
+
+def backward(rows: int, width: int, packed: bool) -> None:
+    (tokens,) = checks.make_call(checks.PROGRAMS["ppo"](), rows, width, packed=packed).sides
+    program.scale(torch.zeros(tokens.shape), torch.zeros(rows), torch.ones(()), tokens)
+    program.spread(torch.zeros(rows), torch.ones(()), tokens)
+
+
+def logits(dtype: torch.dtype, entropy: bool, vocab: int = 151936) -> None:
+    gradient = checks.logits_gradient(losses.ppo(dual_clip=3.0), entropy=entropy, advantage=Level.TOKEN)
+    x, tokens = torch.zeros(6, vocab, dtype=dtype), Tokens((2, 3), torch.ones(2, 3, dtype=torch.bool))
+    own = {Level.TOKEN: (2, 3), Level.ROW: (2,), Level.BATCH: ()}
+    inputs = [None if n.name in ("logprob", "entropy") else torch.zeros(own[n.level]) for n in gradient.program.inputs]
+    scalars, labels = [0.5] * len(gradient.program.scalars), torch.zeros(6, dtype=torch.long)
+    logits_policy_loss.run(gradient.program, x, labels, 1.0, inputs, tokens, scalars, None, torch.ones(()), x, entropy)
+    logits_policy_loss.rescale(x, torch.ones(()), torch.ones(()))
+
+
+def cases(everything: bool) -> dict[str, Any]:
+    found = {name: lambda name=name: loss(name, *ALIGNED) for name in ("ppo", "gspo", "sapo", "real", "dpo")}
+    found["logits, f32"] = lambda: logits(torch.float32, False)
+    found["logits, bf16"] = lambda: logits(torch.bfloat16, True)
+    if everything:
+        for name, layout in {"packed": PACKED, "short": SHORT, "short and odd": SHORT_ODD}.items():
+            found[f"ppo, {name}"] = lambda layout=layout: loss("ppo", *layout)
+            found[f"backward, {name}"] = lambda layout=layout: backward(*layout)
+        found["backward"] = lambda: backward(*ALIGNED)
+        found["gspo, packed"] = lambda: loss("gspo", *PACKED)
+        found["real, short"] = lambda: loss("real", *SHORT)
+        for name in ("ppo, everything", "gdro", "jepo", "aot"):
+            found[name] = lambda name=name: loss(name, *ALIGNED)
+        found["logits, odd vocabulary"] = lambda: logits(torch.bfloat16, False, 50257)
+    return found
+
+
+def variants() -> dict[str, int]:
+    """Kernels compiled for PPO: of aligned long rows, of any padded rows, and packed ones besides."""
+    counts = {}
+    shapes = {
+        "aligned": [(64, 2048, False), (7, 1024, False), (1, 40000, False), (512, 516, False), (3, 4096, False)],
+        "padded": [(64, 2047, False), (5, 12, False), (9, 13, False), (2, 1, False), (700, 333, False)],
+        "packed": [(64, 2048, True), (3, 70, True), (17, 5000, True), (200, 90, True)],
+    }
+    kernel = None
+    for name, layouts in shapes.items():
+        for k, (rows, width, packed) in enumerate(layouts):
+            tuned = losses.ppo(clip_low=0.1 + 0.01 * k, dual_clip=2.0 + k, delta=3.0)
+            named = checks.policy(tuned, Level.TOKEN, deferred=True)
+            shape = (rows * width,) if packed else (rows, width)
+            bounds = torch.arange(rows + 1) * width if packed else None
+            tokens = Tokens(shape, torch.ones(shape, dtype=torch.bool), bounds)
+            x = torch.zeros(shape)
+            scalars = named.program.scalar_values(named.parameters)
+            program.run(named.program, [x] * len(named.program.inputs), [tokens], scalars, None)
+            kernel = _program_module.load("program", generate(named.program).source).tokens_1
+        counts[name] = len(kernel.device_caches[0][0])
+    return counts
+
+
+def main(capabilities: list[int]) -> None:
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    JITFunction.run = compile_only
+    for capability in capabilities:
+        _program_module.load.cache_clear()
+        for function in (m for module in (logits_policy_loss, program) for m in vars(module).values()):
+            if isinstance(function, JITFunction):
+                function.device_caches.clear()
+        driver.set_active(Device(capability))
+        for case, call in cases(capability == 90).items():
+            compiled.clear()
+            call()
+            for kernel, binary in compiled:
+                print(json.dumps(report(case, kernel, capability, binary)), flush=True)
+        if capability == 90:
+            _program_module.load.cache_clear()
+            print(json.dumps({"case": "variants", **variants()}), flush=True)
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]])
