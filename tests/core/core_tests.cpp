@@ -16,6 +16,7 @@
 #include "common/kept_memory.hpp"
 #include "common/number_integers.hpp"
 #include "cpu/logprobs.hpp"
+#include "cpu/program.hpp"
 
 namespace {
 
@@ -346,6 +347,136 @@ CASE(logprobs_fold_in_slices) {
   for (std::size_t i = 0; i < values.size(); ++i)
     CHECK_NEAR(static_cast<double>(values[i]), static_cast<double>(expected.values[i]), 4e-6);
   CHECK(indices == expected.indices);
+}
+
+// ------------------------------------------------------------------------------------------------------- programs
+// d = x - y; over = d > r; the output is d * r where not over, else 0. Reduced: the output's sum, d's extremes, how many are
+// over; over the rows: sums of groups, of members with a larger key, of the others, and of all, and a permutation.
+struct ProgramProblem {
+  std::vector<float> x, y, r;
+  std::vector<std::uint8_t> mask;
+  std::vector<std::int64_t> bounds, groups;
+};
+
+fr::ProgramCode make_program() {
+  using O = fr::OperandKind;
+  using T = fr::TokenOp;
+  using R = fr::RowOp;
+  // columns: 0 r, 1 sum, 2 least, 3 most, 4 over, 5 tokens, 6 group, 7 before, 8 others, 9 moved; numbers: 0 total
+  static const fr::TokenOperand operands[] = {{O::input, 0},     {O::input, 1},     {O::row_value, ~0}, {O::mask, 0},
+                                              {O::slot, 0},      {O::output, 0},    {O::reduction, 0},  {O::reduction, 1},
+                                              {O::reduction, 2}, {O::reduction, 3}};
+  static const fr::TokenInstruction tile[] = {{T::k_sub, 0, 1, -1, -1, 4},           {T::k_extremes, -1, 7, 8, -1, -1},
+                                              {T::k_gt, -1, 2, -1, 3, -1},           {T::k_mul, 4, 2, -1, -1, -1},
+                                              {T::k_drop_store, -1, 5, -1, 3, -1}, {T::k_sum, -1, 6, -1, -1, -1}};
+  static const fr::MaskInstruction item[] = {{fr::MaskOp::k_count, 3, -1, 9}};
+  using K = fr::ReductionKind;
+  static const fr::Reduction reductions[] = {{K::sum, ~1}, {K::minimum, ~2}, {K::maximum, ~3}, {K::count, ~4}, {K::tokens, ~5}};
+  static const fr::TokenStep steps[] = {{0, {operands, 10}, {tile, 6}, {item, 1}, {reductions, 5}}};
+  static const fr::RowInstruction rows[] = {{R::k_group_sum, ~6, ~1, 0, 0},        {R::k_group_sum_before, ~7, ~1, ~0, 0},
+                                            {R::k_group_sum_others, ~8, ~1, 0, 0}, {R::k_batch_permute, ~9, ~1, ~0, ~4},
+                                            {R::k_batch_sum, 0, ~1, 0, 0}};
+  static const fr::ProgramStage stages[] = {{{steps, 1}, {rows, 5}}};
+  static const fr::ProgramInput inputs[] = {
+      {fr::InputLevel::token, 0}, {fr::InputLevel::token, 0}, {fr::InputLevel::row, ~0}};
+  static const fr::RowPlace outputs[] = {fr::kTokenOutput, ~1, ~2, ~3, ~4, ~5, ~6, ~7, ~8, ~9}, batch[] = {0};
+  fr::ProgramCode code;
+  code.numbers = 1, code.columns = 10;
+  code.inputs = {inputs, 3};
+  code.stages = {stages, 1};
+  code.outputs = {outputs, 10};
+  code.batch = {batch, 1};
+  return code;
+}
+
+void check_program(std::int64_t rows, std::int64_t width, bool packed, bool masked, int threads) {
+  std::mt19937 random(static_cast<unsigned>(rows * 10000 + width));
+  ProgramProblem p;
+  p.bounds.push_back(0);
+  for (std::int64_t b = 0; b < rows; ++b)
+    p.bounds.push_back(p.bounds.back() + (packed ? static_cast<std::int64_t>(random() % static_cast<unsigned>(width + 1)) : width));
+  const auto tokens = static_cast<std::size_t>(p.bounds.back());
+  const auto number = [&] { return static_cast<float>(static_cast<int>(random() % 2001) - 1000) / 500.0f; };
+  for (std::size_t i = 0; i < tokens; ++i) {
+    p.mask.push_back(masked && random() % 8 == 0 ? 0 : 1);
+    p.x.push_back(p.mask.back() != 0 ? number() : NAN);
+    p.y.push_back(p.mask.back() != 0 ? number() : INFINITY);
+  }
+  for (std::int64_t b = 0; b < rows; ++b) p.r.push_back(number()), p.groups.push_back(b % (rows / 2 + 1));
+
+  const fr::ProgramCode code = make_program();
+  fr::ProgramTokens side{rows, packed ? 0 : width, packed ? p.bounds.data() : nullptr, {}};
+  if (masked) side.mask = {p.mask.data(), fr::MaskKind::bytes};
+  const float* inputs[] = {p.x.data(), p.y.data(), p.r.data()};
+  std::vector<std::vector<float>> outputs(10, std::vector<float>(static_cast<std::size_t>(rows), -7.0f));
+  outputs[0].assign(tokens, -7.0f);
+  std::vector<float*> pointers;
+  for (auto& o : outputs) pointers.push_back(o.data());
+  float total = -7.0f;
+  fr::ProgramCall call;
+  call.code = &code, call.sides = &side, call.inputs = inputs;
+  call.groups = p.groups.data(), call.group_count = rows / 2 + 1;
+  call.outputs = pointers.data(), call.batch = &total, call.threads = threads;
+  FASTREWARD_DISPATCH(program_run)(call);
+
+  double all = 0.0;
+  for (std::int64_t b = 0; b < rows; ++b) {
+    const auto row = static_cast<std::size_t>(b);
+    double sum = 0.0, least = kInf, most = -kInf;
+    int over = 0, counted = 0;
+    for (auto i = static_cast<std::size_t>(p.bounds[row]); i < static_cast<std::size_t>(p.bounds[row + 1]); ++i) {
+      const float d = p.x[i] - p.y[i], r = p.r[row];
+      const bool counts = !masked || p.mask[i] != 0, drops = d > r;
+      CHECK_NEAR(static_cast<double>(outputs[0][i]), counts && !drops ? static_cast<double>(d * r) : 0.0, 0.0);
+      if (!counts) continue;
+      sum += drops ? 0.0 : static_cast<double>(d * r);
+      least = std::min(least, static_cast<double>(d)), most = std::max(most, static_cast<double>(d));
+      over += drops, ++counted;
+    }
+    CHECK_NEAR(static_cast<double>(outputs[1][row]), sum, 1e-5 + 1e-6 * counted);
+    CHECK_NEAR(static_cast<double>(outputs[2][row]), least, 0.0);
+    CHECK_NEAR(static_cast<double>(outputs[3][row]), most, 0.0);
+    CHECK(outputs[4][row] == static_cast<float>(over));
+    CHECK(outputs[5][row] == static_cast<float>(counted));
+    all += sum;
+    double group = 0.0, before = 0.0;
+    for (std::int64_t c = 0; c < rows; ++c) {
+      const auto other = static_cast<std::size_t>(c);
+      if (p.groups[other] != p.groups[row]) continue;
+      group += static_cast<double>(outputs[1][other]);
+      const bool first = p.r[other] > p.r[row] || (p.r[other] == p.r[row] && c <= b);
+      before += first ? static_cast<double>(outputs[1][other]) : 0.0;
+    }
+    const double tolerance = 1e-4 + 1e-6 * static_cast<double>(tokens);
+    CHECK_NEAR(static_cast<double>(outputs[6][row]), group, tolerance);
+    CHECK_NEAR(static_cast<double>(outputs[7][row]), before, tolerance);
+    CHECK_NEAR(static_cast<double>(outputs[8][row]), group - static_cast<double>(outputs[1][row]), tolerance);
+  }
+  CHECK_NEAR(static_cast<double>(total), all, 1e-4 + 1e-6 * static_cast<double>(tokens));
+  std::vector<float> sums = outputs[1], moved = outputs[9];
+  std::sort(sums.begin(), sums.end()), std::sort(moved.begin(), moved.end());
+  CHECK(sums == moved);
+
+  std::vector<float> scaled(tokens), spread(tokens);
+  FASTREWARD_DISPATCH(program_scale)(side, outputs[0].data(), p.r.data(), 2.0f, scaled.data(), threads);
+  FASTREWARD_DISPATCH(program_spread)(side, p.r.data(), 2.0f, spread.data(), threads);
+  for (std::size_t row = 0; row < p.r.size(); ++row)
+    for (auto i = static_cast<std::size_t>(p.bounds[row]); i < static_cast<std::size_t>(p.bounds[row + 1]); ++i) {
+      CHECK(scaled[i] == outputs[0][i] * (p.r[row] * 2.0f));
+      CHECK(spread[i] == (masked && p.mask[i] == 0 ? 0.0f : p.r[row] * 2.0f));
+    }
+}
+
+CASE(programs_of_any_length) {
+  for (const std::int64_t width : {0, 1, 3, 31, 32, 127, 128, 129, 1000, 2047, 2048, 2049, 5000})
+    for (const bool packed : {false, true})
+      for (const bool masked : {false, true}) check_program(3, width, packed, masked, 1);
+}
+
+CASE(programs_on_threads) {
+  for (const bool packed : {false, true}) check_program(70, 4100, packed, true, 3);
+  check_program(0, 100, false, true, 2);
+  check_program(1, 40000, true, false, 2);
 }
 
 // --------------------------------------------------------------------------------------------------------- memory
