@@ -32,6 +32,8 @@ Frame::Sizes::Sizes(const TokenStep& step) {
     if (o.kind == OperandKind::mask && o.index >= masks) masks = o.index + 1;
     row_masks += o.kind == OperandKind::row_mask;
     inputs += o.kind == OperandKind::input;
+    outputs += o.kind == OperandKind::output;
+    row_values += is_row(o.kind) && o.index < 0;
   }
 }
 
@@ -43,17 +45,25 @@ Frame::Frame(const TokenStep& step, const float* const* inputs, float* const* ou
       lines_(sizes_.lines),
       masks_((1 + sizes_.masks + sizes_.row_masks) * kItemVectors),
       at_(size()),
-      mask_(size()) {
+      mask_(size()),
+      tensors_(sizes_.inputs + sizes_.outputs),
+      of_row_(sizes_.row_values) {
   Line* line = lines_.data();
-  int row_masks = 0;
+  Tensor *input = tensors_.data(), *output = input + sizes_.inputs;
+  int row_masks = 0, rows = 0;
   for (int k = 0; k < size(); ++k) {
     at_[k] = line->bytes;
     line += lines_of(kind(k));
     mask_[k] = 1 + (kind(k) == OperandKind::row_mask ? sizes_.masks + row_masks++ : index(k));
+    if (is_row(kind(k)) && index(k) < 0) of_row_[rows++] = k;
+    if (!is_tensor(kind(k))) continue;
+    std::memset(at_[k], 0, kTileBytes);
+    *(kind(k) == OperandKind::input ? input++ : output++) = {tensor(k), reinterpret_cast<float*>(at_[k]), index(k)};
   }
 }
 
 char* Frame::tensor(int k) const {
+  if (inputs_ == nullptr) return nullptr;
   if (kind(k) == OperandKind::output) return reinterpret_cast<char*>(outputs_[index(k)]);
   return const_cast<char*>(reinterpret_cast<const char*>(inputs_[index(k)]));
 }
@@ -61,7 +71,7 @@ char* Frame::tensor(int k) const {
 // ----------------------------------------------------------------------------------------------------------- values
 void Frame::broadcast(int k, double value) {
   if (kind(k) == OperandKind::row_value) {
-    store(copy(k), f32(static_cast<float>(value)));
+    store(reinterpret_cast<float*>(at_[k]), f32(static_cast<float>(value)));
     return;
   }
   for (int v = 0; v < kItemVectors; ++v) mask(k)[v] = value != 0.0 ? kAllLanes : Word{0};
@@ -73,8 +83,7 @@ void Frame::set_numbers(const double* numbers) {
 }
 
 void Frame::set_row(const RowValues& values, std::int64_t row) {
-  for (int k = 0; k < size(); ++k)
-    if (is_row(kind(k)) && index(k) < 0) broadcast(k, values.at(index(k), row));
+  for (int n = 0; n < sizes_.row_values; ++n) broadcast(of_row_[n], values.at(index(of_row_[n]), row));
 }
 
 // ----------------------------------------------------------------------------------------------------- instructions
@@ -102,12 +111,10 @@ Frame::Program Frame::link(bool masked, bool copies) const {
   const int size = step_.tile.size, wanted = copies ? 0 : sizes_.inputs;
   Program program{Buffer<Instruction>(size + wanted + 1)};
   Instruction* out = program.code.data();
-  int fetched = 0, input = 0;
+  int fetched = 0;
   for (int n = 0; n < size; ++n) {
-    for (; fetched * size < n * wanted; ++fetched) {  // evenly among the others
-      while (kind(input) != OperandKind::input) ++input;
-      *out++ = {&fetch, nullptr, tensor(input++), nullptr, 0, nullptr};
-    }
+    for (; fetched * size < n * wanted; ++fetched)  // evenly among the others
+      *out++ = {&fetch, nullptr, tensors_[fetched].base, nullptr, 0, nullptr};
     const TokenInstruction& i = step_.tile[n];
     *out++ = {operator_of(i.op, variant_of(i, masked)),
               field(i.w, copies),
@@ -151,23 +158,18 @@ TokenProgram::TokenProgram(const ProgramCode& code, const double* scalars)
     : code_(code), numbers_(code.numbers), linked_(new Linked(code.stages[0].tokens[0])) {
   for (const Constant& c : code.constants) numbers_[c.number] = c.value;
   for (int k = 0; k < code.scalars.size; ++k) numbers_[code.scalars[k]] = scalars[k];
-  Frame& frame = linked_->frame;
-  frame.set_numbers(numbers_.data());
-  for (int k = 0; k < frame.size(); ++k)
-    if (frame.kind(k) == OperandKind::input) std::memset(frame.copy(k), 0, kTileBytes);
+  linked_->frame.set_numbers(numbers_.data());
 }
 
 TokenProgram::~TokenProgram() { delete linked_; }
 
 void TokenProgram::run(const float* const* inputs, float* outputs) {
   const Frame& frame = linked_->frame;
-  for (int k = 0; k < frame.size(); ++k)
-    if (frame.kind(k) == OperandKind::input) *frame.copy(k) = *inputs[frame.index(k)];
+  for (const Tensor& x : frame.inputs()) *x.copy = *inputs[x.index];
   frame.run(linked_->program, 0, 0, 0);
   for (int k = 0; k < code_.outputs.size; ++k)
     if (code_.outputs[k] != kTokenOutput) outputs[k] = static_cast<float>(numbers_[code_.outputs[k]]);
-  for (int k = 0; k < frame.size(); ++k)
-    if (frame.kind(k) == OperandKind::output) outputs[frame.index(k)] = *frame.copy(k);
+  for (const Tensor& x : frame.outputs()) outputs[x.index] = *x.copy;
 }
 
 }  // namespace fastreward::FASTREWARD_ISA::program

@@ -9,6 +9,13 @@ namespace fastreward::FASTREWARD_ISA::program {
 inline bool is_tensor(OperandKind kind) { return kind == OperandKind::input || kind == OperandKind::output; }
 inline bool stores(TokenOp op) { return op >= TokenOp::k_store && op <= TokenOp::k_drop3_store; }
 
+// A tensor: its first element, and the tile that stands for it in a program of copies.
+struct Tensor {
+  char* base;
+  float* copy;
+  int index;  // of the call's inputs or outputs
+};
+
 class Frame {
  public:
   // inputs, outputs: the call's, in which the operands of a direct program lie; a program of copies does not touch them.
@@ -19,10 +26,9 @@ class Frame {
   OperandKind kind(int k) const { return step_.operands[k].kind; }
   int index(int k) const { return step_.operands[k].index; }
 
-  // Of an operand: its tensor's first element; the tile that stands for it in a program of copies; its mask, of an item;
-  // its accumulator.
-  char* tensor(int k) const;
-  float* copy(int k) const { return reinterpret_cast<float*>(at_[k]); }
+  Span<Tensor> inputs() const { return {tensors_.data(), sizes_.inputs}; }
+  Span<Tensor> outputs() const { return {tensors_.data() + sizes_.inputs, sizes_.outputs}; }
+  // Of an operand: its mask, of an item; its accumulator.
   simd::Word* mask(int k) const { return masks_.data() + mask_[k] * kItemVectors; }
   Accumulator& accumulator(int k) const { return *reinterpret_cast<Accumulator*>(at_[k]); }
   simd::Word* counted() const { return masks_.data(); }  // mask 0: the tokens of an item that count
@@ -42,6 +48,7 @@ class Frame {
   void run(const Program& program, int tile, std::int64_t at, std::int64_t ahead) const;
 
  private:
+  char* tensor(int k) const;
   char* field(int k, bool copies) const;
   Variant variant_of(const TokenInstruction& i, bool masked) const;
   void broadcast(int k, double value);
@@ -51,7 +58,7 @@ class Frame {
   };
   struct Sizes {
     std::int64_t lines = 0;
-    int masks = 0, row_masks = 0, inputs = 0;
+    int masks = 0, row_masks = 0, inputs = 0, outputs = 0, row_values = 0;  // row_values: with masks, in columns
     explicit Sizes(const TokenStep& step);
   };
   static std::int64_t lines_of(OperandKind kind);
@@ -64,6 +71,8 @@ class Frame {
   Buffer<simd::Word> masks_;   // [masks, item]
   Buffer<char*> at_;           // the scratch of each operand
   Buffer<std::int64_t> mask_;  // the number of each operand's mask
+  Buffer<Tensor> tensors_;     // inputs, outputs
+  Buffer<int> of_row_;         // operands in columns
 };
 
 inline bool on_vectors(const char* p) { return reinterpret_cast<std::uintptr_t>(p) % (simd::kF32 * 4) == 0; }

@@ -186,21 +186,21 @@ class Worker {
   // The tile at the end of a row: on copies, as nothing behind the row may be touched.
   void run_last(const Item& item, int tile) const {
     const std::int64_t at = item.place_of(tile);
-    const auto bytes = static_cast<std::size_t>(item.tokens_of(tile)) * 4;
-    for (int k = 0; k < frame_.size(); ++k) {
-      if (frame_.kind(k) != OperandKind::input) continue;
-      std::memset(reinterpret_cast<char*>(frame_.copy(k)) + bytes, 0, kTileBytes - bytes);
-      std::memcpy(frame_.copy(k), frame_.tensor(k) + at, bytes);
-    }
+    const int tokens = item.tokens_of(tile);
+    for (const Tensor& x : frame_.inputs()) copy(reinterpret_cast<const float*>(x.base + at), tokens, x.copy);
     frame_.run(last_, tile, 0, 0);
-    for (int k = 0; k < frame_.size(); ++k)
-      if (frame_.kind(k) == OperandKind::output) std::memcpy(frame_.tensor(k) + at, frame_.copy(k), bytes);
+    for (const Tensor& x : frame_.outputs()) copy(x.copy, tokens, reinterpret_cast<float*>(x.base + at));
+  }
+
+  static void copy(const float* from, int n, float* to) {
+    int i = 0;
+    for (; i + kF32 <= n; i += kF32) store(to + i, load(from + i));
+    if (i < n) store_n(to + i, load_n(from + i, n - i, 0.0f), n - i);
   }
 
   void write_zeros(std::int64_t begin, std::int64_t n) const {
-    for (int k = 0; k < frame_.size(); ++k) {
-      if (frame_.kind(k) != OperandKind::output) continue;
-      float* to = reinterpret_cast<float*>(frame_.tensor(k)) + begin;
+    for (const Tensor& x : frame_.outputs()) {
+      float* to = reinterpret_cast<float*>(x.base) + begin;
       std::int64_t i = 0;
       if (p_.large && on_vectors(reinterpret_cast<const char*>(to)))
         for (; i + kF32 <= n; i += kF32) stream(to + i, f32(0.0f));

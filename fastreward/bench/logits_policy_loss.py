@@ -12,7 +12,7 @@ import fastreward
 from fastreward import losses
 from fastreward._distance import distance
 from fastreward.bench import peers, roofline
-from fastreward.bench._types import OURS, Case, Contender, Target
+from fastreward.bench._types import OURS, PEERS, Case, Contender, Target
 
 CASES = ("fresh", "inplace")
 DTYPES = ("float32", "bfloat16")
@@ -74,6 +74,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
     if case == "inplace":
         built.inputs.append(work)
         built.contenders.append(Contender(_COPY, partial(_copied, work, logits, built.error), tolerance=torch.inf))
+        built.absent |= dict.fromkeys(PEERS, "makes a fresh gradient: see that case")
         return built
     for name, compiled in (("torch eager", False), ("torch.compile", True)):
         function = peers.compiled(_plain) if compiled else _plain
