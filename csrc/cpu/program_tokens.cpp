@@ -94,9 +94,9 @@ class Totals {
   static double value_of(const Accumulator& a, ReductionKind kind) {
     if (a.nan) return std::numeric_limits<double>::quiet_NaN();
     switch (kind) {
-      case ReductionKind::sum: return sum(load(a.total) + load(a.total + kF64));
-      case ReductionKind::minimum: return static_cast<double>(minimum(load(a.run)));
-      case ReductionKind::maximum: return static_cast<double>(maximum(load(a.run)));
+      case ReductionKind::sum: return fold_sum(load(a.total) + load(a.total + kF64));
+      case ReductionKind::minimum: return -static_cast<double>(fold_maximum(-load(a.run)));
+      case ReductionKind::maximum: return static_cast<double>(fold_maximum(load(a.run)));
       default: return static_cast<double>(a.count);
     }
   }
