@@ -140,13 +140,6 @@ void Frame::choose_stores(const Program& program, bool masked, std::int64_t plac
   }
 }
 
-void Frame::run(const Program& program, int tile, std::int64_t at, std::int64_t ahead) const {
-  const Tile where{reinterpret_cast<char*>(masks_.data()) + tile * kTileWords, at, ahead};
-  const Instruction* i = program.code.data();
-  const F32 a = f32(0.0f);
-  i->run(i, &where, a, a, a, a, a, a, a, a);
-}
-
 // -------------------------------------------------------------------------------------------------- single tokens
 struct TokenProgram::Linked {
   explicit Linked(const TokenStep& step) : frame(step, nullptr, nullptr), program(frame.link(false, true)) {}
