@@ -9,7 +9,8 @@
 
 // Operators of a machine whose accumulator a is a tile of tokens (eight vectors, in registers). Their names are what the
 // Python side says. x, y, z are the instruction's operands; what an elementwise name means is in fastreward/losses/_ops.py.
-// Those up to `maximum` may start from operand w instead of a, those up to `maximum_where` may keep their result in slot k.
+// Those up to `maximum` may start from operand w instead of a (of two arguments: not from a row's value), those up to
+// `maximum_where` may keep their result in slot k.
 //   load                       a = w
 //   keep, store                slot k = a; output x = a
 //   exp_bounded                exp where |a| <= 87 is known

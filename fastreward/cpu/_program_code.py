@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from fastreward import _core
-from fastreward.cpu._program_order import COMPARISONS, LOGIC, Form, Schedule, Selection, Value
+from fastreward.cpu._program_order import COMPARISONS, LOGIC, Form, Schedule, Selection, Value, looks_for_extremes
 from fastreward.losses._graph import Level, Node
 from fastreward.losses._program import Program, TokenStep
 
@@ -43,10 +43,10 @@ class _Operands:
 class _StepCode:
     """A step as the arrays of TokenStep."""
 
-    def __init__(self, step: TokenStep, places: _Places, inputs: dict[int, int]) -> None:
+    def __init__(self, step: TokenStep, places: _Places, inputs: dict[int, int], contract: bool) -> None:
         self.step = step
         self._places, self._inputs = places, inputs
-        self._selection = Selection(step)
+        self._selection = Selection(step, contract)
         schedule = Schedule(self._selection)
         self._operands = _Operands()
         self._free: dict[int, list[int]] = {_SLOT: [], _MASK: []}
@@ -203,7 +203,7 @@ def _encode(by_key: ByKey) -> _core.Program:
     places = _Places(program)
     inputs = [(int(n.level), 0 if n.level == Level.TOKEN else places.new(n)) for n in program.inputs]
     input_numbers = {n.id: i for i, n in enumerate(program.inputs)}
-    clock = iter(range(1 << 30))
+    clock, contract = iter(range(1 << 30)), not looks_for_extremes(program)
 
     def row(node: Node) -> tuple[int, ...]:
         args = [places.of(a) for a in node.args]
@@ -211,7 +211,7 @@ def _encode(by_key: ByKey) -> _core.Program:
         return (_ROW_OPERATORS[node.op], places.new(node), *args, *[0] * (3 - len(args)))
 
     def tokens(step: TokenStep) -> tuple[Any, ...]:
-        code = _StepCode(step, places, input_numbers).code()
+        code = _StepCode(step, places, input_numbers, contract).code()
         places.release(next(clock), step.rows)
         return code
 

@@ -6,22 +6,25 @@ just been made as far as that goes, and what is needed again later is kept in a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from fastreward.losses._graph import Level, Node, is_constant
-from fastreward.losses._program import TokenStep
+from fastreward.losses._ops import REDUCTIONS
+from fastreward.losses._program import Program, TokenStep
 
 _BOUNDED: Final = 87.0  # |x| up to which exp_bounded may be used
 
 COMPARISONS: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}  # with arguments swapped
 LOGIC: Final = ("and", "or", "not")
-# Operators that may start from memory, and those that may keep their result as well (csrc/cpu/program.hpp).
-_STARTING: Final = (
+_EXTREMES: Final = tuple(op for op in REDUCTIONS if op.endswith(("_max", "_min")))
+# Operators that may start from memory (of one argument: from a row's value too), and those that may keep their result
+# as well (csrc/cpu/program.hpp).
+_STARTING_ANYWHERE: Final = (
     *("neg", "abs", "sign", "sqrt", "exp", "exp_bounded", "expm1", "log", "log1p", "tanh", "sigmoid", "logsigmoid"),
-    *("add", "sub", "from", "mul", "div", "over", "minimum", "maximum"),
 )
+_STARTING: Final = (*_STARTING_ANYWHERE, "add", "sub", "from", "mul", "div", "over", "minimum", "maximum")
 _KEEPING: Final = (
     *("load", *_STARTING),
     *("fma", "fms", "fnma", "add_product", "sub_product", "clip", "where", "where_not"),
@@ -43,10 +46,14 @@ class Value:
 
 
 class Selection:
-    """The values of a pass, fused where a fused operator exists. Keys of nodes are their ids."""
+    """The values of a pass, fused where a fused operator exists. Keys of nodes are their ids.
 
-    def __init__(self, step: TokenStep) -> None:
-        self.step = step
+    contract: whether a product and a sum may be rounded once; a value then has other bits in another pass, where its
+    product is kept because somebody else reads it too.
+    """
+
+    def __init__(self, step: TokenStep, contract: bool) -> None:
+        self.step, self._contract = step, contract
         self.nodes: dict[Hashable, Node] = {}
         self.values: list[Value] = []
         self.counts: list[tuple[Node, Node]] = []  # (the reduction, the mask that it counts)
@@ -113,7 +120,7 @@ class Selection:
         return alone
 
     def _product_sum(self, node: Node) -> Value | None:
-        if node.op not in ("add", "sub"):
+        if node.op not in ("add", "sub") or not self._contract:
             return None
         for k in (1, 0):
             product, other = node.args[k], node.args[1 - k]
@@ -168,6 +175,12 @@ class Selection:
             masks = [m for m in masks if m is not either] + [*either.args]
         name = ("drop", "drop2", "drop3")[len(masks) - 1]
         return Value(name, (*(m.id for m in masks), node.args[2].id), (node.id,))
+
+
+def looks_for_extremes(program: Program) -> bool:
+    """Whether a pass looks for the tokens that a maximum or minimum of an earlier pass came from, as gradients do."""
+    body = (n for stage in program.stages for step in stage.tokens for n in step.body)
+    return any(n.op in COMPARISONS and any(a.op in _EXTREMES for a in n.args) for n in body)
 
 
 def _walk(roots: Iterable[Node]) -> list[Node]:
@@ -260,7 +273,7 @@ class Schedule:
         self._endings = self._ending_forms()
         while self._waiting or self._endings:
             self._advance()
-        self.forms = _joined(self.forms)
+        self.forms = _joined(self.forms, {k for k, n in s.nodes.items() if n.level < Level.TOKEN})
 
     def _ending_forms(self) -> dict[Hashable, list[Form]]:
         """Reductions and outputs, by the value that they take from the accumulator."""
@@ -344,8 +357,11 @@ class Schedule:
         return sorted(_forms(v), key=lambda f: -self.selection.nodes[f.acc].level)
 
 
-def _joined(forms: Sequence[Form]) -> list[Form]:
-    """Several as one: what is loaded is computed with, what was computed is kept, both sides are compared."""
+def _joined(forms: Sequence[Form], rows: Container[Hashable]) -> list[Form]:
+    """Several as one: what is loaded is computed with, what was computed is kept, both sides are compared.
+
+    rows: keys of values per row.
+    """
     joined: list[Form] = []
     maker: Form | None = None  # of what the accumulator holds
     for form in forms:
@@ -353,7 +369,8 @@ def _joined(forms: Sequence[Form]) -> list[Form]:
         if form.name == "keep" and maker is not None and maker.name in _KEEPING:
             maker.k = form.k
             continue
-        if last is not None and last.name == "load" and last.k is None and form.name in _STARTING:
+        starting = _STARTING_ANYWHERE if last is not None and last.w in rows else _STARTING
+        if last is not None and last.name == "load" and last.k is None and form.name in starting:
             form.w = last.w
             joined.pop()
         elif last is not None and form.name == "store" and last.name in ("drop", "drop2", "drop3"):

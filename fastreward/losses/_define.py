@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
@@ -23,6 +24,9 @@ Plan = tuple[str, tuple[tuple[str, int], ...], tuple[str, ...], bool]
 GradientPlan = tuple[str, tuple[tuple[str, int], ...]]
 
 
+_NUMBERS = itertools.count()
+
+
 class Definition(Generic[P]):
     """A loss function over terms; calling it with parameters gives a `Loss`. Made by `define`."""
 
@@ -37,6 +41,7 @@ class Definition(Generic[P]):
         functools.update_wrapper(self, function)
         self.function, self.pairs, self.static = function, pairs, frozenset(static)
         self.aggregation, self.check, self.name = aggregation, check, function.__name__
+        self.number = next(_NUMBERS)  # tells definitions of one name apart
         whole = inspect.signature(function)
         #: Of the parameters, without the terms.
         self.__signature__ = whole.replace(parameters=list(whole.parameters.values())[1:])
@@ -52,6 +57,11 @@ class Definition(Generic[P]):
         if self.check is not None and not any(isinstance(v, Node | Tensor) for v in values.values()):
             self.check(**values)
         return Loss(self, values)
+
+
+    def __reduce__(self) -> str:
+        """Pickled by name, as functions are."""
+        return self.__qualname__
 
 
 def _parameter(loss: str, name: str, value: Any) -> Any:
@@ -78,8 +88,16 @@ class Loss:
 
     definition: Definition[Any]
     parameters: Mapping[str, Any]
-    _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict, repr=False)
-    _gradient_plans: dict[tuple[Any, ...], GradientPlan | None] = field(default_factory=dict, repr=False)
+    #: The structure as text. Traced code reads it, so that Dynamo compiles anew for a loss of another formula.
+    formula: str = field(init=False, repr=False)
+    _plans: dict[tuple[Any, ...], Plan] = field(init=False, default_factory=dict, repr=False)
+    _gradient_plans: dict[tuple[Any, ...], GradientPlan | None] = field(init=False, default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "formula", f"{self.definition.number} {self.structure[1]}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.definition, dict(self.parameters))
 
     @property
     def name(self) -> str:
@@ -139,12 +157,27 @@ class Loss:
 
     def reads(self, term: str) -> bool:
         """Whether the loss depends on the term of this name (of a preference loss: on either side)."""
+        return self._reads(self.formula, term)
+
+    def policy_plan(self, *call: Any) -> Plan:
+        """Registers the objective of a `policy_loss` call (fields of PolicyCall)."""
+        return self._policy_plan(self.formula, *call)
+
+    def gradient_plan(self, *call: Any) -> GradientPlan | None:
+        """Registers the gradient token by token: its key and inputs; None where other tokens' log-probs go into it."""
+        return self._gradient_plan(self.formula, *call)
+
+    def pair_plan(self, *call: Any) -> Plan:
+        """The same as `policy_plan` for `preference_loss` (fields of PairCall)."""
+        return self._pair_plan(self.formula, *call)
+
+    # What these four return is a constant to Dynamo; it compiles anew where an argument is another, so `formula` is one.
+    def _reads(self, _: str, term: str) -> bool:
         from fastreward.losses._objective import terms_read
 
         return term in terms_read(self)
 
-    def policy_plan(self, *call: Any) -> Plan:
-        """Registers the objective of a `policy_loss` call (fields of PolicyCall)."""
+    def _policy_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
             from fastreward._program_op import register
             from fastreward.losses._objective import PolicyCall, policy_objective
@@ -153,8 +186,7 @@ class Loss:
             self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
         return self._plans[call]
 
-    def gradient_plan(self, *call: Any) -> GradientPlan | None:
-        """Registers the gradient token by token: its key and inputs; None where other tokens' log-probs go into it."""
+    def _gradient_plan(self, _: str, *call: Any) -> GradientPlan | None:
         if call not in self._gradient_plans:
             from fastreward._program_op import register_gradient
             from fastreward.losses._objective import PolicyCall, token_gradient
@@ -164,8 +196,7 @@ class Loss:
             self._gradient_plans[call] = plan
         return self._gradient_plans[call]
 
-    def pair_plan(self, *call: Any) -> Plan:
-        """The same for `preference_loss` (fields of PairCall)."""
+    def _pair_plan(self, _: str, *call: Any) -> Plan:
         from fastreward._program_op import register
         from fastreward.losses._objective import PairCall, pair_objective
 
@@ -199,8 +230,8 @@ class Loss:
         return show(self)
 
 
-# Dynamo runs these while it traces and takes the result for a constant, which it is: strings and names.
-for _method in ("reads", "policy_plan", "gradient_plan", "pair_plan"):
+# Dynamo runs these while it traces.
+for _method in ("_reads", "_policy_plan", "_gradient_plan", "_pair_plan"):
     getattr(Loss, _method)._dynamo_marked_constant = True
 
 

@@ -111,13 +111,16 @@ def _where(y: Node, g: Node) -> Iterator[tuple[int, Callable[[], Node]]]:
     yield 2, lambda: where(y.args[0], 0.0, g)
 
 
-def _extreme(count: Callable[[Node], Node]) -> Rule:
-    """Rule of a maximum or minimum over something: equals share the gradient; `count` counts them."""
+def _extreme(count: Callable[[Node], Node], gather: Callable[[Node, Node], Node] = lambda g, _: g) -> Rule:
+    """Rule of a maximum or minimum over something: equals share the gradient; `count` counts them.
+
+    gather: from the upstream gradient of all that the value was given to.
+    """
 
     def rule(y: Node, g: Node) -> Iterator[tuple[int, Callable[[], Node]]]:
         def shared() -> Node:
             attained = y.args[0] == y
-            return where(attained, g / count(where(attained, 1.0, 0.0)), 0.0)
+            return where(attained, gather(g, y) / count(where(attained, 1.0, 0.0)), 0.0)
 
         yield 0, shared
 
@@ -138,7 +141,11 @@ def _before(y: Node, g: Node) -> Iterator[tuple[int, Callable[[], Node]]]:
 
 def _group_sum(y: Node, g: Node) -> Iterator[tuple[int, Callable[[], Node]]]:
     # Only what counts adds to a group's sum, and only that gets a gradient: no sum over all members is wrong here.
-    yield 0, lambda: y.graph.reduce("group_sum", _row(g, y))
+    yield 0, lambda: _of_group(g, y)
+
+
+def _of_group(g: Node, y: Node) -> Node:
+    return y.graph.reduce("group_sum", _row(g, y))
 
 
 def _group_sum_others(y: Node, g: Node) -> Iterator[tuple[int, Callable[[], Node]]]:
@@ -182,8 +189,8 @@ _RULES: Final[dict[str, Rule]] = {
     "group_sum_after": _before,
     "seq_max": _extreme(_reduced("seq_sum")),
     "seq_min": _extreme(_reduced("seq_sum")),
-    "group_max": _extreme(_reduced("group_sum")),
-    "group_min": _extreme(_reduced("group_sum")),
+    "group_max": _extreme(_reduced("group_sum"), _of_group),
+    "group_min": _extreme(_reduced("group_sum"), _of_group),
     "batch_max": _extreme(_reduced("batch_sum")),
     "batch_min": _extreme(_reduced("batch_sum")),
 }
