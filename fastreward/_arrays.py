@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
@@ -25,7 +25,7 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = (*args, *kwargs.values())
+        given = (*args, *kwargs.values(), *_inside(kwargs.values()))
         kind = next((k for k in map(array_kind, given) if k is not None), None)
         if kind is None:
             return function(*args, **kwargs)
@@ -37,6 +37,11 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
         return result if mixed else cast(R, as_arrays(result, kind))
 
     return wrapper
+
+
+def _inside(values: Iterable[object]) -> list[object]:
+    """What lies in mappings among `values` (extra=)."""
+    return [x for value in values if isinstance(value, dict) for x in value.values()]
 
 
 def _check_writable(out: object) -> None:
@@ -53,7 +58,9 @@ def array_kind(x: object) -> Kind | None:
 
 
 def as_tensor(x: Any) -> Any:
-    """A tensor on `x`'s memory when it is a numeric array, else `x`."""
+    """A tensor on `x`'s memory when it is a numeric array, a mapping of such, else `x`."""
+    if isinstance(x, dict):
+        return {name: as_tensor(value) for name, value in x.items()}
     kind = array_kind(x)
     if kind == "cupy":
         return torch.utils.dlpack.from_dlpack(x)

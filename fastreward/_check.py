@@ -7,6 +7,7 @@ import math
 import operator
 import os
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -60,6 +61,42 @@ def positive(name: str, value: object) -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
     return number
+
+
+def finite(name: str, value: object) -> float:
+    """`value` as a float, if it is a finite number."""
+    try:
+        result = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    if not math.isfinite(result):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return result
+
+
+def number(x: object, like: Tensor) -> Tensor | None:
+    """A number as f32 [] on the device of `like`; None if `x` is something else.
+
+    A 0-d CPU tensor beside others on a GPU is read as the number that it is: copying it would block the host.
+    """
+    if isinstance(x, Tensor):
+        if x.ndim or x.device == like.device or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        x = float(x)
+    if not isinstance(x, Real) or isinstance(x, bool):
+        return None
+    return torch.full((), float(x), dtype=torch.float32, device=like.device)
+
+
+def positive_number(name: str, x: object, like: Tensor) -> Tensor:
+    """A positive number, or a 0-d tensor of one, as f32 [] on the device of `like`."""
+    if not isinstance(x, Tensor):
+        return torch.full((), positive(name, x), dtype=torch.float32, device=like.device)
+    shape(name, x, (), "a float or a 0-d tensor")
+    if values_checked(x):
+        positive(name, x)
+    moved = number(x, like)
+    return x.detach().to(device=like.device, dtype=torch.float32) if moved is None else moved
 
 
 def names(name: str, given: object, allowed: Sequence[str]) -> None:

@@ -93,6 +93,7 @@ def prepare(
         ("weight", "weights", weights),
     ):
         if x is not None:
+            _check.tensor(argument, x)
             per_row = term == "weight" and x.ndim == 1 and tuple(x.shape) != tuple(like.shape)
             given[term] = (
                 _per_row(argument, x, like, tokens.rows, name) if per_row else _per_token(argument, x, like, name)
@@ -111,21 +112,23 @@ def prepare(
     if unread:
         raise ValueError(f"{unread[0]}: {loss.name} does not read it; it reads {', '.join(sorted(set(read)))}")
     if grouped and group_ids is None and group_size is None:
-        raise ValueError(f"group_ids: {loss.name} is a loss over groups; pass group_ids=... or group_size=...")
-    for parameter, value in loss.tensors.items():
-        given[f"parameter.{parameter}"] = _parameter(f"{loss.name}: {parameter}", value, like, tokens.rows)
+        what = f"aggregation {chosen!r} is" if chosen == "group-mean" else f"{loss.name} is a loss"
+        raise ValueError(f"group_ids: {what} over groups; pass group_ids=... or group_size=...")
+    for term, value in loss.tensors.items():
+        given[f"parameter.{term}"] = parameter(f"{loss.name}: {term}", value, like, tokens.rows, name)
     if normalizer is not None:
-        given["call.normalizer"] = positive_normalizer(normalizer, like)
+        given["call.normalizer"] = _check.positive_number("normalizer", normalizer, like)
     if bounds is not None:
         given["call.width"] = (bounds.diff().max() if tokens.rows else bounds.new_zeros(())).float()
     width = 0.0 if packed else float(like.shape[1])
     numbers = loss.scalars
+    coefficients = [_check.finite("kl_coef", kl_coef), _check.finite("entropy_coef", entropy_coef)]
     return Call(
         objective,
         [given[term] for term, _ in inputs],
         tokens,
         numbered_groups(group_ids, group_size, tokens.rows, like),
-        [width, float(kl_coef), float(entropy_coef), *(numbers[k] for k in sorted(numbers))],
+        [width, *coefficients, *(numbers[k] for k in sorted(numbers))],
         metrics,
         given["advantage"],
         normalizer is not None,
@@ -191,7 +194,10 @@ def _extra(term: str, x: object, like: Tensor, rows: int, reference: str) -> Ten
 
 def on_device(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
     """A constant per token, per sequence or for all, f32."""
-    tensor = torch.full((), float(x), device=like.device) if isinstance(x, int | float) else _check.tensor(name, x)
+    single = _check.number(x, like)
+    if single is not None:
+        return single
+    tensor = _check.tensor(name, x)
     if tuple(tensor.shape) not in {tuple(like.shape), (rows,), ()}:
         raise ValueError(
             f"{name}: expected shape {list(like.shape)} (one per token), [{rows}] (one per sequence) or [], "
@@ -201,10 +207,13 @@ def on_device(name: str, x: object, like: Tensor, rows: int, reference: str) -> 
     return tensor.detach().float().contiguous()
 
 
-def _parameter(name: str, x: Tensor, like: Tensor, rows: int) -> Tensor:
+def parameter(name: str, x: Tensor, like: Tensor, rows: int, reference: str) -> Tensor:
+    """A loss's parameter: one value per row, or for all."""
     if x.ndim:
         _check.shape(name, x, (rows,), "one per sequence")
-    return x.to(device=like.device, dtype=torch.float32).contiguous()
+        _check.same_device(name, x, reference, like)
+    single = _check.number(x, like)
+    return x.to(device=like.device, dtype=torch.float32).contiguous() if single is None else single
 
 
 def level_of(x: Tensor, like: Tensor) -> int:
@@ -291,11 +300,3 @@ def dense(labels: Tensor) -> Tensor:
     if steps.shape[0]:
         steps[:1] = 0
     return torch.empty_like(labels).scatter_(0, order, steps.cumsum(0))
-
-
-def positive_normalizer(normalizer: float | Tensor, like: Tensor) -> Tensor:
-    """A given denominator, f32 []."""
-    if isinstance(normalizer, Tensor):
-        _check.shape("normalizer", normalizer, (), "a float or a 0-d tensor")
-        return normalizer.detach().to(device=like.device, dtype=torch.float32)
-    return torch.full((), _check.positive("normalizer", normalizer), dtype=torch.float32, device=like.device)

@@ -441,7 +441,7 @@ def correction_weights(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, name or bound; on the CPU (on a GPU with FASTREWARD_DEBUG=1) also for
-            a NaN where mask is set.
+            a NaN where mask is set, or -inf in both.
 
     Code: verl 0.9.1 rollout_corr_helper.py and TRL 1.16.0 grpo_trainer.py, run against in the tests. The geometric
     level is an earlier verl's (from memory); the present one has reject={"seq_mean_k1": ...}.
@@ -452,10 +452,14 @@ def correction_weights(
         _check.choice("mode", mode, get_args(Mode))
         if low is None and high is None:
             low, high = DEFAULT_BOUNDS[mode]
-        _check_bounds("low, high", low, high)
+        _check_bounds("low", low, "high", high)
+    elif low is not None or high is not None:
+        raise ValueError("low, high: there are no weights to bound with mode=None")
     _check.choice("level", level, get_args(CorrectionLevel))
     if batch_normalize and mode is None:
         raise ValueError("batch_normalize: there are no weights to normalise with mode=None")
+    if not isinstance(reject, Mapping | None):
+        raise TypeError(f"reject: expected a mapping such as {{'seq_mean_k3': 0.01}}, got {reject!r}")
     limits = {name: _limits(name, threshold) for name, threshold in (reject or {}).items()}
     clamp = math.inf if log_ratio_clamp is None else _check.positive("log_ratio_clamp", log_ratio_clamp)
     key, names, per_token = _register(
@@ -524,7 +528,7 @@ def off_policy_sequence_mask(
         advantages.detach().float().contiguous(),
         mask,
         bounds,
-        float(threshold),
+        _check.finite("threshold", threshold),
         unscored,
         select("correction", logprobs),
     )
@@ -543,12 +547,13 @@ def _check_tokens(name: str, logprobs: Any, rollout_logprobs: Any, cu_seqlens: T
     return token_bounds(cu_seqlens, logprobs, name)
 
 
-def _check_bounds(name: str, low: float | None, high: float | None) -> None:
-    for value in (low, high):
-        if value is not None:
-            _check.positive(name, value)
+def _check_bounds(low_name: str, low: float | None, high_name: str, high: float | None) -> None:
+    if low is not None and _check.finite(low_name, low) < 0:
+        raise ValueError(f"{low_name}: expected a number of at least 0, got {low!r}")
+    if high is not None:
+        _check.positive(high_name, high)
     if low is not None and high is not None and low > high:
-        raise ValueError(f"{name}: expected low <= high, got {low} and {high}")
+        raise ValueError(f"{low_name}: expected at most {high_name}, {high}, got {low}")
 
 
 def _limits(option: str, threshold: Threshold) -> tuple[float, float]:
@@ -567,7 +572,7 @@ def _limits(option: str, threshold: Threshold) -> tuple[float, float]:
         if len(threshold) != 2:  # type: ignore[arg-type]
             raise ValueError(f"{name}: expected (low, high), got {threshold!r}")
         low, high = (_check.positive(name, x) for x in threshold)  # type: ignore[union-attr]
-    _check_bounds(name, low, high)
+    _check_bounds(f"{name}: low", low, "high", high)
     return low, high
 
 
@@ -576,6 +581,8 @@ def _check_finite(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor |
     for name, x in (("old_logprobs", old_logprobs), ("rollout_logprobs", rollout_logprobs)):
         hint = "; pass unscored=True for tokens that the engine could not score" if name == "rollout_logprobs" else ""
         _check.every(name, ~(x.isnan() & counted), x, f"numbers where mask is set{hint}")
+    impossible = old_logprobs.isneginf() & rollout_logprobs.isneginf()  # neither policy could have sampled it
+    _check.every("old_logprobs", ~(impossible & counted), old_logprobs, "a finite one of the two where mask is set")
 
 
 def _number(bound: float | None) -> float:

@@ -17,8 +17,9 @@ from torch import Tensor
 from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
+from fastreward._handover import deliver
 from fastreward._layout import FLAG, VALUES
-from fastreward._op import custom_op, refuse_double_backward
+from fastreward._op import custom_op
 from fastreward._options import KL, Aggregation
 from fastreward._policy_call import Call, GroupIds, prepare
 from fastreward._program_op import evaluate, gradient_program
@@ -62,6 +63,7 @@ def _linear_policy_gradient(
     parameters: list[float],
     gradient: str,
     needs: list[bool],  # gradient for hidden, weight, bias
+    applied: Tensor,  # f32 []
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # three gradients ([0] where not needed), logprobs, entropy
     chosen = gradient_program(gradient)
@@ -84,9 +86,9 @@ def _linear_policy_gradient(
         # The program over all tokens: what it gives for those whose log-probs are not there yet is not looked at.
         outputs, _ = engine.run(chosen.program, inputs, [tokens], scalars, groups)
         upstream = torch.zeros_like(values)
-        upstream[_LOGPROB] = outputs[0][part]
+        upstream[_LOGPROB] = outputs[0][part] * applied
         if chosen.entropy:
-            upstream[_ENTROPY] = outputs[1][part]
+            upstream[_ENTROPY] = outputs[1][part] * applied
         kernels.backward(logits, labels[part], scale, None, None, None, None, values, none, upstream, None, logits, cap)
         grads.add(part, whole, logits)
     entropy = seen["entropy"] if chosen.entropy else seen["entropy"].new_empty(0)
@@ -111,6 +113,7 @@ def _(
     parameters: list[float],
     gradient: str,
     needs: list[bool],
+    applied: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def grad(needed: bool, x: Tensor | None) -> Tensor:
@@ -123,25 +126,6 @@ def _(
 
     entropy = per_token(gradient_program(gradient).entropy)
     return grad(needs[0], hidden), grad(needs[1], weight), grad(needs[2], bias), per_token(True), entropy
-
-
-class _Deliver(torch.autograd.Function):
-    """Gives `loss` the gradients that have been computed with it."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *inputs: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*grads)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            refuse_double_backward()
-        scaled = (
-            grad * upstream.to(grad.dtype) if needed else None
-            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
-        )
-        return (None, None, *scaled)
 
 
 # ------------------------------------------------------------------------------------------------- public function
@@ -159,6 +143,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    scale: float | Tensor = 1.0,
     loss: Loss | None = None,
     aggregation: Aggregation | None = None,
     normalizer: float | Tensor | None = None,
@@ -184,9 +169,11 @@ def linear_policy_loss(
             in linear_token_logprobs, counting them is one host synchronisation on a GPU.
         temperature, logit_scale, softcap: as in `linear_token_logprobs`.
         chunk_size: tokens whose logits exist at a time (default: what the device likes).
+        scale: the upstream gradient that is expected, as in `logits_policy_loss`.
 
     Returns:
-        PolicyLoss, as policy_loss gives it. Gradients flow to hidden, weight and bias.
+        PolicyLoss, as policy_loss gives it. Gradients flow to hidden, weight and bias; for all losses but those with
+        sums over log-probs once: they are handed over, not copied.
 
     Raises:
         TypeError, ValueError: as policy_loss and linear_token_logprobs.
@@ -197,6 +184,7 @@ def linear_policy_loss(
     if chunk_size is not None and _check.whole("chunk_size", chunk_size, "tokens at a time") < 1:
         raise ValueError(f"chunk_size: expected a positive number of tokens, got {chunk_size}")
     scalar, per_token = _temperature(temperature, labels)
+    applied = _check.positive_number("scale", scale, hidden)
     options: dict[str, Any] = {
         "loss": loss,
         "aggregation": aggregation,
@@ -230,7 +218,9 @@ def linear_policy_loss(
     counted = call.tokens.mask
     if _check.values_checked(hidden, labels):
         _check_labels("labels", labels, weight.shape[0], counted)
-    if call.gradient is None:
+    inputs = (hidden, weight, bias)
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
+    if call.gradient is None or not any(needs):
         stats = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
             mask=counted, outputs=("logprobs", "entropy") if wants_entropy else ("logprobs",),
@@ -245,8 +235,6 @@ def linear_policy_loss(
             **options,
         )
     packed = _Packed(call, labels)
-    inputs = (hidden, weight, bias)
-    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
     with torch.no_grad():
         *grads, logprobs, entropy = _linear_policy_gradient(
             packed.rows(hidden.reshape(-1, hidden.shape[-1])),
@@ -265,6 +253,7 @@ def linear_policy_loss(
             call.parameters,
             call.gradient,
             needs,
+            applied,
             backend,
         )
         total, values, token_loss = evaluate(
@@ -281,7 +270,10 @@ def linear_policy_loss(
     if _check.values_checked(hidden):
         call.check_results(total, metrics)
     grads[0] = packed.spread(grads[0]).reshape(hidden.shape) if needs[0] else grads[0]
-    delivered = _Deliver.apply(total, grads, *inputs)  # type: ignore[no-untyped-call]
+    wanted = [(x, grad) for x, grad, needed in zip(inputs, grads, needs, strict=True) if x is not None and needed]
+    delivered = deliver(
+        "linear_policy_loss", total, applied, backend, [grad for _, grad in wanted], [x for x, _ in wanted]
+    )
     kept = packed.spread(token_loss).reshape(labels.shape) if return_token_loss else None
     return PolicyLoss(delivered, metrics, kept)
 

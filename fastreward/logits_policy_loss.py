@@ -16,7 +16,8 @@ from torch import Tensor
 from fastreward import _check, _rows
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
-from fastreward._op import custom_op, refuse_double_backward
+from fastreward._handover import deliver
+from fastreward._op import custom_op
 from fastreward._options import KL, Aggregation
 from fastreward._policy_call import Call, GroupIds, prepare
 from fastreward._program_op import evaluate, gradient_program
@@ -168,41 +169,6 @@ def _with_gaps(
     return Tokens((rows,), _spread(block, mask.reshape(-1)), bounds), spread
 
 
-@custom_op("logits_rescale_", mutates_args=("grad",))
-def _rescale_(grad: Tensor, upstream: Tensor, applied: Tensor, backend: str) -> None:
-    """grad *= upstream / applied, read where they are; costs nothing where the two are equal."""
-    for block in _rows.split(grad, gaps=False):
-        implementation("logits_policy_loss", backend).rescale(block.matrix(grad), upstream, applied)
-
-
-@_rescale_.register_fake
-def _(*_: Any) -> None:
-    return None
-
-
-# -------------------------------------------------------------------------------------------------------- autograd
-class _Deliver(torch.autograd.Function):
-    """Gives `loss` the gradient that has been computed with it: `grad`, for an upstream gradient of `applied`."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, loss: Tensor, grad: Tensor, applied: Tensor, backend: str) -> Tensor:
-        ctx.grad, ctx.applied, ctx.backend = grad, applied, backend
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            refuse_double_backward()
-        grad, ctx.grad = ctx.grad, None
-        if grad is None:
-            raise RuntimeError(
-                "logits_policy_loss: its gradient exists once and has been handed over; "
-                "call it again for another backward"
-            )
-        _rescale_(grad, upstream.detach().float().reshape(()), ctx.applied, ctx.backend)
-        return grad, None, None, None, None
-
-
 # ------------------------------------------------------------------------------------------------- public function
 @accepts_arrays
 def logits_policy_loss(
@@ -243,7 +209,8 @@ def logits_policy_loss(
             them afterwards. Not under torch.compile, which decides that itself.
         scale: the upstream gradient that is expected (1 / accumulation steps, a loss scale), a float or a 0-d tensor:
             the stored gradient is multiplied with it at once. Another one that arrives later is applied then, in one
-            more pass over the gradient; the result is the same. The loss itself is not scaled.
+            more pass over the gradient. That is the same but for what float16 can't hold: with a GradScaler pass its
+            scale here, or small elements have become 0. The loss itself is not scaled.
 
     Returns:
         PolicyLoss, as policy_loss gives it. Its loss can be differentiated once: the gradient is handed over, not
@@ -258,6 +225,7 @@ def logits_policy_loss(
         if torch.compiler.is_compiling():
             raise ValueError("inplace: not available under torch.compile")
     scalar, per_token = _temperature(temperature, labels)
+    applied = _check.positive_number("scale", scale, logits)
     options: dict[str, Any] = {
         "loss": loss,
         "aggregation": aggregation,
@@ -288,7 +256,8 @@ def logits_policy_loss(
         from_logits=True,
         **options,
     )
-    if call.gradient is None or backend == "reference" or not _one_block(logits, inplace):
+    wanted = logits.requires_grad and torch.is_grad_enabled()
+    if call.gradient is None or not wanted or backend == "reference" or not _one_block(logits, inplace):
         outputs = ("logprobs", "entropy") if wants_entropy else ("logprobs",)
         counted = call.tokens.mask
         stats = token_logprobs(
@@ -305,7 +274,7 @@ def logits_policy_loss(
         )
     if _check.values_checked(logits, labels):
         _check_labels("labels", labels, logits.shape[-1], call.tokens.mask)
-    return _fused(logits, labels, scalar, per_token, call, scale, inplace, return_token_loss, backend)
+    return _fused(logits, labels, scalar, per_token, call, applied, inplace, return_token_loss, backend)
 
 
 def _one_block(logits: Tensor, inplace: bool) -> bool:
@@ -318,12 +287,11 @@ def _fused(
     scalar: float,
     per_token: Tensor | None,
     call: Call,
-    scale: float | Tensor,
+    applied: Tensor,
     inplace: bool,
     return_token_loss: bool,
     backend: str,
 ) -> PolicyLoss:
-    applied = _scale(scale, logits)
     args = (
         labels.reshape(-1).long(), per_token, scalar, call.gradient_tensors, call.tokens.mask, call.tokens.cu_seqlens,
         call.groups, call.parameters, call.gradient, applied, backend,
@@ -344,12 +312,5 @@ def _fused(
     metrics = Metrics(values, call.metrics)
     if _check.values_checked(logits):
         call.check_results(total, metrics)
-    delivered = _Deliver.apply(logits, total, grad, applied, backend)  # type: ignore[no-untyped-call]
+    delivered = deliver("logits_policy_loss", total, applied, backend, [grad], [logits])
     return PolicyLoss(delivered, metrics, token_loss if return_token_loss else None)
-
-
-def _scale(scale: float | Tensor, logits: Tensor) -> Tensor:
-    if isinstance(scale, Tensor):
-        _check.shape("scale", scale, (), "a float or a 0-d tensor")
-        return scale.detach().to(device=logits.device, dtype=torch.float32)
-    return torch.full((), _check.positive("scale", scale), dtype=torch.float32, device=logits.device)

@@ -50,7 +50,8 @@ def policy_loss(
         mask: in the shape of logprobs, bool, integer or float; nonzero = a token that counts. What lies under a zero
             (NaN, inf) leaks nowhere and has gradient 0.
         loss: one of `fastreward.losses`, or your own (`losses.define`); default losses.ppo(). Under torch.compile make
-            it outside the compiled function.
+            it outside the compiled function; another formula or number there compiles anew, but not another value of a
+            parameter that is a 0-d tensor.
         aggregation: token-mean (sum / tokens), token-sum, seq-mean-token-mean (mean over sequences of their means),
             seq-mean-token-sum, seq-mean-token-sum-norm (sum / (sequences * T), Dr.GRPO), group-mean (mean over groups
             of the mean over their sequences); None: what the loss was published with (`loss.aggregation`; token-mean
@@ -66,7 +67,8 @@ def policy_loss(
             a loss that reads t.weight applies it in its own way.
         keep: bool [B] or shape of logprobs: False drops the sequence or token, as if masked out.
         group_ids, group_size: which sequences belong together, as in group_advantages, for losses over groups.
-        cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N.
+        cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N. Where N == B a tensor of that length
+            is one per token.
         extra: what the loss reads as t.extra(name): constants in the shape of logprobs, [B], or numbers.
         return_token_loss: also give the per-token loss before aggregation.
 
@@ -77,7 +79,7 @@ def policy_loss(
     Raises:
         TypeError, ValueError: wrong dtype, shape or name, a term that the loss reads and that is not there, a loss
             whose gradient is zero; on the CPU (on a GPU with FASTREWARD_DEBUG=1) also for NaN advantages where the mask
-            is set, and for a mask that selects nothing while no `normalizer` is given.
+            is set (per token where they made the loss NaN), and for a mask that selects nothing without `normalizer`.
     """
     _check.dtype("logprobs", _check.tensor("logprobs", logprobs), (torch.float32,))
     if entropy_coef and entropy is None:

@@ -12,12 +12,13 @@ from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import select
 from fastreward._options import PAIR_AGGREGATIONS, PairAggregation
-from fastreward._policy_call import GroupIds, level_of, numbered_groups, on_device, positive_normalizer, token_bounds
+from fastreward._policy_call import GroupIds, level_of, numbered_groups, on_device, parameter, token_bounds
 from fastreward._program_op import evaluate
 from fastreward._results import Metrics, PolicyLoss
 from fastreward._tokens import Tokens
 from fastreward.losses import Loss, dpo
 
+_TERMS: Final = ("logprob", "ref_logprob", "weight")
 _DEFAULT_LOSS: Final = dpo()
 
 
@@ -95,7 +96,9 @@ def preference_loss(
             ("ref_logprob", f"ref_{side}_logprobs", ref),
             ("weight", f"{side}_weights", weight),
         ]
-        named += [(name, f"{side}_extra[{name!r}]", x) for name, x in (extras or {}).items()]
+        for name, x in (extras or {}).items():
+            _check_extra(f"{side}_extra[{name!r}]", name)
+            named.append((name, f"{side}_extra[{name!r}]", x))
         for term, argument, x in named:
             if x is not None:
                 arguments[term, k] = argument
@@ -103,6 +106,9 @@ def preference_loss(
                 levels[k].append((term, level_of(given[term, k], like)))
     pair_levels = []
     for name, x in (extra or {}).items():
+        _check_extra(f"extra[{name!r}]", name)
+        if (name, 0) in given or (name, 1) in given:
+            raise ValueError(f"extra[{name!r}]: chosen_extra or rejected_extra has one of the same name; rename one")
         arguments[name, 0] = f"extra[{name!r}]"
         given[name, 0] = _per_pair(arguments[name, 0], x, chosen_logprobs, pairs)
         pair_levels.append((name, 2 if given[name, 0].ndim else 1))
@@ -119,13 +125,16 @@ def preference_loss(
             read = sorted({name for name, _ in inputs if not name.startswith(("call.", "parameter."))})
             raise ValueError(f"{argument}: {loss.name} does not read it; it reads logprob, {', '.join(read)}")
     if grouped and group_ids is None:
-        raise ValueError("group_ids: needed for aggregation='group-mean' and for losses over groups")
+        what = "aggregation 'group-mean' is" if aggregation == "group-mean" else f"{loss.name} is a loss"
+        raise ValueError(f"group_ids: {what} over groups; pass group_ids=...")
     for name, value in loss.tensors.items():
-        given[f"parameter.{name}", 0] = _per_pair(f"{loss.name}: {name}", value, chosen_logprobs, pairs)
+        given[f"parameter.{name}", 0] = parameter(
+            f"{loss.name}: {name}", value, chosen_logprobs, pairs, "chosen_logprobs"
+        )
     if weights is not None:
         given["call.weights", 0] = _per_pair("weights", weights, chosen_logprobs, pairs)
     if normalizer is not None:
-        given["call.normalizer", 0] = positive_normalizer(normalizer, chosen_logprobs)
+        given["call.normalizer", 0] = _check.positive_number("normalizer", normalizer, chosen_logprobs)
     numbers = loss.scalars
     total, values, pair_loss = evaluate(
         objective,
@@ -138,7 +147,8 @@ def preference_loss(
         select("preference_loss", chosen_logprobs),
     )
     metrics = Metrics(values, names)
-    if normalizer is None and pairs and _check.values_checked(chosen_logprobs) and not metrics["pair_count"]:
+    counts = pairs and any(torch.Size(side.shape).numel() for side in sides)
+    if normalizer is None and counts and _check.values_checked(chosen_logprobs) and not metrics["pair_count"]:
         raise ValueError(
             "chosen_mask, rejected_mask: expected at least one counted token, got all-zero masks; "
             "pass normalizer=... where a micro-batch may be empty"
@@ -168,8 +178,16 @@ def _side(side: str, logprobs: object, mask: Tensor | None, cu_seqlens: Tensor |
     return Tokens(tuple(like.shape), counted, bounds)
 
 
+def _check_extra(argument: str, name: str) -> None:
+    if name in _TERMS:
+        raise ValueError(f"{argument}: {name!r} is a term of its own; pass it by its argument")
+
+
 def _per_pair(name: str, x: object, like: Tensor, pairs: int) -> Tensor:
-    tensor = torch.full((), float(x), device=like.device) if isinstance(x, int | float) else _check.tensor(name, x)
+    single = _check.number(x, like)
+    if single is not None:
+        return single
+    tensor = _check.tensor(name, x)
     if tuple(tensor.shape) not in {(pairs,), ()}:
         raise ValueError(f"{name}: expected shape [{pairs}] (one per pair) or [], got {list(tensor.shape)}")
     _check.same_device(name, tensor, "chosen_logprobs", like)

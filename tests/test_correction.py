@@ -259,12 +259,15 @@ def test_no_gradient_flows() -> None:
     [
         ({"mode": "clip"}, ValueError, "mode: expected one of"),
         ({"level": "tokens"}, ValueError, r"did you mean 'token'\?"),
-        ({"low": 3.0, "high": 2.0}, ValueError, "low, high: expected low <= high"),
-        ({"high": -1.0}, ValueError, "low, high: expected a positive number"),
+        ({"low": 3.0, "high": 2.0}, ValueError, "low: expected at most high, 2.0, got 3.0"),
+        ({"high": -1.0}, ValueError, "high: expected a positive number"),
+        ({"low": -1.0}, ValueError, "low: expected a number of at least 0"),
+        ({"mode": None, "high": 2.0}, ValueError, "no weights to bound"),
+        ({"reject": "seq_mean_k3"}, TypeError, "reject: expected a mapping"),
         ({"reject": {"token_k4": 1.0}}, ValueError, "reject: expected one of"),
         ({"reject": {"seq_max_k1": 1.0}}, ValueError, "reject: expected one of"),
         ({"reject": {"token_k2": (0.1, 1.0)}}, ValueError, "expected one number, an upper bound"),
-        ({"reject": {"token_k1": (1.2, 0.9)}}, ValueError, "expected low <= high"),
+        ({"reject": {"token_k1": (1.2, 0.9)}}, ValueError, "low: expected at most high"),
         ({"reject": {"token_k1": (1.2,)}}, ValueError, r"expected \(low, high\)"),
         ({"mode": None, "batch_normalize": True}, ValueError, "no weights to normalise"),
         ({"log_ratio_clamp": 0.0}, ValueError, "log_ratio_clamp: expected a positive number"),
@@ -278,6 +281,9 @@ def test_bad_settings(settings: dict[str, Any], error: type[Exception], message:
 
 def test_bad_tensors() -> None:
     mask, old, rollout = rollouts()
+    nowhere = torch.full_like(old, -torch.inf)
+    with pytest.raises(ValueError, match="a finite one of the two where mask is set, got -inf"):
+        correction_weights(nowhere, nowhere, mask)
     with pytest.raises(TypeError, match="rollout_logprobs: expected dtype float32"):
         correction_weights(old, rollout.half(), mask)
     with pytest.raises(ValueError, match="rollout_logprobs: expected shape"):

@@ -128,6 +128,56 @@ def test_upstream_scale_before_and_after(scale: float, upstream: float, inplace:
     close(grad, grads["logits"], 3e-6)
 
 
+def test_a_loss_scale_that_overflowed_leaves_masked_rows_zero() -> None:
+    data = batch()
+    own = data["logits"].requires_grad_()
+    (grad,) = torch.autograd.grad(fr.logits_policy_loss(**data, loss=losses.reinforce()).loss * torch.inf, own)
+    assert not grad[~data["mask"]].any()
+    assert not grad[data["mask"]].isfinite().any()
+
+
+def test_in_float16_a_scale_given_beforehand_keeps_small_gradients() -> None:
+    """Where one that arrives later finds that they have become 0."""
+    data = batch(dtype=torch.float16)
+    own, counted = data["logits"].requires_grad_(), data["mask"]
+
+    def grad(scale: float) -> Tensor:
+        loss = fr.logits_policy_loss(**data, loss=losses.reinforce(), normalizer=1e4, scale=scale).loss
+        return torch.autograd.grad(loss * 65536.0, own)[0]
+
+    late, early = grad(1.0), grad(65536.0)
+    assert (late[counted] == 0).double().mean() > 0.01
+    assert (early[counted] == 0).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_logits_that_need_no_gradient_stay_as_they_are(inplace: bool) -> None:
+    data = batch()
+    kept = data["logits"].clone()
+    loss = fr.logits_policy_loss(**data, inplace=inplace).loss
+    assert not loss.requires_grad
+    data["logits"].requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(fr.logits_policy_loss(**data, inplace=inplace).loss, loss)
+    assert torch.equal(data["logits"], kept)
+
+
+def test_numbers_that_differ_in_the_seventh_digit() -> None:
+    """Scalars of the two parts of a program are told apart by all their digits."""
+
+    @losses.define
+    def close_ones(t: losses.Terms, *, s: float = 1.0) -> losses.Node:
+        return t.advantage * (t.logprob * (s * 1000002.0) - t.ratio * (s * 1000001.0))
+
+    data = batch()
+    own = data["logits"].requires_grad_()
+    fused = fr.logits_policy_loss(**data, loss=close_ones())
+    logprobs = fr.token_logprobs(own, data["labels"], mask=data["mask"]).logprobs
+    rest = {k: data[k] for k in ("old_logprobs", "advantages", "mask")}
+    apart = fr.policy_loss(logprobs, **rest, loss=close_ones())
+    close(*(torch.autograd.grad(x.loss, own)[0] for x in (fused, apart)), 1e-6)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_views_packed_rows_and_temperatures(inplace: bool) -> None:
     """logits[:, :-1] of a model's output is not copied, and in place only its own rows are written."""
@@ -263,6 +313,8 @@ class TestRefusals:
             (ValueError, r"labels: expected integers in \[0, 311\)", {"labels": torch.full((4, 11), 311)}),
             (ValueError, r"old_logprobs: expected shape \[4, 11\] \(as labels\)", {"old_logprobs": torch.zeros(4)}),
             (ValueError, r"scale: expected a positive number", {"scale": 0.0}),
+            (ValueError, r"scale: expected a positive number", {"scale": torch.tensor(0.0)}),
+            (ValueError, r"scale: expected a positive number", {"scale": torch.tensor(torch.nan)}),
             (ValueError, r"temperature: expected a positive number", {"temperature": -1.0}),
             (
                 ValueError,
@@ -338,6 +390,29 @@ def test_linear_policy_loss_in_bfloat16_is_as_good_as_two_calls() -> None:
     for grad, key in zip(torch.autograd.grad(result.loss, list(own.values())), own, strict=True):
         close(grad, grads[key], 5e-2)
         assert grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "upstream"), [(torch.float16, 65536.0), (torch.bfloat16, 1.0038)])
+@pytest.mark.parametrize("early", [False, True])
+def test_linear_upstream_is_not_rounded_to_the_models_dtype(dtype: torch.dtype, upstream: float, early: bool) -> None:
+    """65536 is infinite in float16, 1.0038 is 1 in bfloat16."""
+    data = head_batch()
+    data.pop("bias")
+    half = {k: v.to(dtype) if k in ("hidden", "weight") else v for k, v in data.items()}
+    leaves = {k: half[k].double().requires_grad_() for k in ("hidden", "weight")}
+    logits = leaves["hidden"] @ leaves["weight"].t()
+    _, grads = truth(data, LOSSES["reinforce"], leaves, logits, aggregation="token-mean", upstream=upstream)
+    own = {k: half[k].clone().requires_grad_() for k in leaves}
+    counted = int(data["mask"].sum())
+    result = fr.linear_policy_loss(
+        **{**half, **own},
+        loss=LOSSES["reinforce"],
+        aggregation="token-mean",
+        normalizer=1e4,  # so that the gradient itself is no overflow
+        scale=upstream if early else 1.0,
+    )
+    for grad, key in zip(torch.autograd.grad(result.loss * upstream, list(own.values())), own, strict=True):
+        close(grad.double() * 1e4 / counted, grads[key], 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(

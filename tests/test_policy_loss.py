@@ -302,10 +302,17 @@ class TestMessages:
             (TypeError, r"loss: expected a loss such as losses.ppo\(\), got str", {"loss": "ppo"}),
             (TypeError, r"loss: dpo is a loss over pairs", {"loss": fr.losses.dpo()}),
             (ValueError, r"group_ids: expected 6 ids", {"group_ids": [1] * 5, "aggregation": "group-mean"}),
-            (ValueError, r"group_ids: ppo is a loss over groups|group_ids: needed", {"aggregation": "group-mean"}),
+            (ValueError, r"group_ids: aggregation 'group-mean' is over groups", {"aggregation": "group-mean"}),
             (ValueError, r"group_size: expected a positive divisor", {"group_size": 4, "aggregation": "group-mean"}),
             (ValueError, r"extra\['advantage'\]: 'advantage' is a term", {"extra": {"advantage": torch.zeros(6)}}),
             (ValueError, r"normalizer: expected a positive number", {"normalizer": 0.0}),
+            (ValueError, r"normalizer: expected a positive number", {"normalizer": torch.tensor(-3.0)}),
+            (
+                ValueError,
+                r"kl_coef: expected a finite number",
+                {"kl_coef": float("nan"), "kl": "k3", "ref_logprobs": torch.zeros(6, 37)},
+            ),
+            (TypeError, r"weights: expected a torch tensor", {"weights": 2.0}),
             (
                 ValueError,
                 r"cu_seqlens: expected bounds from 0 to 3, got those of no sequence",
@@ -430,6 +437,20 @@ def test_compiles_in_one_graph() -> None:
     (eager,) = torch.autograd.grad(step(lp), lp)
     (compiled,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(lp), lp)
     assert torch.allclose(eager, compiled, atol=1e-8)
+
+
+def test_numpy_extras() -> None:
+    np = pytest.importorskip("numpy")
+    data = batch()
+    teacher = torch.randn(6, 37)
+    got = fr.policy_loss(**data, loss=fr.losses.sdpo(), extra={"teacher_logprob": teacher.numpy()})
+    want = fr.policy_loss(**data, loss=fr.losses.sdpo(), extra={"teacher_logprob": teacher})
+    assert isinstance(got.loss, torch.Tensor)  # beside tensors
+    assert torch.equal(got.loss, want.loss)
+    arrays = {k: v.numpy() for k, v in data.items()}
+    loss = fr.policy_loss(**arrays, loss=fr.losses.sdpo(), extra={"teacher_logprob": teacher.numpy()}).loss
+    assert isinstance(loss, np.ndarray)
+    assert loss == want.loss.numpy()
 
 
 def test_numpy_in_numpy_out() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -122,6 +123,18 @@ def test_compiles_in_one_graph() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_numpy_extras_and_sequences_of_no_tokens() -> None:
+    data = {k: v.numpy() for k, v in batch().items()}
+    consistency = np.linspace(0, 1, 5, dtype=np.float32)
+    got = fr.preference_loss(**data, loss=losses.cream(), extra={"consistency": consistency})
+    tensors = {k: torch.from_numpy(v) for k, v in data.items()}
+    want = fr.preference_loss(**tensors, loss=losses.cream(), extra={"consistency": torch.from_numpy(consistency)})
+    assert isinstance(got.loss, np.ndarray)
+    assert got.loss == want.loss.numpy()
+    empty = torch.zeros(5, 0)
+    assert fr.preference_loss(empty, empty, ref_chosen_logprobs=empty, ref_rejected_logprobs=empty).loss == 0
+
+
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
@@ -135,7 +148,7 @@ def test_compiles_in_one_graph() -> None:
         (ValueError, r"chosen_mask: expected shape \[5, 17\]", {"chosen_mask": torch.ones(5)}),
         (ValueError, r"ref_logprob.*pass ref_chosen_logprobs=", {"ref_chosen_logprobs": None}),
         (ValueError, r"aggregation: expected one of 'mean'", {"aggregation": "token-mean"}),
-        (ValueError, r"group_ids: needed", {"aggregation": "group-mean"}),
+        (ValueError, r"group_ids: aggregation 'group-mean' is over groups", {"aggregation": "group-mean"}),
         (ValueError, r"extra\['margin'\]: dpo does not read it", {"extra": {"margin": torch.zeros(5)}}),
         (
             ValueError,
@@ -143,6 +156,12 @@ def test_compiles_in_one_graph() -> None:
             {"chosen_mask": torch.zeros(5, 17), "rejected_mask": torch.zeros(5, 11)},
         ),
         (ValueError, r"weights: expected shape \[5\] \(one per pair\)", {"weights": torch.zeros(5, 17)}),
+        (
+            ValueError,
+            r"extra\['rho'\]: chosen_extra or rejected_extra has one of the same name",
+            {"extra": {"rho": torch.zeros(5)}, "chosen_extra": {"rho": torch.zeros(5, 17)}},
+        ),
+        (ValueError, r"extra\['weight'\]: 'weight' is a term of its own", {"extra": {"weight": torch.zeros(5)}}),
     ],
 )
 def test_messages(error: type[Exception], message: str, change: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def run(
         logprob=named.index("logprob") if "logprob" in named else -1,
         entropy=named.index("entropy") if "entropy" in named else -1,
         has_entropy_gradient=len(program.outputs) > 1,
-        scalars=[scalars[k] for k in split.token_scalars],
+        scalars=[scalars[k] for k in split.part.scalars[1]],
         scale=float(scale),
         logprobs=logprobs.data_ptr(),
         entropies=entropies.data_ptr() if entropy else 0,
@@ -63,10 +64,14 @@ def run(
 
 
 def rescale(grad: Tensor, upstream: Tensor, applied: Tensor) -> None:
-    """grad [N, V] *= upstream / applied; nothing is done where they are equal."""
-    factor = float(upstream) / float(applied)
-    if factor != 1.0:
+    """grad [N, V] *= upstream / applied, rounded once; nothing is done where they are equal. A 0 stays 0."""
+    if bool(upstream == applied):
+        return
+    factor = float(upstream.double() / applied)
+    if isfinite(factor):
         grad.mul_(factor)
+    else:  # a loss scale that overflowed
+        grad.copy_(torch.where(grad == 0, 0.0, grad * factor))
 
 
 def _before(
@@ -83,7 +88,7 @@ def _before(
         return []
     by_name = {(n.name, n.level): x for n, x in zip(program.inputs, inputs, strict=True)}
     given = [x for n in part.before.inputs if (x := by_name[n.name, n.level]) is not None]
-    own = [scalars[k] for k in split.before_scalars]
+    own = [scalars[k] for k in part.scalars[0]]
     rows, batch = programs.run(part.before, given, [tokens], own, groups)
     count = torch.Size(tokens.shape).numel()
     if tokens.cu_seqlens is None:
@@ -96,12 +101,10 @@ def _before(
 
 @dataclass(frozen=True, eq=False)
 class _Split:
-    """A program in two parts, and where each part's scalars are among the whole's (the same formulas)."""
+    """A program in two parts."""
 
     part: TokenPart
     names: tuple[str, ...]  # of the token part's inputs
-    token_scalars: tuple[int, ...]
-    before_scalars: tuple[int, ...]
 
 
 def _split(program: Program) -> _Split:
@@ -111,6 +114,4 @@ def _split(program: Program) -> _Split:
 @lru_cache(maxsize=256)
 def _split_by_key(key: ByKey) -> _Split:
     part = token_part(key.program)
-    places = {str(n): k for k, n in enumerate(key.program.scalars)}
-    token, before = (tuple(places[str(n)] for n in p.scalars) for p in (part.token, part.before))
-    return _Split(part, tuple(n.name or "" for n in part.token.inputs), token, before)
+    return _Split(part, tuple(n.name or "" for n in part.token.inputs))

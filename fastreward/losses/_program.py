@@ -227,11 +227,13 @@ class TokenPart:
     before: its outputs (ROW) and batch values (BATCH) are what the pass reads of a row. token: one pass of TOKEN
     operators whose inputs are those of the program, then `before`'s outputs and batch values as tokens. sources: for
     each input of `token` its number among the program's inputs, or ~k for value k of `before`, outputs first.
+    scalars: for each part the numbers of its scalars among the program's.
     """
 
     before: Program
     token: Program
     sources: tuple[int, ...]
+    scalars: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def token_part(whole: Program) -> TokenPart:
@@ -251,4 +253,12 @@ def token_part(whole: Program) -> TokenPart:
     token = program([copy[n.id] for n in whole.outputs], [])
     numbers = {(n.name, n.level): k for k, n in enumerate(whole.inputs)}
     numbers |= {(f"before {k}", Level.TOKEN): ~k for k in range(len(rows) + len(batch))}
-    return TokenPart(before, token, tuple(numbers[n.name, n.level] for n in token.inputs))
+    sources = tuple(numbers[n.name, n.level] for n in token.inputs)
+    places = {_formula(n): k for k, n in enumerate(whole.scalars)}
+    of_before, of_token = (tuple(places[_formula(n)] for n in p.scalars) for p in (before, token))
+    return TokenPart(before, token, sources, (of_before, of_token))
+
+
+def _formula(node: Node) -> str:
+    """Equal for equal formulas of different graphs, to the last digit."""
+    return f"{node.op} {node.name} {node.value!r} ({', '.join(map(_formula, node.args))})"

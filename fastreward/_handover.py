@@ -1,0 +1,60 @@
+"""Gradients that were computed together with a loss: given to autograd once, at the scale that arrives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreward import _rows
+from fastreward._dispatch import implementation
+from fastreward._op import custom_op, refuse_double_backward
+
+
+def deliver(
+    name: str, loss: Tensor, applied: Tensor, backend: str, grads: list[Tensor], inputs: list[Tensor]
+) -> Tensor:
+    """`loss`, whose backward gives each of `inputs` its gradient; these were made for an upstream one of `applied`."""
+    delivered: Tensor = _Deliver.apply(name, loss, applied, backend, grads, *inputs)  # type: ignore[no-untyped-call]
+    return delivered
+
+
+class _Deliver(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, name: str, loss: Tensor, applied: Tensor, backend: str, grads: list[Tensor], *_: Tensor
+    ) -> Tensor:
+        ctx.name, ctx.applied, ctx.backend, ctx.grads = name, applied, backend, grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            refuse_double_backward()
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError(
+                f"{ctx.name}: its gradient exists once and has been handed over; call it again for another backward"
+            )
+        wanted = upstream.detach().float().reshape(())
+        for grad in grads:
+            _rescale_(grad, wanted, ctx.applied, ctx.backend)
+        return (None, None, None, None, None, *grads)
+
+
+@custom_op("rescale_", mutates_args=("grad",))
+def _rescale_(grad: Tensor, upstream: Tensor, applied: Tensor, backend: str) -> None:
+    """grad *= upstream / applied, read where they are; costs nothing where the two are equal."""
+    whole = grad if grad.ndim > 1 else grad.unsqueeze(0)
+    for block in _rows.split(whole, gaps=False):
+        rows = block.matrix(whole)
+        if backend == "reference":
+            rows.copy_(rows.double() * (upstream.double() / applied))
+        else:
+            implementation("logits_policy_loss", backend).rescale(rows, upstream, applied)
+
+
+@_rescale_.register_fake
+def _(*_: Any) -> None:
+    return None
