@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 TORCH := 2.13.0
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -27,12 +28,18 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	$(PIP) --no-build-isolation --config-settings cmake.define.FASTREWARD_WERROR=ON --editable '.[triton,trl,bench,demo,dev]'
 	touch $(STAMP)
 
+# verl and OpenRLHF pin CUDA packages, so without what they ask for. Where they can't be had their comparisons are skipped.
+$(PEERS): $(STAMP)
+	$(PIP) ray 'tensordict<=0.10' omegaconf codetiming einops && $(PIP) --no-deps verl openrlhf \
+	  || echo "verl and OpenRLHF can't be installed here: tests that compare with them will be skipped"
+	touch $(PEERS)
+
 build: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python demo/run.py
 
-test: $(STAMP) lint
+test: $(STAMP) $(PEERS) lint
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
@@ -40,7 +47,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(STAMP) $(PEERS)
 	$(BIN)/fastreward bench
 
 clean:

@@ -80,9 +80,7 @@ def assert_same(theirs: Tensor, ours: Tensor, lp: Tensor, tolerance: float = 1e-
 # ---------------------------------------------------------------------------------------------------------------- verl
 @pytest.fixture(scope="module")
 def verl() -> Any:
-    pytest.importorskip(
-        "verl", reason="verl is installed by hand (pip install --no-deps verl==0.9.1)", exc_type=ImportError
-    )
+    pytest.importorskip("verl", reason="verl is not installed (`make test` installs it)", exc_type=ImportError)
     try:
         return importlib.import_module("verl.trainer.ppo.core_algos")
     except ImportError as error:  # its own dependencies: pip install '.[verl]'
@@ -401,7 +399,7 @@ def openrlhf() -> Any:
     """OpenRLHF's loss.py and utils.py as modules of their own: importing the package needs deepspeed and a GPU."""
     spec = importlib.util.find_spec("openrlhf")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("openrlhf is installed by hand (pip install --no-deps openrlhf==0.11.2)")
+        pytest.skip("openrlhf is not installed (`make test` installs it)")
     folder = Path(spec.submodule_search_locations[0]) / "models"
     added = {"openrlhf_models": types.ModuleType("openrlhf_models")}
     if importlib.util.find_spec("deepspeed") is None:
