@@ -11,6 +11,7 @@ from fastreward.bench.engine import Probe
 from fastreward.bench.roofline import (
     Bandwidth,
     Traffic,
+    correction,
     group_advantages,
     linear_logprobs,
     logprobs_forward,
@@ -22,6 +23,7 @@ from fastreward.bench.roofline import (
 __all__ = [
     "Bandwidth",
     "Traffic",
+    "correction",
     "group_advantages",
     "linear_logprobs",
     "logprobs_forward",
@@ -43,6 +45,7 @@ def main(rows: int = 2048, vocab: int = 151_936) -> None:
         (f"logprobs forward + backward [{rows}, {vocab}] f32", logprobs_forward_backward(rows, vocab, 4)),
         (f"logprobs forward + backward [{rows}, {vocab}] bf16", logprobs_forward_backward(rows, vocab, 2)),
         ("policy_loss forward + backward [512, 8192]", policy_loss_forward_backward(512 * 8192)),
+        ("correction_weights [512, 8192]", correction(512 * 8192)),
         ("whiten [4096, 8192]", whiten(4096 * 8192)),
     ):
         print(f"{name:<50} {traffic.total / 1e6:9.1f} MB  {traffic.seconds(bandwidth) * 1e3:8.2f} ms")

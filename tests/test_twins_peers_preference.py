@@ -320,7 +320,7 @@ def test_off_policy_sequence_mask(grpo_trainer: Any, threshold: float) -> None:
 # ------------------------------------------------------------------------------------------- verl's rollout correction
 @pytest.fixture(scope="module")
 def verl() -> ModuleType:
-    reason = "compares with verl's own rollout correction; verl is not installed (`make test` installs it where it can be had)"
+    reason = "compares with verl's own rollout correction; verl is not installed (`make test` installs it)"
     module: ModuleType = pytest.importorskip("verl.trainer.ppo.rollout_corr_helper", reason=reason)
     return module
 

@@ -20,6 +20,7 @@ OPERATIONS = (
     "preference_loss",
     "logits_policy_loss",
     "linear_policy_loss",
+    "correction",
     "group",
     "whiten",
 )

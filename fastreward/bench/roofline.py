@@ -93,6 +93,11 @@ def group_advantages(rows: int, components: int = 1) -> Traffic:
     return Traffic(rows * (4 * components + _LABEL), rows * 4)
 
 
+def correction(tokens: int, mask_itemsize: int = 1) -> Traffic:
+    """Both log-probs and the mask read once; the weights and what is kept written once."""
+    return Traffic(tokens * (8 + mask_itemsize), tokens * 5)
+
+
 def whiten(elements: int, mask_itemsize: int = 1) -> Traffic:
     """Two reads (the variance needs the mean or a second look) and one write, the mask with each read."""
     return Traffic(elements * 2 * (4 + mask_itemsize), elements * 4)
