@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -47,8 +48,17 @@ _KERNELS: Final = {
     "preference_loss": "program",
     "correction": "program",
 }
+
+
+class _Choice:
+    """What one `with` block has chosen, and in which thread. Two of them are never equal."""
+
+    def __init__(self, name: Backend, thread: int) -> None:
+        self.name, self.thread = name, thread
+
+
 # Innermost last; process-wide, as torch.compile can trace and guard a list but no context variable.
-_chosen_by_hand: list[Backend] = []
+_chosen_by_hand: list[_Choice] = []
 
 
 class BackendError(RuntimeError):
@@ -57,18 +67,23 @@ class BackendError(RuntimeError):
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Choose the backend of every fastreward call inside the block: reference, cpu, triton or cuda."""
-    _chosen_by_hand.append(_known(name))
+    """Choose the backend of every fastreward call inside the block: reference, cpu, triton or cuda.
+
+    A thread that is in no block of its own, such as a worker, follows the block that was entered last, wherever that
+    was; so does a call inside torch.compile.
+    """
+    # Dynamo would keep a thread's number as a constant.
+    choice = _Choice(_known(name), 0 if torch.compiler.is_compiling() else threading.get_ident())
+    _chosen_by_hand.append(choice)
     try:
         yield
     finally:
-        _chosen_by_hand.pop()
+        _chosen_by_hand.remove(choice)  # not the last one, which may be another thread's
 
 
 def select(operation: str, tensor: torch.Tensor) -> Backend:
     """Backend for `operation` on `tensor`'s device; raises BackendError where none can serve."""
-    chosen = _chosen_by_hand[-1] if _chosen_by_hand else _from_environment()
-    name = chosen or _default(operation, tensor.device.type)
+    name = _by_hand() or _from_environment() or _default(operation, tensor.device.type)
     if torch.compiler.is_compiling():  # Dynamo can't look for packages; the kernels themselves will complain
         return name
     reason = unavailable(operation, name, tensor.device.type)
@@ -113,6 +128,15 @@ def _default(operation: str, device: str) -> Backend:
     if device == "cuda" and operation in CUDA_PASSED_ON and unavailable(operation, "cuda", device) is None:
         return "cuda"
     return "triton"
+
+
+def _by_hand() -> Backend | None:
+    """What the innermost block of this thread has chosen; of any thread, where this one is in none."""
+    choices = list(_chosen_by_hand)  # other threads come and go
+    if not torch.compiler.is_compiling():
+        thread = threading.get_ident()
+        choices = [choice for choice in choices if choice.thread == thread] or choices
+    return choices[-1].name if choices else None
 
 
 def _from_environment() -> Backend | None:

@@ -112,7 +112,7 @@ def prepare(
     if unread:
         raise ValueError(f"{unread[0]}: {loss.name} does not read it; it reads {', '.join(sorted(set(read)))}")
     if grouped and group_ids is None and group_size is None:
-        what = f"aggregation {chosen!r} is" if chosen == "group-mean" else f"{loss.name} is a loss"
+        what = f"aggregation {chosen!r} is" if chosen != loss.aggregation else f"{loss.name} is a loss"
         raise ValueError(f"group_ids: {what} over groups; pass group_ids=... or group_size=...")
     for term, value in loss.tensors.items():
         given[f"parameter.{term}"] = parameter(f"{loss.name}: {term}", value, like, tokens.rows, name)

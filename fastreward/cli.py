@@ -78,6 +78,7 @@ def bench(
     cases: Annotated[list[str] | None, typer.Option("--case", help="Only this case; may be repeated.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Budget of one case's timed rounds (at least 3 run).")] = None,
     memory: Annotated[bool | None, typer.Option("--memory/--no-memory", help="Peak memory too.")] = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Beside the peers, or fastreward alone.")] = True,
 ) -> None:
     """Time every operation beside its peers and the machine's limit. Nothing is timed before its results are equal."""
     from fastreward import bench as room
@@ -97,24 +98,29 @@ def bench(
     for case in cases or ():
         if case not in known:
             raise typer.BadParameter(f"--case: expected one of {', '.join(known)}, got {case!r}")
-    plan = Plan(names, device, quick, rows, vocab, tuple(dtypes or ()), tuple(cases or ()), wants_memory, settings)
+    plan = Plan(
+        names, device, quick, rows, vocab, tuple(dtypes or ()), tuple(cases or ()), wants_memory, settings, peers
+    )
     console, done = _console(), []
+    facts: dict[str, Any] = {"machine": report.machine(device), "cases": []}
+    if json_path is not None:  # now, and after every case: whoever stops the run keeps what it has measured
+        _write_json(json_path, facts)
     try:
         with _progress() as progress:
             task = progress.add_task("bench", total=len(plan.jobs()))
             for result in results(plan, lambda text: progress.update(task, description=text)):
                 progress.advance(task)
                 done.append(result)
+                facts["cases"].append(result.as_dict())
+                if json_path is not None:
+                    _write_json(json_path, facts)
                 report.print_case(console, result)
     except EquivalenceError as error:
         console.print(f"[bold red]not equivalent:[/] {error}")
         raise typer.Exit(1) from error
     report.print_summary(console, done)
-    facts = {"machine": report.machine(device), "cases": [result.as_dict() for result in done]}
-    if json_path is not None:
-        json_path.write_text(json.dumps(facts, indent=1) + "\n")
     if plot_path is not None:
-        report.plot(facts["cases"], plot_path)  # type: ignore[arg-type]
+        report.plot(facts["cases"], plot_path)
     if any(reason.startswith("not equivalent") for result in done for reason in result.outcome.case.absent.values()):
         raise typer.Exit(1)
 
@@ -181,6 +187,13 @@ def _progress() -> Progress:
 
 def _print_json(facts: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+
+
+def _write_json(path: Path, facts: dict[str, Any]) -> None:
+    """All of it or what was there before, whenever the process is stopped."""
+    half = path.with_name(f"{path.name}.part")
+    half.write_text(json.dumps(facts, indent=1) + "\n")
+    half.replace(path)
 
 
 if __name__ == "__main__":

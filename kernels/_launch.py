@@ -13,8 +13,6 @@ from torch import Tensor
 #: of its own accord differs between variants of a kernel, and a log-prob's bits must not depend on what else is asked.
 OPTIONS: Final = {"enable_fp_fusion": False}
 
-_counters: dict[tuple[int, int], Tensor] = {}
-
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it that of `x`."""
@@ -24,16 +22,21 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 def arrival_counter(x: Tensor) -> Tensor:
     """i32 [1], zero: how many programs of a launch have stored their partial sums.
 
-    The last program to arrive sets it back to zero, so one counter serves all launches of a stream, and a captured
-    launch can be replayed. A capture gets a counter of its own (its memset is captured too): two graphs that were
-    captured on one stream may be replayed on two.
+    The last program to arrive sets it back to zero, so one counter serves all launches of a call. It must not outlive
+    the call, though keeping one would save its memset: torch.compile(mode="reduce-overhead") warms up, without
+    capturing, in the memory of its CUDA graphs, where nothing may stay behind but outputs.
     """
-    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=x.device)
-    key = (x.get_device(), torch.cuda.current_stream(x.device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=x.device)
-    return _counters[key]
+    return torch.zeros(1, dtype=torch.int32, device=x.device)
+
+
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """A mask as u8, nonzero = counted: a kernel is compiled once for it, not once for each type that masks come in.
+
+    Types of one byte are only called by another name; others are converted, in one more launch.
+    """
+    if mask is None or mask.dtype == torch.uint8:
+        return mask
+    return (mask if mask.dtype in (torch.bool, torch.int8) else mask != 0).view(torch.uint8)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

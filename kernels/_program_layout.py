@@ -120,7 +120,8 @@ class Layout:
         return self.inlined(node) or home == (stage, sweep) or node.id not in self.columns
 
     def precise(self, node: Node) -> bool:
-        """Whether a seq_sum comes back to a token or a sequence, so that its bits must not depend on the tiling."""
+        """Whether a seq_sum comes back to a token or a sequence: then its lanes are f64, and what the tiling does to
+        its order of addition is all but never seen in f32."""
         return node.id in self._coming_back
 
     # ------------------------------------------------------------------------------------------------------- places

@@ -106,6 +106,7 @@ def run(
     generated = generate(program, entropy)
     module = load("logits", generated.source)
     call = Call(program, inputs, [tokens], scalars, groups, like=logits)
+    (tokens,) = call.sides
     call.launch(module, generated, len(generated.launches) - 1)
     call.named["row_of_token"] = _row_of_token(tokens, size)
     vec = load_width(logits)
@@ -137,9 +138,12 @@ def _row_of_token(tokens: Tokens, size: int) -> Tensor | None:
 def rescale(
     grad: Tensor,  # [N, V], in and out, unit column stride
     upstream: Tensor,  # f32 []: the scale that is wanted
-    applied: Tensor,  # f32 []: the scale that `run` was given; not 0
+    applied: Tensor,  # f32 []: the scale that `run` was given; what 0 has erased cannot be brought back
 ) -> None:
-    """Multiplies a stored gradient by upstream / applied; the device compares, and does nothing where they agree."""
+    """Multiplies a stored gradient by upstream / applied; the device compares, and does nothing where they agree.
+
+    A 0 stays 0 whatever the ratio is: masked rows of an upstream gradient that has overflowed, everything of scale 0.
+    """
     size, vocab = grad.shape
     if size == 0 or vocab == 0:
         return

@@ -1,16 +1,23 @@
 """Runs loss programs: `run` launches generated kernels, `scale` and `spread` are the backward of what they saved.
 
 Fused: all elementwise operators and reductions of a loss, its metrics and its derivative (_program_source.py). A pass
-over the tokens is one launch; a loss whose gradient needs no reduction first, such as PPO before the aggregation's
-weight, has one. No host sync, and the same bits every time.
+over the tokens is one launch, after a memset of the counter by which its last program knows itself; a loss whose
+gradient needs no reduction first, such as PPO before the aggregation's weight, has one. No host sync.
 
-Bytes a token, m = bytes per mask element: each pass 4 for each tensor that it reads, m, and 4 for each that it writes;
-scale 8, spread 4 + m.
+The same call gives the same bits every time. What a token computes from its own inputs does not depend on its batch.
+Sums over a sequence's tokens do, in their last bits: their order follows the tile and how many programs share a row
+(`tiling`), which follow B, N or T, and packing. Those that come back to a token or a sequence are f64 (`precise`), so
+that in another batch their f32 value differs about once in 1e8; what is then compared with a bound, such as GSPO's
+ratio, may end up on its other side. csrc/cpu and csrc/cuda cut a row into pieces of one size: no such exception there.
+
+Bytes a token: each pass 4 for each tensor that it reads, 1 for the mask, and 4 for each that it writes; scale 8, spread
+5. A mask of another type than bool, uint8 or int8 is converted first (mask_bytes).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -23,7 +30,7 @@ from torch import Tensor
 from fastreward._tokens import Tokens
 from fastreward.losses._program import Program
 
-from ._launch import OPTIONS, arrival_counter, on_device_of
+from ._launch import OPTIONS, arrival_counter, mask_bytes, on_device_of
 from ._program_module import load
 from ._program_source import Argument, Generated, Launch, generate, source
 from ._program_tokens import before, row_bounds, tile_columns, wide
@@ -33,8 +40,9 @@ __all__ = ["run", "scale", "source", "spread"]
 # --------------------------------------------------------------------------------------------------------- config
 # A tile is [ROWS, STEPS, LANES, VEC] tokens: by the mean length 1 long row or 8 short ones, of 4 or 8 tokens a thread.
 # VEC = 4 (16-byte loads) where T is a multiple of 4; else, and for packed rows, which start anywhere, 1. So a loss is
-# compiled four times over at most, for packed rows twice. A long row is dealt, tile by tile, to as many programs as
-# fill the machine. Registers are stated where ptxas, left alone, spills some to get below the next step of occupancy.
+# compiled four times over at most, for packed rows twice (and again if it is called with a mask and without one). A
+# long row is dealt, tile by tile, to as many programs as fill the machine. Registers are stated where ptxas, left
+# alone, spills some to get below the next step of occupancy.
 WARPS = 4
 FILL = 1056  # programs that fill an H100: 132 SMs, 8 programs each
 MOST_CHUNKS = 64  # programs that may share a row
@@ -94,7 +102,7 @@ def _scale_kernel(
 def _spread_kernel(
     row_values,  # f32 [B]
     grad_loss,  # f32 []
-    mask,  # like out, any dtype, nonzero = counted
+    mask,  # u8 like out, nonzero = counted
     cu_seqlens,  # i64 [B + 1]
     out,  # f32 [B, T] or [N]
     N, row_units, B, chunks,  # T = row_units * VEC
@@ -154,7 +162,8 @@ class Call:
         groups: Tensor | None,
         like: Tensor | None = None,
     ) -> None:
-        self.inputs, self.sides, self.scalars = inputs, sides, scalars
+        self.inputs, self.scalars = inputs, scalars
+        self.sides = [_with_mask_bytes(side) for side in sides]
         self.rows = sides[0].rows
         self.like = _any_tensor(inputs, sides) if like is None else like
         self.outputs = [self._empty(sides[n.side].shape if n.level == 3 else (self.rows,)) for n in program.outputs]
@@ -173,6 +182,8 @@ class Call:
         scratch = (generated.columns * self.rows + partials, generated.values)
         for name, size in zip(("columns", "values"), scratch, strict=True):
             self.named[name] = torch.empty(size, dtype=torch.float64, device=self.like.device)
+        if any(a.kind == "counter" for launch in launches for a in launch.arguments):
+            self.named["counter"] = arrival_counter(self.like)
         with on_device_of(self.like):
             for launch in launches:
                 self._launch(getattr(module, launch.kernel), launch)
@@ -185,8 +196,6 @@ class Call:
             return float(self.scalars[argument.index])
         if argument.kind == "output":
             return self.outputs[argument.index]
-        if argument.kind == "counter":
-            return arrival_counter(self.like)
         if argument.kind in ("mask", "cu_seqlens"):
             return getattr(tokens, argument.kind)
         return self.named[argument.kind]
@@ -240,10 +249,11 @@ def spread(
     """The row's value times grad_loss on counted tokens, 0 elsewhere: f32 in tokens.shape."""
     out = torch.empty(tokens.shape, dtype=torch.float32, device=row_values.device)
     sizes, flavour, programs = geometry(tokens)
+    mask = mask_bytes(tokens.mask)
     with on_device_of(row_values):
         _spread_kernel[(programs,)](
-            row_values, grad_loss, tokens.mask, tokens.cu_seqlens, out, *sizes, **flavour,
-            HAS_MASK=tokens.mask is not None, **OPTIONS,
+            row_values, grad_loss, mask, tokens.cu_seqlens, out, *sizes, **flavour,
+            HAS_MASK=mask is not None, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -263,6 +273,12 @@ def extent(tokens: Tokens) -> tuple[int, int, int]:
     if tokens.cu_seqlens is None:
         return tokens.shape[0], tokens.shape[0] * tokens.shape[1], tokens.shape[1]
     return tokens.rows, tokens.shape[0], tokens.shape[0]
+
+
+def _with_mask_bytes(tokens: Tokens) -> Tokens:
+    """The same tokens, their mask as kernels take it."""
+    mask = mask_bytes(tokens.mask)
+    return tokens if mask is tokens.mask else replace(tokens, mask=mask)
 
 
 def _any_tensor(inputs: Sequence[Tensor], sides: Sequence[Tokens]) -> Tensor:

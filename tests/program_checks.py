@@ -277,6 +277,13 @@ def check_backward(module: ModuleType, device: str, call: Call, seed: int = 0) -
     close(got, torch.where(counted, _of_rows(spread, side) * grad, 0.0), 0.0, 3e-7, "spread")
 
 
+def check_overflow(module: ModuleType, device: str) -> None:
+    """An upstream gradient that has overflowed leaves a gradient of 0 at 0, in `scale` and in `spread`."""
+    overflowed, nothing = torch.tensor(torch.inf).to(device), torch.zeros(3, 5).to(device)
+    assert not module.scale(nothing, None, overflowed, Tokens((3, 5))).any()
+    assert not module.spread(nothing[:, 0].contiguous(), overflowed, Tokens((3, 5))).any()
+
+
 def _of_rows(x: Tensor, side: Tokens) -> Tensor:
     if side.cu_seqlens is None:
         return x.unsqueeze(1).expand(side.shape)
@@ -351,7 +358,7 @@ def check_logits(
 
 
 def check_rescale(module: ModuleType, device: str, dtype: torch.dtype, rows: int, vocab: int) -> None:
-    """Times upstream / applied, at any alignment; untouched where the two are equal."""
+    """Times upstream / applied, at any alignment; untouched where the two are equal; what is 0 stays 0."""
     wide = torch.randn(rows, vocab + 5).to(dtype)
     for grad in (wide[:, :vocab].contiguous(), wide[:, 3 : 3 + vocab]):
         changed = torch.full_like(wide, 7.0).to(device)[:, 1 : 1 + vocab]
@@ -364,3 +371,11 @@ def check_rescale(module: ModuleType, device: str, dtype: torch.dtype, rows: int
         around = changed._base if changed._base is not None else changed
         assert (around[:, 0] == 7.0).all()
         assert (around[:, 1 + vocab :] == 7.0).all()
+        masked = changed.fill_(0.5)
+        masked[::2] = 0.0
+        module.rescale(masked, torch.tensor(torch.inf).to(device), torch.tensor(1.0).to(device))
+        assert (masked[::2] == 0.0).all()
+        assert masked[1::2].isinf().all()
+        erased = changed.fill_(0.0)
+        module.rescale(erased, torch.tensor(1.0).to(device), torch.tensor(0.0).to(device))
+        assert (erased == 0.0).all()

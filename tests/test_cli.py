@@ -16,6 +16,7 @@ from fastreward import _distance, doctor, verify
 from fastreward._dispatch import BACKENDS, OPERATIONS
 from fastreward.bench import OPERATIONS as BENCHED
 from fastreward.bench import _types, engine, memory, roofline, targets
+from fastreward.bench import whiten as bench_whiten
 from fastreward.cli import app
 from fastreward.cpu import group as cpu_group
 from fastreward.cpu import whiten as cpu_whiten
@@ -150,6 +151,23 @@ def test_bench_writes_json_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert known >= set(_types.PEERS), "every peer has a row: a figure, or why not"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "Summary" in result.output
+
+
+def test_bench_keeps_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in its second case, it leaves the first one's figures."""
+    figures, build = tmp_path / "bench.json", bench_whiten.build
+
+    def stopped(case: str, *arguments: Any) -> Any:
+        if case == bench_whiten.CASES[1]:
+            raise KeyboardInterrupt
+        return build(case, *arguments)
+
+    monkeypatch.setattr(bench_whiten, "build", stopped)
+    options = ("--quick", "--rows", "8", "--seconds", "0.01", "--no-peers", "--json", str(figures))
+    assert _run("bench", "whiten", *options).exit_code != 0
+    (case,) = json.loads(figures.read_text())["cases"]
+    assert case["case"] == bench_whiten.CASES[0]
+    assert {contender["name"].split(" (")[0] for contender in case["contenders"]} == {"fastreward"}
 
 
 def test_bench_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

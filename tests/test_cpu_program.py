@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import program_checks as checks
 import pytest
@@ -79,6 +80,10 @@ class TestNumbers:
         named = checks.PROGRAMS[name]()
         for packed, mask in itertools.product((False, True), checks.MASKS):
             checks.check_backward(cpu, "cpu", checks.make_call(named, 5, 2100, mask=mask, packed=packed))
+
+    @pytest.mark.parametrize("module", [cpu, reference])
+    def test_an_upstream_gradient_that_overflowed(self, module: ModuleType) -> None:
+        checks.check_overflow(module, "cpu")
 
     @pytest.mark.parametrize("op", UNARY)
     def test_functions_everywhere(self, op: str) -> None:

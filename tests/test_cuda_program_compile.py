@@ -19,14 +19,14 @@ import pytest
 from test_cuda_compile import ARCHITECTURES, CSRC, _cuobjdump, _nvrtc
 
 from fastreward import losses
-from fastreward.cuda import _launch
+from fastreward.cuda import _launch, logits_policy_loss
 from fastreward.cuda._logits_source import Shape, logits_source
 from fastreward.cuda._program_source import Source, source
 
 _USAGE = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers",
+    r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
 
@@ -37,6 +37,7 @@ class Usage:
     registers: int
     stack: int
     spilled: int
+    shared: int
 
 
 @cache
@@ -70,7 +71,9 @@ def compiled(text: str, architecture: str, cubin: Path | None = None) -> list[Us
     lib.nvrtcDestroyProgram(ctypes.byref(program))
     assert "warning" not in words, words
     return [
-        Usage(m["kernel"], int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"]))
+        Usage(
+            m["kernel"], int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"]), int(m["shared"] or 0)
+        )
         for m in _USAGE.finditer(words)
     ]
 
@@ -138,6 +141,16 @@ def test_logits_move_16_bytes_at_a_time_and_stay_on_chip(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", [Shape("f32", 8, True), Shape("bf16", 1, True), Shape("f16", 1, False)])
+def test_a_launch_needs_no_more_shared_memory_than_the_plan_knows_of(shape: Shape) -> None:
+    """What the kernel declares: taken off where no one asks for more, and left free beside the row where one does."""
+    (used,) = compiled(gradient_text(shape, True), "90")
+    assert used.shared > 0
+    assert used.shared + _launch.MAX_SHARED_BYTES <= 48 << 10
+    assert used.shared + (1 << 10) <= logits_policy_loss._OTHER_BYTES
+
+
+@pytest.mark.slow
 def test_tokens_are_loaded_together(tmp_path: Path) -> None:
     """Four tokens' inputs are under way before the first is used."""
     sass = machine_code(program_text("ppo")(), tmp_path)
@@ -156,31 +169,72 @@ def test_every_struct_has_members_of_eight_bytes() -> None:
     assert not [name for name, members in structs.items() if narrow.search(members)]
 
 
-@pytest.mark.parametrize("name", ["ppo", "real", "dpo"])
+@pytest.mark.parametrize("name", checks.PROGRAMS)
 def test_source_reads_as_the_loss(name: str) -> None:
-    """The same text every time; terms are called there what they are called in the loss."""
+    """The same text every time; terms, parameters and what is made of them are called what they are in the loss."""
     text = source(checks.PROGRAMS[name]().program)
     assert text == source(checks.PROGRAMS[name]().program)
-    assert max(map(len, text.splitlines())) <= 160
+    assert max(map(len, text.splitlines())) <= 120
     assert '#include "cuda/program.cuh"' in text
-    term = "x.chosen_logprob" if name == "dpo" else "x.logprob - x.old_logprob"
+    term = "x.chosen_logprob" if name in ("dpo", "aot") else "x.logprob - x.old_logprob"
     assert term in text
-    scalars = checks.PROGRAMS[name]().program.scalars
-    assert all(f"scalar{i};  // " in text for i in range(len(scalars)))
+    assert "scalar0" not in text
+
+
+def test_every_place_of_an_array_has_a_name() -> None:
+    """Columns, reductions, the batch's values and results are numbered; a comment says what is where."""
+    text = source(checks.PROGRAMS["real"]().program)
+    assert "  double tau;" in text
+    for words in (
+        "// columns: 0 length, 1 ",
+        "// reductions, in sums and tokens: 0 sum_log_ratio, 1 length, 2 sum_log_ratio_clamped, 3 sum_ratio, ",
+        "// batch: 0 batch_sum_",
+        "// results: 0 batch_sum_",
+        "const float ratio = expf(log_ratio_clamped);",
+        "const bool is_empty = !has_tokens;",
+    ):
+        assert words in text
+    listed = {"columns": r"double\* columns;  // \[(\d+),", "results": r"float\* results;  // \[(\d+)\]"}
+    for array, declared in listed.items():
+        comment = re.search(rf"// {array}: (.*?)\n +\w", text.replace("\n  //  ", ""), re.DOTALL)
+        count = re.search(declared, text)
+        assert comment is not None
+        assert count is not None
+        places = [int(item.split()[0]) for item in comment[1].split(", ")]
+        assert places == list(range(int(count[1])))
+
+
+WORDS = (
+    "int",
+    "a",
+    "row",
+    "x-y",
+    "x y",
+    "int_",
+    "1st",
+    "",
+    "Input",
+    "i64",
+    "expf",
+    "NULL",
+    "__global__",
+    "out0",
+    "Pass1",
+)
 
 
 def test_names_that_are_words_of_cpp() -> None:
-    """Extras may be called anything: int, a, or what another one becomes."""
+    """Extras and parameters may be called anything: int, a, a type or a macro, or what another one becomes."""
 
     @losses.define
     def odd(t: losses.Terms) -> losses.Node:  # type: ignore[name-defined]
-        names = ("int", "a", "row", "x-y", "x y", "extra_int", "1st", "")
+        names = WORDS
         total = t.logprob * t.advantage
         for name in names:
             total = total + t.extra(name) * t.logprob
         return total
 
-    named = checks.policy(odd(), terms=("int", "a", "row", "x-y", "x y", "extra_int", "1st", ""))
+    named = checks.policy(odd(), terms=WORDS)
     assert compiled(source(named.program), "90")
 
 

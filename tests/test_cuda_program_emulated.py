@@ -85,6 +85,10 @@ def test_random_graphs(seed: int, emulator: Emulator) -> None:
         checks.check_run(program, "cpu", named, checks.make_call(named, rows, width, packed=packed, seed=seed), 1e-5)
 
 
+def test_backward_of_an_overflow(emulator: Emulator) -> None:
+    checks.check_overflow(program, "cpu")
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_backward(packed: bool, emulator: Emulator) -> None:
     named = checks.PROGRAMS["ppo"]()

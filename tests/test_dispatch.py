@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -25,6 +26,84 @@ def test_by_hand_and_nested() -> None:
             assert _dispatch.select("logprobs", LOGITS) == "cpu"
         assert _dispatch.select("logprobs", LOGITS) == "reference"
     assert _dispatch.select("logprobs", LOGITS) == "cpu"
+
+
+def test_threads_do_not_take_each_others_choice() -> None:
+    """A enters, B enters, A leaves: B goes on with its own, and so does A while B is inside."""
+    steps = [threading.Event() for _ in range(4)]
+    seen: dict[str, str] = {}
+
+    def first() -> None:
+        with fr.backend("reference"):
+            steps[0].set()
+            steps[1].wait(10)
+            seen["first, second inside"] = _dispatch.select("logprobs", LOGITS)
+        steps[2].set()
+        seen["first, outside"] = _dispatch.select("logprobs", LOGITS)
+        steps[3].set()
+
+    def second() -> None:
+        steps[0].wait(10)
+        with fr.backend("cpu"):
+            steps[1].set()
+            steps[2].wait(10)
+            seen["second, first gone"] = _dispatch.select("logprobs", LOGITS)
+            steps[3].wait(10)
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"first, second inside": "reference", "second, first gone": "cpu", "first, outside": "cpu"}
+    assert not _dispatch._chosen_by_hand
+
+
+def test_a_thread_without_a_choice_follows_the_last_one() -> None:
+    seen = []
+    with fr.backend("reference"):
+        worker = threading.Thread(target=lambda: seen.append(_dispatch.select("logprobs", LOGITS)))
+        worker.start()
+        worker.join()
+    assert seen == ["reference"]
+
+
+@pytest.mark.slow
+def test_chosen_inside_and_around_compiled_functions() -> None:
+    """Another choice is another graph, the same one none; blocks inside a compiled function leave nothing behind."""
+    graphs = 0
+
+    def counting(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        return module
+
+    @torch.compile(backend=counting, fullgraph=True)
+    def score(logits: torch.Tensor) -> torch.Tensor:
+        return fr.token_logprobs(logits, LABELS).logprobs
+
+    @torch.compile(backend=counting, fullgraph=True)
+    def twice(logits: torch.Tensor) -> torch.Tensor:
+        with fr.backend("reference"):
+            first = fr.token_logprobs(logits, LABELS).logprobs
+            with fr.backend("cpu"):
+                return first - fr.token_logprobs(logits, LABELS).logprobs
+
+    def chosen() -> None:
+        with fr.backend("reference"):
+            score(LOGITS)
+
+    score(LOGITS)
+    for _ in range(2):
+        chosen()
+    thread = threading.Thread(target=chosen)
+    thread.start()
+    thread.join()
+    assert graphs == 2
+    assert twice(LOGITS).abs().max() < 1e-6
+    assert twice(LOGITS).abs().max() < 1e-6
+    assert graphs == 3
+    assert not _dispatch._chosen_by_hand
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

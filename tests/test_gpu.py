@@ -1,9 +1,10 @@
 """Every operation of both GPU backends on a real GPU: values and gradients against the float64 reference, bits, CUDA
-graphs, no synchronisation. `pytest -m gpu`; the tests named small_* are what compute-sanitizer gets."""
+graphs, no synchronisation. `pytest -m gpu`; of the tests named small_* compute-sanitizer gets some."""
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 
 import program_checks
 import public_checks
+import public_loss_checks
 import pytest
 import raw_checks
 import torch
@@ -18,6 +20,9 @@ from torch import Tensor
 
 import fastreward as fr
 import fastreward.cuda
+from fastreward import losses
+from fastreward._tokens import Tokens
+from fastreward.losses._graph import Level
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +30,7 @@ pytestmark = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOGITS_KINDS = ("plain", "strided", "temperatures", "one_temperature", "masked", "infinities", "ties", "far_apart")
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -124,7 +130,7 @@ def test_logprobs_beyond_32_bit_offsets(backend: Callable[[str], ModuleType]) ->
     assert torch.equal(logits[-2:], alone)
 
 
-# ------------------------------------------------------------------------------------------- programs, group and whiten
+# ------------------------------------------------------------------------------------------- programs
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", program_checks.PROGRAMS)
 def test_small_program(name: str, packed: bool, backend: Callable[[str], ModuleType]) -> None:
@@ -134,6 +140,10 @@ def test_small_program(name: str, packed: bool, backend: Callable[[str], ModuleT
         call = program_checks.make_call(named, rows, width, mask=mask, packed=packed, seed=seed)
         program_checks.check_run(backend("program"), "cuda", named, call)
         program_checks.check_backward(backend("program"), "cuda", call, seed)
+
+
+def test_small_overflow(backend: Callable[[str], ModuleType]) -> None:
+    program_checks.check_overflow(backend("program"), "cuda")
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -150,6 +160,82 @@ def test_program_at_size(rows: int, width: int, backend: Callable[[str], ModuleT
     program_checks.check_run(backend("program"), "cuda", named, call)
 
 
+# -------------------------------------------------------------------------------------------------- logits_policy_loss
+def _gradient(entropy: bool) -> Any:
+    """Of PPO, or of CISPO with an entropy bonus."""
+    if entropy:
+        return program_checks.logits_gradient(losses.cispo(), entropy=True, aggregation="seq-mean-token-mean")
+    return program_checks.logits_gradient(losses.ppo(dual_clip=3.0), advantage=Level.TOKEN)
+
+
+def _check_logits(module: ModuleType, case: raw_checks.Logits, *, entropy: bool, packed: bool) -> None:
+    """A fresh gradient and one over the logits: right, and the same bits."""
+    gradient = _gradient(entropy)
+    fresh = program_checks.check_logits(module, "cuda", gradient, case, packed=packed)
+    written = program_checks.check_logits(module, "cuda", gradient, case, packed=packed, in_place=True)
+    assert all(program_checks.same_bits(a, b) for a, b in zip(fresh, written, strict=True))
+
+
+@pytest.mark.parametrize("kind", LOGITS_KINDS)
+def test_small_logits(kind: str, backend: Callable[[str], ModuleType]) -> None:
+    """One block to a row, any kind of row, at any address."""
+    k = LOGITS_KINDS.index(kind)
+    case = raw_checks.logits_case(kind, DTYPES[k % 3], 5, 1003)
+    _check_logits(backend("logits_policy_loss"), case, entropy=k % 2 == 1, packed=k % 4 > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_cluster(dtype: torch.dtype, backend: Callable[[str], ModuleType]) -> None:
+    """A row that several blocks hold, at an odd address; nothing else of its wider tensor is written."""
+    vocab = 50_257 if dtype == torch.float32 else 100_003
+    case = raw_checks.logits_case("strided", dtype, 3, vocab)
+    _check_logits(backend("logits_policy_loss"), case, entropy=dtype == torch.bfloat16, packed=True)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [5, 12_288, 24_576, 50_257, 151_936, 600_000])
+def test_logits(vocab: int, dtype: torch.dtype, entropy: bool, backend: Callable[[str], ModuleType]) -> None:
+    """12,288 in f32 and 24,576 in bf16 fill 48 KiB; 600,000 in f32 fit no cluster and are read twice."""
+    for packed, kind in enumerate(("masked", "temperatures")):
+        case = raw_checks.logits_case(kind, dtype, 7, vocab)
+        _check_logits(backend("logits_policy_loss"), case, entropy=entropy, packed=bool(packed))
+
+
+def test_logits_of_many_rows(backend: Callable[[str], ModuleType]) -> None:
+    """More rows than are in flight together: the same bits as the same rows alone."""
+    rows, vocab = 3 * torch.cuda.get_device_properties(0).multi_processor_count + 1, 33_333
+    module = backend("logits_policy_loss")
+    gradient = program_checks.logits_gradient(losses.ppo(), advantage=Level.TOKEN, aggregation="token-sum")
+    case = raw_checks.logits_case("plain", torch.bfloat16, rows, vocab)
+    logits, labels = case.logits.cuda(), case.labels.cuda()
+    scalars = gradient.program.scalar_values(dict.fromkeys(gradient.parameters, 0.2))
+
+    def run(first: int, last: int) -> tuple[Tensor, Tensor]:
+        count = last - first
+        given = {
+            "old_logprob": torch.full((1, count), -11.0, device="cuda"),
+            "advantage": torch.linspace(-1.0, 1.0, rows, device="cuda")[first:last].reshape(1, count),
+        }
+        inputs = [given.get(n.name or "") for n in gradient.program.inputs]
+        out = torch.full_like(logits[first:last], torch.nan)
+        logprobs, _ = module.run(
+            gradient.program, logits[first:last], labels[first:last], 1.0, inputs, Tokens((1, count)), scalars, None,
+            torch.ones((), device="cuda"), out, False,
+        )  # fmt: skip
+        return logprobs, out
+
+    whole, tail = run(0, rows), run(rows - 3, rows)
+    assert all(torch.equal(a[-3:], b) for a, b in zip(whole, tail, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_rescale(dtype: torch.dtype, backend: Callable[[str], ModuleType]) -> None:
+    for rows, vocab in ((3, 1003), (2, 7), (1, 1), (2, 12_288), (5, 70_000)):
+        program_checks.check_rescale(backend("logits_policy_loss"), "cuda", dtype, rows, vocab)
+
+
+# ----------------------------------------------------------------------------------------------------- group and whiten
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("name", raw_checks.GROUP_OPTIONS)
 def test_small_group(name: str, contiguous: bool, backend: Callable[[str], ModuleType]) -> None:
@@ -204,7 +290,31 @@ def _calls(backend: Callable[[str], ModuleType]) -> dict[str, Callable[[], tuple
     def run_group(name: str) -> tuple[Tensor, ...]:
         return (group.forward(rewards, index, 0, None, None, None, None, raw_checks.GROUP_OPTIONS[name]),)
 
+    from_logits = backend("logits_policy_loss")
+
+    def run_logits(x: Tensor, entropy: bool, packed: bool) -> tuple[Tensor, ...]:
+        gradient, out = gradients[entropy], torch.empty_like(x)
+        shape = {Level.TOKEN: (9,) if packed else (3, 3), Level.ROW: (3,), Level.BATCH: ()}
+        inputs = [
+            None if n.name in ("logprob", "entropy") else ones[: math.prod(shape[n.level])].reshape(shape[n.level])
+            for n in gradient.program.inputs
+        ]
+        tokens = Tokens(shape[Level.TOKEN], None, bounds if packed else None)
+        scalars = gradient.program.scalar_values(dict.fromkeys(gradient.parameters, 0.2))
+        logprobs, entropies = from_logits.run(
+            gradient.program, x, labels, 1.0, inputs, tokens, scalars, None, one, out, entropy
+        )
+        from_logits.rescale(out, three, one)
+        return logprobs, entropies, out
+
+    gradients = {entropy: _gradient(entropy) for entropy in (False, True)}
+    ones, bounds = torch.ones(9, device="cuda"), torch.tensor([0, 2, 3, 9], device="cuda")
+    one, three = torch.ones((), device="cuda"), torch.full((), 3.0, device="cuda")
+    wide = logits.float()
+
     return {
+        "logits": lambda: run_logits(logits, False, False),
+        "logits packed": lambda: run_logits(wide, True, True),
         "logprobs": run_logprobs,
         "ppo": lambda: run_program("ppo, everything", False),
         "ppo packed": lambda: run_program("ppo, everything", True),
@@ -216,7 +326,10 @@ def _calls(backend: Callable[[str], ModuleType]) -> dict[str, Callable[[], tuple
     }
 
 
-_CALLS = ("logprobs", "ppo", "ppo packed", "gspo", "group loss", "group", "group batch-std", "whiten")
+_CALLS = (
+    "logits", "logits packed", "logprobs", "ppo", "ppo packed", "gspo", "group loss", "group", "group batch-std",
+    "whiten",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", _CALLS)
@@ -271,6 +384,59 @@ class TestPublic:
     def test_policy_loss(self, packed: bool) -> None:
         public_checks.check_policy_loss("cuda", packed)
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("name", public_loss_checks.LOSSES)
+    def test_logits_policy_loss(self, name: str, dtype: torch.dtype) -> None:
+        for in_place in (False, True):
+            for in_one_row in (False, True):
+                public_loss_checks.check_logits_policy_loss(
+                    "cuda", name, dtype, 1003, in_place=in_place, in_one_row=in_one_row
+                )
+
+    @pytest.mark.parametrize("name", ["ppo", "gspo"])
+    def test_linear_policy_loss(self, name: str) -> None:
+        public_loss_checks.check_linear_policy_loss("cuda", name)
+
+    @pytest.mark.parametrize("loss", [losses.dpo(label_smoothing=0.1), losses.dpo(variant="aot")], ids=["dpo", "aot"])
+    def test_preference_loss(self, loss: losses.Loss) -> None:
+        for in_one_row in (False, True):
+            public_loss_checks.check_preference_loss("cuda", loss, in_one_row=in_one_row)
+
+    @pytest.mark.parametrize(("mode", "level"), [("truncate", "token"), ("mask", "sequence"), ("icepop", "geometric")])
+    def test_correction_weights(self, mode: str, level: str) -> None:
+        for in_one_row in (False, True):
+            public_loss_checks.check_correction("cuda", mode, level, in_one_row=in_one_row)
+
+    @pytest.mark.filterwarnings("ignore")  # Inductor's own
+    @pytest.mark.parametrize("name", ["ppo", "gspo"])
+    def test_policy_loss_in_the_compilers_cuda_graphs(self, name: str) -> None:
+        """Three calls: the first warms up in the graphs' memory, the second is captured, the third replayed.
+
+        What a call keeps in that memory would be found there by torch, or overwritten.
+        """
+        loss, g = public_loss_checks.LOSSES[name], torch.Generator(device="cuda").manual_seed(0)
+        mask = torch.arange(300, device="cuda") < torch.tensor([[300], [7], [0], [120]], device="cuda")
+        advantages = torch.tensor([1.0, -0.5, 1.0, -2.0], device="cuda")
+
+        def step(logprobs: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+            result = fr.policy_loss(logprobs, old, advantages, mask, loss=loss)
+            return result.loss, result.metrics.values_tensor
+
+        torch._dynamo.reset()
+        compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+        for _ in range(5):
+            old = -torch.rand(4, 300, generator=g, device="cuda")
+            leaf = (old + 0.3 * torch.randn(4, 300, generator=g, device="cuda")).requires_grad_()
+            same = leaf.detach().clone().requires_grad_()
+            torch.compiler.cudagraph_mark_step_begin()
+            value, metrics = compiled(leaf, old)
+            value.backward()
+            want, wanted = step(same, old)
+            want.backward()
+            for a, b in ((value, want), (metrics, wanted), (leaf.grad, same.grad)):
+                assert torch.equal(a, b)
+        assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"], "something was not captured"
+
     def test_group_and_whiten(self) -> None:
         public_checks.check_group("cuda")
         public_checks.check_whiten("cuda")
@@ -313,6 +479,26 @@ class TestPublic:
             linear = fr.linear_token_logprobs(hidden, head, labels).logprobs
             (result.loss + linear.sum()).backward()
             fr.whiten(stats.logprobs.detach(), mask)
+
+        step()
+        with no_sync():
+            step()
+
+    def test_no_loss_synchronises(self) -> None:
+        logits, labels = torch.randn(4, 3, 1000, device="cuda", requires_grad=True), torch.zeros(4, 3).long().cuda()
+        old, mask, advantages = (torch.full((4, 3), x, device="cuda") for x in (-7.0, 1.0, 0.5))
+        hidden, head = (torch.randn(*s, 16, device="cuda", requires_grad=True) for s in ((4, 3), (1000,)))
+
+        def step() -> None:
+            weights, keep, _ = fr.correction_weights(old, old - 0.1, mask, mode="mask", level="sequence")
+            given = {"weights": weights, "keep": keep}
+            for in_place in (False, True):
+                result = fr.logits_policy_loss(logits * 1, labels, old, advantages, mask, inplace=in_place, **given)
+                (result.loss * 2).backward()  # not what was expected: the stored gradient is rescaled
+            fr.linear_policy_loss(hidden, head, labels, old, advantages).loss.backward()
+            pair = [(old + x).requires_grad_() for x in (0.1, 0.2)]
+            references = {"ref_chosen_logprobs": old, "ref_rejected_logprobs": old}
+            fr.preference_loss(*pair, **references, chosen_mask=mask).loss.backward()
 
         step()
         with no_sync():

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import operator
+import pickle
 from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -130,11 +137,12 @@ def test_a_parameter_may_be_one_value_per_sequence() -> None:
     torch.testing.assert_close(together, torch.as_tensor(apart))
 
 
-def test_losses_compose() -> None:
-    @define
-    def half_and_half(t, share=0.5):
-        return share * plain_ppo(clip_low=0.1)(t) - (1 - share) * t.advantage * t.logprob
+@define
+def half_and_half(t, share=0.5):
+    return share * plain_ppo(clip_low=0.1)(t) - (1 - share) * t.advantage * t.logprob
 
+
+def test_losses_compose() -> None:
     data = make()
     expected = 0.25 * plain_ppo(clip_low=0.1).evaluate(**data) - 0.75 * data["advantage"] * data["logprob"]
     torch.testing.assert_close(half_and_half(share=0.25).evaluate(**data), expected)
@@ -213,11 +221,165 @@ def test_derived_gradients_are_autograds(data: st.DataObject) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_sum_of_a_rows_product_and_two_gradients_runs() -> None:
+    """Row values start no binary operator on the CPU: this loss once made it jump outside its table."""
+
+    @define
+    def two_outputs(t):
+        return maximum(t.log_ratio * t.advantage, t.ratio * t.logprob + t.entropy)
+
+    data, found = make(4, 5), []
+    for name in ("cpu", "reference"):
+        leaf = data["logprob"].detach().float().requires_grad_()
+        entropy = torch.linspace(0, 1, 20).reshape(4, 5).requires_grad_()
+        with fastreward.backend(name):
+            result = fastreward.policy_loss(
+                leaf, data["old_logprob"].float(), data["advantage"][:, 0].float(), loss=two_outputs(), entropy=entropy
+            )
+            found.append((result.loss.detach(), *torch.autograd.grad(result.loss, (leaf, entropy))))
+    torch.testing.assert_close(*found)
+
+
+def test_a_groups_maximum_gathers_the_gradients_of_its_members() -> None:
+    @define(aggregation="token-sum")
+    def largest(t):
+        return t.advantage * losses.group_max(seq_mean(t.logprob))
+
+    leaf = torch.tensor([[-1.0, -1.0], [-2.0, -2.0]], requires_grad=True)
+    result = fastreward.policy_loss(leaf, leaf.detach(), torch.tensor([1.0, 10.0]), loss=largest(), group_size=2)
+    result.loss.backward()
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [[11.0, 11.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("extreme", [losses.seq_max, losses.seq_min])
+def test_a_maximum_finds_its_tokens_again(extreme: Callable[[Node], Node]) -> None:
+    """The pass of the gradient has to come to the same bits as the one that found the maximum."""
+
+    @define(aggregation="token-sum")
+    def most(t):
+        return extreme(t.ratio * t.logprob + t.old_logprob)
+
+    g = torch.Generator().manual_seed(5)
+    leaf = (-2 * torch.rand(400, 33, generator=g)).requires_grad_()
+    old = leaf.detach() + 0.3 * torch.randn(400, 33, generator=g)
+    fastreward.policy_loss(leaf, old, torch.zeros(400), loss=most()).loss.backward()
+    assert leaf.grad is not None
+    assert (leaf.grad != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_empty_sequences_have_no_gradient_and_spoil_none(backend: str) -> None:
+    @define(aggregation="token-sum")
+    def spread(t):
+        others = losses.batch_mean(t.logprob) * losses.group_mean(losses.seq_min(t.logprob))
+        return where(losses.seq_max(t.logprob) < 0, losses.seq_max(t.logprob), 0.0) + others * t.advantage
+
+    data = make(3, 4)
+    mask, groups = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]]), [0, 0, 1]
+    value = spread().evaluate(mask=mask, group_ids=groups, **data)
+    (expected,) = torch.autograd.grad(value.sum(), data["logprob"])
+    leaf = data["logprob"].detach().float().requires_grad_()
+    rest = (data["old_logprob"].float(), data["advantage"].float(), mask)
+    with fastreward.backend(backend):
+        result = fastreward.policy_loss(leaf, *rest, loss=spread(), group_ids=groups, return_token_loss=True)
+        (actual,) = torch.autograd.grad(result.loss, leaf)
+    assert expected.isfinite().all()
+    assert not expected[1].any()
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+    assert result.token_loss is not None
+    torch.testing.assert_close(result.token_loss.double(), value.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_evaluate_gives_nothing_for_an_empty_sequence() -> None:
+    """-inf, the maximum of nothing, reaches neither the values nor, as 0 * inf, the gradients of other sequences."""
+
+    @define
+    def product(t):
+        return losses.seq_max(t.logprob) * losses.batch_mean(t.logprob)
+
+    data = make(2, 3)
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    value = product().evaluate(mask=mask, logprob=data["logprob"])
+    assert value[1] == 0
+    value.sum().backward()
+    assert data["logprob"].grad is not None
+    assert data["logprob"].grad.isfinite().all()
+
+
 def test_every_operator_has_a_derivative_or_none() -> None:
     from fastreward.losses._derivative import _RULES
 
     flat = {"sign", "stop_gradient"} | {name for name, op in OPS.items() if op.boolean}
     assert set(OPS) - flat <= set(_RULES)
+
+
+# ---------------------------------------------------------------------------------------------- compiled and pickled
+def test_a_compiled_function_tells_losses_apart() -> None:
+    data = {k: v.detach().float() for k, v in make().items()}
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+
+    def policy(loss: losses.Loss) -> Tensor:
+        return fastreward.policy_loss(data["logprob"], data["old_logprob"], rewards, loss=loss, group_size=2).loss
+
+    def preference(loss: losses.Loss) -> Tensor:
+        refs = (data["old_logprob"], data["old_logprob"] + 0.1)
+        return fastreward.preference_loss(
+            data["logprob"], 2 * data["logprob"], loss=loss, ref_chosen_logprobs=refs[0], ref_rejected_logprobs=refs[1]
+        ).loss
+
+    cispos = [losses.cispo(), losses.cispo(convention="trl"), losses.cispo(convention="tinker")]
+    for function, different in (
+        (policy, [losses.psr(), losses.nsr(), half_and_half(), half_and_half(0.2)]),
+        (policy, cispos),
+        (policy, [losses.real(), losses.real(variant="bce")]),
+        (preference, [losses.dpo(), losses.dpo(variant="hinge")]),
+    ):
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="eager")
+        values = [compiled(loss) for loss in different]
+        torch.testing.assert_close(values, [function(loss) for loss in different])
+        assert len({float(x) for x in values}) > 1
+
+
+def test_formulas_tell_losses_apart() -> None:
+    def twin() -> Any:
+        return define(lambda t, scale=1.0: scale * t.logprob)
+
+    different = [
+        losses.ppo(),
+        losses.ppo(dual_clip=3.0),
+        losses.ppo(log_ratio_clamp=10.0),
+        losses.ppo(clip_low=torch.tensor(0.1)),
+        losses.ppo(clip_low=torch.tensor([0.1])),
+        losses.psr(),
+        twin()(),
+        twin()(),
+    ]
+    assert len({x.formula for x in different}) == len(different)
+    assert losses.ppo(0.1).formula == losses.ppo(0.2).formula
+
+
+def test_a_loss_made_inside_a_compiled_function_is_refused() -> None:
+    torch.compiler.reset()
+    zeros = torch.zeros(1, 1)
+
+    def step(logprobs: Tensor) -> Tensor:
+        return fastreward.policy_loss(logprobs, zeros, zeros, loss=losses.ppo()).loss
+
+    with pytest.raises(RuntimeError, match="make it outside the compiled function"):
+        torch.compile(step, fullgraph=True, backend="eager")(zeros)
+
+
+@pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy, copy.copy])
+def test_losses_are_pickled_and_copied(copied: Callable[[losses.Loss], losses.Loss]) -> None:
+    data = make()
+    for loss in (losses.ppo(0.1, dual_clip=3.0), losses.ppo(torch.tensor([0.1, 0.2, 0.3, 0.4])), plain_ppo(0.3)):
+        there = copied(loss)
+        assert there.definition is loss.definition
+        assert there.formula == loss.formula
+        torch.testing.assert_close(there.evaluate(**data), loss.evaluate(**data))
+    assert pickle.loads(pickle.dumps(losses.ppo)) is losses.ppo
 
 
 # ------------------------------------------------------------------------------------------------------------ showing
@@ -227,6 +389,66 @@ def test_print_shows_the_formula_and_its_derivative() -> None:
     assert "loss = maximum(" in text
     assert "d/d logprob = where(" in text
     assert "exp(clip(" in text
+
+
+@define
+def with_bonus(t):
+    value = -t.advantage * t.logprob
+    return value - 0.5 * t.entropy if t.has("entropy") else value
+
+
+def test_what_a_loss_can_do_without_is_shown_and_read() -> None:
+    text = str(with_bonus())
+    assert "with_bonus() where entropy is passed" in text
+    assert "d/d entropy = -0.5" in text
+    assert "where" not in str(plain_ppo()).splitlines()[0]
+    assert "log(weight)" in str(losses.vespo())
+    assert "where chosen.weight, rejected.weight are passed" in str(losses.dpo())
+    assert with_bonus().reads("entropy")
+    assert losses.vespo().reads("weight")
+    assert not losses.dpo(variant="sft").reads("ref_logprob")
+
+
+def test_what_a_loss_can_do_without_comes_from_the_logits() -> None:
+    data = {k: v.float() for k, v in make().items()}
+    rest = (data["old_logprob"], data["advantage"])
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(4, 6, 3, generator=g), torch.randn(5, 3, generator=g)
+    logits, labels = hidden @ weight.T, torch.randint(5, (4, 6), generator=g)
+    stats = fastreward.token_logprobs(logits, labels, outputs=("logprobs", "entropy"))
+    for loss, entropy in ((with_bonus(), stats.entropy), (losses.vespo(), None), (losses.gmpo(), None)):
+        expected = fastreward.policy_loss(stats.logprobs, *rest, loss=loss, entropy=entropy).loss
+        found = fastreward.logits_policy_loss(logits, labels, *rest, loss=loss).loss
+        torch.testing.assert_close(found, expected)
+        found = fastreward.linear_policy_loss(hidden, weight, labels, *rest, loss=loss).loss
+        torch.testing.assert_close(found, expected)
+    without = fastreward.policy_loss(stats.logprobs, *rest, loss=with_bonus()).loss
+    torch.testing.assert_close(without, -(rest[1] * stats.logprobs).mean())
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+def applied(function: Callable[[Node], Node]) -> Tensor:
+    """`function` of the log-probs of make()."""
+    return define(lambda t: function(t.logprob))().evaluate(logprob=make()["logprob"].detach())
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    x = make()["logprob"].detach()
+    for scale in (np.float32(2), np.float64(2), np.int64(2), np.array(2.0), Fraction(2), 2):
+        product, rest = partial(operator.mul, scale), partial(operator.sub, scale)
+        torch.testing.assert_close(applied(product), 2 * x)
+        torch.testing.assert_close(applied(lambda y, times=scale: y * times), 2 * x)
+        torch.testing.assert_close(applied(rest), 2 - x)
+        assert plain_ppo(clip_low=scale).scalars["clip_low"] == 2.0
+    assert losses.pacs(balanced=np.False_).parameters["balanced"] is False
+    torch.testing.assert_close(applied(lambda y: where(np.float32(-0.3) < y, +y, 0)), torch.where(x > -0.3, x, 0))
+
+
+def test_powers() -> None:
+    x = make()["logprob"].detach()
+    for power in (0, 1, 2, 2.0, 3, -1, -2, np.int64(2)):
+        torch.testing.assert_close(applied(lambda y, n=power: y + y**n), x + x ** float(power))
+    torch.testing.assert_close(applied(lambda y: abs(y) ** 0.5), x.abs().sqrt())
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
@@ -257,8 +479,8 @@ def test_errors_name_the_line_and_say_what_to_write() -> None:
     def indexes(t):
         return t.logprob[0]
 
-    def halves(t):
-        return t.ratio**0.5
+    def third_root(t):
+        return t.ratio**0.3
 
     here = "test_loss_language.py:"
     refused(branches, TypeError, here, "in branches", "where(condition, a, b)")
@@ -266,7 +488,118 @@ def test_errors_name_the_line_and_say_what_to_write() -> None:
     refused(uses_torch, TypeError, here, "fastreward.losses.exp")
     refused(misspells, AttributeError, here, "did you mean t.logprob")
     refused(indexes, TypeError, here, "can't be indexed")
-    refused(halves, TypeError, here, "exp(0.5 * log(x))")
+    refused(third_root, TypeError, here, "exp(0.3 * log(x))")
+
+
+@pytest.mark.parametrize(
+    ("function", "part"),
+    [
+        (lambda t: np.exp(t.logprob), "use fastreward.losses.exp"),
+        (lambda t: np.where(t.ratio > 1, 1.0, 0.0), "use fastreward.losses.where"),
+        (lambda t: np.mean(t.ratio), "seq_mean, group_mean or batch_mean"),
+        (lambda t: np.asarray(t.ratio), "no array"),
+        (lambda t: np.ones(3) * t.ratio, "extra={...}"),
+        (lambda t: torch.ones(3) * t.ratio, "extra={...}"),
+        (lambda t: t.ratio * torch.ones(3), "extra={...}"),
+        (lambda t: torch.clamp(t.ratio, 0, 1), "use clip"),
+        (lambda t: 2**t.ratio, "exp(x * math.log(2))"),
+        (lambda t, power=2: t.ratio**power, "write exp(y * log(x)), or name the parameter in define(static="),
+        (lambda t: t.ratio % 2, "does not round"),
+        (lambda t: 2 // t.ratio, "does not round"),
+        (lambda t: round(t.ratio), "does not round"),
+        (lambda t: math.floor(t.ratio), "does not round"),
+        (lambda t: t.ratio @ t.ratio, "seq_sum(x * y)"),
+        (lambda t: t.ratio ^ 2, "x ** 2"),
+        (lambda t: len(t.ratio), "t.length"),
+        (lambda t: 1 in t.ratio, "can't be searched"),
+        (lambda t: seq_sum(1.0), "seq_sum: expected a term of the loss (t.logprob, ...), got 1.0"),
+        (lambda t: losses.batch_mean(1.0), "batch_mean: expected a term of the loss"),
+        (lambda t: losses.batch_max(1.0), "batch_max: expected a term of the loss"),
+        (lambda t: seq_mean(t), "got Terms; take one of its terms, as in t.logprob"),
+        (lambda t: exp(t), "got Terms; take one of its terms, as in t.logprob"),
+        (lambda t: losses.group_mean(t.logprob), "group_mean takes what is per sequence"),
+        (lambda t: losses.group_size(1), "group_size: expected the loss's terms"),
+        (lambda t: t.ratio * losses.ppo(), "got Loss; call it with the terms"),
+        (lambda t: losses.ppo(clip_high=torch.ones(4))(t), "clip_high: a tensor can't be a parameter of a loss inside"),
+        (lambda t: losses.ppo()(1), "expected a loss's terms"),
+        (lambda t: None, "expected the loss to return a term, got None"),
+        (lambda t: (t.ratio, t.ratio), "expected the loss to return a term, got tuple"),
+        (lambda t: t.ratio > 1, "where(condition, 1.0, 0.0)"),
+    ],
+)  # fmt: skip
+def test_what_the_language_has_not_is_refused_with_a_remedy(function: Callable[..., object], part: str) -> None:
+    refused(function, TypeError, f"test_loss_language.py:{function.__code__.co_firstlineno}", part)
+
+
+def test_methods_of_arrays_are_refused_with_a_remedy() -> None:
+    refused(lambda t: t.ratio.exp(), AttributeError, "test_loss_language.py:", "use fastreward.losses.exp")
+    refused(lambda t: t.ratio.mean(), AttributeError, "seq_mean, group_mean or batch_mean")
+    refused(lambda t: t.ratio.detach(), AttributeError, "use stop_gradient")
+    refused(lambda t: t.ratio.shape, AttributeError, "no .shape", "help(fastreward.losses)")
+
+
+def test_metrics_of_every_loss_are_not_a_losss_own() -> None:
+    def reports(t):
+        t.report(clip_fraction_low=t.ratio > 1, own=t.ratio)
+        t.report(ratio_mean=t.ratio)
+        return t.logprob
+
+    refused(reports, ValueError, "test_loss_language.py:", "'ratio_mean' is a metric of every loss already")
+
+
+@pytest.mark.parametrize(
+    ("make_loss", "error", "message"),
+    [
+        (lambda: losses.ppo("a"), TypeError, "ppo: clip_low: expected a number or a [B] tensor, got 'a'"),
+        (lambda: losses.ppo(None), TypeError, "ppo: clip_low: expected a number or a [B] tensor, got None"),
+        (lambda: losses.ppo(True), TypeError, "ppo: clip_low: expected a number or a [B] tensor, got True"),
+        (lambda: losses.dpo("a"), TypeError, "dpo: beta: expected a number"),
+        (lambda: losses.pacs(balanced=1), TypeError, "pacs: balanced: expected True or False, got 1"),
+        (lambda: losses.ppo([0.1]), TypeError, "ppo: clip_low: expected a number or a [B] tensor, got list"),
+        (lambda: losses.ppo(clip=0.1), TypeError, "ppo: got an unexpected keyword argument 'clip'"),
+        (lambda: losses.ppo(log_ratio_clamp=torch.tensor(3.0)), TypeError, "expected a number or None (it decides"),
+        (lambda: losses.simpo(gamma=math.nan), ValueError, "simpo: gamma: expected a number, got nan"),
+        (lambda: plain_ppo(clip_low=math.nan), ValueError, "plain_ppo: clip_low: expected a number, got nan"),
+        (lambda: losses.rpo(eta=math.nan), ValueError, "eta: expected a number >= 0, got nan"),
+        (lambda: losses.tgdpo(alpha=-3), ValueError, "alpha: expected a number >= 0"),
+        (lambda: losses.simpo(sft_weight=-1), ValueError, "sft_weight: expected a number >= 0"),
+        # A tensor keeps the others' checks on, and is looked at itself.
+        (lambda: losses.pacs(torch.ones(3), method="bogus"), ValueError, "method: expected 'sum' or 'mean'"),
+        (lambda: losses.cispo(torch.ones(3), convention="bogus"), ValueError, "convention: expected"),
+        (lambda: losses.ppo(torch.tensor([0.1, -5.0])), ValueError, "clip_low: expected a number in [0, 1], got -5.0"),
+        (lambda: losses.ppo(torch.tensor([0.1, math.nan])), ValueError, "clip_low: expected a number in [0, 1]"),
+        (lambda: losses.dpo(label_smoothing=torch.zeros(3), variant="exo_pair"), ValueError, "a number above 0"),
+    ],
+)  # fmt: skip
+def test_bad_parameters_are_named(make_loss: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        make_loss()
+    assert message in str(caught.value)
+
+
+def test_parameters_that_are_not_known_yet_do_not_hide_the_others() -> None:
+    """Inside another loss a parameter may be a term; what its default would break is not held against it."""
+
+    def smoothed(variant: str) -> losses.Loss:
+        @define(pairs=True)
+        def outer(t, share=0.1):
+            return losses.dpo(label_smoothing=share, variant=variant)(t)
+
+        return outer()
+
+    assert "label_smoothing" not in str(smoothed("exo_pair"))
+    with pytest.raises(ValueError, match="variant: expected one of"):
+        str(smoothed("exo"))
+    losses.cispo(torch.tensor([0.1, 0.5]), torch.tensor([0.2, 0.6]), convention="tinker")
+
+
+def test_evaluate_names_what_it_can_not_use() -> None:
+    data = make()
+    with pytest.raises(ValueError, match=r"advantages: ppo does not read it \(did you mean 'advantage'\?\)"):
+        losses.ppo().evaluate(**data, advantages=data["advantage"])
+    with pytest.raises(ValueError, match=r"ppo: clip_low: expected \[4\], one per sequence, got shape \[3\]"):
+        losses.ppo(torch.tensor([0.1, 0.2, 0.3])).evaluate(**data)
+    losses.ppo().evaluate(**data, weight=data["advantage"])  # a term, that this loss leaves alone
 
 
 def test_missing_terms_are_named_with_their_argument() -> None:
@@ -278,7 +611,8 @@ def test_missing_terms_are_named_with_their_argument() -> None:
 
 
 def test_a_loss_without_a_gradient_is_refused() -> None:
-    refused(lambda t: t.advantage * t.old_logprob, ValueError, "gradient", "zero")
+    refused(lambda t: t.advantage * t.old_logprob, ValueError, "gradient", "zero", "does not depend on logprob")
+    refused(lambda t: 3.0, ValueError, "test_loss_language.py:", "does not depend on logprob")
     refused(lambda t: -stop_gradient(t.ratio) * t.advantage, ValueError, "stop_gradient")
     refused(lambda t: where(t.ratio > 1, 1.0, 0.0), ValueError, "zero")
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Builds fastreward on a machine with an NVIDIA GPU (nvcc, torch, triton, no network), tests the GPU backends, runs
-# compute-sanitizer over a small sample where it is present, then the benches. Under ten minutes; every part has its own
-# time limit and a part that fails does not stop the next. Ends with a table of at most 40 lines.
+# compute-sanitizer over a small sample where it is present, then the benches. Under ten minutes: every part has a time
+# limit, and those that follow each other come to 500 s (120 build, 170 tests, 50 + 50 + 110 benches); tests, of which
+# no figure is wanted, run side by side. A part that fails or is stopped does not stop the next, and leaves what it has
+# found until then. Ends with a table of at most 40 lines.
 #
 #   tools/gpu_check.sh            writes JSON and logs under ${OUT:-bench/results}
 #   PYTHON=/path/to/python tools/gpu_check.sh
@@ -21,7 +23,7 @@ part() {
   local name="$1" limit="$2" start status
   shift 2
   start=$(date +%s)
-  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
   status=$?
   printf '%s\t%s\t%s\n' "$name" "$status" "$(($(date +%s) - start))" >>"$work/parts"
   if [ "$status" -ne 0 ]; then
@@ -39,47 +41,77 @@ command -v nvcc >/dev/null || { echo "gpu_check: nvcc is not on PATH" >&2; exit 
 capability="$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')"
 
 # ------------------------------------------------------------------------------------------------ build and install
-part build 150 "$python" -m pip install --no-build-isolation --no-deps --no-index --quiet --target "$work/site" "$repo" \
+part build 120 "$python" -m pip install --no-build-isolation --no-deps --no-index --quiet --target "$work/site" "$repo" \
   -C cmake.define.FASTREWARD_CUDA=ON -C "cmake.define.FASTREWARD_CUDA_ARCHS=$capability-real" -C "build-dir=$work/build"
 built=$?
 
 # The installed package is what is tested: away from the checkout, whose own folder of that name has no modules built.
-export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$work/site:$work/tools${PYTHONPATH:+:$PYTHONPATH}"
 cp -r "$repo/tests" "$work/tests"
+mkdir "$work/tools"
+cp "$repo/tools/gpu_results.py" "$work/tools"
 cd "$work" || exit 2
-pytest=("$python" -m pytest -c "$repo/pyproject.toml" --rootdir "$work" -p no:cacheprovider -q)
+
+# tests NAME SECONDS [OPTIONS OF PYTEST]: a part of tests/test_gpu.py; outcomes in $work/NAME.tests as they come.
+tests() {
+  local name="$1" limit="$2"
+  shift 2
+  GPU_RESULTS="$work/$name.tests" part "$name" "$limit" ${tool[@]+"${tool[@]}"} "$python" -m pytest \
+    -c "$repo/pyproject.toml" --rootdir "$work" -p no:cacheprovider -p gpu_results -q -m gpu --tb=short "$@" \
+    "$work/tests/test_gpu.py"
+}
+
+# sanitize NAME SECONDS TOOL EXPRESSION: the tests that pytest's -k EXPRESSION picks, under compute-sanitizer.
+sanitize() {
+  local tool=(compute-sanitizer --tool "$3" --error-exitcode 9)
+  tests "$1" "$2" -k "cuda and ($4)"
+}
+
 workers=()
-"$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
+one_of_each="(small_program and real and False) or (small_program and gspo and True) or (small_cluster and dtype0)"
+one_of_each="$one_of_each or (small_logits and masked) or (small_whiten and True-True) or (small_group and grpo-False)"
 
 if [ "$built" -eq 0 ]; then
   # ---------------------------------------------------------------------------------------------------------- tests
-  part tests 200 "${pytest[@]}" -m gpu "${workers[@]}" --maxfail=40 --tb=line \
-    --junitxml "$work/tests.xml" "$work/tests/test_gpu.py"
+  tests programs 170 -k "program or TestPublic" ${workers[@]+"${workers[@]}"} &
+  tests kernels 170 -k "not program and not TestPublic" ${workers[@]+"${workers[@]}"} &
 
-  if "$python" -c 'import cupy' 2>/dev/null; then # the same kernels, compiled by NVRTC
-    FASTREWARD_CUDA_ROUTE=cupy part cupy 50 "${pytest[@]}" -m gpu -k "cuda and small" "$work/tests/test_gpu.py"
+  if "$python" -c 'import cupy' 2>/dev/null; then # the same .cu files, compiled by NVRTC
+    (
+      export FASTREWARD_CUDA_ROUTE=cupy
+      tests cupy 60 -k "cuda and (small_logprobs or small_illegal or small_fold or small_group or small_whiten)"
+    ) &
   else
     skip cupy "CuPy is not installed"
   fi
 
-  # ------------------------------------------------------------------------------------------------------ sanitizer
   if command -v compute-sanitizer >/dev/null; then
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor its own allocation, so that its ends are guarded
-    part sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 "${pytest[@]}" -m gpu \
-      -k "cuda and (small_illegal or (small_logprobs and (strided or keep)) or (small_program and everything) or small_whiten)" \
-      "$work/tests/test_gpu.py"
-    unset PYTORCH_NO_CUDA_MEMORY_CACHING
+    (
+      sanitize racecheck 60 racecheck "$one_of_each"
+      sanitize synccheck 40 synccheck "$one_of_each"
+      export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor its own allocation, so that its ends are guarded
+      sanitize memcheck 70 memcheck \
+        "$one_of_each or small_illegal or small_rescale or (small_logprobs and (strided or keep)) or small_logits"
+    ) &
   else
-    skip sanitizer "compute-sanitizer is not on PATH"
+    for name in racecheck synccheck memcheck; do skip "$name" "compute-sanitizer is not on PATH"; done
   fi
+  wait
 
   # ---------------------------------------------------------------------------------------------------------- bench
+  # By what matters most. The peers are the same whatever our backend is, and take longest: most of them compile.
+  bench=("$python" -m fastreward.cli bench logits_policy_loss logprobs policy_loss linear_policy_loss linear_logprobs
+    preference_loss correction group whiten --device cuda --no-memory)
   for backend in triton cuda; do
-    FASTREWARD_BACKEND=$backend part "bench_$backend" 62 "$python" -m fastreward.cli bench \
-      --device cuda --seconds 0.5 --no-memory --json "$work/bench_$backend.json"
+    FASTREWARD_BACKEND=$backend part "bench_$backend" 50 "${bench[@]}" --seconds 0.5 --no-peers \
+      --json "$work/bench_$backend.json"
   done
+  FASTREWARD_BACKEND=triton part bench_peers 110 "${bench[@]}" --seconds 0.3 --json "$work/bench_peers.json"
 else
-  for name in tests cupy sanitizer bench_triton bench_cuda; do skip "$name" "the build failed"; done
+  for name in programs kernels cupy racecheck synccheck memcheck bench_triton bench_cuda bench_peers; do
+    skip "$name" "the build failed"
+  done
 fi
 
 # ---------------------------------------------------------------------------------------------------- JSON and table
@@ -89,7 +121,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import xml.etree.ElementTree as xml
 
 import torch
 
@@ -97,23 +128,35 @@ work, out, repo = map(pathlib.Path, sys.argv[1:])
 
 
 def commit() -> str:
-    run = subprocess.run(["git", "-C", str(repo), "rev-parse", "HEAD"], capture_output=True, text=True)
+    try:
+        run = subprocess.run(["git", "-C", str(repo), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:  # no git here
+        return "unknown"
     return run.stdout.strip() or "unknown"
 
 
-def tests() -> dict[str, object] | None:
-    path = work / "tests.xml"
+def tests(name: str) -> dict[str, object] | None:
+    """What a part's tests have come to, as far as it got."""
+    path = work / f"{name}.tests"
     if not path.exists():
         return None
-    cases = list(xml.parse(path).getroot().iter("testcase"))
-    failed = [c.get("name") for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    skipped = sum(c.find("skipped") is not None for c in cases)
+    cases = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     counts: dict[str, dict[str, int]] = {}
-    for c in cases:
-        backend = next((b for b in ("triton", "cuda") if b in str(c.get("name"))), "other")
-        state = "failed" if c.get("name") in failed else "skipped" if c.find("skipped") is not None else "passed"
+    for case in cases:
+        backend = next((b for b in ("triton", "cuda") if b in case["test"].partition("[")[2]), "other")
+        state = {"passed": "passed", "skipped": "skipped"}.get(case["outcome"], "failed")
         counts.setdefault(backend, {"passed": 0, "failed": 0, "skipped": 0})[state] += 1
-    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "by_backend": counts, "failed": failed}
+    failed = [c for c in cases if c["outcome"] not in ("passed", "skipped")]
+    slowest = sorted(cases, key=lambda c: -c["seconds"])[:5]
+    return {
+        "by_backend": counts,
+        "failed": [{"test": c["test"], "message": c["message"]} for c in failed],
+        "slowest": {c["test"]: c["seconds"] for c in slowest},
+    }
+
+
+def case_key(case: dict) -> tuple[object, ...]:
+    return case["operation"], case["case"], case["dtype"], *case["shape"]
 
 
 parts = [line.split("\t") for line in (work / "parts").read_text().splitlines()]
@@ -125,10 +168,10 @@ result = {
     "commit": commit(),
     "torch": torch.__version__,
     "parts": {name: {"status": status, "seconds": int(seconds)} for name, status, seconds in parts},
-    "tests": tests(),
+    "tests": {name: found for name, *_ in parts if (found := tests(name))},
     "bench": {},
 }
-for backend in ("triton", "cuda"):
+for backend in ("triton", "cuda", "peers"):
     path = work / f"bench_{backend}.json"
     if path.exists():
         result["bench"][backend] = json.loads(path.read_text())
@@ -137,24 +180,30 @@ name = "gpu_" + "_".join(result["gpu"].split()).replace("/", "-") + ".json"
 
 lines = [f"{result['gpu']}  commit {result['commit'][:12]}  {result['date']}  torch {result['torch']}"]
 for part, status, seconds in parts:
-    lines.append(f"{part:14s} {'ok' if status == '0' else 'TIMEOUT' if status == '124' else status:>8s} {seconds:>5s} s")
-if result["tests"]:
-    for backend, count in sorted(result["tests"]["by_backend"].items()):
-        lines.append(f"tests {backend:8s} " + "  ".join(f"{k} {v}" for k, v in count.items()))
-    lines += [f"  FAILED {test}" for test in result["tests"]["failed"][:6]]
+    counts = [
+        f"{backend} " + " ".join(f"{n} {state}" for state, n in count.items() if n)
+        for backend, count in sorted(result["tests"].get(part, {"by_backend": {}})["by_backend"].items())
+    ]
+    state = "ok" if status == "0" else "TIMEOUT" if status in ("124", "137") else status
+    lines.append(f"{part:14s} {state:>8s} {seconds:>5s} s  {', '.join(counts)}".rstrip())
+failed = [f"  FAILED {part} {x['test']}: {x['message']}" for part, f in result["tests"].items() for x in f["failed"]]
+lines += failed[:6]
 lines.append(f"{'operation / case':44s} {'backend':8s} {'ms':>9s} {'GB/s':>7s} {'limit':>6s}  best peer")
 rows = []
-for backend, facts in result["bench"].items():
-    for case in facts["cases"]:
-        ours, *peers = case["contenders"]
+ours = {backend: result["bench"].get(backend, {"cases": []})["cases"] for backend in ("triton", "cuda", "peers")}
+with_peers = {case_key(case): case for case in ours.pop("peers")}
+for backend, cases in ours.items():
+    for place, case in enumerate(cases):
+        first = case["contenders"][0]
+        beside = with_peers.get(case_key(case), case)["contenders"]
+        peers = [p for p in beside if not p["name"].startswith("fastreward")]
         best = min(peers, key=lambda p: p["median_ms"], default=None)
         peer = "" if best is None else f"{best['name']} {best['median_ms']:.3f} ms"
         label = f"{case['operation']} {case['case']} {case['dtype']} {'x'.join(map(str, case['shape']))}"
-        rows.append(
-            f"{label[:44]:44s} {backend:8s} {ours['median_ms']:9.3f} {ours['gbs']:7.0f} {ours['share_of_limit']:6.0%}  {peer}"
-        )
+        figures = f"{first['median_ms']:9.3f} {first['gbs']:7.0f} {first['share_of_limit']:6.0%}"
+        rows.append((place, f"{label[:44]:44s} {backend:8s} {figures}  {peer}"))
 room = 39 - len(lines)
-lines += sorted(rows)[:room]
+lines += [row for _, row in sorted(rows)[:room]]
 lines.append(f"written: {out / name}" + (f" ({len(rows) - room} more rows there)" if len(rows) > room else ""))
 print("\n".join(line[:150] for line in lines))
 sys.exit(0 if all(status == "0" or status.startswith(("skipped: compute-sanitizer", "skipped: CuPy")) for _, status, _ in parts) else 1)

@@ -94,7 +94,7 @@ void program_scale(const ProgramTokens& t, const float* saved, const float* row_
 
 void program_spread(const ProgramTokens& t, const float* row_values, float factor, float* out, int threads) {
   for_pieces(t, threads, [&](std::int64_t row, std::int64_t begin, int n, const std::uint8_t* bytes) {
-    const F32 value = f32(row_values[row] * factor);
+    const F32 value = f32(row_values[row] == 0.0f ? 0.0f : row_values[row] * factor);
     float* to = out + begin;
     int i = 0;
     for (; i + kF32 <= n; i += kF32)

@@ -15,9 +15,13 @@ struct RescaleArguments {
   i64 chunk, chunks;                // vectors in a share of a row, shares in a row
 };
 
+// What is 0 stays 0, whatever the factor: masked rows if the upstream gradient has overflowed, all if `applied` was 0.
+__device__ __forceinline__ float rescaled(float x, float factor) { return x == 0.f ? 0.f : x * factor; }
+
 template <class T>
 __device__ __forceinline__ void rescale_columns(typename T::Bits* grad, i64 begin, i64 end, float factor) {
-  for (i64 j = begin + threadIdx.x; j < end; j += BACKWARD_THREADS) grad[j] = T::encode(T::decode(grad[j]) * factor);
+  for (i64 j = begin + threadIdx.x; j < end; j += BACKWARD_THREADS)
+    grad[j] = T::encode(rescaled(T::decode(grad[j]), factor));
 }
 
 template <class T>
@@ -39,7 +43,7 @@ __device__ __forceinline__ void rescale_share(typename T::Bits* grad, const Shar
       float x[T::LANES];
       T::unpack(v[u], x);
 #pragma unroll
-      for (int j = 0; j < T::LANES; ++j) x[j] *= factor;
+      for (int j = 0; j < T::LANES; ++j) x[j] = rescaled(x[j], factor);
       store16_streaming(grad + s.head + i64(index) * T::LANES, T::pack(x));
     }
   }

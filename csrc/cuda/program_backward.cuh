@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) program_spread(const Sprea
   for (i64 u = blockIdx.x; u < a.side.units; u += gridDim.x) {
     const Unit unit = unit_of(a.side, u);
     if (unit.begin >= unit.end) continue;
-    const float value = a.row_values[unit.row] * grad;
+    const float kept = a.row_values[unit.row], value = kept == 0.f ? 0.f : kept * grad;
     const unsigned counted = counted_tokens(a.side, unit);
 #pragma unroll
     for (int k = 0; k < PER_THREAD; ++k) {

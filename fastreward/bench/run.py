@@ -11,6 +11,7 @@ import torch
 
 from fastreward import bench
 from fastreward.bench import memory, targets
+from fastreward.bench._types import OURS
 from fastreward.bench.engine import Outcome, Settings, run
 
 
@@ -27,6 +28,7 @@ class Plan:
     cases: tuple[str, ...] = ()  # empty: all
     memory: bool = True
     settings: Settings = field(default_factory=Settings)
+    peers: bool = True
 
     def jobs(self) -> list[tuple[str, str, str]]:
         """(operation, dtype, case) in the order in which they run: cases of one dtype share their data."""
@@ -89,6 +91,8 @@ def results(plan: Plan, step: Callable[[str], None]) -> Iterator[Result]:
         shape = bench.shape_of(name, plan.quick, plan.rows, plan.vocab)
         step(f"{name} {case_name} {dtype}: data")
         case = module.build(case_name, getattr(torch, dtype), shape, plan.device)
+        if not plan.peers:
+            case.contenders = [c for c in case.contenders if c.name.startswith(OURS)]
         outcome = run(case, plan.device, plan.settings, lambda text: step(f"{name} {case_name} {dtype}: {text}"))  # noqa: B023
         # What a result keeps must not keep the data.
         case.contenders.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final, Literal
@@ -36,6 +37,8 @@ _CUDA: Final = {
 _OWN: Final = ("sign", "sigmoid", "logsigmoid", "minimum", "maximum", "clip", "outside")
 #: Longer expressions get a name even where they are used once.
 _WIDE: Final = 72
+#: Lines that are longer are wrapped.
+_LONGEST: Final = 120
 
 
 def literal(value: float, real: Real) -> str:
@@ -165,6 +168,18 @@ def function(signature: str, body: Iterable[str], *, member: bool = False) -> li
     """A device function; `member`: static, in a struct."""
     lines = [f"{'static ' if member else ''}__device__ __forceinline__ {signature} {{", *indented(body), "}"]
     return indented(lines) if member else lines
+
+
+def wrapped(text: str) -> str:
+    """Text whose statements are on as many lines as they need; comments stay as they are."""
+    return "\n".join(part for line in text.split("\n") for part in _parts(line))
+
+
+def _parts(line: str) -> list[str]:
+    if len(line) <= _LONGEST or "//" in line:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.wrap(line, _LONGEST, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def indented(lines: Iterable[str]) -> list[str]:

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import re
 import struct
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -28,8 +29,9 @@ NVRTC_OPTIONS: Final = ("-std=c++17", "-fmad=false")
 #: A struct member: pointer of a tensor (None = null), int64 or float64.
 Member = Tensor | int | float | None
 
-#: Dynamic shared memory that any block may have without asking for more.
-MAX_SHARED_BYTES = 48 << 10
+#: Dynamic shared memory that a block of any kernel here may have without asking for more: the 48 KiB that CUDA gives
+#: unasked, less what kernels declare themselves.
+MAX_SHARED_BYTES: Final = 46 << 10
 
 _MASK_KINDS = {
     torch.bool: 1,
@@ -39,7 +41,6 @@ _MASK_KINDS = {
     torch.int64: 3,
     torch.float32: 4,
 }
-_counters: dict[tuple[int, int], Tensor] = {}
 
 
 @cache
@@ -85,7 +86,7 @@ def launch(
     if route() == "nvcc":
         _compiled().launch(kernel, index, grid, block, shared, stream, arguments.packed)
     else:
-        _queue(_cupy_kernel(source, kernel, define), grid, block, arguments.packed, index, stream, shared)
+        _queue(lambda: _cupy_kernel(source, kernel, define), grid, block, arguments.packed, index, stream, shared)
 
 
 def launch_text(
@@ -97,7 +98,7 @@ def launch_text(
     """
     index = _index(device)
     stream = torch.cuda.current_stream(index).cuda_stream
-    _queue(_text_kernel(text, kernel), grid, block, arguments.packed, index, stream, shared)
+    _queue(lambda: _text_kernel(text, kernel), grid, block, arguments.packed, index, stream, shared)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -116,17 +117,12 @@ def shared_memory(device: torch.device) -> int:
 
 
 def counter(device: torch.device) -> Tensor:
-    """An int32 [1] that is 0, for a kernel whose last block finishes; the kernel leaves it 0.
+    """An int32 [1] that is 0, for kernels of a call whose last block finishes; each leaves it 0 for the next.
 
-    One per stream, whose kernels follow each other. A captured graph may be replayed on any stream, so it gets its own.
+    It must not outlive the call, though keeping one would save its memset: torch.compile(mode="reduce-overhead") warms
+    up, without capturing, in the memory of its CUDA graphs, where nothing may stay behind but outputs.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    index = _index(device)
-    key = (index, torch.cuda.current_stream(index).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[key]
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def countable(mask: Tensor | None) -> tuple[Tensor | None, int]:
@@ -213,7 +209,10 @@ def _text_module(text: str) -> Any:
     return cupy.RawModule(code=whole_text(text), options=NVRTC_OPTIONS, backend="nvrtc")
 
 
-def _queue(kernel: Any, grid: int, block: int, arguments: bytes, index: int, stream: int, shared: int) -> None:
+def _queue(
+    find: Callable[[], Any], grid: int, block: int, arguments: bytes, index: int, stream: int, shared: int
+) -> None:
+    """Queues the kernel that `find` gives. It is asked on the kernel's device: CuPy compiles for the current one."""
     import cupy
     import numpy as np
 
@@ -221,6 +220,17 @@ def _queue(kernel: Any, grid: int, block: int, arguments: bytes, index: int, str
     by_value = np.frombuffer(arguments, dtype=np.int64)
     queue = cupy.cuda.ExternalStream(stream, index) if stream else cupy.cuda.Stream.null
     with cupy.cuda.Device(index), queue:
+        kernel = find()
         if shared > MAX_SHARED_BYTES:
-            kernel.max_dynamic_shared_size_bytes = shared
+            _allow_all_shared_memory(kernel, index)
         kernel((grid,), (block,), (by_value,), shared_mem=shared)
+
+
+@cache
+def _allow_all_shared_memory(kernel: Any, index: int) -> None:
+    """Lets launches of `kernel` on device `index`, the current one, have all shared memory that a block may have.
+
+    Once, and not what each launch is about to ask for: between that and the launch another thread could set less.
+    """
+    properties: Any = torch.cuda.get_device_properties(index)  # torch's stubs leave this one out
+    kernel.max_dynamic_shared_size_bytes = properties.shared_memory_per_block_optin - kernel.shared_size_bytes

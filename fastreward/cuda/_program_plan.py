@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from fastreward.losses._graph import Level, Node
+from fastreward.losses._graph import Level, Node, walk
 from fastreward.losses._ops import GROUP_REDUCTIONS, LEAVES, OPS, REDUCTIONS
 from fastreward.losses._program import Program, TokenStep
 
@@ -68,6 +68,7 @@ class Plan:
         self.columns: dict[int, int] = {}
         self.totals: dict[int, int] = {}
         self.stores: dict[Time, list[Node]] = {}
+        self.known = list(walk((*program.outputs, *program.batch)))
         waiting = {}
         for node, users in self._uses():
             ready = self.ready.get(node.id)

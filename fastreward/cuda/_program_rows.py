@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fastreward.cuda._expressions import Block, Given, function, in_order, indented, joined, kinds, literal, truth
+from fastreward.cuda._expressions import (
+    Block,
+    Given,
+    function,
+    in_order,
+    indented,
+    joined,
+    kinds,
+    literal,
+    truth,
+    wrapped,
+)
 from fastreward.cuda._program_plan import ACROSS, OVER_BATCH
 from fastreward.losses._graph import Level, Node
 from fastreward.losses._ops import GROUP_REDUCTIONS
@@ -30,11 +41,13 @@ class RowWork:
             return ""
         head = ["const i64 rows = a.side0.rows;"]
         if self._slots:
+            nodes = {n.id: n for n in self._launch.nodes}
+            head += self._source.name.listed("batch", (self._source.name.label(nodes[i]) for i in self._slots))
             head.append(f"__shared__ double batch[{len(self._slots)}];")
         if any(n.op in GROUP_REDUCTIONS for n in self._launch.nodes):
             head += ["Groups groups = a.groups;", "find_groups(groups);"]
         lines = function(f"void {self._launch.finish}(const Arguments& a, double* room)", [*head, *body])
-        return "\n".join([*lines, "", ""])
+        return wrapped("\n".join([*lines, "", ""]))
 
     def widest(self) -> int:
         """The most that one phase reduces over the batch."""
@@ -113,7 +126,8 @@ class RowWork:
             ]
         elif across:
             lines.append("__syncthreads();")
-        return [*lines, *map(self._across, across), *(["__syncthreads();"] if across else [])]
+        together = [line for node in across for line in self._across(node)]
+        return [*lines, *together, *(["__syncthreads();"] if across else [])]
 
     def _sequences(self, q: int, batch: list[Node]) -> list[str]:
         """The loop; [] where the phase has nothing per sequence."""
@@ -159,16 +173,18 @@ class RowWork:
                 yield f"double {array}[{reduced}::ROOM];"
                 yield f"{reduced}::over_units(a.side{step.side}, a.sums{step.side}, row, {array});"
 
-    def _across(self, node: Node) -> str:
+    def _across(self, node: Node) -> list[str]:
         """The statement that computes, for every sequence, a value from others'."""
         columns = [f"a.columns + {self._plan.columns[n.id]} * rows" for n in (*node.args, node)]
-        if node.op == "batch_permute":
-            return f"permute_rows(rows, {', '.join(columns)}, a.columns + {self._plan.permutation} * rows);"
         members = node.op.removeprefix("group_sum_").upper()
-        if members in ("OTHERS", "BEFORE", "AFTER"):
+        if node.op == "batch_permute":
+            call = f"permute_rows(rows, {', '.join(columns)}, a.columns + {self._plan.permutation} * rows);"
+        elif members in ("OTHERS", "BEFORE", "AFTER"):
             x, key, out = columns if len(columns) == 3 else (columns[0], "nullptr", columns[1])
-            return f"add_members<{members}>(groups, {x}, {key}, {out});"
-        return f"over_groups<Reductions<{kinds([node])}>>(groups, {', '.join(columns)});"
+            call = f"add_members<{members}>(groups, {x}, {key}, {out});"
+        else:
+            call = f"over_groups<Reductions<{kinds([node])}>>(groups, {', '.join(columns)});"
+        return [f"// {self._source.name(node)}", call]
 
 
 def _as_f32(node: Node, block: Block) -> str:

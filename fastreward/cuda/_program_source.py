@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from fastreward.cuda._expressions import Block, Real, function, in_order, indented, joined, kinds, literal, truth
+from fastreward.cuda._expressions import (
+    Block,
+    Real,
+    function,
+    in_order,
+    indented,
+    joined,
+    kinds,
+    literal,
+    truth,
+    wrapped,
+)
+from fastreward.cuda._program_names import Names
 from fastreward.cuda._program_plan import ACROSS, Plan, Time
 from fastreward.cuda._program_rows import RowWork
-from fastreward.losses._graph import Level, Node, walk
-from fastreward.losses._ops import LEAVES
+from fastreward.losses._graph import Level, Node
 from fastreward.losses._program import Program, TokenStep
 from fastreward.losses._show import expression
 
-_TERMS: Final = ("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "advantage", "entropy", "weight")
 _SIDES: Final = ("chosen", "rejected")
+
+_OFTEN: Final = {Level.TOKEN: "one per token", Level.ROW: "one per sequence", Level.BATCH: "one"}
 
 #: What a member of the argument struct is filled with, and which one of its kind.
 Content = Literal["input", "scalar", "output", "batch", "side", "sums", "columns", "totals", "groups", "counter"]
@@ -29,34 +40,6 @@ class Member:
     content: Content
     index: int
     declaration: str
-
-
-class Names:
-    """C++ names of a program's nodes."""
-
-    def __init__(self, program: Program) -> None:
-        self._names: dict[int, str] = {}
-        taken: set[str] = set()
-        for node in program.inputs:
-            base = name = _identifier(node, program.sides)
-            while name in taken:
-                name = f"{base}_{len(taken)}"
-            taken.add(name)
-            self._names[node.id] = name
-        self._names |= {n.id: f"scalar{i}" for i, n in enumerate(program.scalars)}
-        for node in walk((*program.outputs, *program.batch)):
-            if node.id not in self._names and node.op not in LEAVES and node.level > Level.SCALAR:
-                self._names[node.id] = f"v{len(self._names)}"
-
-    def __call__(self, node: Node) -> str:
-        return self._names[node.id]
-
-
-def _identifier(node: Node, sides: int) -> str:
-    """Terms keep their names; what a caller has named gets a prefix, so that it is no word of C++."""
-    name = re.sub(r"\W", "_", node.name or "", flags=re.ASCII)
-    name = name if node.name in _TERMS or "." in (node.name or "") else f"extra_{name}"
-    return f"{_SIDES[node.side]}_{name}" if sides == 2 and node.level == Level.TOKEN else name
 
 
 class Source:
@@ -74,7 +57,7 @@ class Source:
         found = [Member("input", i, f"const float* {self.name(n)};") for i, n in enumerate(p.inputs)]
         found += [Member("scalar", i, f"double {self.name(n)};") for i, n in enumerate(p.scalars)]
         found += [
-            Member("output", i, f"float* out{i};  // one per {'token' if n.level == Level.TOKEN else 'sequence'}")
+            Member("output", i, f"float* out{i};  // {_OFTEN[max(n.level, Level.ROW)]}: {self.name.label(n)}")
             for i, n in enumerate(p.outputs)
         ]
         found.append(Member("batch", 0, f"float* results;  // [{len(p.batch)}]"))
@@ -94,7 +77,28 @@ class Source:
     @property
     def members_text(self) -> str:
         """Their declarations."""
-        return "\n".join(f"  {line}" for line in _with_notes(self.members, self.program))
+        return "\n".join(f"  {line}" for line in self._with_notes())
+
+    def _with_notes(self) -> Iterator[str]:
+        """Declarations, with what the scalars are, how often inputs have a value, and what lies where in an array."""
+        program, plan, labels = self.program, self.plan, {n.id: self.name.label(n) for n in self.plan.known}
+        columns = [labels[i] for i in plan.columns]
+        columns += ["row numbers, while rows are permuted"] if plan.permutation is not None else []
+        lists = {
+            "batch": ("results", [self.name.label(n) for n in program.batch]),
+            "columns": ("columns", columns),
+            "totals": ("totals", [labels[i] for i in plan.totals]),
+        }
+        for m in self.members:
+            if m.content in lists:
+                yield from self.name.listed(*lists[m.content])
+            if m.content == "input":
+                yield f"{m.declaration}  // {_OFTEN[program.inputs[m.index].level]}"
+            elif m.content == "scalar":
+                formula = expression(program.scalars[m.index])
+                yield m.declaration if f" {formula};" in m.declaration else f"{m.declaration}  // {formula}"
+            else:
+                yield m.declaration
 
     @property
     def text(self) -> str:
@@ -196,6 +200,7 @@ using namespace fastreward;
         stores = [f"a.out{i}[i] = y.out{i};" for i, _ in step.store]
         lines = [
             f"struct {self.pass_name(k, step)} {{",
+            *indented(self.name.listed("reductions, in sums and tokens", map(self.name.label, reduce))),
             f"  using Reduced = Reductions<{kinds(reduce)}>;",
             _struct("Row", [f"{'bool' if n.boolean else 'float'} {self.name(n)};" for n in rows]),
             _struct("Input", [f"float {self.name(n)};" for n in step.inputs]),
@@ -211,7 +216,7 @@ using namespace fastreward;
             *function("void store(const Arguments& a, i64 i, const Output& y)", stores, member=True),
             "};",
         ]
-        return "\n".join([*lines, "", ""])
+        return wrapped("\n".join([*lines, "", ""]))
 
     def _row_lines(self, k: int, nodes: list[Node]) -> list[str]:
         """What tokens read of their row, from f64."""
@@ -246,18 +251,6 @@ using namespace fastreward;
 
 def _struct(name: str, members: list[str]) -> str:
     return f"  struct {name} {{{' ' if members else ''}{' '.join(members)}{' ' if members else ''}}};"
-
-
-def _with_notes(members: Iterable[Member], program: Program) -> Iterator[str]:
-    """Declarations, with what the scalars are and how often inputs have a value."""
-    often = {Level.TOKEN: "one per token", Level.ROW: "one per sequence", Level.BATCH: "one"}
-    for m in members:
-        if m.content == "input":
-            yield f"{m.declaration}  // {often[program.inputs[m.index].level]}"
-        elif m.content == "scalar":
-            yield f"{m.declaration}  // {expression(program.scalars[m.index])}"
-        else:
-            yield m.declaration
 
 
 def source(program: Program) -> str:

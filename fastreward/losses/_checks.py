@@ -1,4 +1,4 @@
-"""Checks of the policy losses' parameters: one rule per name, the same in every loss that has it."""
+"""Checks of the losses' parameters: one rule per name, the same in every loss of its kind that has it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _one_of(*names: Any) -> Rule:
     return (lambda x: x in names), " or ".join(", ".join(map(repr, names)).rsplit(", ", 1))
 
 
-#: None is let through: whether a parameter may be None is up to the loss's own signature.
+#: Of policy losses. None is let through: whether a parameter may be None is up to the loss's own signature.
 RULES: Final[dict[str, Rule]] = {
     "clip_low": _UNIT,
     "clip_high": _NOT_NEGATIVE,
@@ -53,11 +53,26 @@ RULES: Final[dict[str, Rule]] = {
     "sft_coef": _NOT_NEGATIVE,
     "gamma": _POSITIVE,
 }
+#: Of preference losses.
+PAIR_RULES: Final[dict[str, Rule]] = {
+    "beta": _POSITIVE,
+    "label_smoothing": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
+    "discopop_tau": _POSITIVE,
+    "sft_weight": _NOT_NEGATIVE,
+    "eta": _NOT_NEGATIVE,
+    "weight": _NOT_NEGATIVE,
+    "ld_alpha": _UNIT,
+}
 
 
 def check(**parameters: Any) -> None:
     """Raises ValueError for the first parameter that breaks its rule."""
     apply(RULES, parameters)
+
+
+def check_pair(**parameters: Any) -> None:
+    """The same for preference losses."""
+    apply(PAIR_RULES, parameters)
 
 
 def apply(rules: dict[str, Rule], parameters: dict[str, Any]) -> None:

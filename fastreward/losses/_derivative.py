@@ -52,7 +52,7 @@ def _summed(node: Node, x: Node, arg: Node) -> Node:
         x = node.graph.reduce("seq_sum", x) if x.level == Level.TOKEN else x * node.graph.length(node.side)
         level = Level.ROW
     if level == Level.ROW and arg.level < Level.ROW:
-        x = node.graph.reduce("batch_sum", x if x.level == Level.ROW else where(node.graph.counted(), x, 0.0))
+        x = node.graph.reduce("batch_sum", _row(x, node))
     return x
 
 
@@ -157,8 +157,8 @@ def _permute(y: Node, g: Node) -> Iterator[tuple[int, Callable[[], Node]]]:
 
 
 def _row(g: Node, y: Node) -> Node:
-    """An upstream gradient of a row's value, once a row also where it is the same for all."""
-    return g if g.level == Level.ROW else g * where(y.graph.counted(), 1.0, 0.0)
+    """A gradient once a row, also where it is the same for all; 0 where nothing counts, whose extremes are infinite."""
+    return where(y.graph.counted(), g, 0.0)
 
 
 _RULES: Final[dict[str, Rule]] = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from fastreward._arrays import as_tensor
 from fastreward.losses._define import Loss
 from fastreward.losses._graph import Graph, Level, Node, walk
-from fastreward.losses._terms import PairTerms, Terms
+from fastreward.losses._objective import terms_read
+from fastreward.losses._terms import PAIR_TERMS, TERMS, PairTerms, Terms
 from fastreward.reference.program import Values
 
 _SIDES = ("chosen_", "rejected_")
@@ -23,16 +25,39 @@ def evaluate(
     """See Loss.evaluate; in another dtype it is what plain torch would give."""
     tensors = {name: torch.as_tensor(as_tensor(x), dtype=dtype) for name, x in arrays.items()}
     masks = _masks(loss, mask, tensors)
-    named = {_split(loss, name): _shaped(name, x, masks[_split(loss, name)[1]]) for name, x in tensors.items()}
+    named: dict[tuple[str, int], Tensor] = {}
+    for name, x in tensors.items():
+        term = _split(loss, name)
+        if term in named:
+            raise ValueError(f"{name}: there is an array of this name for the pair and for its chosen side; rename one")
+        named[term] = _shaped(name, x, masks[term[1]])
+    _check_names(loss, named)
     levels = [{n: _level(x) for (n, side), x in named.items() if side == wanted} for wanted in (0, 1)]
     t = PairTerms(Graph(2), levels[0], (levels[0], levels[1])) if loss.definition.pairs else Terms(Graph(), levels[0])
     value = loss.trace(t)
     for name, x in loss.tensors.items():
+        if x.ndim and len(x) != len(masks[0]):
+            raise ValueError(
+                f"{loss.name}: {name}: expected [{len(masks[0])}], one per sequence, got shape {list(x.shape)}"
+            )
         named[f"parameter.{name}", 0] = x
     result = Values(named, masks, _groups(value, group_ids, masks[0]), loss.scalars, dtype).of(value)
     if value.level == Level.TOKEN:
         return torch.where(masks[value.side], result, 0.0)
-    return result.expand(masks[0].shape[0], 1).squeeze(-1)
+    counted = torch.stack([side.any(-1) for side in masks]).any(0)
+    return torch.where(counted, result.expand(masks[0].shape[0], 1).squeeze(-1), 0.0)
+
+
+def _check_names(loss: Loss, named: Iterable[tuple[str, int]]) -> None:
+    """Refuses what is neither a term nor read by the loss."""
+    known = PAIR_TERMS if loss.definition.pairs else TERMS
+    read = terms_read(loss)
+    for name, side in named:
+        if name not in known and name not in read:
+            argument = f"{_SIDES[side]}{name}" if loss.definition.pairs and side else name
+            near = difflib.get_close_matches(name, {*known, *read}, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"{argument}: {loss.name} does not read it{hint}; it reads {', '.join(sorted(read))}")
 
 
 def _split(loss: Loss, name: str) -> tuple[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastreward.losses._graph import Graph, Level, Node
+from fastreward.losses._graph import Graph, Level, Node, described, origin
 
 Value = Node | float
 
@@ -11,11 +11,13 @@ def _call(op: str, *args: Value) -> Node:
     return _graph_of(op, *args).call(op, *args)
 
 
-def _graph_of(op: str, *args: Value) -> Graph:
+def _graph_of(name: str, *args: Value) -> Graph:
     for x in args:
         if isinstance(x, Node):
             return x.graph
-    raise TypeError(f"{op}: expected a term of the loss (t.logprob, ...) among the arguments, got {args}")
+    raise TypeError(
+        f"{origin()}: {name}: expected a term of the loss (t.logprob, ...), got {', '.join(map(described, args))}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- elementwise
@@ -61,7 +63,8 @@ def logsigmoid(x: Value) -> Node:
 
 def softplus(x: Value) -> Node:
     """log(1 + e^x) without overflow."""
-    return -_call("logsigmoid", -x)
+    graph = _graph_of("softplus", x)
+    return -graph.call("logsigmoid", graph.call("neg", x))
 
 
 def relu(x: Value) -> Node:
@@ -82,7 +85,7 @@ def sign(x: Value) -> Node:
 def clip(x: Value, low: Value | None = None, high: Value | None = None) -> Node:
     """x within [low, high]; gradient 1 on the bounds and between them, 0 outside. None: no bound."""
     if low is None and high is None:
-        raise TypeError("clip: expected a lower or an upper bound")
+        raise TypeError(f"{origin()}: clip: expected a lower or an upper bound")
     if low is None:
         return minimum(x, 0.0 if high is None else high)
     return maximum(x, low) if high is None else _call("clip", x, low, high)
@@ -112,22 +115,26 @@ def stop_gradient(x: Value) -> Node:
 # What is the same for all tokens of a sequence may be given too: its mean is itself, its sum is length times it.
 def seq_sum(x: Node) -> Node:
     """Sum over the counted tokens."""
-    return x.graph.reduce("seq_sum", _number(x)) if x.level == Level.TOKEN else x * x.graph.length(x.side)
+    graph = _graph_of("seq_sum", x)
+    return graph.reduce("seq_sum", _number(x)) if x.level == Level.TOKEN else x * graph.length(x.side)
 
 
 def seq_mean(x: Node) -> Node:
     """Mean over the counted tokens; 0 where there are none."""
-    return seq_sum(x) / maximum(x.graph.length(x.side), 1.0) if x.level == Level.TOKEN else x
+    graph = _graph_of("seq_mean", x)
+    return seq_sum(x) / maximum(graph.length(x.side), 1.0) if x.level == Level.TOKEN else x
 
 
 def seq_max(x: Node) -> Node:
     """Largest over the counted tokens, -inf where there are none; the gradient is shared among equals."""
-    return x.graph.reduce("seq_max", _number(x)) if x.level == Level.TOKEN else x
+    graph = _graph_of("seq_max", x)
+    return graph.reduce("seq_max", _number(x)) if x.level == Level.TOKEN else x
 
 
 def seq_min(x: Node) -> Node:
     """Smallest over the counted tokens, inf where there are none; the gradient is shared among equals."""
-    return x.graph.reduce("seq_min", _number(x)) if x.level == Level.TOKEN else x
+    graph = _graph_of("seq_min", x)
+    return graph.reduce("seq_min", _number(x)) if x.level == Level.TOKEN else x
 
 
 # ----------------------------------------------------------------------------------- over the sequences of the group
@@ -140,12 +147,15 @@ def group_sum(x: Value, graph: Graph | None = None) -> Node:
 
 def group_size(t: object) -> Node:
     """Sequences of the own group; `t`: the loss's terms."""
-    graph: Graph = t.graph  # type: ignore[attr-defined]
+    graph = getattr(t, "graph", None)
+    if not isinstance(graph, Graph):
+        raise TypeError(f"{origin()}: group_size: expected the loss's terms, as in group_size(t), got {described(t)}")
     return group_sum(1.0, graph)
 
 
 def group_mean(x: Node) -> Node:
     """Mean over the sequences of the own group."""
+    x, _ = _rows("group_mean", x)
     return group_sum(x) / maximum(group_sum(1.0, x.graph), 1.0)
 
 
@@ -206,7 +216,7 @@ def batch_sum(x: Value, graph: Graph | None = None) -> Node:
 
 def batch_mean(x: Node) -> Node:
     """Mean over the counted tokens of the batch; of what is per sequence, over its sequences with a counted token."""
-    graph = x.graph
+    graph = _graph_of("batch_mean", x)
     if x.level < Level.ROW:
         return x
     count = batch_sum(graph.length(x.side)) if x.level == Level.TOKEN else batch_sum(1.0, graph)
@@ -215,13 +225,13 @@ def batch_mean(x: Node) -> Node:
 
 def batch_max(x: Node) -> Node:
     """Largest over the counted tokens of the batch, or over its sequences."""
-    x, counted = _rows("batch_max", seq_max(x))
+    x, counted = _rows("batch_max", seq_max(x) if isinstance(x, Node) else x)
     return x.graph.reduce("batch_max", where(counted, x, float("-inf")))
 
 
 def batch_min(x: Node) -> Node:
     """Smallest over the counted tokens of the batch, or over its sequences."""
-    x, counted = _rows("batch_min", seq_min(x))
+    x, counted = _rows("batch_min", seq_min(x) if isinstance(x, Node) else x)
     return x.graph.reduce("batch_min", where(counted, x, float("inf")))
 
 
@@ -238,9 +248,7 @@ def _number(x: Node) -> Node:
 
 def _rows(name: str, x: Value, graph: Graph | None = None) -> tuple[Node, Node]:
     """`x` as a node, and whether a sequence counts."""
-    graph = x.graph if isinstance(x, Node) else graph
-    if graph is None:
-        raise TypeError(f"{name}: expected a term of the loss, got {x!r}")
+    graph = _graph_of(name, x) if graph is None or isinstance(x, Node) else graph
     node = graph.node(x)
     if node.level == Level.TOKEN:
         node.fail(f"{name} takes what is per sequence, got a per-token term; reduce it first, as in seq_mean(...)")

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
+from numbers import Real
 from typing import Any, Final, NoReturn
 
 from fastreward.losses._ops import OPS, REDUCTIONS
@@ -36,7 +37,6 @@ class Node:
     """
 
     __slots__ = ("args", "boolean", "graph", "id", "level", "name", "op", "side", "value")
-    __array_ufunc__ = None  # numpy leaves `array * node` to us, which then says what is wrong
 
     def __init__(
         self,
@@ -79,12 +79,24 @@ class Node:
         return self.graph.call("div", other, self)
 
     def __pow__(self, exponent: object) -> Node:
-        if not isinstance(exponent, int) or isinstance(exponent, bool) or exponent < 0:
-            self.fail(f"** takes a whole number as its exponent, got {exponent!r}; write exp({exponent!r} * log(x))")
+        power = python_number(exponent)
+        if isinstance(power, float) and power == 0.5:
+            return self.graph.call("sqrt", self)
+        if isinstance(power, Node):
+            self.fail(
+                "** takes a number, got a term; write exp(y * log(x)), or name the parameter in define(static=...)"
+            )
+        if isinstance(power, bool) or not isinstance(power, int | float):
+            self.fail(f"** takes a whole number or 0.5, got {described(exponent)}")
+        if power % 1 != 0:
+            self.fail(f"** takes a whole number or 0.5, got {power!r}; write exp({power!r} * log(x))")
         result = self.graph.constant(1.0)
-        for _ in range(exponent):
+        for _ in range(abs(int(power))):
             result = result * self
-        return result
+        return result if power >= 0 else 1.0 / result
+
+    def __pos__(self) -> Node:
+        return self
 
     def __neg__(self) -> Node:
         return self.graph.call("neg", self)
@@ -134,22 +146,59 @@ class Node:
     def __float__(self) -> NoReturn:
         self.fail("a term is not a number while the loss is traced; use the functions of fastreward.losses, not math's")
 
-    __int__ = __index__ = __float__
+    __int__ = __index__ = __complex__ = __float__
+
+    def __len__(self) -> NoReturn:
+        self.fail("a term has no length; it stands for one token or one sequence (t.length counts a sequence's tokens)")
 
     def __iter__(self) -> NoReturn:
         self.fail("a term can't be iterated over; it stands for one token or one sequence")
 
+    def __contains__(self, _: object) -> NoReturn:
+        self.fail("a term can't be searched; it stands for one token or one sequence")
+
     def __getitem__(self, _: object) -> NoReturn:
         self.fail("a term can't be indexed; it stands for one token or one sequence")
 
+    def __rpow__(self, base: object) -> NoReturn:
+        self.fail(f"a term can't be an exponent; write exp(x * math.log({base!r}))")
+
+    def __matmul__(self, _: object) -> NoReturn:
+        self.fail("@ is not in the language; a product summed over a sequence is seq_sum(x * y)")
+
+    def __xor__(self, _: object) -> NoReturn:
+        self.fail("^ is not in the language; a power is x ** 2, one condition or the other (a & ~b) | (~a & b)")
+
+    def __round__(self, *_: object) -> NoReturn:
+        self.fail("the language does not round: no round, floor, //, % or divmod; use comparisons, or round an extra")
+
+    __floor__ = __ceil__ = __trunc__ = __floordiv__ = __mod__ = __divmod__ = __round__
+    __rfloordiv__ = __rmod__ = __rdivmod__ = __round__
+    __rmatmul__, __rxor__ = __matmul__, __xor__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(f"{origin()}: a term has no .{name}; {_instead(name)}")
+
     @classmethod
     def __torch_function__(cls, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        name = getattr(function, "__name__", str(function))
-        raise TypeError(f"{_origin()}: torch's {name} does not take terms; use fastreward.losses.{name} if it is there")
+        _refuse_foreign("torch", function, args)
+
+    def __array_function__(self, function: Any, _: Any, args: Any, kwargs: Any) -> NoReturn:
+        _refuse_foreign("NumPy", function, args)
+
+    def __array_ufunc__(self, ufunc: Any, _: str, *inputs: Any, **__: Any) -> Node:
+        if ufunc.__name__ not in _SIGNS or _given(inputs):
+            _refuse_foreign("NumPy", ufunc, inputs)
+        return self.graph.call(_SIGNS[ufunc.__name__], *inputs)  # a NumPy scalar left of a sign
+
+    def __array__(self, *_: object, **__: object) -> NoReturn:
+        self.fail("a term is no array while the loss is traced; use the functions of fastreward.losses, not NumPy's")
 
     def fail(self, message: str) -> NoReturn:
         """Raises a TypeError that names the line of the loss."""
-        raise TypeError(f"{_origin()}: {message}")
+        raise TypeError(f"{origin()}: {message}")
 
     def __repr__(self) -> str:
         from fastreward.losses._show import expression
@@ -191,9 +240,10 @@ class Graph:
             if x.graph is not self:
                 x.fail("terms of two different calls are mixed in one expression")
             return x
-        if isinstance(x, bool | int | float):
+        x = python_number(x)
+        if isinstance(x, int | float):
             return self.constant(x)
-        raise TypeError(f"{_origin()}: expected a term or a number, got {type(x).__name__}")
+        raise TypeError(f"{origin()}: expected a term or a number, got {described(x)}")
 
     def call(self, op: str, *operands: object) -> Node:
         """An elementwise operator on terms and numbers, folded and simplified where that changes nothing."""
@@ -256,7 +306,7 @@ class Graph:
         sides = {a.side for a in args if a.level == Level.TOKEN}
         if len(sides) > 1:
             raise TypeError(
-                f"{_origin()}: {op} mixes chosen and rejected tokens; reduce each side first, as in seq_sum(...)"
+                f"{origin()}: {op} mixes chosen and rejected tokens; reduce each side first, as in seq_sum(...)"
             )
         return sides.pop() if sides else max((a.side for a in args if a.level == Level.ROW), default=0)
 
@@ -303,7 +353,84 @@ def _python(x: Node) -> float:
     return bool(x.value) if x.boolean else x.value
 
 
-def _origin() -> str:
+def python_number(x: Any) -> Any:
+    """`x`; NumPy's scalars and other real numbers as Python's."""
+    if type(x).__module__ == "numpy" and getattr(x, "ndim", None) == 0:
+        x = x.item()
+    return float(x) if isinstance(x, Real) and not isinstance(x, int | float) else x
+
+
+# ------------------------------------------------------------------------------------------------------------ messages
+_EXTRA: Final = "; what the call knows comes as extra={...} and is read by t.extra(...), or is a parameter of the loss"
+_HINTS: Final = {
+    "Tensor": _EXTRA,
+    "ndarray": _EXTRA,
+    "Terms": "; take one of its terms, as in t.logprob",
+    "PairTerms": "; take a term of one side, as in t.chosen.logprob",
+    "Side": "; take one of its terms, as in t.chosen.logprob",
+    "Definition": "; call it with its parameters, then with the terms, as in ppo()(t)",
+    "Loss": "; call it with the terms, as in ppo()(t)",
+}
+#: What NumPy's functions of Python's signs are here.
+_SIGNS: Final = {
+    "add": "add",
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "less": "lt",
+    "less_equal": "le",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "equal": "eq",
+    "not_equal": "ne",
+}
+#: What the methods and functions of arrays are called here.
+_NAMES: Final = {
+    "sum": "seq_sum, group_sum or batch_sum",
+    "mean": "seq_mean, group_mean or batch_mean",
+    "max": "seq_max, group_max or batch_max, of two terms maximum",
+    "min": "seq_min, group_min or batch_min, of two terms minimum",
+    "amax": "seq_max, group_max or batch_max",
+    "amin": "seq_min, group_min or batch_min",
+    "cumsum": "group_cumsum",
+    "logsumexp": "group_logsumexp",
+    "clamp": "clip",
+    "absolute": "abs",
+    "power": "x ** 2 or exp(y * log(x))",
+    "pow": "x ** 2 or exp(y * log(x))",
+    "detach": "stop_gradient",
+    "log_sigmoid": "logsigmoid",
+}
+
+
+def described(x: object) -> str:
+    """What came instead of a term, and what to do about it."""
+    if x is None or isinstance(x, str | bool | int | float):
+        return repr(x)
+    return type(x).__name__ + _HINTS.get(type(x).__name__, "")
+
+
+def _instead(name: str) -> str:
+    from fastreward import losses  # all of it is there by the time that a loss is traced
+
+    if name in losses.__all__:
+        return f"use fastreward.losses.{name}"
+    return f"use {_NAMES[name]}" if name in _NAMES else "help(fastreward.losses) says what there is"
+
+
+def _given(args: Iterable[object]) -> str:
+    """The hint for the first tensor or array among `args`."""
+    arrays = (type(x).__name__ for x in map(python_number, args) if type(x).__name__ in ("Tensor", "ndarray"))
+    return next((_HINTS[name] for name in arrays), "")
+
+
+def _refuse_foreign(library: str, function: Any, args: Iterable[object]) -> NoReturn:
+    name = getattr(function, "__name__", str(function))
+    hint = _given(args) or f"; {_instead(name)}"
+    raise TypeError(f"{origin()}: {library}'s {name} does not take terms{hint}")
+
+
+def origin() -> str:
     """File and line of the innermost caller outside the machinery (its files start with an underscore)."""
     frame = sys._getframe(1)
     while frame.f_back is not None:

@@ -31,11 +31,10 @@ from fastreward.losses._functions import (
 from fastreward.losses._graph import Graph, Level, Node, walk
 from fastreward.losses._ops import SEQ_REDUCTIONS
 from fastreward.losses._program import Program, program, without_stop_gradient
-from fastreward.losses._terms import LOG_RATIO_CLAMP, PairTerms, Terms
+from fastreward.losses._terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, PairTerms, Terms
 
 #: Parameters of a call that are not the loss's own; their values come before its.
 CALL_PARAMETERS: Final = ("call.width", "call.kl_coef", "call.entropy_coef")
-_CLIP_FRACTIONS: Final = ("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,7 @@ class _Key:
 
 
 def terms_read(loss: Loss) -> frozenset[str]:
-    """Names of the terms and extras that the loss depends on, of a preference loss on either side."""
+    """Names of the terms and extras that the loss depends on where a call passes them, of pairs on either side."""
     return _cached_terms(_Key(loss))
 
 
@@ -253,11 +252,14 @@ def _row_weight(graph: Graph, call: PolicyCall) -> Node:
 
 def _check_depends(loss: Loss, value: Node, wanted: Sequence[Node]) -> None:
     """Refuses a loss that no parameter of the model can change, before anything runs."""
-    if all(g is None or (g.op == "constant" and g.value == 0.0) for g in gradients(value, wanted)):
-        raise ValueError(
-            f"{loss.name}: its gradient for {' and '.join(x.name or '' for x in wanted)} is zero everywhere: "
-            "every use of a differentiable term is inside stop_gradient, a comparison or sign()"
-        )
+    if any(g is not None and not (g.op == "constant" and g.value == 0.0) for g in gradients(value, wanted)):
+        return
+    names = " and ".join(dict.fromkeys(x.name or "" for x in wanted))
+    here = {n.id for n in walk([value])}
+    why = "every use is inside stop_gradient, a comparison or sign()"
+    if not any(x.id in here for x in wanted):
+        why = f"the loss does not depend on {names}"
+    raise ValueError(f"{loss.definition.place}: its gradient for {names} is zero everywhere: {why}")
 
 
 def _policy_metrics(t: Terms, levels: Mapping[str, Level]) -> dict[str, Node]:
@@ -270,7 +272,7 @@ def _policy_metrics(t: Terms, levels: Mapping[str, Level]) -> dict[str, Node]:
     gap = clip(t.ref_logprob - t.logprob, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP) if "ref_logprob" in levels else None
     some = where(counted, 1.0, 0.0)
     values = {
-        **{name: t.reports.get(name, zero) for name in _CLIP_FRACTIONS},
+        **{name: t.reports.get(name, zero) for name in CLIP_FRACTIONS},
         "kl_old_k1": -log_ratio,
         "kl_old_k3": ratio - log_ratio - some,
         "kl_ref_k1": zero if gap is None else -batch_mean(gap),
@@ -365,7 +367,9 @@ def _cached_pair(key: _Key, call: PairCall) -> Objective:
     t = PairTerms(graph, dict(call.levels), (dict(call.sides[0]), dict(call.sides[1])))
     value = key.loss.trace(t)
     if value.level == Level.TOKEN:
-        raise ValueError(f"{key.loss.name}: expected a loss per pair, got one per token; reduce it, as in seq_sum(...)")
+        raise ValueError(
+            f"{key.loss.definition.place}: expected a loss per pair, got one per token; reduce it, as in seq_sum(...)"
+        )
     if call.weights:
         value = value * graph.input("call.weights", Level.ROW)
     wanted = [t.chosen.logprob, t.rejected.logprob]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fastreward.losses._derivative import gradients
 from fastreward.losses._graph import Graph, Level, Node, walk
 from fastreward.losses._ops import OPS
-from fastreward.losses._terms import PairTerms, Terms
+from fastreward.losses._terms import PairTerms, Side, Terms
 
 if TYPE_CHECKING:
     from fastreward.losses._define import Loss
@@ -31,7 +31,17 @@ def show(loss: Loss) -> str:
     wanted = [t.chosen.logprob, t.rejected.logprob] if isinstance(t, PairTerms) else [t.logprob, t.entropy]
     named = [("loss", value), *_derivatives(value, wanted)]
     given = ", ".join(f"{k}={'[B]' if k in loss.tensors else repr(v)}" for k, v in loss.parameters.items())
-    return "\n".join([f"{loss.name}({given})", *("  " + line for line in assignments(named))])
+    return "\n".join([f"{loss.name}({given}){_assumed(t)}", *("  " + line for line in assignments(named))])
+
+
+def _assumed(t: Terms | PairTerms) -> str:
+    """The terms that the loss does without where they are not passed."""
+    asked = {prefix + name for side, prefix in zip(_sides(t), ("", *_SIDES), strict=False) for name in side.asked}
+    return f" where {', '.join(sorted(asked))} {'is' if len(asked) == 1 else 'are'} passed" if asked else ""
+
+
+def _sides(t: Terms | PairTerms) -> tuple[Terms | PairTerms | Side, ...]:
+    return (t, t.chosen, t.rejected) if isinstance(t, PairTerms) else (t,)
 
 
 def assignments(named: Iterable[tuple[str, Node]]) -> list[str]:

@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Final, Literal, NoReturn
 
+from fastreward._layout import METRICS, PAIR_METRICS
 from fastreward.losses._functions import batch_mean, clip, exp
-from fastreward.losses._graph import Graph, Level, Node
+from fastreward.losses._graph import Graph, Level, Node, origin
 
 #: The log-ratio is clamped to +- this before t.ratio exponentiates it (verl's and OpenRLHF's bound).
 LOG_RATIO_CLAMP: Final = 20.0
@@ -26,53 +27,71 @@ _PAIR_SOURCES: Final = {
     "ref_logprob": "ref_{side}_logprobs",
     "weight": "{side}_weights",
 }
+#: What a call gives beside extras, of a pair on each side.
+TERMS: Final = tuple(_SOURCES)
+PAIR_TERMS: Final = tuple(_PAIR_SOURCES)
 _SIDES: Final = ("chosen", "rejected")
+_PER: Final = {Level.TOKEN: "token", Level.ROW: "sequence", Level.BATCH: "batch"}
+#: Metrics of every policy loss that the losses themselves report.
+CLIP_FRACTIONS: Final = ("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual")
 
 
 class _Inputs:
-    """What a call passes: inputs of the graph by name, with the level of each."""
+    """What a call passes: inputs of the graph by name, with the level of each.
+
+    levels: None where there is no call yet: whatever the loss reads is there, at its usual level.
+    """
 
     def __init__(self, graph: Graph, levels: Mapping[str, Level] | None, side: int, sources: Mapping[str, str]) -> None:
         self.graph = graph
-        self._levels = levels  # None: whatever the loss asks for, at its usual level
+        self._levels = levels
         self._side = side
         self._named = sources
+        self.asked: set[str] = set()  # names that `has` was asked for
 
     def _input(self, name: str, usual: Level) -> Node:
         full = self._named.get(name, f'extra={{"{name}": ...}}').replace("{side}", _SIDES[self._side])
         level = usual
         if self._levels is not None:
             if name not in self._levels:
-                raise ValueError(f"{_where()}: the loss reads the term {name!r}, which was not passed; pass {full}")
+                raise ValueError(f"{origin()}: the loss reads the term {name!r}, which was not passed; pass {full}")
             level = self._levels[name]
         if level > usual:
-            raise ValueError(f"{full}: the loss reads {name!r} once per sequence, got a value per token")
+            raise ValueError(
+                f"{full}: the loss reads {name!r} once per {_PER[usual]} ({origin()}), got a value per {_PER[level]}"
+            )
         return self.graph.input(name, level, self._side)
 
     def extra(self, name: str, per: Literal["token", "sequence", "batch"] = "token") -> Node:
         """What the caller passes as extra={name: tensor}: a constant per token, per sequence or for the whole batch."""
         levels = {"token": Level.TOKEN, "sequence": Level.ROW, "batch": Level.BATCH}
         if per not in levels:
-            raise ValueError(f"extra: per: expected 'token', 'sequence' or 'batch', got {per!r}")
+            raise ValueError(f"{origin()}: extra: per: expected 'token', 'sequence' or 'batch', got {per!r}")
         return self._input(name, levels[per])
 
     def has(self, name: str) -> bool:
-        """Whether the call passes this term or extra: an ordinary bool, known while the loss is traced."""
-        return self._levels is not None and name in self._levels
+        """Whether the call passes this term or extra: an ordinary bool, known while the loss is traced.
+
+        True in print(loss), loss.source(...) and loss.reads(...), where nothing is passed yet.
+        """
+        self.asked.add(name)
+        return self._levels is None or name in self._levels
 
     def _unknown(self, name: str, known: list[str]) -> NoReturn:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean t.{near[0]}?)" if near else ""
         raise AttributeError(
-            f"{_where()}: no term {name!r}{hint}; there are {', '.join(known)}, "
+            f"{origin()}: no term {name!r}{hint}; there are {', '.join(known)}, "
             f"and t.extra({name!r}) for one of your own"
         )
 
 
-def _where() -> str:
-    from fastreward.losses._graph import _origin
-
-    return _origin()
+def _reported(graph: Graph, values: Mapping[str, Node], reserved: tuple[str, ...]) -> dict[str, Node]:
+    """The means of what a loss reports, unless they have the name of a metric that is always there."""
+    for name in values:
+        if name in reserved:
+            raise ValueError(f"{origin()}: report: {name!r} is a metric of every loss already; choose another name")
+    return {name: batch_mean(graph.node(value)) for name, value in values.items()}
 
 
 class Terms(_Inputs):
@@ -106,8 +125,7 @@ class Terms(_Inputs):
 
     def report(self, **values: Node) -> None:
         """Adds metrics: the mean of each value over the counted tokens, of a sequence's over the sequences."""
-        for name, value in values.items():
-            self.reports[name] = batch_mean(self.graph.node(value))
+        self.reports |= _reported(self.graph, values, tuple(n for n in METRICS if n not in CLIP_FRACTIONS))
 
     def __getattr__(self, name: str) -> Node:
         if name.startswith("_") or name not in _SOURCES:
@@ -162,13 +180,14 @@ class PairTerms(_Inputs):
     def extra(self, name: str, per: Literal["token", "sequence", "batch"] = "sequence") -> Node:
         """What the caller passes as extra={name: tensor [pairs]}."""
         if per == "token":
-            raise ValueError("extra: per-token extras belong to a side: t.chosen.extra(...) or t.rejected.extra(...)")
+            raise ValueError(
+                f"{origin()}: extra: per-token extras belong to a side: t.chosen.extra(...) or t.rejected.extra(...)"
+            )
         return super().extra(name, per)
 
     def report(self, **values: Node) -> None:
         """Adds metrics: the mean of each value over the pairs."""
-        for name, value in values.items():
-            self.reports[name] = batch_mean(self.graph.node(value))
+        self.reports |= _reported(self.graph, values, PAIR_METRICS)
 
     def __getattr__(self, name: str) -> NoReturn:
         self._unknown(name, list(self.NAMES))

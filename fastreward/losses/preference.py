@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastreward import _check
+from fastreward.losses._checks import PAIR_RULES, RULES, Rule, apply, check_pair
 from fastreward.losses._define import define
 from fastreward.losses._functions import (
     abs,
@@ -94,20 +95,6 @@ def _report(t: PairTerms, reward_w: Node, reward_l: Node) -> None:
         reward_margin=reward_w - reward_l,
         reward_accuracy=reward_w > reward_l,
     )
-
-
-def _check_number(name: str, value: float, good: bool, expected: str) -> None:
-    if not good:
-        raise ValueError(f"{name}: expected {expected}, got {value}")
-
-
-def _check_beta(beta: float, **_: object) -> None:
-    _check_number("beta", beta, beta > 0, "a positive number")
-
-
-def _check_smoothing(beta: float, label_smoothing: float, **_: object) -> None:
-    _check_beta(beta)
-    _check_number("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "a number in [0, 1)")
 
 
 # ---------------------------------------------------------------------------------------------------------------- DPO
@@ -191,28 +178,30 @@ _VARIANTS: Final[dict[str, Callable[[_Scores], Node]]] = {
 }
 
 
+#: What a variant asks of the smoothing besides.
+_SMOOTHING: Final[dict[str, dict[str, Rule]]] = {
+    "robust": {"label_smoothing": (lambda x: x < 0.5, "a number below 0.5 for 'robust'")},
+    "exo_pair": {"label_smoothing": (lambda x: x > 0, "a number above 0 (EXO: 1e-3)")},
+}
+
+
 def _check_dpo(
-    beta: float,
     label_smoothing: float,
     variant: str,
     f_divergence: str,
-    discopop_tau: float,
     length_normalize: bool,
     wpo: bool,
-    **_: object,
+    **others: Any,
 ) -> None:
-    _check_smoothing(beta, label_smoothing)
-    _check_number("discopop_tau", discopop_tau, discopop_tau > 0, "a positive number")
     _check.choice("variant", variant, tuple(_VARIANTS))
-    _check.choice("f_divergence", f_divergence, ("reverse_kl", "forward_kl", "js", "alpha"))
+    _check.choice("f_divergence", f_divergence, get_args(FDivergence))
+    smoothing = {"label_smoothing": label_smoothing}
+    check_pair(**smoothing, **others)
+    apply(_SMOOTHING.get(variant, {}), smoothing)
     if f_divergence != "reverse_kl" and variant not in _DIFFERENCE:
         raise ValueError(f"f_divergence: {f_divergence!r} goes with {', '.join(_DIFFERENCE)}, got variant {variant!r}")
     if label_smoothing and variant not in _SMOOTHED:
         raise ValueError(f"label_smoothing: taken by {', '.join(_SMOOTHED)}, got variant {variant!r}")
-    if variant == "robust":
-        _check_number("label_smoothing", label_smoothing, label_smoothing < 0.5, "a number below 0.5 for 'robust'")
-    if variant == "exo_pair":
-        _check_number("label_smoothing", label_smoothing, label_smoothing > 0, "a number above 0 (EXO: 1e-3)")
     if length_normalize and variant in ("ipo", "sigmoid_norm", "sft", *_SORTED):
         raise ValueError(f"length_normalize: {variant} divides by lengths itself or not at all")
     if wpo and variant in _SORTED:
@@ -283,7 +272,6 @@ def dpo(
         s = _weighted_sum(side, side.log_ratio)
         return s / maximum(side.length, 1.0) if length_normalize else s
 
-    _check.choice("variant", variant, tuple(_VARIANTS))  # once more: parameters that are tensors go unchecked
     graph = t.graph
     if variant == "sft" and not t.chosen.has("ref_logprob"):  # needs no reference, and has no rewards then
         loss = _batch_nll(t)
@@ -301,7 +289,7 @@ def ld_dpo_weights(chosen_mask: Tensor, rejected_mask: Tensor, ld_alpha: float) 
 
     1 up to the shorter response's length, ld_alpha beyond (arXiv 2409.06411; code: TRL 1.16.0 dpo_trainer.py).
     """
-    _check_number("ld_alpha", ld_alpha, 0 <= ld_alpha <= 1, "a number in [0, 1]")
+    check_pair(ld_alpha=ld_alpha)
     chosen, rejected = chosen_mask != 0, rejected_mask != 0
     shorter = torch.minimum(chosen.sum(-1), rejected.sum(-1)).unsqueeze(-1)
 
@@ -313,9 +301,9 @@ def ld_dpo_weights(chosen_mask: Tensor, rejected_mask: Tensor, ld_alpha: float) 
 
 
 # -------------------------------------------------------------------------------------------------- without reference
-def _check_simpo(beta: float, label_smoothing: float, variant: str, **_: object) -> None:
-    _check_smoothing(beta, label_smoothing)
+def _check_simpo(label_smoothing: float, variant: str, **others: Any) -> None:
     _check.choice("variant", variant, ("sigmoid", "hinge"))
+    check_pair(label_smoothing=label_smoothing, **others)
     if label_smoothing and variant == "hinge":
         raise ValueError("label_smoothing: taken by sigmoid, got variant 'hinge'")
 
@@ -348,7 +336,7 @@ def simpo(
 
 
 # ------------------------------------------------------------------------------------------------- DPO with more terms
-@define(pairs=True, aggregation="mean", check=_check_beta)
+@define(pairs=True, aggregation="mean", check=check_pair)
 def rpo(t: PairTerms, beta: float = 0.05, eta: float = 0.005) -> Node:
     """RPO (arXiv 2405.16436): DPO - eta beta sum_t logprob of the chosen response, not divided by its length.
 
@@ -361,7 +349,7 @@ def rpo(t: PairTerms, beta: float = 0.05, eta: float = 0.005) -> Node:
     return -logsigmoid(beta * (s_w - s_l)) - eta * beta * seq_sum(t.chosen.logprob)
 
 
-@define(pairs=True, aggregation="mean", check=_check_smoothing)
+@define(pairs=True, aggregation="mean", check=check_pair)
 def cdpo(t: PairTerms, beta: float = 0.1, label_smoothing: float = 0.1) -> Node:
     """Conservative DPO: -(1 - e) logsigmoid(z) - e logsigmoid(-z), e = label_smoothing, z as in dpo.
 
@@ -373,7 +361,7 @@ def cdpo(t: PairTerms, beta: float = 0.1, label_smoothing: float = 0.1) -> Node:
     return _soft_label(beta * (s_w - s_l), label_smoothing)
 
 
-@define(pairs=True, aggregation="mean", check=_check_beta)
+@define(pairs=True, aggregation="mean", check=check_pair)
 def cream(t: PairTerms, beta: float = 0.1) -> Node:
     """CREAM (arXiv 2410.12735): cDPO whose label c is the consistency of two rankings: -c logsigmoid(z) - (1 - c)
     logsigmoid(-z).
@@ -386,7 +374,7 @@ def cream(t: PairTerms, beta: float = 0.1) -> Node:
     return _soft_label(beta * (s_w - s_l), 1.0 - t.extra("consistency"))
 
 
-@define(pairs=True, aggregation="mean", check=_check_beta)
+@define(pairs=True, aggregation="mean", check=check_pair)
 def dno(t: PairTerms, beta: float = 0.1) -> Node:
     """DNO (arXiv 2404.03715): cDPO with label sigmoid(r_w - r_l), r the expected win rate against the current policy.
 
@@ -400,7 +388,7 @@ def dno(t: PairTerms, beta: float = 0.1) -> Node:
     return _soft_label(beta * (s_w - s_l), 1.0 - label)
 
 
-@define(pairs=True, aggregation="mean", check=_check_smoothing)
+@define(pairs=True, aggregation="mean", check=check_pair)
 def mm_dpo(
     t: PairTerms,
     beta: float = 0.1,
@@ -436,7 +424,7 @@ def mm_dpo(
     return _soft_label(scaled * d, label_smoothing) + sft_weight * _batch_nll(t)
 
 
-@define(pairs=True, aggregation="mean", check=_check_beta)
+@define(pairs=True, aggregation="mean", check=check_pair)
 def sppo(t: PairTerms, beta: float = 1e-3) -> Node:
     """SPPO (arXiv 2405.00675): ((S_w - (P_w - 1/2) / beta)^2 + (S_l - (P_l - 1/2) / beta)^2) / 2; 1 / beta is eta.
 
@@ -446,7 +434,7 @@ def sppo(t: PairTerms, beta: float = 1e-3) -> Node:
     return _regression(t, beta, t.extra("win_rate_chosen") - 0.5, t.extra("win_rate_rejected") - 0.5)
 
 
-@define(pairs=True, aggregation="mean", check=_check_beta)
+@define(pairs=True, aggregation="mean", check=check_pair)
 def gpo(t: PairTerms, beta: float = 1e-3) -> Node:
     """GPO (General Preference Modeling, arXiv 2410.02197): SPPO's regression with a preference score as its target:
     ((S_w - s_w / beta)^2 + (S_l - s_l / beta)^2) / 2.
@@ -463,7 +451,7 @@ def _regression(t: PairTerms, beta: float, target_w: Node, target_l: Node) -> No
     return 0.5 * ((s_w - target_w / beta) ** 2 + (s_l - target_l / beta) ** 2)
 
 
-@define(pairs=True, aggregation="mean", check=_check_smoothing)
+@define(pairs=True, aggregation="mean", check=check_pair)
 def mah_dpo(t: PairTerms, beta: float = 0.1, label_smoothing: float = 0.0) -> Node:
     """MAH-DPO: one head per reward dimension; the loss is the mean over the present dimensions of each one's mean DPO
     loss.
@@ -479,7 +467,15 @@ def mah_dpo(t: PairTerms, beta: float = 0.1, label_smoothing: float = 0.0) -> No
     return balance * _soft_label(beta * (s_w - s_l), label_smoothing)
 
 
-@define(pairs=True, aggregation="mean", check=_check_beta)
+_ALPHA = {**PAIR_RULES, "alpha": RULES["kl_coef"]}  # dpo's, of the f-divergence, may be any number
+
+
+def _check_alpha(base: str = "dpo", **parameters: Any) -> None:
+    _check.choice("base", base, ("dpo", "simpo"))
+    apply(_ALPHA, parameters)
+
+
+@define(pairs=True, aggregation="mean", check=_check_alpha)
 def tgdpo(t: PairTerms, alpha: float = 0.5, beta: float = 0.1) -> Node:
     """TGDPO (arXiv 2506.14574): -logsigmoid(Z_w - Z_l), Z = sum_t beta (1 +- alpha beta rho_t) (logprob - ref_logprob).
 
@@ -497,12 +493,7 @@ def tgdpo(t: PairTerms, alpha: float = 0.5, beta: float = 0.1) -> Node:
     return -logsigmoid(z_w - z_l)
 
 
-def _check_treg(beta: float, base: str, **_: object) -> None:
-    _check_beta(beta)
-    _check.choice("base", base, ("dpo", "simpo"))
-
-
-@define(pairs=True, aggregation="mean", check=_check_treg)
+@define(pairs=True, aggregation="mean", check=_check_alpha)
 def treg(t: PairTerms, alpha: float = 0.25, beta: float = 0.1, *, base: str = "dpo", gamma: float = 1.0) -> Node:
     """T-REG (arXiv 2412.02685): DPO + alpha w (REG_w + REG_l), which pulls implicit token rewards to given ones.
 

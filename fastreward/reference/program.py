@@ -65,6 +65,7 @@ class Values:
         self._inputs, self._masks, self._groups, self._scalars = inputs, masks, groups, scalars or {}
         self._dtype = dtype
         self._known: dict[int, Tensor] = {}
+        self._rows = torch.stack([mask.any(-1, keepdim=True) for mask in masks]).any(0)  # that count
 
     def set(self, node: Any, value: float) -> None:
         """Gives a SCALAR node its value; of a condition 1 or 0."""
@@ -106,8 +107,17 @@ class Values:
             return x[out].unsqueeze(-1)
         if node.op.startswith("batch_"):
             return _reduce(node.op, args[0].expand(self._masks[0].shape[0], 1)).reshape(1, 1)
-        result: Tensor = _ELEMENTWISE[node.op](*args)
-        return result
+        return self._elementwise(node, args)
+
+    def _elementwise(self, node: Any, args: Sequence[Tensor]) -> Tensor:
+        """The operator; what does not count keeps its value and gets no gradient, where autograd's 0 * inf is NaN."""
+        operator = _ELEMENTWISE[node.op]
+        if node.level < 2 or not any(x.requires_grad for x in args):
+            result: Tensor = operator(*args)
+            return result
+        counted = self._masks[node.side] if node.level == 3 else self._rows
+        value = operator(*(x.detach() for x in args))
+        return torch.where(counted, operator(*(torch.where(counted, x, torch.ones_like(x)) for x in args)), value)
 
     def _input(self, node: Any) -> Tensor:
         x = self._inputs[node.name, node.side].to(self._dtype)
@@ -209,7 +219,7 @@ def scale(saved: Tensor, row_weight: Tensor | None, grad_loss: Tensor, tokens: A
 
 
 def spread(row_values: Tensor, grad_loss: Tensor, tokens: Any) -> Tensor:
-    """row_values of the token's row * grad_loss on counted tokens, 0 elsewhere."""
+    """row_values of the token's row * grad_loss on counted tokens, 0 elsewhere; a 0 stays 0."""
     rows = _Rows(tokens, [row_values])
-    values = (row_values.double() * grad_loss.double()).unsqueeze(-1)
+    values = torch.where(row_values == 0, 0.0, row_values.double() * grad_loss.double()).unsqueeze(-1)
     return rows.flat(torch.where(rows.counted, values, 0.0)).float()

@@ -9,7 +9,7 @@ from typing import Any
 import program_checks as checks
 import pytest
 import torch
-from fastreward.kernels import _program_module, program
+from fastreward.kernels import _launch, _program_module, program
 from fastreward.kernels._program_source import generate
 
 from fastreward import losses
@@ -83,6 +83,38 @@ def test_launches() -> None:
     assert wanted.items() <= counts.items()
 
 
+def test_a_counter_belongs_to_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for all its launches, and none where no launch has a last program: a kept one may lie in a graph's memory."""
+    made, fresh = [], program.arrival_counter
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        made.append(fresh(x))
+        return made[-1]
+
+    monkeypatch.setattr(program, "arrival_counter", counted)
+    named = checks.PROGRAMS["jepo"]()
+    assert len(generate(named.program).launches) == 2
+    for _ in range(2):
+        program.run(named.program, *checks.make_call(named, 3, 9).on("cpu"))
+    assert len(made) == len({x.data_ptr() for x in made}) == 2
+
+
+def test_masks_are_bytes() -> None:
+    """One type for the compiler: those of one byte are looked at as they are, others converted."""
+    for dtype in (torch.bool, torch.uint8, torch.int8):
+        mask = torch.tensor([0, 1, 1], dtype=dtype)
+        assert _launch.mask_bytes(mask).data_ptr() == mask.data_ptr()
+    for mask in (
+        torch.tensor([0, 1 << 40, -1]),
+        torch.tensor([-0.0, 0.25, torch.inf]),
+        torch.tensor([False, True, True]),
+    ):
+        found = _launch.mask_bytes(mask)
+        assert found.dtype == torch.uint8
+        assert (found != 0).tolist() == [False, True, True]
+    assert _launch.mask_bytes(None) is None
+
+
 def test_prologue() -> None:
     named = checks.prologue_program()
     assert [launch.kernel for launch in generate(named.program).launches] == ["sequences_0", "tokens_1"]
@@ -105,6 +137,7 @@ def test_backward(packed: bool) -> None:
         checks.check_backward(program, "cpu", checks.make_call(named, 4, 33, mask=mask, packed=packed, seed=seed))
     for rows, width in ((2, 1500), (0, 3)):
         checks.check_backward(program, "cpu", checks.make_call(named, rows, width, packed=packed))
+    checks.check_overflow(program, "cpu")
 
 
 def test_reductions_of_groups_of_any_number_and_size() -> None:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import public_checks
+import public_loss_checks
 import pytest
 import torch
 
 import fastreward as fr
+from fastreward import losses
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -43,3 +45,27 @@ def test_group_and_whiten() -> None:
 
 def test_messages() -> None:
     public_checks.check_messages("cpu")
+
+
+@pytest.mark.parametrize("name", public_loss_checks.LOSSES)
+def test_logits_policy_loss(name: str) -> None:
+    for in_one_row in (False, True):
+        public_loss_checks.check_logits_policy_loss("cpu", name, torch.float32, in_one_row=in_one_row)
+    public_loss_checks.check_logits_policy_loss("cpu", name, torch.float16, in_place=True)
+
+
+@pytest.mark.parametrize("name", ["ppo", "gspo"])
+def test_linear_policy_loss(name: str) -> None:
+    public_loss_checks.check_linear_policy_loss("cpu", name)
+
+
+@pytest.mark.parametrize("loss", [losses.dpo(label_smoothing=0.1), losses.dpo(variant="aot")], ids=["dpo", "aot"])
+def test_preference_loss(loss: losses.Loss) -> None:
+    for in_one_row in (False, True):
+        public_loss_checks.check_preference_loss("cpu", loss, in_one_row=in_one_row)
+
+
+@pytest.mark.parametrize(("mode", "level"), [("truncate", "token"), ("mask", "sequence"), ("icepop", "geometric")])
+def test_correction_weights(mode: str, level: str) -> None:
+    for in_one_row in (False, True):
+        public_loss_checks.check_correction("cpu", mode, level, in_one_row=in_one_row)
