@@ -21,6 +21,7 @@ SHAPE = (1024, 2048)  # pairs, tokens of each side: 4M tokens
 QUICK = (64, 256)
 
 _BETA = 0.1
+_DPO = losses.dpo(beta=_BETA)
 
 Tensors = tuple[Tensor, ...]
 
@@ -87,7 +88,7 @@ def _ours(chosen: Tensor, rejected: Tensor, ref_c: Tensor, ref_r: Tensor, mask_c
     leaves = [x.detach().requires_grad_() for x in (chosen, rejected)]
     out = fastreward.preference_loss(
         *leaves,
-        loss=losses.dpo(beta=_BETA),
+        loss=_DPO,
         ref_chosen_logprobs=ref_c,
         ref_rejected_logprobs=ref_r,
         chosen_mask=mask_c,

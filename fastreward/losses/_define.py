@@ -291,11 +291,13 @@ class Loss:
         return self._gradient_plans[call]
 
     def _pair_plan(self, _: str, *call: Any) -> Plan:
-        from fastreward._program_op import register
-        from fastreward.losses._objective import PairCall, pair_objective
+        if call not in self._plans:
+            from fastreward._program_op import register
+            from fastreward.losses._objective import PairCall, pair_objective
 
-        objective = pair_objective(self, PairCall(*call))
-        return register(objective), objective.inputs, objective.metrics, objective.program.groups
+            o = pair_objective(self, PairCall(*call))
+            self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
+        return self._plans[call]
 
     def terms(self) -> Terms | PairTerms:
         """Terms on a fresh graph, where everything a caller may pass is there."""
