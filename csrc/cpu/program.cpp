@@ -5,6 +5,7 @@
 // outputs, with the aggregation's weights already in them, so that backward with an upstream gradient of 1 is free.
 #include "cpu/program.hpp"
 
+#include "cpu/program_frame.hpp"
 #include "cpu/program_items.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
@@ -37,7 +38,7 @@ void write_results(const ProgramCall& call, const RowValues& values) {
   for (int k = 0; k < code.batch.size; ++k) call.batch[k] = static_cast<float>(values.numbers[code.batch[k]]);
 }
 
-// f(row, first token, tokens, mask bytes or nullptr) for pieces of the rows.
+// f(row, first token, tokens, mask bytes or nullptr, whether to write past the caches) for pieces of the rows.
 template <class F>
 void for_pieces(const ProgramTokens& t, int threads, const F& f) {
   const ProgramTokens unmasked{t.rows, t.columns, t.cu_seqlens, {}};
@@ -46,17 +47,30 @@ void for_pieces(const ProgramTokens& t, int threads, const F& f) {
     const ProgramTokens& tokens;
     const Items& items;
     const F& f;
+    bool large;
     std::uint8_t bytes[kProgramItem];
     void run(std::int64_t first, std::int64_t last) {
       std::int64_t row = items.row_of(first);
       for (std::int64_t i = first; i < last; ++i) {
         while (items.first(row + 1) <= i) ++row;
         const Item item = items.item(i, row);
-        f(row, item.begin, item.tokens, mask_block(tokens.mask, item.begin, item.tokens, bytes));
+        f(row, item.begin, item.tokens, mask_block(tokens.mask, item.begin, item.tokens, bytes), large);
       }
     }
   };
-  for_chunks(items.count(), threads, [&] { return Worker{t, items, f, {}}; });
+  const bool large = past_caches(t);
+  for_chunks(items.count(), threads, [&] { return Worker{t, items, f, large, {}}; });
+}
+
+// Vectors whole(i), and rest(i) for what is left. What goes past the caches, for_chunks fences.
+template <class Whole, class Rest>
+void write_piece(float* to, int n, bool large, const Whole& whole, const Rest& rest) {
+  int i = 0;
+  if (large && on_vectors(reinterpret_cast<const char*>(to)))
+    for (; i + kF32 <= n; i += kF32) stream(to + i, whole(i));
+  else
+    for (; i + kF32 <= n; i += kF32) store(to + i, whole(i));
+  if (i < n) store_n(to + i, rest(i), n - i);
 }
 
 }  // namespace
@@ -81,27 +95,22 @@ void program_run(const ProgramCall& call) {
 
 void program_scale(const ProgramTokens& t, const float* saved, const float* row_weight, float factor, float* out,
                    int threads) {
-  for_pieces(t, threads, [&](std::int64_t row, std::int64_t begin, int n, const std::uint8_t*) {
+  for_pieces(t, threads, [&](std::int64_t row, std::int64_t begin, int n, const std::uint8_t*, bool large) {
     const F32 zero = f32(0.0f), by = f32(row_weight == nullptr ? factor : row_weight[row] * factor);
     const float* x = saved + begin;
-    float* to = out + begin;
     const auto scaled = [&](F32 v) { return select(v == zero, zero, v * by); };
-    int i = 0;
-    for (; i + kF32 <= n; i += kF32) store(to + i, scaled(load(x + i)));
-    if (i < n) store_n(to + i, scaled(load_n(x + i, n - i, 0.0f)), n - i);
+    const auto whole = [&](int i) { return scaled(load(x + i)); };
+    write_piece(out + begin, n, large, whole, [&](int i) { return scaled(load_n(x + i, n - i, 0.0f)); });
   });
 }
 
 void program_spread(const ProgramTokens& t, const float* row_values, float factor, float* out, int threads) {
-  for_pieces(t, threads, [&](std::int64_t row, std::int64_t begin, int n, const std::uint8_t* bytes) {
-    const F32 value = f32(row_values[row] == 0.0f ? 0.0f : row_values[row] * factor);
-    float* to = out + begin;
-    int i = 0;
-    for (; i + kF32 <= n; i += kF32)
-      store(to + i, bytes == nullptr ? value : select(nonzero(bytes + i), value, f32(0.0f)));
-    if (i == n) return;
-    const M32 counted = bytes == nullptr ? first32(n - i) : nonzero_n(bytes + i, n - i);
-    store_n(to + i, select(counted, value, f32(0.0f)), n - i);
+  for_pieces(t, threads, [&](std::int64_t row, std::int64_t begin, int n, const std::uint8_t* bytes, bool large) {
+    const F32 zero = f32(0.0f), value = f32(row_values[row] == 0.0f ? 0.0f : row_values[row] * factor);
+    const auto whole = [&](int i) { return bytes == nullptr ? value : select(nonzero(bytes + i), value, zero); };
+    write_piece(out + begin, n, large, whole, [&](int i) {
+      return select(bytes == nullptr ? first32(n - i) : nonzero_n(bytes + i, n - i), value, zero);
+    });
   });
 }
 

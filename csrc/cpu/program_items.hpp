@@ -14,6 +14,8 @@ inline std::int64_t length_of(const ProgramTokens& t, std::int64_t row) {
   return t.cu_seqlens == nullptr ? t.columns : t.cu_seqlens[row + 1] - t.cu_seqlens[row];
 }
 inline std::int64_t size_of(const ProgramTokens& t) { return t.rows == 0 ? 0 : begin_of(t, t.rows); }
+// Outputs from 4 MiB on are written past the caches, which saves reading their old lines first.
+inline bool past_caches(const ProgramTokens& t) { return size_of(t) * 4 >= std::int64_t{4} << 20; }
 inline std::int64_t tiles_of(std::int64_t tokens) { return (tokens + kTile - 1) / kTile; }
 
 // One item. words: of its tokens, nullptr: all of them count.

@@ -19,8 +19,6 @@ namespace {
 using namespace simd;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
-// Outputs of this size are written past the caches, which saves reading their old lines first.
-constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
 // Inputs are fetched this many tiles ahead: hardware stops at each 4 KiB page of several streams.
 constexpr int kAhead = 512 / kTile;
 
@@ -265,7 +263,7 @@ bool writes(const TokenStep& step) {
 void run_tokens(const ProgramCall& call, const TokenStep& step, const Items& items, const RowValues& values) {
   const Buffer<double> sums(step.tile.size == 0 ? 0 : items.count() * step.reductions.size);
   if (step.tile.size > 0) {
-    const bool large = writes(step) && size_of(items.tokens()) * 4 >= kStreamBytes;
+    const bool large = writes(step) && past_caches(items.tokens());
     const Pass pass{call, step, values, items, sums.data(), large};
     for_chunks(items.count(), call.threads, [&] { return Worker(pass); });
   }
