@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -197,19 +198,31 @@ def tensors_in(result: Any) -> list[Tensor]:
 
 def _first(contender: Contender, device: str) -> tuple[float, Any]:
     """Wall time of the very first call, compilation and launches included."""
-    start = time.perf_counter()
-    result = contender.call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    with _without_collection():
+        start = time.perf_counter()
+        result = contender.call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, result
 
 
 def _sample(contender: Contender, device: str) -> float:
     gc.collect(0)  # what the last call left behind is not this call's business
     contender.prepare()
-    seconds, result = seconds_of(contender.call, device)
-    del result
+    with _without_collection():
+        seconds, result = seconds_of(contender.call, device)
+        del result
     return seconds
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """As timeit does: a collection that falls into a call takes 0.1 s, and is due to all that was made before."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _cuda_peak(case: Case, contender: Contender) -> int:
