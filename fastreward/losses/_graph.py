@@ -206,6 +206,12 @@ class Node:
         return expression(self)
 
 
+_TOKEN, _ROW = Level.TOKEN, Level.ROW
+#: Which operands of an operator are conditions; of the others none.
+_CONDITIONS: Final = {"where": [True, False, False], "and": [True, True], "or": [True, True], "not": [True]}
+_NUMBERS: Final = [[False] * arity for arity in range(4)]
+
+
 class Graph:
     """Makes nodes."""
 
@@ -247,12 +253,13 @@ class Graph:
 
     def call(self, op: str, *operands: object) -> Node:
         """An elementwise operator on terms and numbers, folded and simplified where that changes nothing."""
-        args = tuple(self.node(x) for x in operands)
+        # A loss makes some hundred of these at its first call: no generators, no tables made anew.
+        args = tuple([self.node(x) for x in operands])
         spec = OPS[op]
-        conditions = {"where": (True, False, False), "and": (True, True), "or": (True, True), "not": (True,)}
-        wanted = conditions.get(op, (False,) * spec.arity)
-        args = tuple(self._as(a, boolean) for a, boolean in zip(args, wanted, strict=True))
-        if all(a.op == "constant" for a in args):
+        wanted = _CONDITIONS.get(op) or _NUMBERS[spec.arity]
+        if [a.boolean for a in args] != wanted:
+            args = tuple(self._as(a, boolean) for a, boolean in zip(args, wanted, strict=True))
+        if [a.op for a in args] == ["constant"] * len(args):
             value = float(spec.python(*(_python(a) for a in args)))
             return self.truth(value) if spec.boolean else self.constant(value)
         simple = _SIMPLIFY[op](self, *args) if op in _SIMPLIFY else None
@@ -262,7 +269,7 @@ class Graph:
 
     def plain(self, op: str, *args: Node) -> Node:
         """The operator on these nodes, not simplified."""
-        level = max(a.level for a in args)
+        level = max([a.level for a in args])
         return self._make(op, args, level, side=self._side(op, args), boolean=OPS[op].boolean)
 
     def reduce(self, op: str, *args: Node, side: int = 0) -> Node:
@@ -303,12 +310,12 @@ class Graph:
         return self.call("where", x, 1.0, 0.0)
 
     def _side(self, op: str, args: tuple[Node, ...]) -> int:
-        sides = {a.side for a in args if a.level == Level.TOKEN}
-        if len(sides) > 1:
+        sides = [a.side for a in args if a.level == _TOKEN]
+        if sides and min(sides) != max(sides):
             raise TypeError(
                 f"{origin()}: {op} mixes chosen and rejected tokens; reduce each side first, as in seq_sum(...)"
             )
-        return sides.pop() if sides else max((a.side for a in args if a.level == Level.ROW), default=0)
+        return sides[0] if sides else max([a.side for a in args if a.level == _ROW], default=0)
 
     def _make(
         self,
@@ -322,7 +329,7 @@ class Graph:
         name: str | None = None,
         key: tuple[object, ...] = (),
     ) -> Node:
-        full = (op, *key, *(a.id for a in args))
+        full = (op, *key, *[a.id for a in args])
         found = self._nodes.get(full)
         if found is None:
             found = self._nodes[full] = Node(self, op, args, level, side, boolean, value, name)
