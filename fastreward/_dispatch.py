@@ -119,7 +119,8 @@ def unavailable(operation: str, name: Backend, device: str) -> str | None:
         return None
     if device != "cuda":
         return "its kernels take CUDA tensors"
-    return cast("str | None", importlib.import_module("fastreward.cuda").missing())
+    generated = _KERNELS.get(operation, operation) in ("program", "logits_policy_loss")
+    return cast("str | None", importlib.import_module("fastreward.cuda").missing(generated))
 
 
 def _default(operation: str, device: str) -> Backend:

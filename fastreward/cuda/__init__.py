@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from fastreward.cuda._launch import Route
@@ -15,14 +17,19 @@ def route() -> Route | None:
     return _route()
 
 
-def missing() -> str | None:
-    """Why these kernels cannot run on this machine, in words; None where they can."""
+def missing(generated: bool = False) -> str | None:
+    """Why these kernels cannot run on this machine, in words; None where they can.
+
+    generated: of kernels that are written at run time (those of losses), for which nvcc's build has none.
+    """
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.version.hip is not None:
         return "this torch is built for ROCm, whose GPUs these kernels do not run on"
     if _route() is None:
         return "the package was built without nvcc and CuPy is not installed (pip install 'fastreward[cuda13]')"
+    if generated and importlib.util.find_spec("cupy") is None:
+        return "losses are compiled at run time through CuPy, which is not installed (pip install 'fastreward[cuda13]')"
     if torch.cuda.get_device_capability() < (8, 0):
         return "they need a GPU of compute capability 8.0 or later"
     return None
