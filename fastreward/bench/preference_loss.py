@@ -58,7 +58,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         inputs=list(data),
         targets=(
             Target("speedup", 1.3, "torch.compile"),
-            Target("speedup", 20.0, "torch eager"),
+            Target("speedup", 2.0, "torch eager"),  # a few passes of sums: the memory's limit is 5 times that
             Target("first_call", 0.02),
         ),
     )
