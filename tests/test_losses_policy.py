@@ -740,7 +740,7 @@ def test_tw_grpo_importance() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: token.ppo(clip_low=1.2), r"clip_low: expected a number in \[0, 1\], got 1.2"),
+        (lambda: token.ppo(clip_low=-0.2), r"clip_low: expected a number >= 0, got -0.2"),
         (lambda: token.ppo(dual_clip=1.0), r"dual_clip: expected None or a number > 1, got 1.0"),
         (lambda: token.ppo(clip_high=math.nan), r"clip_high: expected a number >= 0, got nan"),
         (lambda: token.sapo(tau_pos=0.0), r"tau_pos: expected a positive number, got 0.0"),

@@ -19,7 +19,7 @@ def _one_of(*names: Any) -> Rule:
 
 #: Of policy losses. None is let through: whether a parameter may be None is up to the loss's own signature.
 RULES: Final[dict[str, Rule]] = {
-    "clip_low": _UNIT,
+    "clip_low": _NOT_NEGATIVE,  # from 1 on there is no lower bound; verl's CISPO runs have 10
     "clip_high": _NOT_NEGATIVE,
     "dual_clip": (lambda x: x > 1, "None or a number > 1"),
     "delta": _OPTIONAL,
@@ -32,9 +32,9 @@ RULES: Final[dict[str, Rule]] = {
     "kl_coef": _NOT_NEGATIVE,
     "tau_pos": _POSITIVE,
     "tau_neg": _POSITIVE,
-    "pos_low": _UNIT,
+    "pos_low": _NOT_NEGATIVE,
     "pos_high": _NOT_NEGATIVE,
-    "neg_low": _UNIT,
+    "neg_low": _NOT_NEGATIVE,
     "neg_high": _NOT_NEGATIVE,
     "low": _NOT_NEGATIVE,
     "high": _NOT_NEGATIVE,
