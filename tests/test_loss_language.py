@@ -628,6 +628,6 @@ def test_what_a_loss_returns_and_takes_is_checked() -> None:
     with pytest.raises(TypeError, match=r"as in losses\.ppo"):
         fastreward.policy_loss(*(torch.zeros(1, 1) for _ in range(3)), loss=losses.ppo)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="clip_low"):
-        losses.ppo(clip_low=2.0)
+        losses.ppo(clip_low=-2.0)
     with pytest.raises(ValueError, match="no parameter"):
         define(static=("nothing",))(lambda t: t.logprob)
