@@ -15,12 +15,14 @@ from fastreward.logits_policy_loss import logits_policy_loss
 from fastreward.logprobs import TokenStats, token_logprobs
 from fastreward.policy_loss import policy_loss
 from fastreward.preference_loss import preference_loss
+from fastreward.prefix_tree import PrefixTree
 from fastreward.whiten import whiten
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "PolicyLoss",
+    "PrefixTree",
     "TokenStats",
     "backend",
     "correction_weights",

@@ -29,6 +29,7 @@ OPERATIONS: Final = (
     "correction",
     "group",
     "whiten",
+    "prefix_tree",
 )
 
 #: CUDA C++ kernels that have passed their tests on hardware, and where. Others are experimental: by hand only.
@@ -117,6 +118,8 @@ def unavailable(operation: str, name: Backend, device: str) -> str | None:
         if device == "cpu" and not interpreted():
             return "Triton takes CPU tensors only with TRITON_INTERPRET=1 set before import"
         return None
+    if operation == "prefix_tree":
+        return "there are no CUDA C++ kernels of it; its GPU kernels are Triton's"
     if device != "cuda":
         return "its kernels take CUDA tensors"
     generated = _KERNELS.get(operation, operation) in ("program", "logits_policy_loss")

@@ -69,3 +69,27 @@ PAIR_METRICS: Final = ("pair_count", "chosen_logprob", "rejected_logprob", "chos
 def flags_of(outputs: tuple[str, ...]) -> int:
     """Bit set of the optional statistics that `outputs` asks for (see FLAG)."""
     return sum(bit for name, bit in FLAG.items() if name in outputs)
+
+
+#: Fields of a prefix tree's nodes, rows of `nodes` i64 [F, nodes] (csrc/cpu/prefix_tree.hpp).
+NODES: Final = (
+    "parent",  # -1 for a root
+    "depth",  # nodes above it
+    "edge_start",  # tokens of a sequence before the node's own
+    "edge_length",  # its own tokens, 0 for a root
+    "count",  # sequences that pass through it or end there
+    "first_row",  # the first of them
+    "tout",  # end of its subtree's numbers
+    "token_begin",  # unique tokens of the forest before its own
+    "token_tout",  # the same at the end of its subtree
+    "children",  # child nodes
+    "row_begin",  # its sequences are order[row_begin : row_begin + count]
+    "root",  # root of its group
+)
+#: Fields of its sequences, rows of `rows` i64 [4, B].
+ROWS: Final = (
+    "leaf",  # the node where the sequence ends
+    "order",  # not of row b: the row at place b of the pre-order of leaves, ties in row order
+    "start",  # flat index of its first token
+    "length",  # its tokens
+)

@@ -19,6 +19,11 @@ Center = Literal["none", "mean", "leave-one-out", "length-weighted", "second-max
 Scale = Literal["none", "std", "batch-std", "max", "tensor"]
 Singleton = Literal["zero", "raw", "nan"]
 Normalize = Literal["sum-then-normalize", "normalize-then-sum"]
+TreeOp = Literal["mean", "sum", "max", "min", "logsumexp", "any"]
+Over = Literal["sequences", "children"]
+TreeMode = Literal["td", "sibling", "root", "td+root", "all-ancestors", "depth-weighted"]
+TokenOp = Literal["sum", "mean", "first"]
+Place = Literal["broadcast", "start", "end"]
 
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 PAIR_AGGREGATIONS: tuple[PairAggregation, ...] = get_args(PairAggregation)
@@ -27,6 +32,11 @@ CENTERS: tuple[Center, ...] = ("none", "mean", "leave-one-out", "length-weighted
 SCALES: tuple[Scale, ...] = ("none", "std", "batch-std", "max", "tensor")
 SINGLETONS: tuple[Singleton, ...] = ("zero", "raw", "nan")
 NORMALIZES: tuple[Normalize, ...] = ("sum-then-normalize", "normalize-then-sum")
+TREE_OPS: tuple[TreeOp, ...] = get_args(TreeOp)
+OVERS: tuple[Over, ...] = get_args(Over)
+TREE_MODES: tuple[TreeMode, ...] = get_args(TreeMode)
+TOKEN_OPS: tuple[TokenOp, ...] = get_args(TokenOp)
+PLACES: tuple[Place, ...] = get_args(Place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +50,25 @@ class GroupOptions:
     eps_inside: bool = False
     singleton: Singleton = "zero"
     normalize: Normalize = "sum-then-normalize"
+
+
+@dataclass(frozen=True, slots=True)
+class AggregateOptions:
+    """How the values of sequences become those of the nodes above them."""
+
+    op: TreeOp = "mean"
+    over: Over = "sequences"
+    normalized: bool = False  # logsumexp: of the mean, not of the sum
+    scale: float = 1.0  # logsumexp: log(sum(exp(scale * v))) / scale
+    discount: float = 1.0  # factor per token between a sequence's end and the node's
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageOptions:
+    """What a node is worth, and against what."""
+
+    mode: TreeMode = "td"
+    scale: Literal["std", "none"] = "std"
+    ddof: int = 1
+    eps: float = 1e-6
+    singleton: Literal["zero", "raw"] = "zero"

@@ -12,4 +12,5 @@ PYBIND11_MODULE(_core, m) {
   fastreward::register_logits_policy_loss(m);
   fastreward::register_group(m);
   fastreward::register_whiten(m);
+  fastreward::register_prefix_tree(m);
 }

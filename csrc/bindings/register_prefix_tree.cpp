@@ -1,0 +1,319 @@
+// fastreward._core.prefix_tree_*: addresses to csrc/cpu/prefix_tree.hpp, with the scratch memory that it asks for.
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <tuple>
+
+#include "bindings/registry.hpp"
+#include "common/number_integers.hpp"
+#include "cpu/prefix_tree.hpp"
+
+namespace fastreward {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+std::unique_ptr<T[]> scratch(std::int64_t count) {
+  return std::unique_ptr<T[]>(new T[static_cast<std::size_t>(std::max<std::int64_t>(count, 1))]);
+}
+
+MaskView mask_view(Address data, int kind) { return {pointer<const void>(data), static_cast<MaskKind>(kind)}; }
+
+// (nodes, capacity, size, rows_data, rows, unique tokens)
+using ForestArguments = std::tuple<Address, std::int64_t, std::int64_t, Address, std::int64_t, std::int64_t>;
+
+PrefixForest forest_of(const ForestArguments& a) {
+  PrefixForest f;
+  f.nodes = pointer<std::int64_t>(std::get<0>(a));
+  f.capacity = std::get<1>(a);
+  f.size = std::get<2>(a);
+  f.rows_data = pointer<std::int64_t>(std::get<3>(a));
+  f.rows = std::get<4>(a);
+  f.tokens = std::get<5>(a);
+  return f;
+}
+
+// ------------------------------------------------------------------------------------------------------------- build
+void lengths(Address mask, int kind, Address extents, Address starts, std::int64_t rows, Address out, int threads) {
+  FASTREWARD_DISPATCH(prefix_tree_lengths)(mask_view(mask, kind), pointer<const std::int64_t>(extents),
+                                           pointer<const std::int64_t>(starts), rows, pointer<std::int64_t>(out),
+                                           threads);
+}
+
+void starts(Address mask, int kind, Address extents, std::int64_t rows, Address out, int threads) {
+  FASTREWARD_DISPATCH(prefix_tree_starts)(mask_view(mask, kind), pointer<const std::int64_t>(extents), rows,
+                                          pointer<std::int64_t>(out), threads);
+}
+
+// A forest that has grown and waits to be numbered, once its caller has memory of the right size.
+class Growth {
+ public:
+  // group: any labels, numbered in first-seen order; with ordered_groups they are 0, 1, ... themselves.
+  Growth(Address tokens, bool tokens_i64, Address parent_row, Address branch_position, Address group,
+         bool ordered_groups, Address rows_data, std::int64_t rows, bool compress, int threads) {
+    forest_.rows = rows;
+    forest_.rows_data = pointer<std::int64_t>(rows_data);
+    input_.tokens = pointer<const void>(tokens);
+    input_.tokens_i64 = tokens_i64;
+    input_.parent_row = pointer<const std::int64_t>(parent_row);
+    input_.branch_position = pointer<const std::int64_t>(branch_position);
+    input_.compress = compress;
+    input_.threads = threads;
+    number_groups(pointer<const std::int64_t>(group), ordered_groups);
+    std::int64_t slots = 0;
+    for (std::int64_t g = 0; g < forest_.groups; ++g) slots += prefix_tree_slots(sizes_[g]);
+    const std::int64_t nodes = 2 * rows + forest_.groups;
+    sizes_ = scratch<std::int64_t>(forest_.groups + 1);
+    group_start_ = scratch<std::int64_t>(forest_.groups + 1);
+    token_sizes_ = scratch<std::int64_t>(forest_.groups + 1);
+    members_ = scratch<std::int64_t>(rows);
+    leaves_ = scratch<std::int64_t>(rows);
+    nodes_ = scratch<WorkNode>(nodes);
+    slots_ = scratch<std::int32_t>(slots);
+    numbers_ = scratch<std::int64_t>(nodes);
+    grown_ = FASTREWARD_DISPATCH(prefix_tree_grow)(input_, forest_, views());
+  }
+
+  bool grown() const { return grown_; }
+  std::int64_t size() const { return forest_.size; }
+  std::int64_t groups() const { return forest_.groups; }
+  std::int64_t tokens() const { return forest_.tokens; }
+
+  void number(Address nodes, std::int64_t capacity) {
+    forest_.nodes = pointer<std::int64_t>(nodes);
+    forest_.capacity = capacity;
+    FASTREWARD_DISPATCH(prefix_tree_number)(input_, forest_, views());
+  }
+
+ private:
+  // Sets input_.group and forest_.groups, and leaves each group's rows in sizes_.
+  void number_groups(const std::int64_t* group, bool ordered) {
+    const std::int64_t rows = forest_.rows;
+    if (ordered) {
+      input_.group = group;
+      forest_.groups = rows == 0 ? 0 : *std::max_element(group, group + rows) + 1;
+    } else {
+      group_ = scratch<std::int64_t>(rows);
+      forest_.groups = rows == 0 ? 0 : number_integers(group, rows, group_.get());
+      input_.group = group_.get();
+    }
+    sizes_ = scratch<std::int64_t>(forest_.groups);
+    std::fill_n(sizes_.get(), forest_.groups, 0);
+    for (std::int64_t b = 0; b < rows; ++b) ++sizes_[static_cast<std::size_t>(input_.group[b])];
+  }
+
+  PrefixTreeScratch views() const {
+    PrefixTreeScratch s;
+    s.group_start = group_start_.get();
+    s.members = members_.get();
+    s.sizes = sizes_.get();
+    s.token_sizes = token_sizes_.get();
+    s.leaves = leaves_.get();
+    s.nodes = nodes_.get();
+    s.slots = slots_.get();
+    s.numbers = numbers_.get();
+    return s;
+  }
+
+  PrefixTreeInput input_;
+  PrefixForest forest_;
+  bool grown_ = false;
+  std::unique_ptr<std::int64_t[]> group_, group_start_, members_, sizes_, token_sizes_, leaves_, numbers_;
+  std::unique_ptr<WorkNode[]> nodes_;
+  std::unique_ptr<std::int32_t[]> slots_;
+};
+
+// ------------------------------------------------------------------------------------------------------------ values
+AggregateOptions options_of(int op, bool over_children, bool mean_form, double scale, double discount) {
+  return {static_cast<TreeOp>(op), over_children, mean_form, scale, discount};
+}
+
+void aggregate(const ForestArguments& f, int op, bool over_children, bool mean_form, double scale, double discount,
+               bool f64, Address values, Address weights, Address child_weights, Address out, int threads) {
+  const PrefixForest forest = forest_of(f);
+  const AggregateOptions o = options_of(op, over_children, mean_form, scale, discount);
+  const auto memory = scratch<double>(2 * forest.size);
+  if (f64)
+    FASTREWARD_DISPATCH(prefix_tree_aggregate_f64)(forest, o, pointer<const double>(values),
+                                                   pointer<const double>(weights), pointer<const double>(child_weights),
+                                                   memory.get(), pointer<double>(out), threads);
+  else
+    FASTREWARD_DISPATCH(prefix_tree_aggregate_f32)(forest, o, pointer<const float>(values),
+                                                   pointer<const float>(weights), pointer<const float>(child_weights),
+                                                   memory.get(), pointer<float>(out), threads);
+}
+
+void aggregate_backward(const ForestArguments& f, int op, bool over_children, bool mean_form, double scale,
+                        double discount, bool f64, Address values, Address weights, Address child_weights,
+                        Address grad, Address grad_values, int threads) {
+  const PrefixForest forest = forest_of(f);
+  const AggregateOptions o = options_of(op, over_children, mean_form, scale, discount);
+  const auto memory = scratch<double>(3 * forest.size);
+  if (f64)
+    FASTREWARD_DISPATCH(prefix_tree_aggregate_backward_f64)(
+        forest, o, pointer<const double>(values), pointer<const double>(weights), pointer<const double>(child_weights),
+        pointer<const double>(grad), memory.get(), pointer<double>(grad_values), threads);
+  else
+    FASTREWARD_DISPATCH(prefix_tree_aggregate_backward_f32)(
+        forest, o, pointer<const float>(values), pointer<const float>(weights), pointer<const float>(child_weights),
+        pointer<const float>(grad), memory.get(), pointer<float>(grad_values), threads);
+}
+
+void advantages(const ForestArguments& f, int mode, bool scale_std, bool singleton_raw, int ddof, double eps, bool f64,
+                Address values, Address out, int threads) {
+  const PrefixForest forest = forest_of(f);
+  const AdvantageOptions o = {static_cast<TreeMode>(mode), scale_std, singleton_raw, ddof, eps};
+  const auto memory = scratch<double>(2 * forest.size);
+  if (f64)
+    FASTREWARD_DISPATCH(prefix_tree_advantages_f64)(forest, o, pointer<const double>(values), memory.get(),
+                                                    pointer<double>(out), threads);
+  else
+    FASTREWARD_DISPATCH(prefix_tree_advantages_f32)(forest, o, pointer<const float>(values), memory.get(),
+                                                    pointer<float>(out), threads);
+}
+
+void propagate(const ForestArguments& f, double initial, double low, double high, bool f64, Address scale,
+               Address shift, Address out, int threads) {
+  const PrefixForest forest = forest_of(f);
+  const auto memory = scratch<double>(forest.size);
+  if (f64)
+    FASTREWARD_DISPATCH(prefix_tree_propagate_f64)(forest, pointer<const double>(scale), pointer<const double>(shift),
+                                                   initial, low, high, memory.get(), pointer<double>(out), threads);
+  else
+    FASTREWARD_DISPATCH(prefix_tree_propagate_f32)(forest, pointer<const float>(scale), pointer<const float>(shift),
+                                                   initial, low, high, memory.get(), pointer<float>(out), threads);
+}
+
+void propagate_backward(const ForestArguments& f, double initial, double low, double high, bool f64, Address scale,
+                        Address shift, Address grad, Address grad_scale, Address grad_shift, int threads) {
+  const PrefixForest forest = forest_of(f);
+  const auto memory = scratch<double>(2 * forest.size);
+  if (f64)
+    FASTREWARD_DISPATCH(prefix_tree_propagate_backward_f64)(
+        forest, pointer<const double>(scale), pointer<const double>(shift), initial, low, high,
+        pointer<const double>(grad), memory.get(), pointer<double>(grad_scale), pointer<double>(grad_shift), threads);
+  else
+    FASTREWARD_DISPATCH(prefix_tree_propagate_backward_f32)(
+        forest, pointer<const float>(scale), pointer<const float>(shift), initial, low, high,
+        pointer<const float>(grad), memory.get(), pointer<float>(grad_scale), pointer<float>(grad_shift), threads);
+}
+
+// ------------------------------------------------------------------------------------------------------------ tokens
+TokenSpan span_of(Address extents, Address mask, int kind) {
+  return {pointer<const std::int64_t>(extents), mask_view(mask, kind)};
+}
+
+void spread(const ForestArguments& f, Address extents, Address mask, int kind, int place, bool f64, Address values,
+            Address tokens, int threads) {
+  const TokenSpan span = span_of(extents, mask, kind);
+  if (f64)
+    FASTREWARD_DISPATCH(prefix_tree_spread_f64)(forest_of(f), span, static_cast<TreePlace>(place),
+                                                pointer<const double>(values), pointer<double>(tokens), threads);
+  else
+    FASTREWARD_DISPATCH(prefix_tree_spread_f32)(forest_of(f), span, static_cast<TreePlace>(place),
+                                                pointer<const float>(values), pointer<float>(tokens), threads);
+}
+
+void collect(const ForestArguments& f, Address extents, Address mask, int kind, int place, bool f64, Address tokens,
+             Address values, int threads) {
+  const TokenSpan span = span_of(extents, mask, kind);
+  if (f64)
+    FASTREWARD_DISPATCH(prefix_tree_collect_f64)(forest_of(f), span, static_cast<TreePlace>(place),
+                                                pointer<const double>(tokens), pointer<double>(values), threads);
+  else
+    FASTREWARD_DISPATCH(prefix_tree_collect_f32)(forest_of(f), span, static_cast<TreePlace>(place),
+                                                pointer<const float>(tokens), pointer<float>(values), threads);
+}
+
+void unfold(const ForestArguments& f, Address extents, Address mask, int kind, bool f64, Address unique, Address tokens,
+            int threads) {
+  const TokenSpan span = span_of(extents, mask, kind);
+  if (f64)
+    FASTREWARD_DISPATCH(prefix_tree_unfold_f64)(forest_of(f), span, pointer<const double>(unique),
+                                                pointer<double>(tokens), threads);
+  else
+    FASTREWARD_DISPATCH(prefix_tree_unfold_f32)(forest_of(f), span, pointer<const float>(unique),
+                                                pointer<float>(tokens), threads);
+}
+
+void fold(const ForestArguments& f, Address extents, Address mask, int kind, int op, bool f64, Address tokens,
+          Address unique, int threads) {
+  const TokenSpan span = span_of(extents, mask, kind);
+  if (f64)
+    FASTREWARD_DISPATCH(prefix_tree_fold_f64)(forest_of(f), span, static_cast<TokenOp>(op),
+                                              pointer<const double>(tokens), pointer<double>(unique), threads);
+  else
+    FASTREWARD_DISPATCH(prefix_tree_fold_f32)(forest_of(f), span, static_cast<TokenOp>(op),
+                                              pointer<const float>(tokens), pointer<float>(unique), threads);
+}
+
+void node_of_token(const ForestArguments& f, Address extents, Address out, int threads) {
+  FASTREWARD_DISPATCH(prefix_tree_node_of_token)(forest_of(f), span_of(extents, 0, 0), pointer<std::int32_t>(out),
+                                                 threads);
+}
+
+void unique_of_token(const ForestArguments& f, Address extents, Address out, int threads) {
+  FASTREWARD_DISPATCH(prefix_tree_unique_of_token)(forest_of(f), span_of(extents, 0, 0), pointer<std::int64_t>(out),
+                                                   threads);
+}
+
+// -------------------------------------------------------------------------------------------------------------- pack
+void layout(const ForestArguments& f, Address tokens, bool tokens_i64, Address token_ids, Address position_ids,
+            Address parent, Address tout, Address multiplicity, Address source, int threads) {
+  FASTREWARD_DISPATCH(prefix_tree_layout)(forest_of(f), pointer<const void>(tokens), tokens_i64,
+                                          pointer<std::int64_t>(token_ids), pointer<std::int64_t>(position_ids),
+                                          pointer<std::int64_t>(parent), pointer<std::int64_t>(tout),
+                                          pointer<std::int64_t>(multiplicity), pointer<std::int64_t>(source), threads);
+}
+
+std::int64_t bins(const ForestArguments& f, std::int64_t max_tokens, bool by_rows, Address out) {
+  return FASTREWARD_DISPATCH(prefix_tree_bins)(forest_of(f), max_tokens, by_rows, pointer<std::int64_t>(out));
+}
+
+void blocks(Address tout, std::int64_t tokens, std::int64_t block, Address counts, Address indices, Address full_counts,
+            Address full_indices) {
+  FASTREWARD_DISPATCH(prefix_tree_blocks)(pointer<const std::int64_t>(tout), tokens, block,
+                                          {pointer<std::int32_t>(counts), pointer<std::int32_t>(indices),
+                                           pointer<std::int32_t>(full_counts), pointer<std::int32_t>(full_indices)});
+}
+
+}  // namespace
+
+void register_prefix_tree(pybind11::module_& m) {
+  namespace py = pybind11;
+  using Released = py::call_guard<py::gil_scoped_release>;
+  py::class_<Growth>(m, "PrefixTreeGrowth")
+      .def(py::init<Address, bool, Address, Address, Address, bool, Address, std::int64_t, bool, int>(), Released(),
+           py::arg("tokens"), py::arg("tokens_i64"), py::arg("parent_row"), py::arg("branch_position"),
+           py::arg("group"), py::arg("ordered_groups"), py::arg("rows_data"), py::arg("rows"), py::arg("compress"),
+           py::arg("threads"))
+      .def_property_readonly("grown", &Growth::grown)
+      .def_property_readonly("size", &Growth::size)
+      .def_property_readonly("groups", &Growth::groups)
+      .def_property_readonly("tokens", &Growth::tokens)
+      .def("number", &Growth::number, Released(), py::arg("nodes"), py::arg("capacity"));
+  m.def("prefix_tree_lengths", &lengths, Released());
+  m.def("prefix_tree_starts", &starts, Released());
+  m.def("prefix_tree_aggregate", &aggregate, Released());
+  m.def("prefix_tree_aggregate_backward", &aggregate_backward, Released());
+  m.def("prefix_tree_advantages", &advantages, Released());
+  m.def("prefix_tree_propagate", &propagate, Released());
+  m.def("prefix_tree_propagate_backward", &propagate_backward, Released());
+  m.def("prefix_tree_spread", &spread, Released());
+  m.def("prefix_tree_collect", &collect, Released());
+  m.def("prefix_tree_unfold", &unfold, Released());
+  m.def("prefix_tree_fold", &fold, Released());
+  m.def("prefix_tree_node_of_token", &node_of_token, Released());
+  m.def("prefix_tree_unique_of_token", &unique_of_token, Released());
+  m.def("prefix_tree_layout", &layout, Released());
+  m.def("prefix_tree_bins", &bins, Released());
+  m.def("prefix_tree_blocks", &blocks, Released());
+}
+
+}  // namespace fastreward

@@ -1,0 +1,215 @@
+// Values between the nodes, the unique tokens and the tokens of prefix trees.
+//
+// A sequence is a concatenation of whole edges, so nothing here looks a token's node up: a row is walked from its leaf to
+// the root, and each edge is one run of contiguous memory that is filled, copied or summed. Sums over the rows of a node
+// run in pre-order of their ends, in float64, a block of tokens at a time, so that a token's bits depend on its group
+// alone. Large outputs are written past the caches, which saves reading what is overwritten.
+#include <algorithm>
+
+#include "common/simd.hpp"
+#include "cpu/prefix_tree.hpp"
+
+namespace fastreward::FASTREWARD_ISA {
+namespace {
+
+constexpr std::int64_t kParallelTokens = 1 << 15;
+constexpr int kBlock = 1024;  // tokens whose sums and mask bytes lie in cache together
+
+bool spread_out(const PrefixForest& forest, const TokenSpan& span) {
+  return forest.rows > 1 && span.extents[forest.rows] >= kParallelTokens;
+}
+
+// f(row) for all rows.
+template <class F>
+void for_rows(const PrefixForest& forest, const TokenSpan& span, int threads, F&& f) {
+#pragma omp parallel for num_threads(threads) if (spread_out(forest, span)) schedule(static)
+  for (std::int64_t row = 0; row < forest.rows; ++row) f(row);
+}
+
+// f(node, flat index of the first token of its run, end of the run) for the nodes of a row, from its leaf up.
+template <class F>
+void for_runs(const PrefixForest& forest, std::int64_t row, F&& f) {
+  const std::int64_t* const parent = forest.field(kNodeParent);
+  const std::int64_t* const edge_start = forest.field(kNodeEdgeStart);
+  const std::int64_t* const edge_length = forest.field(kNodeEdgeLength);
+  const std::int64_t start = forest.field(kRowStart)[row];
+  for (std::int64_t n = forest.field(kRowLeaf)[row]; parent[n] >= 0; n = parent[n])
+    f(n, start + edge_start[n], start + edge_start[n] + edge_length[n]);
+}
+
+// f(begin, end, bytes) for the blocks of a run; `bytes` nullptr: all positions count.
+template <class F>
+void for_blocks(const MaskView& mask, std::int64_t begin, std::int64_t end, F&& f) {
+  std::uint8_t block[kBlock];
+  for (std::int64_t i = begin; i < end; i += kBlock) {
+    const int n = static_cast<int>(std::min<std::int64_t>(kBlock, end - i));
+    f(i, i + n, mask_block(mask, i, n, block));
+  }
+}
+
+// out[i] = get(i - begin) where it counts, else `none`; a whole row: what lies outside of its sequence, too.
+template <class Out, class Make>
+void write_tokens(const PrefixForest& forest, const TokenSpan& span, Out none, Out* out, int threads, Make&& make) {
+  for_rows(forest, span, threads, [&](std::int64_t row) {
+    const std::int64_t start = forest.field(kRowStart)[row], end = start + forest.field(kRowLength)[row];
+    std::fill(out + span.extents[row], out + start, none);
+    std::fill(out + end, out + span.extents[row + 1], none);
+    for_runs(forest, row, [&](std::int64_t node, std::int64_t from, std::int64_t to) {
+      const auto get = make(node);
+      for_blocks(span.mask, from, to, [&](std::int64_t i, std::int64_t stop, const std::uint8_t* bytes) {
+        const std::int64_t offset = i - from;
+        Out* const block = out + i;
+        const std::int64_t n = stop - i;
+        if (bytes == nullptr)
+          for (std::int64_t k = 0; k < n; ++k) block[k] = get(offset + k);
+        else
+          for (std::int64_t k = 0; k < n; ++k) block[k] = bytes[k] != 0 ? get(offset + k) : none;
+      });
+    });
+  });
+}
+
+template <class T>
+void spread(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* values, T* tokens,
+            int threads) {
+  if (place == TreePlace::broadcast)
+    return write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node) {
+      const T value = values[node];
+      return [value](std::int64_t) { return value; };
+    });
+  write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node) {
+    const T value = values[node];
+    const std::int64_t at = place == TreePlace::start ? 0 : forest.field(kNodeEdgeLength)[node] - 1;
+    return [value, at](std::int64_t k) { return k == at ? value : T(0); };
+  });
+}
+
+// Sum over the counted tokens of every row that passes through a node.
+template <class T>
+void collect(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* tokens, T* values,
+             int threads) {
+  const std::int64_t* const order = forest.field(kRowOrder);
+  const std::int64_t* const starts = forest.field(kRowStart);
+#pragma omp parallel for num_threads(threads) if (spread_out(forest, span)) schedule(dynamic, 16)
+  for (std::int64_t n = 0; n < forest.size; ++n) {
+    double total = 0.0;
+    const std::int64_t first = forest.field(kNodeRowBegin)[n], last = first + forest.field(kNodeCount)[n];
+    const std::int64_t length = forest.field(kNodeEdgeLength)[n];
+    if (length > 0)
+      for (std::int64_t i = first; i < last; ++i) {
+        const std::int64_t run = starts[order[i]] + forest.field(kNodeEdgeStart)[n];
+        const std::int64_t begin = place == TreePlace::end ? run + length - 1 : run;
+        for_blocks(span.mask, begin, place == TreePlace::start ? run + 1 : run + length,
+                   [&](std::int64_t from, std::int64_t to, const std::uint8_t* bytes) {
+                     double lanes[8] = {};
+                     for (std::int64_t k = 0; k < to - from; ++k)
+                       if (bytes == nullptr || bytes[k] != 0) lanes[k % 8] += static_cast<double>(tokens[from + k]);
+                     for (const double lane : lanes) total += lane;
+                   });
+      }
+    values[n] = static_cast<T>(total);
+  }
+}
+
+// How many of a node's sequences count its token at flat offset `k` of their runs is kept beside the sums.
+template <class T>
+void fold_block(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens, std::int64_t node,
+                std::int64_t offset, int n, T* unique) {
+  const std::int64_t* const order = forest.field(kRowOrder) + forest.field(kNodeRowBegin)[node];
+  const std::int64_t* const starts = forest.field(kRowStart);
+  const std::int64_t count = forest.field(kNodeCount)[node];
+  const std::int64_t position = forest.field(kNodeEdgeStart)[node] + offset;
+  double sums[kBlock] = {};
+  std::int32_t counted[kBlock] = {};
+  std::uint8_t buffer[kBlock];
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t row = op == TokenOp::first && i == 0 ? forest.field(kNodeFirstRow)[node] : order[i];
+    const std::int64_t at = starts[row] + position;
+    const std::uint8_t* const bytes = mask_block(span.mask, at, n, buffer);
+    for (int k = 0; k < n; ++k) {
+      const bool counts = bytes == nullptr || bytes[k] != 0;
+      if (!counts || (op == TokenOp::first && counted[k] != 0)) continue;
+      sums[k] += static_cast<double>(tokens[at + k]);
+      ++counted[k];
+    }
+    if (op == TokenOp::first && bytes == nullptr) break;
+  }
+  for (int k = 0; k < n; ++k)
+    unique[k] = static_cast<T>(op == TokenOp::mean && counted[k] > 1 ? sums[k] / counted[k] : sums[k]);
+}
+
+// One sequence alone has nothing to sum.
+template <class T>
+void fold_copy(const TokenSpan& span, const T* tokens, std::int64_t begin, int n, T* unique) {
+  std::uint8_t buffer[kBlock];
+  const std::uint8_t* const bytes = mask_block(span.mask, begin, n, buffer);
+  if (bytes == nullptr)
+    std::copy_n(tokens + begin, n, unique);
+  else
+    for (int k = 0; k < n; ++k) unique[k] = bytes[k] != 0 ? tokens[begin + k] : T(0);
+}
+
+template <class T>
+void fold(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens, T* unique, int threads) {
+#pragma omp parallel for num_threads(threads) if (spread_out(forest, span)) schedule(dynamic, 16)
+  for (std::int64_t node = 0; node < forest.size; ++node) {
+    const std::int64_t length = forest.field(kNodeEdgeLength)[node];
+    T* const out = unique + forest.field(kNodeTokenBegin)[node];
+    const std::int64_t begin = forest.field(kRowStart)[forest.field(kNodeFirstRow)[node]] + forest.field(kNodeEdgeStart)[node];
+    for (std::int64_t offset = 0; offset < length; offset += kBlock) {
+      const int n = static_cast<int>(std::min<std::int64_t>(kBlock, length - offset));
+      if (forest.field(kNodeCount)[node] == 1)
+        fold_copy(span, tokens, begin + offset, n, out + offset);
+      else
+        fold_block(forest, span, op, tokens, node, offset, n, out + offset);
+    }
+  }
+}
+
+template <class T>
+void unfold(const PrefixForest& forest, const TokenSpan& span, const T* unique, T* tokens, int threads) {
+  write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node) {
+    const T* const from = unique + forest.field(kNodeTokenBegin)[node];
+    return [from](std::int64_t k) { return from[k]; };
+  });
+}
+
+}  // namespace
+
+// --------------------------------------------------------------------------------------------------------- launchers
+void prefix_tree_node_of_token(const PrefixForest& forest, const TokenSpan& span, std::int32_t* out, int threads) {
+  write_tokens(forest, {span.extents, {}}, std::int32_t{-1}, out, threads, [](std::int64_t node) {
+    const auto number = static_cast<std::int32_t>(node);
+    return [number](std::int64_t) { return number; };
+  });
+}
+
+void prefix_tree_unique_of_token(const PrefixForest& forest, const TokenSpan& span, std::int64_t* out, int threads) {
+  write_tokens(forest, {span.extents, {}}, std::int64_t{-1}, out, threads, [&](std::int64_t node) {
+    const std::int64_t begin = forest.field(kNodeTokenBegin)[node];
+    return [begin](std::int64_t k) { return begin + k; };
+  });
+}
+
+#define FASTREWARD_TREE_TOKENS(T, suffix)                                                                           \
+  void prefix_tree_spread_##suffix(const PrefixForest& forest, const TokenSpan& span, TreePlace place,              \
+                                   const T* values, T* tokens, int threads) {                                       \
+    spread(forest, span, place, values, tokens, threads);                                                           \
+  }                                                                                                                 \
+  void prefix_tree_collect_##suffix(const PrefixForest& forest, const TokenSpan& span, TreePlace place,             \
+                                    const T* tokens, T* values, int threads) {                                      \
+    collect(forest, span, place, tokens, values, threads);                                                          \
+  }                                                                                                                 \
+  void prefix_tree_unfold_##suffix(const PrefixForest& forest, const TokenSpan& span, const T* unique, T* tokens,   \
+                                   int threads) {                                                                   \
+    unfold(forest, span, unique, tokens, threads);                                                                  \
+  }                                                                                                                 \
+  void prefix_tree_fold_##suffix(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens,    \
+                                 T* unique, int threads) {                                                          \
+    fold(forest, span, op, tokens, unique, threads);                                                                \
+  }
+FASTREWARD_TREE_TOKENS(float, f32)
+FASTREWARD_TREE_TOKENS(double, f64)
+#undef FASTREWARD_TREE_TOKENS
+
+}  // namespace fastreward::FASTREWARD_ISA

@@ -1,0 +1,320 @@
+// Values on the nodes of prefix trees: aggregates of what lies below, recurrences from the root, and their gradients.
+//
+// Nodes are in pre-order, so a loop from a group's last node to its root meets children before parents, and the loop the
+// other way parents before children: each operation is one or two such loops, with no recursion and no sort. All
+// arithmetic is float64, in an order that a group alone decides: the bits depend neither on the other groups nor on the
+// number of threads.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/prefix_tree.hpp"
+
+namespace fastreward::FASTREWARD_ISA {
+namespace {
+
+constexpr std::int64_t kParallelNodes = 1 << 12;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// f(root, end of its nodes) for every group.
+template <class F>
+void for_groups(const PrefixForest& forest, int threads, F&& f) {
+  const std::int64_t* const tout = forest.field(kNodeTout);
+  const std::int64_t* const root = forest.field(kNodeRoot);
+  if (threads <= 1 || forest.size < kParallelNodes) {
+    for (std::int64_t r = 0; r < forest.size; r = tout[r]) f(r, tout[r]);
+    return;
+  }
+  // Chunks of nodes of about equal length, each begun at the first root in it: no list of roots is needed.
+  const std::int64_t chunks = 8 * static_cast<std::int64_t>(threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (std::int64_t c = 0; c < chunks; ++c) {
+    const std::int64_t begin = forest.size * c / chunks, end = forest.size * (c + 1) / chunks;
+    if (begin == end) continue;
+    std::int64_t r = root[begin] == begin ? begin : tout[root[begin]];
+    for (; r < end; r = tout[r]) f(r, tout[r]);
+  }
+}
+
+double power(double base, std::int64_t exponent) {
+  return base == 1.0 || exponent == 0 ? 1.0 : std::pow(base, static_cast<double>(exponent));
+}
+
+// ---------------------------------------------------------------------------------------------------------- aggregate
+// Pairs (total, weight) of each node: the sum of what its parts add and of their weights; for logsumexp the log of the
+// sum, for max, min and any the extreme.
+template <class T>
+class Aggregate {
+ public:
+  Aggregate(const PrefixForest& forest, const AggregateOptions& options, const T* values, const T* weights,
+            const T* child_weights, double* total, double* weight)
+      : f_(forest), o_(options), values_(values), weights_(weights), child_weights_(child_weights), total_(total),
+        weight_(weight) {}
+
+  // Fills total and weight of one group.
+  void up(std::int64_t root, std::int64_t end) const {
+    std::fill(total_ + root, total_ + end, start());
+    std::fill(weight_ + root, weight_ + end, 0.0);
+    const std::int64_t* const order = f_.field(kRowOrder);
+    const std::int64_t* const leaf = f_.field(kRowLeaf);
+    const std::int64_t first = f_.field(kNodeRowBegin)[root], last = first + f_.field(kNodeCount)[root];
+    for (std::int64_t i = first; i < last; ++i) {
+      const std::int64_t row = order[i];
+      join(leaf[row], value_of(row), row_weight(row));
+    }
+    for (std::int64_t n = end - 1; n > root; --n) {
+      const std::int64_t p = f_.field(kNodeParent)[n];
+      const double decay = discount(n);
+      if (o_.over_children)
+        join(p, o_.op == TreeOp::logsumexp ? result(n) * o_.scale : result(n) * decay, child_weight(n));
+      else
+        merge(p, o_.op == TreeOp::logsumexp ? total_[n] : total_[n] * decay, weight_[n]);
+    }
+  }
+
+  double result(std::int64_t n) const {
+    switch (o_.op) {
+      case TreeOp::mean: return total_[n] / weight_[n];
+      case TreeOp::logsumexp: return log_total(n) / o_.scale;
+      default: return total_[n];
+    }
+  }
+
+  // What the result times scale is for logsumexp: log of the sum, or of the mean.
+  double log_total(std::int64_t n) const { return o_.mean_form ? total_[n] - std::log(weight_[n]) : total_[n]; }
+
+  double value_of(std::int64_t row) const {
+    const double v = static_cast<double>(values_[row]);
+    if (o_.op == TreeOp::any) return v != 0.0 ? 1.0 : 0.0;
+    return o_.op == TreeOp::logsumexp ? o_.scale * v : v;
+  }
+  double row_weight(std::int64_t row) const { return weights_ == nullptr ? 1.0 : static_cast<double>(weights_[row]); }
+  double child_weight(std::int64_t n) const {
+    return child_weights_ == nullptr ? 1.0 : static_cast<double>(child_weights_[n]);
+  }
+  double discount(std::int64_t n) const { return power(o_.discount, f_.field(kNodeEdgeLength)[n]); }
+
+ private:
+  double start() const {
+    switch (o_.op) {
+      case TreeOp::max: case TreeOp::logsumexp: return -kInfinity;
+      case TreeOp::min: return kInfinity;
+      default: return 0.0;
+    }
+  }
+
+  // Adds one value with a weight.
+  void join(std::int64_t n, double value, double w) const {
+    switch (o_.op) {
+      case TreeOp::mean: case TreeOp::sum: return merge(n, w * value, w);
+      case TreeOp::logsumexp: return merge(n, w == 1.0 ? value : value + std::log(w), w);
+      default: return merge(n, value, w);
+    }
+  }
+
+  void merge(std::int64_t n, double total, double w) const {
+    weight_[n] += w;
+    double& t = total_[n];
+    switch (o_.op) {
+      case TreeOp::mean: case TreeOp::sum: t += total; return;
+      case TreeOp::max: case TreeOp::any: t = std::isnan(total) || total > t ? total : t; return;
+      case TreeOp::min: t = std::isnan(total) || total < t ? total : t; return;
+      case TreeOp::logsumexp: t = log_add(t, total); return;
+    }
+  }
+
+  static double log_add(double a, double b) {
+    const double high = std::max(a, b);
+    if (std::isnan(a) || std::isnan(b)) return a + b;
+    if (std::isinf(high)) return high;
+    return high + std::log1p(std::exp(std::min(a, b) - high));
+  }
+
+  const PrefixForest& f_;
+  const AggregateOptions& o_;
+  const T *values_, *weights_, *child_weights_;
+  double *total_, *weight_;
+};
+
+template <class T>
+void aggregate(const PrefixForest& forest, const AggregateOptions& options, const T* values, const T* weights,
+               const T* child_weights, double* scratch, T* out, int threads) {
+  const Aggregate<T> a(forest, options, values, weights, child_weights, scratch, scratch + forest.size);
+  for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {
+    a.up(root, end);
+    for (std::int64_t n = root; n < end; ++n) out[n] = static_cast<T>(a.result(n));
+  });
+}
+
+// exp(difference), where nothing minus nothing is nothing.
+double share(double log_part, double log_whole) { return std::isinf(log_whole) ? 0.0 : std::exp(log_part - log_whole); }
+
+// H[n] = own[n] + part[n] * H[parent], grad of a row = part of the row * H[leaf].
+template <class T>
+void aggregate_backward(const PrefixForest& forest, const AggregateOptions& o, const T* values, const T* weights,
+                        const T* child_weights, const T* grad, double* scratch, T* grad_values, int threads) {
+  double* const total = scratch;
+  double* const weight = scratch + forest.size;
+  double* const h = scratch + 2 * forest.size;
+  const Aggregate<T> a(forest, o, values, weights, child_weights, total, weight);
+  const std::int64_t* const parent = forest.field(kNodeParent);
+  const bool mean = o.op == TreeOp::mean;
+  const auto part = [&](std::int64_t n, std::int64_t p) {
+    if (o.op == TreeOp::logsumexp && o.over_children) return a.child_weight(n) * share(a.log_total(n), total[p]);
+    if (o.op == TreeOp::logsumexp) return share(total[n], total[p]);
+    if (mean && o.over_children) return a.discount(n) * a.child_weight(n) / weight[p];
+    return o.over_children ? a.discount(n) * a.child_weight(n) : a.discount(n);
+  };
+  const auto row_part = [&](std::int64_t row, std::int64_t n) {
+    const double w = a.row_weight(row);
+    if (o.op == TreeOp::logsumexp) return w * share(a.value_of(row), total[n]);
+    return mean && o.over_children ? w / weight[n] : w;
+  };
+  const std::int64_t* const order = forest.field(kRowOrder);
+  const std::int64_t* const leaf = forest.field(kRowLeaf);
+  for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {
+    a.up(root, end);
+    for (std::int64_t n = root; n < end; ++n) {
+      const double own = static_cast<double>(grad[n]);
+      h[n] = mean && !o.over_children ? own / weight[n] : own;
+      if (parent[n] >= 0) h[n] += part(n, parent[n]) * h[parent[n]];
+    }
+    const std::int64_t first = forest.field(kNodeRowBegin)[root], last = first + forest.field(kNodeCount)[root];
+    for (std::int64_t i = first; i < last; ++i) {
+      const std::int64_t row = order[i];
+      grad_values[row] = static_cast<T>(row_part(row, leaf[row]) * h[leaf[row]]);
+    }
+  });
+}
+
+// --------------------------------------------------------------------------------------------------------- advantages
+// Mean of each node's children and the square root of their variance, both of them kept at the parent.
+template <class T>
+void children_statistics(const PrefixForest& forest, int ddof, const T* values, double* mean, double* deviation,
+                         std::int64_t root, std::int64_t end) {
+  const std::int64_t* const parent = forest.field(kNodeParent);
+  const std::int64_t* const children = forest.field(kNodeChildren);
+  std::fill(mean + root, mean + end, 0.0);
+  std::fill(deviation + root, deviation + end, 0.0);
+  for (std::int64_t n = root + 1; n < end; ++n) mean[parent[n]] += static_cast<double>(values[n]);
+  for (std::int64_t n = root; n < end; ++n) mean[n] /= static_cast<double>(std::max<std::int64_t>(children[n], 1));
+  for (std::int64_t n = root + 1; n < end; ++n) {
+    const double away = static_cast<double>(values[n]) - mean[parent[n]];
+    deviation[parent[n]] += away * away;
+  }
+  for (std::int64_t n = root; n < end; ++n)
+    deviation[n] = std::sqrt(deviation[n] / static_cast<double>(children[n] - ddof));
+}
+
+template <class T>
+void advantages(const PrefixForest& forest, const AdvantageOptions& o, const T* values, double* scratch, T* out,
+                std::int64_t root, std::int64_t end) {
+  double* const first = scratch;
+  double* const second = scratch + forest.size;
+  const std::int64_t* const parent = forest.field(kNodeParent);
+  const auto value = [&](std::int64_t n) { return static_cast<double>(values[n]); };
+  const auto count = [&](std::int64_t n) { return static_cast<double>(forest.field(kNodeCount)[n]); };
+  if (o.mode == TreeMode::sibling) children_statistics(forest, o.ddof, values, first, second, root, end);
+  if (o.mode == TreeMode::depth_weighted) first[root] = count(root) * value(root), second[root] = count(root);
+  if (o.mode == TreeMode::all_ancestors) first[root] = 0.0;
+  out[root] = T(0);
+  for (std::int64_t n = root + 1; n < end; ++n) {
+    const std::int64_t p = parent[n];
+    double a = 0.0;
+    switch (o.mode) {
+      case TreeMode::td: a = value(n) - value(p); break;
+      case TreeMode::root: a = value(n) - value(root); break;
+      case TreeMode::td_root: a = (value(n) - value(p)) + (value(n) - value(root)); break;
+      case TreeMode::all_ancestors:  // first: sum of the ancestors' values
+        first[n] = first[p] + value(p);
+        a = value(n) - first[n] / static_cast<double>(forest.field(kNodeDepth)[n]);
+        break;
+      case TreeMode::depth_weighted:  // first, second: sums of count * value and of count down to the node
+        first[n] = first[p] + count(n) * value(n);
+        second[n] = second[p] + count(n);
+        a = value(n) - first[n] / second[n];
+        break;
+      case TreeMode::sibling:
+        if (forest.field(kNodeChildren)[p] == 1) a = o.singleton_raw ? value(n) : 0.0;
+        else a = (value(n) - first[p]) / (o.scale_std ? second[p] + o.eps : 1.0);
+        break;
+    }
+    out[n] = static_cast<T>(a);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------- propagate
+template <class T>
+void propagate(const PrefixForest& forest, const T* scale, const T* shift, double initial, double low, double high,
+               double* x, std::int64_t root, std::int64_t end) {
+  const std::int64_t* const parent = forest.field(kNodeParent);
+  x[root] = initial;
+  for (std::int64_t n = root + 1; n < end; ++n) {
+    const double y = static_cast<double>(scale[n]) * x[parent[n]] + static_cast<double>(shift[n]);
+    x[n] = y < low ? low : y > high ? high : y;
+  }
+}
+
+template <class T>
+void propagate_all(const PrefixForest& forest, const T* scale, const T* shift, double initial, double low, double high,
+                   double* x, T* out, int threads) {
+  for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {
+    propagate(forest, scale, shift, initial, low, high, x, root, end);
+    for (std::int64_t n = root; n < end; ++n) out[n] = static_cast<T>(x[n]);
+  });
+}
+
+template <class T>
+void propagate_backward(const PrefixForest& forest, const T* scale, const T* shift, double initial, double low,
+                        double high, const T* grad, double* scratch, T* grad_scale, T* grad_shift, int threads) {
+  double* const x = scratch;
+  double* const h = scratch + forest.size;
+  const std::int64_t* const parent = forest.field(kNodeParent);
+  for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {
+    propagate(forest, scale, shift, initial, low, high, x, root, end);
+    for (std::int64_t n = root; n < end; ++n) h[n] = static_cast<double>(grad[n]);
+    for (std::int64_t n = end - 1; n > root; --n) {
+      const double y = static_cast<double>(scale[n]) * x[parent[n]] + static_cast<double>(shift[n]);
+      const double through = y < low || y > high ? 0.0 : h[n];
+      grad_scale[n] = static_cast<T>(through * x[parent[n]]);
+      grad_shift[n] = static_cast<T>(through);
+      h[parent[n]] += static_cast<double>(scale[n]) * through;
+    }
+    grad_scale[root] = grad_shift[root] = T(0);
+  });
+}
+
+}  // namespace
+
+// --------------------------------------------------------------------------------------------------------- launchers
+#define FASTREWARD_TREE_VALUES(T, suffix)                                                                              \
+  void prefix_tree_aggregate_##suffix(const PrefixForest& forest, const AggregateOptions& options, const T* values,    \
+                                      const T* weights, const T* child_weights, double* scratch, T* out,               \
+                                      int threads) {                                                                   \
+    aggregate(forest, options, values, weights, child_weights, scratch, out, threads);                                 \
+  }                                                                                                                    \
+  void prefix_tree_aggregate_backward_##suffix(const PrefixForest& forest, const AggregateOptions& options,            \
+                                               const T* values, const T* weights, const T* child_weights,              \
+                                               const T* grad, double* scratch, T* grad_values, int threads) {          \
+    aggregate_backward(forest, options, values, weights, child_weights, grad, scratch, grad_values, threads);          \
+  }                                                                                                                    \
+  void prefix_tree_advantages_##suffix(const PrefixForest& forest, const AdvantageOptions& options, const T* values,   \
+                                       double* scratch, T* out, int threads) {                                         \
+    for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {                                             \
+      advantages(forest, options, values, scratch, out, root, end);                                                    \
+    });                                                                                                                \
+  }                                                                                                                    \
+  void prefix_tree_propagate_##suffix(const PrefixForest& forest, const T* scale, const T* shift, double initial,      \
+                                      double low, double high, double* scratch, T* out, int threads) {                 \
+    propagate_all(forest, scale, shift, initial, low, high, scratch, out, threads);                                    \
+  }                                                                                                                    \
+  void prefix_tree_propagate_backward_##suffix(const PrefixForest& forest, const T* scale, const T* shift,             \
+                                               double initial, double low, double high, const T* grad,                 \
+                                               double* scratch, T* grad_scale, T* grad_shift, int threads) {           \
+    propagate_backward(forest, scale, shift, initial, low, high, grad, scratch, grad_scale, grad_shift, threads);      \
+  }
+FASTREWARD_TREE_VALUES(float, f32)
+FASTREWARD_TREE_VALUES(double, f64)
+#undef FASTREWARD_TREE_VALUES
+
+}  // namespace fastreward::FASTREWARD_ISA

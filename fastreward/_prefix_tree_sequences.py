@@ -1,0 +1,303 @@
+"""What a prefix tree is built from: where each sequence lies in flat memory, its group, and which tokens get credit."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreward import _check
+from fastreward._arrays import array_kind, as_tensor
+from fastreward._dispatch import implementation
+from fastreward.group import GroupIds, factorize
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """B sequences, each inside of its row's extent [extents[b], extents[b + 1]) of a flat memory.
+
+    place: for each token of the caller where it lies in the flat memory, None where the two are the same.
+    """
+
+    shape: tuple[int, ...]  # of the caller's tokens
+    starts: Tensor  # [B] i64, flat
+    lengths: Tensor  # [B] i64
+    extents: Tensor  # [B + 1] i64
+    group: Tensor  # [B] i64
+    credit: Tensor | None = None  # flat mask
+    tokens: Tensor | None = None  # flat, i64 or i32
+    parent_row: Tensor | None = None  # [B] i64
+    branch_position: Tensor | None = None  # [B] i64
+    ordered_groups: bool = False  # group has the numbers 0, 1, ... in the order of the roots
+    place: Tensor | None = None  # caller's shape, i64; negative: nowhere
+    flat: int = 0  # tokens of the flat memory
+    packable: bool = True  # its tokens are all that a sequence has
+
+    def to_flat(self, x: Tensor) -> Tensor:
+        """Values in the caller's shape to flat memory."""
+        flat = x.reshape(-1)
+        if self.place is None:
+            return flat
+        if self.place.numel() != self.flat:
+            raise ValueError("from_tokens: a tree from_paths with segment_ids has no unique tokens; it has steps")
+        return torch.empty_like(flat).scatter(0, self.place.reshape(-1), flat)
+
+    def from_flat(self, x: Tensor, none: Any) -> Tensor:
+        """Flat memory to values in the caller's shape; `none` for tokens that lie nowhere."""
+        if self.place is None:
+            return x.view(self.shape)
+        if x.numel() == 0:
+            return x.new_full(self.shape, none)
+        there = self.place >= 0
+        return torch.where(there, x[self.place.clamp(min=0)], none)
+
+
+# ------------------------------------------------------------------------------------------------------------ tokens
+def token_sequences(
+    tokens: Tensor,
+    mask: Tensor | None,
+    group_ids: GroupIds | None,
+    group_size: int | None,
+    lengths: Tensor | Sequence[int] | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ignore_masked: bool,
+    backend: str,
+) -> Sequences:
+    """Sequences of tokens [B, T], or [N] with cu_seqlens."""
+    _check.integers("tokens", tokens)
+    extents = _extents(tokens, cu_seqlens)
+    count = extents.shape[0] - 1
+    mask = _check.mask(mask, "tokens", tokens)
+    attention_mask = _check.mask(attention_mask, "tokens", tokens, name="attention_mask")
+    kernels = implementation("prefix_tree", backend)
+    starts = extents[:-1] if attention_mask is None else kernels.starts(attention_mask.reshape(-1), extents)
+    span = attention_mask if attention_mask is not None else mask
+    if lengths is not None:
+        ends = _lengths(lengths, starts, extents)
+    elif span is not None:
+        ends = kernels.lengths(span.reshape(-1), extents, starts)
+    else:
+        ends = extents.diff()
+    wide = tokens if tokens.dtype in (torch.int32, torch.int64) else tokens.to(torch.int32)
+    made = Sequences(
+        tuple(tokens.shape),
+        starts.contiguous(),
+        ends,
+        extents,
+        groups_of(group_ids, group_size, count, tokens.device),
+        None if mask is None else mask.reshape(-1),
+        wide.contiguous().reshape(-1),
+        flat=tokens.numel(),
+    )
+    if not ignore_masked:
+        return made
+    if mask is None:
+        raise ValueError("ignore_masked: needs a mask")
+    return _without_masked(made)
+
+
+def _without_masked(s: Sequences) -> Sequences:
+    """The counted tokens of each sequence moved to the front of its row, in their order; the others behind them."""
+    assert s.credit is not None
+    assert s.tokens is not None
+    row = torch.repeat_interleave(
+        torch.arange(s.starts.shape[0], device=s.starts.device), s.extents.diff(), output_size=s.flat
+    )
+    at = torch.arange(s.flat, device=row.device)
+    kept = (s.credit != 0) & (at >= s.starts[row]) & (at < (s.starts + s.lengths)[row])
+    before = torch.cat([row.new_zeros(1), kept.cumsum(0)])  # kept tokens before each place
+    counts = before[s.extents[1:]] - before[s.extents[:-1]]
+    begin = s.extents[:-1][row]
+    rank = before[:-1] - before[begin]
+    place = torch.where(kept, begin + rank, begin + counts[row] + (at - begin - rank))
+    tokens = torch.empty_like(s.tokens).scatter_(0, place, s.tokens)
+    return Sequences(
+        s.shape,
+        s.extents[:-1].contiguous(),
+        counts,
+        s.extents,
+        s.group,
+        None,
+        tokens,
+        place=place.reshape(s.shape),
+        flat=s.flat,
+        packable=False,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- paths and branches
+def path_sequences(
+    path_ids: Tensor | Sequence[Sequence[Hashable]],
+    group_ids: GroupIds | None,
+    group_size: int | None,
+    segment_ids: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Sequences, Tensor]:
+    """Sequences of steps, and a tensor on their device."""
+    paths = _path_tensor(path_ids)
+    count, steps = paths.shape
+    lengths = ((paths >= 0).cumprod(1)).sum(1)
+    if segment_ids is not None and array_kind(segment_ids) is not None:
+        segment_ids = as_tensor(segment_ids)
+    shape, place = (count, steps), None
+    if segment_ids is not None:
+        _check.integers("segment_ids", segment_ids)
+        if segment_ids.ndim != 2 or segment_ids.shape[0] != count:
+            raise ValueError(f"segment_ids: expected shape [{count}, T], got {list(segment_ids.shape)}")
+        _check.same_device("segment_ids", segment_ids, "path_ids", paths)
+        if _check.values_checked(segment_ids):
+            good = segment_ids < lengths.unsqueeze(1)
+            _check.every("segment_ids", good, segment_ids, "a place in the row's path (negative = none)")
+        shape = (count, segment_ids.shape[1])
+        first = torch.arange(count, device=paths.device).unsqueeze(1) * steps
+        place = torch.where(segment_ids >= 0, segment_ids.long() + first, -1)
+    flat_mask = None
+    if mask is not None:
+        mask = as_tensor(mask)
+        counted = _check.mask(
+            mask, "path_ids" if place is None else "segment_ids", torch.empty(shape, device=paths.device)
+        )
+        assert counted is not None
+        if place is None:
+            flat_mask = counted.reshape(-1)
+        else:
+            place = torch.where(counted != 0, place, -1)
+    extents = torch.arange(count + 1, device=paths.device) * steps
+    return Sequences(
+        shape,
+        extents[:-1].contiguous(),
+        lengths,
+        extents,
+        groups_of(group_ids, group_size, count, paths.device),
+        flat_mask,
+        paths.contiguous().reshape(-1),
+        place=place,
+        flat=count * steps,
+        packable=False,
+    ), paths
+
+
+def _path_tensor(path_ids: Tensor | Sequence[Sequence[Hashable]]) -> Tensor:
+    """[B, D] i64, negative behind a path's end; hashables are numbered."""
+    given = as_tensor(path_ids)
+    if isinstance(given, Tensor):
+        _check.integers("path_ids", given)
+        if given.ndim != 2:
+            raise ValueError(f"path_ids: expected shape [B, D], got {list(given.shape)}")
+        return given.long()
+    paths = [list(path) for path in given]
+    numbers: dict[Hashable, int] = {}
+    longest = max(map(len, paths), default=0)
+    rows = [[numbers.setdefault(x, len(numbers)) for x in path] + [-1] * (longest - len(path)) for path in paths]
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(paths), longest)
+
+
+def branch_sequences(
+    parent: Tensor,
+    branch_position: Tensor,
+    lengths: Tensor,
+    group_ids: GroupIds | None,
+    group_size: int | None,
+    mask: Tensor | None,
+) -> Sequences:
+    """Sequences that branch off each other; their tokens are not known."""
+    _check.integers("parent", parent)
+    if parent.ndim != 1:
+        raise ValueError(f"parent: expected shape [B], got {list(parent.shape)}")
+    for name, x in (("branch_position", branch_position), ("lengths", lengths)):
+        _check.integers(name, x)
+        _check.shape(name, x, parent.shape, "one per sequence")
+        _check.same_device(name, x, "parent", parent)
+    parent, position, length = parent.long(), branch_position.long(), lengths.long()
+    count = parent.shape[0]
+    group = groups_of(group_ids, group_size, count, parent.device)
+    if _check.values_checked(parent):
+        _check_branches(parent, position, length, group)
+    if mask is None:
+        columns = int(length.max()) if count else 0  # the one thing that no argument says
+    elif mask.ndim == 2 and mask.shape[0] == count:
+        columns = mask.shape[1]
+    else:
+        raise ValueError(f"mask: expected shape [{count}, T], got {list(mask.shape)}")
+    extents = torch.arange(count + 1, device=parent.device) * columns
+    if _check.values_checked(length):
+        _check.every("lengths", length <= columns, length, f"at most {columns}, the columns of mask")
+    counted = None if mask is None else _check.mask(mask, "mask", mask)
+    return Sequences(
+        (count, columns),
+        extents[:-1].contiguous(),
+        length,
+        extents,
+        group,
+        None if counted is None else counted.reshape(-1),
+        parent_row=parent.contiguous(),
+        branch_position=position.contiguous(),
+        flat=count * columns,
+        packable=False,
+    )
+
+
+def _check_branches(parent: Tensor, position: Tensor, length: Tensor, group: Tensor) -> None:
+    count = parent.shape[0]
+    _check.every("lengths", length >= 0, length, "integers >= 0")
+    _check.every("parent", (parent >= -1) & (parent < count), parent, f"rows in [0, {count}), or -1")
+    has, of = parent >= 0, parent.clamp(min=0)
+    if count == 0:
+        return
+    _check.every("parent", ~has | (group[of] == group), parent, "a row of the same group")
+    inside = ~has | ((position >= 0) & (position <= length) & (position <= length[of]))
+    _check.every("branch_position", inside, position, "a position in both rows")
+
+
+# ------------------------------------------------------------------------------------------------------------- pieces
+def groups_of(group_ids: GroupIds | None, group_size: int | None, count: int, device: torch.device) -> Tensor:
+    """i64 [B]: a number per group; one group where neither argument is given."""
+    if group_ids is not None and group_size is not None:
+        raise ValueError("group_ids, group_size: expected at most one of them")
+    if group_ids is not None:
+        return factorize(group_ids, count, device).contiguous()
+    if group_size is None:
+        return torch.zeros(count, dtype=torch.int64, device=device)
+    group_size = _check.whole("group_size", group_size, "sequences of a group")
+    if group_size < 1 or count % group_size:
+        raise ValueError(f"group_size: expected a positive divisor of the {count} sequences, got {group_size}")
+    return torch.arange(count, device=device) // group_size
+
+
+def _extents(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """i64 [B + 1]: where the rows begin and end."""
+    if cu_seqlens is None:
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens: expected shape [B, T], or [N] with cu_seqlens, got {list(tokens.shape)}")
+        return torch.arange(tokens.shape[0] + 1, device=tokens.device) * tokens.shape[1]
+    _check.integers("cu_seqlens", cu_seqlens)
+    if tokens.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            "tokens, cu_seqlens: expected packed tokens [N] and offsets [B + 1], "
+            f"got {list(tokens.shape)} and {list(cu_seqlens.shape)}"
+        )
+    _check.same_device("cu_seqlens", cu_seqlens, "tokens", tokens)
+    extents = cu_seqlens.long().contiguous()
+    if _check.values_checked(extents):
+        _check.every("cu_seqlens", extents[1:] >= extents[:-1], extents[1:], "offsets that do not fall")
+        if int(extents[0]) != 0 or int(extents[-1]) != tokens.shape[0]:
+            ends = [int(extents[0]), int(extents[-1])]
+            raise ValueError(f"cu_seqlens: expected offsets from 0 to {tokens.shape[0]}, got {ends[0]} to {ends[1]}")
+    return extents
+
+
+def _lengths(lengths: Tensor | Sequence[int], starts: Tensor, extents: Tensor) -> Tensor:
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, device=starts.device)
+    _check.integers("lengths", lengths)
+    _check.shape("lengths", lengths, starts.shape, "one per sequence")
+    _check.same_device("lengths", lengths, "tokens", starts)
+    length = lengths.long().contiguous()
+    if _check.values_checked(length):
+        good = (length >= 0) & (length <= extents[1:] - starts)
+        _check.every("lengths", good, length, "at most the row's tokens")
+    return length

@@ -1,0 +1,525 @@
+"""Prefix trees: a batch of token sequences as one compressed radix forest, for credit and for training on it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastreward import _check
+from fastreward import _prefix_tree_ops as _ops
+from fastreward._arrays import accepts_arrays
+from fastreward._dispatch import select
+from fastreward._layout import NODES, ROWS
+from fastreward._options import OVERS, PLACES, TOKEN_OPS, TREE_MODES, TREE_OPS, Over, Place, TokenOp, TreeMode, TreeOp
+from fastreward._prefix_tree_sequences import Sequences, branch_sequences, path_sequences, token_sequences
+from fastreward.group import GroupIds
+
+if TYPE_CHECKING:
+    import networkx
+
+    from fastreward._packed_tree import PackedTree
+    from fastreward._prefix_tree_views import TreeStatistics
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+class PrefixTree:
+    """A batch of token sequences as one compressed radix forest: flat arrays, one root per group.
+
+    A node is a run of tokens that the same sequences share; a sequence is a path from its group's root to the node
+    where it ends (`leaf`). Nodes are numbered in pre-order, group by group in the order in which they come in the batch,
+    children by their first sequence: the same batch always gets the same numbers, and a group's part of them does not
+    depend on the other groups. Roots have no tokens.
+
+    Args:
+        tokens: integers, padded [B, T], or packed [N] with cu_seqlens.
+        mask: the shape of tokens, bool, integer or float; nonzero = a token that gets credit. A sequence runs from its
+            row's first position to its last counted one; masked-out tokens inside it (tool output) count for identity.
+        group_ids: integers [B], or any sequence of B hashables (uid strings); groups need not be contiguous. Without
+            group_ids and group_size the whole batch is one group.
+        group_size: instead of group_ids, equal contiguous groups of this size.
+        lengths: integers [B], tokens of each sequence, instead of the mask's end.
+        attention_mask: the shape of tokens; a sequence runs from its first to its last nonzero position (left-padded
+            prompts), whatever `mask` says.
+        cu_seqlens: integers [B + 1], where packed sequences begin and end.
+        ignore_masked: masked-out tokens are left out of identity too, as if they were not there.
+
+    Attributes, i64 [nodes] each: parent (-1 for a root), depth (nodes above), edge_start (tokens of a sequence before
+    the node's own), edge_length, count (sequences through it), first_row, tin and tout (the numbers of a node's subtree
+    are tin to tout - 1; tin is the node's own number), token_begin (unique tokens before it), children, root; is_branch
+    (bool: two or more children). i64 [B]: leaf. node_of_token: i32 in the shape of tokens, -1 outside of the sequences.
+
+    On a GPU the arrays have room for the most nodes that there can be, 3 B; those behind `num_nodes` are empty (count 0,
+    parent -1), as counting the nodes would wait for the device.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or lengths, before anything runs.
+    """
+
+    @accepts_arrays
+    def __init__(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        group_ids: GroupIds | None = None,
+        *,
+        group_size: int | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        ignore_masked: bool = False,
+    ) -> None:
+        backend = select("prefix_tree", _check.tensor("tokens", tokens))
+        sequences = token_sequences(
+            tokens, mask, group_ids, group_size, lengths, attention_mask, cu_seqlens, ignore_masked, backend
+        )
+        self._build(sequences, backend)
+
+    @classmethod
+    def from_paths(
+        cls,
+        path_ids: Tensor | Sequence[Sequence[Hashable]],
+        group_ids: GroupIds | None = None,
+        *,
+        group_size: int | None = None,
+        segment_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> PrefixTree:
+        """A tree of given steps: row b goes through the nodes path_ids[b, 0], path_ids[b, 1], ...
+
+        Nothing is compressed: each step is a node of its own, also where no other path leaves it, and `edge_start`
+        counts steps.
+
+        Args:
+            path_ids: integers [B, D], negative = no more steps; or a list of B sequences of hashables.
+            group_ids, group_size: as in PrefixTree.
+            segment_ids: integers [B, T]: the step of each token (its place in the path, not its id), negative = none.
+                to_tokens then gives [B, T] instead of [B, D].
+            mask: the shape of segment_ids (or of path_ids), as in PrefixTree.
+        """
+        sequences, device_of = path_sequences(path_ids, group_ids, group_size, segment_ids, mask)
+        return cls._from(sequences, select("prefix_tree", device_of), compress=False)
+
+    @classmethod
+    @accepts_arrays
+    def from_branches(
+        cls,
+        parent: Tensor,
+        branch_position: Tensor,
+        lengths: Tensor,
+        group_ids: GroupIds | None = None,
+        *,
+        group_size: int | None = None,
+        mask: Tensor | None = None,
+    ) -> PrefixTree:
+        """A tree of given branches: row b has its first branch_position[b] tokens from row parent[b].
+
+        Args:
+            parent: integers [B], another row of the same group, or -1: the row hangs off its group's root.
+            branch_position: integers [B], at most the tokens of either row; not read where parent is -1.
+            lengths: integers [B], tokens of each row.
+            group_ids, group_size: as in PrefixTree.
+            mask: [B, T], as in PrefixTree; it sets T, which is else the greatest length.
+        """
+        sequences = branch_sequences(parent, branch_position, lengths, group_ids, group_size, mask)
+        return cls._from(sequences, select("prefix_tree", parent))
+
+    @classmethod
+    def _from(cls, sequences: Sequences, backend: str, *, compress: bool = True) -> PrefixTree:
+        tree = cls.__new__(cls)
+        tree._build(sequences, backend, compress=compress)
+        return tree
+
+    def _build(self, s: Sequences, backend: str, *, compress: bool = True) -> None:
+        self._sequences, self._backend, self._compressed = s, backend, compress
+        self._nodes, self._rows, self._sizes = _ops.build(
+            s.tokens, s.parent_row, s.branch_position, s.starts, s.lengths, s.group, s.ordered_groups, compress, backend
+        )
+
+    # ---------------------------------------------------------------------------------------------------- what it is
+    def _node_field(self, name: str) -> Tensor:
+        return self._nodes[NODES.index(name)]
+
+    def _row_field(self, name: str) -> Tensor:
+        return self._rows[ROWS.index(name)]
+
+    @property
+    def parent(self) -> Tensor:
+        """The node above, -1 for a root."""
+        return self._node_field("parent")
+
+    @property
+    def depth(self) -> Tensor:
+        """Nodes above it."""
+        return self._node_field("depth")
+
+    @property
+    def edge_start(self) -> Tensor:
+        """Tokens of a sequence before the node's own."""
+        return self._node_field("edge_start")
+
+    @property
+    def edge_length(self) -> Tensor:
+        """The node's own tokens, 0 for a root."""
+        return self._node_field("edge_length")
+
+    @property
+    def count(self) -> Tensor:
+        """Sequences that pass through the node or end there."""
+        return self._node_field("count")
+
+    @property
+    def first_row(self) -> Tensor:
+        """The first of its sequences."""
+        return self._node_field("first_row")
+
+    @property
+    def tin(self) -> Tensor:
+        """The node's own number, with which its subtree begins."""
+        return torch.arange(self._nodes.shape[1], device=self._nodes.device)
+
+    @property
+    def tout(self) -> Tensor:
+        """End of the numbers of its subtree."""
+        return self._node_field("tout")
+
+    @property
+    def token_begin(self) -> Tensor:
+        """Unique tokens of the forest before the node's own."""
+        return self._node_field("token_begin")
+
+    @property
+    def children(self) -> Tensor:
+        """Number of child nodes."""
+        return self._node_field("children")
+
+    @property
+    def root(self) -> Tensor:
+        """The root of its group."""
+        return self._node_field("root")
+
+    @property
+    def is_branch(self) -> Tensor:
+        """Whether two or more children follow."""
+        return self.children > 1
+
+    @property
+    def leaf(self) -> Tensor:
+        """i64 [B]: the node where each sequence ends."""
+        return self._row_field("leaf")
+
+    @property
+    def lengths(self) -> Tensor:
+        """i64 [B]: tokens of each sequence."""
+        return self._row_field("length")
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences."""
+        return self._rows.shape[1]
+
+    @cached_property
+    def num_nodes(self) -> int:
+        """Nodes, roots included. On a GPU this waits for the device."""
+        return self._nodes.shape[1] if self._nodes.device.type == "cpu" else int(self._sizes[0])
+
+    @cached_property
+    def num_groups(self) -> int:
+        """Groups. On a GPU this waits for the device."""
+        return int(self._sizes[1])
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Unique tokens. On a GPU this waits for the device."""
+        return int(self._sizes[2])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tokens: [B, T], or [N] where packed."""
+        return self._sequences.shape
+
+    def rows_of(self, node: int) -> Tensor:
+        """The sequences that pass through a node or end there, ascending."""
+        begin, count = int(self._node_field("row_begin")[node]), int(self.count[node])
+        return self._row_field("order")[begin : begin + count].sort().values
+
+    @cached_property
+    def node_of_token(self) -> Tensor:
+        """i32 in the shape of tokens: the node of each, -1 outside of the sequences."""
+        return self._from_flat(
+            _ops.node_of_token(self._nodes, self._rows, self._sequences.extents, self._flat, self._backend), -1
+        )
+
+    @cached_property
+    def unique_of_token(self) -> Tensor:
+        """i64 in the shape of tokens: the place of each among the unique tokens, -1 outside of the sequences."""
+        return self._from_flat(
+            _ops.unique_of_token(self._nodes, self._rows, self._sequences.extents, self._flat, self._backend), -1
+        )
+
+    # ---------------------------------------------------------------------------------------------------- operations
+    @accepts_arrays
+    def aggregate(
+        self,
+        leaf_values: Tensor,
+        op: TreeOp = "mean",
+        *,
+        over: Over = "sequences",
+        weights: Tensor | None = None,
+        child_weights: Tensor | None = None,
+        scale: float = 1.0,
+        normalized: bool = False,
+        discount: float = 1.0,
+    ) -> Tensor:
+        """Values of the nodes, from those of the sequences below them.
+
+        Args:
+            leaf_values: [B] float32 or float64 (other dtypes become float32), one per sequence.
+            op: "mean", "sum", "max", "min", "logsumexp", or "any" (1 where some value is not 0, else 0).
+            over: what counts alike: the "sequences" below a node, or its "children", level by level (a sequence that
+                ends at an inner node is one of its children; duplicates are one each).
+            weights: [B], how much a sequence counts in mean, sum and logsumexp (MCTS visits).
+            child_weights: [nodes], the same for nodes among their siblings, with over="children".
+            scale: logsumexp is log(sum(exp(scale * v))) / scale; negative gives a soft minimum.
+            normalized: logsumexp of the mean instead of the sum: minus log(weight) / scale.
+            discount: factor per token (per step in from_paths) between the end of a sequence and the end of the node's
+                edge, for mean and sum.
+
+        Returns:
+            [nodes], the dtype of leaf_values; sums in float64. Gradients flow to leaf_values through mean, sum and
+            logsumexp. A node whose weights sum to 0 has a mean of NaN.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape or name; max, min or any of values that need a gradient.
+        """
+        _check.choice("op", op, TREE_OPS)
+        _check.choice("over", over, OVERS)
+        if child_weights is not None and over != "children":
+            raise ValueError("child_weights: needs over='children'")
+        if discount != 1.0 and op not in ("mean", "sum"):
+            raise ValueError(
+                f"discount: expected 1 with op={op!r}, as only mean and sum are discounted, got {discount}"
+            )
+        if normalized and op != "logsumexp":
+            raise ValueError("normalized: needs op='logsumexp'")
+        scale = _check.finite("scale", scale)
+        if scale == 0.0:
+            raise ValueError("scale: expected a number other than 0, got 0")
+        values = self._per_row("leaf_values", leaf_values)
+        if op in ("max", "min", "any") and values.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"leaf_values: op={op!r} has no gradient; use .detach(), or a logsumexp with a large scale"
+            )
+        out: Tensor = _ops.aggregate(
+            values,
+            None if weights is None else self._constant(self._per_row("weights", weights), values),
+            None if child_weights is None else self._constant(self._per_node("child_weights", child_weights), values),
+            self._nodes,
+            self._rows,
+            f"{op}|{over}|{'normalized' if normalized else ''}",
+            scale,
+            _check.finite("discount", discount),
+            self._backend,
+        )
+        return out
+
+    @accepts_arrays
+    def advantages(
+        self,
+        node_values: Tensor,
+        mode: TreeMode = "td",
+        *,
+        scale: Literal["std", "none"] = "std",
+        ddof: int = 1,
+        eps: float = 1e-6,
+        singleton: Literal["zero", "raw"] = "zero",
+    ) -> Tensor:
+        """What each node is worth: its value against others'.
+
+        Args:
+            node_values: [nodes] float32 or float64.
+            mode: V is a node's value, and its advantage
+                "td": V - V(parent);
+                "sibling": (V - mean) / (std + eps) over the children of its parent;
+                "root": V - V(root);
+                "td+root": the sum of these two;
+                "all-ancestors": the mean of V - V(a) over the ancestors a, root included (TreeRL, arXiv 2506.11902);
+                "depth-weighted": the mean of V - V(a) over the ancestors and the node itself, weighted by the sequences
+                through a (TreePO, arXiv 2508.17445).
+            scale, ddof, eps: sibling: "std" with ddof, or "none" (only centred).
+            singleton: sibling: an only child gets "zero", or its "raw" value.
+
+        Returns:
+            [nodes], the dtype of node_values, 0 for roots. A constant: no gradient flows to node_values.
+        """
+        _check.choice("mode", mode, TREE_MODES)
+        _check.choice("scale", scale, ("std", "none"))
+        _check.choice("singleton", singleton, ("zero", "raw"))
+        ddof = _check.whole("ddof", ddof, "the divisor of a variance is count - ddof")
+        values = self._per_node("node_values", node_values).detach()
+        modes = f"{mode}|{scale}|{singleton}"
+        out: Tensor = _ops.advantages(
+            values, self._nodes, self._rows, modes, ddof, _check.finite("eps", eps), self._backend
+        )
+        return out
+
+    @accepts_arrays
+    def propagate(
+        self,
+        scale: Tensor | float,
+        shift: Tensor | float,
+        *,
+        initial: float = 0.0,
+        low: float | None = None,
+        high: float | None = None,
+    ) -> Tensor:
+        """A recurrence from the roots down: x = clamp(scale * x(parent) + shift, low, high), x(root) = initial.
+
+        Args:
+            scale, shift: [nodes] float32 or float64, or numbers; those of roots are not read.
+            initial: the value of the roots.
+            low, high: bounds, None = none.
+
+        Returns:
+            [nodes]. Gradients flow to scale and shift, where no bound has cut.
+        """
+        given = [x for x in (scale, shift) if isinstance(x, Tensor)]
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
+        factors = [self._node_numbers(name, x, dtype) for name, x in (("scale", scale), ("shift", shift))]
+        initial = _check.finite("initial", initial)
+        out: Tensor = _ops.propagate(*factors, self._nodes, self._rows, initial, low, high, self._backend)
+        return out
+
+    @accepts_arrays
+    def to_tokens(self, node_values: Tensor, *, place: Place = "broadcast") -> Tensor:
+        """Each token's node's value: [nodes] to the shape of tokens.
+
+        Args:
+            node_values: [nodes] float32 or float64.
+            place: "broadcast" gives it to every token of the node, "start" and "end" to its first or last one alone.
+
+        Returns:
+            The shape of tokens; 0 where the mask gives no credit and outside of the sequences. Gradients flow to
+            node_values.
+        """
+        _check.choice("place", place, PLACES)
+        values = self._per_node("node_values", node_values)
+        s = self._sequences
+        flat = _ops.spread(values, self._nodes, self._rows, s.extents, s.credit, place, self._flat, self._backend)
+        return self._from_flat(flat, 0.0)
+
+    @accepts_arrays
+    def from_tokens(self, token_values: Tensor, op: TokenOp = "sum") -> Tensor:
+        """Values of the unique tokens, from those of the tokens: the shape of tokens to [num_tokens], in pre-order.
+
+        Args:
+            token_values: float32 or float64 in the shape of tokens; masked-out ones do not count.
+            op: "sum" or "mean" over the sequences that share a token, or the "first" one's value; 0 where none counts.
+
+        Returns:
+            [num_tokens] (on a GPU as many places as there are tokens); sums in float64. Gradients flow to token_values
+            through sum and mean.
+        """
+        _check.choice("op", op, TOKEN_OPS)
+        self._check_tokens("token_values", token_values)
+        s = self._sequences
+        flat = self._to_flat(self._floats(token_values))
+        out: Tensor = _ops.fold(flat, self._nodes, self._rows, s.extents, s.credit, op, self._unique, self._backend)
+        return out
+
+    @accepts_arrays
+    def unique_to_tokens(self, unique_values: Tensor) -> Tensor:
+        """Each token's value among those of the unique tokens: [num_tokens] to the shape of tokens.
+
+        0 where the mask gives no credit and outside of the sequences. float32 or float64; gradients flow, summed over
+        the sequences that share a token.
+        """
+        _check.shape("unique_values", _check.tensor("unique_values", unique_values), (self._unique,), "num_tokens")
+        s = self._sequences
+        unique = self._floats(unique_values)
+        flat = _ops.unfold(unique, self._nodes, self._rows, s.extents, s.credit, self._flat, self._backend)
+        return self._from_flat(flat, 0.0)
+
+    def pack(self, max_tokens: int | None = None, *, by: Literal["group", "row"] = "group") -> PackedTree:
+        """The layout for training: every unique token once (see PackedTree).
+
+        Args:
+            max_tokens: at most so many unique tokens in a bin; None: one bin.
+            by: "group" keeps groups whole where they fit, each in the first bin with room; a longer one is cut into
+                pieces of neighbouring sequences, each with its own copy of the prefix. "row" goes through the batch row
+                by row and puts each into the first bin with room for what is new of it, as areal does.
+
+        Raises:
+            ValueError: a sequence that is longer than max_tokens; a tree without tokens, or one that ignores some.
+        """
+        from fastreward._packed_tree import pack
+
+        return pack(self, max_tokens, by)
+
+    # --------------------------------------------------------------------------------------------------------- views
+    def statistics(self) -> TreeStatistics:
+        """Tokens saved, branch points, depths; print it for a table."""
+        from fastreward._prefix_tree_views import statistics
+
+        return statistics(self)
+
+    def to_networkx(self, **node_values: Tensor) -> networkx.DiGraph:
+        """A networkx.DiGraph with an edge to each child; nodes carry every field and what is given here."""
+        from fastreward._prefix_tree_views import to_networkx
+
+        return to_networkx(self, node_values)
+
+    def __repr__(self) -> str:
+        return f"PrefixTree({list(self.shape)}, {self._nodes.shape[1]} nodes on {self._nodes.device})"
+
+    def __str__(self) -> str:
+        from fastreward._prefix_tree_views import drawing
+
+        return drawing(self)
+
+    # ------------------------------------------------------------------------------------------------------ plumbing
+    @property
+    def _flat(self) -> int:
+        """Tokens of the flat memory that the kernels see."""
+        return self._sequences.flat
+
+    @property
+    def _unique(self) -> int:
+        """Places for unique tokens: as many as there are on the CPU, the most there can be on a GPU."""
+        return self.num_tokens if self._nodes.device.type == "cpu" else self._flat
+
+    def _floats(self, x: Tensor) -> Tensor:
+        return (x if x.dtype in _FLOATS else x.float()).contiguous()
+
+    def _per_row(self, name: str, x: Tensor) -> Tensor:
+        _check.shape(name, _check.tensor(name, x), (self.num_rows,), "one per sequence")
+        _check.same_device(name, x, "the tree", self._rows)
+        return self._floats(x)
+
+    def _per_node(self, name: str, x: Tensor) -> Tensor:
+        _check.shape(name, _check.tensor(name, x), (self._nodes.shape[1],), "one per node")
+        _check.same_device(name, x, "the tree", self._nodes)
+        return self._floats(x)
+
+    def _node_numbers(self, name: str, x: Tensor | float, dtype: torch.dtype) -> Tensor:
+        if not isinstance(x, Tensor):
+            return torch.full((self._nodes.shape[1],), _check.finite(name, x), dtype=dtype, device=self._nodes.device)
+        return self._per_node(name, x).to(dtype)
+
+    @staticmethod
+    def _constant(x: Tensor, like: Tensor) -> Tensor:
+        return x.detach().to(like.dtype)
+
+    def _check_tokens(self, name: str, x: Tensor) -> None:
+        _check.shape(name, _check.tensor(name, x), self.shape, "as tokens")
+        _check.same_device(name, x, "the tree", self._nodes)
+
+    def _to_flat(self, x: Tensor) -> Tensor:
+        return self._sequences.to_flat(x)
+
+    def _from_flat(self, x: Tensor, none: Any) -> Tensor:
+        return self._sequences.from_flat(x, none)
