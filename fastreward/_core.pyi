@@ -146,3 +146,125 @@ def logits_policy_loss(
     grad_logits: int,
     grad_stride: int,
 ) -> None: ...
+
+Forest = tuple[int, int, int, int, int, int]  # nodes, stride of their fields, nodes, rows, rows, unique tokens
+
+class PrefixTreeGrowth:
+    grown: bool
+    size: int
+    groups: int
+    tokens: int
+    def __init__(
+        self,
+        tokens: int,
+        tokens_i64: bool,
+        parent_row: int,
+        branch_position: int,
+        group: int,
+        ordered_groups: bool,
+        rows_data: int,
+        rows: int,
+        compress: bool,
+        threads: int,
+    ) -> None: ...
+    def number(self, nodes: int, capacity: int) -> None: ...
+
+def prefix_tree_lengths(
+    mask: int, kind: int, extents: int, starts: int, rows: int, lengths: int, threads: int
+) -> None: ...
+def prefix_tree_starts(mask: int, kind: int, extents: int, rows: int, starts: int, threads: int) -> None: ...
+def prefix_tree_aggregate(
+    forest: Forest,
+    op: int,
+    over_children: bool,
+    mean_form: bool,
+    scale: float,
+    discount: float,
+    f64: bool,
+    values: int,
+    weights: int,
+    child_weights: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def prefix_tree_aggregate_backward(
+    forest: Forest,
+    op: int,
+    over_children: bool,
+    mean_form: bool,
+    scale: float,
+    discount: float,
+    f64: bool,
+    values: int,
+    weights: int,
+    child_weights: int,
+    grad: int,
+    grad_values: int,
+    threads: int,
+) -> None: ...
+def prefix_tree_advantages(
+    forest: Forest,
+    mode: int,
+    scale_std: bool,
+    singleton_raw: bool,
+    ddof: int,
+    eps: float,
+    f64: bool,
+    values: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def prefix_tree_propagate(
+    forest: Forest,
+    initial: float,
+    low: float,
+    high: float,
+    f64: bool,
+    scale: int,
+    shift: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def prefix_tree_propagate_backward(
+    forest: Forest,
+    initial: float,
+    low: float,
+    high: float,
+    f64: bool,
+    scale: int,
+    shift: int,
+    grad: int,
+    grad_scale: int,
+    grad_shift: int,
+    threads: int,
+) -> None: ...
+def prefix_tree_spread(
+    forest: Forest, extents: int, mask: int, kind: int, place: int, f64: bool, values: int, tokens: int, threads: int
+) -> None: ...
+def prefix_tree_collect(
+    forest: Forest, extents: int, mask: int, kind: int, place: int, f64: bool, tokens: int, values: int, threads: int
+) -> None: ...
+def prefix_tree_unfold(
+    forest: Forest, extents: int, mask: int, kind: int, f64: bool, unique: int, tokens: int, threads: int
+) -> None: ...
+def prefix_tree_fold(
+    forest: Forest, extents: int, mask: int, kind: int, op: int, f64: bool, tokens: int, unique: int, threads: int
+) -> None: ...
+def prefix_tree_node_of_token(forest: Forest, extents: int, out: int, threads: int) -> None: ...
+def prefix_tree_unique_of_token(forest: Forest, extents: int, out: int, threads: int) -> None: ...
+def prefix_tree_layout(
+    forest: Forest,
+    tokens: int,
+    tokens_i64: bool,
+    token_ids: int,
+    position_ids: int,
+    parent: int,
+    tout: int,
+    multiplicity: int,
+    source: int,
+    threads: int,
+) -> None: ...
+def prefix_tree_bins(forest: Forest, max_tokens: int, by_rows: bool, bins: int) -> int: ...
+def prefix_tree_blocks(
+    tout: int, tokens: int, block: int, counts: int, indices: int, full_counts: int, full_indices: int
+) -> None: ...

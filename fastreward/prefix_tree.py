@@ -31,9 +31,9 @@ class PrefixTree:
     """A batch of token sequences as one compressed radix forest: flat arrays, one root per group.
 
     A node is a run of tokens that the same sequences share; a sequence is a path from its group's root to the node
-    where it ends (`leaf`). Nodes are numbered in pre-order, group by group in the order in which they come in the batch,
-    children by their first sequence: the same batch always gets the same numbers, and a group's part of them does not
-    depend on the other groups. Roots have no tokens.
+    where it ends (`leaf`). Nodes are numbered in pre-order, group by group in the order in which they come in the
+    batch, children by their first sequence: the same batch always gets the same numbers, and a group's part of them
+    does not depend on the other groups. Roots have no tokens.
 
     Args:
         tokens: integers, padded [B, T], or packed [N] with cu_seqlens.
@@ -53,8 +53,8 @@ class PrefixTree:
     are tin to tout - 1; tin is the node's own number), token_begin (unique tokens before it), children, root; is_branch
     (bool: two or more children). i64 [B]: leaf. node_of_token: i32 in the shape of tokens, -1 outside of the sequences.
 
-    On a GPU the arrays have room for the most nodes that there can be, 3 B; those behind `num_nodes` are empty (count 0,
-    parent -1), as counting the nodes would wait for the device.
+    On a GPU the arrays have room for the most nodes that there can be, 3 B; those behind `num_nodes` are empty (count
+    0, parent -1), as counting the nodes would wait for the device.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or lengths, before anything runs.

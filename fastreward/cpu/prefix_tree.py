@@ -196,7 +196,7 @@ def propagate_backward(
 def spread(
     values: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, place: Place, count: int
 ) -> Tensor:
-    """Node values [nodes] to flat tokens [count], to all of an edge or to its start or end; 0 where there is no credit."""
+    """Node values [nodes] to flat tokens [count], to a whole edge or its start or end; 0 where there is no credit."""
     out = empty((count,), values.dtype)
     where = (address(extents), *mask_arguments(mask), PLACES.index(place))
     _core.prefix_tree_spread(_forest(nodes, rows), *where, *_floats(values), *_out(out))
@@ -248,15 +248,20 @@ def unique_of_token(nodes: Tensor, rows: Tensor, extents: Tensor, count: int) ->
 
 def layout(tokens: Tensor, nodes: Tensor, rows: Tensor, unique: int) -> tuple[Tensor, ...]:
     """i64 [unique] each: token id, position, parent (-1: none), end of the subtree, sequences, flat index."""
-    out = tuple(empty((unique,), torch.int64) for _ in range(6))
+    ids, positions, parent, tout, multiplicity, source = (empty((unique,), torch.int64) for _ in range(6))
     _core.prefix_tree_layout(
         _forest(nodes, rows, unique),
         address(tokens),
         tokens.dtype == torch.int64,
-        *(address(x) for x in out),
+        address(ids),
+        address(positions),
+        address(parent),
+        address(tout),
+        address(multiplicity),
+        address(source),
         torch.get_num_threads(),
     )
-    return out
+    return ids, positions, parent, tout, multiplicity, source
 
 
 def bins(nodes: Tensor, rows: Tensor, max_tokens: int, by_rows: bool) -> tuple[Tensor, int]:

@@ -1,0 +1,198 @@
+"""Log-probs of packed tokens: one logsumexp per row, a log-prob for each token that follows it, one gradient row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastreward import _check
+from fastreward._dispatch import select
+from fastreward._layout import VALUES, flags_of
+from fastreward._op import custom_op, refuse_double_backward
+from fastreward.logprobs import (
+    LOGITS_DTYPES,
+    TokenStats,
+    _check_labels,
+    _check_own_memory,
+    _token_logprobs,
+    _token_logprobs_backward,
+    _token_logprobs_backward_,
+)
+
+if TYPE_CHECKING:
+    from fastreward._packed_tree import PackedTree
+
+OUTPUTS = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs")
+_LOGPROB, _LOGSUMEXP = VALUES.index("logprobs"), VALUES.index("logsumexp")
+
+
+@custom_op("packed_token_logprobs")
+def _packed_token_logprobs(
+    logits: Tensor,  # [P, V]
+    labels: Tensor,  # [P] i64: the token that follows a row next, anything where masked
+    mask: Tensor,  # [P] bool: rows that are read
+    rows: Tensor,  # [E] i64: of the tokens that follow a row as its second, third, ... child
+    ids: Tensor,  # [E] i64
+    temperature: float,
+    flags: int,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # values f32 [8, P], log-probs of the further children f32 [E]
+    given = (None, temperature, mask, None, None, None, flags, inplace_backward, backend)
+    values, _, _ = _token_logprobs(logits, labels, *given)
+    if rows.shape[0] == 0:
+        return values, values.new_empty(0)
+    # Relative to the first child's log-prob: a logsumexp that is rounded to f32 costs large logits their last digits.
+    x = logits[rows, ids].double() / temperature
+    first = values[_LOGPROB, rows].double()
+    near = first + (x - logits[rows, labels[rows]].double() / temperature)
+    return values, torch.where(first.isfinite(), near, x - values[_LOGSUMEXP, rows].double()).float()
+
+
+@_packed_token_logprobs.register_fake
+def _(logits: Tensor, labels: Tensor, mask: Tensor, rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    values = logits.new_empty((len(VALUES), labels.shape[0]), dtype=torch.float32)
+    return values, logits.new_empty((rows.shape[0],), dtype=torch.float32)
+
+
+@custom_op("packed_token_logprobs_backward")
+def _packed_backward(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_extra: Tensor,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    none = values.new_empty((labels.shape[0], 0))
+    row_data = (labels, None, temperature, mask, None, None, None)
+    upstream = _with_further(grad_values, grad_extra, rows)
+    grad: Tensor = _token_logprobs_backward(logits, *row_data, values, none, upstream, none, backend)
+    _add_further(grad, rows, ids, grad_extra, temperature)
+    return grad
+
+
+@_packed_backward.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+_packed_backward.refuse_double_backward()
+
+
+@custom_op("packed_token_logprobs_backward_", mutates_args=("logits",))
+def _packed_backward_(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_extra: Tensor,
+    temperature: float,
+    backend: str,
+) -> None:
+    none = values.new_empty((labels.shape[0], 0))
+    row_data = (labels, None, temperature, mask, None, None, None)
+    upstream = _with_further(grad_values, grad_extra, rows)
+    _token_logprobs_backward_(logits, *row_data, values, none, upstream, none, backend)
+    _add_further(logits, rows, ids, grad_extra, temperature)
+
+
+@_packed_backward_.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def _with_further(grad_values: Tensor, grad_extra: Tensor, rows: Tensor) -> Tensor:
+    """A further child's log-prob is its logit minus the row's logsumexp: what flows into the logsumexp, added up."""
+    if rows.shape[0] == 0:
+        return grad_values.contiguous()
+    upstream = grad_values.clone(memory_format=torch.contiguous_format)
+    upstream[_LOGSUMEXP].index_put_((rows,), -grad_extra, accumulate=True)
+    return upstream
+
+
+def _add_further(grad: Tensor, rows: Tensor, ids: Tensor, grad_extra: Tensor, temperature: float) -> None:
+    """And into the logits: siblings differ in their first token, so that no place is written twice."""
+    if rows.shape[0]:
+        grad[rows, ids] = (grad[rows, ids].double() + grad_extra.double() / temperature).to(grad.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, labels, mask, rows, ids, temperature, _, inplace, backend = inputs
+    ctx.save_for_backward(logits, labels, mask, rows, ids, output[0].detach().clone())
+    ctx.temperature, ctx.inplace, ctx.backend = temperature, inplace, backend
+
+
+def _backward(ctx: Any, grad_values: Tensor | None, grad_extra: Tensor | None) -> tuple[Any, ...]:
+    logits, *rest = ctx.saved_tensors
+    values, rows = rest[-1], rest[2]
+    grad_values = torch.zeros_like(values) if grad_values is None else grad_values
+    grad_extra = values.new_zeros(rows.shape[0]) if grad_extra is None else grad_extra
+    args = (logits, *rest, grad_values, grad_extra, ctx.temperature, ctx.backend)
+    if not ctx.inplace:
+        return _packed_backward(*args), *[None] * 8
+    if torch.is_grad_enabled():
+        refuse_double_backward()
+    _packed_backward_(*args)
+    return logits.detach(), *[None] * 8
+
+
+_packed_token_logprobs.register_autograd(_backward, setup_context=_setup_context)
+
+
+def packed_token_logprobs(
+    packed: PackedTree, logits: Tensor, temperature: float, outputs: tuple[str, ...], inplace_backward: bool
+) -> TokenStats:
+    """See PackedTree.token_logprobs."""
+    _check.names("outputs", outputs, OUTPUTS)
+    _check.dtype("logits", _check.tensor("logits", logits), LOGITS_DTYPES)
+    if logits.ndim == 3 and logits.shape[0] == 1:
+        logits = logits[0]
+    if logits.ndim != 2 or logits.shape[0] != len(packed) or logits.shape[1] == 0:
+        raise ValueError(
+            f"logits: expected shape [{len(packed)}, V], one row per packed token, got {list(logits.shape)}"
+        )
+    _check.same_device("logits", logits, "the tree", packed.token_ids)
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"logits: expected unit stride along V, got {logits.stride(-1)}; call .contiguous() first")
+    if inplace_backward:
+        _check_own_memory(logits)
+    temperature = _check.positive("temperature", temperature)
+    labels, mask, rows, ids = _children(packed)
+    if _check.values_checked(logits):
+        _check_labels("token_ids", packed.token_ids, logits.shape[-1], packed.parent >= 0)
+    flags = flags_of(outputs)
+    backend = select("logprobs", logits)
+    values, further = _packed_token_logprobs(
+        logits, labels, mask, rows, ids, temperature, flags, inplace_backward, backend
+    )
+    return TokenStats(**{name: _of_tokens(packed, name, values, further) for name in outputs})
+
+
+def _children(packed: PackedTree) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(next token of each row, whether the row is read, rows and tokens of the further children)."""
+    counts = packed.credited & (packed.parent >= 0)
+    direct = torch.nn.functional.pad(packed.parent == packed.tin - 1, (0, 1))[1:]  # of the row before the token
+    labels = torch.where(direct, packed.token_ids.roll(-1), 0)
+    nowhere = len(packed)
+    read = counts.new_zeros(nowhere + 1).index_fill_(0, torch.where(counts, packed.parent, nowhere), True)[:nowhere]
+    further = packed._further
+    return labels, read, packed.parent[further], packed.token_ids[further]
+
+
+def _of_tokens(packed: PackedTree, name: str, values: Tensor, further: Tensor) -> Tensor:
+    """A row's statistic for the tokens that follow it; a further child's log-prob is its own."""
+    counts = packed.credited & (packed.parent >= 0)
+    x = values[VALUES.index(name), packed.parent.clamp(min=0)]
+    if name == "logprobs" and further.shape[0]:
+        x = x.index_put((packed._further,), further)
+    return torch.where(counts, x, 0.0)
