@@ -239,7 +239,7 @@ bool grow_group(const PrefixTreeInput& in, const PrefixForest& forest, const Pre
   const std::int64_t begin = s.group_start[g], count = s.group_start[g + 1] - begin;
   const std::int64_t* const members = s.members + begin;
   const std::int64_t* const lengths = forest.field(kRowLength);
-  const bool by_tokens = in.tokens != nullptr;
+  const bool by_tokens = in.parent_row == nullptr;  // not tokens != nullptr: [B, 0] tokens have no address
   Tree tree(s.nodes + 2 * begin + g, by_tokens ? slots : nullptr, prefix_tree_slots(count));
   tree.node(0).first_row = static_cast<std::int32_t>(members[0]);
   bool grown = true;
