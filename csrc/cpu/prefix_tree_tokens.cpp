@@ -111,34 +111,48 @@ void collect(const PrefixForest& forest, const TokenSpan& span, TreePlace place,
   }
 }
 
-// How many of a node's sequences count its token at flat offset `k` of their runs is kept beside the sums.
+// Sums, or means over the sequences that count a token, of n tokens of a node's edge.
 template <class T>
 void fold_block(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens, std::int64_t node,
                 std::int64_t offset, int n, T* unique) {
   const std::int64_t* const order = forest.field(kRowOrder) + forest.field(kNodeRowBegin)[node];
   const std::int64_t* const starts = forest.field(kRowStart);
-  const std::int64_t count = forest.field(kNodeCount)[node];
   const std::int64_t position = forest.field(kNodeEdgeStart)[node] + offset;
   double sums[kBlock] = {};
   std::int32_t counted[kBlock] = {};
   std::uint8_t buffer[kBlock];
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t row = op == TokenOp::first && i == 0 ? forest.field(kNodeFirstRow)[node] : order[i];
-    const std::int64_t at = starts[row] + position;
+  for (std::int64_t i = 0; i < forest.field(kNodeCount)[node]; ++i) {
+    const std::int64_t at = starts[order[i]] + position;
     const std::uint8_t* const bytes = mask_block(span.mask, at, n, buffer);
     for (int k = 0; k < n; ++k) {
-      const bool counts = bytes == nullptr || bytes[k] != 0;
-      if (!counts || (op == TokenOp::first && counted[k] != 0)) continue;
+      if (bytes != nullptr && bytes[k] == 0) continue;
       sums[k] += static_cast<double>(tokens[at + k]);
       ++counted[k];
     }
-    if (op == TokenOp::first && bytes == nullptr) break;
   }
   for (int k = 0; k < n; ++k)
     unique[k] = static_cast<T>(op == TokenOp::mean && counted[k] > 1 ? sums[k] / counted[k] : sums[k]);
 }
 
-// One sequence alone has nothing to sum.
+// The value of the first row that counts a token. `order` is no order of rows: one that ends here comes before others.
+template <class T>
+void fold_first(const PrefixForest& forest, const TokenSpan& span, const T* tokens, std::int64_t node,
+                std::int64_t offset, int n, T* unique) {
+  const std::int64_t* const order = forest.field(kRowOrder) + forest.field(kNodeRowBegin)[node];
+  const std::int64_t position = forest.field(kNodeEdgeStart)[node] + offset;
+  std::int64_t first[kBlock];
+  std::uint8_t buffer[kBlock];
+  std::fill_n(first, n, forest.rows);
+  std::fill_n(unique, n, T(0));
+  for (std::int64_t i = 0; i < forest.field(kNodeCount)[node]; ++i) {
+    const std::int64_t row = order[i], at = forest.field(kRowStart)[row] + position;
+    const std::uint8_t* const bytes = mask_block(span.mask, at, n, buffer);
+    for (int k = 0; k < n; ++k)
+      if ((bytes == nullptr || bytes[k] != 0) && row < first[k]) first[k] = row, unique[k] = tokens[at + k];
+  }
+}
+
+// Where the first of its sequences alone decides.
 template <class T>
 void fold_copy(const TokenSpan& span, const T* tokens, std::int64_t begin, int n, T* unique) {
   std::uint8_t buffer[kBlock];
@@ -156,10 +170,13 @@ void fold(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T
     const std::int64_t length = forest.field(kNodeEdgeLength)[node];
     T* const out = unique + forest.field(kNodeTokenBegin)[node];
     const std::int64_t begin = forest.field(kRowStart)[forest.field(kNodeFirstRow)[node]] + forest.field(kNodeEdgeStart)[node];
+    const bool one = forest.field(kNodeCount)[node] == 1 || (op == TokenOp::first && span.mask.kind == MaskKind::none);
     for (std::int64_t offset = 0; offset < length; offset += kBlock) {
       const int n = static_cast<int>(std::min<std::int64_t>(kBlock, length - offset));
-      if (forest.field(kNodeCount)[node] == 1)
+      if (one)
         fold_copy(span, tokens, begin + offset, n, out + offset);
+      else if (op == TokenOp::first)
+        fold_first(forest, span, tokens, node, offset, n, out + offset);
       else
         fold_block(forest, span, op, tokens, node, offset, n, out + offset);
     }

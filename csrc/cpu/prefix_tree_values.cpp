@@ -40,6 +40,9 @@ double power(double base, std::int64_t exponent) {
   return base == 1.0 || exponent == 0 ? 1.0 : std::pow(base, static_cast<double>(exponent));
 }
 
+// The log of a part times its weight. (Not a product: without its weight, exp of a part may be infinite.)
+double weighted(double log_part, double weight) { return weight == 1.0 ? log_part : log_part + std::log(weight); }
+
 // ---------------------------------------------------------------------------------------------------------- aggregate
 // Pairs (total, weight) of each node: the sum of what its parts add and of their weights; for logsumexp the log of the
 // sum, for max, min and any the extreme.
@@ -107,7 +110,7 @@ class Aggregate {
   void join(std::int64_t n, double value, double w) const {
     switch (o_.op) {
       case TreeOp::mean: case TreeOp::sum: return merge(n, w * value, w);
-      case TreeOp::logsumexp: return merge(n, w == 1.0 ? value : value + std::log(w), w);
+      case TreeOp::logsumexp: return merge(n, weighted(value, w), w);
       default: return merge(n, value, w);
     }
   }
@@ -160,14 +163,14 @@ void aggregate_backward(const PrefixForest& forest, const AggregateOptions& o, c
   const std::int64_t* const parent = forest.field(kNodeParent);
   const bool mean = o.op == TreeOp::mean;
   const auto part = [&](std::int64_t n, std::int64_t p) {
-    if (o.op == TreeOp::logsumexp && o.over_children) return a.child_weight(n) * share(a.log_total(n), total[p]);
+    if (o.op == TreeOp::logsumexp && o.over_children) return share(weighted(a.log_total(n), a.child_weight(n)), total[p]);
     if (o.op == TreeOp::logsumexp) return share(total[n], total[p]);
     if (mean && o.over_children) return a.discount(n) * a.child_weight(n) / weight[p];
     return o.over_children ? a.discount(n) * a.child_weight(n) : a.discount(n);
   };
   const auto row_part = [&](std::int64_t row, std::int64_t n) {
     const double w = a.row_weight(row);
-    if (o.op == TreeOp::logsumexp) return w * share(a.value_of(row), total[n]);
+    if (o.op == TreeOp::logsumexp) return share(weighted(a.value_of(row), w), total[n]);
     return mean && o.over_children ? w / weight[n] : w;
   };
   const std::int64_t* const order = forest.field(kRowOrder);
@@ -203,7 +206,7 @@ void children_statistics(const PrefixForest& forest, int ddof, const T* values, 
     deviation[parent[n]] += away * away;
   }
   for (std::int64_t n = root; n < end; ++n)
-    deviation[n] = std::sqrt(deviation[n] / static_cast<double>(children[n] - ddof));
+    deviation[n] = std::sqrt(deviation[n] / static_cast<double>(std::max<std::int64_t>(children[n] - ddof, 0)));
 }
 
 template <class T>

@@ -1,0 +1,557 @@
+"""Prefix trees in plain Python and float64 torch: a trie of dictionaries, then one node, row or token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+#: Fields of the nodes and of the rows, as every backend exchanges them.
+NODES = (
+    *("parent", "depth", "edge_start", "edge_length", "count", "first_row", "tout", "token_begin", "token_tout"),
+    *("children", "row_begin", "root"),
+)
+ROWS = ("leaf", "order", "start", "length")
+
+
+# ------------------------------------------------------------------------------------------------- rows of a batch
+def starts(mask: Tensor, extents: Tensor) -> Tensor:
+    """Flat index of each row's first counted token; where its extent begins if there is none."""
+    counted = (mask.cpu() != 0).tolist()
+    bounds = extents.tolist()
+    first = [
+        next((i for i in range(begin, end) if counted[i]), begin)
+        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    return torch.tensor(first, dtype=torch.int64, device=extents.device)
+
+
+def lengths(mask: Tensor, extents: Tensor, starts: Tensor | None) -> Tensor:
+    """Tokens from each row's start to its last counted one."""
+    counted = (mask.cpu() != 0).tolist()
+    first = (extents[:-1] if starts is None else starts).tolist()
+    out = [
+        next((i + 1 - begin for i in reversed(range(begin, end)) if counted[i]), 0)
+        for begin, end in zip(first, extents[1:].tolist(), strict=True)
+    ]
+    return torch.tensor(out, dtype=torch.int64, device=extents.device)
+
+
+# ----------------------------------------------------------------------------------------------------------- build
+class _Node:
+    """A token of a trie, with the sequences through it; once compressed, a run of such."""
+
+    def __init__(self, parent: _Node | None, start: int, length: int) -> None:
+        self.parent, self.start, self.length = parent, start, length
+        self.children: dict[Hashable, _Node] = {}
+        self.rows: list[int] = []  # sequences that pass through it or end there, ascending
+        self.ends: list[int] = []  # those that end there
+        self.number = -1
+
+    def subtree(self) -> Iterator[_Node]:
+        """Itself and all below in pre-order; the children of a node may change while that node is in hand."""
+        waiting = [self]
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting += reversed(node.children.values())
+
+
+def build(
+    tokens: Tensor | None,
+    parent_row: Tensor | None,
+    branch_position: Tensor | None,
+    starts: Tensor,
+    lengths: Tensor,
+    group: Tensor,
+    ordered_groups: bool,
+    compress: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """nodes i64 [12, nodes], rows i64 [4, B], sizes i64 [3]: nodes, groups, unique tokens."""
+    if tokens is not None:
+        flat = tokens.tolist()
+        paths = [flat[s : s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+    else:
+        assert parent_row is not None
+        assert branch_position is not None
+        paths = _branch_paths(parent_row.tolist(), branch_position.tolist(), lengths.tolist())
+    labels = group.tolist()
+    forest: list[_Node] = []
+    groups = sorted(set(labels)) if ordered_groups else list(dict.fromkeys(labels))
+    for label in groups:
+        root = _trie(paths, [b for b, other in enumerate(labels) if other == label])
+        if compress:
+            _compress(root)
+        forest += root.subtree()
+    for number, node in enumerate(forest):
+        node.number = number
+    nodes = _node_fields(forest)
+    rows = torch.stack([*_row_fields(forest, len(paths)), starts.cpu(), lengths.cpu()])
+    sizes = torch.tensor([len(forest), len(groups), sum(node.length for node in forest)])
+    return nodes.to(starts.device), rows.to(starts.device), sizes.to(starts.device)
+
+
+def _branch_paths(parent: list[int], position: list[int], length: list[int]) -> list[list[Hashable]]:
+    """Sequences with the given branches: the parent's first tokens, then tokens that no other row brings in."""
+    paths: dict[int, list[Hashable]] = {}
+    while len(paths) < len(length):
+        ready = [b for b in range(len(length)) if b not in paths and (parent[b] < 0 or parent[b] in paths)]
+        if not ready:
+            raise ValueError("parent: expected rows that lead to a row without parent (-1), got rows that form a cycle")
+        for b in ready:
+            shared = [] if parent[b] < 0 else paths[parent[b]][: position[b]]
+            paths[b] = shared + [(b, i) for i in range(len(shared), length[b])]
+    return [paths[b] for b in range(len(length))]
+
+
+def _trie(paths: Sequence[Sequence[Hashable]], rows: list[int]) -> _Node:
+    """One node for each distinct prefix; children in the order in which their first sequences come."""
+    root = _Node(None, 0, 0)
+    for b in rows:
+        node = root
+        node.rows.append(b)
+        for i, token in enumerate(paths[b]):
+            if token not in node.children:
+                node.children[token] = _Node(node, i, 1)
+            node = node.children[token]
+            node.rows.append(b)
+        node.ends.append(b)
+    return root
+
+
+def _compress(root: _Node) -> None:
+    """Joins each node with its only child, unless a sequence ends between them; the root stays without tokens."""
+    for node in root.subtree():
+        while node is not root and len(node.children) == 1 and not node.ends:
+            (child,) = node.children.values()
+            node.length += child.length
+            node.children, node.ends = child.children, child.ends
+        for child in node.children.values():
+            child.parent = node
+
+
+def _node_fields(forest: list[_Node]) -> Tensor:
+    """i64 [12, nodes] of numbered nodes in pre-order."""
+    tokens_before, rows_before = [0], [0]
+    for node in forest:
+        tokens_before.append(tokens_before[-1] + node.length)
+        rows_before.append(rows_before[-1] + len(node.ends))
+    columns: list[dict[str, int]] = []
+    for n, node in enumerate(forest):
+        above = None if node.parent is None else columns[node.parent.number]
+        columns.append(
+            {
+                "parent": -1 if node.parent is None else node.parent.number,
+                "depth": 0 if above is None else above["depth"] + 1,
+                "edge_start": node.start,
+                "edge_length": node.length,
+                "count": len(node.rows),
+                "first_row": node.rows[0],
+                "token_begin": tokens_before[n],
+                "children": len(node.children),
+                "row_begin": rows_before[n],
+                "root": n if above is None else above["root"],
+            }
+        )
+    for n in reversed(range(len(forest))):  # children before their parents
+        last = n if not forest[n].children else list(forest[n].children.values())[-1].number
+        columns[n]["tout"] = n + 1 if last == n else columns[last]["tout"]
+        columns[n]["token_tout"] = tokens_before[columns[n]["tout"]]
+    fields = [[column[name] for column in columns] for name in NODES]
+    return torch.tensor(fields, dtype=torch.int64).reshape(len(NODES), len(forest))
+
+
+def _row_fields(forest: list[_Node], count: int) -> tuple[Tensor, Tensor]:
+    """leaf and order, [B] each."""
+    order = [b for node in forest for b in node.ends]
+    leaf = {b: node.number for node in forest for b in node.ends}
+    return torch.tensor([leaf[b] for b in range(count)], dtype=torch.int64), torch.tensor(order, dtype=torch.int64)
+
+
+class _Forest:
+    """The tensors `nodes` and `rows` as lists, by name; empty nodes behind those that are there are left out."""
+
+    def __init__(self, nodes: Tensor, rows: Tensor) -> None:
+        fields = dict(zip(NODES, nodes.tolist(), strict=True))
+        self.size = sum(count > 0 for count in fields["count"])
+        self.parent: list[int] = fields["parent"]
+        self.depth: list[int] = fields["depth"]
+        self.edge_start: list[int] = fields["edge_start"]
+        self.edge_length: list[int] = fields["edge_length"]
+        self.count: list[int] = fields["count"]
+        self.first_row: list[int] = fields["first_row"]
+        self.token_begin: list[int] = fields["token_begin"]
+        self.token_tout: list[int] = fields["token_tout"]
+        self.row_begin: list[int] = fields["row_begin"]
+        self.root: list[int] = fields["root"]
+        sequences = dict(zip(ROWS, rows.tolist(), strict=True))
+        self.leaf: list[int] = sequences["leaf"]
+        self.order: list[int] = sequences["order"]
+        self.start: list[int] = sequences["start"]
+        self.length: list[int] = sequences["length"]
+
+    def rows_of(self, n: int) -> list[int]:
+        """The sequences through a node."""
+        return self.order[self.row_begin[n] : self.row_begin[n] + self.count[n]]
+
+    def children_of(self) -> list[list[int]]:
+        """The children of each node."""
+        children: list[list[int]] = [[] for _ in range(self.size)]
+        for n in range(self.size):
+            if self.parent[n] >= 0:
+                children[self.parent[n]].append(n)
+        return children
+
+    def path(self, n: int) -> list[int]:
+        """A node's ancestors from its root down, and the node itself."""
+        found = [n]
+        while self.parent[found[-1]] >= 0:
+            found.append(self.parent[found[-1]])
+        return found[::-1]
+
+    def tokens(self, row: int) -> Iterator[tuple[int, int, int]]:
+        """(flat index, node, place on the node's edge) of a sequence's tokens, in order."""
+        for n in self.path(self.leaf[row]):
+            for k in range(self.edge_length[n]):
+                yield self.start[row] + self.edge_start[n] + k, n, k
+
+
+# ------------------------------------------------------------------------------------------------------- aggregate
+class _AggregateOptions(Protocol):
+    """What this file reads of fastreward's AggregateOptions (the reference imports nothing but torch)."""
+
+    @property
+    def op(self) -> str: ...
+    @property
+    def over(self) -> str: ...
+    @property
+    def normalized(self) -> bool: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def discount(self) -> float: ...
+
+
+def _combine(v: Tensor, w: Tensor, o: _AggregateOptions) -> Tensor:
+    """One value of several, with weights."""
+    if o.op == "mean":
+        return (w * v).sum() / w.sum()
+    if o.op == "sum":
+        return (w * v).sum()
+    if o.op == "max":
+        return v.max()
+    if o.op == "min":
+        return v.min()
+    if o.op == "any":
+        return (v != 0).any().double()
+    total = torch.logsumexp(o.scale * v + w.log(), 0)
+    return (total - w.sum().log() if o.normalized else total) / o.scale
+
+
+def _derivatives(v: Tensor, w: Tensor, o: _AggregateOptions) -> Tensor:
+    """Of _combine for each value: mean, sum and logsumexp. Where a logsumexp is infinite, nothing moves it: 0."""
+    if o.op == "mean":
+        return w / w.sum()
+    if o.op == "sum":
+        return w
+    logs = o.scale * v + w.log()
+    total = torch.logsumexp(logs, 0)
+    return torch.zeros_like(v) if total.isinf() else (logs - total).exp()
+
+
+class _Aggregate:
+    """What each node's value is made of: sequences, or children."""
+
+    def __init__(
+        self,
+        values: Tensor,
+        weights: Tensor | None,
+        child_weights: Tensor | None,
+        forest: _Forest,
+        options: _AggregateOptions,
+    ) -> None:
+        self.f, self.o = forest, options
+        self.values = values.cpu().double()
+        self.weights = torch.ones_like(self.values) if weights is None else weights.cpu().double()
+        ones = torch.ones(forest.size).double()
+        self.child_weights = ones if child_weights is None else child_weights.cpu().double()
+        self.discounts = [options.discount**length for length in forest.edge_length]
+        self.children = forest.children_of()
+
+    def sequences(self, n: int) -> tuple[list[int], Tensor, Tensor, Tensor]:
+        """Over sequences: those below a node, their discounts, discounted values and weights."""
+        rows = self.f.rows_of(n)
+        end = self.f.edge_start[n] + self.f.edge_length[n]
+        discounts = torch.tensor([self.o.discount ** (self.f.length[b] - end) for b in rows]).double()
+        return rows, discounts, self.values[rows] * discounts, self.weights[rows]
+
+    def parts(self, n: int, results: Tensor) -> tuple[list[int], list[int], Tensor, Tensor, Tensor]:
+        """Over children: the sequences that end at a node and its child nodes; discounts, values and weights of both.
+
+        results: [nodes], those of the children.
+        """
+        rows = [b for b in self.f.rows_of(n) if self.f.leaf[b] == n]
+        children = self.children[n]
+        discounts = torch.tensor([1.0] * len(rows) + [self.discounts[c] for c in children]).double()
+        values = torch.cat([self.values[rows], results[children]]) * discounts
+        weights = torch.cat([self.weights[rows], self.child_weights[children]])
+        return rows, children, discounts, values, weights
+
+    def results(self) -> Tensor:
+        """f64 [nodes]."""
+        out = torch.zeros(self.f.size).double()
+        for n in reversed(range(self.f.size)):
+            *_, v, w = self.sequences(n) if self.o.over == "sequences" else self.parts(n, out)
+            out[n] = _combine(v, w, self.o)
+        return out
+
+
+def aggregate(
+    values: Tensor,
+    weights: Tensor | None,
+    child_weights: Tensor | None,
+    nodes: Tensor,
+    rows: Tensor,
+    options: _AggregateOptions,
+) -> Tensor:
+    """[nodes], the dtype of values."""
+    found = _Aggregate(values, weights, child_weights, _Forest(nodes, rows), options).results()
+    return _padded(found, nodes).to(values)
+
+
+def aggregate_backward(
+    grad: Tensor,
+    values: Tensor,
+    weights: Tensor | None,
+    child_weights: Tensor | None,
+    nodes: Tensor,
+    rows: Tensor,
+    options: _AggregateOptions,
+) -> Tensor:
+    """Gradient for values, [B]; for mean, sum and logsumexp."""
+    a = _Aggregate(values, weights, child_weights, _Forest(nodes, rows), options)
+    out = torch.zeros_like(a.values)
+    upstream = grad.cpu().double().clone()
+    results = a.results()
+    for n in range(a.f.size):
+        if options.over == "sequences":
+            ends, discounts, v, w = a.sequences(n)
+            children: list[int] = []
+        else:
+            ends, children, discounts, v, w = a.parts(n, results)
+        passed = upstream[n] * _derivatives(v, w, options) * discounts
+        out[ends] += passed[: len(ends)]
+        upstream[children] += passed[len(ends) :]
+    return out.to(values)
+
+
+def _padded(found: Tensor, nodes: Tensor) -> Tensor:
+    """Zeros for the empty nodes at the end."""
+    return torch.cat([found, found.new_zeros(nodes.shape[1] - len(found))])
+
+
+# ------------------------------------------------------------------------------------------------------ advantages
+class _AdvantageOptions(Protocol):
+    """What this file reads of fastreward's AdvantageOptions."""
+
+    @property
+    def mode(self) -> str: ...
+    @property
+    def scale(self) -> str: ...
+    @property
+    def ddof(self) -> int: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def singleton(self) -> str: ...
+
+
+def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: _AdvantageOptions) -> Tensor:
+    """[nodes] from node values [nodes]; 0 for roots."""
+    forest = _Forest(nodes, rows)
+    children = forest.children_of()
+    v = values.cpu().double()
+    out = torch.zeros(forest.size).double()
+    for n in range(forest.size):
+        if forest.parent[n] >= 0:
+            out[n] = _advantage(v, n, forest, children[forest.parent[n]], options)
+    return _padded(out, nodes).to(values)
+
+
+def _advantage(v: Tensor, n: int, forest: _Forest, siblings: list[int], o: _AdvantageOptions) -> Tensor:
+    *ancestors, _ = path = forest.path(n)
+    if o.mode == "td":
+        return v[n] - v[ancestors[-1]]
+    if o.mode == "root":
+        return v[n] - v[ancestors[0]]
+    if o.mode == "td+root":
+        return (v[n] - v[ancestors[-1]]) + (v[n] - v[ancestors[0]])
+    if o.mode == "all-ancestors":
+        return (v[n] - v[ancestors]).mean()
+    if o.mode == "depth-weighted":
+        through = torch.tensor([forest.count[a] for a in path]).double()
+        return (through * (v[n] - v[path])).sum() / through.sum()
+    if len(siblings) == 1:
+        return v[n] if o.singleton == "raw" else torch.zeros(()).double()
+    centred = v[siblings] - v[siblings].mean()
+    deviation = ((centred**2).sum() / max(len(siblings) - o.ddof, 0)).sqrt()
+    return centred[siblings.index(n)] / (deviation + o.eps if o.scale == "std" else 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------- propagate
+def propagate(
+    scale: Tensor,
+    shift: Tensor,
+    nodes: Tensor,
+    rows: Tensor,
+    initial: float,
+    low: float | None,
+    high: float | None,
+) -> Tensor:
+    """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
+    x, _ = _recurrence(scale, shift, _Forest(nodes, rows), initial, low, high)
+    return _padded(x, nodes).to(scale)
+
+
+def _recurrence(
+    scale: Tensor, shift: Tensor, forest: _Forest, initial: float, low: float | None, high: float | None
+) -> tuple[Tensor, list[bool]]:
+    """x, f64 [nodes], and where a bound has cut."""
+    a, b = scale.cpu().double(), shift.cpu().double()
+    x = torch.full((forest.size,), initial).double()
+    cut = [False] * forest.size
+    for n in range(forest.size):
+        if forest.parent[n] < 0:
+            continue
+        x[n] = a[n] * x[forest.parent[n]] + b[n]
+        for bound, crossed in ((low, torch.lt), (high, torch.gt)):
+            if bound is not None and crossed(x[n], bound):
+                x[n], cut[n] = bound, True
+    return x, cut
+
+
+def propagate_backward(
+    grad: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    nodes: Tensor,
+    rows: Tensor,
+    initial: float,
+    low: float | None,
+    high: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients for scale and shift; none passes a bound that has cut."""
+    forest = _Forest(nodes, rows)
+    x, cut = _recurrence(scale, shift, forest, initial, low, high)
+    upstream = grad.cpu().double().clone()
+    grad_scale, grad_shift = torch.zeros_like(upstream), torch.zeros_like(upstream)
+    for n in reversed(range(forest.size)):
+        p = forest.parent[n]
+        if p >= 0 and not cut[n]:
+            grad_scale[n] = upstream[n] * x[p]
+            grad_shift[n] = upstream[n]
+            upstream[p] += upstream[n] * scale[n].item()
+    return grad_scale.to(scale), grad_shift.to(scale)
+
+
+# ------------------------------------------------------------------------------------------------ nodes and tokens
+def spread(
+    values: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, place: str, count: int
+) -> Tensor:
+    """Node values [nodes] to flat tokens [count], to a whole edge or its start or end; 0 where there is no credit."""
+    out = [0.0] * count
+    v = values.tolist()
+    for i, n in _places(_Forest(nodes, rows), mask, place):
+        out[i] = v[n]
+    return _doubles(out, values)
+
+
+def collect(tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, place: str) -> Tensor:
+    """The transpose of spread: flat tokens to node values [nodes], summed."""
+    out = [0.0] * nodes.shape[1]
+    t = tokens.tolist()
+    for i, n in _places(_Forest(nodes, rows), mask, place):
+        out[n] += t[i]
+    return _doubles(out, tokens)
+
+
+def _places(forest: _Forest, mask: Tensor | None, place: str) -> Iterator[tuple[int, int]]:
+    """(flat index, node) of the tokens that get their node's value."""
+    for i, n, k in _counted(forest, mask):
+        only = {"broadcast": k, "start": 0, "end": forest.edge_length[n] - 1}[place]
+        if k == only:
+            yield i, n
+
+
+def _counted(forest: _Forest, mask: Tensor | None) -> Iterator[tuple[int, int, int]]:
+    """(flat index, node, place on its edge) of the tokens that get credit, row by row."""
+    counts = None if mask is None else (mask.cpu() != 0).tolist()
+    for row in range(len(forest.leaf)):
+        for i, n, k in forest.tokens(row):
+            if counts is None or counts[i]:
+                yield i, n, k
+
+
+def _doubles(out: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(out, dtype=torch.float64).to(like)
+
+
+# ----------------------------------------------------------------------------------------- unique tokens and tokens
+def unfold(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """Values of unique tokens to flat tokens [count]; 0 outside of the sequences and where masked."""
+    forest = _Forest(nodes, rows)
+    out = [0.0] * count
+    u = unique.tolist()
+    for i, n, k in _counted(forest, mask):
+        out[i] = u[forest.token_begin[n] + k]
+    return _doubles(out, unique)
+
+
+def fold(
+    tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, op: str, unique: int
+) -> Tensor:
+    """Flat tokens to unique tokens [unique]: sum, mean or first of those that count, 0 where none does."""
+    forest = _Forest(nodes, rows)
+    t = tokens.tolist()
+    found: list[list[float]] = [[] for _ in range(unique)]  # in the order of the batch
+    for i, n, k in _counted(forest, mask):
+        found[forest.token_begin[n] + k].append(t[i])
+    reduce = {"sum": sum, "mean": lambda x: sum(x) / len(x), "first": lambda x: x[0]}[op]
+    return _doubles([reduce(x) if x else 0.0 for x in found], tokens)
+
+
+def node_of_token(nodes: Tensor, rows: Tensor, extents: Tensor, count: int) -> Tensor:
+    """i32 [count]: each token's node, -1 outside of the sequences."""
+    out = torch.full((count,), -1, dtype=torch.int32)
+    for i, n, _ in _counted(_Forest(nodes, rows), None):
+        out[i] = n
+    return out.to(nodes.device)
+
+
+def unique_of_token(nodes: Tensor, rows: Tensor, extents: Tensor, count: int) -> Tensor:
+    """i64 [count]: each token's unique token, -1 outside of the sequences."""
+    forest = _Forest(nodes, rows)
+    out = torch.full((count,), -1, dtype=torch.int64)
+    for i, n, k in _counted(forest, None):
+        out[i] = forest.token_begin[n] + k
+    return out.to(nodes.device)
+
+
+def layout(tokens: Tensor, nodes: Tensor, rows: Tensor, unique: int) -> tuple[Tensor, ...]:
+    """i64 [unique] each: token id, position, parent (-1: none), end of the subtree, sequences, flat index."""
+    forest = _Forest(nodes, rows)
+    ids = tokens.tolist()
+    columns = []
+    for n in range(forest.size):
+        above = forest.parent[n]
+        last = -1 if above < 0 else forest.token_begin[above] + forest.edge_length[above] - 1
+        for k in range(forest.edge_length[n]):
+            position = forest.edge_start[n] + k
+            source = forest.start[forest.first_row[n]] + position
+            own = forest.token_begin[n] + k
+            parent = -1 if position == 0 else last if k == 0 else own - 1
+            columns.append((ids[source], position, parent, forest.token_tout[n], forest.count[n], source))
+    fields = torch.tensor(columns, dtype=torch.int64).reshape(len(columns), 6).t().to(nodes.device)
+    return tuple(field.clone() for field in torch.nn.functional.pad(fields, (0, unique - len(columns))))
