@@ -66,20 +66,20 @@ def _autograd_function(
         def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *_: torch.Tensor) -> Any:
             output = _below_autograd(overload, keyset, args)
             setup_context(ctx, args, output)
-            ctx.places = [k for k, x in enumerate(args) if isinstance(x, torch.Tensor)]
-            ctx.count = len(args)
+            ctx._places = [k for k, x in enumerate(args) if isinstance(x, torch.Tensor)]
+            ctx._count = len(args)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             own = ctx.needs_input_grad
-            needs = dict(zip(ctx.places, own[2:], strict=True))
-            ctx.needs_input_grad = tuple(needs.get(k, False) for k in range(ctx.count))  # by argument of the op
+            needs = dict(zip(ctx._places, own[2:], strict=True))
+            ctx.needs_input_grad = tuple(needs.get(k, False) for k in range(ctx._count))  # by argument of the op
             try:
                 found = backward_of(ctx, *grads)
             finally:
                 ctx.needs_input_grad = own
-            return (None, None, *(found[k] for k in ctx.places))
+            return (None, None, *(found[k] for k in ctx._places))
 
     return Op
 

@@ -35,13 +35,14 @@ class Sequences:
     place: Tensor | None = None  # caller's shape, i64; negative: nowhere
     flat: int = 0  # tokens of the flat memory
     packable: bool = True  # its tokens are all that a sequence has
+    one_to_one: bool = True  # `place` moves tokens, and no two to the same
 
     def to_flat(self, x: Tensor) -> Tensor:
         """Values in the caller's shape to flat memory."""
         flat = x.reshape(-1)
         if self.place is None:
             return flat
-        if self.place.numel() != self.flat:
+        if not self.one_to_one:
             raise ValueError("from_tokens: a tree from_paths with segment_ids has no unique tokens; it has steps")
         return torch.empty_like(flat).scatter(0, self.place.reshape(-1), flat)
 
@@ -50,7 +51,7 @@ class Sequences:
         if self.place is None:
             return x.view(self.shape)
         if x.numel() == 0:
-            return x.new_full(self.shape, none)
+            x = torch.cat([x, x.new_full((1,), none)])  # no new tensor: gradients flow, if only of nothing
         there = self.place >= 0
         return torch.where(there, x[self.place.clamp(min=0)], none)
 
@@ -82,7 +83,8 @@ def token_sequences(
         ends = kernels.lengths(span.reshape(-1), extents, starts)
     else:
         ends = extents.diff()
-    wide = tokens if tokens.dtype in (torch.int32, torch.int64) else tokens.to(torch.int32)
+    if tokens.dtype not in (torch.int32, torch.int64):
+        tokens = tokens.to(torch.int64 if tokens.dtype in (torch.uint32, torch.uint64) else torch.int32)
     made = Sequences(
         tuple(tokens.shape),
         starts.contiguous(),
@@ -90,7 +92,7 @@ def token_sequences(
         extents,
         groups_of(group_ids, group_size, count, tokens.device),
         None if mask is None else mask.reshape(-1),
-        wide.contiguous().reshape(-1),
+        tokens.contiguous().reshape(-1),
         flat=tokens.numel(),
     )
     if not ignore_masked:
@@ -178,6 +180,7 @@ def path_sequences(
         place=place,
         flat=count * steps,
         packable=False,
+        one_to_one=place is None,
     ), paths
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Protocol
 
@@ -23,7 +24,7 @@ def starts(mask: Tensor, extents: Tensor) -> Tensor:
     bounds = extents.tolist()
     first = [
         next((i for i in range(begin, end) if counted[i]), begin)
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for begin, end in itertools.pairwise(bounds)
     ]
     return torch.tensor(first, dtype=torch.int64, device=extents.device)
 
@@ -218,6 +219,11 @@ class _Forest:
                 yield self.start[row] + self.edge_start[n] + k, n, k
 
 
+def _doubles(values: Sequence[float]) -> Tensor:
+    """Numbers as f64, none of them by way of f32."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
 # ------------------------------------------------------------------------------------------------------- aggregate
 class _AggregateOptions(Protocol):
     """What this file reads of fastreward's AggregateOptions (the reference imports nothing but torch)."""
@@ -275,7 +281,7 @@ class _Aggregate:
         self.f, self.o = forest, options
         self.values = values.cpu().double()
         self.weights = torch.ones_like(self.values) if weights is None else weights.cpu().double()
-        ones = torch.ones(forest.size).double()
+        ones = _doubles([1.0] * forest.size)
         self.child_weights = ones if child_weights is None else child_weights.cpu().double()
         self.discounts = [options.discount**length for length in forest.edge_length]
         self.children = forest.children_of()
@@ -284,7 +290,7 @@ class _Aggregate:
         """Over sequences: those below a node, their discounts, discounted values and weights."""
         rows = self.f.rows_of(n)
         end = self.f.edge_start[n] + self.f.edge_length[n]
-        discounts = torch.tensor([self.o.discount ** (self.f.length[b] - end) for b in rows]).double()
+        discounts = _doubles([self.o.discount ** (self.f.length[b] - end) for b in rows])
         return rows, discounts, self.values[rows] * discounts, self.weights[rows]
 
     def parts(self, n: int, results: Tensor) -> tuple[list[int], list[int], Tensor, Tensor, Tensor]:
@@ -294,14 +300,14 @@ class _Aggregate:
         """
         rows = [b for b in self.f.rows_of(n) if self.f.leaf[b] == n]
         children = self.children[n]
-        discounts = torch.tensor([1.0] * len(rows) + [self.discounts[c] for c in children]).double()
+        discounts = _doubles([1.0] * len(rows) + [self.discounts[c] for c in children])
         values = torch.cat([self.values[rows], results[children]]) * discounts
         weights = torch.cat([self.weights[rows], self.child_weights[children]])
         return rows, children, discounts, values, weights
 
     def results(self) -> Tensor:
         """f64 [nodes]."""
-        out = torch.zeros(self.f.size).double()
+        out = _doubles([0.0] * self.f.size)
         for n in reversed(range(self.f.size)):
             *_, v, w = self.sequences(n) if self.o.over == "sequences" else self.parts(n, out)
             out[n] = _combine(v, w, self.o)
@@ -373,7 +379,7 @@ def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: _AdvantageO
     forest = _Forest(nodes, rows)
     children = forest.children_of()
     v = values.cpu().double()
-    out = torch.zeros(forest.size).double()
+    out = _doubles([0.0] * forest.size)
     for n in range(forest.size):
         if forest.parent[n] >= 0:
             out[n] = _advantage(v, n, forest, children[forest.parent[n]], options)
@@ -391,10 +397,10 @@ def _advantage(v: Tensor, n: int, forest: _Forest, siblings: list[int], o: _Adva
     if o.mode == "all-ancestors":
         return (v[n] - v[ancestors]).mean()
     if o.mode == "depth-weighted":
-        through = torch.tensor([forest.count[a] for a in path]).double()
+        through = _doubles([forest.count[a] for a in path])
         return (through * (v[n] - v[path])).sum() / through.sum()
     if len(siblings) == 1:
-        return v[n] if o.singleton == "raw" else torch.zeros(()).double()
+        return v[n] if o.singleton == "raw" else torch.zeros_like(v[n])
     centred = v[siblings] - v[siblings].mean()
     deviation = ((centred**2).sum() / max(len(siblings) - o.ddof, 0)).sqrt()
     return centred[siblings.index(n)] / (deviation + o.eps if o.scale == "std" else 1.0)
@@ -420,7 +426,7 @@ def _recurrence(
 ) -> tuple[Tensor, list[bool]]:
     """x, f64 [nodes], and where a bound has cut."""
     a, b = scale.cpu().double(), shift.cpu().double()
-    x = torch.full((forest.size,), initial).double()
+    x = _doubles([initial] * forest.size)
     cut = [False] * forest.size
     for n in range(forest.size):
         if forest.parent[n] < 0:
@@ -465,7 +471,7 @@ def spread(
     v = values.tolist()
     for i, n in _places(_Forest(nodes, rows), mask, place):
         out[i] = v[n]
-    return _doubles(out, values)
+    return _doubles(out).to(values)
 
 
 def collect(tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, place: str) -> Tensor:
@@ -474,7 +480,7 @@ def collect(tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: 
     t = tokens.tolist()
     for i, n in _places(_Forest(nodes, rows), mask, place):
         out[n] += t[i]
-    return _doubles(out, tokens)
+    return _doubles(out).to(tokens)
 
 
 def _places(forest: _Forest, mask: Tensor | None, place: str) -> Iterator[tuple[int, int]]:
@@ -494,10 +500,6 @@ def _counted(forest: _Forest, mask: Tensor | None) -> Iterator[tuple[int, int, i
                 yield i, n, k
 
 
-def _doubles(out: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(out, dtype=torch.float64).to(like)
-
-
 # ----------------------------------------------------------------------------------------- unique tokens and tokens
 def unfold(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, count: int) -> Tensor:
     """Values of unique tokens to flat tokens [count]; 0 outside of the sequences and where masked."""
@@ -506,7 +508,7 @@ def unfold(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: T
     u = unique.tolist()
     for i, n, k in _counted(forest, mask):
         out[i] = u[forest.token_begin[n] + k]
-    return _doubles(out, unique)
+    return _doubles(out).to(unique)
 
 
 def fold(
@@ -519,7 +521,7 @@ def fold(
     for i, n, k in _counted(forest, mask):
         found[forest.token_begin[n] + k].append(t[i])
     reduce = {"sum": sum, "mean": lambda x: sum(x) / len(x), "first": lambda x: x[0]}[op]
-    return _doubles([reduce(x) if x else 0.0 for x in found], tokens)
+    return _doubles([reduce(x) if x else 0.0 for x in found]).to(tokens)
 
 
 def node_of_token(nodes: Tensor, rows: Tensor, extents: Tensor, count: int) -> Tensor:
