@@ -77,7 +77,8 @@ def _insertion_starts(part: PackedTree) -> list[int]:
     first, at, size = tree.first_row, tree.edge_start, tree.edge_length
     fresh = torch.zeros_like(tree.lengths).scatter_add_(0, first, size)  # what a row brings: the tail of its path
     before = fresh.cumsum(0) - fresh
-    return (before[first] + at - (tree.lengths[first] - fresh[first])).tolist()  # type: ignore[no-any-return]
+    starts: list[int] = (before[first] + at - (tree.lengths[first] - fresh[first])).tolist()
+    return starts
 
 
 def trl_row(packed: PackedTree, advantages: Tensor, old_logprobs: Tensor | None) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ from fastreward.group import GroupIds
 
 if TYPE_CHECKING:
     import networkx
+    from matplotlib.axes import Axes
 
     from fastreward._packed_tree import PackedTree
     from fastreward._prefix_tree_views import TreeStatistics
@@ -59,6 +60,12 @@ class PrefixTree:
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or lengths, before anything runs.
     """
+
+    _sequences: Sequences
+    _backend: str
+    _nodes: Tensor  # i64 [F, nodes], see _layout.NODES
+    _rows: Tensor  # i64 [4, B], see _layout.ROWS
+    _sizes: Tensor  # i64 [3]: nodes, groups, unique tokens
 
     @accepts_arrays
     def __init__(
@@ -135,7 +142,7 @@ class PrefixTree:
         return tree
 
     def _build(self, s: Sequences, backend: str, *, compress: bool = True) -> None:
-        self._sequences, self._backend, self._compressed = s, backend, compress
+        self._sequences, self._backend = s, backend
         self._nodes, self._rows, self._sizes = _ops.build(
             s.tokens, s.parent_row, s.branch_position, s.starts, s.lengths, s.group, s.ordered_groups, compress, backend
         )
@@ -472,6 +479,33 @@ class PrefixTree:
         from fastreward._prefix_tree_views import to_networkx
 
         return to_networkx(self, node_values)
+
+    def plot(
+        self,
+        values: Tensor | None = None,
+        advantages: Tensor | None = None,
+        *,
+        rewards: Tensor | None = None,
+        group: int = 0,
+        decode: Callable[[list[int]], str] | None = None,
+        ax: Axes | None = None,
+        max_nodes: int = 400,
+    ) -> Axes:
+        """A picture of one group, values [nodes] on the nodes and advantages [nodes] on the edges; needs matplotlib.
+
+        Args:
+            values, advantages: [nodes], shown as colours and numbers.
+            rewards: [B], written beside the sequences' ends.
+            group: by its number as they come in the batch.
+            decode: token ids to text, such as a tokenizer's `decode`; else the ids are written.
+            ax: matplotlib axes to draw in; a new pyplot figure of fitting size if None.
+            max_nodes: more than these are refused (ValueError).
+        """
+        from fastreward._prefix_tree_plot import plot
+
+        return plot(
+            self, values, advantages, rewards=rewards, group=group, decode=decode, ax=ax, max_nodes=max_nodes
+        )
 
     def __repr__(self) -> str:
         return f"PrefixTree({list(self.shape)}, {self._nodes.shape[1]} nodes on {self._nodes.device})"

@@ -7,14 +7,15 @@
 // the old one keeps its number, its children and their hash entries. At most two nodes are made for each row, which
 // bounds all memory by the rows, not by the tokens. Groups are independent of each other: threads take one at a time.
 #include <algorithm>
-#include <cstring>
+#include <numeric>
 
 #include "cpu/prefix_tree.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 namespace {
 
-constexpr std::int64_t kParallelRows = 64;
+constexpr std::int64_t kParallelTokens = 1 << 16;
+constexpr std::int64_t kParallelNodes = 1 << 12;
 constexpr std::int32_t kNone = -1;
 
 // ------------------------------------------------------------------------------------------------- rows and groups
@@ -57,6 +58,11 @@ void sort_rows(const PrefixTreeInput& in, const PrefixForest& forest, const Pref
   for (std::int64_t b = 0; b < forest.rows; ++b) s.members[s.group_start[in.group[b]]++] = b;
   for (std::int64_t g = forest.groups; g > 0; --g) s.group_start[g] = s.group_start[g - 1];
   s.group_start[0] = 0;
+}
+
+std::int64_t tokens_of(const PrefixForest& forest) {
+  const std::int64_t* const lengths = forest.field(kRowLength);
+  return std::accumulate(lengths, lengths + forest.rows, std::int64_t{0});
 }
 
 // First i in [begin, end) where a and b differ, else end.
@@ -356,7 +362,7 @@ void order_rows(const PrefixForest& forest, const PrefixTreeScratch& s, std::int
 // --------------------------------------------------------------------------------------------------------- launchers
 void prefix_tree_lengths(const MaskView& mask, const std::int64_t* extents, const std::int64_t* starts,
                          std::int64_t rows, std::int64_t* lengths, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows >= kParallelRows) schedule(static)
+#pragma omp parallel for num_threads(threads) if (extents[rows] >= kParallelTokens) schedule(static)
   for (std::int64_t b = 0; b < rows; ++b) {
     const std::int64_t begin = starts == nullptr ? extents[b] : starts[b];
     lengths[b] = with_mask(mask, [&](auto* m) { return last_counted(m, begin, extents[b + 1]); }) - begin;
@@ -365,7 +371,7 @@ void prefix_tree_lengths(const MaskView& mask, const std::int64_t* extents, cons
 
 void prefix_tree_starts(const MaskView& mask, const std::int64_t* extents, std::int64_t rows, std::int64_t* starts,
                         int threads) {
-#pragma omp parallel for num_threads(threads) if (rows >= kParallelRows) schedule(static)
+#pragma omp parallel for num_threads(threads) if (extents[rows] >= kParallelTokens) schedule(static)
   for (std::int64_t b = 0; b < rows; ++b)
     starts[b] = with_mask(mask, [&](auto* m) { return first_counted(m, extents[b], extents[b + 1]); });
 }
@@ -378,8 +384,9 @@ bool prefix_tree_grow(const PrefixTreeInput& input, PrefixForest& forest, const 
     s.token_sizes[g + 1] = slot;
     slot += prefix_tree_slots(s.group_start[g + 1] - s.group_start[g]);
   }
+  const bool spread_out = forest.groups > 1 && tokens_of(forest) >= kParallelTokens;
   bool grown = true;
-#pragma omp parallel for num_threads(input.threads) if (forest.groups > 1) schedule(dynamic) reduction(&& : grown)
+#pragma omp parallel for num_threads(input.threads) if (spread_out) schedule(dynamic) reduction(&& : grown)
   for (std::int64_t g = 0; g < forest.groups; ++g) {
     std::int32_t* const slots = s.slots + s.token_sizes[g + 1];
     const bool done = input.tokens_i64 ? grow_group<std::int64_t>(input, forest, s, g, slots)
@@ -397,7 +404,7 @@ bool prefix_tree_grow(const PrefixTreeInput& input, PrefixForest& forest, const 
 }
 
 void prefix_tree_number(const PrefixTreeInput& input, const PrefixForest& forest, const PrefixTreeScratch& s) {
-#pragma omp parallel for num_threads(input.threads) if (forest.groups > 1) schedule(dynamic, 16)
+#pragma omp parallel for num_threads(input.threads) if (forest.size >= kParallelNodes) schedule(dynamic, 16)
   for (std::int64_t g = 0; g < forest.groups; ++g) {
     number_group(input, forest, s, g);
     order_rows(forest, s, g);

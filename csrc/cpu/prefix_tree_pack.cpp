@@ -9,7 +9,7 @@
 namespace fastreward::FASTREWARD_ISA {
 namespace {
 
-constexpr std::int64_t kParallelTokens = 1 << 15;
+constexpr std::int64_t kParallelTokens = 1 << 17;
 
 template <class T>
 void token_ids_of(const PrefixForest& forest, const T* tokens, std::int64_t node, std::int64_t source,

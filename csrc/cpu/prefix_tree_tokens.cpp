@@ -5,6 +5,8 @@
 // run in pre-order of their ends, in float64, a block of tokens at a time, so that a token's bits depend on its group
 // alone. Large outputs are written past the caches, which saves reading what is overwritten.
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #include "common/simd.hpp"
 #include "cpu/prefix_tree.hpp"
@@ -12,7 +14,10 @@
 namespace fastreward::FASTREWARD_ISA {
 namespace {
 
-constexpr std::int64_t kParallelTokens = 1 << 15;
+using namespace simd;
+
+constexpr std::int64_t kParallelTokens = 1 << 17;
+constexpr std::int64_t kStreamBytes = std::int64_t{8} << 20;  // larger outputs are written past the caches
 constexpr int kBlock = 1024;  // tokens whose sums and mask bytes lie in cache together
 
 bool spread_out(const PrefixForest& forest, const TokenSpan& span) {
@@ -47,9 +52,61 @@ void for_blocks(const MaskView& mask, std::int64_t begin, std::int64_t end, F&& 
   }
 }
 
-// out[i] = get(i - begin) where it counts, else `none`; a whole row: what lies outside of its sequence, too.
+// What a run of tokens gets: one value, its start or end alone, or a run of unique tokens.
+template <class T>
+struct Everywhere {
+  T value;
+  T operator()(std::int64_t) const { return value; }
+};
+template <class T>
+struct At {
+  T value;
+  std::int64_t place;
+  T operator()(std::int64_t k) const { return k == place ? value : T(0); }
+};
+template <class T>
+struct Copy {
+  const T* from;
+  T operator()(std::int64_t k) const { return from[k]; }
+};
+struct Count {
+  std::int64_t begin;
+  std::int64_t operator()(std::int64_t k) const { return begin + k; }
+};
+inline Everywhere<float> advanced(const Everywhere<float>& get, std::int64_t) { return get; }
+inline Copy<float> advanced(const Copy<float>& get, std::int64_t k) { return {get.from + k}; }
+inline F32 vector_of(const Everywhere<float>& get, std::int64_t) { return f32(get.value); }
+inline F32 vector_of(const Copy<float>& get, std::int64_t k) { return load(get.from + k); }
+template <class Get>
+constexpr bool kHasVector = std::is_same_v<Get, Everywhere<float>> || std::is_same_v<Get, Copy<float>>;
+
+// out[k] = get(k) for k in [begin, end), 0 where a byte (of position k) is 0.
+template <class Out, class Get>
+void write_scalars(const Get& get, const std::uint8_t* bytes, std::int64_t begin, std::int64_t end, Out* out) {
+  for (std::int64_t k = begin; k < end; ++k) out[k] = bytes == nullptr || bytes[k] != 0 ? get(k) : Out(0);
+}
+
+// The same in vectors of floats, whole cache lines at a time; kPast: past the caches.
+template <bool kPast, class Get>
+void write_lines(const Get& get, const std::uint8_t* bytes, std::int64_t end, float* out) {
+  constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(float));
+  const auto misplaced = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out) / sizeof(float)) % kLine;
+  std::int64_t k = std::min(end, (kLine - misplaced) % kLine);
+  write_scalars(get, bytes, 0, k, out);
+  for (; k + kLine <= end; k += kLine)
+    for (std::int64_t i = k; i < k + kLine; i += kF32) {
+      const F32 x = vector_of(get, i);
+      const F32 y = bytes == nullptr ? x : select(nonzero(bytes + i), x, f32(0.0f));
+      if constexpr (kPast) stream(out + i, y);
+      else store(out + i, y);
+    }
+  write_scalars(get, bytes, k, end, out);
+}
+
+// make(node) gives what its run gets; `none` for what lies outside of a row's sequence.
 template <class Out, class Make>
 void write_tokens(const PrefixForest& forest, const TokenSpan& span, Out none, Out* out, int threads, Make&& make) {
+  const bool past = span.extents[forest.rows] * static_cast<std::int64_t>(sizeof(Out)) >= kStreamBytes;
   for_rows(forest, span, threads, [&](std::int64_t row) {
     const std::int64_t start = forest.field(kRowStart)[row], end = start + forest.field(kRowLength)[row];
     std::fill(out + span.extents[row], out + start, none);
@@ -57,13 +114,13 @@ void write_tokens(const PrefixForest& forest, const TokenSpan& span, Out none, O
     for_runs(forest, row, [&](std::int64_t node, std::int64_t from, std::int64_t to) {
       const auto get = make(node);
       for_blocks(span.mask, from, to, [&](std::int64_t i, std::int64_t stop, const std::uint8_t* bytes) {
-        const std::int64_t offset = i - from;
-        Out* const block = out + i;
-        const std::int64_t n = stop - i;
-        if (bytes == nullptr)
-          for (std::int64_t k = 0; k < n; ++k) block[k] = get(offset + k);
-        else
-          for (std::int64_t k = 0; k < n; ++k) block[k] = bytes[k] != 0 ? get(offset + k) : none;
+        if constexpr (kHasVector<std::decay_t<decltype(get)>>) {
+          const auto here = advanced(get, i - from);
+          if (past) write_lines<true>(here, bytes, stop - i, out + i);
+          else write_lines<false>(here, bytes, stop - i, out + i);
+        } else {
+          write_scalars([&](std::int64_t k) { return get(i - from + k); }, bytes, 0, stop - i, out + i);
+        }
       });
     });
   });
@@ -73,14 +130,10 @@ template <class T>
 void spread(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* values, T* tokens,
             int threads) {
   if (place == TreePlace::broadcast)
-    return write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node) {
-      const T value = values[node];
-      return [value](std::int64_t) { return value; };
-    });
+    return write_tokens(forest, span, T(0), tokens, threads,
+                        [&](std::int64_t node) { return Everywhere<T>{values[node]}; });
   write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node) {
-    const T value = values[node];
-    const std::int64_t at = place == TreePlace::start ? 0 : forest.field(kNodeEdgeLength)[node] - 1;
-    return [value, at](std::int64_t k) { return k == at ? value : T(0); };
+    return At<T>{values[node], place == TreePlace::start ? 0 : forest.field(kNodeEdgeLength)[node] - 1};
   });
 }
 
@@ -185,27 +238,27 @@ void fold(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T
 
 template <class T>
 void unfold(const PrefixForest& forest, const TokenSpan& span, const T* unique, T* tokens, int threads) {
-  write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node) {
-    const T* const from = unique + forest.field(kNodeTokenBegin)[node];
-    return [from](std::int64_t k) { return from[k]; };
-  });
+  write_tokens(forest, span, T(0), tokens, threads,
+               [&](std::int64_t node) { return Copy<T>{unique + forest.field(kNodeTokenBegin)[node]}; });
 }
 
 }  // namespace
 
 // --------------------------------------------------------------------------------------------------------- launchers
 void prefix_tree_node_of_token(const PrefixForest& forest, const TokenSpan& span, std::int32_t* out, int threads) {
-  write_tokens(forest, {span.extents, {}}, std::int32_t{-1}, out, threads, [](std::int64_t node) {
-    const auto number = static_cast<std::int32_t>(node);
-    return [number](std::int64_t) { return number; };
-  });
+  // Numbers as the bits of floats, which are only moved: the vectors are those.
+  const auto bits = [](std::int32_t number) {
+    float x;
+    std::memcpy(&x, &number, sizeof x);
+    return x;
+  };
+  write_tokens(forest, {span.extents, {}}, bits(-1), reinterpret_cast<float*>(out), threads,
+               [&](std::int64_t node) { return Everywhere<float>{bits(static_cast<std::int32_t>(node))}; });
 }
 
 void prefix_tree_unique_of_token(const PrefixForest& forest, const TokenSpan& span, std::int64_t* out, int threads) {
-  write_tokens(forest, {span.extents, {}}, std::int64_t{-1}, out, threads, [&](std::int64_t node) {
-    const std::int64_t begin = forest.field(kNodeTokenBegin)[node];
-    return [begin](std::int64_t k) { return begin + k; };
-  });
+  write_tokens(forest, {span.extents, {}}, std::int64_t{-1}, out, threads,
+               [&](std::int64_t node) { return Count{forest.field(kNodeTokenBegin)[node]}; });
 }
 
 #define FASTREWARD_TREE_TOKENS(T, suffix)                                                                           \

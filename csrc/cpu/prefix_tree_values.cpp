@@ -13,7 +13,7 @@
 namespace fastreward::FASTREWARD_ISA {
 namespace {
 
-constexpr std::int64_t kParallelNodes = 1 << 12;
+constexpr std::int64_t kParallelNodes = 1 << 15;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // f(root, end of its nodes) for every group.

@@ -23,6 +23,7 @@ OPERATIONS = (
     "correction",
     "group",
     "whiten",
+    "prefix_tree",
 )
 WITH_VOCABULARY = (
     "logprobs",

@@ -33,7 +33,7 @@ class Contender:
 class Target:
     """One promise of design section 7, for one case at one size on one kind of device."""
 
-    kind: Literal["speedup", "share", "ratio", "memory", "first_call"]
+    kind: Literal["speedup", "share", "ratio", "memory", "first_call", "per_token"]
     bound: float
     peer: str = ""
     device: str = "cpu"
@@ -48,6 +48,8 @@ class Target:
                 return f">= {self.bound:.0%} of the limit"
             case "ratio":
                 return f"<= {self.bound:g}x the time of {self.peer}"
+            case "per_token":
+                return f"<= {self.bound:g} ns/token, {self.peer}"
             case "memory":
                 return f"< {self.bound / 2**20:g} MiB besides its outputs"
             case "first_call":

@@ -101,3 +101,18 @@ def correction(tokens: int, mask_itemsize: int = 1) -> Traffic:
 def whiten(elements: int, mask_itemsize: int = 1) -> Traffic:
     """Two reads (the variance needs the mean or a second look) and one write, the mask with each read."""
     return Traffic(elements * 2 * (4 + mask_itemsize), elements * 4)
+
+
+def prefix_tree_build(tokens: int, unique: int) -> Traffic:
+    """Tokens that are shared read once for each sequence (what is new need not be read), each token's node written."""
+    return Traffic((tokens - unique) * 8, tokens * 4)
+
+
+def prefix_tree_credit(tokens: int, mask_itemsize: int = 1) -> Traffic:
+    """The mask read, each token's advantage written; a path is walked, so that no token's node is read."""
+    return Traffic(tokens * mask_itemsize, tokens * 4)
+
+
+def prefix_tree_pack(tokens: int, unique: int) -> Traffic:
+    """Unique tokens read, six i64 written for each of them, and each token's place among them."""
+    return Traffic(unique * 8, unique * 48 + tokens * 8)

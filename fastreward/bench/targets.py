@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fastreward.bench._types import Target
@@ -27,10 +28,13 @@ def judge(outcome: Outcome, device: str, at_design_size: bool) -> list[Verdict]:
 
 def _judge(outcome: Outcome, target: Target) -> Verdict:
     ours = outcome.ours
-    if target.kind in ("speedup", "ratio"):
+    if target.kind in ("speedup", "ratio", "per_token"):
         peer = outcome.timing(target.peer)
         if peer is None:
             return Verdict(target, outcome.case.absent.get(target.peer, "not here"), None)
+        if target.kind == "per_token":
+            value = peer.median * 1e9 / math.prod(outcome.case.shape)
+            return Verdict(target, f"{value:.2f} ns", value <= target.bound)
         if target.kind == "speedup":
             value = peer.median / ours.median
             return Verdict(target, f"{value:.2f}x", value >= target.bound)

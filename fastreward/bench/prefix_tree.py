@@ -1,0 +1,273 @@
+"""PrefixTree: building with every array, credit, packing and a training step on the packed tree.
+
+Groups of G multi-turn rollouts: every few turns each branch splits in two, so that a share of all tokens is shared with
+an earlier sequence. SHAPE has 3.1M tokens; `--rows 512` has 786K and `--rows 64` has 98K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreward import PrefixTree
+from fastreward._distance import distance
+from fastreward.bench import _areal, peers, roofline
+from fastreward.bench._types import OURS, Case, Contender, Target
+
+CASES = (
+    *(f"{what}-g{group}-{share}" for what in ("build", "credit") for group in (8, 64) for share in (30, 70)),
+    "pack-g8-70",
+    "pack-g64-70",
+    "train-g8-70",
+)
+DTYPES = ("float32",)
+SHAPE = (2048, 1536)  # rows, tokens of a row
+QUICK = (128, 192)
+
+_ALONE = f"{OURS}, one thread"
+_DICT = "Python dict trie"
+_AREAL = "areal"
+_VOCAB = 150_000
+
+Edges = Counter[tuple[int, int, int]]  # (tokens before it, tokens, sequences) of every node but the roots
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What a case works on, and the tree that it must find."""
+
+    tokens: Tensor  # [B, T] i64
+    mask: Tensor  # [B, T] bool: one turn of four, each of 32 tokens, is a tool's
+    group_ids: Tensor  # [B]
+    rewards: Tensor  # [B]
+    edges: Edges
+
+    @property
+    def unique(self) -> int:
+        """Unique tokens."""
+        return sum(length * times for (_, length, _), times in self.edges.items())
+
+
+def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Case:
+    """`shape` is (rows, tokens of a row); the case's name says what is timed, G, and the share of tokens saved in %."""
+    what, group, share = case.split("-")
+    if what == "train":
+        return _train(case, shape, device)
+    data = rollouts(shape[0], shape[1], int(group[1:]), int(share) / 100, device)
+    return {"build": _build, "credit": _credit, "pack": _pack}[what](case, shape, data)
+
+
+def rollouts(rows: int, length: int, group: int, share: float, device: str) -> Rollouts:
+    """Groups of `group` rows that split in two `log2(group)` times; `share` of the tokens is saved."""
+    levels = int(math.log2(group))
+    # With splits evenly over the first `reach` of a row, the saved share is reach * (1 - (G - 1) / (levels * G)).
+    reach = share / (1 - (group - 1) / (levels * group))
+    cuts = [round(length * reach * k / levels) for k in range(levels + 1)] + [length]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(group, _VOCAB, (rows, length), generator=generator)
+    place = torch.arange(rows) % group
+    edges: Edges = Counter()
+    for level, (begin, end) in enumerate(pairwise(cuts)):
+        size = group >> level  # rows that still go together
+        leader = torch.arange(rows) - place % size
+        tokens[:, begin:end] = tokens[leader, begin:end]
+        if end > begin:
+            tokens[:, begin] = place // size  # siblings differ at once, and never by chance alone
+            counts = Counter(leader.tolist())
+            edges.update((begin, end - begin, count) for count in counts.values())
+    turn = torch.arange(length) // 32
+    group_ids = torch.arange(rows) // group
+    tokens[:, 0] = group + group_ids  # areal knows no groups: they must not share a first token
+    return Rollouts(
+        tokens.to(device),
+        (turn % 4 != 1).expand(rows, length).contiguous().to(device),
+        group_ids.to(device),
+        torch.rand(rows, generator=generator).to(device),
+        edges,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- build
+def _build(case: str, shape: tuple[int, ...], data: Rollouts) -> Case:
+    def ours() -> PrefixTree:
+        tree = PrefixTree(data.tokens, data.mask, data.group_ids, lengths=whole)
+        tree.node_of_token  # noqa: B018  made when it is asked for
+        return tree
+
+    whole = torch.full((shape[0],), shape[1], device=data.tokens.device)
+    design = [Target("per_token", 8.0, _ALONE)]
+    built = Case(
+        operation="prefix_tree",
+        name=case,
+        dtype="int64",
+        shape=shape,
+        traffic=roofline.prefix_tree_build(data.tokens.numel(), data.unique),
+        error=lambda result: float(edges_of(result) != data.edges),
+        contenders=[Contender(OURS, ours)],
+        tolerance=0.0,
+        inputs=[data.tokens, data.mask],
+        targets=(*design, Target("speedup", 1.7, _ALONE), Target("speedup", 200.0, _AREAL)),
+    )
+    if data.tokens.device.type == "cpu":
+        built.contenders.append(Contender(_ALONE, partial(alone, ours)))
+        built.contenders.append(Contender(_DICT, partial(dict_trie, data)))
+        peers.add(built, _AREAL, partial(_areal_contender, data))
+    return _without_peers(built)
+
+
+def edges_of(result: Any) -> Edges:
+    """The nodes of a PrefixTree, of areal's tries, or of a dict trie, roots left out."""
+    if isinstance(result, PrefixTree):
+        fields = torch.stack([result.edge_start, result.edge_length, result.count], 1)[: result.num_nodes]
+        return Counter((start, length, count) for start, length, count in fields.tolist() if length)
+    if isinstance(result, tuple):
+        nodes = [node for trie in result[0] for node in trie.nodes]
+        return Counter((sum(len(a.tokens) for a in n.ancestors), len(n.tokens), len(n.sequence_ids)) for n in nodes)
+    return _dict_edges(result)
+
+
+def alone(call: Callable[[], Any]) -> Any:
+    """The call on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def dict_trie(data: Rollouts) -> list[dict[int, Any]]:
+    """As it is written down first: for each group nested dicts, token -> [sequences, what follows]."""
+    roots: dict[int, dict[int, Any]] = {}
+    for group, row in zip(data.group_ids.tolist(), data.tokens.tolist(), strict=True):
+        node = roots.setdefault(group, {})
+        for token in row:
+            entry = node.get(token)
+            if entry is None:
+                entry = node[token] = [0, {}]
+            entry[0] += 1
+            node = entry[1]
+    return list(roots.values())
+
+
+def _dict_edges(roots: list[dict[int, Any]]) -> Edges:
+    edges: Edges = Counter()
+    waiting = [(0, entry) for root in roots for entry in root.values()]
+    while waiting:
+        start, entry = waiting.pop()
+        length, count = 1, entry[0]
+        while len(entry[1]) == 1:
+            (entry,) = entry[1].values()
+            length += 1
+        edges[start, length, count] += 1
+        waiting.extend((start + length, child) for child in entry[1].values())
+    return edges
+
+
+def _areal_contender(data: Rollouts) -> Contender:
+    """All in one trie: with more of them, areal walks each for every sequence."""
+    builder = _areal.builder()
+    batch = {"input_ids": data.tokens, "attention_mask": torch.ones_like(data.mask)}
+    return Contender(_AREAL, lambda: builder(batch, data.tokens.numel()))
+
+
+# ------------------------------------------------------------------------------------------------------------ credit
+def _credit(case: str, shape: tuple[int, ...], data: Rollouts) -> Case:
+    tree = PrefixTree(data.tokens, data.mask, data.group_ids)
+    truth = _gathered(tree, data.rewards.double())
+
+    def ours() -> Tensor:
+        return tree.to_tokens(tree.advantages(tree.aggregate(data.rewards)))
+
+    node = tree.node_of_token.long()
+    built = Case(
+        operation="prefix_tree",
+        name=case,
+        dtype="float32",
+        shape=shape,
+        traffic=roofline.prefix_tree_credit(data.tokens.numel()),
+        error=lambda result: distance(result.cpu(), truth.cpu()),
+        contenders=[Contender(OURS, ours)],
+        tolerance=1e-5,
+        inputs=[data.mask],
+        targets=(Target("share", 0.5),),
+    )
+    if data.tokens.device.type == "cpu":
+        built.contenders.append(Contender(_ALONE, partial(alone, ours)))
+    # The tree's arrays given, what is left is gather and scatter; on this many tokens that is memory's time.
+    built.contenders.append(Contender("torch eager", partial(_gathered, tree, data.rewards, node), tolerance=1e-3))
+    return _without_peers(built)
+
+
+def _gathered(tree: PrefixTree, rewards: Tensor, node: Tensor | None = None) -> Tensor:
+    """Mean below each node by sums over prefix intervals, minus the parent's, gathered: plain torch, given the tree."""
+    node = tree.node_of_token.long() if node is None else node
+    order, begin = tree._row_field("order"), tree._node_field("row_begin")
+    sums = torch.nn.functional.pad(rewards[order].cumsum(0), (1, 0))
+    mean = (sums[begin + tree.count] - sums[begin]) / tree.count.clamp(min=1)
+    td = torch.where(tree.parent >= 0, mean - mean[tree.parent.clamp(min=0)], 0.0)
+    mask = tree._sequences.credit
+    assert mask is not None
+    return torch.where(mask.view(tree.shape) & (node >= 0), td[node.clamp(min=0)], 0.0)
+
+
+# -------------------------------------------------------------------------------------------------------------- pack
+def _pack(case: str, shape: tuple[int, ...], data: Rollouts) -> Case:
+    tree = PrefixTree(data.tokens, data.mask, data.group_ids)
+    whole = PrefixTree(data.tokens, group_ids=data.group_ids)
+    expected = data.tokens.flatten()
+
+    def ours() -> Any:
+        packed = tree.pack()
+        packed.packed_of_token  # noqa: B018  made when it is asked for
+        return packed
+
+    def wrong(packed: Any) -> float:
+        place = packed.tree.unique_of_token.flatten()
+        found = packed.token_ids[place.clamp(min=0)]
+        return float(((found != expected) & (place >= 0)).any() or len(packed) != tree.num_tokens)
+
+    built = Case(
+        operation="prefix_tree",
+        name=case,
+        dtype="int64",
+        shape=shape,
+        traffic=roofline.prefix_tree_pack(data.tokens.numel(), whole.num_tokens),
+        error=wrong,
+        contenders=[Contender(OURS, lambda: _fresh(tree, ours))],
+        tolerance=0.0,
+        inputs=[data.tokens, data.mask],
+    )
+    if data.tokens.device.type == "cpu":
+        built.contenders.append(Contender(_ALONE, partial(alone, lambda: _fresh(tree, ours))))
+    return _without_peers(built)
+
+
+def _fresh(tree: PrefixTree, call: Callable[[], Any]) -> Any:
+    """The call, with nothing kept from the last one."""
+    tree.__dict__.pop("unique_of_token", None)
+    return call()
+
+
+def _without_peers(case: Case) -> Case:
+    for name in ("TRL", "verl", "liger-kernel"):
+        case.absent.setdefault(name, "has no trees (TRL: an open pull request)")
+    case.absent.setdefault("torch.compile", "the number of nodes depends on the data")
+    return case
+
+
+# ------------------------------------------------------------------------------------------------------------- train
+def _train(case: str, shape: tuple[int, ...], device: str) -> Case:
+    """A small Qwen2, one step of PPO's loss: on the unique tokens, and on the batch as it is."""
+    from fastreward.bench._tree_training import training_case
+
+    _, group, share = case.split("-")
+    return training_case(case, shape, int(group[1:]), int(share) / 100, device)
