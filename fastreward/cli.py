@@ -1,4 +1,4 @@
-"""The command line: `fastreward doctor`, `fastreward verify`, `fastreward bench`, `fastreward recipes`."""
+"""The command line: `fastreward doctor`, `verify`, `bench`, `recipes` and `plot`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+plots = typer.Typer(help="Draw what rollouts look like.", no_args_is_help=True)
+app.add_typer(plots, name="plot")
 
 #: Public functions whose operation has a shorter name.
 _SHORT = {"token_logprobs": "logprobs", "linear_token_logprobs": "linear_logprobs", "group_advantages": "group"}
@@ -145,6 +148,52 @@ def recipes(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         room.explain(_console(), recipe)
+
+
+@plots.command("tree")
+def plot_tree(
+    file: Annotated[
+        Path | None, typer.Argument(help="Rollouts (.json, .jsonl, .npz, .pt); a built-in example if none.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the picture goes: .png, .svg or .pdf.")] = Path("tree.png"),
+    group: Annotated[str | None, typer.Option(help="Which group, as the file names it; the first by default.")] = None,
+    op: Annotated[str, typer.Option(help="A node's value, of the rewards below it: mean, sum, max, ...")] = "mean",
+    mode: Annotated[str, typer.Option(help="A node's advantage: td, sibling, root, ...")] = "td",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder with a tokenizer (transformers), to write text instead of ids.")
+    ] = None,
+    max_nodes: Annotated[int, typer.Option(min=1, help="The most nodes that are drawn.")] = 400,
+) -> None:
+    """Draw a group's prefix tree: values on the nodes, advantages on the edges.
+
+    FILE is a list of records, or in .jsonl a record in each line:
+    {"tokens": [1, 2], "reward": 0.5, "group": "a"}, and if you like "mask"
+    (0 = no credit) and "texts" (strings), one entry for each token. Or a table:
+    {"tokens": [[1, 2]], "rewards": [0.5], "group_ids": ["a"]}, and if you like
+    "mask", "texts" and "lengths". "group" and "group_ids" may be left out.
+    """
+    from fastreward import _check, _prefix_tree_plot, _rollouts
+    from fastreward._options import TREE_MODES, TREE_OPS
+
+    try:
+        _check.choice("--op", op, TREE_OPS)
+        _check.choice("--mode", mode, TREE_MODES)
+        rollouts = _rollouts.example() if file is None else _rollouts.read(file)
+        tree, drawn = _prefix_tree_plot.save(
+            out,
+            rollouts,
+            group=group,
+            op=next(o for o in TREE_OPS if o == op),
+            mode=next(m for m in TREE_MODES if m == mode),
+            decode=rollouts.decode if tokenizer is None else _rollouts.decoder(tokenizer),
+            max_nodes=max_nodes,
+        )
+    except (ValueError, ModuleNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    console, names = _console(), rollouts.group_names
+    console.print(tree.statistics())
+    which = "" if len(names) == 1 else f": group {names[drawn]} of {len(names)} groups"
+    console.print(f"The picture is in {out}{which}", markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
