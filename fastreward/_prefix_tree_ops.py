@@ -27,6 +27,28 @@ def _kernels(backend: str) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------------- build
+@custom_op("prefix_tree_starts")
+def starts(mask: Tensor, extents: Tensor, backend: str) -> Tensor:  # [B] i64
+    out: Tensor = _kernels(backend).starts(mask, extents)
+    return out
+
+
+@starts.register_fake
+def _(mask: Tensor, extents: Tensor, backend: str) -> Tensor:
+    return extents.new_empty((extents.shape[0] - 1,))
+
+
+@custom_op("prefix_tree_lengths")
+def lengths(mask: Tensor, extents: Tensor, starts: Tensor, backend: str) -> Tensor:  # [B] i64
+    out: Tensor = _kernels(backend).lengths(mask, extents, starts)
+    return out
+
+
+@lengths.register_fake
+def _(mask: Tensor, extents: Tensor, starts: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(starts)
+
+
 @custom_op("prefix_tree_build")
 def build(
     tokens: Tensor | None,  # flat i64 or i32, or

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastreward import _check
+from fastreward import _prefix_tree_ops as _ops
 from fastreward._arrays import array_kind, as_tensor
-from fastreward._dispatch import implementation
+from fastreward._options import Place
 from fastreward.group import GroupIds, factorize
 
 
@@ -36,6 +37,7 @@ class Sequences:
     flat: int = 0  # tokens of the flat memory
     packable: bool = True  # its tokens are all that a sequence has
     one_to_one: bool = True  # `place` moves tokens, and no two to the same
+    shown: Tensor | None = None  # where not one to one: mask in the caller's shape of what gets credit
 
     def to_flat(self, x: Tensor) -> Tensor:
         """Values in the caller's shape to flat memory."""
@@ -54,6 +56,24 @@ class Sequences:
             x = torch.cat([x, x.new_full((1,), none)])  # no new tensor: gradients flow, if only of nothing
         there = self.place >= 0
         return torch.where(there, x[self.place.clamp(min=0)], none)
+
+    def credited(self, x: Tensor) -> Tensor:
+        """from_flat of values that have 0 where `credit` says so; and where `shown` does."""
+        out = self.from_flat(x, 0.0)
+        return out if self.shown is None else torch.where(self.shown != 0, out, 0.0)
+
+    def ends_of_steps(self, which: Place) -> Tensor:
+        """Where not one to one, bool in the caller's shape: whether a token is the first ("start") or last of its step.
+
+        Tokens that lie nowhere are in no step; their answer means nothing.
+        """
+        assert self.place is not None
+        column = torch.arange(self.shape[-1], device=self.place.device).expand(self.shape)
+        step = torch.where(self.place >= 0, self.place, self.flat)
+        found = column.new_zeros(self.flat + 1).scatter_reduce(
+            0, step.reshape(-1), column.reshape(-1), "amin" if which == "start" else "amax", include_self=False
+        )
+        return column == found[step]
 
 
 # ------------------------------------------------------------------------------------------------------------ tokens
@@ -74,20 +94,21 @@ def token_sequences(
     count = extents.shape[0] - 1
     mask = _check.mask(mask, "tokens", tokens)
     attention_mask = _check.mask(attention_mask, "tokens", tokens, name="attention_mask")
-    kernels = implementation("prefix_tree", backend)
-    starts = extents[:-1] if attention_mask is None else kernels.starts(attention_mask.reshape(-1), extents)
+    starts = extents[:-1].contiguous()
+    if attention_mask is not None:
+        starts = _ops.starts(attention_mask.reshape(-1), extents, backend)
     span = attention_mask if attention_mask is not None else mask
     if lengths is not None:
         ends = _lengths(lengths, starts, extents)
     elif span is not None:
-        ends = kernels.lengths(span.reshape(-1), extents, starts)
+        ends = _ops.lengths(span.reshape(-1), extents, starts, backend)
     else:
         ends = extents.diff()
     if tokens.dtype not in (torch.int32, torch.int64):
         tokens = tokens.to(torch.int64 if tokens.dtype in (torch.uint32, torch.uint64) else torch.int32)
     made = Sequences(
         tuple(tokens.shape),
-        starts.contiguous(),
+        starts,
         ends,
         extents,
         groups_of(group_ids, group_size, count, tokens.device),
@@ -157,17 +178,8 @@ def path_sequences(
         shape = (count, segment_ids.shape[1])
         first = torch.arange(count, device=paths.device).unsqueeze(1) * steps
         place = torch.where(segment_ids >= 0, segment_ids.long() + first, -1)
-    flat_mask = None
-    if mask is not None:
-        mask = as_tensor(mask)
-        counted = _check.mask(
-            mask, "path_ids" if place is None else "segment_ids", torch.empty(shape, device=paths.device)
-        )
-        assert counted is not None
-        if place is None:
-            flat_mask = counted.reshape(-1)
-        else:
-            place = torch.where(counted != 0, place, -1)
+    named = "path_ids" if place is None else "segment_ids"
+    counted = _check.mask(as_tensor(mask), named, torch.empty(shape, device=paths.device))
     extents = torch.arange(count + 1, device=paths.device) * steps
     return Sequences(
         shape,
@@ -175,12 +187,13 @@ def path_sequences(
         lengths,
         extents,
         groups_of(group_ids, group_size, count, paths.device),
-        flat_mask,
+        counted.reshape(-1) if counted is not None and place is None else None,
         paths.contiguous().reshape(-1),
         place=place,
         flat=count * steps,
         packable=False,
         one_to_one=place is None,
+        shown=None if place is None else counted,
     ), paths
 
 

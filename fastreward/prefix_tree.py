@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from fastreward import _check
 from fastreward import _prefix_tree_ops as _ops
 from fastreward._arrays import accepts_arrays
+from fastreward._computed import computed_once
 from fastreward._dispatch import select
 from fastreward._layout import NODES, ROWS
 from fastreward._options import OVERS, PLACES, TOKEN_OPS, TREE_MODES, TREE_OPS, Over, Place, TokenOp, TreeMode, TreeOp
@@ -146,6 +146,8 @@ class PrefixTree:
         self._nodes, self._rows, self._sizes = _ops.build(
             s.tokens, s.parent_row, s.branch_position, s.starts, s.lengths, s.group, s.ordered_groups, compress, backend
         )
+        if self._sizes.device.type == "cpu" and not torch.compiler.is_compiling():
+            _ = self.num_tokens  # known from now on: a compiled function can't read it off a tensor
 
     # ---------------------------------------------------------------------------------------------------- what it is
     def _node_field(self, name: str) -> Tensor:
@@ -229,17 +231,17 @@ class PrefixTree:
         """Sequences."""
         return self._rows.shape[1]
 
-    @cached_property
+    @computed_once
     def num_nodes(self) -> int:
         """Nodes, roots included. On a GPU this waits for the device."""
         return self._nodes.shape[1] if self._nodes.device.type == "cpu" else int(self._sizes[0])
 
-    @cached_property
+    @computed_once
     def num_groups(self) -> int:
         """Groups. On a GPU this waits for the device."""
         return int(self._sizes[1])
 
-    @cached_property
+    @computed_once
     def num_tokens(self) -> int:
         """Unique tokens. On a GPU this waits for the device."""
         return int(self._sizes[2])
@@ -254,14 +256,14 @@ class PrefixTree:
         begin, count = int(self._node_field("row_begin")[node]), int(self.count[node])
         return self._row_field("order")[begin : begin + count].sort().values
 
-    @cached_property
+    @computed_once
     def node_of_token(self) -> Tensor:
         """i32 in the shape of tokens: the node of each, -1 outside of the sequences."""
         return self._from_flat(
             _ops.node_of_token(self._nodes, self._rows, self._sequences.extents, self._flat, self._backend), -1
         )
 
-    @cached_property
+    @computed_once
     def unique_of_token(self) -> Tensor:
         """i64 in the shape of tokens: the place of each among the unique tokens, -1 outside of the sequences."""
         return self._from_flat(
@@ -398,6 +400,10 @@ class PrefixTree:
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
         factors = [self._node_numbers(name, x, dtype) for name, x in (("scale", scale), ("shift", shift))]
         initial = _check.finite("initial", initial)
+        low = None if low is None else _check.finite("low", low)
+        high = None if high is None else _check.finite("high", high)
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"low, high: expected low <= high, got {low} and {high}")
         out: Tensor = _ops.propagate(*factors, self._nodes, self._rows, initial, low, high, self._backend)
         return out
 
@@ -416,8 +422,10 @@ class PrefixTree:
         _check.choice("place", place, PLACES)
         values = self._per_node("node_values", node_values)
         s = self._sequences
-        flat = _ops.spread(values, self._nodes, self._rows, s.extents, s.credit, place, self._flat, self._backend)
-        return self._from_flat(flat, 0.0)
+        at = place if s.one_to_one else "broadcast"  # a step is one place in flat memory, and may be many tokens
+        flat = _ops.spread(values, self._nodes, self._rows, s.extents, s.credit, at, self._flat, self._backend)
+        out = s.credited(flat)
+        return out if at == place else torch.where(s.ends_of_steps(place), out, 0.0)
 
     @accepts_arrays
     def from_tokens(self, token_values: Tensor, op: TokenOp = "sum") -> Tensor:
@@ -448,8 +456,7 @@ class PrefixTree:
         _check.shape("unique_values", _check.tensor("unique_values", unique_values), (self._unique,), "num_tokens")
         s = self._sequences
         unique = self._floats(unique_values)
-        flat = _ops.unfold(unique, self._nodes, self._rows, s.extents, s.credit, self._flat, self._backend)
-        return self._from_flat(flat, 0.0)
+        return s.credited(_ops.unfold(unique, self._nodes, self._rows, s.extents, s.credit, self._flat, self._backend))
 
     def pack(self, max_tokens: int | None = None, *, by: Literal["group", "row"] = "group") -> PackedTree:
         """The layout for training: every unique token once (see PackedTree).
@@ -503,9 +510,7 @@ class PrefixTree:
         """
         from fastreward._prefix_tree_plot import plot
 
-        return plot(
-            self, values, advantages, rewards=rewards, group=group, decode=decode, ax=ax, max_nodes=max_nodes
-        )
+        return plot(self, values, advantages, rewards=rewards, group=group, decode=decode, ax=ax, max_nodes=max_nodes)
 
     def __repr__(self) -> str:
         return f"PrefixTree({list(self.shape)}, {self._nodes.shape[1]} nodes on {self._nodes.device})"
