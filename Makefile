@@ -28,10 +28,11 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	$(PIP) --no-build-isolation --config-settings cmake.define.FASTREWARD_WERROR=ON --editable '.[triton,trl,bench,demo,dev]'
 	touch $(STAMP)
 
-# verl and OpenRLHF pin CUDA packages, so without what they ask for. Where they can't be had their comparisons are skipped.
+# verl, OpenRLHF and areal pin CUDA packages, so without what they ask for. Where they can't be had their comparisons
+# are skipped.
 $(PEERS): $(STAMP)
-	$(PIP) ray 'tensordict<=0.10' omegaconf codetiming einops && $(PIP) --no-deps verl openrlhf \
-	  || echo "verl and OpenRLHF can't be installed here: tests that compare with them will be skipped"
+	$(PIP) ray 'tensordict<=0.10' omegaconf codetiming einops && $(PIP) --no-deps verl openrlhf areal \
+	  || echo "verl, OpenRLHF and areal can't be installed here: tests that compare with them will be skipped"
 	touch $(PEERS)
 
 build: $(STAMP)

@@ -297,6 +297,7 @@ def _select(s: Sequences, rows: Tensor) -> Sequences:
     extents = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     total = int(extents[-1])
     # Place of each token of the selection in the whole: its row's old begin in place of the new one.
+    _, group = torch.unique(s.group[rows], return_inverse=True)  # in the order that they have in the whole
     shift = (s.extents[rows] - extents[:-1]).repeat_interleave(sizes, output_size=total)
     place = torch.arange(total, device=shift.device) + shift
     return Sequences(
@@ -304,8 +305,9 @@ def _select(s: Sequences, rows: Tensor) -> Sequences:
         s.starts[rows] - s.extents[rows] + extents[:-1],
         s.lengths[rows],
         extents,
-        s.group[rows],
+        group,
         None if s.credit is None else s.credit[place],
         s.tokens[place],
+        ordered_groups=True,
         flat=total,
     )
