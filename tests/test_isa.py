@@ -33,7 +33,15 @@ def test_numbers_on_lower_instruction_sets(isa: str) -> None:
         pytest.skip(f"this machine has no {isa}")
     files = [
         str(ROOT / f"test_{name}.py")
-        for name in ("logprobs", "policy_loss", "preference_loss", "logits_policy_loss", "group", "whiten")
+        for name in (
+            "logprobs",
+            "policy_loss",
+            "preference_loss",
+            "logits_policy_loss",
+            "group",
+            "whiten",
+            "prefix_tree",
+        )
     ]
     chosen = "cpu and (Numbers or numbers)"
     done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files)
