@@ -458,7 +458,7 @@ def _short(x: float | None, sign: str = "") -> str:
     assert x is not None
     if x == 0:
         return "0"
-    return f"{x:{sign}.2f}" if 0.005 <= abs(x) < 100 else f"{x:{sign}.2g}"
+    return f"{x:{sign}.2f}" if 0.005 <= abs(x) < 100 else f"{x:{sign}.{4 if abs(x) > 1 else 2}g}"
 
 
 def _one_line(text: str) -> str:

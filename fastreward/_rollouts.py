@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
-import zipfile
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -39,7 +37,7 @@ class Rollouts:
     @property
     def group_names(self) -> list[str]:
         """The groups in the order of the tree's."""
-        names: dict[Hashable, None] = dict.fromkeys([0] if self.groups is None else self.groups)
+        names: dict[Hashable, None] = dict.fromkeys([0] * len(self.tokens) if self.groups is None else self.groups)
         return [str(name) for name in names]
 
     @property
@@ -73,8 +71,8 @@ def read(path: Path) -> Rollouts:
         content = readers[path.suffix](path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a {path.suffix} file that can be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a broken file raises whatever its reader raises
+        raise ValueError(f"{path}: not a {path.suffix} file that can be read: {_first_line(error)}") from error
     try:
         return rollouts(content)
     except ValueError as error:
@@ -100,7 +98,7 @@ def decoder(folder: Path) -> Callable[[list[int]], str]:
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a broken folder raises whatever its reader raises
-        raise ValueError(f"{folder}: no tokenizer that loads: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{folder}: no tokenizer that loads: {_first_line(error)}") from error
 
     def decode(tokens: list[int]) -> str:
         try:
@@ -128,9 +126,10 @@ def _read_jsonl(path: Path) -> list[Any]:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as arrays:
-        if not isinstance(arrays, np.lib.npyio.NpzFile):
-            raise ValueError("one array, not an archive of named ones")
+    arrays = np.load(path, allow_pickle=False)
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise ValueError("one array, not an archive of named ones")
+    with arrays:
         return dict(arrays)
 
 
@@ -221,6 +220,10 @@ def _text_of(tokens: list[list[int]], texts: list[list[str]]) -> dict[int, str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _as_list(x: Any) -> Any:
     """Arrays and tensors as lists, also inside of a list."""
     if isinstance(x, np.ndarray | np.generic | Tensor):
