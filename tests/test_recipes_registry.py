@@ -52,22 +52,46 @@ def recorder(operation: Callable[..., Any], seen: list[losses.Loss]) -> Callable
     return call
 
 
+def trained(recipe: Recipe) -> tuple[str, ...]:
+    """What gets a gradient in its example."""
+    if recipe.family == "preference":
+        return ("chosen_logprobs", "rejected_logprobs")
+    return ("predicted",) if recipe.returns == "values" else ("logprobs",)
+
+
 # ------------------------------------------------------------------------------------------------------------ examples
 @every
 def test_example_trains(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     names = run_example(recipe)
-    result = names["result"]
-    assert result.loss.isfinite()
-    sides = ("chosen_logprobs", "rejected_logprobs") if recipe.family == "preference" else ("logprobs",)
-    for side in sides:
+    result_loss = names["loss"] if recipe.family == "tree" else names["result"].loss
+    assert result_loss.isfinite()
+    for side in trained(recipe):
         gradient = names[side].grad
         assert gradient.isfinite().all()
         assert gradient.abs().sum() > 0, side
-    loss, gradient_sum = (float(x) for x in capsys.readouterr().out.split())
-    assert loss == pytest.approx(result.loss.item())
+    loss, gradient_sum = (float(x) for x in capsys.readouterr().out.splitlines()[-1].split())
+    assert loss == pytest.approx(result_loss.item())
     assert gradient_sum > 0
     assert f"recipes.{recipe.name}(" in recipe.example()
     assert all(len(line) <= 125 for line in recipe.example().splitlines())
+
+
+@every
+def test_example_over_a_tree_makes_what_is_declared(recipe: Recipe) -> None:
+    assert (recipe.returns is not None) == (recipe.family == "tree")
+    if recipe.returns is None:
+        return
+    names = run_example(recipe)
+    if recipe.returns == "decision":
+        assert names["branch"].dtype == torch.bool
+        return
+    made = names[recipe.returns.replace(" ", "_")]
+    assert made.dtype == torch.float32
+    assert made.count_nonzero() > 0
+    shape = (names["tree"].num_nodes,) if recipe.returns == "node values" else names["mask"].shape
+    assert made.shape == shape
+    if recipe.returns != "node values":
+        assert made[~names["mask"]].count_nonzero() == 0
 
 
 @every
@@ -152,11 +176,17 @@ def test_marks_are_those_of_the_formulas() -> None:
         "gdro": "note",
         "dno": "note",
         "treg": "note",
+        "tempo": "note",
+        "tvm": "reconstructed",
+        "treerpo": "note",
+        "portool": "reconstructed",
+        "diffusion_tree": "note",
+        "tree_opo": "note",
     }
 
 
-def test_no_recipe_takes_an_advantage_s_name() -> None:
-    assert not ADVANTAGES & set(RECIPES)
+def test_no_loss_takes_an_advantage_s_name() -> None:
+    assert not ADVANTAGES & {name for name, r in RECIPES.items() if r.returns != "advantages"}
 
 
 def test_every_loss_has_a_recipe() -> None:
@@ -205,6 +235,12 @@ def test_arguments_have_the_operation_s_names(recipe: Recipe) -> None:
     }.get(recipe.family, ["logprobs"])
     if recipe.name in ("off_policy_sequence_mask", "deepseek_v3_2"):
         start = ["logprobs"]
+    if recipe.family == "tree":
+        start = {
+            "tempo": ["tokens", "mask", "rewards"],
+            "slate": ["tree", "step_rewards"],
+            "arpo_branch": ["entropy", "initial_entropy"],
+        }.get(recipe.name, ["tree", "rewards"])
     assert parameters[: len(start)] == start
     assert (recipe.operation is None) == ("options" not in parameters)
 

@@ -1,7 +1,8 @@
 """Published methods, each one call: the public operations with the loss, parameters and aggregation that it has.
 
-Every recipe takes the arguments of the operation that it is made of and returns what that returns. `fastreward recipes`
-lists them, `fastreward recipes NAME` explains one; RECIPES holds what is known of each. In a function that
+Every recipe takes the arguments of the operation that it is made of and returns what that returns; those over prefix
+trees take a `PrefixTree` and rewards, and return advantages or values. `fastreward recipes` lists them, `fastreward
+recipes NAME` explains one; RECIPES holds what is known of each. In a function that
 torch.compile compiles call the operation itself, with a loss that was made outside: recipes make theirs in the call.
 """
 
@@ -93,6 +94,28 @@ from fastreward.recipes.sequence import (
     real,
     verifree,
 )
+from fastreward.recipes.tree import (
+    arpo_branch,
+    at2po,
+    portool,
+    rose,
+    slate,
+    spo_tree,
+    tempo,
+    tree_grpo,
+    treepo,
+    treepo_segment,
+    treerpo,
+    tvm,
+)
+from fastreward.recipes.tree_search import (
+    diffusion_tree,
+    mcts_step_values,
+    propa,
+    rest_mcts,
+    tree_opo,
+    treerl,
+)
 
 __all__ = [
     "RECIPES",
@@ -101,6 +124,8 @@ __all__ = [
     "aot_unpaired",
     "apo_down",
     "apo_zero",
+    "arpo_branch",
+    "at2po",
     "bco",
     "bnpo_loss",
     "brain",
@@ -110,6 +135,7 @@ __all__ = [
     "cream",
     "dapo",
     "deepseek_v3_2",
+    "diffusion_tree",
     "discopop",
     "dispo",
     "dno",
@@ -142,18 +168,23 @@ __all__ = [
     "lite_ppo_loss",
     "luspo",
     "mah_dpo",
+    "mcts_step_values",
     "mis",
     "mm_dpo",
     "nca",
     "nsr",
     "off_policy_sequence_mask",
     "pacs",
+    "portool",
     "ppo",
+    "propa",
     "psr",
     "raft",
     "real",
     "reinforce",
+    "rest_mcts",
     "robust_dpo",
+    "rose",
     "rpo",
     "sapo",
     "sdpo",
@@ -162,12 +193,22 @@ __all__ = [
     "seq_tis",
     "sft",
     "simpo",
+    "slate",
+    "spo_tree",
     "sppo",
     "sppo_hard",
     "stable_reinforce",
+    "tempo",
     "tgdpo",
     "tis",
+    "tree_grpo",
+    "tree_opo",
+    "treepo",
+    "treepo_segment",
+    "treerl",
+    "treerpo",
     "treg",
+    "tvm",
     "tw_grpo",
     "verifree",
     "vespo",

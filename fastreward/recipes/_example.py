@@ -8,7 +8,7 @@ import textwrap
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from fastreward.recipes._registry import Recipe
+    from fastreward.recipes._registry import Recipe, Returns
 
 #: name -> (how the example makes it, what it is), in the order of the program.
 _MADE: Final = {
@@ -25,6 +25,17 @@ _MADE: Final = {
     "rewards": ("torch.tensor([1.0, 0.0, 0.0, 1.0])", "one per response"),
     "group_ids": ('["a", "a", "b", "b"]', "which responses are to the same prompt"),
     "advantages": ("fr.group_advantages(rewards, group_ids{advantages})", ""),
+    "tokens": (
+        "torch.tensor([[5, 1, 2, 7, 8, 9], [5, 1, 3, 4, 0, 0], [6, 2, 2, 1, 3, 0], [6, 2, 4, 4, 1, 2]])",
+        "of the responses",
+    ),
+    "tree": ("fr.PrefixTree(tokens, mask, group_ids)", ""),
+    "node_entropy": ("torch.rand(tree.num_nodes)", "of the policy, mean over the node's tokens"),
+    "node_visits": ("torch.arange(1, tree.num_nodes + 1)", "of the search"),
+    "step_rewards": ("torch.rand(tree.num_nodes)", "a judge's, per node"),
+    "entropy": ("torch.rand(4)", "after the tool's answer, one per response under way"),
+    "initial_entropy": ("torch.rand(4)", "of the first tokens"),
+    "predicted": ("torch.zeros(4, 6).requires_grad_()", "by the value head that is trained"),
     "chosen_logprobs": ("(-1 - torch.rand(4, 6)).requires_grad_()", "of the policy being trained: [pairs, tokens]"),
     "rejected_logprobs": ("(-1 - torch.rand(4, 8)).requires_grad_()", "its own length"),
     "ref_chosen_logprobs": ("chosen_logprobs.detach() + 0.1 * torch.randn(4, 6)", "of the reference policy"),
@@ -57,6 +68,12 @@ _MADE_FOR: Final = {
     "verifree": {
         "rewards": ("(old_logprobs * (answer & mask)).sum(-1).exp()", "likelihood of the reference answer"),
     },
+    "rose": {
+        "parents": ("torch.tensor([-1, 0, -1, 2])", "the response that each has branched off, -1: none"),
+        "positions": ("torch.tensor([0, 2, 0, 3])", "tokens that it shares with it"),
+        "lengths": ("torch.tensor([6, 4, 5, 6])", ""),
+        "tree": ("fr.PrefixTree.from_branches(parents, positions, lengths, group_ids, mask=mask)", ""),
+    },
 }
 #: What a recipe returns -> (names for it, what a loss is then made with; "" where it is the loss).
 _RETURNED: Final = {
@@ -64,6 +81,14 @@ _RETURNED: Final = {
     "Correction": ("weights, keep, metrics", "weights=weights, keep=keep"),
     "Tensor": ("keep", "keep=keep"),
 }
+#: The same of recipes over prefix trees: (the name, what follows).
+_TREE_RETURNED: Final[dict[Returns, tuple[str, str]]] = {
+    "advantages": ("advantages", ""),
+    "values": ("values", "loss = (predicted - values).square()[mask].mean()"),
+    "node values": ("node_values", "advantages = tree.to_tokens(tree.advantages(node_values))"),
+    "decision": ("branch", 'print("branch:", branch.tolist())'),
+}
+_POLICY_LOSS: Final = "loss = fr.policy_loss(logprobs, old_logprobs, advantages, mask).loss"
 _HEAD: Final = """import torch
 import fastreward as fr
 from fastreward import recipes
@@ -73,12 +98,23 @@ torch.manual_seed(0)"""
 
 def example(recipe: Recipe) -> str:
     """The program."""
+    if recipe.returns is not None:
+        return _tree_example(recipe, recipe.returns)
     names, made_with = _RETURNED[str(recipe.function.__annotations__["return"])]
     lines = [_wrapped(f"{names} = recipes.{recipe.name}(", _arguments(recipe))]
     if made_with:
         lines.append(f"result = fr.policy_loss(logprobs, old_logprobs, advantages, mask, {made_with})")
     trained = "chosen_logprobs" if recipe.family == "preference" else "logprobs"
     lines += ["result.loss.backward()", f"print(result.loss.item(), {trained}.grad.abs().sum().item())"]
+    return "\n".join([_HEAD, *_set_up("\n".join(lines), recipe), "", *lines]) + "\n"
+
+
+def _tree_example(recipe: Recipe, returns: Returns) -> str:
+    name, next_line = _TREE_RETURNED[returns]
+    lines = [_wrapped(f"{name} = recipes.{recipe.name}(", _arguments(recipe)), *filter(None, [next_line])]
+    lines += [] if returns == "values" else [_POLICY_LOSS]
+    trained = "predicted" if returns == "values" else "logprobs"
+    lines += ["loss.backward()", f"print(loss.item(), {trained}.grad.abs().sum().item())"]
     return "\n".join([_HEAD, *_set_up("\n".join(lines), recipe), "", *lines]) + "\n"
 
 
@@ -106,7 +142,7 @@ def _set_up(program: str, recipe: Recipe) -> list[str]:
     made = {**{name: line for name, line in other.items() if name not in _MADE}, **_MADE, **other}
     lines: list[str] = []
     for name, (code, comment) in reversed(made.items()):
-        if re.search(rf"\b{name}\b", program):
+        if re.search(rf"\b{name}\b", program) and not re.search(rf"^{name} = ", program, re.MULTILINE):
             code = code.replace("{advantages}", f", {recipe.advantages}" if recipe.advantages else "")
             program += "\n" + code
             lines.append(f"{name} = {code}" + (f"  # {comment}" if comment else ""))

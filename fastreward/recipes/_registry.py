@@ -12,7 +12,8 @@ from fastreward.losses import Definition, Loss
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Family = Literal["token", "sequence", "preference", "correction"]
+Family = Literal["token", "sequence", "preference", "correction", "tree"]
+Returns = Literal["advantages", "values", "node values", "decision"]
 Verified = Literal["code", "paper", "note", "reconstructed"]
 
 FAMILIES: Final[dict[Family, str]] = {
@@ -20,6 +21,7 @@ FAMILIES: Final[dict[Family, str]] = {
     "sequence": "Sequence and group level",
     "preference": "Preference",
     "correction": "Correction of the rollout policy",
+    "tree": "Prefix trees",
 }
 #: What the formulas' letters stand for.
 NOTATION: Final[dict[Family, str]] = {
@@ -27,6 +29,7 @@ NOTATION: Final[dict[Family, str]] = {
     "sequence": "lp = logprobs, d = lp - old_lp, A = advantages, R = rewards, sg = stop_gradient",
     "preference": "S = sum of lp - ref_lp over a response, L its tokens; _w chosen, _l rejected; z = beta (S_w - S_l)",
     "correction": "w = exp(old_lp - rollout_lp), sg = stop_gradient",
+    "tree": "n = a token's node, p = its parent, V = value of a node, R = rewards of the sequences",
 }
 #: How sure a formula is: in a table, and in words.
 VERIFIED: Final[dict[Verified, tuple[str, str]]] = {
@@ -52,7 +55,7 @@ class Recipe:
     definition: the loss it is made of (None: it only makes weights); fixed: that loss's parameters that the recipe sets
     beside those of its own that have the same name. advantages: options of group_advantages that the method needs, as
     they are written in the example. passes, settings: what the example passes beyond the required arguments and the
-    mask, by the names of `_example`, and with these values.
+    mask, by the names of `_example`, and with these values. returns: what a recipe over prefix trees makes.
     """
 
     function: Callable[..., Any]
@@ -66,6 +69,7 @@ class Recipe:
     advantages: str = ""
     passes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    returns: Returns | None = None
 
     @property
     def name(self) -> str:
