@@ -97,7 +97,7 @@ def _overall_mean(tree: PrefixTree, total: Tensor, level: str) -> Tensor:
 
 
 def _filled(tree: PrefixTree, difference: Tensor) -> Tensor:
-    keeps = (difference.abs() >= 1e-8) | (tree.depth <= 1)
+    keeps = difference.abs() >= 1e-8
     return tree.propagate((~keeps).double(), torch.where(keeps, difference, 0.0))
 
 
@@ -274,7 +274,7 @@ def tree_opo(
     _check.choice("baseline", baseline, ("mean", "max", "min"))
     outcomes = rewards_of(tree, rewards)
     if prefix is None:
-        prefix = of_parent_or_self(tree)
+        prefix = _above_leaf(tree)
     else:
         _check.integers("prefix", prefix)
         _check.shape("prefix", prefix, outcomes.shape, "one per sequence of the tree")
@@ -286,7 +286,7 @@ def tree_opo(
     return row_tokens(tree, outcomes - tree.aggregate(outcomes, op)[prefix.long()])
 
 
-def of_parent_or_self(tree: PrefixTree) -> Tensor:
+def _above_leaf(tree: PrefixTree) -> Tensor:
     """[B]: the node above a sequence's last, or the root where it has no tokens."""
     above = tree.parent[tree.leaf]
     return torch.where(above >= 0, above, tree.leaf)
