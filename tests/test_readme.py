@@ -17,13 +17,24 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_ten_lines_run_as_written() -> None:
-    (example,) = [block for block in BLOCKS if "group_advantages" in block]
+    (example,) = [block for block in BLOCKS if "fr.group_advantages" in block]
     names: dict[str, object] = {}
     exec(example, names)
     logits = names["logits"]
     assert isinstance(logits, torch.Tensor)
     assert logits.grad is not None
     assert logits.grad.abs().sum() > 0
+
+
+def test_the_prefix_tree_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = [block for block in BLOCKS if "PrefixTree" in block]
+    names: dict[str, object] = {}
+    exec(example, names)
+    packed, tree = names["packed"], names["tree"]
+    assert isinstance(tree, fr.PrefixTree)
+    assert f"{len(packed)} instead of {packed.tokens}" in example  # type: ignore[arg-type, attr-defined]
+    assert names["embedding"].weight.grad.abs().sum() > 0  # type: ignore[attr-defined]
+    assert capsys.readouterr().out.strip() == str(tree).strip()
 
 
 def test_the_loss_of_ones_own_runs_as_written_and_is_the_benchs(
