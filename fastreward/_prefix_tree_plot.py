@@ -32,7 +32,7 @@ _TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10, "color": _INK, "parse_m
 _SUFFIXES = (".png", ".svg", ".pdf")
 _NO_GLYPH = "Glyph .* missing from"  # matplotlib's warning of a letter that it draws as a box
 _FONT = 7.5  # points
-_DIGIT, _LETTER = 0.62 * _FONT, 0.54 * _FONT  # points that one is wide, on average
+_DIGIT, _LETTER = 0.64 * _FONT, 0.54 * _FONT  # points that one is wide, on average
 _HINTING = 0.06  # how much wider a text may get when the picture is saved with other dots per inch
 _LEAST = 8  # letters of a shortened text
 _BEND = 0.02  # share of the picture's width in which an edge gets to its node's height
@@ -400,7 +400,9 @@ def _token_labels(ax: Axes, nodes: dict[int, _Node], forest: Forest, decode: Dec
     """The tokens on the straight part of each edge, left of its node's value; where a leaf's don't fit, behind it."""
     longest, right = _longest(nodes), ax.get_xlim()[1]
     points = ax.get_window_extent().width * 72 / ax.figure.dpi / (right - ax.get_xlim()[0])  # of a token
-    value = 0.0 if all(node.value is None for node in nodes.values()) else 2.5 * _DIGIT  # half of what a value takes
+    value = (
+        0.0 if all(node.value is None for node in nodes.values()) else 3 * _DIGIT
+    )  # half of what a value takes, and a gap
     wide = _DIGIT if decode is None else _LETTER
     labels = []
     for n, node in nodes.items():

@@ -324,6 +324,12 @@ def test_edges_lead_from_parent_to_child() -> None:
     assert width[1] > width[2] > width[3] > 0
 
 
+def test_narrow_edges_lie_over_wide_ones() -> None:
+    """Node 2 comes after node 1 in the tree, but is the wider of the two that leave the root."""
+    edges = [p for p in _tree([[1], [2], [2], [2]]).plot().patches if p.get_gid().startswith("edge")]
+    assert [p.get_gid() for p in edges] == ["edge-2", "edge-1"]
+
+
 def test_colours_of_advantages_are_symmetric() -> None:
     ax = _tree().plot(_VALUES, _ADVANTAGES)
     colour = {n: edge.get_edgecolor()[:3] for n, edge in _patches(ax, "edge").items()}
@@ -366,6 +372,7 @@ def test_picture_of_values_that_are_not_finite() -> None:
 def test_picture_with_text_that_matplotlib_would_read_as_something_else() -> None:
     words = {1: "cost $5", 2: " and $6\n", 3: " x", 4: "\ty", 5: " 你好"}
     ax = _tree().plot(_VALUES, _ADVANTAGES, decode=lambda tokens: "".join(words[t] for t in tokens))
+    assert not any(t.get_parse_math() for t in ax.texts if t.get_gid().startswith("tokens")), "$ is no formula"
     assert _texts(ax, "tokens") == {1: "cost $5 and $6 ↵", 2: "x y", 3: "你好"}
 
 
