@@ -282,7 +282,8 @@ class Forest:
             return None
         row = int(self.nodes["first_row"][n])
         begin = int(self.start[row]) + int(self.nodes["edge_start"][n])
-        return [int(token) for token in self._tokens[begin : begin + int(self.nodes["edge_length"][n])]]
+        tokens: list[int] = self._tokens[begin : begin + int(self.nodes["edge_length"][n])].tolist()
+        return tokens
 
     @cached_property
     def _ends(self) -> dict[int, list[int]]:
