@@ -70,10 +70,8 @@ def _packed_backward(
     temperature: float,
     backend: str,
 ) -> Tensor:
-    none = values.new_empty((labels.shape[0], 0))
-    row_data = (labels, None, temperature, mask, None, None, None)
-    upstream = _with_further(grad_values, grad_extra, rows)
-    grad: Tensor = _token_logprobs_backward(logits, *row_data, values, none, upstream, none, backend)
+    row_data = _row_data(labels, mask, values, grad_values, grad_extra, rows, temperature)
+    grad: Tensor = _token_logprobs_backward(logits, *row_data, backend)
     _add_further(grad, rows, ids, grad_extra, temperature)
     return grad
 
@@ -99,10 +97,8 @@ def _packed_backward_(
     temperature: float,
     backend: str,
 ) -> None:
-    none = values.new_empty((labels.shape[0], 0))
-    row_data = (labels, None, temperature, mask, None, None, None)
-    upstream = _with_further(grad_values, grad_extra, rows)
-    _token_logprobs_backward_(logits, *row_data, values, none, upstream, none, backend)
+    row_data = _row_data(labels, mask, values, grad_values, grad_extra, rows, temperature)
+    _token_logprobs_backward_(logits, *row_data, backend)
     _add_further(logits, rows, ids, grad_extra, temperature)
 
 
@@ -111,13 +107,25 @@ def _(*_: Any) -> None:
     return None
 
 
-def _with_further(grad_values: Tensor, grad_extra: Tensor, rows: Tensor) -> Tensor:
-    """A further child's log-prob is its logit minus the row's logsumexp: what flows into the logsumexp, added up."""
-    if rows.shape[0] == 0:
-        return grad_values.contiguous()
-    upstream = grad_values.clone(memory_format=torch.contiguous_format)
-    upstream[_LOGSUMEXP].index_put_((rows,), -grad_extra, accumulate=True)
-    return upstream
+def _row_data(
+    labels: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_extra: Tensor,
+    rows: Tensor,
+    temperature: float,
+) -> tuple[Any, ...]:
+    """What the backward of token_logprobs takes beside the logits.
+
+    A further child's log-prob is its logit minus the row's logsumexp: what flows into the logsumexp is added up.
+    """
+    none = values.new_empty((labels.shape[0], 0))
+    upstream = grad_values.contiguous()
+    if rows.shape[0]:
+        upstream = upstream.clone()
+        upstream[_LOGSUMEXP].index_put_((rows,), -grad_extra, accumulate=True)
+    return labels, None, temperature, mask, None, None, None, values, none, upstream, none
 
 
 def _add_further(grad: Tensor, rows: Tensor, ids: Tensor, grad_extra: Tensor, temperature: float) -> None:
