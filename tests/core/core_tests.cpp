@@ -1,7 +1,6 @@
 // The C++ core without Python, run under ASan + UBSan (CMake preset `sanitize`, tests/test_core_sanitized.py). Every
 // array is its own allocation of exactly the size that the kernel may touch, so that a step outside is an error.
-// A case is a function registered with CASE(name); CHECK and CHECK_NEAR report and go on. Other operations' cases go
-// below logprobs'.
+// A case is a function registered with CASE(name) (checks.hpp). Prefix trees have a file of their own.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -12,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "checks.hpp"
 #include "common/isa.hpp"
 #include "common/kept_memory.hpp"
 #include "common/number_integers.hpp"
@@ -19,42 +19,6 @@
 #include "cpu/program.hpp"
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition)                                                          \
-  do {                                                                            \
-    if (!(condition)) {                                                           \
-      ++failures;                                                                 \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);         \
-    }                                                                             \
-  } while (false)
-
-// Equal within `tolerance`, or the same infinity, or both NaN.
-#define CHECK_NEAR(actual, expected, tolerance)                                                              \
-  do {                                                                                                       \
-    const double a_ = (actual), e_ = (expected);                                                             \
-    if (!(a_ == e_ || (std::isnan(a_) && std::isnan(e_)) || std::fabs(a_ - e_) <= (tolerance))) {            \
-      ++failures;                                                                                            \
-      std::printf("%s:%d: %s = %.9g, expected %.9g\n", __FILE__, __LINE__, #actual, a_, e_);                 \
-    }                                                                                                        \
-  } while (false)
-
-struct Case {
-  const char* name;
-  void (*run)();
-};
-std::vector<Case>& cases() {
-  static std::vector<Case> all;
-  return all;
-}
-struct Register {
-  Register(const char* name, void (*run)()) { cases().push_back({name, run}); }
-};
-#define CASE(name)                                  \
-  void name();                                      \
-  const Register register_##name(#name, &name);     \
-  void name()
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
@@ -545,11 +509,12 @@ CASE(number_integers_with_colliding_labels) {
 }  // namespace
 
 int main() {
-  for (const Case& c : cases()) {
-    const int before = failures;
+  for (const checks::Case& c : checks::cases()) {
+    const int before = checks::failures;
     c.run();
-    std::printf("%-45s %s\n", c.name, failures == before ? "ok" : "FAILED");
+    std::printf("%-45s %s\n", c.name, checks::failures == before ? "ok" : "FAILED");
   }
-  std::printf("core tests on %s: %d failures in %zu cases\n", fr::isa_name(fr::active_isa()), failures, cases().size());
-  return failures == 0 ? 0 : 1;
+  std::printf("core tests on %s: %d failures in %zu cases\n", fr::isa_name(fr::active_isa()), checks::failures,
+              checks::cases().size());
+  return checks::failures == 0 ? 0 : 1;
 }
