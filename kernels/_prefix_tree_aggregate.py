@@ -40,6 +40,7 @@ from ._prefix_tree_forest import (
 NODES, SEQUENCES = 16, 32  # over sequences: nodes of a program, sequences of each at a time
 LANES = 128  # rows of a program, or nodes of a group at a time: one per thread
 WARPS = 4
+MAXNREG = 64  # stated, because ptxas otherwise spills a scalar or two to get below the next step of occupancy
 
 _MEAN, _SUM, _MAX, _MIN, _LOGSUMEXP, _ANY = (tl.constexpr(i) for i in range(len(TREE_OPS)))
 SUM = _SUM
@@ -302,7 +303,7 @@ def aggregate_backward(
                 grad, values, weights, child_weights, totals[0], totals[1], nodes, rows, out,
                 nodes.stride(0), count, *_numbers(options), **_rules(options), HAS_WEIGHTS=weights is not None,
                 HAS_CHILD_WEIGHTS=child_weights is not None, CHILDREN_ALIKE=_level_by_level(options),
-                LANES=LANES, num_warps=WARPS, **OPTIONS,
+                LANES=LANES, num_warps=WARPS, maxnreg=MAXNREG, **OPTIONS,
             )  # fmt: skip
     return out
 

@@ -180,10 +180,10 @@ def _compare_kernel(
     t = tl.zeros_like(shared)
     while t < shared:
         position = t + lanes
-        inside = position < shared
-        mine = tl.load(tokens + start + position, mask=inside, other=0)
-        theirs = tl.load(tokens + other + position, mask=inside, other=0)
-        shared = tl.min(tl.where(inside & (mine != theirs), position, shared), axis=0)
+        there = position < shared
+        mine = tl.load(tokens + start + position, mask=there, other=0)
+        theirs = tl.load(tokens + other + position, mask=there, other=0)
+        shared = tl.min(tl.where(there & (mine != theirs), position, shared), axis=0)
         t += COMPARED
     tl.store(work + FOUND * B + row, tl.where(shared > 0, parent, first))
     tl.store(work + SHARED * B + row, shared)

@@ -45,6 +45,7 @@ SEQUENCES, FOLDED = 4, 256  # fold: sequences at a time, unique tokens of a prog
 NODES, EDGE = 8, 128  # collect: nodes of a program, unique tokens of each at a time
 SCAN = 2048  # lengths and starts: positions at a time
 WARPS = 4
+MAXNREG = 168  # of fold; stated, because ptxas otherwise spills a scalar or two for the next step of occupancy
 
 # What a token gets: one of PLACES, or
 _UNIQUE, _NODE, _INDEX = (tl.constexpr(len(PLACES) + i) for i in range(3))
@@ -236,7 +237,7 @@ def _layout_kernel(
 ):  # fmt: skip
     """Each unique token: up to 8 bytes in, 48 out."""
     u, n, place, ok = _unique_lanes(nodes, stride, unique, BLOCK)
-    position = field(nodes, stride, EDGE_START, n, ok) + place
+    position = tl.where(ok, field(nodes, stride, EDGE_START, n, ok) + place, 0)
     source = position + field(rows, B, START, field(nodes, stride, FIRST_ROW, n, ok), ok)
     top = ok & (place == 0)
     above = field(nodes, stride, PARENT, n, top)
@@ -352,7 +353,8 @@ def _fold(tokens: Tensor, nodes: Tensor, rows: Tensor, mask: Tensor | None, op: 
     with on_device_of(out):
         _fold_kernel[(triton.cdiv(places, FOLDED),)](
             tokens, mask_bytes(mask), nodes, rows, out, nodes.stride(0), rows.shape[1], tokens.shape[0], places,
-            **rules, SEQUENCES=SEQUENCES, FOLDED=FOLDED, num_warps=WARPS, **OPTIONS,
+            **rules, SEQUENCES=SEQUENCES, FOLDED=FOLDED,
+            num_warps=WARPS, maxnreg=MAXNREG, **OPTIONS,
         )  # fmt: skip
     return out
 

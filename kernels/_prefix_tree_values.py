@@ -23,6 +23,7 @@ from ._prefix_tree_forest import CHILDREN, COUNT, DEPTH, PARENT, ROOT, TOUT, any
 # --------------------------------------------------------------------------------------------------------- config
 LANES = 128  # nodes of a program, or nodes of a group at a time: one per thread
 WARPS = 4
+MAXNREG = 64  # stated, because ptxas otherwise spills a scalar or two to get below the next step of occupancy
 
 _TD, _SIBLING, _ROOT, _TD_ROOT, _ALL_ANCESTORS, _DEPTH_WEIGHTED = (tl.constexpr(i) for i in range(len(TREE_MODES)))
 _NO_LEVEL = tl.constexpr(2**62)
@@ -181,7 +182,7 @@ def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: AdvantageOp
         if siblings:
             _siblings_kernel[grid](
                 values, nodes, statistics[0], statistics[1], stride, places, options.ddof,
-                LANES=LANES, num_warps=WARPS, **OPTIONS,
+                LANES=LANES, num_warps=WARPS, maxnreg=MAXNREG, **OPTIONS,
             )  # fmt: skip
         _advantages_kernel[grid](
             values, nodes, statistics[0], statistics[1], out, stride, places, float(options.eps),
