@@ -513,6 +513,7 @@ int main() {
     const int before = checks::failures;
     c.run();
     std::printf("%-45s %s\n", c.name, checks::failures == before ? "ok" : "FAILED");
+    std::fflush(stdout);
   }
   std::printf("core tests on %s: %d failures in %zu cases\n", fr::isa_name(fr::active_isa()), checks::failures,
               checks::cases().size());

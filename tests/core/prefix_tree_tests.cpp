@@ -667,14 +667,14 @@ void check_batch(const Batch& batch, Random& random, int threads) {
 
 // ------------------------------------------------------------------------------------------------------------ cases
 CASE(prefix_trees_of_small_batches) {
-  for (unsigned seed = 0; seed < 2000; ++seed) {
+  for (unsigned seed = 0; seed < 6000; ++seed) {
     Random random(seed);
     check_batch(batch_of_tokens(random, 9, 7, 1 + below(random, 3)), random, 1 + static_cast<int>(seed % 2));
   }
 }
 
 CASE(prefix_trees_of_branches) {
-  for (unsigned seed = 0; seed < 1500; ++seed) {
+  for (unsigned seed = 0; seed < 3000; ++seed) {
     Random random(seed);
     check_batch(batch_of_branches(random, 9, 7), random, 1 + static_cast<int>(seed % 2));
   }
