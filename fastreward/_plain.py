@@ -256,3 +256,135 @@ def whiten(
     variance = (torch.where(counted, x - mean, 0.0) ** 2).sum() / (count - ddof)
     white = (x - mean) * torch.rsqrt(variance + eps)
     return torch.where(counted, white if shift_mean else white + mean, 0.0)
+
+
+# -------------------------------------------------------------------------------------------------- prefix trees
+def tree_aggregate(
+    tree: Any,
+    values: Tensor,
+    op: str,
+    *,
+    over: str = "sequences",
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+    normalized: bool = False,
+    discount: float = 1.0,
+) -> Tensor:
+    """PrefixTree.aggregate node by node, in the dtype of values [B]."""
+    w = torch.ones_like(values) if weights is None else weights.to(values.dtype)
+    parent, lengths = tree.parent.tolist(), tree.lengths
+    out: list[Tensor] = [values.new_zeros(())] * tree.num_nodes
+    for n in reversed(range(tree.num_nodes)):
+        rows = tree.rows_of(n)
+        if over == "children":
+            rows = rows[tree.leaf[rows] == n]
+        decay = discount ** (lengths[rows] - tree.edge_start[n] - tree.edge_length[n]).to(values.dtype)
+        parts, share = values[rows] * decay, w[rows]
+        if over == "children":
+            below = [out[c] * discount ** float(tree.edge_length[c]) for c in range(tree.num_nodes) if parent[c] == n]
+            parts = torch.cat([parts, torch.stack(below)]) if below else parts
+            share = torch.cat([share, torch.ones_like(parts[len(share) :])])
+        out[n] = _tree_reduce(parts, share, op, scale, normalized)
+    return torch.stack(out) if out else values.new_zeros(0)
+
+
+def _tree_reduce(parts: Tensor, weights: Tensor, op: str, scale: float, normalized: bool) -> Tensor:
+    if op in ("mean", "sum"):
+        total = (weights * parts).sum()
+        return total / weights.sum() if op == "mean" else total
+    if op == "any":
+        return (parts != 0).any().to(parts.dtype)
+    if op != "logsumexp":
+        return parts.amax() if op == "max" else parts.amin()
+    total = (scale * parts + weights.log()).logsumexp(0)
+    return (total - weights.sum().log() if normalized else total) / scale
+
+
+def tree_advantages(
+    tree: Any,
+    values: Tensor,
+    mode: str,
+    *,
+    scale: str = "std",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    singleton: str = "zero",
+) -> Tensor:
+    """PrefixTree.advantages node by node, in the dtype of values [nodes]."""
+    parent = tree.parent.tolist()
+    out = torch.zeros_like(values)
+    for n, above in enumerate(parent):
+        if above < 0:
+            continue
+        ancestors = [above]
+        while parent[ancestors[-1]] >= 0:
+            ancestors.append(parent[ancestors[-1]])
+        v = values[n]
+        if mode == "sibling":
+            siblings = values[[c for c, p in enumerate(parent) if p == above]]
+            if len(siblings) == 1:
+                out[n] = v if singleton == "raw" else 0.0
+            else:
+                out[n] = (v - siblings.mean()) / (siblings.std(correction=ddof) + eps if scale == "std" else 1.0)
+            continue
+        count = tree.count[[*ancestors, n]].to(values.dtype)
+        out[n] = {
+            "td": v - values[above],
+            "root": v - values[ancestors[-1]],
+            "td+root": (v - values[above]) + (v - values[ancestors[-1]]),
+            "all-ancestors": v - values[ancestors].mean(),
+            "depth-weighted": v - (count * values[[*ancestors, n]]).sum() / count.sum(),
+        }[mode]
+    return out
+
+
+def tree_propagate(
+    tree: Any,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    initial: float = 0.0,
+    low: float | None = None,
+    high: float | None = None,
+) -> Tensor:
+    """PrefixTree.propagate node by node, in the dtype of scale [nodes]."""
+    out: list[Tensor] = []
+    for n, above in enumerate(tree.parent.tolist()):
+        x = scale.new_full((), initial) if above < 0 else scale[n] * out[above] + shift[n]
+        out.append(x if above < 0 or low is high is None else x.clamp(low, high))
+    return torch.stack(out) if out else torch.zeros_like(scale)
+
+
+def tree_to_tokens(tree: Any, values: Tensor, mask: Tensor | None, place: str = "broadcast") -> Tensor:
+    """PrefixTree.to_tokens as a gather from values [nodes]."""
+    node = tree.node_of_token.long()
+    there = node >= 0
+    if place != "broadcast":
+        position = tree.unique_of_token - tree.token_begin[node.clamp(min=0)]
+        there = there & (position == (0 if place == "start" else tree.edge_length[node.clamp(min=0)] - 1))
+    if mask is not None:
+        there = there & (mask != 0)
+    return torch.where(there, values[node.clamp(min=0)], 0.0)
+
+
+def tree_from_tokens(tree: Any, values: Tensor, mask: Tensor | None, op: str = "sum") -> Tensor:
+    """PrefixTree.from_tokens as a scatter, in the dtype of values."""
+    there = tree.unique_of_token >= 0
+    if mask is not None:
+        there = there & (mask != 0)
+    index, x = tree.unique_of_token[there], values[there]
+    none = values.new_zeros(tree.num_tokens)
+    if op == "first":
+        for i in reversed(range(len(x))):
+            none[index[i]] = x[i]
+        return none
+    total = none.scatter_add(0, index, x)
+    return total if op == "sum" else total / none.scatter_add(0, index, torch.ones_like(x)).clamp(min=1)
+
+
+def tree_unique_to_tokens(tree: Any, unique: Tensor, mask: Tensor | None) -> Tensor:
+    """PrefixTree.unique_to_tokens as a gather."""
+    there = tree.unique_of_token >= 0
+    if mask is not None:
+        there = there & (mask != 0)
+    return torch.where(there, unique[tree.unique_of_token.clamp(min=0)], 0.0)
