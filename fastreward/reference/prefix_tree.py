@@ -22,10 +22,7 @@ def starts(mask: Tensor, extents: Tensor) -> Tensor:
     """Flat index of each row's first counted token; where its extent begins if there is none."""
     counted = (mask.cpu() != 0).tolist()
     bounds = extents.tolist()
-    first = [
-        next((i for i in range(begin, end) if counted[i]), begin)
-        for begin, end in itertools.pairwise(bounds)
-    ]
+    first = [next((i for i in range(begin, end) if counted[i]), begin) for begin, end in itertools.pairwise(bounds)]
     return torch.tensor(first, dtype=torch.int64, device=extents.device)
 
 
@@ -464,13 +461,31 @@ def propagate_backward(
 
 # ------------------------------------------------------------------------------------------------ nodes and tokens
 def spread(
-    values: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, place: str, count: int
+    values: Tensor,
+    nodes: Tensor,
+    rows: Tensor,
+    extents: Tensor,
+    mask: Tensor | None,
+    place: str,
+    count: int,
+    row_values: Tensor | None = None,
 ) -> Tensor:
-    """Node values [nodes] to flat tokens [count], to a whole edge or its start or end; 0 where there is no credit."""
+    """Node values [nodes] to flat tokens [count], to a whole edge or its start or end; 0 where there is no credit.
+
+    row_values [B]: added on every token of a row that gets credit.
+    """
     out = [0.0] * count
     v = values.tolist()
-    for i, n in _places(_Forest(nodes, rows), mask, place):
+    forest = _Forest(nodes, rows)
+    for i, n in _places(forest, mask, place):
         out[i] = v[n]
+    if row_values is not None:
+        own = row_values.tolist()
+        counts = None if mask is None else (mask.cpu() != 0).tolist()
+        for row in range(len(forest.leaf)):
+            for i, _, _ in forest.tokens(row):
+                if counts is None or counts[i]:
+                    out[i] += own[row]
     return _doubles(out).to(values)
 
 
