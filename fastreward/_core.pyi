@@ -239,7 +239,16 @@ def prefix_tree_propagate_backward(
     threads: int,
 ) -> None: ...
 def prefix_tree_spread(
-    forest: Forest, extents: int, mask: int, kind: int, place: int, f64: bool, values: int, tokens: int, threads: int
+    forest: Forest,
+    extents: int,
+    mask: int,
+    kind: int,
+    place: int,
+    f64: bool,
+    values: int,
+    row_values: int,
+    tokens: int,
+    threads: int,
 ) -> None: ...
 def prefix_tree_collect(
     forest: Forest, extents: int, mask: int, kind: int, place: int, f64: bool, tokens: int, values: int, threads: int

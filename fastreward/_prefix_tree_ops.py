@@ -248,6 +248,7 @@ propagate.register_autograd(_propagate_gradient, setup_context=_propagate_contex
 @custom_op("prefix_tree_spread")
 def spread(
     values: Tensor,  # [nodes] f32 or f64
+    row_values: Tensor | None,  # [B], a constant
     nodes: Tensor,
     rows: Tensor,
     extents: Tensor,  # [B + 1] i64
@@ -256,13 +257,21 @@ def spread(
     count: int,
     backend: str,
 ) -> Tensor:  # [count]
-    out: Tensor = _kernels(backend).spread(values, nodes, rows, extents, mask, _place(place), count)
+    out: Tensor = _kernels(backend).spread(values, nodes, rows, extents, mask, _place(place), count, row_values)
     return out
 
 
 @spread.register_fake
 def _(
-    values: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Any, place: str, count: int, backend: str
+    values: Tensor,
+    row_values: Tensor | None,
+    nodes: Tensor,
+    rows: Tensor,
+    extents: Tensor,
+    mask: Tensor | None,
+    place: str,
+    count: int,
+    backend: str,
 ) -> Tensor:
     return values.new_empty((count,))
 
@@ -288,12 +297,12 @@ def _place(name: str) -> Place:
 
 
 def _spread_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:5])
-    ctx.place, ctx.backend = inputs[5], inputs[-1]
+    ctx.save_for_backward(*inputs[2:6])
+    ctx.place, ctx.backend = inputs[6], inputs[-1]
 
 
 def _spread_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _collect(grad.contiguous(), *ctx.saved_tensors, ctx.place, ctx.backend), *[None] * 7
+    return _collect(grad.contiguous(), *ctx.saved_tensors, ctx.place, ctx.backend), *[None] * 8
 
 
 spread.register_autograd(_spread_gradient, setup_context=_spread_context)

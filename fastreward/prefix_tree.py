@@ -408,12 +408,13 @@ class PrefixTree:
         return out
 
     @accepts_arrays
-    def to_tokens(self, node_values: Tensor, *, place: Place = "broadcast") -> Tensor:
+    def to_tokens(self, node_values: Tensor, *, place: Place = "broadcast", row_values: Tensor | None = None) -> Tensor:
         """Each token's node's value: [nodes] to the shape of tokens.
 
         Args:
             node_values: [nodes] float32 or float64.
             place: "broadcast" gives it to every token of the node, "start" and "end" to its first or last one alone.
+            row_values: [B], added on every token of a sequence that gets credit; a constant.
 
         Returns:
             The shape of tokens; 0 where the mask gives no credit and outside of the sequences. Gradients flow to
@@ -421,11 +422,20 @@ class PrefixTree:
         """
         _check.choice("place", place, PLACES)
         values = self._per_node("node_values", node_values)
+        added = None if row_values is None else self._constant(self._per_row("row_values", row_values), values)
+        if place == "broadcast" or self._sequences.one_to_one:
+            return self._spread(values, added, place)
+        # A step is one place in flat memory, and may be many tokens.
+        ends = self._sequences.ends_of_steps(place)
+        own = torch.where(ends, self._spread(values, None, "broadcast"), 0.0)
+        return own if added is None else own + self._spread(torch.zeros_like(values), added, "broadcast")
+
+    def _spread(self, values: Tensor, row_values: Tensor | None, place: Place) -> Tensor:
         s = self._sequences
-        at = place if s.one_to_one else "broadcast"  # a step is one place in flat memory, and may be many tokens
-        flat = _ops.spread(values, self._nodes, self._rows, s.extents, s.credit, at, self._flat, self._backend)
-        out = s.credited(flat)
-        return out if at == place else torch.where(s.ends_of_steps(place), out, 0.0)
+        flat = _ops.spread(
+            values, row_values, self._nodes, self._rows, s.extents, s.credit, place, self._flat, self._backend
+        )
+        return s.credited(flat)
 
     @accepts_arrays
     def from_tokens(self, token_values: Tensor, op: TokenOp = "sum") -> Tensor:

@@ -156,6 +156,19 @@ class TestNumbersDrawnByHand:
     def test_to_tokens(self, place: Any, expected: list[list[float]]) -> None:
         assert tree_of(DRAWN).to_tokens(torch.arange(1.0, 6.0), place=place).tolist() == expected
 
+    def test_to_tokens_with_the_rows_own_values(self) -> None:
+        tree, own = tree_of(DRAWN, mask=torch.tensor([[1, 1, 0, 1]] * 6)), torch.tensor([10.0, 20, 30, 40, 50, 60])
+        values = torch.arange(1.0, 6.0)
+        assert tree.to_tokens(values, row_values=own).tolist() == [
+            *([12, 12, 0, 13], [22, 22, 0, 0], [32, 32, 0, 0], [45, 45, 0, 0], [52, 52, 0, 53], [0] * 4)
+        ]
+        assert tree.to_tokens(values, place="end", row_values=own).tolist() == [
+            *([10, 12, 0, 13], [20, 22, 0, 0], [30, 32, 0, 0], [40, 45, 0, 0], [50, 52, 0, 53], [0] * 4)
+        ]
+        steps = PrefixTree.from_paths(torch.tensor([[5, 6], [5, 7]]), segment_ids=torch.tensor([[0, 0, 1], [0, -1, 1]]))
+        got = steps.to_tokens(values[:4], place="start", row_values=own[:2])
+        assert got.tolist() == [[12, 10, 13], [22, 0, 24]]
+
     @pytest.mark.parametrize(
         ("op", "expected"),
         [
@@ -748,6 +761,7 @@ def test_messages_of_paths(error: type[Exception], message: str, arguments: dict
         ("singleton: expected one of", lambda t: t.advantages(torch.ones(5), "sibling", singleton="nan")),
         (r"scale: expected shape \[5\]", lambda t: t.propagate(torch.ones(6), 0.0)),
         (r"low, high: expected low <= high, got 1.0 and 0.0", lambda t: t.propagate(1.0, 0.0, low=1.0, high=0.0)),
+        (r"row_values: expected shape \[6\]", lambda t: t.to_tokens(torch.ones(5), row_values=torch.ones(5))),
         ("place: expected one of", lambda t: t.to_tokens(torch.ones(5), place="middle")),
         (r"token_values: expected shape \[6, 4\]", lambda t: t.from_tokens(torch.ones(6, 3))),
         ("op: expected one of", lambda t: t.from_tokens(torch.ones(6, 4), "max")),
@@ -790,7 +804,7 @@ def test_opcheck() -> None:
     leaf = nodes.clone().requires_grad_()
     check(ops.prefix_tree_propagate, leaf, nodes.clone().requires_grad_(), *forest, 0.5, None, 1.0, "cpu")
     check(ops.prefix_tree_propagate_backward, nodes, nodes, nodes, *forest, 0.5, -1.0, None, "cpu")
-    check(ops.prefix_tree_spread, leaf, *place, "start", 9, "cpu")
+    check(ops.prefix_tree_spread, leaf, rows, *place, "start", 9, "cpu")
     check(ops.prefix_tree_collect, flat, *place, "end", "cpu")
     check(ops.prefix_tree_unfold, unique.requires_grad_(), *place, 9, "cpu")
     for op in ("sum", "mean"):

@@ -210,14 +210,16 @@ TokenSpan span_of(Address extents, Address mask, int kind) {
 }
 
 void spread(const ForestArguments& f, Address extents, Address mask, int kind, int place, bool f64, Address values,
-            Address tokens, int threads) {
+            Address row_values, Address tokens, int threads) {
   const TokenSpan span = span_of(extents, mask, kind);
   if (f64)
     FASTREWARD_DISPATCH(prefix_tree_spread_f64)(forest_of(f), span, static_cast<TreePlace>(place),
-                                                pointer<const double>(values), pointer<double>(tokens), threads);
+                                                pointer<const double>(values), pointer<const double>(row_values),
+                                                pointer<double>(tokens), threads);
   else
     FASTREWARD_DISPATCH(prefix_tree_spread_f32)(forest_of(f), span, static_cast<TreePlace>(place),
-                                                pointer<const float>(values), pointer<float>(tokens), threads);
+                                                pointer<const float>(values), pointer<const float>(row_values),
+                                                pointer<float>(tokens), threads);
 }
 
 void collect(const ForestArguments& f, Address extents, Address mask, int kind, int place, bool f64, Address tokens,

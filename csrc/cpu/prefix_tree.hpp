@@ -175,11 +175,11 @@ FASTREWARD_DECLARE(
                                             double initial, double low, double high, const double* grad,
                                             double* scratch, double* grad_scale, double* grad_shift, int threads);
 
-    // values [size] -> tokens, 0 where there is no credit; and its transpose
+    // values [size] (plus row_values [rows], or nullptr) -> tokens, 0 where there is no credit; and its transpose
     void prefix_tree_spread_f32(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const float* values,
-                                float* tokens, int threads);
+                                const float* row_values, float* tokens, int threads);
     void prefix_tree_spread_f64(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const double* values,
-                                double* tokens, int threads);
+                                const double* row_values, double* tokens, int threads);
     void prefix_tree_collect_f32(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const float* tokens,
                                  float* values, int threads);
     void prefix_tree_collect_f64(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const double* tokens,

@@ -52,7 +52,7 @@ void for_blocks(const MaskView& mask, std::int64_t begin, std::int64_t end, F&& 
   }
 }
 
-// What a run of tokens gets: one value, its start or end alone, or a run of unique tokens.
+// What a run of tokens gets: one value, another one at its start or end, or a run of unique tokens.
 template <class T>
 struct Everywhere {
   T value;
@@ -61,8 +61,9 @@ struct Everywhere {
 template <class T>
 struct At {
   T value;
+  T elsewhere;
   std::int64_t place;
-  T operator()(std::int64_t k) const { return k == place ? value : T(0); }
+  T operator()(std::int64_t k) const { return k == place ? value : elsewhere; }
 };
 template <class T>
 struct Copy {
@@ -74,11 +75,21 @@ struct Count {
   std::int64_t operator()(std::int64_t k) const { return begin + k; }
 };
 inline Everywhere<float> advanced(const Everywhere<float>& get, std::int64_t) { return get; }
+inline At<float> advanced(const At<float>& get, std::int64_t k) { return {get.value, get.elsewhere, get.place - k}; }
 inline Copy<float> advanced(const Copy<float>& get, std::int64_t k) { return {get.from + k}; }
 inline F32 vector_of(const Everywhere<float>& get, std::int64_t) { return f32(get.value); }
+inline F32 vector_of(const At<float>& get, std::int64_t k) {
+  const F32 elsewhere = f32(get.elsewhere);
+  if (get.place < k || get.place >= k + kF32) return elsewhere;
+  float lanes[kF32];
+  store(lanes, elsewhere);
+  lanes[get.place - k] = get.value;
+  return load(lanes);
+}
 inline F32 vector_of(const Copy<float>& get, std::int64_t k) { return load(get.from + k); }
 template <class Get>
-constexpr bool kHasVector = std::is_same_v<Get, Everywhere<float>> || std::is_same_v<Get, Copy<float>>;
+constexpr bool kHasVector =
+    std::is_same_v<Get, Everywhere<float>> || std::is_same_v<Get, At<float>> || std::is_same_v<Get, Copy<float>>;
 
 // out[k] = get(k) for k in [begin, end), 0 where a byte (of position k) is 0.
 template <class Out, class Get>
@@ -103,7 +114,7 @@ void write_lines(const Get& get, const std::uint8_t* bytes, std::int64_t end, fl
   write_scalars(get, bytes, k, end, out);
 }
 
-// make(node) gives what its run gets; `none` for what lies outside of a row's sequence.
+// make(node, row) gives what a run gets; `none` for what lies outside of a row's sequence.
 template <class Out, class Make>
 void write_tokens(const PrefixForest& forest, const TokenSpan& span, Out none, Out* out, int threads, Make&& make) {
   const bool past = span.extents[forest.rows] * static_cast<std::int64_t>(sizeof(Out)) >= kStreamBytes;
@@ -112,7 +123,7 @@ void write_tokens(const PrefixForest& forest, const TokenSpan& span, Out none, O
     std::fill(out + span.extents[row], out + start, none);
     std::fill(out + end, out + span.extents[row + 1], none);
     for_runs(forest, row, [&](std::int64_t node, std::int64_t from, std::int64_t to) {
-      const auto get = make(node);
+      const auto get = make(node, row);
       for_blocks(span.mask, from, to, [&](std::int64_t i, std::int64_t stop, const std::uint8_t* bytes) {
         if constexpr (kHasVector<std::decay_t<decltype(get)>>) {
           const auto here = advanced(get, i - from);
@@ -126,14 +137,18 @@ void write_tokens(const PrefixForest& forest, const TokenSpan& span, Out none, O
   });
 }
 
+// A node's value and the row's own on every token, or the node's on one of them alone.
 template <class T>
-void spread(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* values, T* tokens,
-            int threads) {
+void spread(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* values, const T* row_values,
+            T* tokens, int threads) {
+  const auto own = [&](std::int64_t row) { return row_values == nullptr ? T(0) : row_values[row]; };
   if (place == TreePlace::broadcast)
-    return write_tokens(forest, span, T(0), tokens, threads,
-                        [&](std::int64_t node) { return Everywhere<T>{values[node]}; });
-  write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node) {
-    return At<T>{values[node], place == TreePlace::start ? 0 : forest.field(kNodeEdgeLength)[node] - 1};
+    return write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node, std::int64_t row) {
+      return Everywhere<T>{values[node] + own(row)};
+    });
+  write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node, std::int64_t row) {
+    const std::int64_t last = forest.field(kNodeEdgeLength)[node] - 1;
+    return At<T>{values[node] + own(row), own(row), place == TreePlace::start ? 0 : last};
   });
 }
 
@@ -239,7 +254,7 @@ void fold(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T
 template <class T>
 void unfold(const PrefixForest& forest, const TokenSpan& span, const T* unique, T* tokens, int threads) {
   write_tokens(forest, span, T(0), tokens, threads,
-               [&](std::int64_t node) { return Copy<T>{unique + forest.field(kNodeTokenBegin)[node]}; });
+               [&](std::int64_t node, std::int64_t) { return Copy<T>{unique + forest.field(kNodeTokenBegin)[node]}; });
 }
 
 }  // namespace
@@ -253,18 +268,18 @@ void prefix_tree_node_of_token(const PrefixForest& forest, const TokenSpan& span
     return x;
   };
   write_tokens(forest, {span.extents, {}}, bits(-1), reinterpret_cast<float*>(out), threads,
-               [&](std::int64_t node) { return Everywhere<float>{bits(static_cast<std::int32_t>(node))}; });
+               [&](std::int64_t node, std::int64_t) { return Everywhere<float>{bits(static_cast<std::int32_t>(node))}; });
 }
 
 void prefix_tree_unique_of_token(const PrefixForest& forest, const TokenSpan& span, std::int64_t* out, int threads) {
   write_tokens(forest, {span.extents, {}}, std::int64_t{-1}, out, threads,
-               [&](std::int64_t node) { return Count{forest.field(kNodeTokenBegin)[node]}; });
+               [&](std::int64_t node, std::int64_t) { return Count{forest.field(kNodeTokenBegin)[node]}; });
 }
 
 #define FASTREWARD_TREE_TOKENS(T, suffix)                                                                           \
   void prefix_tree_spread_##suffix(const PrefixForest& forest, const TokenSpan& span, TreePlace place,              \
-                                   const T* values, T* tokens, int threads) {                                       \
-    spread(forest, span, place, values, tokens, threads);                                                           \
+                                   const T* values, const T* row_values, T* tokens, int threads) {                  \
+    spread(forest, span, place, values, row_values, tokens, threads);                                               \
   }                                                                                                                 \
   void prefix_tree_collect_##suffix(const PrefixForest& forest, const TokenSpan& span, TreePlace place,             \
                                     const T* tokens, T* values, int threads) {                                      \

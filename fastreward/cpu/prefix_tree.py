@@ -194,12 +194,22 @@ def propagate_backward(
 
 
 def spread(
-    values: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, place: Place, count: int
+    values: Tensor,
+    nodes: Tensor,
+    rows: Tensor,
+    extents: Tensor,
+    mask: Tensor | None,
+    place: Place,
+    count: int,
+    row_values: Tensor | None = None,
 ) -> Tensor:
-    """Node values [nodes] to flat tokens [count], to a whole edge or its start or end; 0 where there is no credit."""
+    """Node values [nodes] to flat tokens [count], to a whole edge or its start or end; 0 where there is no credit.
+
+    row_values [B]: added on every token of a row that gets credit.
+    """
     out = empty((count,), values.dtype)
     where = (address(extents), *mask_arguments(mask), PLACES.index(place))
-    _core.prefix_tree_spread(_forest(nodes, rows), *where, *_floats(values), *_out(out))
+    _core.prefix_tree_spread(_forest(nodes, rows), *where, *_floats(values), address(row_values), *_out(out))
     return out
 
 

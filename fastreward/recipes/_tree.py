@@ -55,14 +55,16 @@ def labelled(*labels: Tensor) -> PrefixTree:
     return PrefixTree.from_paths(torch.stack(labels, 1))
 
 
-def node_tokens(tree: PrefixTree, node_values: Tensor, place: Place = "broadcast") -> Tensor:
-    """Float32 in the shape of tokens: each node's value on its tokens."""
-    return tree.to_tokens(node_values.float(), place=place)
+def node_tokens(
+    tree: PrefixTree, node_values: Tensor, place: Place = "broadcast", row_values: Tensor | None = None
+) -> Tensor:
+    """Float32 in the shape of tokens: each node's value on its tokens, plus each sequence's own on all that count."""
+    return tree.to_tokens(node_values.float(), place=place, row_values=row_values)
 
 
 def row_tokens(tree: PrefixTree, row_values: Tensor) -> Tensor:
     """Float32 in the shape of tokens: each sequence's value on its credited tokens, [B] to the shape of tokens."""
-    return torch.where(credited(tree), beside_tokens(tree, row_values.float()), 0.0)
+    return node_tokens(tree, torch.zeros_like(tree.parent), row_values=row_values)
 
 
 def credited(tree: PrefixTree) -> Tensor:

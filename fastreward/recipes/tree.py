@@ -73,7 +73,7 @@ def tempo(
     tree = _tree_of(tokens, mask, group_ids, group_size, cu_seqlens)
     normalized = group_advantages(rewards_of(tree, rewards), group_of(tree), ddof=ddof, eps=eps).double()
     difference = tree.advantages(tree.aggregate(normalized), "td")  # that of R, divided by the same std
-    return row_tokens(tree, normalized) + node_tokens(tree, difference, place="start")
+    return node_tokens(tree, difference, place="start", row_values=normalized)
 
 
 def _tree_of(
@@ -222,7 +222,7 @@ def portool(
         values = values + per_node(tree, step_rewards, "step_rewards")
     trajectory = group_advantages(outcomes, group_of(tree), ddof=ddof, eps=eps)
     fork = tree.advantages(values, "sibling", ddof=ddof, eps=eps)
-    return trajectory_weight * row_tokens(tree, trajectory) + fork_weight * node_tokens(tree, fork)
+    return node_tokens(tree, fork_weight * fork, row_values=trajectory_weight * trajectory)
 
 
 @recipe(

@@ -474,18 +474,14 @@ def spread(
 
     row_values [B]: added on every token of a row that gets credit.
     """
-    out = [0.0] * count
-    v = values.tolist()
     forest = _Forest(nodes, rows)
-    for i, n in _places(forest, mask, place):
-        out[i] = v[n]
-    if row_values is not None:
-        own = row_values.tolist()
-        counts = None if mask is None else (mask.cpu() != 0).tolist()
-        for row in range(len(forest.leaf)):
-            for i, _, _ in forest.tokens(row):
-                if counts is None or counts[i]:
-                    out[i] += own[row]
+    v = values.tolist()
+    own = [0.0] * len(forest.leaf) if row_values is None else row_values.tolist()
+    out = [0.0] * count
+    for i, n, _ in _places(forest, mask, place):
+        out[i] += v[n]
+    for i, _, row in _places(forest, mask, "broadcast"):
+        out[i] += own[row]
     return _doubles(out).to(values)
 
 
@@ -493,26 +489,26 @@ def collect(tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: 
     """The transpose of spread: flat tokens to node values [nodes], summed."""
     out = [0.0] * nodes.shape[1]
     t = tokens.tolist()
-    for i, n in _places(_Forest(nodes, rows), mask, place):
+    for i, n, _ in _places(_Forest(nodes, rows), mask, place):
         out[n] += t[i]
     return _doubles(out).to(tokens)
 
 
-def _places(forest: _Forest, mask: Tensor | None, place: str) -> Iterator[tuple[int, int]]:
-    """(flat index, node) of the tokens that get their node's value."""
-    for i, n, k in _counted(forest, mask):
+def _places(forest: _Forest, mask: Tensor | None, place: str) -> Iterator[tuple[int, int, int]]:
+    """(flat index, node, row) of the tokens that get their node's value."""
+    for i, n, k, row in _counted(forest, mask):
         only = {"broadcast": k, "start": 0, "end": forest.edge_length[n] - 1}[place]
         if k == only:
-            yield i, n
+            yield i, n, row
 
 
-def _counted(forest: _Forest, mask: Tensor | None) -> Iterator[tuple[int, int, int]]:
-    """(flat index, node, place on its edge) of the tokens that get credit, row by row."""
+def _counted(forest: _Forest, mask: Tensor | None) -> Iterator[tuple[int, int, int, int]]:
+    """(flat index, node, place on its edge, row) of the tokens that get credit, row by row."""
     counts = None if mask is None else (mask.cpu() != 0).tolist()
     for row in range(len(forest.leaf)):
         for i, n, k in forest.tokens(row):
             if counts is None or counts[i]:
-                yield i, n, k
+                yield i, n, k, row
 
 
 # ----------------------------------------------------------------------------------------- unique tokens and tokens
@@ -521,7 +517,7 @@ def unfold(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: T
     forest = _Forest(nodes, rows)
     out = [0.0] * count
     u = unique.tolist()
-    for i, n, k in _counted(forest, mask):
+    for i, n, k, _ in _counted(forest, mask):
         out[i] = u[forest.token_begin[n] + k]
     return _doubles(out).to(unique)
 
@@ -533,7 +529,7 @@ def fold(
     forest = _Forest(nodes, rows)
     t = tokens.tolist()
     found: list[list[float]] = [[] for _ in range(unique)]  # in the order of the batch
-    for i, n, k in _counted(forest, mask):
+    for i, n, k, _ in _counted(forest, mask):
         found[forest.token_begin[n] + k].append(t[i])
     reduce = {"sum": sum, "mean": lambda x: sum(x) / len(x), "first": lambda x: x[0]}[op]
     return _doubles([reduce(x) if x else 0.0 for x in found]).to(tokens)
@@ -542,7 +538,7 @@ def fold(
 def node_of_token(nodes: Tensor, rows: Tensor, extents: Tensor, count: int) -> Tensor:
     """i32 [count]: each token's node, -1 outside of the sequences."""
     out = torch.full((count,), -1, dtype=torch.int32)
-    for i, n, _ in _counted(_Forest(nodes, rows), None):
+    for i, n, _, _ in _counted(_Forest(nodes, rows), None):
         out[i] = n
     return out.to(nodes.device)
 
@@ -551,7 +547,7 @@ def unique_of_token(nodes: Tensor, rows: Tensor, extents: Tensor, count: int) ->
     """i64 [count]: each token's unique token, -1 outside of the sequences."""
     forest = _Forest(nodes, rows)
     out = torch.full((count,), -1, dtype=torch.int64)
-    for i, n, k in _counted(forest, None):
+    for i, n, k, _ in _counted(forest, None):
         out[i] = forest.token_begin[n] + k
     return out.to(nodes.device)
 

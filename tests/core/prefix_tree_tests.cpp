@@ -505,7 +505,7 @@ void check_tokens(const Forest& forest, const Expected& expected, const Batch& b
     };
     std::vector<T> out(tokens.size(), T(-9)), wanted(tokens.size(), T(0)), found(values.size(), T(-9));
     Doubles sums(values.size(), 0.0);
-    call.spread(forest.view, span, place, values.data(), out.data(), threads);
+    call.spread(forest.view, span, place, values.data(), nullptr, out.data(), threads);
     call.collect(forest.view, span, place, tokens.data(), found.data(), threads);
     each([&](std::size_t i, std::int64_t node, std::size_t, std::int64_t position) {
       if (!counts(i) || !there(node, position)) return;
@@ -514,6 +514,16 @@ void check_tokens(const Forest& forest, const Expected& expected, const Batch& b
     });
     CHECK(out == wanted);
     for (std::size_t n = 0; n < sums.size(); ++n) CHECK_NEAR(static_cast<double>(found[n]), sums[n], tolerance);
+    std::vector<T> own(at(batch.rows));
+    for (std::size_t b = 0; b < own.size(); ++b) own[b] = T(0.5) * static_cast<T>(b) - T(1);
+    call.spread(forest.view, span, place, values.data(), own.data(), out.data(), threads);
+    for (std::int64_t b = 0; b < batch.rows; ++b)
+      for (std::size_t k = 0; k < expected.node_of[at(b)].size(); ++k) {
+        const std::size_t i = at(batch.starts[at(b)]) + k;
+        const std::int64_t node = expected.node_of[at(b)][k];
+        if (counts(i)) wanted[i] = there(node, size_of(k)) ? values[at(node)] + own[at(b)] : own[at(b)];
+      }
+    CHECK(out == wanted);
   }
 
   std::vector<T> out(tokens.size(), T(-9)), wanted(tokens.size(), T(0)), first(unique.size(), T(0));
