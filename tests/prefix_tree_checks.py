@@ -206,6 +206,8 @@ def same_values(tree: PrefixTree, truth: PrefixTree, r: random.Random, dtype: to
     check(("propagate", bounds), lambda t, v: t.propagate(shift, v, **bounds), tree.num_nodes)
     for place in PLACES:
         check(place, lambda t, v, p=place: t.to_tokens(v, place=p), tree.num_nodes)
+        own = torch.randn(tree.num_rows, dtype=dtype)
+        check((place, "rows"), lambda t, v, p=place, own=own: t.to_tokens(v, place=p, row_values=own), tree.num_nodes)
     for op in TOKEN_OPS:
         check(op, lambda t, v, o=op: t.from_tokens(v, o), *tree.shape, gradient=op != "first")
     check("unique_to_tokens", lambda t, v: t.unique_to_tokens(v), tree.num_tokens)
