@@ -59,13 +59,13 @@ def count_up_to(ascending, x, low, high):
 
 
 @triton.jit
-def lanes_in(ascending, first, last, at, count):
-    """Per lane the last of `count` > 0 places of an ascending array whose value is <= at; first <= at <= last.
+def lanes_in(ascending, ends, at, fewest, most):
+    """Per lane the last place of an ascending array whose value is <= at, and the first and last of these places.
 
-    The two ends of a block are searched first. Mostly they fall into the same place, and the lanes have nothing to do.
+    ends: [2], the least and the greatest of `at` that matter; fewest, most: [2], bounds of the number of values up to
+    these. The two are searched first: mostly they fall into the same place, and the lanes have nothing to do.
     """
-    ends = tl.where(tl.arange(0, 2) == 0, first, last)
-    place = tl.maximum(count_up_to(ascending, ends, tl.zeros_like(ends), tl.zeros_like(ends) + count) - 1, 0)
+    place = tl.maximum(count_up_to(ascending, ends, fewest, most) - 1, 0)
     low, high = tl.min(place, axis=0), tl.max(place, axis=0)
     return count_up_to(ascending, at, tl.zeros_like(at) + low + 1, tl.zeros_like(at) + high + 1) - 1, low, high
 

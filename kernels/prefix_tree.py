@@ -1,8 +1,9 @@
 """Prefix trees on the GPU: built without a host sync, in arrays with room for the most nodes that there can be.
 
-`_prefix_tree_parents.py` finds which row each row branches off, `_prefix_tree_nodes.py` numbers the nodes that follow
-from it, `_prefix_tree_values.py` computes on nodes and `_prefix_tree_tokens.py` between nodes and tokens. Numbers are
-those of the CPU backend; places behind the nodes are empty: no parent, no tokens, no sequences, no children.
+`_prefix_tree_parents.py` finds which row each row branches off (`_prefix_tree_branches.py` does so for given branches),
+`_prefix_tree_records.py` and `_prefix_tree_nodes.py` number the nodes that follow from it; `_prefix_tree_aggregate.py`
+and `_prefix_tree_values.py` compute on nodes, `_prefix_tree_tokens.py` and `_prefix_tree_folds.py` between nodes and
+tokens. Numbers are the CPU backend's; places behind the nodes are empty: no parent, no tokens, no sequences.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fastreward._layout import NODES, ROWS
 from ._launch import OPTIONS, on_device_of
 from ._prefix_tree_aggregate import aggregate, aggregate_backward
 from ._prefix_tree_branches import parents_of_branches
+from ._prefix_tree_folds import collect, fold, layout
 from ._prefix_tree_forest import (
     CHILDREN,
     COUNT,
@@ -37,17 +39,7 @@ from ._prefix_tree_forest import (
 )
 from ._prefix_tree_nodes import numbered
 from ._prefix_tree_parents import parents_of_tokens
-from ._prefix_tree_tokens import (
-    collect,
-    fold,
-    layout,
-    lengths,
-    node_of_token,
-    spread,
-    starts,
-    unfold,
-    unique_of_token,
-)
+from ._prefix_tree_tokens import lengths, node_of_token, spread, starts, unfold, unique_of_token
 from ._prefix_tree_values import advantages, propagate, propagate_backward
 
 __all__ = [

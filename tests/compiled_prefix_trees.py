@@ -16,6 +16,7 @@ from compiled_kernels import Device, report
 from fastreward.kernels import (
     _prefix_tree_aggregate,
     _prefix_tree_branches,
+    _prefix_tree_folds,
     _prefix_tree_forest,
     _prefix_tree_nodes,
     _prefix_tree_parents,
@@ -32,8 +33,15 @@ from fastreward._layout import NODES, ROWS
 from fastreward._options import PLACES, TOKEN_OPS, TREE_MODES, AdvantageOptions, AggregateOptions
 
 MODULES: tuple[ModuleType, ...] = (
-    *(_prefix_tree_aggregate, _prefix_tree_branches, _prefix_tree_forest, _prefix_tree_nodes, _prefix_tree_parents),
-    *(_prefix_tree_records, _prefix_tree_tokens, _prefix_tree_values, _prefix_tree_work, prefix_tree),
+    *(_prefix_tree_aggregate, _prefix_tree_branches, _prefix_tree_folds, _prefix_tree_forest, _prefix_tree_nodes),
+    *(
+        _prefix_tree_parents,
+        _prefix_tree_records,
+        _prefix_tree_tokens,
+        _prefix_tree_values,
+        _prefix_tree_work,
+        prefix_tree,
+    ),
 )
 B, T = 48, 512
 
@@ -83,12 +91,12 @@ def value_cases(dtype: torch.dtype, everything: bool) -> dict[str, Callable[[], 
 
 def token_cases(dtype: torch.dtype, everything: bool) -> dict[str, Callable[[], object]]:
     forest = torch.zeros((len(NODES), 3 * B), dtype=torch.int64), torch.zeros((len(ROWS), B), dtype=torch.int64)
-    nodes, tokens = torch.zeros(3 * B, dtype=dtype), torch.zeros(B * T, dtype=dtype)
+    nodes, rows, tokens = (torch.zeros(n, dtype=dtype) for n in (3 * B, B, B * T))
     extents, mask = torch.arange(B + 1) * T, torch.ones(B * T, dtype=torch.bool)
 
     def both_ways() -> None:
         for place in PLACES if everything else PLACES[:1]:
-            prefix_tree.spread(nodes, *forest, extents, mask, place, B * T)
+            prefix_tree.spread(nodes, *forest, extents, mask, place, B * T, rows)
             prefix_tree.collect(tokens, *forest, extents, mask, place)
         prefix_tree.unfold(tokens, *forest, extents, None, B * T)
         for op in TOKEN_OPS if everything else TOKEN_OPS[1:]:

@@ -52,13 +52,14 @@ mkdir "$work/tools"
 cp "$repo/tools/gpu_results.py" "$work/tools"
 cd "$work" || exit 2
 
-# tests NAME SECONDS [OPTIONS OF PYTEST]: a part of tests/test_gpu.py; outcomes in $work/NAME.tests as they come.
+# tests NAME SECONDS [OPTIONS OF PYTEST]: a part of tests/$suite; outcomes in $work/NAME.tests as they come.
+suite=test_gpu.py
 tests() {
   local name="$1" limit="$2"
   shift 2
   GPU_RESULTS="$work/$name.tests" part "$name" "$limit" ${tool[@]+"${tool[@]}"} "$python" -m pytest \
     -c "$repo/pyproject.toml" --rootdir "$work" -p no:cacheprovider -p gpu_results -q -m gpu --tb=short "$@" \
-    "$work/tests/test_gpu.py"
+    "$work/tests/$suite"
 }
 
 # sanitize NAME SECONDS TOOL EXPRESSION: the tests that pytest's -k EXPRESSION picks, under compute-sanitizer.
@@ -76,6 +77,10 @@ if [ "$built" -eq 0 ]; then
   # ---------------------------------------------------------------------------------------------------------- tests
   tests programs 170 -k "program or TestPublic" ${workers[@]+"${workers[@]}"} &
   tests kernels 170 -k "not program and not TestPublic" ${workers[@]+"${workers[@]}"} &
+  (
+    suite=test_gpu_prefix_tree.py
+    tests trees 170 ${workers[@]+"${workers[@]}"}
+  ) &
 
   if "$python" -c 'import cupy' 2>/dev/null; then # the same .cu files, compiled by NVRTC
     (
@@ -109,7 +114,7 @@ if [ "$built" -eq 0 ]; then
   done
   FASTREWARD_BACKEND=triton part bench_peers 110 "${bench[@]}" --seconds 0.3 --json "$work/bench_peers.json"
 else
-  for name in programs kernels cupy racecheck synccheck memcheck bench_triton bench_cuda bench_peers; do
+  for name in programs kernels trees cupy racecheck synccheck memcheck bench_triton bench_cuda bench_peers; do
     skip "$name" "the build failed"
   done
 fi
