@@ -14,12 +14,12 @@ from fastreward.bench import peers, roofline
 from fastreward.bench._types import OURS, Case, Contender, Target
 
 _FLAT = "flat batch"
-_HIDDEN, _LAYERS, _VOCAB = 128, 2, 512
+_HIDDEN, _LAYERS, _VOCAB = 256, 4, 512
 _ROWS, _TOKENS = 8, 512  # of the step: attention on a CPU is dense, and slow
 
 
 def small_model(attention: str = "sdpa", seed: int = 0) -> Any:
-    """A random Qwen2 of two layers."""
+    """A random Qwen2 of four layers."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)

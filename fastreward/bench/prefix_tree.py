@@ -67,10 +67,11 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
 
 def rollouts(rows: int, length: int, group: int, share: float, device: str) -> Rollouts:
     """Groups of `group` rows that split in two `log2(group)` times; `share` of the tokens is saved."""
+    group = min(group, rows & -rows)  # where that does not divide the rows, a smaller one that does
     levels = int(math.log2(group))
     # With splits evenly over the first `reach` of a row, the saved share is reach * (1 - (G - 1) / (levels * G)).
-    reach = share / (1 - (group - 1) / (levels * group))
-    cuts = [round(length * reach * k / levels) for k in range(levels + 1)] + [length]
+    reach = min(1.0, share / (1 - (group - 1) / (levels * group))) if levels else 0.0
+    cuts = [round(length * reach * k / max(levels, 1)) for k in range(levels + 1)] + [length]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(group, _VOCAB, (rows, length), generator=generator)
     place = torch.arange(rows) % group
