@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import OPTIONS
-from ._prefix_tree_forest import LENGTH, START, any_of, count_up_to, field, put
+from ._prefix_tree_forest import LENGTH, START, any_of, column, count_up_to, field, put
 from ._prefix_tree_parents import groups_of
 from ._prefix_tree_records import sorted_records
 from ._prefix_tree_work import EARLIEST, FIRST, FOUND, HANGS, LOW, NONE, SHARED, WORK, cut_of, first_of
@@ -76,7 +76,7 @@ def _earliest_kernel(
     going = row < B
     above = row
     while any_of(going):
-        tl.atomic_max(work + EARLIEST * B + above, B - row, mask=going, sem="relaxed")
+        tl.atomic_max(column(work, B, EARLIEST) + above, B - row, mask=going, sem="relaxed")
         above = tl.where(going, field(work, B, HANGS, above, going), above)
         going = going & (above >= 0)
 

@@ -27,6 +27,7 @@ from ._prefix_tree_forest import (
     START,
     TOKEN_BEGIN,
     TOKEN_TOUT,
+    column,
     field,
     lanes_in,
     put,
@@ -52,7 +53,7 @@ def _unique_lanes(nodes, stride, unique, BLOCK: tl.constexpr):
     last = tl.minimum(first + BLOCK, unique) - 1
     ends = tl.where(tl.arange(0, 2) == 0, first, last)
     zero = tl.zeros_like(ends)
-    n, _, _ = lanes_in(nodes + TOKEN_BEGIN * stride, ends, u, zero, zero + stride)
+    n, _, _ = lanes_in(column(nodes, stride, TOKEN_BEGIN), ends, u, zero, zero + stride)
     place = u - field(nodes, stride, TOKEN_BEGIN, n, u < unique)
     return u, n, place, (u < unique) & (place < field(nodes, stride, EDGE_LENGTH, n, u < unique))
 

@@ -28,15 +28,21 @@ LENGTH = tl.constexpr(ROWS.index("length"))
 
 
 @triton.jit
+def column(data, stride, FIELD: tl.constexpr):
+    """Where the values of a field begin: `stride` behind those of the one before."""
+    return data + tl.cast(stride, tl.int64) * FIELD
+
+
+@triton.jit
 def field(data, stride, FIELD: tl.constexpr, at, ok):
-    """A field of each place `at`; 0 where not ok. A field's values lie `stride` behind those of the one before."""
-    return tl.load(data + FIELD * stride + at, mask=ok, other=0)
+    """A field of each place `at`; 0 where not ok."""
+    return tl.load(column(data, stride, FIELD) + at, mask=ok, other=0)
 
 
 @triton.jit
 def put(data, stride, FIELD: tl.constexpr, at, value, ok):
     """Stores a field of each place `at`."""
-    tl.store(data + FIELD * stride + at, value, mask=ok)
+    tl.store(column(data, stride, FIELD) + at, value, mask=ok)
 
 
 @triton.jit
@@ -86,7 +92,8 @@ def group_at(nodes, stride, rows, B, place):
 
     One program for each place thus finds every group, and nobody has to know how many there are.
     """
-    root = tl.load(nodes + ROOT * stride + tl.load(rows + LEAF * B + tl.load(rows + ORDER * B + place)))
-    begins = tl.load(nodes + ROW_BEGIN * stride + root) == place
-    end = tl.load(nodes + TOUT * stride + root)
+    leaf = tl.load(column(rows, B, LEAF) + tl.load(column(rows, B, ORDER) + place))
+    root = tl.load(column(nodes, stride, ROOT) + leaf)
+    begins = tl.load(column(nodes, stride, ROW_BEGIN) + root) == place
+    end = tl.load(column(nodes, stride, TOUT) + root)
     return tl.where(begins, root, 0), tl.where(begins, end, 0)

@@ -33,6 +33,7 @@ from ._prefix_tree_forest import (
     TOKEN_TOUT,
     TOUT,
     any_of,
+    column,
     field,
     put,
 )
@@ -223,15 +224,15 @@ def _nodes_kernel(
 ):  # fmt: skip
     """Every field, of nodes, rows and empty places."""
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    totals = columns + 2 * B
-    count = tl.load(totals + GROUP_NODES * (2 * B + 1))
-    tokens = tl.load(totals + GROUP_TOKENS * (2 * B + 1))
+    width = 2 * B + 1
+    count = tl.load(column(columns, width, GROUP_NODES) + 2 * B)
+    tokens = tl.load(column(columns, width, GROUP_TOKENS) + 2 * B)
     _store_nodes(keys, rows, work, runs, columns, nodes, places, B, lane)
     _store_rows(rows, work, runs, columns, B, lane)
     _store_empty(nodes, places, B, lane, tokens, (lane >= count) & (lane < places))
     if tl.program_id(0) == 0:
         tl.store(sizes, count)
-        tl.store(sizes + 1, tl.load(totals + GROUPS * (2 * B + 1)))
+        tl.store(sizes + 1, tl.load(column(columns, width, GROUPS) + 2 * B))
         tl.store(sizes + 2, tokens)
 
 

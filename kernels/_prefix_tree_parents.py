@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import OPTIONS
-from ._prefix_tree_forest import LENGTH, START, any_of, field, put
+from ._prefix_tree_forest import LENGTH, START, any_of, column, field, put
 from ._prefix_tree_work import (
     BLOCKS,
     FIRST,
@@ -45,6 +45,7 @@ WARPS = 4
 KEY_BITS = 64  # tests have fewer
 
 _BLOCK = tl.constexpr(BLOCK)
+_PROBES = tl.constexpr(512)  # many more than a table that is half full needs; only rows that overlap could fill one
 
 
 # --------------------------------------------------------------------------------------------------------- kernel
@@ -60,7 +61,7 @@ def _groups_kernel(
     row = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     ok = row < B
     label = tl.load(group + row, mask=ok, other=0)
-    tl.store(slots + row, enter(table, size, mix(label.to(tl.uint64, bitcast=True)), row, B, ok), mask=ok)
+    tl.store(slots + row, enter(table, size, size, mix(label.to(tl.uint64, bitcast=True)), row, B, ok), mask=ok)
 
 
 @triton.jit(do_not_specialize=["count", "B", "group_size", "size"])
@@ -83,9 +84,9 @@ def _prefixes_kernel(
     room = tl.maximum(tl.minimum(behind, count) - start, 0)
     length = tl.minimum(tl.maximum(tl.load(lengths + row), 0), room)
     first = first_of(group_table, group_size, tl.load(group_slots + row), B, True)
-    tl.store(rows + START * B + row, start)
-    tl.store(rows + LENGTH * B + row, length)
-    tl.store(work + FIRST * B + row, first)
+    tl.store(column(rows, B, START) + row, start)
+    tl.store(column(rows, B, LENGTH) + row, length)
+    tl.store(column(work, B, FIRST) + row, first)
 
     base = start // _BLOCK + row  # rows get places of their own for their blocks: those of a row are counted from 1
     blocks = tl.arange(0, STEP).to(tl.int64)
@@ -99,7 +100,7 @@ def _prefixes_kernel(
         prefix = total + tl.cumsum(hashes, axis=0)
         number = t // _BLOCK + blocks + 1
         whole = number * _BLOCK <= length
-        slot = enter(table, size, prefix_key(prefix, number * _BLOCK, first, BITS), row, B, whole)
+        slot = enter(table, size, _PROBES, prefix_key(prefix, number * _BLOCK, first, BITS), row, B, whole)
         tl.store(sums + base + number, prefix, mask=whole)
         tl.store(slots + base + number, slot, mask=whole)
         total += tl.sum(hashes, axis=0)
@@ -144,7 +145,9 @@ def _blocks_kernel(
     prefix = total[:, None] + tl.cumsum(token_hash(token, position), axis=1)
     key = prefix_key(prefix, position + 1, first[:, None], BITS)
     row_of_lane = tl.zeros_like(position) + row[:, None]
-    tl.store(near_slots + row_of_lane * _BLOCK + lane, enter(table, size, key, row_of_lane, B, inside), mask=inside)
+    tl.store(
+        near_slots + row_of_lane * _BLOCK + lane, enter(table, size, _PROBES, key, row_of_lane, B, inside), mask=inside
+    )
     put(work, B, NEAR, row, near, ok)
     put(work, B, BLOCKS, row, low, ok)
     put(work, B, RUN, row, run.to(tl.int64), ok)
@@ -162,20 +165,20 @@ def _compare_kernel(
 ):  # fmt: skip
     """One row: its parent, and how many tokens they really share. Up to 16 bytes a shared token."""
     row = tl.program_id(0).to(tl.int64)
-    start, length = tl.load(rows + START * B + row), tl.load(rows + LENGTH * B + row)
-    first = tl.load(work + FIRST * B + row)
-    before = tl.load(work + BLOCKS * B + row) * _BLOCK
-    run = tl.load(work + RUN * B + row)
+    start, length = tl.load(column(rows, B, START) + row), tl.load(column(rows, B, LENGTH) + row)
+    first = tl.load(column(work, B, FIRST) + row)
+    before = tl.load(column(work, B, BLOCKS) + row) * _BLOCK
+    run = tl.load(column(work, B, RUN) + row)
     lane = tl.arange(0, _BLOCK).to(tl.int64)
     inside = before + lane < length
     holder = first_of(table, size, tl.load(near_slots + row * _BLOCK + lane, mask=inside, other=0), B, inside)
     met = tl.min(tl.where(inside & (holder < row), _BLOCK, lane), axis=0)
-    near = tl.load(work + NEAR * B + row)
+    near = tl.load(column(work, B, NEAR) + row)
     parent = tl.where(met > run, tl.sum(tl.where(lane == met - 1, holder, 0), axis=0), near)
-    shared = tl.minimum(before + tl.maximum(met, run), tl.load(rows + LENGTH * B + parent))
-    shared = tl.where((row == first) | (tl.load(work + FIRST * B + parent) != first), 0, shared)
+    shared = tl.minimum(before + tl.maximum(met, run), tl.load(column(rows, B, LENGTH) + parent))
+    shared = tl.where((row == first) | (tl.load(column(work, B, FIRST) + parent) != first), 0, shared)
 
-    other = tl.load(rows + START * B + parent)
+    other = tl.load(column(rows, B, START) + parent)
     lanes = tl.arange(0, COMPARED)
     t = tl.zeros_like(shared)
     while t < shared:
@@ -185,8 +188,8 @@ def _compare_kernel(
         theirs = tl.load(tokens + other + position, mask=there, other=0)
         shared = tl.min(tl.where(there & (mine != theirs), position, shared), axis=0)
         t += COMPARED
-    tl.store(work + FOUND * B + row, tl.where(shared > 0, parent, first))
-    tl.store(work + SHARED * B + row, shared)
+    tl.store(column(work, B, FOUND) + row, tl.where(shared > 0, parent, first))
+    tl.store(column(work, B, SHARED) + row, shared)
 
 
 # --------------------------------------------------------------------------------------------------------- launch

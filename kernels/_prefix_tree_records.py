@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import OPTIONS
-from ._prefix_tree_forest import LENGTH, any_of, count_up_to, field, put
+from ._prefix_tree_forest import LENGTH, any_of, column, count_up_to, field, put
 from ._prefix_tree_work import (
     BEGIN,
     END,
@@ -98,7 +98,7 @@ def _runs_kernel(
     put(runs, 2 * B, SORTED_AT, tl.load(source + i, mask=inside, other=0), i, inside)
     put(runs, 2 * B, RUN_BEGIN, i, begin, inside)
     put(runs, 2 * B, RUN_END, i, count_up_to(keys, key, begin, end), inside)
-    tl.atomic_add(work + OWN * B + (key >> 32), 1, mask=inside & (begin == i) & (key != NONE), sem="relaxed")
+    tl.atomic_add(column(work, B, OWN) + (key >> 32), 1, mask=inside & (begin == i) & (key != NONE), sem="relaxed")
     ok = i < B
     put(work, B, BEGIN, i, count_up_to(keys, (i << 32) - 1, zero, end), ok)
     put(work, B, END, i, count_up_to(keys, ((i + 1) << 32) - 1, zero, end), ok)
@@ -119,9 +119,9 @@ def _below_kernel(
     first = field(work, B, FIRST, row, going)
     above = row
     while any_of(going):
-        tl.atomic_add(work + NODES_BELOW * B + above, own, mask=going, sem="relaxed")
-        tl.atomic_add(work + TOKENS_BELOW * B + above, tokens, mask=going, sem="relaxed")
-        tl.atomic_add(work + ROWS_BELOW * B + above, tl.full([LANES], 1, tl.int64), mask=going, sem="relaxed")
+        tl.atomic_add(column(work, B, NODES_BELOW) + above, own, mask=going, sem="relaxed")
+        tl.atomic_add(column(work, B, TOKENS_BELOW) + above, tokens, mask=going, sem="relaxed")
+        tl.atomic_add(column(work, B, ROWS_BELOW) + above, tl.full([LANES], 1, tl.int64), mask=going, sem="relaxed")
         going = going & (above != first)
         above = tl.where(going, field(work, B, HANGS, above, going), above)
 

@@ -23,15 +23,16 @@ from ._prefix_tree_forest import (
     START,
     TOKEN_BEGIN,
     climb,
+    column,
     field,
     lanes_in,
 )
 
 # --------------------------------------------------------------------------------------------------------- config
-BLOCK = 1024  # tokens of a program
+BLOCK = 512  # tokens of a program
 SCAN = 2048  # lengths and starts: positions at a time
 WARPS = 4
-MAXNREG = 80  # of tokens; stated, because ptxas otherwise spills a scalar or two for more occupancy
+MAXNREG = 64  # of tokens; stated, because ptxas otherwise spills a scalar or two for more occupancy
 
 # What a token gets: one of PLACES, or
 UNIQUE, NODE, INDEX = (tl.constexpr(len(PLACES) + i) for i in range(3))
@@ -115,7 +116,7 @@ def _tokens_kernel(
     n = field(rows, B, LEAF, row, inside)
     furthest = tl.max(tl.where(inside, position, -1), axis=0)
     one = tl.zeros_like(tl.arange(0, 1).to(tl.int64))  # of all the block, where that is one row's
-    leaf = climb(nodes, stride, one + tl.load(rows + LEAF * B + high), one + furthest, one + furthest >= 0)
+    leaf = climb(nodes, stride, one + tl.load(column(rows, B, LEAF) + high), one + furthest, one + furthest >= 0)
     n = tl.where(low == high, tl.sum(leaf, axis=0), n)
     n = climb(nodes, stride, n, position, inside)
     if HAS_MASK:

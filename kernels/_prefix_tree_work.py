@@ -69,21 +69,23 @@ def prefix_key(total, length, first, BITS: tl.constexpr):
 
 
 @triton.jit
-def enter(table, size, key, row, B, ok):
+def enter(table, size, most, key, row, B, ok):
     """The slot of each key (u64) in a hash table, claimed where it is new; then the row is one of the key's rows.
 
     table: i64 [2, size + 1], zero at first: keys, and B - the first row of each. size: a power of two above the number
     of keys. Which slot a key gets is a race, which row is its first is not. Key 0, which looks like a free slot, has
-    the last one for itself.
+    the last one for itself. After `most` slots of others a key shares the next one, lest a full table hang the device.
     """
     key = key.to(tl.int64, bitcast=True)
     slot = tl.where(ok & (key == 0), size, key & (size - 1))
     claim = tl.where(ok, key, 0)  # lanes that are not ok exchange 0 for 0
     waiting = ok
-    while any_of(waiting):
+    tries = tl.full([], 0, tl.int64)
+    while any_of(waiting) & (tries < most):
         held = tl.atomic_cas(table + slot, tl.zeros_like(claim), claim, sem="relaxed")
         waiting = waiting & (held != 0) & (held != key)
         slot = tl.where(waiting, (slot + 1) & (size - 1), slot)
+        tries += 1
     tl.atomic_max(table + size + 1 + slot, B - row, mask=ok, sem="relaxed")
     return slot
 
