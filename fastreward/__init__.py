@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 import torch as _torch  # noqa: F401  first: the extension shares the OpenMP runtime that torch has loaded
 
 from fastreward import losses
@@ -15,8 +17,10 @@ from fastreward.logits_policy_loss import logits_policy_loss
 from fastreward.logprobs import TokenStats, token_logprobs
 from fastreward.policy_loss import policy_loss
 from fastreward.preference_loss import preference_loss
-from fastreward.prefix_tree import PrefixTree
 from fastreward.whiten import whiten
+
+if _TYPE_CHECKING:
+    from fastreward.prefix_tree import PrefixTree
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,9 +44,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Recipes are loaded when they are asked for: they cost more to import than the operations."""
-    if name == "recipes":
-        import importlib
+    """Recipes and trees are loaded when they are asked for: they cost more to import than the other operations."""
+    import importlib
 
+    if name == "recipes":
         return importlib.import_module("fastreward.recipes")
+    if name == "PrefixTree":
+        return importlib.import_module("fastreward.prefix_tree").PrefixTree
     raise AttributeError(f"module 'fastreward' has no attribute {name!r}")

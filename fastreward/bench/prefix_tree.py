@@ -20,7 +20,7 @@ from torch import Tensor
 from fastreward import PrefixTree
 from fastreward._distance import distance
 from fastreward.bench import _areal, peers, roofline
-from fastreward.bench._types import OURS, Case, Contender, Target
+from fastreward.bench._types import OURS, PEERS, Case, Contender, Target
 
 CASES = (
     *(f"{what}-g{group}-{share}" for what in ("build", "credit") for group in (8, 64) for share in (30, 70)),
@@ -259,9 +259,15 @@ def _fresh(tree: PrefixTree, call: Callable[[], Any]) -> Any:
 
 
 def _without_peers(case: Case) -> Case:
-    for name in ("TRL", "verl", "liger-kernel"):
-        case.absent.setdefault(name, "has no trees (TRL: an open pull request)")
-    case.absent.setdefault("torch.compile", "the number of nodes depends on the data")
+    """The reason of each usual peer that has no row."""
+    reasons = dict.fromkeys(PEERS, "has no trees") | {
+        "TRL": "has no trees (an open pull request)",
+        "torch eager": "has no operation for it",
+        "torch.compile": "the number of nodes depends on the data",
+    }
+    for contender in case.contenders:
+        reasons.pop(contender.name, None)
+    case.absent = reasons | case.absent
     return case
 
 
@@ -271,4 +277,4 @@ def _train(case: str, shape: tuple[int, ...], device: str) -> Case:
     from fastreward.bench._tree_training import training_case
 
     _, group, share = case.split("-")
-    return training_case(case, shape, int(group[1:]), int(share) / 100, device)
+    return _without_peers(training_case(case, shape, int(group[1:]), int(share) / 100, device))
