@@ -41,7 +41,7 @@ demo: $(STAMP)
 	$(BIN)/python demo/run.py
 
 test: $(STAMP) $(PEERS) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
