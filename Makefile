@@ -7,7 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+# What pip does file by file, on all cores; some packages carry files that are not meant to compile.
+BYTECODE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 TORCH := 2.13.0
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f)
@@ -26,6 +28,7 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	$(PIP) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) --extra-index-url $(TORCH_INDEX) torch==$(TORCH)+cpu || $(PIP) torch==$(TORCH)
 	$(PIP) triton scikit-build-core pybind11 ninja cmake
 	$(PIP) --no-build-isolation --config-settings cmake.define.FASTREWARD_WERROR=ON --editable '.[triton,trl,bench,demo,dev]'
+	$(BYTECODE)
 	touch $(STAMP)
 
 # verl, OpenRLHF and areal pin CUDA packages, so without what they ask for. Where they can't be had their comparisons
@@ -33,6 +36,7 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 $(PEERS): $(STAMP)
 	$(PIP) ray 'tensordict<=0.10' omegaconf codetiming einops && $(PIP) --no-deps verl openrlhf areal \
 	  || echo "verl, OpenRLHF and areal can't be installed here: tests that compare with them will be skipped"
+	$(BYTECODE)
 	touch $(PEERS)
 
 build: $(STAMP)

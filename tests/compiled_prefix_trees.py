@@ -111,7 +111,8 @@ def token_cases(dtype: torch.dtype, everything: bool) -> dict[str, Callable[[], 
     return {f"tokens, {dtype}": both_ways} | ({"numbers": numbers} if dtype == torch.float32 else {})
 
 
-def main(capabilities: list[int]) -> None:
+def main(capabilities: list[int], everything: bool) -> None:
+    """The variants that a run needs; with everything all modes, and float64 too: minutes more."""
     compiled: list[tuple[str, Any]] = []
     run = JITFunction.run
 
@@ -124,7 +125,6 @@ def main(capabilities: list[int]) -> None:
             if isinstance(function, JITFunction):
                 function.device_caches.clear()
         driver.set_active(Device(capability))
-        everything = capability == 90
         cases = build_cases(everything)
         cases |= value_cases(torch.float32, everything) | token_cases(torch.float32, everything)
         if everything:
@@ -140,4 +140,4 @@ def main(capabilities: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]])
+    main([int(argument) for argument in sys.argv[1:] if argument != "all"], "all" in sys.argv)

@@ -20,12 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 # ------------------------------------------------------------------------------------------------------------- build
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(8))
 def test_build(seed: int) -> None:
     checks.check_build(kernels, "cpu", checks.token_batch(seed))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_build_from_branches(seed: int) -> None:
     batch = checks.branch_batch(seed)
     if batch is not None:
