@@ -14,7 +14,7 @@
 namespace fastreward::FASTREWARD_ISA {
 namespace {
 
-constexpr std::int64_t kParallelTokens = 1 << 16;
+constexpr std::int64_t kParallelTokens = 1 << 18;  // below, waking a thread costs more than it saves
 constexpr std::int64_t kParallelNodes = 1 << 12;
 constexpr std::int32_t kNone = -1;
 
