@@ -13,7 +13,7 @@ from fastreward import _check
 from fastreward._options import AGGREGATIONS, KL, Aggregation
 from fastreward._results import Metrics
 from fastreward._tokens import Tokens
-from fastreward.group import factorize
+from fastreward.group import checked_group_size, factorize
 from fastreward.losses import Loss, ppo
 
 _TOKEN, _ROW, _BATCH = 3, 2, 1  # losses._graph.Level, as numbers that Dynamo takes for constants
@@ -286,9 +286,7 @@ def numbered_groups(group_ids: GroupIds | None, group_size: int | None, rows: in
     if group_ids is not None and group_size is not None:
         raise ValueError("group_ids, group_size: expected at most one of them")
     if group_size is not None:
-        size = _check.whole("group_size", group_size, "sequences of a group")
-        if size < 1 or rows % size:
-            raise ValueError(f"group_size: expected a positive divisor of the {rows} sequences, got {size}")
+        size = checked_group_size(group_size, rows, "sequences")
         return torch.arange(rows, device=like.device).div(size, rounding_mode="floor")
     return None if group_ids is None else dense(factorize(group_ids, rows, like.device))
 

@@ -13,7 +13,7 @@ from fastreward import _check
 from fastreward import _prefix_tree_ops as _ops
 from fastreward._arrays import array_kind, as_tensor
 from fastreward._options import Place
-from fastreward.group import GroupIds, factorize
+from fastreward.group import GroupIds, checked_group_size, factorize
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,10 +278,7 @@ def groups_of(group_ids: GroupIds | None, group_size: int | None, count: int, de
         return factorize(group_ids, count, device).contiguous()
     if group_size is None:
         return torch.zeros(count, dtype=torch.int64, device=device)
-    group_size = _check.whole("group_size", group_size, "sequences of a group")
-    if group_size < 1 or count % group_size:
-        raise ValueError(f"group_size: expected a positive divisor of the {count} sequences, got {group_size}")
-    return torch.arange(count, device=device) // group_size
+    return torch.arange(count, device=device) // checked_group_size(group_size, count, "sequences")
 
 
 def _extents(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:

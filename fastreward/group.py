@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Hashable, Mapping, Sequence, Set
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from fastreward._op import custom_op
 from fastreward._options import CENTERS, NORMALIZES, SCALES, SINGLETONS, GroupOptions, Normalize, Singleton
 
 GroupIds = Tensor | Sequence[Hashable]
+_BY_IDENTITY: Final[object] = object.__hash__
 
 
 @custom_op("group_advantages")
@@ -135,39 +137,78 @@ def group_advantages(
 
 def factorize(group_ids: GroupIds, count: int, device: torch.device) -> Tensor:
     """Group labels i64 [B]: integers stay as they are, other labels become 0, 1, ... in first-seen order."""
-    if isinstance(group_ids, Tensor):
-        _check.integers("group_ids", group_ids)
-        _check.shape("group_ids", group_ids, (count,), "one per rollout")
-        return group_ids.to(device).long()
-    try:
-        labels: list[Any] = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)
-    except TypeError:
-        raise TypeError(f"group_ids: expected integers [B] or a sequence of hashables, got {group_ids!r}") from None
+    labels = group_ids if isinstance(group_ids, Tensor) else _labels(group_ids)
+    if isinstance(labels, Tensor):
+        _check.integers("group_ids", labels)
+        _check.shape("group_ids", labels, (count,), "one per rollout")
+        return labels.to(device).long()
     if len(labels) != count:
         raise ValueError(f"group_ids: expected {count} ids (one per rollout), got {len(labels)}")
     if torch.compiler.is_compiling():  # Dynamo follows a dict, and traces anew for other labels
         seen: dict[Any, int] = {}
-        return torch.tensor([seen.setdefault(label, len(seen)) for label in labels], device=device)
+        numbers = [seen.setdefault(_by_value(label, b), len(seen)) for b, label in enumerate(labels)]
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
     from fastreward import _core
 
     index = torch.empty(count, dtype=torch.int64, device="cpu")
-    try:
-        _core.number_labels(labels, index.data_ptr())
-    except TypeError as error:
-        raise TypeError(f"group_ids: expected hashable labels: {error}") from None
+    if not _core.number_labels(labels, index.data_ptr(), False):
+        _core.number_labels([_by_value(label, b) for b, label in enumerate(labels)], index.data_ptr(), True)
     return index.to(device)
 
 
-def _groups(group_ids: GroupIds | None, group_size: int | None, rewards: Tensor) -> tuple[Tensor | None, int]:
-    count = rewards.shape[0]
-    if (group_ids is None) == (group_size is None):
-        raise ValueError("group_ids, group_size: expected exactly one of them")
-    if group_ids is not None:
-        return factorize(group_ids, count, rewards.device), 0
-    group_size = _check.whole("group_size", group_size, "rollouts of a group")
+def _labels(group_ids: Sequence[Hashable]) -> Tensor | list[Any]:
+    """The ids as a list; as a tensor where they are 0-d tensors of one kind, so that no device is waited for."""
+    labels: Any = None
+    if not isinstance(group_ids, str | bytes | Set | Mapping):  # no sequence of ids: letters, or without an order
+        with contextlib.suppress(TypeError):
+            labels = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)
+    if not isinstance(labels, list):
+        raise TypeError(f"group_ids: expected integers [B] or a sequence of hashables, got {group_ids!r}")
+    first = labels[0] if labels else None
+    if isinstance(first, Tensor) and first.ndim == 0 and not first.dtype.is_floating_point:
+        kind = (first.dtype, first.device, first.shape)
+        if all(isinstance(x, Tensor) and (x.dtype, x.device, x.shape) == kind for x in labels):
+            return torch.stack(labels)
+    return labels
+
+
+def _by_value(label: Any, at: int) -> Hashable:
+    """A label that is equal to others of the same value: tensors and scalars of arrays as numbers, in tuples too."""
+    if isinstance(label, tuple):
+        return tuple(_by_value(part, at) for part in label)
+    scalar = getattr(label, "ndim", None) == 0 and hasattr(label, "item")
+    if isinstance(label, Tensor) and not scalar:
+        raise TypeError(f"group_ids: expected numbers or 0-d tensors, got a tensor {list(label.shape)} at index {at}")
+    if type(label).__hash__ is _BY_IDENTITY and label is not None:
+        raise TypeError(
+            f"group_ids: expected labels that compare by value, got {label!r} at index {at}, which equals nothing but "
+            "itself: give its id"
+        )
+    try:
+        itself = bool(label == label)
+        value: Hashable = label.item() if scalar else label
+        hash(value)
+    except TypeError as error:
+        raise TypeError(f"group_ids: expected hashable labels: {error} at index {at}") from None
+    if not itself:
+        raise ValueError(f"group_ids: expected labels that equal themselves, got {label!r} at index {at}")
+    return value
+
+
+def checked_group_size(group_size: int, count: int, what: str) -> int:
+    """A group size that divides the `count` rollouts, sequences, ... (`what`)."""
+    group_size = _check.whole("group_size", group_size, f"{what} of a group")
     if group_size < 1 or count % group_size:
-        raise ValueError(f"group_size: expected a positive divisor of the {count} rollouts, got {group_size}")
-    return None, group_size
+        raise ValueError(f"group_size: expected a positive divisor of the {count} {what}, got {group_size}")
+    return group_size
+
+
+def _groups(group_ids: GroupIds | None, group_size: int | None, rewards: Tensor) -> tuple[Tensor | None, int]:
+    if group_ids is not None and group_size is None:
+        return factorize(group_ids, rewards.shape[0], rewards.device), 0
+    if group_ids is None and group_size is not None:
+        return None, checked_group_size(group_size, rewards.shape[0], "rollouts")
+    raise ValueError("group_ids, group_size: expected exactly one of them")
 
 
 def _components(rewards: Tensor) -> Tensor:

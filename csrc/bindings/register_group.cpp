@@ -70,16 +70,22 @@ void group_advantages(std::uintptr_t rewards, bool rewards_f64, std::int64_t row
   FASTREWARD_DISPATCH(group_advantages)(p, {order.get(), starts.get(), values.get(), totals.get()});
 }
 
-// labels[i] -> index[i], equal labels the same number, 0, 1, ... in first-seen order. Raises TypeError where one is not
-// hashable. The dict is Python's own: a string's hash is kept in the string, so that one pass over a batch of uids costs
-// little more than its cache misses.
-void number_labels(const pybind11::list& labels, std::uintptr_t index) {
+// Whether equal values of this type are equal labels; others (tensors, NaN, plain objects) are looked at in Python.
+bool compares_by_value(PyObject* label) {
+  return PyUnicode_Check(label) || PyLong_Check(label) || PyBytes_Check(label) || label == Py_None;
+}
+
+// labels[i] -> index[i], equal labels the same number, 0, 1, ... in first-seen order. False where a label was met that
+// is not known to compare by value, unless all have been `looked_at`. The dict is Python's own: a string's hash is kept
+// in the string, so that one pass over a batch of uids costs little more than its cache misses.
+bool number_labels(const pybind11::list& labels, std::uintptr_t index, bool looked_at) {
   auto* const out = pointer<std::int64_t>(index);
   const pybind11::dict seen;
   std::int64_t groups = 0;
   const Py_ssize_t count = PyList_GET_SIZE(labels.ptr());
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const label = PyList_GET_ITEM(labels.ptr(), i);
+    if (!looked_at && !compares_by_value(label)) return false;
     PyObject* number = PyDict_GetItemWithError(seen.ptr(), label);
     if (number == nullptr) {
       if (PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
@@ -89,6 +95,7 @@ void number_labels(const pybind11::list& labels, std::uintptr_t index) {
     }
     out[i] = PyLong_AsLongLong(number);
   }
+  return true;
 }
 
 }  // namespace
@@ -100,7 +107,7 @@ void register_group(pybind11::module_& m) {
         py::arg("lengths"), py::arg("component_weights"), py::arg("center_values"), py::arg("scale_values"),
         py::arg("center"), py::arg("scale"), py::arg("ddof"), py::arg("eps"), py::arg("eps_inside"),
         py::arg("singleton"), py::arg("normalize"), py::arg("advantages"), py::arg("threads"));
-  m.def("number_labels", &number_labels, py::arg("labels"), py::arg("index"));
+  m.def("number_labels", &number_labels, py::arg("labels"), py::arg("index"), py::arg("looked_at"));
 }
 
 }  // namespace fastreward

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastreward._arrays import as_tensor
+from fastreward.group import factorize
 from fastreward.losses._define import Loss
 from fastreward.losses._graph import Graph, Level, Node, walk
 from fastreward.losses._objective import terms_read
@@ -102,8 +103,4 @@ def _groups(node: Node, group_ids: Any, mask: Tensor) -> Tensor | None:
         if any(n.op.startswith("group_") for n in walk([node])):
             raise ValueError("group_ids: needed for a loss over groups")
         return None
-    numbers: dict[Any, int] = {}
-    ids = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)
-    if len(ids) != mask.shape[0]:
-        raise ValueError(f"group_ids: expected {mask.shape[0]}, one per sequence, got {len(ids)}")
-    return torch.tensor([numbers.setdefault(i, len(numbers)) for i in ids], device=mask.device)
+    return factorize(group_ids, mask.shape[0], mask.device)
