@@ -97,6 +97,23 @@ def prologue_program() -> Named:
     return Named(program(outputs, [best, k, g.parameter("p"), g.constant(2.5), k * best]), {"p": 1.5})
 
 
+def ties_program() -> Named:
+    """Operators that choose, on whole numbers, which are often equal: between tokens, rows and the batch."""
+    g = Graph()
+    x, y, z, r, k = (
+        g.input(f"whole {n}", level) for n, level in (("x", _T), ("y", _T), ("z", _T), ("r", _R), ("k", _B))
+    )
+    outputs = []
+    for a, b in ((x, y), (x, r), (r, x), (x, k), (r, k)):
+        outputs += [f.minimum(a, b), f.maximum(a, b), f.sign(a - b), f.abs(a - b)]
+        outputs += [f.where(g.call(op, a, b), a + 7.0, b - 7.0) for op in ("lt", "le", "gt", "ge", "eq", "ne")]
+        outputs += [f.where((a <= b) & (a >= b), a, z), f.where((a < b) | ~(a <= b), a, 0.0), f.where(a - b, z, b)]
+    for a, low, high in ((x, y, z), (x, r, k), (x, y, r), (r, k, x), (r, k, g.constant(1.0))):
+        inside = (f.minimum(low, high), f.maximum(low, high))
+        outputs += [f.clip(a, low, high), f.clip(a, *inside), f.where(g.call("outside", a, low, high), 5.0, a)]
+    return Named(program(outputs, [f.where(k <= 1.0, k, 9.0)]), {})
+
+
 def random_program(seed: int, size: int = 60) -> Named:
     """A graph of some `size` random operators and reductions over all levels, whose values stay in f32's comfort."""
     rng, g = random.Random(seed), Graph()
@@ -228,6 +245,8 @@ def _tokens(rows: int, width: int, mask: str, packed: bool, g: torch.Generator) 
 
 def _values(name: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
     x = torch.randn(shape, generator=g)
+    if name.startswith("whole"):
+        return x.round() + 0.0
     if name.endswith("logprob"):
         return -x.abs() - 0.1
     if name in ("call.width", "call.normalizer", "weight", "entropy"):

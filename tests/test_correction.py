@@ -161,7 +161,8 @@ def test_trl_modes(mode: str, low: float | None, high: float | None) -> None:
 def test_off_policy_sequence_mask(threshold: float, unscored: bool) -> None:
     mask, logprobs, rollout = rollouts(rows=64)
     advantages = torch.randn(64)
-    advantages[7] = 0.0
+    advantages[7], rollout[7] = 0.0, logprobs[7] + 1.0  # kept for its advantage alone, which is not negative
+    assert mask[7].any()
     if unscored:
         rollout[9, 0], mask[9, 0], advantages[9] = torch.nan, True, -1.0
     expected = twin.off_policy_sequence_mask(logprobs, rollout, advantages, mask, threshold=threshold)

@@ -75,6 +75,11 @@ class TestNumbers:
         named = checks.prologue_program()
         checks.check_run(cpu, "cpu", named, checks.make_call(named, 6, 300))
 
+    def test_ties(self) -> None:
+        named = checks.ties_program()
+        for packed in (False, True):
+            checks.check_run(cpu, "cpu", named, checks.make_call(named, 7, 300, packed=packed), 0.0)
+
     @pytest.mark.parametrize("name", ["ppo", "dpo"])
     def test_backward(self, name: str) -> None:
         named = checks.PROGRAMS[name]()

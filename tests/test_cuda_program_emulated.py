@@ -78,6 +78,11 @@ def test_prologue(emulator: Emulator) -> None:
     assert emulator.launched[-2:] == ["program_rows", "program_pass_1"]
 
 
+def test_ties(emulator: Emulator) -> None:
+    named = checks.ties_program()
+    checks.check_run(program, "cpu", named, checks.make_call(named, 9, 11), 0.0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_graphs(seed: int, emulator: Emulator) -> None:
     named = checks.random_program(seed, 60 + 40 * seed)

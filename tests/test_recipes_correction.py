@@ -126,4 +126,6 @@ def test_deepseek_v3_2_without_a_reference_or_packed() -> None:
         d["lp"][counted], d["old"][counted], d["adv"], threshold=0.05, cu_seqlens=bounds, weights=weights[counted]
     )
     torch.testing.assert_close(packed.loss, padded.loss)
+    both = {"loss": losses.ppo(), "weights": weights * keep.unsqueeze(-1), "aggregation": "seq-mean-token-mean"}
+    torch.testing.assert_close(padded.loss, policy_loss(d["lp"], d["old"], d["adv"], d["mask"], **both).loss)
     assert padded.loss != plain.loss

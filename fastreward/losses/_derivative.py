@@ -103,7 +103,7 @@ def _clip(y: Node, g: Node) -> Iterator[tuple[int, Callable[[], Node]]]:
     x, low, high = y.args
     yield 0, lambda: where(y.graph.call("outside", x, low, high), 0.0, g)
     yield 1, lambda: where(x < low, g, 0.0)
-    yield 2, lambda: where(x > high, g, 0.0)
+    yield 2, lambda: where((x > high) & ~(x < low), g, 0.0)  # between bounds that are crossed the value is low
 
 
 def _where(y: Node, g: Node) -> Iterator[tuple[int, Callable[[], Node]]]:

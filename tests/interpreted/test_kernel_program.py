@@ -122,6 +122,11 @@ def test_prologue() -> None:
         checks.check_run(program, "cpu", named, checks.make_call(named, rows, width, packed=packed))
 
 
+def test_ties() -> None:
+    named = checks.ties_program()
+    checks.check_run(program, "cpu", named, checks.make_call(named, 9, 11), 0.0)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_random_graphs(seed: int) -> None:
     named = checks.random_program(seed, 40 + 25 * seed)

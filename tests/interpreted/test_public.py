@@ -8,6 +8,7 @@ from typing import Any
 import public_checks
 import public_loss_checks
 import pytest
+import tie_checks
 import torch
 
 import fastreward as fr
@@ -36,6 +37,11 @@ def test_linear(dtype: torch.dtype, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_policy_loss(packed: bool) -> None:
     public_checks.check_policy_loss("cpu", packed)
+
+
+@pytest.mark.parametrize("rule", ["clip, of bounds that are crossed", "minimum, of the second", "batch_max"])
+def test_gradient_at_a_tie(rule: str) -> None:
+    tie_checks.check_ties(rule)
 
 
 def test_group_and_whiten() -> None:

@@ -1,0 +1,82 @@
+"""Gradients at ties and bounds, and the neutral elements of what is empty: exact numbers on exact inputs."""
+
+from __future__ import annotations
+
+import pytest
+import tie_checks
+import torch
+
+import fastreward as fr
+from fastreward import losses
+from fastreward.losses._ops import OPS
+
+BACKENDS = ("reference", "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", tie_checks.RULES)
+def test_gradient_at_a_tie(rule: str, backend: str) -> None:
+    with fr.backend(backend):
+        tie_checks.check_ties(rule)
+
+
+@pytest.mark.parametrize("rule", tie_checks.RULES)
+def test_evaluate_has_the_same_gradient(rule: str) -> None:
+    x, y, wanted = tie_checks.tokens(rule)
+    x.requires_grad_()
+    value = tie_checks.at_ties(rule=rule).evaluate(logprob=x, old_logprob=y)
+    total = value.sum() if value.ndim == 2 else value.sum() * x.shape[1]  # of a sequence: the value of each token
+    (gradient,) = torch.autograd.grad(total, x)
+    assert gradient.tolist() == wanted.tolist()
+
+
+def test_every_operator_with_a_tie_has_a_rule() -> None:
+    smooth = {
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "sqrt",
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "tanh",
+        "sigmoid",
+        "logsigmoid",
+    }
+    drawn = {"stop_gradient", "outside"}  # without a gradient; what clip's rule is made of
+    text = " ".join(tie_checks.RULES)
+    spelled = {"and": "&", "or": "|", "not": "~"}
+    for name, op in OPS.items():
+        assert name in smooth | drawn or (op.symbol or spelled.get(name, name)) in text, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extremes_of_negative_and_positive_values_beside_an_empty_sequence(backend: str) -> None:
+    """Neutral elements are infinite: 0 would be larger than every log-prob."""
+
+    @losses.define(aggregation="token-sum")
+    def extremes(t):  # type: ignore[no-untyped-def]
+        x = t.logprob
+        t.report(
+            batch_max=losses.batch_max(x),
+            batch_min=losses.batch_min(-x),
+            seq_max=losses.seq_max(x),
+            seq_min=losses.seq_min(-x),
+            group_max=losses.group_max(losses.seq_max(x)),
+            group_min=losses.group_min(losses.seq_min(-x)),
+        )
+        return losses.batch_max(x) + losses.batch_min(-x) + losses.seq_max(x) + t.logprob
+
+    x = torch.tensor([[-3.0, -2.0], [-1.0, -1.0], [-4.0, -5.0]], requires_grad=True)
+    mask, old = torch.tensor([[1, 1], [0, 0], [1, 0]]), torch.zeros(3, 2)
+    with fr.backend(backend):
+        result = fr.policy_loss(x, old, torch.ones(3), mask, loss=extremes(), group_ids=[0, 0, 0])
+        result.loss.backward()
+    found = {name: result.metrics[name].item() for name in ("batch_max", "batch_min", "seq_max", "seq_min")}
+    assert found == {"batch_max": -2.0, "batch_min": 2.0, "seq_max": -3.0, "seq_min": 3.0}
+    assert (result.metrics["group_max"].item(), result.metrics["group_min"].item()) == (-2.0, 2.0)
+    assert x.grad is not None
+    assert x.grad.tolist() == [[1.0, 3.0], [0.0, 0.0], [2.0, 0.0]]

@@ -1,0 +1,68 @@
+"""The recipes' defaults against the formula pages: tests/data/published_defaults.toml, written out by hand."""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastreward import recipes
+from fastreward.recipes import RECIPES
+
+TABLE = tomllib.loads((Path(__file__).parent / "data" / "published_defaults.toml").read_text(encoding="utf-8"))
+SILENT: dict[str, dict[str, Any]] = TABLE.pop("silent")
+#: What says which tokens and rollouts there are: no setting of a method.
+PLACES = {"mask", "group_ids", "group_size", "cu_seqlens"}
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """The options of a recipe that have a default other than None."""
+    parameters = inspect.signature(getattr(recipes, name)).parameters.values()
+    named = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.name not in PLACES}
+    return {n: x for n, x in named.items() if x is not inspect.Parameter.empty and x is not None}
+
+
+def agrees(found: Any, page: Any) -> bool:
+    if isinstance(page, dict):
+        return bool(page["from"] <= found <= page["to"])
+    if isinstance(page, list):
+        return found in page or (isinstance(found, tuple) and list(found) == page)
+    return bool(found == page) and isinstance(found, bool) == isinstance(page, bool)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_defaults_are_those_of_the_page(name: str) -> None:
+    found, table = defaults(name), {**TABLE.get(name, {}), **SILENT.get(name, {})}
+    table.pop("kl_coef", None)  # an option of the operation: below
+    assert set(found) == set(table), "an option is in no part of the table, or in the table alone"
+    wrong = {n: (x, table[n]) for n, x in found.items() if not agrees(x, table[n])}
+    assert not wrong, f"(default, page): {wrong}"
+
+
+def test_the_table_speaks_of_recipes() -> None:
+    assert set(TABLE) | set(SILENT) <= set(RECIPES)
+    for name in set(TABLE) & set(SILENT):
+        assert not set(TABLE[name]) & set(SILENT[name])
+
+
+def test_kl_coefs_of_methods_that_have_one() -> None:
+    """Where a reference is passed and no kl_coef is."""
+    lp = -torch.rand(4, 5) - 0.1
+    old, ref, adv = lp - 0.1 * torch.rand(4, 5), lp + torch.rand(4, 5) - 0.5, torch.randn(4)
+    found = {}
+    for name, recipe in RECIPES.items():
+        parameters = inspect.signature(recipe.function).parameters.values()
+        required = {p.name for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD}
+        if required - set(recipe.settings) != {"logprobs", "old_logprobs", "advantages"} or recipe.family == "sequence":
+            continue  # reads more
+        settings = dict(recipe.settings)
+        call = getattr(recipes, name)
+        own, without = (call(lp, old, adv, ref_logprobs=ref, **settings, **o).loss for o in ({}, {"kl_coef": 0.0}))
+        if own != without:
+            one = call(lp, old, adv, ref_logprobs=ref, **settings, kl_coef=1.0).loss
+            found[name] = round(((own - without) / (one - without)).item(), 5)
+    assert found == {n: t["kl_coef"] for n, t in [*TABLE.items(), *SILENT.items()] if "kl_coef" in t}
