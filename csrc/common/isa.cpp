@@ -1,8 +1,18 @@
 #include "common/isa.hpp"
 
-#ifndef FASTREWARD_BASELINE_ONLY
+#ifdef FASTREWARD_ONLY_ISA
+
+namespace fastreward {
+namespace {
+
+Isa chosen_isa() { return Isa::FASTREWARD_ONLY_ISA; }
+
+}  // namespace
+}  // namespace fastreward
+
+#else
+
 #include <cpuid.h>
-#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -11,17 +21,12 @@
 namespace fastreward {
 namespace {
 
-#ifndef FASTREWARD_BASELINE_ONLY
 bool has_f16c() {  // not every Clang's __builtin_cpu_supports knows the name
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
-#endif
 
 Isa best_isa() {
-#ifdef FASTREWARD_BASELINE_ONLY
-  return Isa::baseline;
-#else
   // The compiler's own cpuid code also checks that the operating system saves the wide registers.
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -29,7 +34,6 @@ Isa best_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
-#endif
 }
 
 Isa chosen_isa() {
@@ -42,6 +46,11 @@ Isa chosen_isa() {
 }
 
 }  // namespace
+}  // namespace fastreward
+
+#endif
+
+namespace fastreward {
 
 const char* isa_name(Isa isa) {
   return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";

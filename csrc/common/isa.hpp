@@ -1,5 +1,5 @@
-// Which instruction set runs. Every csrc/cpu/*.cpp is compiled three times (FASTREWARD_ISA = baseline, avx2, avx512),
-// each into namespace fastreward::<isa>; a launcher is chosen once per call by FASTREWARD_DISPATCH.
+// Which instruction set runs. Every csrc/cpu/*.cpp is compiled for each (FASTREWARD_ISA = baseline, avx2, avx512), or for
+// FASTREWARD_ONLY_ISA alone, into namespace fastreward::<isa>; FASTREWARD_DISPATCH chooses a launcher once per call.
 #pragma once
 
 namespace fastreward {
@@ -14,10 +14,10 @@ const char* isa_name(Isa isa);
 
 // Declares the same functions in the namespace of every instruction set:
 //     FASTREWARD_DECLARE(void f(const float* x, long n);)
-#ifdef FASTREWARD_BASELINE_ONLY
+#ifdef FASTREWARD_ONLY_ISA
 #define FASTREWARD_DECLARE(...) \
-  namespace fastreward::baseline { __VA_ARGS__ }
-#define FASTREWARD_DISPATCH(fn) ::fastreward::baseline::fn
+  namespace fastreward::FASTREWARD_ONLY_ISA { __VA_ARGS__ }
+#define FASTREWARD_DISPATCH(fn) ::fastreward::FASTREWARD_ONLY_ISA::fn
 #else
 #define FASTREWARD_DECLARE(...)                    \
   namespace fastreward::baseline { __VA_ARGS__ }   \
