@@ -41,7 +41,7 @@ from fastreward.policy_loss import policy_loss
 #: Logits that exist at a time, as elements: on a GPU enough rows to keep the GEMMs at full rate.
 _CPU_LOGITS: Final = 1 << 26
 _GPU_LOGITS: Final = 1 << 29
-_LOGPROB, _ENTROPY = VALUES.index("logprobs"), VALUES.index("entropy")
+_ROW_OF: Final = {"logprob": VALUES.index("logprobs"), "entropy": VALUES.index("entropy")}
 
 
 # ------------------------------------------------------------------------------------------------------- custom op
@@ -82,13 +82,13 @@ def _linear_policy_gradient(
     for part in head.row_chunks():
         logits, scale = head.logits(part, whole), _rows_of(inverse, part)
         values, _, _ = kernels.forward(logits, labels[part], scale, None, None, None, None, flags)
-        seen["logprob"][part], seen["entropy"][part] = values[_LOGPROB], values[_ENTROPY]
+        for name, x in seen.items():
+            x[part] = values[_ROW_OF[name]]
         # The program over all tokens: what it gives for those whose log-probs are not there yet is not looked at.
         outputs, _ = engine.run(chosen.program, inputs, [tokens], scalars, groups)
         upstream = torch.zeros_like(values)
-        upstream[_LOGPROB] = outputs[0][part] * applied
-        if chosen.entropy:
-            upstream[_ENTROPY] = outputs[1][part] * applied
+        for name, output in zip(chosen.gradients, outputs, strict=True):
+            upstream[_ROW_OF[name]] = output[part] * applied
         kernels.backward(logits, labels[part], scale, None, None, None, None, values, none, upstream, None, logits, cap)
         grads.add(part, whole, logits)
     entropy = seen["entropy"] if chosen.entropy else seen["entropy"].new_empty(0)

@@ -141,7 +141,7 @@ def _write_gradient(
         inverse = inverse if temperature is None else _spread(block, temperature.reciprocal())
     logprobs, entropy = implementation("logits_policy_loss", backend).run(
         chosen.program, block.matrix(logits), _spread(block, labels), inverse, inputs, tokens, scalars, groups, scale,
-        block.matrix(out), chosen.entropy,
+        block.matrix(out), chosen.gradients, chosen.entropy,
     )  # fmt: skip
     if block.gap:
         own = block.inside(logprobs.device)

@@ -81,7 +81,7 @@ def _rescale_kernel(
 
 # --------------------------------------------------------------------------------------------------------- launch
 def run(
-    program: Program,  # of losses._objective.TokenGradient: outputs d/dlogprob and, where `entropy`, then d/dentropy
+    program: Program,  # of losses._objective.TokenGradient: outputs are derivatives for what `gradients` names
     logits: Tensor,  # [N, V] f32, bf16 or f16, unit column stride; N tokens in the order of `tokens`
     labels: Tensor,  # i64 [N]
     inv_temperature: Tensor | float,  # f64 [N], stride 0 allowed
@@ -91,7 +91,8 @@ def run(
     groups: Tensor | None,  # i64 [B], numbers 0 .. G - 1 in any order
     scale: Tensor,  # f32 []: the upstream gradient of the loss
     out: Tensor,  # [N, V], dtype of logits, unit column stride; may be logits
-    entropy: bool,
+    gradients: Sequence[str],  # of "logprob", "entropy", in this order
+    entropy: bool,  # whether entropies are computed: wherever the program reads them or has their gradient
 ) -> tuple[Tensor, Tensor]:
     """Writes d loss / d logits * scale into `out`; 0 in masked rows, which are not read.
 
@@ -103,7 +104,7 @@ def run(
     entropies = torch.empty(size if entropy else 0, dtype=torch.float32, device=logits.device)
     if size == 0 or vocab == 0:
         return logprobs, entropies
-    generated = generate(program, entropy)
+    generated = generate(program, tuple(gradients))
     module = load("logits", generated.source)
     call = Call(program, inputs, [tokens], scalars, groups, like=logits)
     (tokens,) = call.sides

@@ -42,7 +42,8 @@ def logits(dtype: torch.dtype, entropy: bool, vocab: int = 151936) -> None:
     own = {Level.TOKEN: (2, 3), Level.ROW: (2,), Level.BATCH: ()}
     inputs = [None if n.name in ("logprob", "entropy") else torch.zeros(own[n.level]) for n in gradient.program.inputs]
     scalars, labels = [0.5] * len(gradient.program.scalars), torch.zeros(6, dtype=torch.long)
-    logits_policy_loss.run(gradient.program, x, labels, 1.0, inputs, tokens, scalars, None, torch.ones(()), x, entropy)
+    given = (inputs, tokens, scalars, None, torch.ones(()), x, gradient.gradients, entropy)
+    logits_policy_loss.run(gradient.program, x, labels, 1.0, *given)
     logits_policy_loss.rescale(x, torch.ones(()), torch.ones(()))
 
 

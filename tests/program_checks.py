@@ -312,11 +312,43 @@ def _of_rows(x: Tensor, side: Tokens) -> Tensor:
 # -------------------------------------------------------------------------------------------------- logits_policy_loss
 def logits_gradient(loss: Any, *, entropy: bool = False, advantage: Level = _R, **call: Any) -> TokenGradient:
     """The gradient per token of a policy loss, with an entropy bonus where wanted."""
-    levels = [("logprob", _T), ("old_logprob", _T), ("advantage", advantage), *([("entropy", _T)] if entropy else [])]
+    read = entropy or loss.reads("entropy")
+    levels = [("logprob", _T), ("old_logprob", _T), ("advantage", advantage), *([("entropy", _T)] if read else [])]
     call.setdefault("aggregation", loss.aggregation)
     gradient = token_gradient(loss, PolicyCall(tuple(levels), entropy_bonus=entropy, **call))
     assert gradient is not None
     return gradient
+
+
+@losses.define
+def _entropy_as_weight(t: Any) -> Any:
+    return -t.advantage * t.logprob * losses.stop_gradient(t.entropy)
+
+
+@losses.define
+def _entropy_alone(t: Any) -> Any:
+    return -t.advantage * t.entropy
+
+
+@losses.define
+def _logprob_as_weight(t: Any) -> Any:
+    return t.entropy * losses.stop_gradient(t.ratio)
+
+
+@losses.define
+def _entropy_reported(t: Any) -> Any:
+    t.report(h=t.entropy)
+    return -t.advantage * t.ratio
+
+
+#: Gradients for what a loss reads, and for less: each term alone, as a constant, and only measured.
+GRADIENTS: dict[str, Callable[[], TokenGradient]] = {
+    "both": lambda: logits_gradient(losses.ppo(), entropy=True),
+    "entropy as a constant": lambda: logits_gradient(_entropy_as_weight()),
+    "entropy alone": lambda: logits_gradient(_entropy_alone()),
+    "logprob as a constant": lambda: logits_gradient(_logprob_as_weight()),
+    "entropy measured": lambda: logits_gradient(_entropy_reported()),
+}
 
 
 def check_logits(
@@ -355,9 +387,8 @@ def check_logits(
     scale = torch.tensor(1.75)
     outputs = [x.reshape(-1) for x in reference.run(p, inputs, [tokens], scalars, None)[0]]
     upstream = torch.zeros(8, count)
-    if gradient.entropy:
-        upstream[1] = outputs.pop() * scale
-    upstream[0] = outputs.pop() * scale if outputs else 0.0
+    for name, output in zip(gradient.gradients, outputs, strict=True):
+        upstream[("logprob", "entropy").index(name)] = output * scale
     want = torch.empty(case.logits.shape, dtype=torch.float64)
     args = (case.labels, case.inv_temperature, case.mask, None, None, None)
     reference_logprobs.backward(case.logits, *args, values, torch.empty(count, 0), upstream, None, want)
@@ -367,8 +398,9 @@ def check_logits(
     on = Tokens(tokens.shape, _to(tokens.mask, device), _to(tokens.cu_seqlens, device))
     passed = [None if n.name in ("logprob", "entropy") else x.to(device) for n, x in zip(p.inputs, inputs, strict=True)]
     logprobs, entropy = module.run(
-        p, logits, labels, inverse, passed, on, scalars, None, scale.to(device), out, gradient.entropy
-    )
+        p, logits, labels, inverse, passed, on, scalars, None, scale.to(device), out,
+        gradient.gradients, gradient.entropy,
+    )  # fmt: skip
     close(logprobs, values[0], 3e-6, 1e-6, "logprobs")
     close(entropy, values[1] if gradient.entropy else torch.zeros(0), 3e-6, 1e-6, "entropy")
     size = max(float(upstream.nan_to_num(0.0, 0.0, 0.0).abs().max()), 1e-3)

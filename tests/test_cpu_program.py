@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastreward import _core
 from fastreward._tokens import Tokens
+from fastreward.cpu import logits_policy_loss, logprobs
 from fastreward.cpu import program as cpu
 from fastreward.losses._graph import Graph, Level
 from fastreward.losses._ops import OPS
@@ -235,6 +236,49 @@ def test_large_outputs_go_past_the_caches_unharmed() -> None:
             side = Tokens((1, width), None if counted is None else counted[own].clone())
             alone, _ = cpu.run(named.program, inputs, [side], call.scalars, None)
             assert torch.equal(alone[0][0], got[0][row])
+
+
+# ------------------------------------------------------------------------------------------------ what is not there
+class TestMissingTensors:
+    """A tensor without memory where the kernel would read or write one is an error, not a null pointer followed."""
+
+    def test_an_input(self) -> None:
+        named = checks.PROGRAMS["ppo"]()
+        call = checks.make_call(named, 3, 5)
+        for k in range(len(call.inputs)):
+            inputs = [torch.empty(0) if i == k else x for i, x in enumerate(call.inputs)]
+            with pytest.raises(ValueError, match=r"inputs: expected .* values, got none"):
+                cpu.run(named.program, inputs, call.sides, call.scalars, None)
+        with pytest.raises(ValueError, match="inputs: expected"):
+            cpu.run(named.program, call.inputs[1:], call.sides, call.scalars, None)
+
+    def test_a_gradient_to_scale_or_spread(self) -> None:
+        tokens, one = Tokens((2, 3)), torch.ones(())
+        with pytest.raises(ValueError, match="row_values: expected 2 values, got none"):
+            cpu.spread(torch.empty(0), one, tokens)
+        with pytest.raises(ValueError, match=r"(saved|out): expected 6 values, got none"):
+            cpu.scale(torch.empty(0), None, one, tokens)
+
+    def test_a_gradient_of_log_probs(self) -> None:
+        values, _, ids = logprobs.forward(torch.zeros(2, 3), torch.zeros(2).long(), 1.0, None, None, None, None, 0)
+        given = (torch.zeros(2, 3), torch.zeros(2).long(), 1.0, None, None, None, None)
+        for upstream, out, name in (
+            (torch.empty(0), torch.empty(2, 3), "grad_values"),
+            (values, torch.empty(0), "grad_logits"),
+        ):
+            with pytest.raises(ValueError, match=rf"{name}: expected .* values, got none"):
+                logprobs.backward(*given, values, ids, upstream, None, out.reshape(-1, 3), 0.0)
+
+    def test_entropies_that_the_gradient_needs(self) -> None:
+        gradient = checks.GRADIENTS["entropy as a constant"]()
+        inputs = [None if n.name in ("logprob", "entropy") else torch.ones(2) for n in gradient.program.inputs]
+        logits, labels = torch.zeros(2, 3), torch.zeros(2).long()
+        scalars = gradient.program.scalar_values(dict.fromkeys(gradient.parameters, 0.2))
+        call = (logits, labels, 1.0, inputs, Tokens((2, 1)), scalars, None, torch.ones(()), torch.empty(2, 3))
+        with pytest.raises(ValueError, match="entropies: expected 2 values, got none"):
+            logits_policy_loss.run(gradient.program, *call, gradient.gradients, False)
+        with pytest.raises(ValueError, match="logprob_gradient, entropy_gradient: expected the places of all outputs"):
+            logits_policy_loss.run(gradient.program, *call, (), True)
 
 
 # -------------------------------------------------------------------------------------------------- instruction sets

@@ -80,7 +80,7 @@ def compiled(text: str, architecture: str, cubin: Path | None = None) -> list[Us
 
 def gradient_text(shape: Shape, entropy: bool) -> str:
     gradient = checks.logits_gradient(losses.ppo(), entropy=entropy, aggregation="token-mean")
-    return logits_source(Source(gradient.program), gradient.entropy, shape)
+    return logits_source(Source(gradient.program), gradient.gradients, gradient.entropy, shape)
 
 
 def program_text(name: str) -> Callable[[], str]:

@@ -199,6 +199,12 @@ def test_logits(variant: str, emulator: Emulator) -> None:
     assert (emulator.cluster > 1) == (emulator.shared == CLUSTER)
 
 
+@pytest.mark.parametrize("name", ["entropy as a constant", "entropy alone"])
+def test_a_gradient_for_either_term(name: str, emulator: Emulator) -> None:
+    case = raw_checks.logits_case("masked", torch.float32, 3, 1003)
+    checks.check_logits(logits_policy_loss, "cpu", checks.GRADIENTS[name](), case)
+
+
 def test_logits_bits_and_labels(emulator: Emulator) -> None:
     """A row's bits whatever its place and address; an illegal label gives NaN for that token and nothing else."""
     gradient = checks.logits_gradient(losses.ppo(), aggregation="token-sum")
@@ -210,7 +216,7 @@ def test_logits_bits_and_labels(emulator: Emulator) -> None:
         inputs = [given.get(n.name or "") for n in p.inputs]
         scalars = p.scalar_values(dict.fromkeys(gradient.parameters, 0.2))
         around = torch.full((rows, 1005), 9.0)
-        arguments = (inputs, Tokens((1, rows)), scalars, None, torch.ones(()), around[:, 1:1004], False)
+        arguments = (inputs, Tokens((1, rows)), scalars, None, torch.ones(()), around[:, 1:1004], ("logprob",), False)
         logprobs, _ = logits_policy_loss.run(p, logits, labels, 1.0, *arguments)
         assert (around[:, [0, 1004]] == 9.0).all()
         return logprobs, around[:, 1:1004]

@@ -176,6 +176,12 @@ def _check_logits(module: ModuleType, case: raw_checks.Logits, *, entropy: bool,
     assert all(program_checks.same_bits(a, b) for a, b in zip(fresh, written, strict=True))
 
 
+@pytest.mark.parametrize("name", program_checks.GRADIENTS)
+def test_small_gradient_for_either_term(name: str, backend: Callable[[str], ModuleType]) -> None:
+    case = raw_checks.logits_case("masked", torch.bfloat16, 5, 1003)
+    program_checks.check_logits(backend("logits_policy_loss"), "cuda", program_checks.GRADIENTS[name](), case)
+
+
 @pytest.mark.parametrize("kind", LOGITS_KINDS)
 def test_small_logits(kind: str, backend: Callable[[str], ModuleType]) -> None:
     """One block to a row, any kind of row, at any address."""
@@ -221,7 +227,7 @@ def test_logits_of_many_rows(backend: Callable[[str], ModuleType]) -> None:
         out = torch.full_like(logits[first:last], torch.nan)
         logprobs, _ = module.run(
             gradient.program, logits[first:last], labels[first:last], 1.0, inputs, Tokens((1, count)), scalars, None,
-            torch.ones((), device="cuda"), out, False,
+            torch.ones((), device="cuda"), out, gradient.gradients, False,
         )  # fmt: skip
         return logprobs, out
 

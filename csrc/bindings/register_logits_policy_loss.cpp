@@ -4,37 +4,40 @@
 #include <cstdint>
 #include <vector>
 
+#include "bindings/addresses.hpp"
 #include "bindings/registry.hpp"
 #include "cpu/logits_policy_loss.hpp"
 
 namespace fastreward {
 namespace {
 
-using Address = std::uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void run(LogprobsRows in, Address code, const std::vector<Address>& inputs, int logprob, int entropy,
-         bool has_entropy_gradient, const std::vector<double>& scalars, double scale, Address logprobs,
-         Address entropies, Address grad_logits, std::int64_t grad_stride) {
+         int logprob_gradient, int entropy_gradient, const std::vector<double>& scalars, double scale,
+         Address logprobs, Address entropies, Address grad_logits, std::int64_t grad_stride) {
   const pybind11::gil_scoped_release unlocked;
-  std::vector<const float*> sources;
-  for (const Address address : inputs) sources.push_back(at<const float>(address));
   LogitsPolicyLoss call;
   call.in = in;
-  call.code = at<const ProgramCode>(code);
+  call.code = required<const ProgramCode>("code", code, 1);
+  expect_size("inputs", inputs.size(), call.code->inputs.size);
+  expect_size("scalars", scalars.size(), call.code->scalars.size);
+  const int gradients = (logprob_gradient >= 0) + (entropy_gradient >= 0);
+  if (gradients != call.code->outputs.size || logprob_gradient >= gradients || entropy_gradient >= gradients)
+    throw std::invalid_argument("logprob_gradient, entropy_gradient: expected the places of all outputs");
+  std::vector<const float*> sources;
+  for (int k = 0; k < call.code->inputs.size; ++k) {
+    const bool computed = k == logprob || k == entropy;
+    sources.push_back(required<const float>("inputs", inputs[static_cast<std::size_t>(k)], computed ? 0 : in.rows));
+  }
   call.inputs = sources.data();
   call.logprob = logprob;
   call.entropy = entropy;
-  call.has_entropy_gradient = has_entropy_gradient;
+  call.logprob_gradient = logprob_gradient;
+  call.entropy_gradient = entropy_gradient;
   call.scalars = scalars.data();
   call.scale = static_cast<float>(scale);
-  call.logprobs = at<float>(logprobs);
-  call.entropies = at<float>(entropies);
-  call.grad_logits = at<void>(grad_logits);
+  call.logprobs = required<float>("logprobs", logprobs, in.rows);
+  call.entropies = required<float>("entropies", entropies, entropy >= 0 || entropy_gradient >= 0 ? in.rows : 0);
+  call.grad_logits = required<void>("grad_logits", grad_logits, in.rows * in.columns);
   call.grad_stride = grad_stride;
   FASTREWARD_DISPATCH(logits_policy_loss)(call);
 }
@@ -44,8 +47,9 @@ void run(LogprobsRows in, Address code, const std::vector<Address>& inputs, int 
 void register_logits_policy_loss(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("logits_policy_loss", &run, py::kw_only(), py::arg("rows"), py::arg("code"), py::arg("inputs"),
-        py::arg("logprob"), py::arg("entropy"), py::arg("has_entropy_gradient"), py::arg("scalars"), py::arg("scale"),
-        py::arg("logprobs"), py::arg("entropies"), py::arg("grad_logits"), py::arg("grad_stride"),
+        py::arg("logprob"), py::arg("entropy"), py::arg("logprob_gradient"), py::arg("entropy_gradient"),
+        py::arg("scalars"), py::arg("scale"), py::arg("logprobs"), py::arg("entropies"), py::arg("grad_logits"),
+        py::arg("grad_stride"),
         "The loss's gradient for each row of logits, and the rows' log-probs and entropies.");
 }
 

@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "bindings/addresses.hpp"
 #include "bindings/registry.hpp"
 #include "cpu/logprobs.hpp"
 
@@ -10,11 +11,11 @@ namespace py = pybind11;
 namespace fastreward {
 namespace {
 
-using Address = std::uintptr_t;
+constexpr int kValues = 8, kIndices = 2;  // rows of `values` and `indices`
 
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+void check_rows(const LogprobsRows& in) {
+  required<const void>("logits", reinterpret_cast<Address>(in.logits), in.rows * in.columns);
+  required<const void>("labels", reinterpret_cast<Address>(in.labels), in.rows);
 }
 
 std::unique_ptr<double[]> scratch_for(const LogprobsRows& in) {
@@ -26,26 +27,28 @@ std::unique_ptr<double[]> scratch_for(const LogprobsRows& in) {
 
 void forward(LogprobsRows in, int flags, Address values, Address indices, Address id_logprobs) {
   const py::gil_scoped_release unlocked;
+  check_rows(in);
   const auto scratch = scratch_for(in);
   LogprobsForward call;
   call.in = in;
   call.flags = flags;
-  call.values = at<float>(values);
-  call.indices = at<std::int64_t>(indices);
-  call.id_logprobs = at<float>(id_logprobs);
+  call.values = required<float>("values", values, kValues * in.rows);
+  call.indices = required<std::int64_t>("indices", indices, kIndices * in.rows);
+  call.id_logprobs = required<float>("id_logprobs", id_logprobs, in.rows * in.token_count);
   call.scratch = scratch.get();
   FASTREWARD_DISPATCH(logprobs_forward)(call);
 }
 
 void fold(LogprobsRows in, std::int64_t vocab_start, int flags, Address label_logits, Address state) {
   const py::gil_scoped_release unlocked;
+  check_rows(in);
   const auto scratch = scratch_for(in);
   LogprobsFold call;
   call.in = in;
   call.vocab_start = vocab_start;
   call.flags = flags;
   call.label_logits = at<const float>(label_logits);
-  call.state = at<double>(state);
+  call.state = required<double>("state", state, in.rows);
   call.scratch = scratch.get();
   FASTREWARD_DISPATCH(logprobs_fold)(call);
 }
@@ -54,30 +57,31 @@ void finish(Address state, Address inv_temperature, std::int64_t stride, double 
             std::int64_t vocab_size, int flags, Address values, Address indices) {
   const py::gil_scoped_release unlocked;
   LogprobsFinish call;
-  call.state = at<const double>(state);
+  call.state = required<const double>("state", state, rows);
   call.inv_temperature = at<const double>(inv_temperature);
   call.inv_temperature_stride = stride;
   call.inv_temperature_scalar = scalar;
   call.rows = rows;
   call.vocab_size = vocab_size;
   call.flags = flags;
-  call.values = at<float>(values);
-  call.indices = at<std::int64_t>(indices);
+  call.values = required<float>("values", values, kValues * rows);
+  call.indices = required<std::int64_t>("indices", indices, kIndices * rows);
   FASTREWARD_DISPATCH(logprobs_finish)(call);
 }
 
 void backward(LogprobsRows in, Address values, Address grad_values, Address grad_ids, Address grad_logits,
               std::int64_t grad_stride, double inv_softcap) {
   const py::gil_scoped_release unlocked;
+  check_rows(in);
   const auto threads = static_cast<std::size_t>(in.threads < 1 ? 1 : in.threads);
   const auto columns = std::make_unique<ColumnGradient[]>(threads * static_cast<std::size_t>(in.token_count + 1));
   const auto kept = std::make_unique<float[]>(threads * static_cast<std::size_t>(in.keep_count));
   LogprobsBackward call;
   call.in = in;
-  call.values = at<const float>(values);
-  call.grad_values = at<const float>(grad_values);
+  call.values = required<const float>("values", values, kValues * in.rows);
+  call.grad_values = required<const float>("grad_values", grad_values, kValues * in.rows);
   call.grad_ids = at<const float>(grad_ids);
-  call.grad_logits = at<void>(grad_logits);
+  call.grad_logits = required<void>("grad_logits", grad_logits, in.rows * in.columns);
   call.grad_stride = grad_stride;
   call.inv_softcap = inv_softcap;
   call.columns = columns.get();

@@ -9,23 +9,18 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/addresses.hpp"
 #include "bindings/registry.hpp"
 #include "cpu/program.hpp"
 
 namespace fastreward {
 namespace {
 
-using Address = std::uintptr_t;
 using RowCode = std::vector<std::array<int, 5>>;
 // side, operands, tile instructions, item instructions, reductions
 using StepCode = std::tuple<int, std::vector<std::array<int, 2>>, std::vector<std::array<int, 6>>,
                             std::vector<std::array<int, 4>>, std::vector<std::array<int, 2>>>;
 using StageCode = std::pair<std::vector<StepCode>, RowCode>;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 template <class T>
 Span<T> span(const std::vector<T>& v) {
@@ -104,6 +99,32 @@ ProgramTokens tokens_of(const TokensCode& from) {
   return {rows, columns, at<const std::int64_t>(cu_seqlens), {at<const void>(mask), static_cast<MaskKind>(mask_kind)}};
 }
 
+std::int64_t count_tokens(const ProgramTokens& tokens) {
+  return tokens.cu_seqlens != nullptr ? tokens.cu_seqlens[tokens.rows] : tokens.rows * tokens.columns;
+}
+
+// Whatever the instructions read or write is there: one per token, per row or for the batch.
+void check_tensors(const ProgramCall& call, std::int64_t rows) {
+  const ProgramCode& code = *call.code;
+  const auto check = [](const char* name, const float* x, std::int64_t count) {
+    required<const float>(name, reinterpret_cast<Address>(x), count);
+  };
+  for (int k = 0; k < code.inputs.size; ++k) {
+    const InputLevel level = code.inputs[k].level;
+    if (level != InputLevel::token) check("inputs", call.inputs[k], level == InputLevel::row ? rows : 1);
+  }
+  for (const ProgramStage& stage : code.stages)
+    for (const TokenStep& step : stage.tokens)
+      for (const TokenOperand& operand : step.operands) {
+        const std::int64_t count = count_tokens(call.sides[step.side]);
+        if (operand.kind == OperandKind::input) check("inputs", call.inputs[operand.index], count);
+        if (operand.kind == OperandKind::output) check("outputs", call.outputs[operand.index], count);
+      }
+  for (int k = 0; k < code.outputs.size; ++k)
+    if (code.outputs[k] != kTokenOutput) check("outputs", call.outputs[k], rows);
+  check("batch", call.batch, code.batch.size);
+}
+
 std::int64_t count_groups(const std::int64_t* groups, std::int64_t rows) {
   std::int64_t count = 0;
   for (std::int64_t row = 0; groups != nullptr && row < rows; ++row) {
@@ -118,6 +139,10 @@ void run(const Program& program, const std::vector<TokensCode>& sides, const std
          const std::vector<double>& scalars, Address groups, const std::vector<Address>& outputs, Address batch,
          int threads) {
   const pybind11::gil_scoped_release unlocked;
+  expect_size("sides", sides.size(), program.code().sides);
+  expect_size("inputs", inputs.size(), program.code().inputs.size);
+  expect_size("scalars", scalars.size(), program.code().scalars.size);
+  expect_size("outputs", outputs.size(), program.code().outputs.size);
   std::vector<ProgramTokens> tokens;
   for (const TokensCode& side : sides) tokens.push_back(tokens_of(side));
   std::vector<const float*> sources;
@@ -134,20 +159,25 @@ void run(const Program& program, const std::vector<TokensCode>& sides, const std
   call.outputs = results.data();
   call.batch = at<float>(batch);
   call.threads = threads;
+  check_tensors(call, tokens[0].rows);
   FASTREWARD_DISPATCH(program_run)(call);
 }
 
 void scale(const TokensCode& tokens, Address saved, Address row_weight, double factor, Address out, int threads) {
   const pybind11::gil_scoped_release unlocked;
+  const ProgramTokens side = tokens_of(tokens);
+  const std::int64_t count = count_tokens(side);
   FASTREWARD_DISPATCH(program_scale)
-  (tokens_of(tokens), at<const float>(saved), at<const float>(row_weight), static_cast<float>(factor), at<float>(out),
-   threads);
+  (side, required<const float>("saved", saved, count), at<const float>(row_weight), static_cast<float>(factor),
+   required<float>("out", out, count), threads);
 }
 
 void spread(const TokensCode& tokens, Address row_values, double factor, Address out, int threads) {
   const pybind11::gil_scoped_release unlocked;
-  FASTREWARD_DISPATCH(program_spread)
-  (tokens_of(tokens), at<const float>(row_values), static_cast<float>(factor), at<float>(out), threads);
+  const ProgramTokens side = tokens_of(tokens);
+  const auto* values = required<const float>("row_values", row_values, side.rows);
+  auto* to = required<float>("out", out, count_tokens(side));
+  FASTREWARD_DISPATCH(program_spread)(side, values, static_cast<float>(factor), to, threads);
 }
 
 #define FASTREWARD_NAME(name) #name,

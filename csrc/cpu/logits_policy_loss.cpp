@@ -66,8 +66,8 @@ class Rows {
     if (c_.entropy >= 0) sources_[c_.entropy] = values + kValueEntropy;
     float gradients[2] = {};
     program_.run(sources_.data(), gradients);
-    upstream[kValueLogprob] = gradients[0] * c_.scale;
-    if (c_.has_entropy_gradient) upstream[kValueEntropy] = gradients[1] * c_.scale;
+    if (c_.logprob_gradient >= 0) upstream[kValueLogprob] = gradients[c_.logprob_gradient] * c_.scale;
+    if (c_.entropy_gradient >= 0) upstream[kValueEntropy] = gradients[c_.entropy_gradient] * c_.scale;
   }
 
   void write(const LogprobsRows& one, std::int64_t row, const float* values, const float* upstream) const {
@@ -88,7 +88,7 @@ class Rows {
   // Half the bytes of f32 are half the time in memory, and exponentials would take longer: they are kept for the second
   // sweep, as floats, still in the core's own cache. Rows of f32 would fill it, and are at the memory's limit as it is.
   static bool keeps(const LogitsPolicyLoss& call) {
-    return call.in.dtype != DType::f32 && !call.has_entropy_gradient && call.in.columns <= kKept;
+    return call.in.dtype != DType::f32 && call.entropy_gradient < 0 && call.in.columns <= kKept;
   }
 
   int sources_size() const { return c_.code->inputs.size; }

@@ -8,15 +8,15 @@ namespace fastreward {
 
 struct LogitsPolicyLoss {
   LogprobsRows in;  // no kept sets, no token ids
-  // One pass without reductions over one token: its outputs are d/dlogprob and, with has_entropy_gradient, d/dentropy.
+  // One pass without reductions over one token: its outputs are the loss's derivatives.
   const ProgramCode* code = nullptr;
   const float* const* inputs = nullptr;  // one per code.inputs, [rows]; those of logprob and entropy are not looked at
   int logprob = -1, entropy = -1;        // their numbers among the inputs, -1: not read
-  bool has_entropy_gradient = false;
+  int logprob_gradient = -1, entropy_gradient = -1;  // their numbers among the outputs, -1: there is none
   const double* scalars = nullptr;
   float scale = 1.0f;            // multiplies the gradient
   float* logprobs = nullptr;     // [rows], 0 where masked out
-  float* entropies = nullptr;    // [rows] or null
+  float* entropies = nullptr;    // [rows], or null where neither read nor differentiated
   void* grad_logits = nullptr;   // [rows, columns], may be `in.logits`
   std::int64_t grad_stride = 0;
 };

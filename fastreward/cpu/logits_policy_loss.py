@@ -19,7 +19,7 @@ from fastreward.losses._program import Program, TokenPart, token_part
 
 
 def run(
-    program: Program,  # its outputs: d/dlogprob and, with `entropy`, d/dentropy, per token
+    program: Program,  # its outputs: the loss's derivatives for what `gradients` names, per token
     logits: Tensor,  # [N, V] f32/bf16/f16, unit column stride, any row stride
     labels: Tensor,  # [N] i64
     inv_temperature: float | Tensor,  # scalar or [N] f64
@@ -29,7 +29,8 @@ def run(
     groups: Tensor | None,  # [B] i64
     scale: Tensor,  # [] f32, multiplies the gradient
     out: Tensor,  # [N, V] like logits, or logits itself
-    entropy: bool,
+    gradients: Sequence[str],  # of "logprob", "entropy", in this order
+    entropy: bool,  # whether entropies are computed: wherever the program reads them or has their gradient
 ) -> tuple[Tensor, Tensor]:
     """Writes the logits' gradient to `out`; (logprobs f32 [N], entropy f32 [N], or [0] where not asked for)."""
     split = _split(program)
@@ -49,9 +50,10 @@ def run(
         rows=described,
         code=code.code,
         inputs=[0 if x is None else x.data_ptr() for x in given],
-        logprob=named.index("logprob") if "logprob" in named else -1,
-        entropy=named.index("entropy") if "entropy" in named else -1,
-        has_entropy_gradient=len(program.outputs) > 1,
+        logprob=_place("logprob", named),
+        entropy=_place("entropy", named),
+        logprob_gradient=_place("logprob", gradients),
+        entropy_gradient=_place("entropy", gradients),
         scalars=[scalars[k] for k in split.part.scalars[1]],
         scale=float(scale),
         logprobs=logprobs.data_ptr(),
@@ -61,6 +63,10 @@ def run(
     )
     del alive
     return logprobs, entropies
+
+
+def _place(name: str, names: Sequence[str]) -> int:
+    return names.index(name) if name in names else -1
 
 
 def rescale(grad: Tensor, upstream: Tensor, applied: Tensor) -> None:

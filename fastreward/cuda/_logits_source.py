@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -31,17 +32,18 @@ class Shape:
         return THREADS_ON_CHIP if self.on_chip else THREADS_READ_TWICE
 
 
-def logits_source(source: Source, entropy: bool, shape: Shape) -> str:
-    """The kernel for the program of `source`, whose outputs are d/dlogprob and, where `entropy`, then d/dentropy."""
+def logits_source(source: Source, gradients: Sequence[str], entropy: bool, shape: Shape) -> str:
+    """The kernel for the program of `source`, whose outputs are the loss's derivatives for what `gradients` names.
+
+    entropy: whether entropies are computed: wherever the program reads them or has their gradient.
+    """
     launch = source.plan.launches[-1]
     (step,) = launch.steps
     assert all(n.level == Level.TOKEN for n in source.program.outputs), "a gradient per token is wanted"
     name = source.pass_name(source.plan.last, step)
-    reads = any(n.name == "entropy" for n in step.inputs)
     given = ", ".join(n.name if n.name in _TERMS else f"a.{source.name(n)}[i]" for n in step.inputs)
-    outputs = [f"y.out{i}" for i, _ in step.store]
-    by_entropy = outputs.pop() if entropy else "0.f"
-    by_logprob = outputs.pop() if outputs else "0.f"
+    outputs = dict(zip(gradients, (f"y.out{i}" for i in range(len(step.store))), strict=True))
+    by_logprob, by_entropy = (outputs.get(name, "0.f") for name in _TERMS)
     cluster = f" FASTREWARD_CLUSTER({shape.blocks})" if shape.blocks > 1 else ""
     resident = 2 if shape.on_chip else 1
     on_chip = "true" if shape.on_chip else "false"
@@ -57,7 +59,7 @@ struct Arguments {{
 }};
 
 {source.pass_text(source.plan.last, step)}struct Loss {{
-  static constexpr bool ENTROPY = {"true" if reads or entropy else "false"};
+  static constexpr bool ENTROPY = {"true" if entropy else "false"};
 
   static __device__ __forceinline__ TokenGradient gradient(const Arguments& a, i64 i, i64 row, float logprob,
                                                            float entropy) {{

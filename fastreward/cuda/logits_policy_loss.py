@@ -45,13 +45,14 @@ def run(
     groups: Tensor | None,
     scale: Tensor,
     out: Tensor,
+    gradients: Sequence[str],
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Writes d loss / d logits * scale into `out` [rows, V], which may be `logits`; rows that do not count get 0.
 
-    program: outputs d/dlogprob and, where `entropy`, then d/dentropy, per token; only its last pass reads logprob or
-    entropy, whose places in `inputs` are None. logits [rows, V], unit column stride; labels i64 [rows]; inv_temperature
-    a number or f64 [rows]; scale f32 [].
+    program: outputs are the loss's derivatives for what `gradients` names ("logprob", "entropy"), per token; only its
+    last pass reads logprob or entropy, whose places in `inputs` are None. logits [rows, V], unit column stride; labels
+    i64 [rows]; inv_temperature a number or f64 [rows]; scale f32 []. entropy: whether entropies are wanted.
 
     Returns log-probs f32 [rows] and entropies f32 [rows], or [0] where not `entropy`; 0 in rows that do not count.
     """
@@ -68,7 +69,7 @@ def run(
         logits, logits.stride(0), vocab, labels.contiguous(), *_inverse(inv_temperature),
         _sequences(tokens, rows, device), scale, out, out.stride(0), logprobs, entropies if entropy else None, *members,
     )  # fmt: skip
-    text = _text(compiled, entropy, shape)
+    text = _text(compiled, tuple(gradients), entropy, shape)
     shared = 16 * _vectors(vocab, logits.element_size(), shape.blocks) if shape.on_chip else 0
     launch_text(text, KERNEL, rows * shape.blocks, shape.threads, arguments, device, shared=shared)
     return logprobs, entropies
@@ -87,8 +88,8 @@ def rescale(grad: Tensor, upstream: Tensor, applied: Tensor) -> None:
 
 
 @lru_cache(maxsize=512)
-def _text(compiled: Kernels, entropy: bool, shape: Shape) -> str:
-    return logits_source(compiled.source, entropy, shape)
+def _text(compiled: Kernels, gradients: tuple[str, ...], entropy: bool, shape: Shape) -> str:
+    return logits_source(compiled.source, gradients, entropy, shape)
 
 
 def _shape(vocab: int, size: int, device: torch.device, dtype: LogitsType) -> Shape:

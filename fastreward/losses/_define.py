@@ -250,7 +250,7 @@ class Loss:
         return node
 
     def reads(self, term: str) -> bool:
-        """Whether the loss depends on this term where it is passed (of a preference loss: on either side)."""
+        """Whether the loss, or what it reports, reads this term where it is passed (of a pair: on either side)."""
         return self._reads(self.formula, term)
 
     def policy_plan(self, *call: Any) -> Plan:

@@ -140,14 +140,18 @@ class _Key:
 
 
 def terms_read(loss: Loss) -> frozenset[str]:
-    """Names of the terms and extras that the loss depends on where a call passes them, of pairs on either side."""
+    """Names of the terms and extras that the loss or its reports ask for where a call passes them, of either side.
+
+    Also of what the formula is then simplified to do without: tracing needs it.
+    """
     return _cached_terms(_Key(loss))
 
 
 @lru_cache(maxsize=512)
 def _cached_terms(key: _Key) -> frozenset[str]:
-    value = key.loss.trace(key.loss.terms())
-    return frozenset(n.name for n in walk([value]) if n.op == "input" and n.name is not None)
+    t = key.loss.terms()
+    key.loss.trace(t)
+    return frozenset(name for name, _, _ in t.graph.inputs())
 
 
 @lru_cache(maxsize=512)
@@ -184,20 +188,23 @@ def _traced(loss: Loss, call: PolicyCall) -> tuple[Terms, Node, list[Node], Node
 
 @dataclass(frozen=True, eq=False)
 class TokenGradient:
-    """The gradient alone: a program whose outputs are d/dlogprob and, where `entropy`, d/dentropy, both per token.
+    """The gradient alone: a program whose outputs are the derivatives for what `gradients` names, all per token.
 
     No pass but the last reads logprob or entropy, so a kernel that has just computed them for a token can go on.
+    gradients: "logprob", "entropy" or both in this order: what the loss has a gradient for. entropy: the call reads
+    entropies: in the loss, with a gradient or without, or in what is measured.
     """
 
     program: Program
     parameters: tuple[str, ...]
     inputs: tuple[tuple[str, int], ...]
+    gradients: tuple[str, ...]
     entropy: bool
 
     @cached_property
     def key(self) -> str:
         """Equal for gradients that are the same in every respect."""
-        return f"{self.program.key} {self.parameters} {self.entropy}"
+        return f"{self.program.key} {self.parameters} {self.gradients} {self.entropy}"
 
 
 def token_gradient(loss: Loss, call: PolicyCall) -> TokenGradient | None:
@@ -208,17 +215,19 @@ def token_gradient(loss: Loss, call: PolicyCall) -> TokenGradient | None:
 @lru_cache(maxsize=512)
 def _cached_gradient(key: _Key, call: PolicyCall) -> TokenGradient | None:
     _, total, wanted, *_ = _traced(key.loss, call)
-    found = [g for g in gradients(total, wanted) if g is not None and not (g.op == "constant" and g.value == 0.0)]
+    given = zip(wanted, map(_nonzero, gradients(total, wanted)), strict=True)
+    found = {x.name or "": g for x, g in given if g is not None}
     names = {x.name for x in wanted}
-    for node in walk(found):
+    for node in walk(found.values()):
         below = walk(node.args) if node.op in SEQ_REDUCTIONS else ()
         if any(n.op == "input" and n.name in names for n in below):
             return None
-    entropy = gradients(total, wanted)[1] is not None if len(wanted) == 2 else False
-    outputs = [g if g.level == Level.TOKEN else _per_token(g) for g in without_stop_gradient(found)]
+    if not found:
+        return None
+    outputs = [g if g.level == Level.TOKEN else _per_token(g) for g in without_stop_gradient(list(found.values()))]
     built = program(outputs, [])
     inputs = tuple((n.name or "", n.side) for n in built.inputs)
-    return TokenGradient(built, _parameters(key.loss), inputs, entropy)
+    return TokenGradient(built, _parameters(key.loss), inputs, tuple(found), "entropy" in names)
 
 
 def _weighted(weight: Node, value: Node) -> Node:
@@ -252,7 +261,7 @@ def _row_weight(graph: Graph, call: PolicyCall) -> Node:
 
 def _check_depends(loss: Loss, value: Node, wanted: Sequence[Node]) -> None:
     """Refuses a loss that no parameter of the model can change, before anything runs."""
-    if any(g is not None and not (g.op == "constant" and g.value == 0.0) for g in gradients(value, wanted)):
+    if any(_nonzero(g) is not None for g in gradients(value, wanted)):
         return
     names = " and ".join(dict.fromkeys(x.name or "" for x in wanted))
     here = {n.id for n in walk([value])}
@@ -260,6 +269,11 @@ def _check_depends(loss: Loss, value: Node, wanted: Sequence[Node]) -> None:
     if not any(x.id in here for x in wanted):
         why = f"the loss does not depend on {names}"
     raise ValueError(f"{loss.definition.place}: its gradient for {names} is zero everywhere: {why}")
+
+
+def _nonzero(gradient: Node | None) -> Node | None:
+    """A gradient, unless it is known to be zero before anything runs."""
+    return None if gradient is not None and gradient.op == "constant" and gradient.value == 0.0 else gradient
 
 
 def _policy_metrics(t: Terms, levels: Mapping[str, Level]) -> dict[str, Node]:
@@ -312,8 +326,8 @@ def _assemble(
 
     graph = total.graph
     kept: list[Gradient | None] = []
-    for g in (None if x is None else next(remaining) for x in found):
-        if g is None or (g.op == "constant" and g.value == 0.0):
+    for g in (None if x is None else _nonzero(next(remaining)) for x in found):
+        if g is None:
             kept.append(None)
         elif g.level == Level.TOKEN:
             kept.append(Gradient(add(g), True))
@@ -389,8 +403,8 @@ def _cached_pair(key: _Key, call: PairCall) -> Objective:
     total, value, *rest = without_stop_gradient([total, value, *given, *metrics.values()], 2)
     graph, metrics = total.graph, dict(zip(metrics, rest[len(given) :], strict=True))
     remaining = iter(rest)
-    for g in (None if x is None else next(remaining) for x in found):
-        if g is None or (g.op == "constant" and g.value == 0.0):
+    for g in (None if x is None else _nonzero(next(remaining)) for x in found):
+        if g is None:
             kept.append(None)
             continue
         per_token = g.level == Level.TOKEN

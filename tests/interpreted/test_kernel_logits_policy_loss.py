@@ -41,6 +41,13 @@ def test_rows_of_every_kind(kind: str) -> None:
             assert all(checks.same_bits(a, b) for a, b in zip(fresh, written, strict=True))
 
 
+@pytest.mark.parametrize("name", checks.GRADIENTS)
+def test_a_gradient_for_either_term(name: str) -> None:
+    for i, dtype in enumerate((torch.float32, torch.bfloat16)):
+        case = raw_checks.logits_case("masked", dtype, 5, 1003)
+        checks.check_logits(logits_policy_loss, "cpu", checks.GRADIENTS[name](), case, packed=i == 1)
+
+
 @pytest.mark.parametrize("vocab", [1, 3, 8, 4097])
 def test_sizes(vocab: int) -> None:
     gradient = checks.logits_gradient(losses.ppo(), aggregation="seq-mean-token-mean")
@@ -61,7 +68,7 @@ def test_bits_and_labels() -> None:
         scalars = p.scalar_values(dict.fromkeys(gradient.parameters, 0.2))
         out = torch.full_like(logits, torch.nan)
         logprobs, _ = logits_policy_loss.run(
-            p, logits, labels, 1.0, inputs, Tokens((1, rows)), scalars, None, torch.ones(()), out, False
+            p, logits, labels, 1.0, inputs, Tokens((1, rows)), scalars, None, torch.ones(()), out, ("logprob",), False
         )
         return logprobs, out
 
@@ -85,7 +92,8 @@ def test_tokens_without_a_gradient_get_zeros() -> None:
     scalars = p.scalar_values(dict.fromkeys(gradient.parameters, 0.2))
     inputs = [given.get(n.name or "") for n in p.inputs]
     labels = torch.zeros(6, dtype=torch.long)
-    logits_policy_loss.run(p, logits, labels, 1.0, inputs, Tokens((2, 3)), scalars, None, torch.ones(()), out, False)
+    given_on = (inputs, Tokens((2, 3)), scalars, None, torch.ones(()), out, ("logprob",), False)
+    logits_policy_loss.run(p, logits, labels, 1.0, *given_on)
     assert not out.any()
 
 
