@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from numbers import Real
+from threading import local
+from types import FunctionType
 from typing import Any, Concatenate, Final, Generic, Literal, ParamSpec, TypeVar, overload
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from fastreward import _check
-from fastreward._arrays import as_tensor
-from fastreward.losses._graph import Graph, Level, Node, described, origin, python_number
+from fastreward.losses._graph import Graph, Level, Node, described, origin
+from fastreward.losses._parameters import kind, kinds, parameter
+from fastreward.losses._surroundings import Surroundings, surroundings
 from fastreward.losses._terms import PairTerms, Terms
+from fastreward.losses._travel import Options, by_name, carrier, options_of
 
 P = ParamSpec("P")
 T = TypeVar("T", Terms, PairTerms)
@@ -35,26 +41,26 @@ _NUMBERS = itertools.count()
 class Definition(Generic[P]):
     """A loss function over terms; calling it with parameters gives a `Loss`. Made by `define`."""
 
-    def __init__(
-        self,
-        function: Callable[..., Node],
-        pairs: bool,
-        static: Collection[str],
-        aggregation: str,
-        check: Callable[..., None] | None,
-    ) -> None:
+    def __init__(self, function: FunctionType) -> None:
+        """function: one that `_travel.carrier` has made."""
         functools.update_wrapper(self, function)
-        self.function, self.pairs, self.static = function, pairs, frozenset(static)
-        self.aggregation, self.check, self.name = aggregation, check, function.__name__
-        self.number = next(_NUMBERS)  # tells definitions of one name apart
+        self.options = options_of(function)
+        self.function, self.name, self.__qualname__ = function, function.__name__, self.options.qualname
+        self.pairs, self.static = self.options.pairs, self.options.static
+        self.aggregation, self.check = self.options.aggregation, self.options.check
+        self.number = next(_NUMBERS)  # tells definitions of one name apart, in this process
+        self._editions: dict[Hashable, int] = {}
+        _HERE[function] = _BY_TOKEN[self.options.token] = self
         whole = inspect.signature(function)
         #: Of the parameters, without the terms.
         self.__signature__ = whole.replace(parameters=list(whole.parameters.values())[1:])
         unknown = self.static - set(self.__signature__.parameters)
         if unknown:
             raise ValueError(f"static: {self.name} has no parameter {', '.join(sorted(unknown))}")
-        kinds = {name: _kinds(p.annotation, p.default) for name, p in self.__signature__.parameters.items()}
-        self._kinds = {name: k - {"term"} if name in self.static else k for name, k in kinds.items()}
+        self._kinds = {
+            name: kinds(p.annotation, p.default, name in self.static)
+            for name, p in self.__signature__.parameters.items()
+        }
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Loss:
         """The loss with these parameters: numbers, [B] tensors (one per sequence), or terms of an enclosing loss."""
@@ -68,7 +74,7 @@ class Definition(Generic[P]):
         except TypeError as error:
             raise TypeError(f"{self.name}: {error}") from None
         bound.apply_defaults()
-        values = {name: self._parameter(name, value) for name, value in bound.arguments.items()}
+        values = {name: parameter(self.name, name, value, self._kinds[name]) for name, value in bound.arguments.items()}
         self._validate(values)
         for name, value in values.items():
             if isinstance(value, float) and math.isnan(value):
@@ -81,25 +87,6 @@ class Definition(Generic[P]):
         code = getattr(self.function, "__code__", None)
         where = "" if code is None else f" ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
         return f"{self.name}{where}"
-
-    def _parameter(self, name: str, value: Any) -> Any:
-        """`value` as a tensor, a term or Python's own, if it is of the kind that the signature speaks of."""
-        value, kinds = as_tensor(python_number(value)), self._kinds[name]
-        given = next((kind for kind, types in _KINDS.items() if isinstance(value, types)), "")
-        if given not in kinds:
-            words = [_WORDS[kind] for kind in _KINDS if kind in kinds]
-            expected = " or ".join(", ".join(words).rsplit(", ", 1))
-            fixed = " (it decides the formula)" if given == "term" else ""
-            came = "a term" if isinstance(value, Node) else "a tensor" if given == "term" else described(value)
-            came = f"the terms; write {self.name}()(t)" if isinstance(value, Terms | PairTerms) else came
-            raise TypeError(f"{self.name}: {name}: expected {expected}{fixed}, got {came}")
-        if isinstance(value, Tensor):
-            if value.ndim > 1:
-                raise ValueError(
-                    f"{self.name}: {name}: expected a number or a [B] tensor, got shape {list(value.shape)}"
-                )
-            return value.detach()
-        return value
 
     def _validate(self, values: Mapping[str, Any]) -> None:
         """Calls `check`. Of a tensor that may be looked at it gets the extremes, of what is not known yet the default.
@@ -120,46 +107,44 @@ class Definition(Generic[P]):
                 if not str(error).startswith(tuple(f"{k}:" for k in unknown)):
                     raise
 
-    def __reduce__(self) -> str:
-        """Pickled by name, as functions are."""
-        return self.function.__qualname__
+    def edition(self, seen: Surroundings | None) -> int:
+        """A number of its own for all that the function reads from its surroundings; 0 where that is not known."""
+        return 0 if seen is None else self._editions.setdefault(seen.key, next(_NUMBERS) + 1)
+
+    def __copy__(self) -> Definition[P]:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Definition[P]:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as its function: by name, or by value where a pickler does so (cloudpickle, of __main__'s)."""
+        return by_name(self, int(protocol)) or (_arrived, (self.function,))
 
 
-#: What a parameter can be: types, most special first, and words.
-_KINDS: Final[dict[str, tuple[type, ...]]] = {
-    "bool": (bool,),
-    "number": (int, float),
-    "term": (Tensor, Node),
-    "string": (str,),
-    "None": (type(None),),
-}
-_WORDS: Final = {
-    "number": "a number",
-    "term": "a [B] tensor",
-    "string": "a string",
-    "bool": "True or False",
-    "None": "None",
-}
-_ANY: Final = frozenset(_KINDS)
+#: The definitions of this process: by their function, and the last of each token.
+_HERE: WeakValueDictionary[FunctionType, Definition[Any]] = WeakValueDictionary()
+_BY_TOKEN: WeakValueDictionary[str, Definition[Any]] = WeakValueDictionary()
 
 
-def _kinds(annotation: Any, default: Any) -> frozenset[str]:
-    """What a parameter may be, by its default and by its annotation, which is text or missing as a rule."""
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-    bare = annotation is inspect.Parameter.empty
-    none = {"None"} if default is None or bare or "None" in text or "Optional" in text else set()
-    if isinstance(default, bool):
-        return frozenset({"bool", *none})
-    if isinstance(default, str):
-        return frozenset({"string", *none})
-    numeric = isinstance(default, Real) or text.split(" ")[0] in ("float", "int")
-    return frozenset({"number", "term", *none}) if numeric else _ANY
+def _arrived(function: FunctionType) -> Definition[Any]:
+    """The definition of a function that comes out of a pickle: the one that is here already, or a new one.
+
+    A copy that reads the same from its surroundings is the one it was made of: nothing is traced or compiled anew.
+    """
+    here = _HERE.get(function)
+    if here is not None:
+        return here
+    there = _BY_TOKEN.get(options_of(function).token)
+    if there is not None and there.function.__code__ == function.__code__:
+        old, new = surroundings(there.function), surroundings(function)
+        same = old == new and (new is None or not new.others)
+        if same and inspect.signature(there.function) == inspect.signature(function):
+            return there
+    return Definition(function)
 
 
-def _kind(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return "tensor", value.ndim
-    return ("term", value.id) if isinstance(value, Node) else (type(value), value)
+_TRACING: Final = local()  # .now: whether a loss's function runs in this thread
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,14 +158,42 @@ class Loss:
     parameters: Mapping[str, Any]
     #: The structure as text. Traced code reads it, so that Dynamo compiles anew for a loss of another formula.
     formula: str = field(init=False, repr=False)
+    #: What decides the formula: function, what it read when this was made, static parameters. Equal ones share kernels.
+    structure: tuple[Any, ...] = field(init=False, repr=False)
+    _seen: Surroundings | None = field(init=False, repr=False)
     _plans: dict[tuple[Any, ...], Plan] = field(init=False, default_factory=dict, repr=False)
     _gradient_plans: dict[tuple[Any, ...], GradientPlan | None] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "formula", f"{self.definition.number} {self.structure[1]}")
+        # A loss made inside another one is part of that one's formula, which knows its surroundings too.
+        seen = None if getattr(_TRACING, "now", False) else self._surroundings()
+        object.__setattr__(self, "_seen", seen)
+        edition, fixed = self.definition.edition(seen), self._fixed
+        object.__setattr__(self, "structure", (self.definition.function, edition, fixed))
+        object.__setattr__(self, "formula", f"{self.definition.number}.{edition} {fixed}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.definition, dict(self.parameters))
+        self._check_surroundings()
+        plain = None if self._seen is None else self._seen.plain
+        return _unpickled, (self.definition, dict(self.parameters), plain)
+
+    def __copy__(self) -> Loss:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loss:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__, parameters=copy.deepcopy(dict(self.parameters), memo))
+        return copied
+
+    def __eq__(self, other: object) -> bool:
+        """Whether formula and parameters are the same, those that are tensors value by value."""
+        if not isinstance(other, Loss):
+            return NotImplemented
+        pairs = [(x, other.parameters.get(name)) for name, x in self.parameters.items()]
+        return self.structure == other.structure and all(_same(a, b) for a, b in pairs)
+
+    def __hash__(self) -> int:
+        return hash(self.structure)
 
     @property
     def name(self) -> str:
@@ -203,10 +216,9 @@ class Loss:
         return {k: v for k, v in self.parameters.items() if isinstance(v, Tensor)}
 
     @property
-    def structure(self) -> tuple[Any, ...]:
-        """What decides the formula: the definition and its static parameters. Equal ones share compiled kernels."""
-        fixed = tuple((k, "number" if self._is_scalar(k) else _kind(v)) for k, v in self.parameters.items())
-        return (self.definition.function, fixed)
+    def _fixed(self) -> tuple[tuple[str, Any], ...]:
+        """The parameters, those without what may change from call to call."""
+        return tuple((k, "number" if self._is_scalar(k) else kind(v)) for k, v in self.parameters.items())
 
     def _is_scalar(self, name: str) -> bool:
         value = self.parameters[name]
@@ -225,7 +237,10 @@ class Loss:
 
     def trace(self, t: Terms | PairTerms) -> Node:
         """The loss as an expression of `t` and of its own run-time parameters."""
-        graph = t.graph
+        return self._value(t, self._symbolic(t.graph))
+
+    def _symbolic(self, graph: Graph) -> dict[str, Any]:
+        """The parameters as nodes, where they are known at run time only."""
         values: dict[str, Any] = {}
         for name, value in self.parameters.items():
             if self._is_scalar(name):
@@ -234,10 +249,50 @@ class Loss:
                 values[name] = graph.input(f"parameter.{name}", Level.ROW if value.ndim else Level.BATCH)
             else:
                 values[name] = value
-        return self._value(t, values)
+        return values
 
     def _value(self, t: Any, values: dict[str, Any]) -> Node:
-        result = self.definition.function(t, **values)
+        self._check_surroundings()
+        return self._result(t, values)
+
+    def _surroundings(self) -> Surroundings | None:
+        """What the function reads beside its arguments, as it is now; the formula too, where that alone tells it."""
+        seen = surroundings(self.definition.function)
+        return replace(seen, formula=self._digest()) if seen is not None and seen.others else seen
+
+    def _digest(self) -> str:
+        """Equal for equal formulas, both where calls pass all that the loss can do without and where they do not."""
+        from fastreward.losses._program import digest
+
+        texts = []
+        for optional in (True, False):
+            t = self.terms(optional)
+            try:
+                value = self._result(t, self._symbolic(t.graph))
+                texts.append(digest([value, *t.reports.values()]) + " ".join(t.reports))
+            except Exception as error:  # whoever calls the loss will see it
+                texts.append(type(error).__name__)
+        return " ".join(texts)
+
+    def _check_surroundings(self) -> None:
+        """Refuses to trace the loss with other values than it was made with."""
+        if self._seen is None:
+            return
+        now = self._surroundings()
+        assert now is not None
+        change = self._seen.change(now, "when the loss was made", "now")
+        if change is not None:
+            raise ValueError(
+                f"{self.definition.place} reads from its surroundings what has changed: {change}; "
+                "make the loss anew, or better make that a parameter of it"
+            )
+
+    def _result(self, t: Any, values: dict[str, Any]) -> Node:
+        outer, _TRACING.now = getattr(_TRACING, "now", False), True
+        try:
+            result = self.definition.function(t, **values)
+        finally:
+            _TRACING.now = outer
         place = self.definition.place
         if not isinstance(result, Node | Real):
             raise TypeError(f"{place}: expected the loss to return a term, got {described(result)}")
@@ -299,9 +354,11 @@ class Loss:
             self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
         return self._plans[call]
 
-    def terms(self) -> Terms | PairTerms:
-        """Terms on a fresh graph, where everything a caller may pass is there."""
-        return PairTerms(Graph(sides=2)) if self.definition.pairs else Terms(Graph())
+    def terms(self, optional: bool = True) -> Terms | PairTerms:
+        """Terms on a fresh graph, where everything that the loss reads is there; optional: what t.has(...) says."""
+        if self.definition.pairs:
+            return PairTerms(Graph(sides=2), optional=optional)
+        return Terms(Graph(), optional=optional)
 
     def evaluate(self, mask: Any = None, group_ids: Any = None, **arrays: Any) -> Tensor:
         """The loss on numbers, slow and in float64: [B, T] per token or [B] per sequence, 0 where nothing counts.
@@ -325,6 +382,27 @@ class Loss:
         from fastreward.losses._show import show
 
         return show(self)
+
+
+def _unpickled(definition: Definition[Any], parameters: dict[str, Any], plain: dict[str, Hashable] | None) -> Loss:
+    """A loss that has come out of a pickle; the same formula as where it was made, or an error."""
+    loss = Loss(definition, parameters)
+    if plain is not None and loss._seen is not None:
+        change = Surroundings(plain).change(Surroundings(loss._seen.plain), "where the loss was made", "here")
+        if change is not None:
+            raise ValueError(
+                f"{definition.place} reads from its surroundings what differs between two processes: {change}; "
+                "make that a parameter of it"
+            )
+    return loss
+
+
+def _same(a: object, b: object) -> bool:
+    if a is b or isinstance(a, Node):
+        return a is b
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+    return bool(a == b)
 
 
 # Dynamo runs these while it traces.
@@ -359,6 +437,11 @@ def define(
     strings and the parameters named in `static` are fixed while the function is traced, so that `if` may ask for them.
     Default and annotation say which of these a parameter takes; others, and NaN, are refused.
     It returns the loss per token or per sequence, to be minimised; t.report(name=...) adds metrics.
+    What else it reads (globals, closures, what its helpers read) is part of the formula, as it is when a loss is made:
+    after a change make the loss anew. ValueError where one made before would have to be traced with other values.
+
+    Losses are copied and pickled as functions are: by name, and by value where cloudpickle does that (Ray: __main__,
+    notebooks, local functions).
 
     pairs: the loss is over chosen and rejected sequences, for `preference_loss`.
     aggregation: what `policy_loss(aggregation=None)` does with it.
@@ -368,4 +451,5 @@ def define(
     """
     if function is None:
         return functools.partial(define, pairs=pairs, static=static, aggregation=aggregation, check=check)
-    return Definition(function, pairs, static, aggregation, check)
+    options = Options(function.__qualname__, pairs, frozenset(static), aggregation, check)
+    return Definition(carrier(function, options))

@@ -219,6 +219,11 @@ def _key(nodes: Sequence[Node], outputs: Sequence[Node], batch: Sequence[Node]) 
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def digest(roots: Sequence[Node]) -> str:
+    """Equal for the same nodes of different graphs."""
+    return _key(list(walk(roots)), roots, ())
+
+
 # ---------------------------------------------------------------------------------------------------- token by token
 @dataclass(frozen=True, eq=False)
 class TokenPart:

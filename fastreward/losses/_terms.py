@@ -39,12 +39,20 @@ CLIP_FRACTIONS: Final = ("clip_fraction_low", "clip_fraction_high", "clip_fracti
 class _Inputs:
     """What a call passes: inputs of the graph by name, with the level of each.
 
-    levels: None where there is no call yet: whatever the loss reads is there, at its usual level.
+    levels: None where there is no call yet: whatever the loss reads is there, at its usual level, and `has` says
+    `optional`.
     """
 
-    def __init__(self, graph: Graph, levels: Mapping[str, Level] | None, side: int, sources: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        levels: Mapping[str, Level] | None,
+        side: int,
+        sources: Mapping[str, str],
+        optional: bool = True,
+    ) -> None:
         self.graph = graph
-        self._levels = levels
+        self._levels, self._optional = levels, optional
         self._side = side
         self._named = sources
         self.asked: set[str] = set()  # names that `has` was asked for
@@ -75,7 +83,7 @@ class _Inputs:
         True in print(loss), loss.source(...) and loss.reads(...), where nothing is passed yet.
         """
         self.asked.add(name)
-        return self._levels is None or name in self._levels
+        return self._optional if self._levels is None else name in self._levels
 
     def _unknown(self, name: str, known: list[str]) -> NoReturn:
         near = difflib.get_close_matches(name, known, n=1)
@@ -104,8 +112,8 @@ class Terms(_Inputs):
 
     NAMES: Final = (*_SOURCES, "log_ratio", "ratio", "length", "extra", "report")
 
-    def __init__(self, graph: Graph, levels: Mapping[str, Level] | None = None) -> None:
-        super().__init__(graph, levels, 0, {k: f"{v}=" for k, v in _SOURCES.items()})
+    def __init__(self, graph: Graph, levels: Mapping[str, Level] | None = None, *, optional: bool = True) -> None:
+        super().__init__(graph, levels, 0, {k: f"{v}=" for k, v in _SOURCES.items()}, optional)
         self.reports: dict[str, Node] = {}
 
     @property
@@ -141,9 +149,9 @@ class Side(_Inputs):
 
     NAMES: Final = (*_PAIR_SOURCES, "log_ratio", "length", "extra")
 
-    def __init__(self, graph: Graph, levels: Mapping[str, Level] | None, side: int) -> None:
+    def __init__(self, graph: Graph, levels: Mapping[str, Level] | None, side: int, optional: bool = True) -> None:
         sources = {k: f"{v}=" for k, v in _PAIR_SOURCES.items()}
-        super().__init__(graph, levels, side, sources)
+        super().__init__(graph, levels, side, sources, optional)
 
     @property
     def log_ratio(self) -> Node:
@@ -171,10 +179,12 @@ class PairTerms(_Inputs):
         graph: Graph,
         levels: Mapping[str, Level] | None = None,
         sides: tuple[Mapping[str, Level], Mapping[str, Level]] | None = None,
+        *,
+        optional: bool = True,
     ) -> None:
-        super().__init__(graph, levels, 0, {})
-        self.chosen = Side(graph, None if sides is None else sides[0], 0)
-        self.rejected = Side(graph, None if sides is None else sides[1], 1)
+        super().__init__(graph, levels, 0, {}, optional)
+        self.chosen = Side(graph, None if sides is None else sides[0], 0, optional)
+        self.rejected = Side(graph, None if sides is None else sides[1], 1, optional)
         self.reports: dict[str, Node] = {}
 
     def extra(self, name: str, per: Literal["token", "sequence", "batch"] = "sequence") -> Node:

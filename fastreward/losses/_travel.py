@@ -1,0 +1,87 @@
+"""How the function of a loss reaches another process.
+
+pickle and its kin (cloudpickle, Ray, joblib, dill) know one thing that travels both ways: a function. By name where its
+name leads to it, else by value where the pickler can do that. Of a decorated function the name leads to the loss, and
+from there on to `.function`: so that is what the function calls itself while it is pickled.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pickle import UnpicklingError
+from types import FunctionType
+from typing import Any, Final
+from uuid import uuid4
+
+_KEPT: Final = "fastreward_loss"  # the function's attribute that has the options
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `define` was told, on the function, so that it travels with it. token: of a definition and its copies."""
+
+    qualname: str
+    pairs: bool
+    static: frozenset[str]
+    aggregation: str
+    check: Callable[..., None] | None
+    token: str = field(default_factory=lambda: uuid4().hex)
+
+
+def carrier(function: Callable[..., Any], options: Options) -> FunctionType:
+    """A copy of `function` with `options`; of another callable a function that calls it."""
+    if isinstance(function, FunctionType):
+        copied = FunctionType(
+            function.__code__,
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        functools.update_wrapper(copied, function)
+        copied.__kwdefaults__ = function.__kwdefaults__
+        del copied.__wrapped__  # type: ignore[attr-defined]
+    else:
+
+        @functools.wraps(function)
+        def copied(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+    setattr(copied, _KEPT, options)
+    return copied
+
+
+def options_of(function: FunctionType) -> Options:
+    """What `carrier` has put there."""
+    options = getattr(function, _KEPT, None)
+    if not isinstance(options, Options):
+        raise UnpicklingError(f"{function.__name__}: a loss that reads its own name can't be carried by value")
+    return options
+
+
+def by_name(definition: Any, protocol: int) -> str | None:
+    """Gives the function the name that pickle looks it up by; of old protocols, which have no dots, the loss's own."""
+    name, function = _name(definition), definition.function
+    if protocol < 4 and name is not None:
+        return name
+    function.__qualname__ = (
+        f"{definition.name} (a loss that no module holds by name: cloudpickle carries it, or define it in a module)"
+        if name is None
+        else f"{name}.function"
+    )
+    return None
+
+
+def _name(definition: Any) -> str | None:
+    """The name under which its module holds the definition."""
+    module = sys.modules.get(definition.__module__)
+    try:
+        if operator.attrgetter(definition.__qualname__)(module) is definition:
+            return str(definition.__qualname__)
+    except AttributeError:
+        pass
+    return next((name for name, x in vars(module).items() if x is definition), None) if module is not None else None

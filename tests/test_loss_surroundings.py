@@ -1,0 +1,240 @@
+"""What a loss reads from outside (globals, closures, what its helpers read) is what it was when the loss was made."""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastreward
+from fastreward import losses
+from fastreward.losses import _objective, define, maximum, stop_gradient
+from fastreward.losses._surroundings import surroundings
+
+DATA = {"logprob": torch.tensor([[-1.0]]), "old_logprob": torch.tensor([[-1.0]]), "advantage": torch.tensor([[-1.0]])}
+
+
+class Config:
+    """An object of a user's class."""
+
+    def __init__(self, k: float) -> None:
+        self.k = k
+
+    def scaled(self, x: Any) -> Any:
+        return x * self.k
+
+
+K = 2.0
+TABLE: dict[str, dict[str, float]] = {"a": {"k": 2.0}}
+CONFIG = Config(2.0)
+SETTINGS = types.ModuleType("settings")
+SETTINGS.K = 2.0  # type: ignore[attr-defined]
+
+
+def helper(x: Any) -> Any:
+    return x * K
+
+
+def other(x: Any) -> Any:
+    return x * 3.0
+
+
+def by_default(x: Any, k: float = 2.0) -> Any:
+    return x * k
+
+
+HELPER: Callable[[Any], Any] = by_default
+
+
+@define
+def inner(t, scale=1.0):
+    return scale * t.ratio * K
+
+
+@define
+def reads_global(t):
+    return -t.advantage * t.ratio * K
+
+
+@define
+def reads_table(t):
+    return -t.advantage * t.ratio * TABLE["a"]["k"]
+
+
+@define
+def reads_attribute(t):
+    return -t.advantage * t.ratio * CONFIG.k
+
+
+@define
+def reads_module(t):
+    return -t.advantage * t.ratio * SETTINGS.K
+
+
+@define
+def reads_object(t):
+    return -t.advantage * t.ratio * (lambda config: config.k)(CONFIG)
+
+
+@define
+def calls_method(t):
+    return CONFIG.scaled(-t.advantage * t.ratio)
+
+
+@define
+def calls_helper(t):
+    return helper(-t.advantage * t.ratio)
+
+
+@define
+def calls_rebound(t):
+    return HELPER(-t.advantage * t.ratio)
+
+
+@define
+def calls_inner(t):
+    return -t.advantage * inner()(t)
+
+
+@define
+def looks_it_up(t):
+    return -t.advantage * t.ratio * globals()["K"]
+
+
+@define
+def in_a_lambda(t):
+    return (lambda x: x * K)(-t.advantage * t.ratio)
+
+
+@define
+def where_nothing_is_passed(t):
+    return -t.advantage * t.ratio * (1.0 if t.has("entropy") else K)
+
+
+def change(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> None:
+    monkeypatch.setitem(globals(), name, value)
+
+
+CHANGES: dict[str, tuple[Any, Callable[[pytest.MonkeyPatch], None], str]] = {
+    "global": (reads_global, lambda m: change(m, "K", 3.0), "K was 2.0 .* is 3.0 now"),
+    "container": (reads_table, lambda m: m.setitem(TABLE["a"], "k", 3.0), r"TABLE\['a'\]\['k'\] was 2.0"),
+    "attribute": (reads_attribute, lambda m: m.setattr(CONFIG, "k", 3.0), "CONFIG.k was 2.0"),
+    "module": (reads_module, lambda m: m.setattr(SETTINGS, "K", 3.0), "SETTINGS.K was 2.0"),
+    "object": (reads_object, lambda m: m.setattr(CONFIG, "k", 3.0), "CONFIG is not now"),
+    "method": (calls_method, lambda m: m.setattr(CONFIG, "k", 3.0), "CONFIG.scaled.__self__ is not now"),
+    "helper": (calls_helper, lambda m: change(m, "K", 3.0), "K in helper was 2.0"),
+    "another helper": (calls_rebound, lambda m: change(m, "HELPER", other), "HELPER is not now"),
+    "default of a helper": (calls_rebound, lambda m: m.setattr(HELPER, "__defaults__", (3.0,)), "default 1 of HELPER"),
+    "nested loss": (calls_inner, lambda m: change(m, "K", 3.0), "K in inner was 2.0"),
+    "globals()": (looks_it_up, lambda m: change(m, "K", 3.0), r"globals\(\) is not now"),
+    "lambda": (in_a_lambda, lambda m: change(m, "K", 3.0), "K was 2.0"),
+    "has": (where_nothing_is_passed, lambda m: change(m, "K", 3.0), "K was 2.0"),
+}
+
+
+def value(loss: losses.Loss) -> float:
+    return float(fastreward.policy_loss(DATA["logprob"], DATA["old_logprob"], DATA["advantage"], loss=loss).loss)
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_loss_has_the_values_of_when_it_was_made(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    definition, patch, words = CHANGES[kind]
+    before, used = definition(), definition()
+    assert value(used) == 2.0
+    patch(monkeypatch)
+    after = definition()
+    assert value(after) == 3.0
+    assert float(after.evaluate(**DATA)) == 3.0
+    assert value(used) == 2.0  # traced already
+    assert before != after
+    assert before.formula != after.formula
+    with pytest.raises(ValueError, match=rf"{definition.name} \(test_loss_surroundings.py.*{words}.*parameter"):
+        before.evaluate(**DATA)
+    _objective._cached_policy.cache_clear()
+    with pytest.raises(ValueError, match=words):
+        value(before)
+
+
+def test_a_closures_variable_may_change() -> None:
+    k = 2.0
+
+    @define
+    def closure(t):
+        return -t.advantage * t.ratio * k
+
+    first = closure()
+    assert value(first) == 2.0
+    k = 3.0
+    assert value(closure()) == 3.0
+    assert value(first) == 2.0
+    k = 2.0
+    assert closure() == first  # nothing is compiled anew for what was there before
+
+
+def test_losses_in_a_closure_are_what_they_are() -> None:
+    def outer(part: losses.Loss) -> Any:
+        return define(lambda t: -t.advantage * part(t))
+
+    part = define(lambda t, scale=1.0: scale * t.ratio)
+    definition = outer(part(2.0))
+    assert value(definition()) == 2.0
+    assert value(outer(part(3.0))()) == 3.0
+    first = definition()
+    definition.function.__closure__[0].cell_contents = part(3.0)
+    assert value(definition()) == 3.0
+    assert first != definition()
+
+
+def test_partials_and_methods_are_looked_through() -> None:
+    scaled = functools.partial(by_default, k=3.0)
+    assert value(define(lambda t: scaled(-t.advantage * t.ratio))()) == 3.0
+
+    class Trainer:
+        k = 3.0
+
+        def loss(self, t: Any) -> Any:
+            return -t.advantage * t.ratio * self.k
+
+    trainer = Trainer()
+    definition = define(trainer.loss)
+    first = definition()
+    assert value(first) == 3.0
+    trainer.k = 2.0
+    assert value(definition()) == 2.0
+
+
+def test_a_compiled_function_sees_the_loss_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def policy(loss: losses.Loss) -> Tensor:
+        return fastreward.policy_loss(DATA["logprob"], DATA["old_logprob"], DATA["advantage"], loss=loss).loss
+
+    torch.compiler.reset()
+    compiled = torch.compile(policy, fullgraph=True, backend="eager")
+    first = reads_global()
+    assert float(compiled(first)) == 2.0
+    change(monkeypatch, "K", 3.0)
+    assert float(compiled(reads_global())) == 3.0
+    assert float(compiled(first)) == 2.0
+
+
+def test_making_a_loss_traces_nothing_as_a_rule() -> None:
+    calls = []
+
+    def counted(t: Any, scale: float = 1.0) -> Any:
+        calls.append(math.pi + np.float32(1.0))
+        return scale * maximum(t.ratio, stop_gradient(t.logprob)) * K * losses.ppo(0.1)(t)
+
+    definition = define(counted)
+    for scale in (1.0, 2.0, 3.0):
+        definition(scale)
+    assert not calls
+    assert surroundings(losses.ppo.function) is None
+    found = surroundings(define(lambda t: t.logprob * math.pi)().definition.function)
+    assert found is not None
+    assert not found.others
