@@ -20,7 +20,7 @@ def values_checked(*tensors: Tensor | None) -> bool:
     """Whether values may be read: always on the CPU; on a GPU (it synchronises) only with FASTREWARD_DEBUG=1."""
     if torch.compiler.is_compiling():
         return False
-    return os.environ.get("FASTREWARD_DEBUG") == "1" or all(t is None or t.device.type == "cpu" for t in tensors)
+    return all(t is None or t.is_cpu for t in tensors) or os.environ.get("FASTREWARD_DEBUG") == "1"
 
 
 def tensor(name: str, x: object) -> Tensor:
@@ -35,6 +35,16 @@ def dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
     if x.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{name}: expected dtype {names}, got {str(x.dtype).removeprefix('torch.')}")
+
+
+def rewards(name: str, x: object) -> Tensor:
+    """Rewards in float32 or float64: bool and half precision become the one, integers the other (exact to 2^53)."""
+    x = tensor(name, x)
+    if x.dtype in (torch.float32, torch.float64):
+        return x
+    if x.dtype.is_complex:
+        raise TypeError(f"{name}: expected real numbers, got {str(x.dtype).removeprefix('torch.')}")
+    return x.float() if x.dtype.is_floating_point or x.dtype == torch.bool else x.double()
 
 
 def integers(name: str, x: object) -> None:

@@ -51,6 +51,17 @@ class GroupOptions:
     singleton: Singleton = "zero"
     normalize: Normalize = "sum-then-normalize"
 
+    def numbers(self, center_values: object, scale_values: object) -> tuple[int, int, int]:
+        """Center, scale and singleton as the kernels number them: their positions in CENTERS, SCALES, SINGLETONS.
+
+        Where no statistic of the group is used, a group of one is like any other: len(SINGLETONS), no rule for it.
+        """
+        center = self.center if center_values is None else "tensor"
+        scale = self.scale if scale_values is None else "tensor"
+        of_group = center not in ("none", "tensor") or scale in ("std", "max")
+        singleton = SINGLETONS.index(self.singleton) if of_group else len(SINGLETONS)
+        return CENTERS.index(center), SCALES.index(scale), singleton
+
 
 @dataclass(frozen=True, slots=True)
 class AggregateOptions:

@@ -214,9 +214,12 @@ def _normalise(
         if not bool(x[b].isnan()):
             members.setdefault(key, []).append(b)
     everyone = x[~x.isnan()]
+    of_group = not (isinstance(center, Tensor) or center == "none") or (
+        isinstance(scale, str) and scale in ("std", "max")
+    )
     for rows in members.values():
         v = x[rows]
-        if len(rows) == 1:
+        if len(rows) == 1 and of_group:
             out[rows] = {"zero": torch.zeros_like(v), "raw": v, "nan": v * torch.nan}[singleton]
             continue
         d = v - _center(v, rows, center, lengths)

@@ -275,7 +275,7 @@ def groups_of(group_ids: GroupIds | None, group_size: int | None, count: int, de
     if group_ids is not None and group_size is not None:
         raise ValueError("group_ids, group_size: expected at most one of them")
     if group_ids is not None:
-        return factorize(group_ids, count, device).contiguous()
+        return factorize(group_ids, count, device)
     if group_size is None:
         return torch.zeros(count, dtype=torch.int64, device=device)
     return torch.arange(count, device=device) // checked_group_size(group_size, count, "sequences")

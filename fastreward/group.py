@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import Any, Final
 
@@ -83,47 +84,54 @@ def group_advantages(
     lengths: Tensor | None = None,
     component_weights: Tensor | Sequence[float] | None = None,
     normalize: Normalize = "sum-then-normalize",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Advantages of rollouts against their own group: (reward - center) / scale. GRPO by default (arXiv 2402.03300).
 
     Args:
-        rewards: [B] or [B, K] components, float32 or float64; NaN = not scored. A rollout without any score gets
-            advantage 0 and counts in no statistic.
+        rewards: [B] or [B, K] components, finite; NaN = not scored. A rollout without any score gets advantage 0 and
+            counts in no statistic. float32 or float64; bool, integers and half precision are converted, exactly.
         group_ids: integers [B], or any sequence of B hashables (uid strings); groups need not be contiguous.
         group_size: instead of group_ids, equal contiguous groups of this size.
         center: "mean", "leave-one-out" (RLOO, arXiv 2402.14740), "length-weighted" (OPO, arXiv 2505.23585; needs
-            lengths), "second-max" (the best of the others), "none", or a baseline [B].
+            lengths; a group without any length gets 0), "second-max" (the best of the others), "none", or a baseline
+            [B].
         scale: "std" of the group, "batch-std" of all scored rollouts, "max" (largest distance from the center), "none"
             (Dr.GRPO, arXiv 2503.20783), or a divisor [B].
-        ddof, eps, eps_inside: std is sqrt(var) with `ddof`, divided by (std + eps), or by sqrt(var + eps).
-        singleton: a group with one scored rollout gives "zero", its "raw" reward, or "nan".
-        lengths: [B] response lengths, for center="length-weighted".
+        ddof, eps, eps_inside: std is sqrt(var) with `ddof`, divided by (std + eps), or by sqrt(var + eps). A reward
+            equal to its center gives 0 whatever the divisor, so eps may be 0; a group of no more than ddof gives 0.
+        singleton: a group with one scored rollout gives "zero", its "raw" reward, or "nan", where center or scale is a
+            statistic of the group; where neither is, it is like any other.
+        lengths: [B] response lengths, at least 0, for center="length-weighted".
         component_weights: [K], default 1.
         normalize: "sum-then-normalize", or "normalize-then-sum" (each component on its own; GDPO, arXiv 2601.05242).
+        mask: [B], nonzero = the rollout is there; others are as if not scored.
 
     Returns:
         [B] float32. Statistics are two-pass in float64. Advantages are constants: no gradient flows to rewards.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or name, both or none of group_ids and group_size.
+        TypeError, ValueError: wrong dtype, shape or name, both or none of group_ids and group_size; on the CPU also
+            for values that are not finite (lengths: negative) where a rollout is scored.
     """
-    _check.dtype("rewards", _check.tensor("rewards", rewards), (torch.float32, torch.float64))
+    rewards = _check.rewards("rewards", rewards)
     if rewards.ndim not in (1, 2):
         raise ValueError(f"rewards: expected shape [B] or [B, K], got {list(rewards.shape)}")
     for name, value, allowed in (("singleton", singleton, SINGLETONS), ("normalize", normalize, NORMALIZES)):
         _check.choice(name, value, allowed)
-    center_name, center_values = _mode("center", center, CENTERS, rewards)
-    scale_name, scale_values = _mode("scale", scale, SCALES, rewards)
+    components = _components(rewards, mask)
+    center_name, center_values = _mode("center", center, CENTERS, components)
+    scale_name, scale_values = _mode("scale", scale, SCALES, components)
     if (center_name == "length-weighted") != (lengths is not None):
         raise ValueError("lengths: needed for center='length-weighted', and only for it")
     index, size = _groups(group_ids, group_size, rewards)
     ddof = _check.whole("ddof", ddof, "the divisor of a variance is count - ddof")
     advantages: Tensor = _group_advantages(
-        _components(rewards),
+        components,
         index,
         size,
-        None if lengths is None else _per_rollout("lengths", lengths, rewards),
-        _weights(component_weights, rewards),
+        None if lengths is None else _per_rollout("lengths", lengths, components, at_least=0.0),
+        _weights(component_weights, components),
         center_values,
         scale_values,
         "|".join((center_name, scale_name, singleton, normalize)),
@@ -136,12 +144,12 @@ def group_advantages(
 
 
 def factorize(group_ids: GroupIds, count: int, device: torch.device) -> Tensor:
-    """Group labels i64 [B]: integers stay as they are, other labels become 0, 1, ... in first-seen order."""
+    """Group labels i64 [B], contiguous: integers as they are, other labels as 0, 1, ... in first-seen order."""
     labels = group_ids if isinstance(group_ids, Tensor) else _labels(group_ids)
     if isinstance(labels, Tensor):
         _check.integers("group_ids", labels)
         _check.shape("group_ids", labels, (count,), "one per rollout")
-        return labels.to(device).long()
+        return labels.to(device).long().contiguous()
     if len(labels) != count:
         raise ValueError(f"group_ids: expected {count} ids (one per rollout), got {len(labels)}")
     if torch.compiler.is_compiling():  # Dynamo follows a dict, and traces anew for other labels
@@ -211,28 +219,43 @@ def _groups(group_ids: GroupIds | None, group_size: int | None, rewards: Tensor)
     raise ValueError("group_ids, group_size: expected exactly one of them")
 
 
-def _components(rewards: Tensor) -> Tensor:
-    """[B, K], contiguous."""
-    return (rewards if rewards.ndim == 2 else rewards.unsqueeze(-1)).detach().contiguous()
+def _components(rewards: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, K], contiguous; NaN where the mask is 0."""
+    components = (rewards if rewards.ndim == 2 else rewards.unsqueeze(-1)).detach()
+    if mask is not None:
+        _check.shape("mask", _check.tensor("mask", mask), rewards.shape[:1], "one per rollout")
+        _check.same_device("mask", mask, "rewards", rewards)
+        components = components.masked_fill((mask == 0).unsqueeze(-1), torch.nan)
+    if _check.values_checked(components) and not math.isfinite(
+        components.nansum().item()
+    ):  # one pass finds whether, two where
+        _check.every("rewards", ~components.isinf(), components, "finite numbers, or NaN for what is not scored")
+    return components.contiguous()
 
 
-def _mode(name: str, value: str | Tensor, allowed: Sequence[str], rewards: Tensor) -> tuple[str, Tensor | None]:
+def _mode(name: str, value: str | Tensor, allowed: Sequence[str], components: Tensor) -> tuple[str, Tensor | None]:
     if isinstance(value, Tensor):
-        return "tensor", _per_rollout(name, value, rewards)
+        return "tensor", _per_rollout(name, value, components)
     _check.choice(name, value, [mode for mode in allowed if mode != "tensor"])
     return value, None
 
 
-def _per_rollout(name: str, x: Tensor, rewards: Tensor) -> Tensor:
-    _check.shape(name, _check.tensor(name, x), (rewards.shape[0],), "one per rollout")
-    _check.same_device(name, x, "rewards", rewards)
+def _per_rollout(name: str, x: Tensor, components: Tensor, at_least: float = -math.inf) -> Tensor:
+    """f32 [B], contiguous; finite and no less than `at_least` where a rollout is scored."""
+    _check.shape(name, _check.tensor(name, x), components.shape[:1], "one per rollout")
+    _check.same_device(name, x, "rewards", components)
+    if _check.values_checked(x):
+        unscored = components.isnan().all(-1)
+        lower = "" if at_least == -math.inf else f" >= {at_least:g}"
+        _check.every(name, (x.isfinite() & (x >= at_least)) | unscored, x, f"finite numbers{lower}")
     return x.detach().float().contiguous()
 
 
-def _weights(weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Tensor | None:
+def _weights(weights: Tensor | Sequence[float] | None, components: Tensor) -> Tensor | None:
     if weights is None:
         return None
-    components = 1 if rewards.ndim == 1 else rewards.shape[1]
-    tensor = torch.as_tensor(weights, dtype=torch.float32, device=rewards.device)
-    _check.shape("component_weights", tensor, (components,), "one per reward component")
+    tensor = torch.as_tensor(weights, dtype=torch.float32, device=components.device).detach()
+    _check.shape("component_weights", tensor, components.shape[1:], "one per reward component")
+    if _check.values_checked(tensor):
+        _check.every("component_weights", tensor.isfinite(), tensor, "finite numbers")
     return tensor.contiguous()

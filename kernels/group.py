@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreward._options import CENTERS, SCALES, SINGLETONS, GroupOptions
+from fastreward._options import CENTERS, SCALES, GroupOptions
 
 from ._launch import OPTIONS, on_device_of
 
@@ -68,8 +68,8 @@ def _combine_kernel(
 
 @triton.jit
 def _deviation(squares, n, ddof, eps, EPS_INSIDE: tl.constexpr):
-    """The std that divides, from a sum of squared deviations of n values: f64."""
-    variance = squares / tl.maximum(n - ddof, 0.0)
+    """The std that divides, from a sum of squared deviations of n values: f64; infinite without degrees of freedom."""
+    variance = tl.where(n > ddof, squares / (n - ddof), float("inf"))
     return tl.sqrt(variance + eps) if EPS_INSIDE else tl.sqrt(variance) + eps
 
 
@@ -136,21 +136,32 @@ def _members(order, first, length, j, LABELLED: tl.constexpr):
 
 
 @triton.jit
-def _center(r, at, scored, center_values, n, total, weighted, top, ties, second, CENTER: tl.constexpr):
-    """What is subtracted from each member: f64 [RUNS, MEMBERS], from the statistics [RUNS] of its group."""
+def _origin(r):
+    """Some scored reward of each run, 0 where these members have none: f64 [RUNS]. Sums are taken relative to it."""
+    highest = tl.max(tl.where(r == r, r, float("-inf")), axis=1)
+    return tl.where(highest > float("-inf"), highest, 0.0)
+
+
+@triton.jit
+def _centred(r, at, scored, center_values, n, origin, total, weighted, top, ties, second, CENTER: tl.constexpr):
+    """Rewards less their center: f64 [RUNS, MEMBERS], from the statistics [RUNS] of each group.
+
+    total and weighted are relative to origin: equal rewards are exactly their mean, whatever their rounding.
+    """
     if CENTER == _MEAN:
-        center = r * 0.0 + (total / n)[:, None]
+        d = (r - origin[:, None]) - (total / n)[:, None]
     elif CENTER == _LOO:
-        center = (total[:, None] - r) * (1.0 / (n - 1.0))[:, None]
-    elif CENTER == _WEIGHTED:
-        center = r * 0.0 + weighted[:, None]
+        shifted = r - origin[:, None]
+        d = shifted - (total[:, None] - shifted) * (1.0 / (n - 1.0))[:, None]
+    elif CENTER == _WEIGHTED:  # NaN: no tokens, no baseline
+        d = tl.where((weighted == weighted)[:, None], (r - origin[:, None]) - weighted[:, None], 0.0)
     elif CENTER == _SECOND:
-        center = tl.where((r == top[:, None]) & (ties[:, None] == 1), second[:, None], top[:, None])
+        d = r - tl.where((r == top[:, None]) & (ties[:, None] == 1), second[:, None], top[:, None])
     elif CENTER == _TENSOR:
-        center = tl.load(center_values + at, mask=scored, other=0.0).to(tl.float64)
+        d = r - tl.load(center_values + at, mask=scored, other=0.0).to(tl.float64)
     else:
-        center = r * 0.0
-    return center
+        d = r
+    return d
 
 
 @triton.jit(do_not_specialize=["B", "K", "group_size", "halvings", "row_stride", "column_stride"])
@@ -179,15 +190,18 @@ def _normalize_kernel(
         top = tl.full([RUNS], float("-inf"), tl.float64)
         second = tl.full([RUNS], float("-inf"), tl.float64)
         ties = tl.zeros([RUNS], tl.int32)
+        at, inside = _members(order, first, length, lanes, LABELLED)
+        origin = _origin(tl.load(column + at * row_stride, mask=inside, other=float("nan")).to(tl.float64))
         for j in range(0, longest, MEMBERS):
             at, inside = _members(order, first, length, j + lanes, LABELLED)
             r = tl.load(column + at * row_stride, mask=inside, other=float("nan")).to(tl.float64)
             scored = r == r
             n += tl.sum(scored.to(tl.int32), axis=1).to(tl.float64)
-            total += tl.sum(tl.where(scored, r, 0.0), axis=1)
+            shifted = tl.where(scored, r - origin[:, None], 0.0)
+            total += tl.sum(shifted, axis=1)
             if CENTER == _WEIGHTED:
                 w = tl.load(lengths + at, mask=scored, other=0.0).to(tl.float64)
-                weighted += tl.sum(tl.where(scored, w * r, 0.0), axis=1)
+                weighted += tl.sum(w * shifted, axis=1)
                 weight_sum += tl.sum(w, axis=1)
             if CENTER == _SECOND:
                 high = tl.max(tl.where(scored, r, float("-inf")), axis=1)
@@ -199,7 +213,7 @@ def _normalize_kernel(
                 ties = tl.where(high > top, here, tl.where(high == top, ties + here, ties))
                 top = tl.maximum(top, high)
         if CENTER == _WEIGHTED:
-            weighted = weighted / weight_sum
+            weighted = tl.where(weight_sum > 0.0, weighted / weight_sum, float("nan"))
         squares = tl.zeros([RUNS], tl.float64)
         widest = tl.zeros([RUNS], tl.float64)
         if (SCALE == _STD) or (SCALE == _MAX):  # noqa: SIM109  (constexpr has no `in`)
@@ -209,10 +223,13 @@ def _normalize_kernel(
                 r = tl.load(column + at * row_stride, mask=inside, other=float("nan")).to(tl.float64)
                 scored = r == r
                 if SCALE == _STD:
-                    squares += tl.sum(tl.where(scored, (r - mean[:, None]) * (r - mean[:, None]), 0.0), axis=1)
+                    d = (r - origin[:, None]) - mean[:, None]
+                    squares += tl.sum(tl.where(scored, d * d, 0.0), axis=1)
                 else:
-                    center = _center(r, at, scored, center_values, n, total, weighted, top, ties, second, CENTER)
-                    widest = tl.maximum(widest, tl.max(tl.where(scored, tl.abs(r - center), 0.0), axis=1))
+                    d = _centred(
+                        r, at, scored, center_values, n, origin, total, weighted, top, ties, second, CENTER
+                    )  # fmt: skip
+                    widest = tl.maximum(widest, tl.max(tl.where(scored, tl.abs(d), 0.0), axis=1))
         if SCALE == _STD:
             scale = _deviation(squares, n, ddof, eps, EPS_INSIDE)
         elif SCALE == _MAX:
@@ -226,17 +243,18 @@ def _normalize_kernel(
             at, inside = _members(order, first, length, j + lanes, LABELLED)
             r = tl.load(column + at * row_stride, mask=inside, other=float("nan")).to(tl.float64)
             scored = r == r
-            center = _center(r, at, scored, center_values, n, total, weighted, top, ties, second, CENTER)
+            d = _centred(r, at, scored, center_values, n, origin, total, weighted, top, ties, second, CENTER)
             if SCALE == _SCALE_TENSOR:
-                y = (r - center) / tl.load(scale_values + at, mask=scored, other=1.0).to(tl.float64)
+                y = d / tl.load(scale_values + at, mask=scored, other=1.0).to(tl.float64)
             else:
-                y = (r - center) * inverse[:, None]
-            alone = n[:, None] == 1.0
+                y = d * inverse[:, None]
+            y = tl.where(d == 0.0, 0.0, y)  # 0 / 0 is 0
+            alone = n[:, None] == 1.0  # and of one there is no statistic; without a rule none is used
             if SINGLETON == 0:
                 y = tl.where(alone, 0.0, y)
             elif SINGLETON == 1:
                 y = tl.where(alone, r, y)
-            else:
+            elif SINGLETON == 2:
                 y = tl.where(alone, float("nan"), y)
             if HAS_WEIGHTS:
                 y *= tl.load(weights + k).to(tl.float64)
@@ -272,11 +290,12 @@ def forward(
         out = torch.empty(rows, dtype=torch.float32 if components == 1 else torch.float64, device=rewards.device)
         runs, members = _tile(0 if group_index is not None else group_size)
         count = rows if group_index is not None else triton.cdiv(rows, group_size)
+        center, scale, singleton = options.numbers(center_values, scale_values)
         rules: dict[str, Any] = {
-            "CENTER": CENTERS.index(options.center if center_values is None else "tensor"),
-            "SCALE": SCALES.index(options.scale if scale_values is None else "tensor"),
+            "CENTER": center,
+            "SCALE": scale,
             "EPS_INSIDE": options.eps_inside,
-            "SINGLETON": SINGLETONS.index(options.singleton),
+            "SINGLETON": singleton,
         }
         strides = (rewards.stride(0), rewards.stride(1))
         batch_scale = None

@@ -6,6 +6,7 @@ on the CPU, where the reference runs, and copied to `device`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastreward._layout import FLAG, INDICES, VALUES
-from fastreward._options import GroupOptions
+from fastreward._options import CENTERS, NORMALIZES, SINGLETONS, GroupOptions
 from fastreward.reference import group as reference_group
 from fastreward.reference import logprobs as reference_logprobs
 from fastreward.reference import whiten as reference_whiten
@@ -276,8 +277,13 @@ GROUP_OPTIONS = {
     "reinforce_pp": GroupOptions(center="mean", scale="batch-std", ddof=0),
     "inside": GroupOptions(eps=1e-3, eps_inside=True, ddof=0),
     "gdpo": GroupOptions(normalize="normalize-then-sum"),
+    "gdpo_raw": GroupOptions(normalize="normalize-then-sum", singleton="raw"),
     "gdpo_batch": GroupOptions(normalize="normalize-then-sum", scale="batch-std"),
     "given": GroupOptions(center="tensor", scale="tensor"),
+    "given_center": GroupOptions(center="tensor", scale="batch-std"),
+    "as_it_is": GroupOptions(center="none", scale="none", normalize="normalize-then-sum"),
+    "uncentred": GroupOptions(center="none", singleton="raw"),
+    "no_eps": GroupOptions(eps=0.0, ddof=3),
 }
 
 
@@ -297,7 +303,7 @@ def check_group(
     weights = torch.tensor([1.0, 0.5, -2.0])
     given = options.center == "tensor"
     center = torch.randn(rows, generator=g) if given else None
-    scale = torch.rand(rows, generator=g) + 0.5 if given else None
+    scale = torch.rand(rows, generator=g) + 0.5 if options.scale == "tensor" else None
     want = reference_group.forward(rewards, index, size, lengths, weights, center, scale, options)
     moved = [
         x if x is None or isinstance(x, int) else x.to(device)
@@ -306,6 +312,36 @@ def check_group(
     got = module.forward(*moved, options)
     close(got, want, 1e-6, 1e-6, "advantages")
     assert torch.equal(got.nan_to_num(7.0), module.forward(*moved, options).nan_to_num(7.0))
+
+
+def check_group_corners(module: ModuleType, device: str) -> None:
+    """Right answers that are known without a reference: 0 / 0, no degrees of freedom, no tokens, groups of one."""
+
+    def advantages(rewards: Tensor, center_values: Tensor | None = None, **options: Any) -> Tensor:
+        index = torch.tensor([4, 7, 7, 9, 9, 9, 9], device=device)
+        lengths = torch.tensor([0.0, 0, 0, 2, 0, 2, 0], device=device)
+        given = None if center_values is None else center_values.to(device)
+        return module.forward(rewards.to(device), index, 0, lengths, None, given, None, GroupOptions(**options)).cpu()
+
+    equal = torch.full((7, 3), 0.1, dtype=torch.float64) * torch.tensor([1.0, 7.0, 0.3])
+    for center, scale in itertools.product(CENTERS[1:-1], ("std", "max")):
+        for normalize in NORMALIZES:
+            got = advantages(equal, center=center, scale=scale, eps=0.0, normalize=normalize)
+            assert torch.equal(got, torch.zeros(7)), (center, scale, normalize)
+    rewards = torch.tensor([[2.0], [3.0], [5.0], [1.0], [2.0], [3.0], [9.0]])
+    assert torch.equal(advantages(rewards, ddof=4), torch.zeros(7))
+    got = advantages(rewards, center="length-weighted", scale="none")
+    assert torch.equal(got, torch.tensor([0.0, 0, 0, -1, 0, 1, 7]))
+    for singleton in SINGLETONS:
+        assert torch.equal(advantages(rewards, center="none", scale="none", singleton=singleton), rewards[:, 0])
+        got = advantages(rewards, torch.ones(7), center="tensor", scale="none", singleton=singleton)
+        assert torch.equal(got, rewards[:, 0] - 1)
+        scaled = advantages(rewards, torch.ones(7), center="tensor", scale="batch-std", singleton=singleton)
+        close(scaled, (rewards[:, 0] - 1) / (rewards.std() + 1e-6), 1e-6, 1e-6)
+        for scale in ("std", "max"):  # statistics of the group
+            first = advantages(rewards, torch.ones(7), center="tensor", scale=scale, singleton=singleton)[:1]
+            alone = {"zero": 0.0, "raw": 2.0, "nan": torch.nan}[singleton]
+            torch.testing.assert_close(first, torch.tensor([alone]), rtol=0, atol=0, equal_nan=True)
 
 
 def check_whiten(

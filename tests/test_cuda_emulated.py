@@ -111,6 +111,10 @@ def test_group(name: str, contiguous: bool, emulator: Emulator) -> None:
         raw_checks.check_group(group, "cpu", options, rows, contiguous=contiguous, wide=rows == 12)
 
 
+def test_group_corners(emulator: Emulator) -> None:
+    raw_checks.check_group_corners(group, "cpu")
+
+
 def test_group_larger_than_a_warp(emulator: Emulator) -> None:
     rewards = torch.randn(200, 1, generator=torch.Generator().manual_seed(0))
     for index in (torch.zeros(200, dtype=torch.int64), torch.arange(200) // 64, torch.arange(200) // 33):

@@ -250,6 +250,10 @@ def test_small_group(name: str, contiguous: bool, backend: Callable[[str], Modul
         raw_checks.check_group(backend("group"), "cuda", options, rows, contiguous=contiguous, wide=rows == 12)
 
 
+def test_small_group_corners(backend: Callable[[str], ModuleType]) -> None:
+    raw_checks.check_group_corners(backend("group"), "cuda")
+
+
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_small_whiten(shift_mean: bool, masked: bool, backend: Callable[[str], ModuleType]) -> None:

@@ -10,11 +10,15 @@ import torch
 from criterion import assert_as_good_as_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_checks import check_group_corners
 
 import fastreward as fr
+from fastreward.cpu import group as cpu
+from fastreward.reference import group as reference
 from fastreward.reference.group import group_advantages as truth_of
 
 CENTERS = ["mean", "leave-one-out", "length-weighted", "second-max", "none"]
+INFINITY = float("inf")
 SCALES = ["std", "batch-std", "max", "none"]
 
 
@@ -57,6 +61,15 @@ class TestNumbers:
         got = check(torch.tensor([1.0, 2.0, 4.0]), ["a", "b", "b"], singleton=singleton)
         assert {"zero": got[0] == 0, "raw": got[0] == 1, "nan": torch.isnan(got[0])}[singleton]
 
+    @pytest.mark.parametrize("normalize", ["sum-then-normalize", "normalize-then-sum"])
+    def test_raw_singletons_of_weighted_components(self, normalize: str) -> None:
+        """The second component of group b has one score: normalised on its own, that is a singleton too."""
+        rewards = torch.tensor([[1.0, 3.0], [2.0, torch.nan], [4.0, 5.0], [torch.nan, 7.0]])
+        options = {"singleton": "raw", "component_weights": [2.0, -0.5], "scale": "none", "normalize": normalize}
+        got = check(rewards, ["a", "b", "b", "c"], **options)
+        b = [-0.75, 0.75] if normalize == "sum-then-normalize" else [-2.0, 2.0 - 2.5]
+        assert got.tolist() == [0.5, *b, -3.5]
+
     @pytest.mark.parametrize(("ddof", "eps", "inside"), [(1, 1e-4, False), (0, 1e-8, False), (1, 1e-3, True)])
     def test_std_conventions(self, ddof: int, eps: float, inside: bool) -> None:
         check(torch.randn(32), group_size=8, ddof=ddof, eps=eps, eps_inside=inside)
@@ -71,9 +84,56 @@ class TestNumbers:
         """E[x^2] - E[x]^2 loses everything here (verl#6348)."""
         check(1e6 + torch.randn(64).double() * 1e-3, group_size=8)
 
+    def test_corners(self, request: pytest.FixtureRequest) -> None:
+        check_group_corners({"cpu": cpu, "reference": reference}[request.node.callspec.params["_backend"]], "cpu")
+
+    def test_strided_arguments(self) -> None:
+        """Every per-rollout argument is read by its own strides, rewards by rows and by columns."""
+        rewards, wide = torch.randn(3, 12).T, torch.rand(12, 5) + 0.5
+        options = {"component_weights": torch.tensor([1.0, 9.0, -0.5, 9.0, 2.0, 9.0])[::2], "group_size": 4}
+        check(rewards, **options, center=wide[:, 1], scale=wide[:, 3])
+        check(rewards, **options, center="length-weighted", lengths=(wide[:, 2] * 10).long())
+        check(rewards[:, 1], torch.tensor([3, 0, 5, 0] * 6)[::2], center=wide[:, 0].double(), scale="std")
+
+    def test_mask_says_who_is_there(self) -> None:
+        rewards, mask = torch.randn(12, 2), torch.arange(12) % 3
+        absent = rewards.clone()
+        absent[mask == 0] = torch.nan
+        rewards[mask == 0] = torch.inf  # does not matter
+        center = torch.randn(12).masked_fill(mask == 0, torch.nan)
+        for form in (mask, mask.bool(), mask.float(), mask.double()):
+            for options in ({}, {"center": center}, {"scale": "batch-std", "normalize": "normalize-then-sum"}):
+                got = fr.group_advantages(rewards, group_size=6, mask=form, **options)
+                assert torch.equal(got, check(absent, group_size=6, **options))
+                assert not got[mask == 0].any()
+                assert got[mask != 0].all()
+
+    @pytest.mark.parametrize("what", ["center", "scale", "lengths"])
+    def test_what_belongs_to_unscored_rollouts_does_not_matter(self, what: str) -> None:
+        rewards = torch.tensor([1.0, torch.nan, 4.0, 2.0, torch.nan, torch.nan])
+        given = torch.tensor([1.0, torch.nan, 2.0, 3.0, torch.inf, -1.0])
+        options = {what: given} | ({"center": "length-weighted"} if what == "lengths" else {})
+        got = fr.group_advantages(rewards, group_size=3, **options)
+        assert torch.isfinite(got).all()
+        assert torch.equal(
+            got, fr.group_advantages(rewards, group_size=3, **options | {what: given.nan_to_num(7, 7, 7)})
+        )
+
     @pytest.mark.parametrize("count", [0, 1])
     def test_tiny_batches(self, count: int) -> None:
         assert fr.group_advantages(torch.randn(count), torch.zeros(count, dtype=torch.long)).shape == (count,)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16]
+)
+def test_rewards_of_every_dtype_are_converted_exactly(dtype: torch.dtype) -> None:
+    rewards = torch.tensor([[0.0, 1.0], [1.0, 1.0], [3.0, 0.0], [100.0, 7.0]]).to(dtype)
+    expected = fr.group_advantages(rewards.double(), group_size=2)
+    assert expected.all()
+    assert torch.equal(fr.group_advantages(rewards, group_size=2), expected)
+    large = torch.tensor([2**53, 2**53 - 1])  # a float32 would take them for equal
+    assert fr.group_advantages(large, group_size=2, scale="none").tolist() == [0.5, -0.5]
 
 
 def test_strings_integers_and_sizes_agree() -> None:
@@ -130,11 +190,42 @@ def test_trl_convention() -> None:
         (TypeError, r"group_ids: expected integers \[B\] or a sequence of hashables, got 3", {"group_ids": 3}),
         (TypeError, r"group_size: expected an integer \(rollouts of a group\), got 2\.0", {"group_size": 2.0}),
         (TypeError, r"ddof: expected an integer", {"group_size": 2, "ddof": "a"}),
+        (TypeError, r"rewards: expected real numbers, got complex64", {"group_size": 2, "rewards": torch.ones(6) * 1j}),
         (
-            TypeError,
-            r"rewards: expected dtype float32, float64, got int64",
-            {"group_size": 2, "rewards": torch.ones(6).long()},
+            ValueError,
+            r"rewards: expected finite numbers, or NaN for what is not scored, got -inf at index \[4, 1\]",
+            {"group_size": 2, "rewards": torch.tensor([[1, 2]] * 4 + [[3, -INFINITY]] * 2)},
         ),
+        (
+            ValueError,
+            r"lengths: expected finite numbers >= 0, got -2 at index \[3\]",
+            {"group_size": 2, "center": "length-weighted", "lengths": torch.tensor([1, 0, 1, -2, 1, 1])},
+        ),
+        (
+            ValueError,
+            r"lengths: expected finite numbers >= 0, got nan at index \[1\]",
+            {
+                "group_size": 2,
+                "center": "length-weighted",
+                "lengths": torch.tensor([1, INFINITY - INFINITY, 1, 1, 1, 1]),
+            },
+        ),
+        (
+            ValueError,
+            r"center: expected finite numbers, got inf at index \[0\]",
+            {"group_size": 2, "center": torch.full((6,), INFINITY)},
+        ),
+        (
+            ValueError,
+            r"scale: expected finite numbers, got inf at index \[0\]",
+            {"group_size": 2, "scale": torch.full((6,), INFINITY)},
+        ),
+        (
+            ValueError,
+            r"component_weights: expected finite numbers, got nan at index \[0\]",
+            {"group_size": 2, "component_weights": [float("nan")]},
+        ),
+        (ValueError, r"mask: expected shape \[6\] \(one per rollout\)", {"group_size": 2, "mask": torch.ones(6, 1)}),
     ],
 )
 def test_messages(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:

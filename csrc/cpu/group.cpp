@@ -131,7 +131,7 @@ double centred(const GroupProblem& p, const Statistics& s, std::int64_t row, dou
     case Center::leave_one_out:
       return shifted - (s.sum - shifted) / static_cast<double>(s.count - 1);
     case Center::length_weighted:
-      return shifted - s.weighted_sum / s.weight;
+      return s.weight > 0.0 ? shifted - s.weighted_sum / s.weight : 0.0;  // no tokens, no baseline
     case Center::second_max:
       return value - (row == s.largest_row ? s.second : s.largest);
     case Center::tensor:
@@ -142,13 +142,13 @@ double centred(const GroupProblem& p, const Statistics& s, std::int64_t row, dou
 
 // Standard deviation of a population with eps put where the options say.
 double deviation(const GroupProblem& p, const Members& members, const double* values, const Statistics& s) {
-    double squares = 0.0;
+  double squares = 0.0;
   for_scored(members, values, [&](std::int64_t, double value) {
     const double d = (value - s.origin) - s.mean;
     squares += d * d;
   });
   const double freedom = static_cast<double>(s.count - p.ddof);
-  const double variance = squares / (freedom > 0.0 ? freedom : 0.0);
+  const double variance = freedom > 0.0 ? squares / freedom : kInfinity;
   return p.eps_inside ? std::sqrt(variance + p.eps) : std::sqrt(variance) + p.eps;
 }
 
@@ -166,6 +166,9 @@ double divisor_of(const GroupProblem& p, const Members& members, const double* v
   return largest + p.eps;
 }
 
+// 0 / 0 is 0: where nothing is left after centring, no divisor makes something of it; all else is infinite as f32.
+double not_zero(double divisor) { return divisor == 0.0 ? std::numeric_limits<double>::min() : divisor; }
+
 double singleton_value(Singleton rule, double value) {
   if (rule == Singleton::raw) return value;
   return rule == Singleton::zero ? 0.0 : std::numeric_limits<double>::quiet_NaN();
@@ -175,16 +178,16 @@ double singleton_value(Singleton rule, double value) {
 void normalise_group(const GroupProblem& p, const Members& members, const double* values, double batch_deviation,
                      double weight, double* totals) {
   const Statistics s = statistics_of(p, members, values);
-  if (s.count == 1) {
+  if (s.count == 1 && p.singleton != Singleton::like_others) {
     for_scored(members, values, [&](std::int64_t row, double value) {
       totals[row] += weight * singleton_value(p.singleton, value);
     });
     return;
   }
   if (s.count == 0) return;
-  const double divisor = divisor_of(p, members, values, s, batch_deviation);
+  const double divisor = not_zero(divisor_of(p, members, values, s, batch_deviation));
   for_scored(members, values, [&](std::int64_t row, double value) {
-    const double by = p.scale == Scale::tensor ? static_cast<double>(p.scale_values[row]) : divisor;
+    const double by = p.scale == Scale::tensor ? not_zero(static_cast<double>(p.scale_values[row])) : divisor;
     totals[row] += weight * (centred(p, s, row, value) / by);
   });
 }

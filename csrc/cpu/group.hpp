@@ -7,10 +7,10 @@
 
 namespace fastreward {
 
-// The numbers are the positions in fastreward/_options.py: CENTERS, SCALES, SINGLETONS, NORMALIZES.
+// The numbers are those of fastreward/_options.py: GroupOptions.numbers, NORMALIZES. like_others: no rule for singletons.
 enum class Center : int { none, mean, leave_one_out, length_weighted, second_max, tensor };
 enum class Scale : int { none, std_dev, batch_std, max, tensor };
-enum class Singleton : int { zero, raw, nan };
+enum class Singleton : int { zero, raw, nan, like_others };
 enum class Normalize : int { sum_then_normalize, normalize_then_sum };
 
 struct GroupProblem {

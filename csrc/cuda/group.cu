@@ -17,7 +17,7 @@ constexpr int WHOLE = 1024;  // threads of the one block that looks at all rows
 
 enum Center { CENTER_NONE, CENTER_MEAN, LEAVE_ONE_OUT, LENGTH_WEIGHTED, SECOND_MAX, CENTER_TENSOR };
 enum Scale { SCALE_NONE, SCALE_STD, BATCH_STD, SCALE_MAX, SCALE_TENSOR };
-enum Singleton { SINGLETON_ZERO, SINGLETON_RAW, SINGLETON_NAN };
+enum Singleton { SINGLETON_ZERO, SINGLETON_RAW, SINGLETON_NAN, LIKE_OTHERS };
 
 struct GroupArguments {
   const void* rewards;  // [rows, components], f32 or f64
@@ -67,7 +67,8 @@ struct Members {
 };
 
 struct GroupSums {
-  double count, sum, length, weighted;  // of the scored members
+  double origin;                        // some scored member's reward: equal rewards are exactly their mean
+  double count, sum, length, weighted;  // of the scored members; sum and weighted relative to origin
   double first, second;                 // the two largest rewards, equal ones counted apart
   double spread;                        // sum of squared deviations from the mean, or the largest |reward - centre|
 };
@@ -80,25 +81,35 @@ __device__ __forceinline__ void two_largest(double& first, double& second, doubl
   second = fmax(fmax(second, y), next);
 }
 
-__device__ __forceinline__ double center_of(const GroupArguments& a, const GroupSums& g, i64 row, double r) {
+__device__ __forceinline__ double centred(const GroupArguments& a, const GroupSums& g, i64 row, double r) {
+  const double shifted = r - g.origin;
   switch (a.center) {
-    case CENTER_MEAN: return g.sum / g.count;
-    case LEAVE_ONE_OUT: return (g.sum - r) / (g.count - 1.);
-    case LENGTH_WEIGHTED: return g.weighted / g.length;
-    case SECOND_MAX: return r == g.first ? g.second : g.first;  // the largest of the others
-    case CENTER_TENSOR: return a.center_values[row];
-    default: return 0.;
+    case CENTER_MEAN: return shifted - g.sum / g.count;
+    case LEAVE_ONE_OUT: return shifted - (g.sum - shifted) / (g.count - 1.);
+    case LENGTH_WEIGHTED: return g.length > 0. ? shifted - g.weighted / g.length : 0.;  // no tokens, no baseline
+    case SECOND_MAX: return r - (r == g.first ? g.second : g.first);                    // the largest of the others
+    case CENTER_TENSOR: return r - double(a.center_values[row]);
+    default: return r;
   }
 }
 
+// The highest scored reward among a group's first members, 0 where these have none.
+__device__ __forceinline__ double origin_of(const GroupArguments& a, const Members& m, i64 which, int lane) {
+  const i64 i = m.begin + lane;
+  const double r = i < m.end ? reward(a, m.row(i), which) : double(not_a_number());
+  const double highest = warp_max(isnan(r) ? lowest() : r);
+  return highest > lowest() ? highest : 0.;
+}
+
 __device__ __forceinline__ GroupSums group_sums(const GroupArguments& a, const Members& m, i64 which, int lane) {
-  GroupSums g = {0., 0., 0., 0., lowest(), lowest(), 0.};
+  GroupSums g = {origin_of(a, m, which, lane), 0., 0., 0., 0., lowest(), lowest(), 0.};
   for (i64 i = m.begin + lane; i < m.end; i += WARP) {
     const i64 row = m.row(i);
     const double r = reward(a, row, which);
     if (isnan(r)) continue;
     const double length = a.lengths ? double(a.lengths[row]) : 0.;
-    g.count += 1., g.sum += r, g.length += length, g.weighted += length * r;
+    const double shifted = r - g.origin;
+    g.count += 1., g.sum += shifted, g.length += length, g.weighted += length * shifted;
     two_largest(g.first, g.second, r, lowest());
   }
   g.count = warp_sum(g.count), g.sum = warp_sum(g.sum);
@@ -113,28 +124,32 @@ __device__ __forceinline__ GroupSums group_sums(const GroupArguments& a, const M
     const i64 row = m.row(i);
     const double r = reward(a, row, which);
     if (isnan(r)) continue;
-    if (a.scale == SCALE_MAX)
-      g.spread = fmax(g.spread, fabs(r - center_of(a, g, row, r)));
-    else
-      g.spread += (r - mean) * (r - mean);
+    const double d = a.scale == SCALE_MAX ? centred(a, g, row, r) : (r - g.origin) - mean;
+    g.spread = a.scale == SCALE_MAX ? fmax(g.spread, fabs(d)) : g.spread + d * d;
   }
   g.spread = a.scale == SCALE_MAX ? warp_max(g.spread) : warp_sum(g.spread);
   return g;
+}
+
+// Infinite without degrees of freedom.
+__device__ __forceinline__ double variance_of(const GroupArguments& a, double squares, double count) {
+  const double freedom = count - double(a.ddof);
+  return freedom > 0. ? squares / freedom : -lowest();
 }
 
 __device__ __forceinline__ double scaled_by(const GroupArguments& a, const GroupSums& g, i64 row, i64 which) {
   if (a.scale == SCALE_NONE) return 1.;
   if (a.scale == SCALE_TENSOR) return a.scale_values[row];
   if (a.scale == SCALE_MAX) return g.spread + a.eps;
-  const double variance =
-      a.scale == BATCH_STD ? a.batch_variance[which] : g.spread / fmax(g.count - double(a.ddof), 0.);
+  const double variance = a.scale == BATCH_STD ? a.batch_variance[which] : variance_of(a, g.spread, g.count);
   return a.eps_inside ? sqrt(variance + a.eps) : sqrt(variance) + a.eps;
 }
 
 __device__ __forceinline__ double advantage(const GroupArguments& a, const GroupSums& g, i64 row, double r, i64 which) {
-  if (g.count == 1.)
+  if (g.count == 1. && a.singleton != LIKE_OTHERS)
     return a.singleton == SINGLETON_ZERO ? 0. : a.singleton == SINGLETON_RAW ? r : double(not_a_number());
-  return (r - center_of(a, g, row, r)) / scaled_by(a, g, row, which);
+  const double d = centred(a, g, row, r);
+  return d == 0. ? 0. : d / scaled_by(a, g, row, which);  // 0 / 0 is 0
 }
 
 __device__ __forceinline__ void normalise_group(const GroupArguments& a, const Members& m, int lane) {
@@ -196,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(WHOLE) group_batch_variance(const G
     if (!isnan(r)) squares += (r - mean) * (r - mean);
   }
   squares = block_sum<WHOLE>(squares, shared);
-  if (threadIdx.x == 0) a.batch_variance[which] = squares / fmax(count - double(a.ddof), 0.);
+  if (threadIdx.x == 0) a.batch_variance[which] = variance_of(a, squares, count);
 }
 
 #ifndef __CUDACC_RTC__

@@ -53,6 +53,7 @@ def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "contiguous groups", {"rewards": rewards, "group_size": 8}
     yield "float64 rewards", {"rewards": rewards.double(), "group_size": 8}
     yield "equal rewards", {"rewards": torch.ones(rows), "group_size": 8}
+    yield "equal rewards, eps 0", {"rewards": torch.full((rows,), 0.1).double(), "group_size": 8, "eps": 0.0}
     yield "near-equal large rewards", {"rewards": 1e4 + 1e-2 * rewards, "group_size": 8}
     unscored = torch.where(torch.rand(rows, generator=generator) < 0.2, torch.nan, rewards)
     yield "NaN rewards", {"rewards": unscored, "group_ids": ids}

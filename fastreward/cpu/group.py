@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastreward import _core
-from fastreward._options import CENTERS, NORMALIZES, SCALES, SINGLETONS, GroupOptions
+from fastreward._options import NORMALIZES, GroupOptions
 from fastreward.cpu._pointers import address
 
 
@@ -22,6 +22,7 @@ def forward(
 ) -> Tensor:
     """Advantages f32 [B]; statistics in float64."""
     rows, components = rewards.shape
+    center, scale, singleton = options.numbers(center_values, scale_values)
     advantages = torch.empty(rows, dtype=torch.float32, device="cpu")
     _core.group_advantages(
         rewards.data_ptr(),
@@ -34,12 +35,12 @@ def forward(
         address(component_weights),
         address(center_values),
         address(scale_values),
-        CENTERS.index(options.center if center_values is None else "tensor"),
-        SCALES.index(options.scale if scale_values is None else "tensor"),
+        center,
+        scale,
         options.ddof,
         options.eps,
         options.eps_inside,
-        SINGLETONS.index(options.singleton),
+        singleton,
         NORMALIZES.index(options.normalize),
         advantages.data_ptr(),
         torch.get_num_threads(),

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fastreward._options import CENTERS, SCALES, SINGLETONS, GroupOptions
+from fastreward._options import GroupOptions
 from fastreward.cuda._launch import launch, pack
 
 _SOURCE: Final = "group"
@@ -39,16 +39,15 @@ def forward(
     separate = options.normalize == "normalize-then-sum"
     batch_std = options.scale == "batch-std"
     variances = components if separate else 1
-    center = "tensor" if center_values is not None else options.center
-    scale = "tensor" if scale_values is not None else options.scale
+    center, scale, singleton = options.numbers(center_values, scale_values)
     variance = torch.empty(variances, dtype=torch.float64, device=device) if batch_std else None
     sums = torch.empty(rows, dtype=torch.float64, device=device) if separate else None
     rewards = rewards.contiguous()
     arguments = pack(
         rewards, int(rewards.dtype == torch.float64), rows, components, keys, order, group_size,
         lengths, component_weights, center_values, scale_values,
-        CENTERS.index(center), SCALES.index(scale), options.ddof, float(options.eps), int(options.eps_inside),
-        SINGLETONS.index(options.singleton), int(separate), variance, sums, out,
+        center, scale, options.ddof, float(options.eps), int(options.eps_inside), singleton, int(separate),
+        variance, sums, out,
     )  # fmt: skip
     if batch_std:
         launch(_SOURCE, "group_batch_variance", variances, _WHOLE, arguments, device)

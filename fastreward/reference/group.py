@@ -24,7 +24,10 @@ def group_advantages(
     component_weights: Tensor | Sequence[float] | None = None,
     normalize: str = "sum-then-normalize",
 ) -> Tensor:
-    """Advantages [B] in float64 from rewards [B] or [B, K] (NaN = not scored); arguments as fastreward's."""
+    """Advantages [B] in float64 from rewards [B] or [B, K] (NaN = not scored); arguments as fastreward's.
+
+    0 / 0 is 0: where nothing is left after centring, no divisor makes something of it.
+    """
     r = rewards.double() if rewards.ndim == 2 else rewards.double().unsqueeze(-1)
     weights = (
         torch.ones(r.shape[1]).double() if component_weights is None else torch.as_tensor(component_weights).double()
@@ -60,19 +63,23 @@ def _normalise(
 ) -> Tensor:
     out = torch.zeros_like(x)
     scored = ~torch.isnan(x)
+    of_group = not (isinstance(center, Tensor) or center == "none") or (
+        not isinstance(scale, Tensor) and scale in ("std", "max")
+    )
     for key in dict.fromkeys(keys):
         rows = torch.tensor([b for b, k in enumerate(keys) if k == key and scored[b]], dtype=torch.long)
         n = len(rows)
         if n == 0:
             continue
-        if n == 1:
+        if n == 1 and of_group:  # of one there is no statistic
             out[rows] = {"zero": torch.zeros(1).double(), "raw": x[rows], "nan": torch.full((1,), torch.nan).double()}[
                 singleton
             ]
             continue
         values = x[rows]
         centred = values - _center(values, rows, center, lengths)
-        out[rows] = centred / _scale(values, centred, x[scored], rows, scale, ddof, eps, eps_inside)
+        divisor = _scale(values, centred, x[scored], rows, scale, ddof, eps, eps_inside)
+        out[rows] = torch.where((centred == 0) & (divisor == 0), 0.0, centred / divisor)
     return out
 
 
@@ -83,14 +90,22 @@ def _center(values: Tensor, rows: Tensor, center: str | Tensor, lengths: Tensor 
     if center == "none":
         return torch.zeros_like(values)
     if center == "mean":
-        return values.mean().expand(n)
+        return _mean(values).expand(n)
+    shifted = values - values[0]
     if center == "leave-one-out":
-        return (values.sum() - values) / (n - 1)
+        return values[0] + (shifted.sum() - shifted) / (n - 1)
     if center == "length-weighted":
         assert lengths is not None
         weight = lengths.double()[rows]
-        return ((weight * values).sum() / weight.sum()).expand(n)
+        if weight.sum() == 0:  # no tokens, no baseline: nobody is better than it
+            return values
+        return (values[0] + (weight * shifted).sum() / weight.sum()).expand(n)
     return torch.stack([torch.cat([values[:i], values[i + 1 :]]).max() for i in range(n)])  # second-max
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean; of equal values exactly their value, whatever its rounding."""
+    return values[0] + (values - values[0]).mean()
 
 
 def _scale(
@@ -110,7 +125,8 @@ def _scale(
     if scale == "max":
         return centred.abs().max() + eps
     population = values if scale == "std" else everyone
-    variance = ((population - population.mean()) ** 2).sum() / max(len(population) - ddof, 0)
+    freedom = len(population) - ddof
+    variance = ((population - _mean(population)) ** 2).sum() / freedom if freedom > 0 else torch.tensor(torch.inf)
     return (variance + eps).sqrt() if eps_inside else variance.sqrt() + eps
 
 

@@ -1,16 +1,17 @@
-"""kernels/group.py under Triton's interpreter, against float64 torch written out here, one group at a time."""
+"""kernels/group.py under Triton's interpreter, against the float64 reference."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
+import raw_checks
 import torch
 from fastreward.kernels import group as kernels
 from torch import Tensor
 
 from fastreward._options import GroupOptions
+from fastreward.reference import group as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -28,52 +29,11 @@ def case(components: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return rewards, labels, torch.randint(1, 50, (len(labels),), generator=g).float()
 
 
-def column(
-    x: Tensor, labels: Tensor, lengths: Tensor, o: GroupOptions, center: Tensor | None, scale: Tensor | None
-) -> Tensor:
-    out = torch.zeros_like(x)
-    scored = ~x.isnan()
-    for label in labels.unique():
-        rows = ((labels == label) & scored).nonzero().squeeze(1)
-        v, n = x[rows], len(rows)
-        if n == 0:
-            continue
-        if n == 1:
-            out[rows] = {"zero": torch.zeros(1).double(), "raw": v, "nan": v * math.nan}[o.singleton]
-            continue
-        w = lengths[rows].double()
-        c = (
-            {
-                "none": torch.zeros(n).double(),
-                "mean": v.mean(),
-                "leave-one-out": (v.sum() - v) / (n - 1),
-                "length-weighted": (w * v).sum() / w.sum(),
-                "second-max": torch.stack([torch.cat([v[:i], v[i + 1 :]]).max() for i in range(n)]),
-            }[o.center]
-            if center is None
-            else center[rows].double()
-        )
-        d = v - c
-        population = x[scored] if o.scale == "batch-std" else v
-        variance = population.var(correction=o.ddof)
-        std = (variance + o.eps).sqrt() if o.eps_inside else variance.sqrt() + o.eps
-        s = {"none": torch.ones(()), "max": d.abs().max() + o.eps}.get(o.scale, std) if scale is None else scale[rows]
-        out[rows] = d / s.double()
-    return out
-
-
 def truth(
     rewards: Tensor, labels: Tensor, lengths: Tensor, o: GroupOptions, weights: Tensor | None = None,
     center: Tensor | None = None, scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    r = rewards.double()
-    w = torch.ones(r.shape[1]).double() if weights is None else weights.double()
-    none = r.isnan().all(1)
-    if o.normalize == "sum-then-normalize":
-        out = column(torch.where(none, torch.nan, (r * w).nansum(1)), labels, lengths, o, center, scale)
-    else:
-        out = sum(w[k] * column(r[:, k], labels, lengths, o, center, scale) for k in range(r.shape[1]))
-    return torch.where(none, 0.0, out)
+    return reference.forward(rewards, labels, 0, lengths, weights, center, scale, o).double()
 
 
 def check(got: Tensor, want: Tensor) -> None:
@@ -144,3 +104,16 @@ def test_permuted_batch_gives_the_same_advantages_and_no_rows_none() -> None:
     got = kernels.forward(rewards[order], labels[order], 0, None, None, None, None, o)
     check(got, kernels.forward(rewards, labels, 0, None, None, None, None, o)[order].double())
     assert kernels.forward(rewards[:0], labels[:0], 0, None, None, None, None, o).shape == (0,)
+
+
+def test_corners() -> None:
+    raw_checks.check_group_corners(kernels, "cpu")
+
+
+def test_a_large_group_without_scores_at_its_beginning() -> None:
+    """Sums are relative to a scored reward among the first members, where there is one."""
+    rewards = torch.randn(170, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 1e3
+    rewards[:140] = torch.nan
+    labels, o = torch.zeros(170, dtype=torch.int64), GroupOptions()
+    got = kernels.forward(rewards, labels, 0, None, None, None, None, o)
+    check(got, truth(rewards, labels, torch.ones(170), o))
