@@ -44,7 +44,7 @@ build: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python demo/run.py
 
-# Two workers with two threads each on two cores: a thread that waits must not keep its core busy.
+# Two workers with two threads each on two cores: a thread of torch's that waits must not keep its core busy.
 test: $(STAMP) $(PEERS) lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-import torch as _torch  # noqa: F401  first: the extension shares the OpenMP runtime that torch has loaded
-
 from fastreward import losses
 from fastreward._dispatch import BackendError, backend
 from fastreward._results import PolicyLoss

@@ -61,10 +61,10 @@ def test_doctor_without_anything_optional(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_doctor_reports_a_broken_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(operation: str, backend: str) -> None:
-        raise ImportError("libgomp.so.1 is missing")
+        raise ImportError("libstdc++.so.6 is missing")
 
     monkeypatch.setattr(doctor._dispatch, "implementation", broken)
-    assert doctor.status("group", "cpu") == "does not import: ImportError: libgomp.so.1 is missing"
+    assert doctor.status("group", "cpu") == "does not import: ImportError: libstdc++.so.6 is missing"
 
 
 # ------------------------------------------------------------------------------------------------------------ verify

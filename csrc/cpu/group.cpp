@@ -10,10 +10,12 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/threads.hpp"
+
 namespace fastreward::FASTREWARD_ISA {
 namespace {
 
-constexpr std::int64_t kParallelRows = 1 << 14;
+constexpr std::int64_t kRows = 1 << 12;  // a thread's share, at least
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // The rows of one group.
@@ -66,18 +68,19 @@ double weight_of(const GroupProblem& p, std::int64_t component) {
 template <class T>
 void sum_components(const GroupProblem& p, double* values) {
   const T* rewards = static_cast<const T*>(p.rewards);
-#pragma omp parallel for num_threads(p.threads) if (p.rows >= kParallelRows) schedule(static)
-  for (std::int64_t b = 0; b < p.rows; ++b) {
-    double total = 0.0;
-    bool scored = false;
-    for (std::int64_t k = 0; k < p.components; ++k) {
-      const double reward = static_cast<double>(rewards[b * p.components + k]);
-      if (std::isnan(reward)) continue;
-      total += weight_of(p, k) * reward;
-      scored = true;
+  parallel_ranges(p.threads, p.rows, grain_of(p.rows, kRows), [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t b = begin; b < end; ++b) {
+      double total = 0.0;
+      bool scored = false;
+      for (std::int64_t k = 0; k < p.components; ++k) {
+        const double reward = static_cast<double>(rewards[b * p.components + k]);
+        if (std::isnan(reward)) continue;
+        total += weight_of(p, k) * reward;
+        scored = true;
+      }
+      values[b] = scored ? total : std::numeric_limits<double>::quiet_NaN();
     }
-    values[b] = scored ? total : std::numeric_limits<double>::quiet_NaN();
-  }
+  });
 }
 
 template <class T>
@@ -198,9 +201,11 @@ void normalise(const GroupProblem& p, const GroupScratch& s, const std::int64_t*
     const Members everyone{nullptr, 0, p.rows};
     batch_deviation = deviation(p, everyone, s.values, statistics_of(p, everyone, s.values));
   }
-#pragma omp parallel for num_threads(p.threads) if (p.rows >= kParallelRows) schedule(static)
-  for (std::int64_t g = 0; g < p.groups; ++g)
-    normalise_group(p, members_of(p, s, order, g), s.values, batch_deviation, weight, s.totals);
+  const std::int64_t least = kRows * p.groups / (p.rows + 1);
+  parallel_ranges(p.threads, p.groups, grain_of(p.groups, least), [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t g = begin; g < end; ++g)
+      normalise_group(p, members_of(p, s, order, g), s.values, batch_deviation, weight, s.totals);
+  });
 }
 
 template <class T>

@@ -7,6 +7,7 @@
 
 #include "cpu/logprobs_rows.hpp"
 #include "cpu/program_internal.hpp"
+#include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 namespace {
@@ -106,14 +107,10 @@ class Rows {
 
 // -------------------------------------------------------------------------------------------------------- launcher
 void logits_policy_loss(const LogitsPolicyLoss& call) {
-  const int threads = call.in.threads;
-#pragma omp parallel num_threads(threads) if (threads > 1 && call.in.rows > 1)
-  {
-    const simd::FlushDenormals flush;
-    Rows rows(call);
-#pragma omp for schedule(dynamic, 1)
-    for (std::int64_t row = 0; row < call.in.rows; ++row) rows.run(row);
-  }
+  const auto make = [&] { return Rows(call); };
+  const PerSlot rows(call.in.threads, make);
+  parallel_for(call.in.rows, call.in.threads, row_grain(call.in),
+               [&](std::int64_t row, int slot) { rows[slot].run(row); });
 }
 
 }  // namespace fastreward::FASTREWARD_ISA

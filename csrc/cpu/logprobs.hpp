@@ -107,7 +107,7 @@ struct LogprobsBackward {
   const float* exponentials = nullptr;  // the forward's, of one row: a gradient of logprobs alone needs no others
   const double* block_maxima = nullptr;
   std::int64_t total_bytes = 0;  // of a gradient that is written in parts; 0: this is all of it
-  // Per thread, or per row where rows are few and split: token_count + 1 and keep_count entries.
+  // Per slot of the threads: token_count + 1 and keep_count entries.
   ColumnGradient* columns = nullptr;
   float* kept_logits = nullptr;
 };

@@ -242,18 +242,18 @@ void dense_row(const LogprobsRows& in, std::int64_t index, const RowGradient& g,
 }
 
 template <class T>
-void backward_row(const LogprobsBackward& call, std::int64_t index, int thread, bool streaming, bool split) {
+void backward_row(const LogprobsBackward& call, std::int64_t index, int slot, bool streaming, bool split) {
   const LogprobsRows& in = call.in;
   T* out = static_cast<T*>(call.grad_logits) + index * call.grad_stride;
   if (!row_counts(in, index)) return zero_columns(out, in.columns);
   const RowGradient g = row_gradient(call, index);
-  ColumnGradient* own = call.columns + thread * (in.token_count + 1);
+  ColumnGradient* own = call.columns + slot * (in.token_count + 1);
   const std::int64_t owned = own_columns<T>(call, index, own);
   const bool flat = g.c0 == 0.0 && g.c1 == 0.0 && g.c2 == 0.0 && owned == 0;
   if (flat && std::isfinite(g.max_logprob)) return zero_columns(out, in.columns);  // no gradient came: nothing to read
   const bool scaled = call.exponentials != nullptr && g.c1 == 0.0 && g.c2 == 0.0 && g.inv_softcap == 0.0;
   if (scaled && std::isfinite(g.max_logprob)) scaled_row(call, g, out, streaming);
-  else if (in.keep_ids != nullptr) keep_ids_row(in, index, g, out, call.kept_logits + thread * in.keep_count);
+  else if (in.keep_ids != nullptr) keep_ids_row(in, index, g, out, call.kept_logits + slot * in.keep_count);
   else dense_row(in, index, g, out, streaming, split);
   for (std::int64_t i = 0; i < owned; ++i)
     write(out + own[i].column, static_cast<float>(g.at(own[i].logit, own[i].amount)));
@@ -272,7 +272,7 @@ void logprobs_backward(const LogprobsBackward& call) {
     const auto bytes = call.total_bytes > 0 ? call.total_bytes : here;
     const bool streaming = call.grad_logits != in.logits && bytes >= kCached;
     parallel_for(in.rows, split ? 1 : in.threads, row_grain(in),
-                 [&](std::int64_t index, int thread) { backward_row<T>(call, index, thread, streaming, split); });
+                 [&](std::int64_t index, int slot) { backward_row<T>(call, index, slot, streaming, split); });
   });
 }
 

@@ -1,11 +1,10 @@
 // What forward and backward of logprobs share: scalar reads of a row and the loop over rows. For csrc/cpu only.
 #pragma once
 
-#include <omp.h>
-
 #include "common/exp_scaled.hpp"
 #include "common/simd.hpp"
 #include "cpu/logprobs.hpp"
+#include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA::logprobs {
 
@@ -49,29 +48,19 @@ inline bool is_kept(const LogprobsRows& in, std::int64_t row, std::int64_t colum
   return false;
 }
 
-// body(i, thread) for i in [0, n): whoever is free takes the next one, so masked rows cost nothing. Results may not
-// depend on which thread ran what.
+// body(i, slot) for i in [0, n), `grain` at a time: whoever is free takes the next ones, so masked rows cost nothing.
 template <class Body>
 inline void parallel_for(std::int64_t n, int threads, std::int64_t grain, const Body& body) {
-  if (threads <= 1 || n <= 1) {
+  parallel_ranges(threads, n, grain, [&](std::int64_t begin, std::int64_t end, int slot) {
     const simd::FlushDenormals flush;
-    for (std::int64_t i = 0; i < n; ++i) body(i, 0);
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    const simd::FlushDenormals flush;
-    const int thread = omp_get_thread_num();
-#pragma omp for schedule(dynamic, grain)
-    for (std::int64_t i = 0; i < n; ++i) body(i, thread);
-  }
+    for (std::int64_t i = begin; i < end; ++i) body(i, slot);
+  });
 }
 
-// Rows that a thread takes at a time: about a megabyte's worth, so that neighbours stay together.
+// Rows that a thread takes at a time: a quarter of a megabyte's worth, so that neighbours stay together.
 inline std::int64_t row_grain(const LogprobsRows& in) {
-  const std::int64_t grain = (std::int64_t{1} << 18) / (in.columns + 1);
-  const std::int64_t fair = in.rows / (4 * (in.threads > 0 ? in.threads : 1));
-  return grain < 1 || fair < 1 ? 1 : grain < fair ? grain : fair;
+  const std::int64_t grain = (std::int64_t{1} << 16) / (in.columns + 1);
+  return grain < 1 ? 1 : grain;
 }
 
 // Calls f(pointer of the element type) for the logits' dtype.

@@ -10,12 +10,13 @@
 #include <numeric>
 
 #include "cpu/prefix_tree.hpp"
+#include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 namespace {
 
-constexpr std::int64_t kParallelTokens = 1 << 18;  // below, waking a thread costs more than it saves
-constexpr std::int64_t kParallelNodes = 1 << 12;
+constexpr std::int64_t kTokens = 1 << 13;  // a thread's share, at least
+constexpr std::int64_t kNodes = 1 << 10;  // a thread's share, at least
 constexpr std::int32_t kNone = -1;
 
 // ------------------------------------------------------------------------------------------------- rows and groups
@@ -48,6 +49,23 @@ std::int64_t with_mask(const MaskView& mask, F&& f) {
     case MaskKind::none: break;
   }
   return 0;
+}
+
+// f(row) for all rows, of whose masks the ends are read.
+template <class F>
+void for_rows(const std::int64_t* extents, std::int64_t rows, int threads, const F& f) {
+  const std::int64_t least = kTokens * rows / (extents[rows] + 1);
+  parallel_ranges(threads, rows, grain_of(rows, least), [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t row = begin; row < end; ++row) f(row);
+  });
+}
+
+// f(group) for all groups, at least `least` of them at a time.
+template <class F>
+void for_groups(const PrefixForest& forest, int threads, std::int64_t least, const F& f) {
+  parallel_ranges(threads, forest.groups, grain_of(forest.groups, least), [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t g = begin; g < end; ++g) f(g);
+  });
 }
 
 // Rows sorted by group (a stable counting sort).
@@ -362,18 +380,17 @@ void order_rows(const PrefixForest& forest, const PrefixTreeScratch& s, std::int
 // --------------------------------------------------------------------------------------------------------- launchers
 void prefix_tree_lengths(const MaskView& mask, const std::int64_t* extents, const std::int64_t* starts,
                          std::int64_t rows, std::int64_t* lengths, int threads) {
-#pragma omp parallel for num_threads(threads) if (extents[rows] >= kParallelTokens) schedule(static)
-  for (std::int64_t b = 0; b < rows; ++b) {
+  for_rows(extents, rows, threads, [&](std::int64_t b) {
     const std::int64_t begin = starts == nullptr ? extents[b] : starts[b];
     lengths[b] = with_mask(mask, [&](auto* m) { return last_counted(m, begin, extents[b + 1]); }) - begin;
-  }
+  });
 }
 
 void prefix_tree_starts(const MaskView& mask, const std::int64_t* extents, std::int64_t rows, std::int64_t* starts,
                         int threads) {
-#pragma omp parallel for num_threads(threads) if (extents[rows] >= kParallelTokens) schedule(static)
-  for (std::int64_t b = 0; b < rows; ++b)
+  for_rows(extents, rows, threads, [&](std::int64_t b) {
     starts[b] = with_mask(mask, [&](auto* m) { return first_counted(m, extents[b], extents[b + 1]); });
+  });
 }
 
 bool prefix_tree_grow(const PrefixTreeInput& input, PrefixForest& forest, const PrefixTreeScratch& s) {
@@ -384,15 +401,14 @@ bool prefix_tree_grow(const PrefixTreeInput& input, PrefixForest& forest, const 
     s.token_sizes[g + 1] = slot;
     slot += prefix_tree_slots(s.group_start[g + 1] - s.group_start[g]);
   }
-  const bool spread_out = forest.groups > 1 && tokens_of(forest) >= kParallelTokens;
+  const std::int64_t least = kTokens * forest.groups / (tokens_of(forest) + 1);
   bool grown = true;
-#pragma omp parallel for num_threads(input.threads) if (spread_out) schedule(dynamic) reduction(&& : grown)
-  for (std::int64_t g = 0; g < forest.groups; ++g) {
+  for_groups(forest, input.threads, least, [&](std::int64_t g) {
     std::int32_t* const slots = s.slots + s.token_sizes[g + 1];
     const bool done = input.tokens_i64 ? grow_group<std::int64_t>(input, forest, s, g, slots)
                                        : grow_group<std::int32_t>(input, forest, s, g, slots);
-    grown = grown && done;
-  }
+    if (!done) __atomic_store_n(&grown, false, __ATOMIC_RELAXED);
+  });
   s.sizes[0] = s.token_sizes[0] = 0;
   for (std::int64_t g = 0; g < forest.groups; ++g) {
     s.sizes[g + 1] += s.sizes[g];
@@ -404,11 +420,10 @@ bool prefix_tree_grow(const PrefixTreeInput& input, PrefixForest& forest, const 
 }
 
 void prefix_tree_number(const PrefixTreeInput& input, const PrefixForest& forest, const PrefixTreeScratch& s) {
-#pragma omp parallel for num_threads(input.threads) if (forest.size >= kParallelNodes) schedule(dynamic, 16)
-  for (std::int64_t g = 0; g < forest.groups; ++g) {
+  for_groups(forest, input.threads, kNodes * forest.groups / (forest.size + 1), [&](std::int64_t g) {
     number_group(input, forest, s, g);
     order_rows(forest, s, g);
-  }
+  });
 }
 
 }  // namespace fastreward::FASTREWARD_ISA

@@ -5,11 +5,12 @@
 #include <vector>
 
 #include "cpu/prefix_tree.hpp"
+#include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 namespace {
 
-constexpr std::int64_t kParallelTokens = 1 << 17;
+constexpr std::int64_t kTokens = 1 << 14;  // a thread's share, at least
 
 template <class T>
 void token_ids_of(const PrefixForest& forest, const T* tokens, std::int64_t node, std::int64_t source,
@@ -134,11 +135,10 @@ std::int64_t bins_of_rows(const PrefixForest& forest, std::int64_t max_tokens, s
 void prefix_tree_layout(const PrefixForest& forest, const void* tokens, bool tokens_i64, std::int64_t* token_ids,
                         std::int64_t* position_ids, std::int64_t* parent, std::int64_t* tout,
                         std::int64_t* multiplicity, std::int64_t* source, int threads) {
-#pragma omp parallel for num_threads(threads) if (forest.tokens >= kParallelTokens) schedule(dynamic, 16)
-  for (std::int64_t n = 0; n < forest.size; ++n) {
+  const auto lay_out = [&](std::int64_t n) {
     const std::int64_t above = forest.field(kNodeParent)[n];
     const std::int64_t length = forest.field(kNodeEdgeLength)[n];
-    if (length == 0) continue;
+    if (length == 0) return;
     const std::int64_t begin = forest.field(kNodeTokenBegin)[n], position = forest.field(kNodeEdgeStart)[n];
     const std::int64_t from = forest.field(kRowStart)[forest.field(kNodeFirstRow)[n]] + position;
     if (tokens_i64)
@@ -154,7 +154,11 @@ void prefix_tree_layout(const PrefixForest& forest, const void* tokens, bool tok
     parent[begin] = first ? -1 : forest.field(kNodeTokenBegin)[above] + forest.field(kNodeEdgeLength)[above] - 1;
     std::fill_n(tout + begin, length, forest.field(kNodeTokenTout)[n]);
     std::fill_n(multiplicity + begin, length, forest.field(kNodeCount)[n]);
-  }
+  };
+  const std::int64_t least = kTokens * forest.size / (forest.tokens + 1);
+  parallel_ranges(threads, forest.size, grain_of(forest.size, least), [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t n = begin; n < end; ++n) lay_out(n);
+  });
 }
 
 std::int64_t prefix_tree_bins(const PrefixForest& forest, std::int64_t max_tokens, bool by_rows, std::int64_t* bins) {

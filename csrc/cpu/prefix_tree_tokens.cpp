@@ -10,25 +10,25 @@
 
 #include "common/simd.hpp"
 #include "cpu/prefix_tree.hpp"
+#include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 namespace {
 
 using namespace simd;
 
-constexpr std::int64_t kParallelTokens = 1 << 17;
+constexpr std::int64_t kTokens = 1 << 15;  // a thread's share, at least
 constexpr std::int64_t kStreamBytes = std::int64_t{8} << 20;  // larger outputs are written past the caches
 constexpr int kBlock = 1024;  // tokens whose sums and mask bytes lie in cache together
 
-bool spread_out(const PrefixForest& forest, const TokenSpan& span) {
-  return forest.rows > 1 && span.extents[forest.rows] >= kParallelTokens;
-}
-
-// f(row) for all rows.
+// f(i) for i in [0, n), which share the tokens of all rows.
 template <class F>
-void for_rows(const PrefixForest& forest, const TokenSpan& span, int threads, F&& f) {
-#pragma omp parallel for num_threads(threads) if (spread_out(forest, span)) schedule(static)
-  for (std::int64_t row = 0; row < forest.rows; ++row) f(row);
+void for_shares(std::int64_t n, const PrefixForest& forest, const TokenSpan& span, int threads, F&& f) {
+  const std::int64_t least = kTokens * n / (span.extents[forest.rows] + 1);
+  parallel_ranges(threads, n, grain_of(n, least), [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t i = begin; i < end; ++i) f(i);
+    fence();  // of what has been streamed
+  });
 }
 
 // f(node, flat index of the first token of its run, end of the run) for the nodes of a row, from its leaf up.
@@ -118,7 +118,7 @@ void write_lines(const Get& get, const std::uint8_t* bytes, std::int64_t end, fl
 template <class Out, class Make>
 void write_tokens(const PrefixForest& forest, const TokenSpan& span, Out none, Out* out, int threads, Make&& make) {
   const bool past = span.extents[forest.rows] * static_cast<std::int64_t>(sizeof(Out)) >= kStreamBytes;
-  for_rows(forest, span, threads, [&](std::int64_t row) {
+  for_shares(forest.rows, forest, span, threads, [&](std::int64_t row) {
     const std::int64_t start = forest.field(kRowStart)[row], end = start + forest.field(kRowLength)[row];
     std::fill(out + span.extents[row], out + start, none);
     std::fill(out + end, out + span.extents[row + 1], none);
@@ -158,8 +158,7 @@ void collect(const PrefixForest& forest, const TokenSpan& span, TreePlace place,
              int threads) {
   const std::int64_t* const order = forest.field(kRowOrder);
   const std::int64_t* const starts = forest.field(kRowStart);
-#pragma omp parallel for num_threads(threads) if (spread_out(forest, span)) schedule(dynamic, 16)
-  for (std::int64_t n = 0; n < forest.size; ++n) {
+  for_shares(forest.size, forest, span, threads, [&](std::int64_t n) {
     double total = 0.0;
     const std::int64_t first = forest.field(kNodeRowBegin)[n], last = first + forest.field(kNodeCount)[n];
     const std::int64_t length = forest.field(kNodeEdgeLength)[n];
@@ -176,7 +175,7 @@ void collect(const PrefixForest& forest, const TokenSpan& span, TreePlace place,
                    });
       }
     values[n] = static_cast<T>(total);
-  }
+  });
 }
 
 // Sums, or means over the sequences that count a token, of n tokens of a node's edge.
@@ -233,8 +232,7 @@ void fold_copy(const TokenSpan& span, const T* tokens, std::int64_t begin, int n
 
 template <class T>
 void fold(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens, T* unique, int threads) {
-#pragma omp parallel for num_threads(threads) if (spread_out(forest, span)) schedule(dynamic, 16)
-  for (std::int64_t node = 0; node < forest.size; ++node) {
+  for_shares(forest.size, forest, span, threads, [&](std::int64_t node) {
     const std::int64_t length = forest.field(kNodeEdgeLength)[node];
     T* const out = unique + forest.field(kNodeTokenBegin)[node];
     const std::int64_t begin = forest.field(kRowStart)[forest.field(kNodeFirstRow)[node]] + forest.field(kNodeEdgeStart)[node];
@@ -248,7 +246,7 @@ void fold(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T
       else
         fold_block(forest, span, op, tokens, node, offset, n, out + offset);
     }
-  }
+  });
 }
 
 template <class T>

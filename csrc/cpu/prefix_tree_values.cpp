@@ -9,11 +9,12 @@
 #include <limits>
 
 #include "cpu/prefix_tree.hpp"
+#include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 namespace {
 
-constexpr std::int64_t kParallelNodes = 1 << 15;
+constexpr std::int64_t kNodes = 1 << 12;  // a thread's share, at least
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // f(root, end of its nodes) for every group.
@@ -21,19 +22,11 @@ template <class F>
 void for_groups(const PrefixForest& forest, int threads, F&& f) {
   const std::int64_t* const tout = forest.field(kNodeTout);
   const std::int64_t* const root = forest.field(kNodeRoot);
-  if (threads <= 1 || forest.size < kParallelNodes) {
-    for (std::int64_t r = 0; r < forest.size; r = tout[r]) f(r, tout[r]);
-    return;
-  }
-  // Chunks of nodes of about equal length, each begun at the first root in it: no list of roots is needed.
-  const std::int64_t chunks = 8 * static_cast<std::int64_t>(threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (std::int64_t c = 0; c < chunks; ++c) {
-    const std::int64_t begin = forest.size * c / chunks, end = forest.size * (c + 1) / chunks;
-    if (begin == end) continue;
+  // Ranges of nodes, each begun at the first root in it: no list of roots is needed.
+  parallel_ranges(threads, forest.size, grain_of(forest.size, kNodes), [&](std::int64_t begin, std::int64_t end, int) {
     std::int64_t r = root[begin] == begin ? begin : tout[root[begin]];
     for (; r < end; r = tout[r]) f(r, tout[r]);
-  }
+  });
 }
 
 double power(double base, std::int64_t exponent) {

@@ -59,7 +59,7 @@ void for_pieces(const ProgramTokens& t, int threads, const F& f) {
     }
   };
   const bool large = past_caches(t);
-  for_chunks(items.count(), threads, [&] { return Worker{t, items, f, large, {}}; });
+  for_chunks(items, threads, [&] { return Worker{t, items, f, large, {}}; });
 }
 
 // Vectors whole(i), and rest(i) for what is left. What goes past the caches, for_chunks fences.

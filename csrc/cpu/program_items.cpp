@@ -35,7 +35,7 @@ Items::Items(const ProgramTokens& tokens, int threads)
       }
     }
   };
-  for_chunks(count(), threads, [&] { return Reader{*this, {}}; });
+  for_chunks(*this, threads, [&] { return Reader{*this, {}}; });
 }
 
 void Items::number_rows() {

@@ -4,6 +4,7 @@
 
 #include "cpu/program_internal.hpp"
 #include "cpu/program_operators.hpp"
+#include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 
@@ -67,19 +68,17 @@ class Items {
   Buffer<simd::Word> words_;                 // [tiles, kTileVectors] where masked
 };
 
-// f(first, last) on the worker that make() gives, for chunks of consecutive items, spread over the threads.
+// run(first, last) of the worker that make() gives, for ranges of consecutive items, spread over the threads.
 template <class Make>
-void for_chunks(std::int64_t items, int threads, const Make& make) {
-  std::int64_t chunk = items / (16 * static_cast<std::int64_t>(threads > 0 ? threads : 1));
-  chunk = chunk < 8 ? 8 : chunk > 1024 ? 1024 : chunk;
-  const std::int64_t chunks = (items + chunk - 1) / chunk;
-#pragma omp parallel num_threads(threads) if (chunks > 1 && threads > 1)
-  {
-    auto worker = make();
-#pragma omp for schedule(dynamic) nowait
-    for (std::int64_t c = 0; c < chunks; ++c) worker.run(c * chunk, (c + 1) * chunk < items ? (c + 1) * chunk : items);
-    simd::fence();  // of what this thread streamed, before the region's closing barrier
-  }
+void for_chunks(const Items& items, int threads, const Make& make) {
+  constexpr std::int64_t kTokens = 4 * kItem;  // a thread's share, at least
+  const std::int64_t least = kTokens * items.count() / (size_of(items.tokens()) + 1);  // items of short rows are short
+  const PerSlot workers(threads, make);
+  parallel_ranges(threads, items.count(), grain_of(items.count(), least),
+                  [&](std::int64_t first, std::int64_t last, int slot) {
+                    workers[slot].run(first, last);
+                    simd::fence();  // of what has been streamed
+                  });
 }
 
 }  // namespace fastreward::FASTREWARD_ISA::program

@@ -265,7 +265,7 @@ void run_tokens(const ProgramCall& call, const TokenStep& step, const Items& ite
   if (step.tile.size > 0) {
     const bool large = writes(step) && past_caches(items.tokens());
     const Pass pass{call, step, values, items, sums.data(), large};
-    for_chunks(items.count(), call.threads, [&] { return Worker(pass); });
+    for_chunks(items, call.threads, [&] { return Worker(pass); });
   }
   fold(items, step, sums.data(), values);
 }

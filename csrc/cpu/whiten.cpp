@@ -7,6 +7,7 @@
 #include "cpu/whiten.hpp"
 
 #include "common/simd.hpp"
+#include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 namespace {
@@ -15,6 +16,9 @@ using namespace simd;
 
 // Outputs beyond this many bytes are written past the caches: nobody finds them there anyway.
 constexpr std::int64_t kStreamBytes = std::int64_t{64} << 20;
+
+// Blocks that a thread takes at a time, at least.
+constexpr std::int64_t kBlocks = 4;
 
 // Distance in floats of the prefetches: hardware stops at each 4 KiB page.
 constexpr int kAhead = 512;
@@ -99,22 +103,20 @@ void map_block(const float* x, const std::uint8_t* bytes, int n, const Affine& a
   });
 }
 
-// Blocks of the flat array (elementwise work knows no rows), a contiguous share for each thread.
+// Blocks of the flat array: elementwise work knows no rows.
 template <bool kMasked, bool kStream>
 void map_all(const WhitenInput& in, const Affine& affine, float* out, int threads) {
   const std::int64_t total = in.rows * in.columns;
   const std::int64_t blocks = (total + kWhitenBlock - 1) / kWhitenBlock;
-#pragma omp parallel num_threads(threads) if (blocks > 8)
-  {
+  parallel_ranges(threads, blocks, grain_of(blocks, kBlocks), [&](std::int64_t first, std::int64_t last, int) {
     std::uint8_t buffer[kWhitenBlock];
-#pragma omp for schedule(static)
-    for (std::int64_t b = 0; b < blocks; ++b) {
+    for (std::int64_t b = first; b < last; ++b) {
       const std::int64_t begin = b * kWhitenBlock;
       const int n = static_cast<int>(total - begin < kWhitenBlock ? total - begin : kWhitenBlock);
       map_block<kMasked, kStream>(in.x + begin, mask_block(in.mask, begin, n, buffer), n, affine, out + begin);
     }
     if (kStream) fence();
-  }
+  });
 }
 
 }  // namespace
@@ -123,11 +125,10 @@ void map_all(const WhitenInput& in, const Affine& affine, float* out, int thread
 Moments whiten_statistics(const WhitenInput& in, Moments* scratch, int threads) {
   const std::int64_t per_row = in.blocks_per_row();
   const std::int64_t blocks = in.rows * per_row;
-#pragma omp parallel num_threads(threads) if (in.rows * in.columns > 8 * kWhitenBlock)
-  {
+  const std::int64_t least = kBlocks * kWhitenBlock * per_row / (in.columns + 1);  // blocks of short rows are short
+  parallel_ranges(threads, blocks, grain_of(blocks, least), [&](std::int64_t first, std::int64_t last, int) {
     std::uint8_t buffer[kWhitenBlock];
-#pragma omp for schedule(static)
-    for (std::int64_t b = 0; b < blocks; ++b) {
+    for (std::int64_t b = first; b < last; ++b) {
       const std::int64_t column = b % per_row * kWhitenBlock;
       const std::int64_t begin = b / per_row * in.columns + column;
       const int n = static_cast<int>(in.columns - column < kWhitenBlock ? in.columns - column : kWhitenBlock);
@@ -135,7 +136,7 @@ Moments whiten_statistics(const WhitenInput& in, Moments* scratch, int threads) 
       scratch[b] =
           bytes == nullptr ? block_moments<false>(in.x + begin, bytes, n) : block_moments<true>(in.x + begin, bytes, n);
     }
-  }
+  });
   Moments all;
   for (std::int64_t b = 0; b < blocks; ++b) merge(all, scratch[b]);
   return all;
