@@ -248,7 +248,7 @@ propagate.register_autograd(_propagate_gradient, setup_context=_propagate_contex
 @custom_op("prefix_tree_spread")
 def spread(
     values: Tensor,  # [nodes] f32 or f64
-    row_values: Tensor | None,  # [B], a constant
+    row_values: Tensor | None,  # [B], a constant; NaN: the row gets nothing
     nodes: Tensor,
     rows: Tensor,
     extents: Tensor,  # [B + 1] i64
@@ -297,12 +297,17 @@ def _place(name: str) -> Place:
 
 
 def _spread_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[2:6])
+    ctx.save_for_backward(*inputs[:6])
     ctx.place, ctx.backend = inputs[6], inputs[-1]
 
 
 def _spread_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _collect(grad.contiguous(), *ctx.saved_tensors, ctx.place, ctx.backend), *[None] * 8
+    values, row_values, *forest, extents, mask = ctx.saved_tensors
+    if row_values is not None:
+        absent = row_values.isnan().repeat_interleave(extents.diff(), output_size=grad.shape[0])
+        grad = torch.where(absent, 0.0, grad)
+    collected = _collect(grad.contiguous(), *forest, extents, mask, ctx.place, ctx.backend)
+    return torch.where(values.isnan(), 0.0, collected), *[None] * 8
 
 
 spread.register_autograd(_spread_gradient, setup_context=_spread_context)

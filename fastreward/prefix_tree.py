@@ -57,6 +57,10 @@ class PrefixTree:
     On a GPU the arrays have room for the most nodes that there can be, 3 B; those behind `num_nodes` are empty (count
     0, parent -1), as counting the nodes would wait for the device.
 
+    NaN means "not there", in a sequence's value (a reward that was not scored) and in a node's: it counts in nothing,
+    gets no credit and passes no gradient. A node with no scored sequence below has the value NaN. Weights may not be
+    NaN; values of tokens are taken as they are.
+
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or lengths, before anything runs.
     """
@@ -287,7 +291,8 @@ class PrefixTree:
         """Values of the nodes, from those of the sequences below them.
 
         Args:
-            leaf_values: [B] float32 or float64 (other dtypes become float32), one per sequence.
+            leaf_values: [B] float32 or float64 (other dtypes become float32), one per sequence. NaN: not scored; the
+                sequence counts in no node, as if it had not been there.
             op: "mean", "sum", "max", "min", "logsumexp", or "any" (1 where some value is not 0, else 0).
             over: what counts alike: the "sequences" below a node, or its "children", level by level (a sequence that
                 ends at an inner node is one of its children; duplicates are one each).
@@ -299,11 +304,13 @@ class PrefixTree:
                 edge, for mean and sum.
 
         Returns:
-            [nodes], the dtype of leaf_values; sums in float64. Gradients flow to leaf_values through mean, sum and
-            logsumexp. A node whose weights sum to 0 has a mean of NaN.
+            [nodes], the dtype of leaf_values; sums in float64. NaN where no scored sequence lies below, and for the
+            mean where the weights sum to 0; over children such a node counts in its parent as little as an unscored
+            sequence. Gradients flow to leaf_values through mean, sum and logsumexp, none from NaN.
 
         Raises:
-            TypeError, ValueError: wrong dtype, shape or name; max, min or any of values that need a gradient.
+            TypeError, ValueError: wrong dtype, shape or name; weights that are not finite (or below 0, of a logsumexp);
+                max, min or any of values that need a gradient.
         """
         _check.choice("op", op, TREE_OPS)
         _check.choice("over", over, OVERS)
@@ -325,8 +332,8 @@ class PrefixTree:
             )
         out: Tensor = _ops.aggregate(
             values,
-            None if weights is None else self._constant(self._per_row("weights", weights), values),
-            None if child_weights is None else self._constant(self._per_node("child_weights", child_weights), values),
+            None if weights is None else self._row_weights(weights, op).to(values.dtype),
+            None if child_weights is None else self._child_weights(child_weights, op).to(values.dtype),
             self._nodes,
             self._rows,
             f"{op}|{over}|{'normalized' if normalized else ''}",
@@ -350,7 +357,7 @@ class PrefixTree:
         """What each node is worth: its value against others'.
 
         Args:
-            node_values: [nodes] float32 or float64.
+            node_values: [nodes] float32 or float64; NaN: not there, in no mean and compared with nobody.
             mode: V is a node's value, and its advantage
                 "td": V - V(parent);
                 "sibling": (V - mean) / (std + eps) over the children of its parent;
@@ -363,7 +370,8 @@ class PrefixTree:
             singleton: sibling: an only child gets "zero", or its "raw" value.
 
         Returns:
-            [nodes], the dtype of node_values, 0 for roots. A constant: no gradient flows to node_values.
+            [nodes], the dtype of node_values; 0 for roots, for nodes without a value and for those that have nothing to
+            be compared with. A constant: no gradient flows to node_values.
         """
         _check.choice("mode", mode, TREE_MODES)
         _check.choice("scale", scale, ("std", "none"))
@@ -389,12 +397,13 @@ class PrefixTree:
         """A recurrence from the roots down: x = clamp(scale * x(parent) + shift, low, high), x(root) = initial.
 
         Args:
-            scale, shift: [nodes] float32 or float64, or numbers; those of roots are not read.
+            scale, shift: [nodes] float32 or float64, or numbers; those of roots are not read. Where one is NaN, the
+                node is not there, nor is what comes below it: its x is NaN.
             initial: the value of the roots.
             low, high: bounds, None = none.
 
         Returns:
-            [nodes]. Gradients flow to scale and shift, where no bound has cut.
+            [nodes]. Gradients flow to scale and shift, where no bound has cut (on a bound they do) and x is not NaN.
         """
         given = [x for x in (scale, shift) if isinstance(x, Tensor)]
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
@@ -412,9 +421,10 @@ class PrefixTree:
         """Each token's node's value: [nodes] to the shape of tokens.
 
         Args:
-            node_values: [nodes] float32 or float64.
+            node_values: [nodes] float32 or float64; NaN (not there) gives its tokens nothing.
             place: "broadcast" gives it to every token of the node, "start" and "end" to its first or last one alone.
-            row_values: [B], added on every token of a sequence that gets credit; a constant.
+            row_values: [B], added on every token of a sequence that gets credit; a constant. NaN: the sequence is not
+                there, and all its tokens get 0.
 
         Returns:
             The shape of tokens; 0 where the mask gives no credit and outside of the sequences. Gradients flow to
@@ -427,8 +437,10 @@ class PrefixTree:
             return self._spread(values, added, place)
         # A step is one place in flat memory, and may be many tokens.
         ends = self._sequences.ends_of_steps(place)
-        own = torch.where(ends, self._spread(values, None, "broadcast"), 0.0)
-        return own if added is None else own + self._spread(torch.zeros_like(values), added, "broadcast")
+        if added is None:
+            return torch.where(ends, self._spread(values, None, "broadcast"), 0.0)
+        elsewhere = self._spread(torch.zeros_like(values), added, "broadcast")
+        return torch.where(ends, self._spread(values, added, "broadcast"), elsewhere)
 
     def _spread(self, values: Tensor, row_values: Tensor | None, place: Place) -> Tensor:
         s = self._sequences
@@ -442,7 +454,7 @@ class PrefixTree:
         """Values of the unique tokens, from those of the tokens: the shape of tokens to [num_tokens], in pre-order.
 
         Args:
-            token_values: float32 or float64 in the shape of tokens; masked-out ones do not count.
+            token_values: float32 or float64 in the shape of tokens; masked-out ones do not count, whatever they are.
             op: "sum" or "mean" over the sequences that share a token, or the "first" one's value; 0 where none counts.
 
         Returns:
@@ -558,6 +570,23 @@ class PrefixTree:
         if not isinstance(x, Tensor):
             return torch.full((self._nodes.shape[1],), _check.finite(name, x), dtype=dtype, device=self._nodes.device)
         return self._per_node(name, x).to(dtype)
+
+    def _row_weights(self, weights: Tensor, op: TreeOp) -> Tensor:
+        w = self._per_row("weights", weights).detach()
+        self._check_weights("weights", w, op)
+        return w
+
+    def _child_weights(self, weights: Tensor, op: TreeOp) -> Tensor:
+        w = self._per_node("child_weights", weights).detach()
+        self._check_weights("child_weights", torch.where(self.parent < 0, 1.0, w), op)  # those of roots are not read
+        return w
+
+    @staticmethod
+    def _check_weights(name: str, weights: Tensor, op: TreeOp) -> None:
+        if _check.values_checked(weights):
+            _check.every(name, weights.isfinite(), weights, "finite numbers")
+            if op == "logsumexp":
+                _check.every(name, weights >= 0, weights, "numbers >= 0 with op='logsumexp'")
 
     @staticmethod
     def _constant(x: Tensor, like: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Over sequences a node's part of `order` is one interval, so that no node waits for another. Over children one does: one
 program takes a group's nodes block by block in reverse pre-order, and within a block level by level, in as many steps
 as the block has levels, never more than nodes. A gradient is walked from each leaf to its root. All in f64, in an order
-that a group alone decides: the bits depend neither on the other groups nor on scheduling.
+that a group alone decides: the bits depend neither on the other groups nor on scheduling. A part that is NaN is not
+there; a node without parts has the weight NaN and the value NaN.
 """
 
 from __future__ import annotations
@@ -84,23 +85,24 @@ def _load64(x, at, ok, PRESENT: tl.constexpr):
 
 @triton.jit
 def _result(total, weight, scale, OP: tl.constexpr, NORMALIZED: tl.constexpr):
-    """A node's value, from what its parts add up to."""
+    """A node's value, from what its parts add up to; NaN without parts."""
     if OP == _MEAN:
         total = total / weight
     elif OP == _LOGSUMEXP:
         if NORMALIZED:
             total -= tl.log(weight)
         total = total / scale
-    return total
+    return tl.where(weight == weight, total, float("nan"))
 
 
 @triton.jit
 def _sequence_tile(values, weights, nodes, stride, rows, B, begin, many, end, k, log2_discount, odd, scale,
                    OP: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DISCOUNTED: tl.constexpr):  # fmt: skip
-    """(what the sequences k of each node add, their weights, which there are): [NODES, SEQUENCES]."""
+    """(what the sequences k of each node add, their weights, which are there): [NODES, SEQUENCES]."""
     there = k < many[:, None]
     row = field(rows, B, ORDER, begin[:, None] + k, there)
     x = tl.load(values + row, mask=there, other=0.0).to(tl.float64)
+    there = there & (x == x)
     w = tl.where(there, _load64(weights, row, there, HAS_WEIGHTS), 0.0)
     if OP == _ANY:
         x = tl.where(x != 0.0, 1.0, 0.0)
@@ -135,7 +137,7 @@ def _sequences_kernel(
     lanes = tl.arange(0, SEQUENCES)[None, :]
     longest = tl.max(many, axis=0)
     top = tl.full([NODES], float("-inf"), tl.float64)
-    nans = tl.zeros([NODES], tl.int32)
+    parts = tl.zeros([NODES], tl.int32)
     sums = tl.zeros([NODES], tl.float64)
     w_sum = tl.zeros([NODES], tl.float64)
     for j in range(0, longest, SEQUENCES):
@@ -144,11 +146,11 @@ def _sequences_kernel(
         if OP == _MIN:
             x = -x
         w_sum += tl.sum(w, axis=1)
+        parts += tl.sum(there.to(tl.int32), axis=1)
         if (OP == _MEAN) or (OP == _SUM):  # noqa: SIM109
             sums += tl.sum(tl.where(there, x, 0.0), axis=1)
         else:
-            nans += tl.sum((there & (x != x)).to(tl.int32), axis=1)
-            top = tl.maximum(top, tl.max(tl.where(there & (x == x), x, float("-inf")), axis=1))
+            top = tl.maximum(top, tl.max(tl.where(there, x, float("-inf")), axis=1))
     if OP == _LOGSUMEXP:
         high = tl.where(tl.abs(top) == float("inf"), 0.0, top)
         for j in range(0, longest, SEQUENCES):
@@ -157,11 +159,12 @@ def _sequences_kernel(
             sums += tl.sum(tl.where(there, tl.exp(x - high[:, None]), 0.0), axis=1)
         sums = high + tl.log(sums)
     elif OP == _MIN:
-        sums = tl.where(nans > 0, float("nan"), -top)
+        sums = -top
     elif OP == _ANY:
         sums = tl.maximum(top, 0.0)
     elif OP == _MAX:
-        sums = tl.where(nans > 0, float("nan"), top)
+        sums = top
+    w_sum = tl.where(parts > 0, w_sum, float("nan"))
     tl.store(total + n, sums, mask=ok)
     tl.store(weight + n, w_sum, mask=ok)
     value = tl.where(many > 0, _result(sums, w_sum, scale, OP, NORMALIZED), 0.0)
@@ -178,9 +181,9 @@ def children_kernel(
     out,  # f32 or f64 [places], out: the same
     stride, B, log2_discount: tl.float64, odd: tl.float64, scale: tl.float64,
     OP: tl.constexpr, NORMALIZED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DISCOUNTED: tl.constexpr,
-    ZERO_ENDS: tl.constexpr, LANES: tl.constexpr,
+    GRADIENT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One group from its leaves to its root. ZERO_ENDS: nothing comes through a weight of 0, not even NaN."""
+    """One group from its leaves to its root. GRADIENT: NaN is NaN, but nothing comes through a weight of 0."""
     first, end = group_at(nodes, stride, rows, B, tl.program_id(0))
     lanes = tl.arange(0, LANES)
     for behind in range(0, end - first, LANES):
@@ -193,20 +196,21 @@ def children_kernel(
             sums, w_sum = tl.load(total + n, mask=now, other=0.0), tl.load(weight + n, mask=now, other=0.0)
             child = n + 1
             for j in range(tl.max(many, axis=0)):
-                there = now & (j < many)
-                w = _load64(child_weights, child, there, HAS_WEIGHTS)
-                x = tl.load(result + child, mask=there, other=0.0)
+                walking = now & (j < many)
+                w = _load64(child_weights, child, walking, HAS_WEIGHTS)
+                x = tl.load(result + child, mask=walking, other=0.0)
+                there = walking if GRADIENT else walking & (x == x)
                 if OP == _LOGSUMEXP:
                     sums = tl.where(there, _log_add(sums, _weighted(scale * x, w)), sums)
                 else:
                     if DISCOUNTED:
                         x *= _power(log2_discount, odd, field(nodes, stride, EDGE_LENGTH, child, there))
-                    if ZERO_ENDS:
+                    if GRADIENT:
                         x = tl.where(w == 0.0, 0.0, x)
                     sums = tl.where(there, sums + w * x, sums)
-                w_sum = tl.where(there, w_sum + w, w_sum)
-                child = tl.where(there, field(nodes, stride, TOUT, child, there), child)
-            value = _result(sums, w_sum, scale, OP, NORMALIZED)
+                w_sum = tl.where(there, tl.where(w_sum == w_sum, w_sum + w, w), w_sum)
+                child = tl.where(walking, field(nodes, stride, TOUT, child, walking), child)
+            value = sums if GRADIENT else _result(sums, w_sum, scale, OP, NORMALIZED)
             tl.store(total + n, sums, mask=now)
             tl.store(weight + n, w_sum, mask=now)
             tl.store(result + n, value, mask=now)
@@ -229,23 +233,26 @@ def _aggregate_backward_kernel(
     OP: tl.constexpr, NORMALIZED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_CHILD_WEIGHTS: tl.constexpr,
     DISCOUNTED: tl.constexpr, CHILDREN_ALIKE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Each sequence's part of every node on its path, times that node's gradient."""
+    """Each sequence's part of every node on its path, times that node's gradient; none of a value that is NaN."""
     row = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     ok = row < B
     n = tl.where(ok, field(rows, B, LEAF, row, ok), -1)
     w = _load64(weights, row, ok, HAS_WEIGHTS)
     length = field(rows, B, LENGTH, row, ok)
+    given = tl.load(values + row, mask=ok, other=0.0)
     part = w  # of the node in hand
     x = tl.zeros([LANES], tl.float64)  # logsumexp: log of the part, before it is divided by the whole
     if OP == _LOGSUMEXP:
-        x = _weighted(scale * tl.load(values + row, mask=ok, other=0.0).to(tl.float64), w)
+        x = _weighted(scale * given.to(tl.float64), w)
         part = tl.full([LANES], 1.0, tl.float64)
     gradient = tl.zeros([LANES], tl.float64)
-    going = ok
+    going = ok & (given == given)
     while any_of(going):
         whole = tl.load(total + n, mask=going, other=0.0)
         counted = tl.load(weight + n, mask=going, other=1.0)
         g = tl.load(grad + n, mask=going, other=0.0).to(tl.float64)
+        value = _result(whole, counted, scale, OP, NORMALIZED)
+        there = going & (value == value)
         if OP == _LOGSUMEXP:
             here = part * _share(x, whole)
         elif OP == _MEAN:
@@ -255,8 +262,9 @@ def _aggregate_backward_kernel(
         edge = field(nodes, stride, EDGE_LENGTH, n, going)
         if DISCOUNTED and not CHILDREN_ALIKE:
             here *= _power(log2_discount, odd, length - field(nodes, stride, EDGE_START, n, going) - edge)
-        gradient += tl.where(going, here * g, 0.0)
+        gradient += tl.where(there, here * g, 0.0)
         if CHILDREN_ALIKE:  # the node is a part of its parent
+            going = there
             w = _load64(child_weights, n, going, HAS_CHILD_WEIGHTS)
             part = here
             if OP == _LOGSUMEXP:
@@ -347,7 +355,7 @@ def _totals(
         if children:
             children_kernel[(count,)](
                 totals[0], totals[1], child_weights, nodes, rows, totals[2], out, *shared, *_numbers(options),
-                **_rules(options), HAS_WEIGHTS=child_weights is not None, ZERO_ENDS=False,
+                **_rules(options), HAS_WEIGHTS=child_weights is not None, GRADIENT=False,
                 LANES=LANES, num_warps=WARPS, **OPTIONS,
             )  # fmt: skip
     return out, totals

@@ -90,7 +90,7 @@ def _starts_kernel(
 @triton.jit(do_not_specialize=["stride", "B", "count", "limit"])
 def _tokens_kernel(
     values,  # f32 or f64, of nodes or of unique tokens [limit]; unused for numbers
-    row_values,  # f32 or f64 [B], added to what nodes give
+    row_values,  # f32 or f64 [B], added to what nodes give; NaN: the row gets nothing
     mask,  # u8 [count]
     nodes,  # i64 [F, stride]
     rows,  # i64 [4, B]
@@ -137,8 +137,10 @@ def _tokens_kernel(
             elif WHAT == ENDS:
                 there = inside & (place == field(nodes, stride, EDGE_LENGTH, n, inside) - 1)
             value = tl.load(values + n, mask=there, other=0.0)
+            value = tl.where(value == value, value, 0.0)
             if HAS_ROW_VALUES:
-                value += tl.load(row_values + row, mask=inside, other=0.0)
+                own = tl.load(row_values + row, mask=inside, other=0.0)
+                value = tl.where(own == own, value + own, 0.0)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=at < count)
 
 
@@ -180,7 +182,7 @@ def spread(
 ) -> Tensor:
     """Node values [nodes] to flat tokens [count], to a whole edge or its start or end; 0 where there is no credit.
 
-    row_values [B]: added on every token of a row that gets credit.
+    row_values [B]: added on every token of a row that gets credit. NaN: the row gets 0, a node adds nothing.
     """
     out = torch.empty(count, dtype=values.dtype, device=values.device)
     return _to_tokens(PLACES.index(place), values, nodes, rows, extents, mask, out, row_values)

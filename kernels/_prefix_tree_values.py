@@ -34,7 +34,7 @@ _NO_LEVEL = tl.constexpr(2**62)
 def _siblings_kernel(
     values,  # f32 or f64 [places]
     nodes,  # i64 [F, stride]
-    mean, deviation,  # f64 [places], out: of each node's children
+    mean, deviation, number,  # f64 [places], out: of each node's children that have a value
     stride, places, ddof,
     LANES: tl.constexpr,
 ):  # fmt: skip
@@ -44,47 +44,59 @@ def _siblings_kernel(
     many = field(nodes, stride, CHILDREN, n, ok)
     centre = tl.zeros([LANES], tl.float64)
     squares = tl.zeros([LANES], tl.float64)
+    counted = tl.zeros([LANES], tl.int64)
     for walk in tl.static_range(2):
         child = n + 1
         for j in range(tl.max(many, axis=0)):
-            there = j < many
-            v = tl.load(values + child, mask=there, other=0.0).to(tl.float64)
+            walking = j < many
+            v = tl.load(values + child, mask=walking, other=0.0).to(tl.float64)
+            there = walking & (v == v)
             if walk == 0:
-                centre += v
+                centre += tl.where(there, v, 0.0)
+                counted += there.to(tl.int64)
             else:
                 squares += tl.where(there, (v - centre) * (v - centre), 0.0)
-            child = tl.where(there, field(nodes, stride, TOUT, child, there), child)
+            child = tl.where(walking, field(nodes, stride, TOUT, child, walking), child)
         if walk == 0:
-            centre = centre / tl.maximum(many, 1).to(tl.float64)
+            centre = centre / tl.maximum(counted, 1).to(tl.float64)
     tl.store(mean + n, centre, mask=ok)
-    tl.store(deviation + n, tl.sqrt(squares / tl.maximum(many - ddof, 0).to(tl.float64)), mask=ok)
+    tl.store(deviation + n, tl.sqrt(squares / tl.maximum(counted - ddof, 0).to(tl.float64)), mask=ok)
+    tl.store(number + n, counted.to(tl.float64), mask=ok)
+
+
+@triton.jit
+def _against(values, v, other, ok):
+    """V - V(other), 0 where that one has no value."""
+    above = tl.load(values + other, mask=ok, other=0.0).to(tl.float64)
+    return tl.where(above == above, v - above, 0.0)
 
 
 @triton.jit(do_not_specialize=["stride", "places"])
 def _advantages_kernel(
     values,  # f32 or f64 [places]
     nodes,  # i64 [F, stride]
-    mean, deviation,  # f64 [places], of each node's children
+    mean, deviation, number,  # f64 [places], of each node's children that have a value
     out,  # f32 or f64 [places], out
     stride, places, eps: tl.float64,
     MODE: tl.constexpr, SCALE_STD: tl.constexpr, SINGLETON_RAW: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Each node against its parent, siblings, root or ancestors."""
+    """Each node against its parent, siblings, root or ancestors; those without a value (NaN) get 0 and do not count."""
     n = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     ok = n < places
     parent = tl.where(ok, field(nodes, stride, PARENT, n, ok), -1)
     ok = parent >= 0
     v = tl.load(values + n, mask=ok, other=0.0).to(tl.float64)
+    ok = ok & (v == v)
     a = tl.zeros([LANES], tl.float64)
     if (MODE == _TD) or (MODE == _TD_ROOT):  # noqa: SIM109
-        a += v - tl.load(values + parent, mask=ok, other=0.0).to(tl.float64)
+        a += _against(values, v, parent, ok)
     if (MODE == _ROOT) or (MODE == _TD_ROOT):  # noqa: SIM109
-        a += v - tl.load(values + field(nodes, stride, ROOT, n, ok), mask=ok, other=0.0).to(tl.float64)
+        a += _against(values, v, field(nodes, stride, ROOT, n, ok), ok)
     if MODE == _SIBLING:
         a = v - tl.load(mean + parent, mask=ok, other=0.0)
         if SCALE_STD:
             a = a / (tl.load(deviation + parent, mask=ok, other=1.0) + eps)
-        alone = field(nodes, stride, CHILDREN, parent, ok) == 1
+        alone = tl.load(number + parent, mask=ok, other=0.0) == 1.0
         a = tl.where(alone, v if SINGLETON_RAW else tl.zeros_like(v), a)
     if (MODE == _ALL_ANCESTORS) or (MODE == _DEPTH_WEIGHTED):  # noqa: SIM109
         total = tl.zeros([LANES], tl.float64)
@@ -92,14 +104,16 @@ def _advantages_kernel(
         above = n if MODE == _DEPTH_WEIGHTED else parent
         going = ok
         while any_of(going):
-            weight = going.to(tl.int64)
+            value = tl.load(values + above, mask=going, other=0.0).to(tl.float64)
+            there = going & (value == value)
+            weight = there.to(tl.int64)
             if MODE == _DEPTH_WEIGHTED:
-                weight = field(nodes, stride, COUNT, above, going)
-            total += weight.to(tl.float64) * tl.load(values + above, mask=going, other=0.0).to(tl.float64)
+                weight = field(nodes, stride, COUNT, above, there)
+            total += tl.where(there, weight.to(tl.float64) * value, 0.0)
             weights += weight
             above = field(nodes, stride, PARENT, above, going)
             going = going & (above >= 0)
-        a = v - total / tl.maximum(weights, 1).to(tl.float64)
+        a = tl.where(weights > 0, v - total / tl.maximum(weights, 1).to(tl.float64), 0.0)
     tl.store(out + n, tl.where(ok, a, 0.0).to(out.dtype.element_ty), mask=n < places)
 
 
@@ -151,7 +165,7 @@ def _passed_kernel(
     stride, places, low: tl.float64, high: tl.float64,
     FACTORS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Nothing passes where a bound has cut, nor from a root."""
+    """Nothing passes where a bound has cut, where x is NaN, nor from a root."""
     n = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     ok = n < places
     parent = tl.where(ok, field(nodes, stride, PARENT, n, ok), -1)
@@ -159,33 +173,34 @@ def _passed_kernel(
     a = tl.load(scale + n, mask=inner, other=0.0).to(tl.float64)
     above = tl.load(x + parent, mask=inner, other=0.0)
     y = a * above + tl.load(shift + n, mask=inner, other=0.0).to(tl.float64)
-    passes = inner & (~((y < low) | (y > high)))
+    passes = inner & (y >= low) & (y <= high)
     if FACTORS:
         tl.store(factor + n, tl.where(passes, a, 0.0), mask=ok)
     else:
         through = tl.load(below + n, mask=passes, other=0.0)
-        tl.store(grad_scale + n, (through * above).to(grad_scale.dtype.element_ty), mask=ok)
+        slope = tl.where(passes, through * above, 0.0)
+        tl.store(grad_scale + n, slope.to(grad_scale.dtype.element_ty), mask=ok)
         tl.store(grad_shift + n, through.to(grad_shift.dtype.element_ty), mask=ok)
 
 
 # --------------------------------------------------------------------------------------------------------- launch
 def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: AdvantageOptions) -> Tensor:
-    """[nodes] from node values [nodes]; 0 for roots."""
+    """[nodes] from node values [nodes]; 0 for roots, without a value and with nothing to compare it with."""
     places, stride = nodes.shape[1], nodes.stride(0)
     out = torch.empty_like(values)
     if not places:
         return out
     siblings = options.mode == "sibling"
-    statistics = torch.empty((2, places if siblings else 0), dtype=torch.float64, device=values.device)
+    statistics = torch.empty((3, places if siblings else 0), dtype=torch.float64, device=values.device)
     grid = (triton.cdiv(places, LANES),)
     with on_device_of(values):
         if siblings:
             _siblings_kernel[grid](
-                values, nodes, statistics[0], statistics[1], stride, places, options.ddof,
+                values, nodes, *statistics, stride, places, options.ddof,
                 LANES=LANES, num_warps=WARPS, maxnreg=MAXNREG, **OPTIONS,
             )  # fmt: skip
         _advantages_kernel[grid](
-            values, nodes, statistics[0], statistics[1], out, stride, places, float(options.eps),
+            values, nodes, *statistics, out, stride, places, float(options.eps),
             MODE=TREE_MODES.index(options.mode), SCALE_STD=options.scale == "std",
             SINGLETON_RAW=options.singleton == "raw", LANES=LANES, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
@@ -216,7 +231,7 @@ def propagate_backward(
     low: float | None,
     high: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients for scale and shift; none passes a bound that has cut."""
+    """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     places, count, stride = nodes.shape[1], rows.shape[1], nodes.stride(0)
     grad_scale, grad_shift = torch.empty_like(scale), torch.empty_like(scale)
     if not places:
@@ -235,7 +250,7 @@ def propagate_backward(
             if factors:
                 children_kernel[(count,)](
                     total, unused, factor, nodes, rows, below, below, stride, count, 0.0, 1.0, 1.0,
-                    OP=SUM.value, NORMALIZED=False, HAS_WEIGHTS=True, DISCOUNTED=False, ZERO_ENDS=True,
+                    OP=SUM.value, NORMALIZED=False, HAS_WEIGHTS=True, DISCOUNTED=False, GRADIENT=True,
                     LANES=LANES, num_warps=WARPS, **OPTIONS,
                 )  # fmt: skip
     return grad_scale, grad_shift

@@ -142,6 +142,11 @@ class Forests:
         """Values in the type of this forest."""
         return torch.randn(size, generator=self.g, dtype=torch.float64).to(self.dtype)
 
+    def partly(self, x: Tensor, share: float = 0.3) -> Tensor:
+        """`x` with NaN in some places, half of the time: what is not there."""
+        gone = torch.rand(len(x), generator=self.g) < (share if self.r.random() < 0.5 else 0.0)
+        return torch.where(gone, torch.nan, x)
+
     def padded(self, x: Tensor, places: int) -> Tensor:
         """`x` on the device, with numbers behind it that nobody should read."""
         return torch.cat([x, x.new_full((places - len(x),), 1e30)]).to(self.device)
@@ -173,13 +178,13 @@ def check_aggregates(f: Forests) -> None:
     """Values and gradients of every aggregate, weighted or not."""
     rows, to = len(f.batch.lengths), f.device
     for options in aggregations(f.r):
-        values = f.random(rows)
+        values = f.partly(f.random(rows))
         weights = f.random(rows).abs() if f.r.random() < 0.5 else None
         if weights is not None:
             weights[f.r.randrange(rows)] = 0.0
         child = f.random(f.nodes).abs() + 0.1 if options.over == "children" and f.r.random() < 0.5 else None
         if f.r.random() < 0.2:
-            values[f.r.randrange(rows)] = f.r.choice((torch.nan, torch.inf, -torch.inf))
+            values[f.r.randrange(rows)] = f.r.choice((torch.inf, -torch.inf))
         here = (
             values.to(to),
             None if weights is None else weights.to(to),
@@ -197,8 +202,8 @@ def check_aggregates(f: Forests) -> None:
 
 def check_advantages(f: Forests) -> None:
     """Every mode."""
-    values = f.random(f.nodes)
     for mode in TREE_MODES:
+        values = f.partly(f.random(f.nodes))
         for scale, singleton, ddof in (("std", "zero", 1), ("none", "raw", 0), ("std", "raw", 0)):
             o = AdvantageOptions(mode, scale, ddof, 1e-4, singleton)
             got = f.module.advantages(f.padded(values, f.places), *f.here, o)
@@ -209,8 +214,10 @@ def check_advantages(f: Forests) -> None:
 
 def check_propagate(f: Forests) -> None:
     """The recurrence and its gradients, with bounds and without."""
-    scale, shift, grad = f.random(f.nodes), f.random(f.nodes), f.random(f.nodes)
-    for rules in ((0.7, None, None), (0.1, -0.55, None), (-3.0, -0.4, 0.6)):
+    for rules in ((0.7, None, None), (0.1, -0.55, None), (-3.0, -0.4, 0.6), (0.5, 0.5, 0.5)):
+        scale, shift, grad = f.partly(f.random(f.nodes), 0.1), f.random(f.nodes), f.random(f.nodes)
+        if rules == (0.5, 0.5, 0.5):  # the bounds themselves, and what lies beyond them
+            scale, shift = torch.ones_like(scale), (shift - 0.5).round().clamp(-1, 1)
         here = [f.padded(x, f.places) for x in (grad, scale, shift)]
         f.same(f.module.propagate(*here[1:], *f.here, *rules), cpu.propagate(scale, shift, *f.there, *rules), rules)
         got = f.module.propagate_backward(*here, *f.here, *rules)
@@ -231,11 +238,12 @@ def check_tokens(f: Forests, mask: Tensor | None) -> None:
     counted = None if mask is None else mask != 0  # the CPU backend takes fewer types
     there = (*f.there, extents, counted)
     here = (*f.here, extents.to(f.device), None if mask is None else mask.to(f.device))
-    values, unique, tokens = f.random(f.nodes), f.random(f.unique), f.random(flat)
+    unique, tokens = f.random(f.unique), f.random(flat)
     for place in PLACES:
+        values = f.partly(f.random(f.nodes))
         got = f.module.spread(f.padded(values, f.places), *here, place, flat)
         f.same(got, cpu.spread(values, *there, place, flat), place)
-        own = f.random(len(f.batch.lengths))
+        own = f.partly(f.random(len(f.batch.lengths)))
         got = f.module.spread(f.padded(values, f.places), *here, place, flat, own.to(f.device))
         f.same(got, cpu.spread(values, *there, place, flat, own), f"{place}, values of rows")
         got = f.module.collect(tokens.to(f.device), *here, place)

@@ -663,7 +663,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: recipes.slate(torch.tensor(DRAWN), torch.tensor(R)), "tree: expected a fastreward.PrefixTree"),
     (lambda: recipes.tvm(drawn(), torch.tensor(R[:3])), "rewards: expected shape"),
     (lambda: recipes.tvm(drawn(), R), "rewards: expected a torch tensor"),
-    (lambda: recipes.tvm(drawn(), torch.tensor([1.0, float("nan"), 0.0, 0.0])), r"rewards: .* got nan at index \[1\]"),
+    (lambda: recipes.tvm(drawn(), torch.tensor([1.0, float("inf"), 0.0, 0.0])), r"rewards: .* got inf at index \[1\]"),
     (lambda: recipes.tempo(torch.tensor(DRAWN), None, torch.tensor(R)), "group_ids, group_size: expected exactly one"),
     (lambda: recipes.tempo(drawn(), None, torch.tensor(R), group_size=2), "group_size: expected None beside"),
     (lambda: recipes.tempo(drawn(), torch.ones(4, 4), torch.tensor(R)), "mask: expected None beside"),

@@ -169,7 +169,7 @@ void advantages(const ForestArguments& f, int mode, bool scale_std, bool singlet
                 Address values, Address out, int threads) {
   const PrefixForest forest = forest_of(f);
   const AdvantageOptions o = {static_cast<TreeMode>(mode), scale_std, singleton_raw, ddof, eps};
-  const auto memory = scratch<double>(2 * forest.size);
+  const auto memory = scratch<double>(3 * forest.size);
   if (f64)
     FASTREWARD_DISPATCH(prefix_tree_advantages_f64)(forest, o, pointer<const double>(values), memory.get(),
                                                     pointer<double>(out), threads);

@@ -143,6 +143,7 @@ FASTREWARD_DECLARE(
     // Numbers what has grown and writes every field; capacity is at least size.
     void prefix_tree_number(const PrefixTreeInput& input, const PrefixForest& forest, const PrefixTreeScratch& scratch);
 
+    // Here NaN is the value of a sequence or a node that is not there.
     // values [rows], weights [rows] or nullptr, child_weights [size] or nullptr -> out [size]; scratch [2 * size]
     void prefix_tree_aggregate_f32(const PrefixForest& forest, const AggregateOptions& options, const float* values,
                                    const float* weights, const float* child_weights, double* scratch, float* out,
@@ -157,7 +158,7 @@ FASTREWARD_DECLARE(
     void prefix_tree_aggregate_backward_f64(const PrefixForest& forest, const AggregateOptions& options,
                                             const double* values, const double* weights, const double* child_weights,
                                             const double* grad, double* scratch, double* grad_values, int threads);
-    // What a node is worth against its parent, siblings, root or ancestors; 0 for a root. scratch [2 * size]
+    // What a node is worth against its parent, siblings, root or ancestors; 0 for a root. scratch [3 * size]
     void prefix_tree_advantages_f32(const PrefixForest& forest, const AdvantageOptions& options, const float* values,
                                     double* scratch, float* out, int threads);
     void prefix_tree_advantages_f64(const PrefixForest& forest, const AdvantageOptions& options, const double* values,
@@ -175,7 +176,8 @@ FASTREWARD_DECLARE(
                                             double initial, double low, double high, const double* grad,
                                             double* scratch, double* grad_scale, double* grad_shift, int threads);
 
-    // values [size] (plus row_values [rows], or nullptr) -> tokens, 0 where there is no credit; and its transpose
+    // values [size] (plus row_values [rows], or nullptr) -> tokens, 0 where there is no credit; and its transpose. A node
+    // that is NaN adds nothing, a row that is NaN gets 0.
     void prefix_tree_spread_f32(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const float* values,
                                 const float* row_values, float* tokens, int threads);
     void prefix_tree_spread_f64(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const double* values,

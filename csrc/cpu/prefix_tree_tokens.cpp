@@ -5,6 +5,7 @@
 // run in pre-order of their ends, in float64, a block of tokens at a time, so that a token's bits depend on its group
 // alone. Large outputs are written past the caches, which saves reading what is overwritten.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -137,18 +138,24 @@ void write_tokens(const PrefixForest& forest, const TokenSpan& span, Out none, O
   });
 }
 
-// A node's value and the row's own on every token, or the node's on one of them alone.
+// A node's value and the row's own on every token, or the node's on one of them alone. NaN is what is not there: a node
+// adds nothing, a row gets nothing.
 template <class T>
 void spread(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* values, const T* row_values,
             T* tokens, int threads) {
-  const auto own = [&](std::int64_t row) { return row_values == nullptr ? T(0) : row_values[row]; };
+  const auto own = [&](std::int64_t row) {
+    return row_values == nullptr || std::isnan(row_values[row]) ? T(0) : row_values[row];
+  };
+  const auto value = [&](std::int64_t node, std::int64_t row) {
+    return std::isnan(values[node]) || (row_values != nullptr && std::isnan(row_values[row])) ? T(0) : values[node];
+  };
   if (place == TreePlace::broadcast)
     return write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node, std::int64_t row) {
-      return Everywhere<T>{values[node] + own(row)};
+      return Everywhere<T>{value(node, row) + own(row)};
     });
   write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node, std::int64_t row) {
     const std::int64_t last = forest.field(kNodeEdgeLength)[node] - 1;
-    return At<T>{values[node] + own(row), own(row), place == TreePlace::start ? 0 : last};
+    return At<T>{value(node, row) + own(row), own(row), place == TreePlace::start ? 0 : last};
   });
 }
 

@@ -16,6 +16,7 @@ namespace {
 
 constexpr std::int64_t kNodes = 1 << 12;  // a thread's share, at least
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNothing = std::numeric_limits<double>::quiet_NaN();  // the value of what is not there
 
 // f(root, end of its nodes) for every group.
 template <class F>
@@ -38,7 +39,8 @@ double weighted(double log_part, double weight) { return weight == 1.0 ? log_par
 
 // ---------------------------------------------------------------------------------------------------------- aggregate
 // Pairs (total, weight) of each node: the sum of what its parts add and of their weights; for logsumexp the log of the
-// sum, for max, min and any the extreme.
+// sum, for max, min and any the extreme. A part that is NaN is not there, and its weight counts as little; a node
+// without parts has the weight NaN and is not there itself.
 template <class T>
 class Aggregate {
  public:
@@ -50,25 +52,27 @@ class Aggregate {
   // Fills total and weight of one group.
   void up(std::int64_t root, std::int64_t end) const {
     std::fill(total_ + root, total_ + end, start());
-    std::fill(weight_ + root, weight_ + end, 0.0);
+    std::fill(weight_ + root, weight_ + end, kNothing);
     const std::int64_t* const order = f_.field(kRowOrder);
     const std::int64_t* const leaf = f_.field(kRowLeaf);
     const std::int64_t first = f_.field(kNodeRowBegin)[root], last = first + f_.field(kNodeCount)[root];
     for (std::int64_t i = first; i < last; ++i) {
       const std::int64_t row = order[i];
-      join(leaf[row], value_of(row), row_weight(row));
+      if (there(row)) join(leaf[row], value_of(row), row_weight(row));
     }
     for (std::int64_t n = end - 1; n > root; --n) {
       const std::int64_t p = f_.field(kNodeParent)[n];
       const double decay = discount(n);
-      if (o_.over_children)
-        join(p, o_.op == TreeOp::logsumexp ? result(n) * o_.scale : result(n) * decay, child_weight(n));
-      else
-        merge(p, o_.op == TreeOp::logsumexp ? total_[n] : total_[n] * decay, weight_[n]);
+      if (!o_.over_children) {
+        if (!std::isnan(weight_[n])) merge(p, o_.op == TreeOp::logsumexp ? total_[n] : total_[n] * decay, weight_[n]);
+      } else if (const double x = result(n); !std::isnan(x)) {
+        join(p, o_.op == TreeOp::logsumexp ? x * o_.scale : x * decay, child_weight(n));
+      }
     }
   }
 
   double result(std::int64_t n) const {
+    if (std::isnan(weight_[n])) return kNothing;
     switch (o_.op) {
       case TreeOp::mean: return total_[n] / weight_[n];
       case TreeOp::logsumexp: return log_total(n) / o_.scale;
@@ -79,6 +83,7 @@ class Aggregate {
   // What the result times scale is for logsumexp: log of the sum, or of the mean.
   double log_total(std::int64_t n) const { return o_.mean_form ? total_[n] - std::log(weight_[n]) : total_[n]; }
 
+  bool there(std::int64_t row) const { return !std::isnan(values_[row]); }
   double value_of(std::int64_t row) const {
     const double v = static_cast<double>(values_[row]);
     if (o_.op == TreeOp::any) return v != 0.0 ? 1.0 : 0.0;
@@ -109,12 +114,12 @@ class Aggregate {
   }
 
   void merge(std::int64_t n, double total, double w) const {
-    weight_[n] += w;
+    weight_[n] = std::isnan(weight_[n]) ? w : weight_[n] + w;
     double& t = total_[n];
     switch (o_.op) {
       case TreeOp::mean: case TreeOp::sum: t += total; return;
-      case TreeOp::max: case TreeOp::any: t = std::isnan(total) || total > t ? total : t; return;
-      case TreeOp::min: t = std::isnan(total) || total < t ? total : t; return;
+      case TreeOp::max: case TreeOp::any: t = total > t ? total : t; return;
+      case TreeOp::min: t = total < t ? total : t; return;
       case TreeOp::logsumexp: t = log_add(t, total); return;
     }
   }
@@ -145,7 +150,7 @@ void aggregate(const PrefixForest& forest, const AggregateOptions& options, cons
 // exp(difference), where nothing minus nothing is nothing.
 double share(double log_part, double log_whole) { return std::isinf(log_whole) ? 0.0 : std::exp(log_part - log_whole); }
 
-// H[n] = own[n] + part[n] * H[parent], grad of a row = part of the row * H[leaf].
+// H[n] = own[n] + part[n] * H[parent], grad of a row = part of the row * H[leaf]; none from a value that is NaN.
 template <class T>
 void aggregate_backward(const PrefixForest& forest, const AggregateOptions& o, const T* values, const T* weights,
                         const T* child_weights, const T* grad, double* scratch, T* grad_values, int threads) {
@@ -161,6 +166,9 @@ void aggregate_backward(const PrefixForest& forest, const AggregateOptions& o, c
     if (mean && o.over_children) return a.discount(n) * a.child_weight(n) / weight[p];
     return o.over_children ? a.discount(n) * a.child_weight(n) : a.discount(n);
   };
+  // A sum and its weights pass a node whose mean is NaN (weights that cancel out), all else ends there.
+  const bool passes_nan = !o.over_children && o.op != TreeOp::logsumexp;
+  const auto has_value = [&](std::int64_t n) { return !std::isnan(a.result(n)); };
   const auto row_part = [&](std::int64_t row, std::int64_t n) {
     const double w = a.row_weight(row);
     if (o.op == TreeOp::logsumexp) return share(weighted(a.value_of(row), w), total[n]);
@@ -171,71 +179,76 @@ void aggregate_backward(const PrefixForest& forest, const AggregateOptions& o, c
   for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {
     a.up(root, end);
     for (std::int64_t n = root; n < end; ++n) {
-      const double own = static_cast<double>(grad[n]);
-      h[n] = mean && !o.over_children ? own / weight[n] : own;
-      if (parent[n] >= 0) h[n] += part(n, parent[n]) * h[parent[n]];
+      const bool there = has_value(n);
+      const double own = there ? static_cast<double>(grad[n]) : 0.0;
+      h[n] = there && mean && !o.over_children ? own / weight[n] : own;
+      if (parent[n] < 0 || !(passes_nan || (there && has_value(parent[n])))) continue;
+      h[n] += part(n, parent[n]) * h[parent[n]];
     }
     const std::int64_t first = forest.field(kNodeRowBegin)[root], last = first + forest.field(kNodeCount)[root];
     for (std::int64_t i = first; i < last; ++i) {
       const std::int64_t row = order[i];
-      grad_values[row] = static_cast<T>(row_part(row, leaf[row]) * h[leaf[row]]);
+      const bool through = a.there(row) && (passes_nan || has_value(leaf[row]));
+      grad_values[row] = through ? static_cast<T>(row_part(row, leaf[row]) * h[leaf[row]]) : T(0);
     }
   });
 }
 
 // --------------------------------------------------------------------------------------------------------- advantages
-// Mean of each node's children and the square root of their variance, both of them kept at the parent.
+// How many of a node's children have a value, their mean and the square root of their variance, kept at the parent.
 template <class T>
-void children_statistics(const PrefixForest& forest, int ddof, const T* values, double* mean, double* deviation,
-                         std::int64_t root, std::int64_t end) {
+void children_statistics(const PrefixForest& forest, int ddof, const T* values, double* count, double* mean,
+                         double* deviation, std::int64_t root, std::int64_t end) {
   const std::int64_t* const parent = forest.field(kNodeParent);
-  const std::int64_t* const children = forest.field(kNodeChildren);
-  std::fill(mean + root, mean + end, 0.0);
-  std::fill(deviation + root, deviation + end, 0.0);
-  for (std::int64_t n = root + 1; n < end; ++n) mean[parent[n]] += static_cast<double>(values[n]);
-  for (std::int64_t n = root; n < end; ++n) mean[n] /= static_cast<double>(std::max<std::int64_t>(children[n], 1));
+  for (double* const x : {count, mean, deviation}) std::fill(x + root, x + end, 0.0);
+  for (std::int64_t n = root + 1; n < end; ++n)
+    if (!std::isnan(values[n])) mean[parent[n]] += static_cast<double>(values[n]), ++count[parent[n]];
+  for (std::int64_t n = root; n < end; ++n) mean[n] /= std::max(count[n], 1.0);
   for (std::int64_t n = root + 1; n < end; ++n) {
     const double away = static_cast<double>(values[n]) - mean[parent[n]];
-    deviation[parent[n]] += away * away;
+    if (!std::isnan(values[n])) deviation[parent[n]] += away * away;
   }
-  for (std::int64_t n = root; n < end; ++n)
-    deviation[n] = std::sqrt(deviation[n] / static_cast<double>(std::max<std::int64_t>(children[n] - ddof, 0)));
+  for (std::int64_t n = root; n < end; ++n) deviation[n] = std::sqrt(deviation[n] / std::max(count[n] - ddof, 0.0));
 }
 
+// A node without a value (NaN) gets 0 and counts in nobody else's; so does a node with nothing to be compared with.
 template <class T>
 void advantages(const PrefixForest& forest, const AdvantageOptions& o, const T* values, double* scratch, T* out,
                 std::int64_t root, std::int64_t end) {
   double* const first = scratch;
   double* const second = scratch + forest.size;
+  double* const third = scratch + 2 * forest.size;
   const std::int64_t* const parent = forest.field(kNodeParent);
   const auto value = [&](std::int64_t n) { return static_cast<double>(values[n]); };
-  const auto count = [&](std::int64_t n) { return static_cast<double>(forest.field(kNodeCount)[n]); };
-  if (o.mode == TreeMode::sibling) children_statistics(forest, o.ddof, values, first, second, root, end);
-  if (o.mode == TreeMode::depth_weighted) first[root] = count(root) * value(root), second[root] = count(root);
-  if (o.mode == TreeMode::all_ancestors) first[root] = 0.0;
+  const auto there = [&](std::int64_t n) { return !std::isnan(values[n]); };
+  // first, second: sums of weight * value and of weight from the root down to a node, over those that are there.
+  const auto add_path = [&](std::int64_t n, double above, double weight_above, double weight) {
+    first[n] = there(n) ? above + weight * value(n) : above;
+    second[n] = there(n) ? weight_above + weight : weight_above;
+  };
+  const auto against = [&](std::int64_t n, std::int64_t m) { return there(m) ? value(n) - value(m) : 0.0; };
+  const bool by_count = o.mode == TreeMode::depth_weighted;
+  const auto weight = [&](std::int64_t n) { return by_count ? static_cast<double>(forest.field(kNodeCount)[n]) : 1.0; };
+  const bool along_path = by_count || o.mode == TreeMode::all_ancestors;
+  if (o.mode == TreeMode::sibling) children_statistics(forest, o.ddof, values, first, second, third, root, end);
+  if (along_path) add_path(root, 0.0, 0.0, weight(root));
   out[root] = T(0);
   for (std::int64_t n = root + 1; n < end; ++n) {
     const std::int64_t p = parent[n];
     double a = 0.0;
+    if (along_path) add_path(n, first[p], second[p], weight(n));
     switch (o.mode) {
-      case TreeMode::td: a = value(n) - value(p); break;
-      case TreeMode::root: a = value(n) - value(root); break;
-      case TreeMode::td_root: a = (value(n) - value(p)) + (value(n) - value(root)); break;
-      case TreeMode::all_ancestors:  // first: sum of the ancestors' values
-        first[n] = first[p] + value(p);
-        a = value(n) - first[n] / static_cast<double>(forest.field(kNodeDepth)[n]);
-        break;
-      case TreeMode::depth_weighted:  // first, second: sums of count * value and of count down to the node
-        first[n] = first[p] + count(n) * value(n);
-        second[n] = second[p] + count(n);
-        a = value(n) - first[n] / second[n];
-        break;
+      case TreeMode::td: a = against(n, p); break;
+      case TreeMode::root: a = against(n, root); break;
+      case TreeMode::td_root: a = against(n, p) + against(n, root); break;
+      case TreeMode::all_ancestors: a = second[p] > 0.0 ? value(n) - first[p] / second[p] : 0.0; break;
+      case TreeMode::depth_weighted: a = value(n) - first[n] / second[n]; break;
       case TreeMode::sibling:
-        if (forest.field(kNodeChildren)[p] == 1) a = o.singleton_raw ? value(n) : 0.0;
-        else a = (value(n) - first[p]) / (o.scale_std ? second[p] + o.eps : 1.0);
+        if (first[p] == 1.0) a = o.singleton_raw ? value(n) : 0.0;
+        else a = (value(n) - second[p]) / (o.scale_std ? third[p] + o.eps : 1.0);
         break;
     }
-    out[n] = static_cast<T>(a);
+    out[n] = there(n) ? static_cast<T>(a) : T(0);
   }
 }
 
@@ -271,10 +284,11 @@ void propagate_backward(const PrefixForest& forest, const T* scale, const T* shi
     for (std::int64_t n = root; n < end; ++n) h[n] = static_cast<double>(grad[n]);
     for (std::int64_t n = end - 1; n > root; --n) {
       const double y = static_cast<double>(scale[n]) * x[parent[n]] + static_cast<double>(shift[n]);
-      const double through = y < low || y > high ? 0.0 : h[n];
-      grad_scale[n] = static_cast<T>(through * x[parent[n]]);
-      grad_shift[n] = static_cast<T>(through);
-      h[parent[n]] += static_cast<double>(scale[n]) * through;
+      grad_scale[n] = grad_shift[n] = T(0);
+      if (y < low || y > high || std::isnan(y)) continue;
+      grad_scale[n] = static_cast<T>(h[n] * x[parent[n]]);
+      grad_shift[n] = static_cast<T>(h[n]);
+      h[parent[n]] += static_cast<double>(scale[n]) * h[n];
     }
     grad_scale[root] = grad_shift[root] = T(0);
   });

@@ -123,7 +123,7 @@ def aggregate_backward(
 
 
 def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: AdvantageOptions) -> Tensor:
-    """[nodes] from node values [nodes]; 0 for roots."""
+    """[nodes] from node values [nodes]; 0 for roots, without a value and with nothing to compare it with."""
     out = torch.empty_like(values)
     _core.prefix_tree_advantages(
         _forest(nodes, rows),
@@ -175,7 +175,7 @@ def propagate_backward(
     low: float | None,
     high: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients for scale and shift; none passes a bound that has cut."""
+    """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     grad_scale, grad_shift = torch.empty_like(scale), torch.empty_like(scale)
     _core.prefix_tree_propagate_backward(
         _forest(nodes, rows),
@@ -205,7 +205,7 @@ def spread(
 ) -> Tensor:
     """Node values [nodes] to flat tokens [count], to a whole edge or its start or end; 0 where there is no credit.
 
-    row_values [B]: added on every token of a row that gets credit.
+    row_values [B]: added on every token of a row that gets credit. NaN: the row gets 0, a node adds nothing.
     """
     out = empty((count,), values.dtype)
     where = (address(extents), *mask_arguments(mask), PLACES.index(place))

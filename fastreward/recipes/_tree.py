@@ -1,39 +1,88 @@
 """What the recipes over prefix trees share: checked arguments, and values of sequences on their tokens.
 
-Statistics stay float64 until they are handed out: many methods compare values that are equal on paper.
+Statistics stay float64 until they are handed out: many methods compare values that are equal on paper. A reward of NaN
+was not scored: its sequence is in no statistic (the tree's values know that), and `scored` keeps its tokens at 0.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastreward import PrefixTree, _check
+from fastreward import PrefixTree, _check, group_advantages
 from fastreward import whiten as _whiten
 from fastreward._options import Place
+from fastreward.group import GroupIds
 
 
-def rewards_of(tree: PrefixTree, rewards: Tensor, name: str = "rewards") -> Tensor:
-    """[B] float64, a constant; finite, as one NaN would be in every value of its group."""
-    if not isinstance(tree, PrefixTree):
-        raise TypeError(f"tree: expected a fastreward.PrefixTree, got {type(tree).__name__}")
-    _check.shape(name, _check.tensor(name, rewards), (tree.num_rows,), "one per sequence of the tree")
-    return _constant(tree, rewards, name)
+def rewards_of(tree: PrefixTree, rewards: Tensor) -> Tensor:
+    """[B] float64, a constant: finite, or NaN where a sequence was not scored."""
+    x = _per_row(tree, rewards, "rewards")
+    if _check.values_checked(x):
+        _check.every("rewards", ~x.isinf(), x, "finite numbers, or NaN (not scored)")
+    return x
+
+
+def per_row(tree: PrefixTree, values: Tensor, name: str) -> Tensor:
+    """[B] float64, a constant; finite."""
+    return _finite(_per_row(tree, values, name), name)
+
+
+def step_rewards_of(tree: PrefixTree, step_rewards: Tensor) -> Tensor:
+    """[nodes] float64, a constant: finite, or NaN where a step was not scored."""
+    x = _per_node(tree, step_rewards, "step_rewards")
+    if _check.values_checked(x):
+        _check.every("step_rewards", ~x.isinf(), x, "finite numbers, or NaN (not scored)")
+    return x
 
 
 def per_node(tree: PrefixTree, values: Tensor, name: str) -> Tensor:
     """[nodes] float64, a constant; finite."""
+    return _finite(_per_node(tree, values, name), name)
+
+
+def _per_row(tree: PrefixTree, x: Tensor, name: str) -> Tensor:
+    _check_tree(tree)
+    _check.shape(name, _check.tensor(name, x), (tree.num_rows,), "one per sequence of the tree")
+    _check.same_device(name, x, "the tree", tree.leaf)
+    return x.detach().double()
+
+
+def _per_node(tree: PrefixTree, x: Tensor, name: str) -> Tensor:
+    _check_tree(tree)
+    _check.shape(name, _check.tensor(name, x), tree.parent.shape, "one per node of the tree")
+    _check.same_device(name, x, "the tree", tree.leaf)
+    return x.detach().double()
+
+
+def _check_tree(tree: PrefixTree) -> None:
     if not isinstance(tree, PrefixTree):
         raise TypeError(f"tree: expected a fastreward.PrefixTree, got {type(tree).__name__}")
-    _check.shape(name, _check.tensor(name, values), tree.parent.shape, "one per node of the tree")
-    return _constant(tree, values, name)
 
 
-def _constant(tree: PrefixTree, x: Tensor, name: str) -> Tensor:
-    _check.same_device(name, x, "the tree", tree.leaf)
+def _finite(x: Tensor, name: str) -> Tensor:
     if _check.values_checked(x):
         _check.every(name, x.isfinite(), x, "finite numbers")
-    return x.detach().double()
+    return x
+
+
+def scored(rewards: Tensor) -> Tensor:
+    """[B]: 0, or NaN without a reward. As row_values it keeps all tokens of such a sequence at 0."""
+    return torch.where(rewards.isnan(), torch.nan, 0.0)
+
+
+def scored_count(tree: PrefixTree, rewards: Tensor) -> Tensor:
+    """[nodes] float64: the scored sequences through each node."""
+    if _check.values_checked(rewards) and not bool(rewards.isnan().any()):
+        return tree.count.double()
+    return tree.aggregate((~rewards.isnan()).double(), "sum")
+
+
+def normalized(rewards: Tensor, group_ids: GroupIds | None, **options: Any) -> Tensor:
+    """[B] float64: `group_advantages`, NaN where a reward is."""
+    return torch.where(rewards.isnan(), torch.nan, group_advantages(rewards, group_ids, **options).double())
 
 
 def group_of(tree: PrefixTree) -> Tensor:
@@ -58,7 +107,10 @@ def labelled(*labels: Tensor) -> PrefixTree:
 def node_tokens(
     tree: PrefixTree, node_values: Tensor, place: Place = "broadcast", row_values: Tensor | None = None
 ) -> Tensor:
-    """Float32 in the shape of tokens: each node's value on its tokens, plus each sequence's own on all that count."""
+    """Float32 in the shape of tokens: each node's value on its tokens, plus each sequence's own on all that count.
+
+    What is NaN is not there: a node gives nothing, a sequence gets 0.
+    """
     return tree.to_tokens(node_values.float(), place=place, row_values=row_values)
 
 
@@ -67,9 +119,9 @@ def row_tokens(tree: PrefixTree, row_values: Tensor) -> Tensor:
     return node_tokens(tree, torch.zeros_like(tree.parent), row_values=row_values)
 
 
-def credited(tree: PrefixTree) -> Tensor:
-    """Bool in the shape of tokens: inside of a sequence, and counted by the mask."""
-    return node_tokens(tree, torch.ones_like(tree.parent)) != 0
+def credited(tree: PrefixTree, rewards: Tensor) -> Tensor:
+    """Bool in the shape of tokens: inside of a scored sequence, and counted by the mask."""
+    return node_tokens(tree, torch.ones_like(tree.parent), row_values=scored(rewards)) != 0
 
 
 def in_last_node(tree: PrefixTree) -> Tensor:
@@ -84,6 +136,8 @@ def beside_tokens(tree: PrefixTree, row_values: Tensor) -> Tensor:
     return row_values.repeat_interleave(tree._sequences.extents.diff(), output_size=tree.shape[0])
 
 
-def whitened(tree: PrefixTree, advantages: Tensor) -> Tensor:
-    """Zero mean and unit variance over the credited tokens of the batch."""
-    return _whiten(advantages, credited(tree))
+def whitened(advantages: Tensor, counted: Tensor, rewards: Tensor) -> Tensor:
+    """Zero mean and unit variance over the counted tokens; as they are (0) where no sequence was scored."""
+    if _check.values_checked(rewards) and bool(rewards.isnan().all()):
+        return advantages
+    return _whiten(advantages, counted)

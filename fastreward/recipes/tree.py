@@ -2,7 +2,9 @@
 
 V(n) = the value of a node of `fastreward.PrefixTree`, p its parent, R = rewards [B], one per sequence. Recipes take the
 tree first (TEMPO also the tokens, and makes it), and return float32 advantages or values in the shape of its tokens, 0
-where its mask gives no credit: constants, for `policy_loss(..., advantages)`. Rewards may be of any dtype, but finite.
+where its mask gives no credit: constants, for `policy_loss(..., advantages)`. Rewards may be of any dtype; NaN: not
+scored. Such a sequence is in no statistic, and all its tokens get 0, also where others give their prefix a value; the
+nodes stay what they are. Where a 0 is no neutral target, leave its tokens out of the loss.
 
 Where a method's nodes are steps or segments that the sampler knows, build its tree with `PrefixTree.from_paths` (an id
 for each sampled step) or `from_branches`: in a tree of tokens, siblings that happen to begin alike share a node.
@@ -15,8 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastreward import PrefixTree, _check, group_advantages
-from fastreward import whiten as _whiten
+from fastreward import PrefixTree, _check
 from fastreward._options import Singleton
 from fastreward.group import GroupIds
 from fastreward.recipes._registry import recipe
@@ -27,10 +28,14 @@ from fastreward.recipes._tree import (
     in_last_node,
     labelled,
     node_tokens,
+    normalized,
     of_parent,
     per_node,
     rewards_of,
     row_tokens,
+    scored,
+    scored_count,
+    step_rewards_of,
     whitened,
 )
 
@@ -71,9 +76,9 @@ def tempo(
         ddof, eps: of the std; nothing that we could read states them.
     """
     tree = _tree_of(tokens, mask, group_ids, group_size, cu_seqlens)
-    normalized = group_advantages(rewards_of(tree, rewards), group_of(tree), ddof=ddof, eps=eps).double()
-    difference = tree.advantages(tree.aggregate(normalized), "td")  # that of R, divided by the same std
-    return node_tokens(tree, difference, place="start", row_values=normalized)
+    own = normalized(rewards_of(tree, rewards), group_of(tree), ddof=ddof, eps=eps)
+    difference = tree.advantages(tree.aggregate(own), "td")  # that of R, divided by the same std
+    return node_tokens(tree, difference, place="start", row_values=own)
 
 
 def _tree_of(
@@ -108,7 +113,7 @@ def tvm(tree: PrefixTree, rewards: Tensor) -> Tensor:
     The target of a value head at each token, whose prefix ends with it; the loss there is a squared error.
     """
     outcomes = rewards_of(tree, rewards)
-    return node_tokens(tree, tree.aggregate(outcomes))
+    return node_tokens(tree, tree.aggregate(outcomes), row_values=scored(outcomes))
 
 
 # -------------------------------------------------------------------------------------------- trees of steps, segments
@@ -141,17 +146,18 @@ def spo_tree(
     outcomes = rewards_of(tree, rewards)
     values = tree.aggregate(outcomes, over="children")
     if variant == "rloo":
-        advantages = node_tokens(tree, tree.advantages(values, "td"))
+        differences = tree.advantages(values, "td")
     else:
-        advantages = node_tokens(tree, tree.advantages(values, "sibling", ddof=0, eps=1e-8))
-    counted = credited(tree)
+        differences = tree.advantages(values, "sibling", ddof=0, eps=1e-8)
+    advantages = node_tokens(tree, differences, row_values=scored(outcomes))
+    counted = credited(tree, outcomes)
     if old_logprobs is not None:
         _check.shape("old_logprobs", _check.tensor("old_logprobs", old_logprobs), tree.shape, "as tokens")
         _check.same_device("old_logprobs", old_logprobs, "the tree", tree.leaf)
         unsure = counted & (old_logprobs.detach().exp() < prob_threshold)
         advantages = torch.where(unsure, advantages, 0.0)
         counted = unsure | (counted & ~unsure.any())  # none: they are all 0, but whitening needs tokens
-    return _whiten(advantages, counted) if whiten else advantages
+    return whitened(advantages, counted, outcomes) if whiten else advantages
 
 
 @recipe(
@@ -176,7 +182,8 @@ def treerpo(
     """
     outcomes = rewards_of(tree, rewards)
     values = tree.aggregate(outcomes, over="children")
-    return node_tokens(tree, tree.advantages(values, "sibling", scale=scale, ddof=ddof, eps=eps))
+    advantages = tree.advantages(values, "sibling", scale=scale, ddof=ddof, eps=eps)
+    return node_tokens(tree, advantages, row_values=scored(outcomes))
 
 
 @recipe(
@@ -207,7 +214,8 @@ def portool(
     Args:
         tree: of steps (`PrefixTree.from_paths`).
         rewards: [B], of the outcomes.
-        step_rewards: [nodes], what a step earns by its format, for instance; None: nothing.
+        step_rewards: [nodes], what a step earns by its format, for instance; NaN: not scored, the step is no sibling.
+            None: nothing.
         gamma: above 0; the decay per step (0.95 is the paper's).
         op: "mean" or "max" over the trajectories through a step; the paper's is not known to us.
         trajectory_weight, fork_weight, ddof, eps: not known to us either.
@@ -219,8 +227,8 @@ def portool(
     decay = gamma ** tree.depth.double()
     values = tree.aggregate(outcomes * decay[tree.leaf], op) / decay
     if step_rewards is not None:
-        values = values + per_node(tree, step_rewards, "step_rewards")
-    trajectory = group_advantages(outcomes, group_of(tree), ddof=ddof, eps=eps)
+        values = values + step_rewards_of(tree, step_rewards)
+    trajectory = normalized(outcomes, group_of(tree), ddof=ddof, eps=eps)
     fork = tree.advantages(values, "sibling", ddof=ddof, eps=eps)
     return node_tokens(tree, fork_weight * fork, row_values=trajectory_weight * trajectory)
 
@@ -252,10 +260,8 @@ def tree_grpo(
     ("tree_2norm"). singleton: of a lone sequence; "raw" is verl's (to 1e-6).
     """
     values = rewards_of(tree, rewards)
-    prompt = group_advantages(
-        values, group_ids, group_size=group_size, ddof=ddof, eps=eps, singleton=singleton
-    ).double()
-    inner = group_advantages(prompt if sequential else values, group_of(tree), ddof=ddof, eps=eps, singleton=singleton)
+    prompt = normalized(values, group_ids, group_size=group_size, ddof=ddof, eps=eps, singleton=singleton)
+    inner = normalized(prompt if sequential else values, group_of(tree), ddof=ddof, eps=eps, singleton=singleton)
     return row_tokens(tree, inner if sequential else prompt + inner)
 
 
@@ -299,7 +305,7 @@ def at2po(
     _check.choice("advantage", advantage, ("node_value", *_AT2PO_MODES))
     leaves = rewards_of(tree, rewards)
     if normalize:
-        leaves = group_advantages(leaves, group_of(tree), ddof=0, eps=eps).double()
+        leaves = normalized(leaves, group_of(tree), ddof=0, eps=eps)
     if node_value == "leaf_mean":
         values = tree.aggregate(leaves)
     elif node_value == "child_mean":
@@ -311,7 +317,7 @@ def at2po(
         values = tree.aggregate(leaves, over="children", child_weights=weights)
     if advantage != "node_value":
         values = tree.advantages(values, _AT2PO_MODES[advantage])
-    return node_tokens(tree, values)
+    return node_tokens(tree, values, row_values=scored(leaves))
 
 
 @recipe(
@@ -326,9 +332,9 @@ def slate(tree: PrefixTree, step_rewards: Tensor, *, ddof: int = 1, eps: float =
     """A = (r - mean) / (std + eps) over the candidates that continue one prefix, r a step's own reward.
 
     step_rewards: [nodes], the judge's, one per candidate step; roots' are not read, and `tree.node_of_token` says where
-    a token's lies. A candidate without siblings gets 0.
+    a token's lies. A candidate without siblings gets 0; one that is NaN (not scored) gets 0 and is no sibling.
     """
-    values = per_node(tree, step_rewards, "step_rewards")
+    values = step_rewards_of(tree, step_rewards)
     return node_tokens(tree, tree.advantages(values, "sibling", ddof=ddof, eps=eps))
 
 
@@ -401,24 +407,20 @@ def rose(
     """
     outcomes = rewards_of(tree, rewards)
     values = tree.aggregate(outcomes)
+    count = scored_count(tree, outcomes)
+    shared = count > 1  # nodes that end at a branch point: more than one sequence has come so far
     keys = _position_keys(tree) if position_keyed else None
     if keys is not None:
-        shared = _shared(tree)
-        sums = torch.where(shared, values * tree.count, 0.0)
-        keyed = keys.aggregate(sums, "sum") / keys.aggregate(torch.where(shared, tree.count, 0).double(), "sum")
+        sums = torch.where(shared, values * count, 0.0)
+        keyed = keys.aggregate(sums, "sum") / keys.aggregate(torch.where(shared, count, 0.0), "sum")
         values = torch.where(shared, keyed[keys.leaf], values)
-    advantages = node_tokens(tree, tree.advantages(values, "td"))
+    advantages = node_tokens(tree, tree.advantages(values, "td"), row_values=scored(outcomes))
     # Only a response that ends where others go on, or that has a twin, differs from its last node.
     own = row_tokens(tree, outcomes - values[tree.leaf])
     advantages = advantages + torch.where(in_last_node(tree), own, 0.0)
     if length_penalty <= 0.0:
         return advantages
-    return advantages - advantages.abs() * _length_factor(tree, outcomes, length_penalty, keys)
-
-
-def _shared(tree: PrefixTree) -> Tensor:
-    """Nodes that end at a branch point: more than one sequence has come so far."""
-    return tree.count > 1
+    return advantages - advantages.abs() * _length_factor(tree, outcomes, length_penalty, shared, keys)
 
 
 def _position_keys(tree: PrefixTree) -> PrefixTree:
@@ -426,7 +428,7 @@ def _position_keys(tree: PrefixTree) -> PrefixTree:
     return labelled(tree.root, tree.edge_start + tree.edge_length)
 
 
-def _length_factor(tree: PrefixTree, outcomes: Tensor, power: float, keys: PrefixTree | None) -> Tensor:
+def _length_factor(tree: PrefixTree, outcomes: Tensor, power: float, shared: Tensor, keys: PrefixTree | None) -> Tensor:
     """ROSE's f, in the shape of tokens."""
     correct, lengths, group = outcomes.abs() > 1e-6, tree.lengths.double(), group_of(tree)
     shortest = tree.aggregate(torch.where(correct, lengths, torch.inf), "min")[group]
@@ -434,8 +436,8 @@ def _length_factor(tree: PrefixTree, outcomes: Tensor, power: float, keys: Prefi
     first = tree.aggregate(torch.where(correct & (lengths == shortest), number, torch.inf), "min")
     common = first.isfinite() & (first == first[tree.root])  # on the way of the shortest correct one
     if keys is not None:
-        at_shared = (common & _shared(tree)).double()
-        common = _shared(tree) & (keys.aggregate(at_shared, "max")[keys.leaf] != 0)
+        at_shared = (common & shared).double()
+        common = shared & (keys.aggregate(at_shared, "max")[keys.leaf] != 0)
     end = (tree.edge_start + tree.edge_length).double()
     last_common = tree.propagate((~common).double(), torch.where(common, end, 0.0))[tree.leaf]
     rest = (lengths - last_common).clamp(min=1.0)
@@ -470,16 +472,16 @@ def treepo(
     """
     _check.choice("weighting", weighting, ("group_size", "average"))
     outcomes = rewards_of(tree, rewards)
-    lone = tree.count == 1
-    values = torch.where(lone, 0.0, tree.aggregate(outcomes))
-    eligible = ~lone
+    count = scored_count(tree, outcomes)
+    eligible = count > 1
+    values = torch.where(eligible, tree.aggregate(outcomes), 0.0)
     if skip_constant:
         eligible = eligible & (tree.aggregate(outcomes, "max") != tree.aggregate(outcomes, "min"))
     eligible = eligible | (tree.depth == 0)
-    weights = torch.where(eligible, tree.count if weighting == "group_size" else 1, 0).double()
+    weights = torch.where(eligible, count if weighting == "group_size" else 1.0, 0.0)
     baseline = _from_root(tree, weights * values) / _from_root(tree, weights)
     advantages = row_tokens(tree, outcomes - baseline[tree.leaf])
-    return whitened(tree, advantages) if whiten else advantages
+    return whitened(advantages, credited(tree, outcomes), outcomes) if whiten else advantages
 
 
 def _from_root(tree: PrefixTree, node_values: Tensor) -> Tensor:
@@ -510,14 +512,17 @@ def treepo_segment(
     std over siblings (ddof 0; 0 where std is; an only child keeps its own). whiten=False: to whiten over all ranks.
     """
     outcomes = rewards_of(tree, rewards)
-    means = tree.aggregate(outcomes)
-    leaves = outcomes - means[tree.leaf] + tree.advantages(means, "depth-weighted")[tree.leaf]
+    count = scored_count(tree, outcomes)
+    sums = torch.where(count > 0, count * tree.aggregate(outcomes), 0.0)
+    leaves = outcomes - (_from_root(tree, sums) / _from_root(tree, count))[tree.leaf]
     values = tree.aggregate(leaves, over="children")
     if sibling_norm:
         values = _sibling_norm(tree, values)
     values = torch.where(tree.depth == 0, 0.0, values)
-    advantages = node_tokens(tree, values) - _decay(tree, eta) * node_tokens(tree, of_parent(tree, values))
-    return whitened(tree, advantages) if whiten else advantages
+    there = scored(outcomes)
+    above = node_tokens(tree, of_parent(tree, values), row_values=there)
+    advantages = node_tokens(tree, values, row_values=there) - _decay(tree, eta) * above
+    return whitened(advantages, credited(tree, outcomes), outcomes) if whiten else advantages
 
 
 def _decay(tree: PrefixTree, eta: float | None) -> Tensor | float:

@@ -11,7 +11,18 @@ from torch import Tensor
 from fastreward import PrefixTree, _check
 from fastreward._options import TreeOp
 from fastreward.recipes._registry import recipe
-from fastreward.recipes._tree import group_of, labelled, node_tokens, of_parent, per_node, rewards_of, row_tokens
+from fastreward.recipes._tree import (
+    group_of,
+    labelled,
+    node_tokens,
+    of_parent,
+    per_node,
+    per_row,
+    rewards_of,
+    row_tokens,
+    scored,
+    scored_count,
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- TreeRL
@@ -58,41 +69,43 @@ def treerl(
     _check.choice("reweight", reweight, ("none", "sqrt", "uniform"))
     if selected is not None and reweight == "none":
         raise ValueError("selected: needs reweight='sqrt' or 'uniform', which count them")
-    leaves = _against_others(tree, rewards_of(tree, rewards))
+    outcomes = rewards_of(tree, rewards)
+    count = scored_count(tree, outcomes)
+    leaves, there = _against_others(tree, outcomes, count), scored(outcomes)
     if average_one_generation:
-        total, divisor = tree.aggregate(leaves, over="children"), torch.ones_like(tree.count)
+        total, divisor = tree.aggregate(leaves, over="children"), torch.ones_like(count)
     else:
-        total, divisor = tree.aggregate(leaves, "sum"), tree.count
+        total, divisor = tree.aggregate(leaves, "sum"), count
     if overall_norm != "none":
-        total = total - _overall_mean(tree, total, overall_norm) * tree.count
+        total = total - _overall_mean(tree, total, count, overall_norm) * count
     if reweight != "none":
-        chosen = tree.count.double() if selected is None else tree.aggregate(_flags(tree, selected), "sum")
+        chosen = count if selected is None else tree.aggregate(_flags(tree, selected) + there, "sum")
         chosen = torch.where(chosen > 0, chosen, 1.0)
         total = total / (chosen.sqrt() if reweight == "sqrt" else chosen)
     values = total / divisor
     if reward == "value_only":
-        return node_tokens(tree, values)
+        return node_tokens(tree, values, row_values=there)
     if reward == "mix_all_ancestors":
-        return node_tokens(tree, tree.advantages(values, "all-ancestors"))
+        return node_tokens(tree, tree.advantages(values, "all-ancestors"), row_values=there)
     difference = tree.advantages(values, "td")
     if fill_in:
         difference = _filled(tree, difference)
-    return node_tokens(tree, difference + values if reward == "state_value" else difference)
+    return node_tokens(tree, difference + values if reward == "state_value" else difference, row_values=there)
 
 
-def _against_others(tree: PrefixTree, rewards: Tensor) -> Tensor:
+def _against_others(tree: PrefixTree, rewards: Tensor, count: Tensor) -> Tensor:
     """R minus the mean of the others of the tree; float64, as `fill_in` looks for differences of 0."""
     root = group_of(tree)
-    count, total = tree.count[root], tree.aggregate(rewards, "sum")[root]
-    return (rewards * count - total) / (count - 1).clamp(min=1)
+    others, total = count[root], tree.aggregate(rewards, "sum")[root]
+    return (rewards * others - total) / (others - 1).clamp(min=1)
 
 
-def _overall_mean(tree: PrefixTree, total: Tensor, level: str) -> Tensor:
+def _overall_mean(tree: PrefixTree, total: Tensor, count: Tensor, level: str) -> Tensor:
     """[nodes]: sum of a tree's totals over that of its counts, both times the node's tokens with level "token"."""
     size = tree.edge_length.double() if level == "token" else torch.ones_like(total)
     nodes = labelled(tree.root)
-    present = torch.where(tree.count > 0, total, 0.0)  # a GPU has room for nodes that are not there
-    summed, counted = (nodes.aggregate(x * size, "sum")[nodes.leaf] for x in (present, tree.count))
+    present = torch.where(count > 0, total, 0.0)  # nothing scored below, or a place of a GPU without a node
+    summed, counted = (nodes.aggregate(x * size, "sum")[nodes.leaf] for x in (present, count))
     return summed / torch.where(counted > 0, counted, 1.0)
 
 
@@ -102,7 +115,7 @@ def _filled(tree: PrefixTree, difference: Tensor) -> Tensor:
 
 
 def _flags(tree: PrefixTree, selected: Tensor) -> Tensor:
-    return rewards_of(tree, selected != 0 if isinstance(selected, Tensor) else selected, "selected")
+    return per_row(tree, selected != 0 if isinstance(selected, Tensor) else selected, "selected")
 
 
 # --------------------------------------------------------------------------------------------------------------- MCTS
@@ -136,19 +149,21 @@ def propa(
         ddof, eps: ms-swift's, which is assumed to be the trainer.
     """
     outcomes = rewards_of(tree, rewards)
-    counts = None if visits is None else _not_negative(rewards_of(tree, visits, "visits"), "visits")
-    labels = tree.aggregate(outcomes, weights=counts).nan_to_num(0.0)  # no visits: 0 / 0
+    counts = None if visits is None else _not_negative(per_row(tree, visits, "visits"), "visits")
+    labels = tree.aggregate(outcomes, weights=counts)
+    if counts is not None:  # no visits: 0 / 0
+        labels = torch.where(scored_count(tree, outcomes) > 0, labels.nan_to_num(0.0), labels)
     if boost is not None:
         boost = _check.positive("boost", boost)
         labels = torch.log1p(boost * labels.clamp(0.0, 1.0)) / math.log1p(boost)
     told_apart = of_parent(tree, _children_range(tree, labels)) >= min_range
     advantages = tree.advantages(labels, "sibling", ddof=ddof, eps=eps)
-    return node_tokens(tree, torch.where(told_apart, advantages, 0.0))
+    return node_tokens(tree, torch.where(told_apart, advantages, 0.0), row_values=scored(outcomes))
 
 
 def _children_range(tree: PrefixTree, node_values: Tensor) -> Tensor:
-    """[nodes]: the largest difference between children, -inf where there are none."""
-    to, has = tree.parent.clamp(min=0), tree.parent >= 0
+    """[nodes]: the largest difference between children that have a value, -inf where there are none."""
+    to, has = tree.parent.clamp(min=0), (tree.parent >= 0) & ~node_values.isnan()
     low = torch.full_like(node_values, torch.inf)
     high = -low
     low = low.scatter_reduce(0, to, torch.where(has, node_values, torch.inf), "amin")
@@ -176,7 +191,8 @@ def rest_mcts(tree: PrefixTree, rewards: Tensor) -> Tensor:
     above with one. R > 0 is correct. In a tree without a correct answer every value is 0. Targets for a value model, a
     step's on all of its tokens. Not here: the simple variant, along one final route.
     """
-    correct = rewards_of(tree, rewards) > 0
+    outcomes = rewards_of(tree, rewards)
+    correct = outcomes > 0
     ends = torch.where(correct, tree.depth[tree.leaf].double(), torch.inf)
     steps = tree.aggregate(ends, "min") - tree.depth + 1
     below = steps.isfinite()
@@ -185,7 +201,7 @@ def rest_mcts(tree: PrefixTree, rewards: Tensor) -> Tensor:
     own = torch.where(below, steps, steps[tree.root])
     nearest = tree.propagate((~known).double(), torch.where(known, own, 0.0))
     gain = torch.where(below, 1.0, -1.0) / nearest
-    return node_tokens(tree, tree.propagate(1.0 - gain, gain, low=0.0))
+    return node_tokens(tree, tree.propagate(1.0 - gain, gain, low=0.0), row_values=scored(outcomes))
 
 
 @recipe(
@@ -215,12 +231,14 @@ def mcts_step_values(
     """
     _check.choice("backup", backup, ("mean", "max"))
     ends = rewards_of(tree, rewards)
-    counts = tree.count.double() if visits is None else per_node(tree, visits, "visits")
+    counts = scored_count(tree, ends) if visits is None else per_node(tree, visits, "visits")
     if visits is not None and _check.values_checked(visits):
         _check.every("visits", (counts > 0) | (tree.parent < 0), visits, "numbers above 0")
     if backup == "max":
-        return node_tokens(tree, tree.aggregate(ends, "max"))
-    return node_tokens(tree, tree.aggregate(ends, over="children", child_weights=counts))
+        values = tree.aggregate(ends, "max")
+    else:
+        values = tree.aggregate(ends, over="children", child_weights=counts)
+    return node_tokens(tree, values, row_values=scored(ends))
 
 
 @recipe(
@@ -237,7 +255,7 @@ def diffusion_tree(
     """V(n) = log(mean of exp(scale V(child))) / scale, at an end R; form "sum": without dividing by the children.
 
     Returns [nodes], by which the search chooses (softmax of scale V over the children); `tree.to_tokens` gives them to
-    tokens. scale: the inverse temperature lambda.
+    tokens. NaN where nothing was scored below. scale: the inverse temperature lambda.
     """
     _check.choice("form", form, ("mean", "sum"))
     scale = _check.positive("scale", scale)

@@ -1,8 +1,12 @@
-"""Prefix trees in plain Python and float64 torch: a trie of dictionaries, then one node, row or token at a time."""
+"""Prefix trees in plain Python and float64 torch: a trie of dictionaries, then one node, row or token at a time.
+
+NaN is the value of a sequence, or of a node, that is not there.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Protocol
 
@@ -238,7 +242,9 @@ class _AggregateOptions(Protocol):
 
 
 def _combine(v: Tensor, w: Tensor, o: _AggregateOptions) -> Tensor:
-    """One value of several, with weights."""
+    """One value of several, with weights; NaN of none."""
+    if len(v) == 0:
+        return torch.full((), torch.nan, dtype=v.dtype)
     if o.op == "mean":
         return (w * v).sum() / w.sum()
     if o.op == "sum":
@@ -284,19 +290,20 @@ class _Aggregate:
         self.children = forest.children_of()
 
     def sequences(self, n: int) -> tuple[list[int], Tensor, Tensor, Tensor]:
-        """Over sequences: those below a node, their discounts, discounted values and weights."""
-        rows = self.f.rows_of(n)
+        """Over sequences: those below a node that are there, their discounts, discounted values and weights."""
+        rows = _there(self.f.rows_of(n), self.values)
         end = self.f.edge_start[n] + self.f.edge_length[n]
         discounts = _doubles([self.o.discount ** (self.f.length[b] - end) for b in rows])
         return rows, discounts, self.values[rows] * discounts, self.weights[rows]
 
     def parts(self, n: int, results: Tensor) -> tuple[list[int], list[int], Tensor, Tensor, Tensor]:
-        """Over children: the sequences that end at a node and its child nodes; discounts, values and weights of both.
+        """Over children: the sequences that end at a node and its child nodes, if they are there; discounts, values and
+        weights of both.
 
         results: [nodes], those of the children.
         """
-        rows = [b for b in self.f.rows_of(n) if self.f.leaf[b] == n]
-        children = self.children[n]
+        rows = _there([b for b in self.f.rows_of(n) if self.f.leaf[b] == n], self.values)
+        children = _there(self.children[n], results)
         discounts = _doubles([1.0] * len(rows) + [self.discounts[c] for c in children])
         values = torch.cat([self.values[rows], results[children]]) * discounts
         weights = torch.cat([self.weights[rows], self.child_weights[children]])
@@ -333,12 +340,12 @@ def aggregate_backward(
     rows: Tensor,
     options: _AggregateOptions,
 ) -> Tensor:
-    """Gradient for values, [B]; for mean, sum and logsumexp."""
+    """Gradient for values, [B]; for mean, sum and logsumexp. None comes from a node whose value is NaN."""
     a = _Aggregate(values, weights, child_weights, _Forest(nodes, rows), options)
     out = torch.zeros_like(a.values)
     upstream = grad.cpu().double().clone()
     results = a.results()
-    for n in range(a.f.size):
+    for n in _there(range(a.f.size), results):
         if options.over == "sequences":
             ends, discounts, v, w = a.sequences(n)
             children: list[int] = []
@@ -348,6 +355,11 @@ def aggregate_backward(
         out[ends] += passed[: len(ends)]
         upstream[children] += passed[len(ends) :]
     return out.to(values)
+
+
+def _there(which: Sequence[int], values: Tensor) -> list[int]:
+    """Those whose value is not NaN."""
+    return [k for k in which if not values[k].isnan()]
 
 
 def _padded(found: Tensor, nodes: Tensor) -> Tensor:
@@ -372,13 +384,13 @@ class _AdvantageOptions(Protocol):
 
 
 def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: _AdvantageOptions) -> Tensor:
-    """[nodes] from node values [nodes]; 0 for roots."""
+    """[nodes] from node values [nodes]; 0 for roots, without a value and with nothing to compare it with."""
     forest = _Forest(nodes, rows)
     children = forest.children_of()
     v = values.cpu().double()
     out = _doubles([0.0] * forest.size)
     for n in range(forest.size):
-        if forest.parent[n] >= 0:
+        if forest.parent[n] >= 0 and not v[n].isnan():
             out[n] = _advantage(v, n, forest, children[forest.parent[n]], options)
     return _padded(out, nodes).to(values)
 
@@ -386,21 +398,30 @@ def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: _AdvantageO
 def _advantage(v: Tensor, n: int, forest: _Forest, siblings: list[int], o: _AdvantageOptions) -> Tensor:
     *ancestors, _ = path = forest.path(n)
     if o.mode == "td":
-        return v[n] - v[ancestors[-1]]
+        return _mean_difference(v, n, [ancestors[-1]])
     if o.mode == "root":
-        return v[n] - v[ancestors[0]]
+        return _mean_difference(v, n, [ancestors[0]])
     if o.mode == "td+root":
-        return (v[n] - v[ancestors[-1]]) + (v[n] - v[ancestors[0]])
+        return _mean_difference(v, n, [ancestors[-1]]) + _mean_difference(v, n, [ancestors[0]])
     if o.mode == "all-ancestors":
-        return (v[n] - v[ancestors]).mean()
+        return _mean_difference(v, n, ancestors)
     if o.mode == "depth-weighted":
-        through = _doubles([forest.count[a] for a in path])
-        return (through * (v[n] - v[path])).sum() / through.sum()
+        return _mean_difference(v, n, path, forest.count)
+    siblings = _there(siblings, v)
     if len(siblings) == 1:
         return v[n] if o.singleton == "raw" else torch.zeros_like(v[n])
     centred = v[siblings] - v[siblings].mean()
     deviation = ((centred**2).sum() / max(len(siblings) - o.ddof, 0)).sqrt()
     return centred[siblings.index(n)] / (deviation + o.eps if o.scale == "std" else 1.0)
+
+
+def _mean_difference(v: Tensor, n: int, others: list[int], weights: list[int] | None = None) -> Tensor:
+    """The mean of V - V(a) over those that are there; 0 if none is."""
+    others = _there(others, v)
+    if not others:
+        return torch.zeros_like(v[n])
+    w = _doubles([1.0 if weights is None else weights[a] for a in others])
+    return (w * (v[n] - v[others])).sum() / w.sum()
 
 
 # ------------------------------------------------------------------------------------------------------- propagate
@@ -421,7 +442,7 @@ def propagate(
 def _recurrence(
     scale: Tensor, shift: Tensor, forest: _Forest, initial: float, low: float | None, high: float | None
 ) -> tuple[Tensor, list[bool]]:
-    """x, f64 [nodes], and where a bound has cut."""
+    """x, f64 [nodes], and what passes no gradient: where a bound has cut, and NaN."""
     a, b = scale.cpu().double(), shift.cpu().double()
     x = _doubles([initial] * forest.size)
     cut = [False] * forest.size
@@ -432,6 +453,7 @@ def _recurrence(
         for bound, crossed in ((low, torch.lt), (high, torch.gt)):
             if bound is not None and crossed(x[n], bound):
                 x[n], cut[n] = bound, True
+        cut[n] = cut[n] or bool(x[n].isnan())
     return x, cut
 
 
@@ -445,7 +467,7 @@ def propagate_backward(
     low: float | None,
     high: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients for scale and shift; none passes a bound that has cut."""
+    """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     forest = _Forest(nodes, rows)
     x, cut = _recurrence(scale, shift, forest, initial, low, high)
     upstream = grad.cpu().double().clone()
@@ -472,16 +494,18 @@ def spread(
 ) -> Tensor:
     """Node values [nodes] to flat tokens [count], to a whole edge or its start or end; 0 where there is no credit.
 
-    row_values [B]: added on every token of a row that gets credit.
+    row_values [B]: added on every token of a row that gets credit. NaN: the row gets 0, a node adds nothing.
     """
     forest = _Forest(nodes, rows)
     v = values.tolist()
     own = [0.0] * len(forest.leaf) if row_values is None else row_values.tolist()
     out = [0.0] * count
-    for i, n, _ in _places(forest, mask, place):
-        out[i] += v[n]
+    for i, n, row in _places(forest, mask, place):
+        if not math.isnan(v[n]) and not math.isnan(own[row]):
+            out[i] += v[n]
     for i, _, row in _places(forest, mask, "broadcast"):
-        out[i] += own[row]
+        if not math.isnan(own[row]):
+            out[i] += own[row]
     return _doubles(out).to(values)
 
 
