@@ -11,6 +11,8 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 
+from fastreward._op import refuse_transforms, transformed
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Kind = Literal["numpy", "cupy"]
@@ -26,6 +28,8 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         given = (*args, *kwargs.values(), *_inside(kwargs.values()))
+        if transformed():
+            refuse_transforms(function.__name__, given)
         kind = next((k for k in map(array_kind, given) if k is not None), None)
         if kind is None:
             return function(*args, **kwargs)

@@ -12,6 +12,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fastreward._op import refuse_transforms, transformed
+
 #: What the kernels read as a mask without a conversion; whatever else a caller gives is compared with 0 first.
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
 
@@ -28,6 +30,18 @@ def tensor(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch tensor (or a NumPy or CuPy array), got {type(x).__name__}")
     return x
+
+
+def constant(name: str, x: Tensor) -> Tensor:
+    """`x`, detached: an argument to which no gradient flows, which is an error where one is expected."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a constant, as no gradient flows to it, got a tensor that requires grad; "
+            "pass it with .detach()"
+        )
+    if transformed():
+        refuse_transforms(name, (x,))
+    return x.detach()
 
 
 def dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
@@ -106,7 +120,7 @@ def positive_number(name: str, x: object, like: Tensor) -> Tensor:
     if values_checked(x):
         positive(name, x)
     moved = number(x, like)
-    return x.detach().to(device=like.device, dtype=torch.float32) if moved is None else moved
+    return constant(name, x).to(device=like.device, dtype=torch.float32) if moved is None else moved
 
 
 def names(name: str, given: object, allowed: Sequence[str]) -> None:
@@ -130,6 +144,7 @@ def mask(x: Tensor | None, reference: str, like: Tensor, name: str = "mask") -> 
         return None
     shape(name, tensor(name, x), like.shape, f"as {reference}")
     same_device(name, x, reference, like)
+    x = constant(name, x)
     return (x if x.dtype in _MASK_DTYPES else x != 0).contiguous()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastreward import _rows
 from fastreward._dispatch import implementation
-from fastreward._op import custom_op, refuse_double_backward
+from fastreward._op import batched, custom_op, refuse_double_backward, refuse_vmap
 
 
 def deliver(
@@ -32,6 +32,8 @@ class _Deliver(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             refuse_double_backward()
+        if batched(upstream):
+            refuse_vmap(f"the backward of {ctx.name}")
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError(

@@ -8,10 +8,13 @@ an input or another output).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("fastreward", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -23,6 +26,7 @@ class CustomOp:
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, _batched(name, mutates_args), "FuncTorchBatched")  # type: ignore[no-untyped-call]
         self._name = f"fastreward::{name}"
         self._overload = getattr(torch.ops.fastreward, name).default
 
@@ -38,15 +42,23 @@ class CustomOp:
 
         Gradients flow to arguments that are tensors; tensors in lists are constants.
         """
-        function = _autograd_function(self._overload, backward, setup_context)
+        name, overload = self._name.removeprefix("fastreward::"), self._overload
+        function, level = (
+            _autograd_function(base, name, overload, backward, setup_context)
+            for base in (torch.autograd.Function, torch.autograd.function._SingleLevelFunction)
+        )
 
         def forward(keyset: Any, *args: Any) -> Any:
-            tensors = [x for x in args if isinstance(x, torch.Tensor)]
-            if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-                return function.apply(keyset, args, *tensors)  # type: ignore[no-untyped-call]
-            return _below_autograd(self._overload, keyset, args)
+            tensors = [x for x in args if isinstance(x, Tensor)]
+            if torch._C._are_functorch_transforms_active():  # called once for each level of torch.func's transforms
+                with enable_single_level_autograd_function():
+                    return level.apply(keyset, args, *tensors)
+            differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+            if differentiated or forward_ad._current_level >= 0:
+                return function.apply(keyset, args, *tensors)
+            return _below_autograd(overload, keyset, args)
 
-        _LIBRARY.impl(self._name.removeprefix("fastreward::"), forward, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, forward, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
     def refuse_double_backward(self) -> None:
         """For a backward: differentiating it is an error, where torch would leave the terms out."""
@@ -59,14 +71,18 @@ def _below_autograd(overload: Any, keyset: Any, args: Sequence[Any]) -> Any:
 
 
 def _autograd_function(
-    overload: Any, backward_of: Callable[..., Any], setup_context: Callable[..., Any]
-) -> type[torch.autograd.Function]:
-    class Op(torch.autograd.Function):
+    base: Any, name: str, overload: Any, backward_of: Callable[..., Any], setup_context: Callable[..., Any]
+) -> Any:
+    class Op(base):  # type: ignore[misc]
         @staticmethod
-        def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *_: torch.Tensor) -> Any:
-            output = _below_autograd(overload, keyset, args)
+        def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *_: Tensor) -> Any:
+            if base is torch.autograd.Function:
+                output = _below_autograd(overload, keyset, args)
+            else:  # derivatives that are off at this level may be on at the next
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                    output = _below_autograd(overload, keyset, args)
             setup_context(ctx, args, output)
-            ctx._places = [k for k, x in enumerate(args) if isinstance(x, torch.Tensor)]
+            ctx._places = [k for k, x in enumerate(args) if isinstance(x, Tensor)]
             ctx._count = len(args)
             return output
 
@@ -81,7 +97,91 @@ def _autograd_function(
                 ctx.needs_input_grad = own
             return (None, None, *(found[k] for k in ctx._places))
 
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:  # called where an input has a tangent
+            refuse_forward_mode(name)
+
     return Op
+
+
+def _batched(name: str, mutates_args: Sequence[str]) -> Callable[..., Any]:
+    """The op under vmap, sample by sample: how torch.func.jacrev calls a backward."""
+
+    def call(*args: Any) -> Any:
+        from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+        from torch._functorch.vmap import unwrap_batched, wrap_batched
+        from torch.utils import _pytree as pytree
+
+        if mutates_args:
+            refuse_vmap(name)
+        interpreter: Any = retrieve_current_functorch_interpreter()
+        given, places = unwrap_batched(args, interpreter.level())
+        flat, spec = pytree.tree_flatten(given)
+        flat_places = pytree._broadcast_to_and_flatten(places, spec)
+        assert flat_places is not None
+        with interpreter.lower():
+            overload = getattr(torch.ops.fastreward, name).default
+            results = []
+            for sample in range(interpreter.batch_size()):
+                own = [x if k is None else x.select(k, sample) for x, k in zip(flat, flat_places, strict=True)]
+                results.append(overload(*pytree.tree_unflatten(own, spec)))
+            single = isinstance(results[0], Tensor)
+            stacked = tuple(map(torch.stack, [results] if single else zip(*results, strict=True)))
+        wrapped: tuple[Tensor, ...] = wrap_batched(stacked, (0,) * len(stacked), interpreter.level())
+        return wrapped[0] if single else wrapped
+
+    return call
+
+
+# ------------------------------------------------------------------------------------ what is refused, in our own words
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def batched(x: Tensor) -> bool:
+    """Whether vmap has made it, torch.func's or that of torch.autograd.grad(is_grads_batched=True)."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
+
+
+def refuse_transforms(name: str, values: Iterable[object]) -> None:
+    """Raises where `name` is called on tensors that vmap has batched, or that have a tangent."""
+    for x in values:
+        if isinstance(x, Tensor):
+            _refuse_levels(name, x)
+
+
+def _refuse_levels(name: str, x: Tensor) -> None:
+    """At this level of torch.func's transforms, and at those below it."""
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(x):
+        refuse_vmap(name)
+    if x.dtype.is_floating_point and forward_ad.unpack_dual(x).tangent is not None:
+        refuse_forward_mode(name)
+    if torch._C._are_functorch_transforms_active():
+        from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+        interpreter: Any = retrieve_current_functorch_interpreter()
+        own = functorch.maybe_get_level(x) == interpreter.level()
+        with interpreter.lower():
+            _refuse_levels(name, functorch.get_unwrapped(x) if own else x)
+
+
+def refuse_forward_mode(name: str) -> None:
+    """Raises, where a forward-mode derivative is asked for."""
+    raise NotImplementedError(
+        f"fastreward: {name} has no forward-mode derivative (jvp, jacfwd, hessian, dual tensors); "
+        "use backward(), torch.func.grad, vjp or jacrev, or pass x.detach() if x is a constant"
+    )
+
+
+def refuse_vmap(name: str) -> None:
+    """Raises, where vmap calls."""
+    raise NotImplementedError(
+        f"fastreward: {name} does not run under torch.func.vmap; pass the batch dimension directly "
+        "(as a leading dimension, or sequence by sequence with cu_seqlens), or loop"
+    )
 
 
 def refuse_double_backward(*_: Any) -> Any:

@@ -154,6 +154,7 @@ class PackedTree:
         return ((place <= place[:, None]) & (place[:, None] < self.tout))[None, None]
 
     # --------------------------------------------------------------------------------------- log-probs, batch layout
+    @accepts_arrays
     def token_logprobs(
         self,
         logits: Tensor,

@@ -164,14 +164,14 @@ def _per_token(name: str, x: object, like: Tensor, reference: str) -> Tensor:
     _check.dtype(name, tensor, (torch.float32,))
     _check.shape(name, tensor, like.shape, f"as {reference}")
     _check.same_device(name, tensor, reference, like)
-    return tensor.detach().contiguous()
+    return _check.constant(name, tensor).contiguous()
 
 
 def _per_row(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
     tensor = _check.tensor(name, x)
     _check.shape(name, tensor, (rows,), "one per sequence")
     _check.same_device(name, tensor, reference, like)
-    return tensor.detach().float().contiguous()
+    return _check.constant(name, tensor).float().contiguous()
 
 
 def _advantages(advantages: Tensor, like: Tensor, rows: int, reference: str) -> Tensor:
@@ -182,7 +182,7 @@ def _advantages(advantages: Tensor, like: Tensor, rows: int, reference: str) -> 
             f"got {list(advantages.shape)}"
         )
     _check.same_device("advantages", advantages, reference, like)
-    return advantages.detach().float().contiguous()
+    return _check.constant("advantages", advantages).float().contiguous()
 
 
 def _extra(term: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
@@ -204,7 +204,7 @@ def on_device(name: str, x: object, like: Tensor, rows: int, reference: str) -> 
             f"got {list(tensor.shape)}"
         )
     _check.same_device(name, tensor, reference, like)
-    return tensor.detach().float().contiguous()
+    return _check.constant(name, tensor).float().contiguous()
 
 
 def parameter(name: str, x: Tensor, like: Tensor, rows: int, reference: str) -> Tensor:
@@ -269,7 +269,7 @@ def _with_keep(
     """The mask, less what `keep` drops; contiguous."""
     if keep is None:
         return None if mask is None else mask.contiguous()
-    kept = _check.tensor("keep", keep) != 0
+    kept = _check.constant("keep", _check.tensor("keep", keep)) != 0
     _check.same_device("keep", keep, name, like)
     sequences = like.shape[0] if bounds is None else bounds.shape[0] - 1
     if kept.shape != like.shape:

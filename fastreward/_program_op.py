@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastreward._dispatch import implementation
-from fastreward._op import custom_op, refuse_double_backward
+from fastreward._op import batched, custom_op
 from fastreward._tokens import Tokens
 from fastreward.losses._objective import Gradient, Objective, TokenGradient
 
@@ -177,7 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(metrics, saved, saved_second, row_weight, token_loss)
     ctx.set_materialize_grads(False)
     kept = (saved.detach(), saved_second.detach(), row_weight.detach(), mask, second_mask, cu_seqlens)
-    ctx.save_for_backward(*kept, second_cu_seqlens, first.detach(), None if second is None else second.detach())
+    ctx.save_for_backward(*kept, second_cu_seqlens, first, second)
     ctx.objective, ctx.backend, ctx.constants = inputs[9], inputs[10], len(inputs[2])
 
 
@@ -185,8 +185,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[An
     others: tuple[Any, ...] = ([None] * ctx.constants, *[None] * (_ARGUMENTS - 3))
     if grad_loss is None:
         return (None, None, *others)
-    if torch.is_grad_enabled():  # create_graph=True: what is saved is the gradient, a constant to autograd
-        refuse_double_backward()
+    # create_graph=True: what is saved is the gradient, a constant to autograd; the op refuses to be differentiated.
+    direct = not torch.is_grad_enabled() and not batched(grad_loss)
     o = _OBJECTIVES[ctx.objective]
     saved, saved_second, weight, mask, second_mask, cu_seqlens, second_cu_seqlens, first, second = ctx.saved_tensors
     weight = None if o.row_weight is None else weight
@@ -202,7 +202,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[An
         like, counted, bounds = places[k]
         if g is None:
             grads[k] = None
-        elif type(values) is Tensor and values.device.type == "cpu":
+        elif direct and type(values) is Tensor and values.device.type == "cpu":
             # Not through the custom op, whose output may not be its input: an upstream gradient of 1 costs nothing.
             tokens = Tokens(tuple(like.shape), counted, bounds)
             grads[k] = _scaled(values, weight, grad_loss, tokens, g.per_token, ctx.backend)

@@ -12,7 +12,7 @@ from fastreward import _check
 from fastreward._dispatch import implementation, select
 from fastreward._layout import STATE, flags_of
 from fastreward._memory import empty_like
-from fastreward._op import refuse_double_backward
+from fastreward._op import refuse_double_backward, transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,6 +28,8 @@ def sharded_token_logprobs(
     group: ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
     """values f32 [8, N] and indices i64 [2, N], the same on every rank; differentiable for this rank's logits."""
+    if transformed():
+        raise NotImplementedError("fastreward: process_group is not available under torch.func or with dual tensors")
     rows = logits.reshape(-1, logits.shape[-1])
     own = torch.full((), rows.shape[1], dtype=torch.int64, device=rows.device)
     widths = torch.stack(_gather(own, group))  # stays on the device: the host need not know where our slice starts

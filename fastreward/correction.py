@@ -476,8 +476,8 @@ def correction_weights(
     thresholds = [x for pair in limits.values() for x in pair]
     numbers = [float(max(tokens.rows, 1)), clamp, _number(low), _number(high), *thresholds]
     weights, keep, values = _correction_weights(
-        old_logprobs.detach().contiguous(),
-        rollout_logprobs.detach().contiguous(),
+        _check.constant("old_logprobs", old_logprobs).contiguous(),
+        _check.constant("rollout_logprobs", rollout_logprobs).contiguous(),
         mask,
         bounds,
         numbers,
@@ -506,7 +506,7 @@ def off_policy_sequence_mask(
     """Which sequences to learn from, bool [B]: A >= 0, or mean of (rollout - current) log-prob at most `threshold`.
 
     Args:
-        logprobs: of the policy being trained, float32 [B, T], or packed [N] with cu_seqlens. Constants here.
+        logprobs: of the policy being trained, float32 [B, T], or packed [N] with cu_seqlens. No gradient here.
         rollout_logprobs: as the inference engine (or the old policy) had them, same shape.
         advantages: [B].
         mask: same shape as logprobs; nonzero = a token that counts.
@@ -523,7 +523,7 @@ def off_policy_sequence_mask(
     _check.shape("advantages", _check.tensor("advantages", advantages), (tokens.rows,), "one per sequence")
     _check.same_device("advantages", advantages, "logprobs", logprobs)
     kept: Tensor = _off_policy_sequence_mask(
-        logprobs.detach().contiguous(),
+        logprobs.detach().contiguous(),  # a decision: it has no gradient that could be lost
         rollout_logprobs.detach().contiguous(),
         advantages.detach().float().contiguous(),
         mask,

@@ -108,7 +108,7 @@ def group_advantages(
         mask: [B], nonzero = the rollout is there; others are as if not scored.
 
     Returns:
-        [B] float32. Statistics are two-pass in float64. Advantages are constants: no gradient flows to rewards.
+        [B] float32. Statistics are two-pass in float64. Rewards are constants.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or name, both or none of group_ids and group_size; on the CPU also
@@ -221,7 +221,7 @@ def _groups(group_ids: GroupIds | None, group_size: int | None, rewards: Tensor)
 
 def _components(rewards: Tensor, mask: Tensor | None) -> Tensor:
     """[B, K], contiguous; NaN where the mask is 0."""
-    components = (rewards if rewards.ndim == 2 else rewards.unsqueeze(-1)).detach()
+    components = _check.constant("rewards", rewards if rewards.ndim == 2 else rewards.unsqueeze(-1))
     if mask is not None:
         _check.shape("mask", _check.tensor("mask", mask), rewards.shape[:1], "one per rollout")
         _check.same_device("mask", mask, "rewards", rewards)
@@ -248,7 +248,7 @@ def _per_rollout(name: str, x: Tensor, components: Tensor, at_least: float = -ma
         unscored = components.isnan().all(-1)
         lower = "" if at_least == -math.inf else f" >= {at_least:g}"
         _check.every(name, (x.isfinite() & (x >= at_least)) | unscored, x, f"finite numbers{lower}")
-    return x.detach().float().contiguous()
+    return _check.constant(name, x).float().contiguous()
 
 
 def _weights(weights: Tensor | Sequence[float] | None, components: Tensor) -> Tensor | None:

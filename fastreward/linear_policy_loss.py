@@ -19,7 +19,7 @@ from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._handover import deliver
 from fastreward._layout import FLAG, VALUES
-from fastreward._op import custom_op
+from fastreward._op import custom_op, transformed
 from fastreward._options import KL, Aggregation
 from fastreward._policy_call import Call, GroupIds, prepare
 from fastreward._program_op import evaluate, gradient_program
@@ -220,7 +220,7 @@ def linear_policy_loss(
         _check_labels("labels", labels, weight.shape[0], counted)
     inputs = (hidden, weight, bias)
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
-    if call.gradient is None or not any(needs):
+    if call.gradient is None or not any(needs) or transformed():
         stats = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
             mask=counted, outputs=("logprobs", "entropy") if wants_entropy else ("logprobs",),

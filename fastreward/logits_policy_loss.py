@@ -17,7 +17,7 @@ from fastreward import _check, _rows
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._handover import deliver
-from fastreward._op import custom_op
+from fastreward._op import custom_op, transformed
 from fastreward._options import KL, Aggregation
 from fastreward._policy_call import Call, GroupIds, prepare
 from fastreward._program_op import evaluate, gradient_program
@@ -257,7 +257,8 @@ def logits_policy_loss(
         **options,
     )
     wanted = logits.requires_grad and torch.is_grad_enabled()
-    if call.gradient is None or not wanted or backend == "reference" or not _one_block(logits, inplace):
+    fused = call.gradient is not None and wanted and backend != "reference" and not transformed()
+    if not fused or not _one_block(logits, inplace):
         outputs = ("logprobs", "entropy") if wants_entropy else ("logprobs",)
         counted = call.tokens.mask
         stats = token_logprobs(

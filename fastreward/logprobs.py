@@ -12,7 +12,7 @@ from fastreward import _check, _rows
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import ALL_OUTPUTS, DIFFERENTIABLE, INDICES, VALUES, flags_of
-from fastreward._op import custom_op, refuse_double_backward
+from fastreward._op import custom_op, refuse_double_backward, transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -369,6 +369,8 @@ def _check_logits(logits: Tensor, labels: Tensor) -> None:
 
 def _check_own_memory(logits: Tensor) -> None:
     """No two rows share an element, which an in-place gradient would overwrite before its second reading."""
+    if transformed():
+        raise NotImplementedError("fastreward: a gradient in place is not available under torch.func or dual tensors")
     steps = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
     if torch.compiler.is_compiling():  # symbols can't be sorted: what `expand` makes is all that is seen
         steps = [step for step in steps if step[0] == 0]
@@ -398,7 +400,7 @@ def _temperature(temperature: float | Tensor, labels: Tensor) -> tuple[float, Te
     _check.same_device("temperature", temperature, "labels", labels)
     if _check.values_checked(temperature):
         _check.every("temperature", temperature > 0, temperature, "positive numbers")
-    return 1.0, temperature.detach().reshape(-1).double()
+    return 1.0, _check.constant("temperature", temperature).reshape(-1).double()
 
 
 def _row_mask(mask: Tensor | None, labels: Tensor) -> Tensor | None:

@@ -191,4 +191,4 @@ def _per_pair(name: str, x: object, like: Tensor, pairs: int) -> Tensor:
     if tuple(tensor.shape) not in {(pairs,), ()}:
         raise ValueError(f"{name}: expected shape [{pairs}] (one per pair) or [], got {list(tensor.shape)}")
     _check.same_device(name, tensor, "chosen_logprobs", like)
-    return tensor.detach().float().contiguous()
+    return _check.constant(name, tensor).float().contiguous()

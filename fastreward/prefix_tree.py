@@ -377,7 +377,7 @@ class PrefixTree:
         _check.choice("scale", scale, ("std", "none"))
         _check.choice("singleton", singleton, ("zero", "raw"))
         ddof = _check.whole("ddof", ddof, "the divisor of a variance is count - ddof")
-        values = self._per_node("node_values", node_values).detach()
+        values = _check.constant("node_values", self._per_node("node_values", node_values))
         modes = f"{mode}|{scale}|{singleton}"
         out: Tensor = _ops.advantages(
             values, self._nodes, self._rows, modes, ddof, _check.finite("eps", eps), self._backend
@@ -432,7 +432,11 @@ class PrefixTree:
         """
         _check.choice("place", place, PLACES)
         values = self._per_node("node_values", node_values)
-        added = None if row_values is None else self._constant(self._per_row("row_values", row_values), values)
+        added = (
+            None
+            if row_values is None
+            else self._constant("row_values", self._per_row("row_values", row_values), values)
+        )
         if place == "broadcast" or self._sequences.one_to_one:
             return self._spread(values, added, place)
         # A step is one place in flat memory, and may be many tokens.
@@ -572,12 +576,12 @@ class PrefixTree:
         return self._per_node(name, x).to(dtype)
 
     def _row_weights(self, weights: Tensor, op: TreeOp) -> Tensor:
-        w = self._per_row("weights", weights).detach()
+        w = _check.constant("weights", self._per_row("weights", weights))
         self._check_weights("weights", w, op)
         return w
 
     def _child_weights(self, weights: Tensor, op: TreeOp) -> Tensor:
-        w = self._per_node("child_weights", weights).detach()
+        w = _check.constant("child_weights", self._per_node("child_weights", weights))
         self._check_weights("child_weights", torch.where(self.parent < 0, 1.0, w), op)  # those of roots are not read
         return w
 
@@ -589,8 +593,8 @@ class PrefixTree:
                 _check.every(name, weights >= 0, weights, "numbers >= 0 with op='logsumexp'")
 
     @staticmethod
-    def _constant(x: Tensor, like: Tensor) -> Tensor:
-        return x.detach().to(like.dtype)
+    def _constant(name: str, x: Tensor, like: Tensor) -> Tensor:
+        return _check.constant(name, x).to(like.dtype)
 
     def _check_tokens(self, name: str, x: Tensor) -> None:
         _check.shape(name, _check.tensor(name, x), self.shape, "as tokens")

@@ -71,16 +71,16 @@ def whiten(
         out: where the result goes, contiguous; may be x itself.
 
     Returns:
-        float32 in the shape of x. Statistics are two-pass in float64. A constant: no gradient flows to x.
+        float32 in the shape of x. Statistics are two-pass in float64. x is a constant.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device, an `out` that needs a gradient or overlaps a part of x; on
-            the CPU also for a mask that counts fewer than ddof + 1.
+        TypeError, ValueError: wrong dtype, shape or device, an `x` or `out` that needs a gradient, an `out` that
+            overlaps a part of x; on the CPU also for a mask that counts fewer than ddof + 1.
     """
     _check.dtype("x", _check.tensor("x", x), (torch.float32,))
     mask = _check.mask(mask, "x", x)
     ddof = _check.whole("ddof", ddof, "the divisor is count - ddof")
-    source = x.detach().contiguous()
+    source = _check.constant("x", x).contiguous()
     inplace = out is not None and _check_out(out, x, source)
     backend = select("whiten", x)
     if process_group is not None:

@@ -250,7 +250,11 @@ def test_opcheck() -> None:
 
 def test_no_gradient_flows() -> None:
     mask, old, rollout = rollouts()
-    weights, _, metrics = correction_weights(old.requires_grad_(), rollout, mask)
+    for given in ((old.requires_grad_(), rollout), (old.detach(), rollout.requires_grad_())):
+        with pytest.raises(ValueError, match=r"_logprobs: expected a constant, .*\.detach\(\)"):
+            correction_weights(*given, mask)
+    with torch.no_grad():
+        weights, _, metrics = correction_weights(old, rollout, mask)
     assert not weights.requires_grad
     assert not metrics.values_tensor.requires_grad
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from fastreward import _check
 from fastreward._arrays import as_tensor
 from fastreward.losses._graph import Node, described, python_number
 from fastreward.losses._terms import PairTerms, Terms
@@ -62,7 +63,7 @@ def parameter(loss: str, name: str, value: Any, allowed: Collection[str]) -> Any
     if isinstance(value, Tensor):
         if value.ndim > 1:
             raise ValueError(f"{loss}: {name}: expected a number or a [B] tensor, got shape {list(value.shape)}")
-        return value.detach()
+        return _check.constant(f"{loss}: {name}", value)
     return value
 
 

@@ -47,14 +47,14 @@ def _per_row(tree: PrefixTree, x: Tensor, name: str) -> Tensor:
     _check_tree(tree)
     _check.shape(name, _check.tensor(name, x), (tree.num_rows,), "one per sequence of the tree")
     _check.same_device(name, x, "the tree", tree.leaf)
-    return x.detach().double()
+    return _check.constant(name, x).double()
 
 
 def _per_node(tree: PrefixTree, x: Tensor, name: str) -> Tensor:
     _check_tree(tree)
     _check.shape(name, _check.tensor(name, x), tree.parent.shape, "one per node of the tree")
     _check.same_device(name, x, "the tree", tree.leaf)
-    return x.detach().double()
+    return _check.constant(name, x).double()
 
 
 def _check_tree(tree: PrefixTree) -> None:
