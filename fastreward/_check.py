@@ -117,10 +117,11 @@ def positive_number(name: str, x: object, like: Tensor) -> Tensor:
     if not isinstance(x, Tensor):
         return torch.full((), positive(name, x), dtype=torch.float32, device=like.device)
     shape(name, x, (), "a float or a 0-d tensor")
+    x = constant(name, x)
     if values_checked(x):
         positive(name, x)
     moved = number(x, like)
-    return constant(name, x).to(device=like.device, dtype=torch.float32) if moved is None else moved
+    return x.to(device=like.device, dtype=torch.float32) if moved is None else moved
 
 
 def names(name: str, given: object, allowed: Sequence[str]) -> None:

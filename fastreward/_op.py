@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("fastreward", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -157,7 +157,7 @@ def _refuse_levels(name: str, x: Tensor) -> None:
     functorch = torch._C._functorch
     if functorch.is_batchedtensor(x):
         refuse_vmap(name)
-    if x.dtype.is_floating_point and forward_ad.unpack_dual(x).tangent is not None:
+    if x.dtype.is_floating_point and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         refuse_forward_mode(name)
     if torch._C._are_functorch_transforms_active():
         from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter

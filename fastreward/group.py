@@ -225,7 +225,7 @@ def _components(rewards: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         _check.shape("mask", _check.tensor("mask", mask), rewards.shape[:1], "one per rollout")
         _check.same_device("mask", mask, "rewards", rewards)
-        components = components.masked_fill((mask == 0).unsqueeze(-1), torch.nan)
+        components = components.masked_fill((_check.constant("mask", mask) == 0).unsqueeze(-1), torch.nan)
     if _check.values_checked(components) and not math.isfinite(
         components.nansum().item()
     ):  # one pass finds whether, two where
@@ -254,7 +254,8 @@ def _per_rollout(name: str, x: Tensor, components: Tensor, at_least: float = -ma
 def _weights(weights: Tensor | Sequence[float] | None, components: Tensor) -> Tensor | None:
     if weights is None:
         return None
-    tensor = torch.as_tensor(weights, dtype=torch.float32, device=components.device).detach()
+    tensor = torch.as_tensor(weights, dtype=torch.float32, device=components.device)
+    tensor = _check.constant("component_weights", tensor)
     _check.shape("component_weights", tensor, components.shape[1:], "one per reward component")
     if _check.values_checked(tensor):
         _check.every("component_weights", tensor.isfinite(), tensor, "finite numbers")
