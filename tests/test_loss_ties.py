@@ -80,3 +80,21 @@ def test_extremes_of_negative_and_positive_values_beside_an_empty_sequence(backe
     assert (result.metrics["group_max"].item(), result.metrics["group_min"].item()) == (-2.0, 2.0)
     assert x.grad is not None
     assert x.grad.tolist() == [[1.0, 3.0], [0.0, 0.0], [2.0, 0.0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("extreme", [losses.group_max, losses.group_min])
+def test_equal_members_of_a_group_share_what_all_of_them_send_back(extreme, backend: str) -> None:  # type: ignore[no-untyped-def]
+    @losses.define(aggregation="token-sum")
+    def of_groups(t):  # type: ignore[no-untyped-def]
+        return t.advantage * extreme(losses.seq_mean(t.logprob))
+
+    rows = [-2.0, -2.0, -1.0, -3.0] if extreme is losses.group_min else [-2.0, -2.0, -3.0, -1.0]
+    x = torch.tensor(rows).unsqueeze(-1).requires_grad_()
+    with fr.backend(backend):
+        result = fr.policy_loss(
+            x, torch.zeros(4, 1), torch.tensor([1.0, 10.0, 100.0, 7.0]), loss=of_groups(), group_ids=[0, 0, 0, 1]
+        )
+        result.loss.backward()
+    assert x.grad is not None
+    assert x.grad.flatten().tolist() == [55.5, 55.5, 0.0, 7.0]

@@ -115,6 +115,13 @@ def test_vespo_clamps_tokens_sequences_and_weights(gaps: list[float], weighted: 
     near(found, torch.autograd.grad(expected.sum(), double)[0])
 
 
+def test_vespo_clips_a_sequence_from_above() -> None:
+    """Where lambda is so small that e^20 of it is not 0 yet: log W of 30 counts as 20."""
+    lp = torch.full((1, 2), -0.5)
+    _, grad = gradient(losses.vespo(1.0, 1e-9), lp, lp - 15.0, torch.ones(1))
+    near(grad, torch.full((1, 2), -math.exp(20 + 1e-9 * (1 - math.exp(20)))))
+
+
 # ----------------------------------------------------------------------------------------------------------- sdpo_topk
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_sdpo_topk_over_all_of_the_vocabulary(alpha: float) -> None:
@@ -171,3 +178,63 @@ def test_each_side_has_its_own_length() -> None:
     assert rejected.grad is not None
     torch.testing.assert_close(chosen.grad, torch.tensor([[0.75, 0.75], [1.0, 0.0]]))
     torch.testing.assert_close(rejected.grad, torch.tensor([[0.7, 0.7, 0.7], [0.7, 0.7, 0.0]]))
+
+
+# ---------------------------------------------------------------------------------------------------- fractions, bounds
+def test_dual_clip_fraction_counts_the_tokens_at_the_cap() -> None:
+    lp = torch.full((1, 4), -0.5)
+    old = lp - torch.tensor([[math.log(5.0), math.log(5.0), math.log(2.0), 0.0]])
+    adv = torch.tensor([[-1.0, 1.0, -1.0, -1.0]])
+    result = fr.policy_loss(lp, old, adv, loss=losses.ppo(dual_clip=3.0))
+    assert result.metrics["clip_fraction_dual"].item() == 0.25
+
+
+@pytest.mark.parametrize("make", [losses.dppo_tv, losses.dppo_kl])
+def test_dppo_keeps_what_is_exactly_on_its_bound(make: Any) -> None:
+    """Probabilities of 0 and 1, whose total variation is 1; and no move at all, whose KL is 0."""
+    lp, old = torch.tensor([[0.0], [-1e30], [-0.5]]), torch.tensor([[-1e30], [0.0], [-0.5]])
+    moves = {1.0: [0], -1.0: [1]} if make is losses.dppo_tv else {1.0: [2], -1.0: [2]}
+    bound = 1.0 if make is losses.dppo_tv else 0.0
+    for sign, rows in moves.items():
+        new, before = lp[rows], old[rows]
+        _, grad = gradient(make(bound, bound), new, before, torch.tensor([sign]))
+        near(grad, -sign * (new - before).clamp(-20, math.log(20)).exp())
+
+
+def test_cov_selection_leaves_out_what_is_exactly_on_a_bound() -> None:
+    """Means of 0, and covariances 1, 2 and 4 twice each."""
+    lp, adv = torch.tensor([[1.0, -1, 2, -2, 2, -2]]), torch.tensor([[1.0, -1, 1, -1, 2, -2]])
+
+    def selected(low: float, high: float) -> list[bool]:
+        bounds = {"cov_low": low, "cov_high": high, "clip_low": 0.0, "clip_high": 1e6}
+        found = losses.cov_mask(lp, adv, method="clip", share=1.0, old_logprobs=lp, **bounds)
+        return [bool(x) for x in found[0]]
+
+    assert selected(0.5, 5.0) == [True] * 6
+    assert selected(1.0, 4.0) == [False, False, True, True, False, False]
+    assert selected(0.5, 2.0) == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("which", ["paper", "code"])
+def test_stable_reinforce_of_equal_advantages(which: str) -> None:
+    """Their variance is 0: z is 0 / 1e-4 + 1e-8, no 0 / 0."""
+    lp = torch.full((2, 2), -0.5)
+    value, grad = gradient(losses.stable_reinforce(advantage_filter=which), lp, lp, torch.full((2,), 0.5))
+    near(grad, torch.full((2, 2), -1e-8))
+    near(value, torch.tensor(-4e-8))
+
+
+def test_tw_grpo_importance_is_clamped_above_and_below() -> None:
+    """A row's log-prob is `gap` above the mean of two, the other's as far below: beyond 11 as at 11."""
+    gaps = torch.tensor([0.0, 11.0, 12.0, 40.0, 5.0])
+    logprobs = torch.stack([gaps, -gaps]).unsqueeze(-1) - 50.0  # [2, T, V] with V = 1
+    found = losses.tw_grpo_importance(logprobs, torch.ones(2, 5), group_size=2)
+    near(found[:, 4], (torch.cosh(gaps[4:]) - 1).expand(2) / (math.cosh(11.0) - 1))
+    assert found[:, :4].tolist() == [[0.0, 1.0, 1.0, 1.0]] * 2
+
+
+def test_accuracy_of_equal_rewards_is_none() -> None:
+    lp = torch.full((2, 2), -0.5)
+    refs = {"ref_chosen_logprobs": lp, "ref_rejected_logprobs": lp}
+    result = fr.preference_loss(lp, lp + torch.tensor([[0.0], [-1.0]]), loss=losses.dpo(), **refs)
+    assert result.metrics["reward_accuracy"].item() == 0.5
