@@ -47,22 +47,23 @@ FLAG: Final = {
     "rank": 16,
 }
 
-#: Names of the first entries of `PolicyLoss.metrics`, in order; those that a loss reports itself follow.
+#: Names of the first entries of `PolicyLoss.metrics`, in order, as far as a call has them; those that a loss reports
+#: itself follow. Metrics' docstring says what they are.
 METRICS: Final = (
-    "clip_fraction_low",  # share of tokens with ratio < 1 - clip_low and A < 0 (gradient cut)
-    "clip_fraction_high",  # share of tokens with ratio > 1 + clip_high and A > 0 (gradient cut)
-    "clip_fraction_dual",  # share of tokens with A < 0 where the dual clip binds
-    "kl_old_k1",  # mean of old - new
-    "kl_old_k3",  # mean of exp(new - old) - (new - old) - 1
-    "kl_ref_k1",  # mean of new - ref, 0 without ref_logprobs
-    "kl_ref_k3",  # mean of exp(ref - new) - (ref - new) - 1, 0 without ref_logprobs
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "clip_fraction_dual",
+    "kl_old_k1",
+    "kl_old_k3",
+    "kl_ref_k1",
+    "kl_ref_k3",
     "ratio_mean",
     "ratio_min",
     "ratio_max",
-    "entropy_mean",  # 0 without entropy
+    "entropy_mean",
     "token_count",
 )
-#: The same for `preference_loss`: pairs that have a token, mean log-prob of a sequence on each side, counted tokens.
+#: The same for `preference_loss`, where all are always there.
 PAIR_METRICS: Final = ("pair_count", "chosen_logprob", "rejected_logprob", "chosen_tokens", "rejected_tokens")
 
 

@@ -107,8 +107,8 @@ def prepare(
     objective, inputs, metrics, grouped = loss.policy_plan(*formula, token_loss, deferred)
     gradient = loss.gradient_plan(*formula) if from_logits else None
     read = [term for term, _ in inputs]
-    unread = [f"extra[{term!r}]" for term in extra or {} if not loss.reads(term)]
-    unread += ["rollout_logprobs"] if rollout_logprobs is not None and not loss.reads("rollout_logprob") else []
+    unread = [f"extra[{term!r}]" for term in extra or {} if not loss.asks(term)]
+    unread += ["rollout_logprobs"] if rollout_logprobs is not None and not loss.asks("rollout_logprob") else []
     if unread:
         raise ValueError(f"{unread[0]}: {loss.name} does not read it; it reads {', '.join(sorted(set(read)))}")
     if grouped and group_ids is None and group_size is None:

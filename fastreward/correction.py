@@ -41,7 +41,7 @@ from fastreward.losses._functions import (
 )
 from fastreward.losses._graph import Graph, Level, Node
 from fastreward.losses._program import Program, program
-from fastreward.losses._terms import Terms
+from fastreward.losses._terms import Terms, measured
 
 Mode = Literal["truncate", "mask", "icepop"]
 CorrectionLevel = Literal["token", "sequence", "geometric"]
@@ -211,14 +211,12 @@ class _Correction:
         x, (low, high), passed = self.statistic(option), self.limits(option), self.passes(option)
         rows = self.per_row(x)
         row_mean, count = batch_mean(rows), batch_sum(1.0, self.graph)
-        # Over tokens, or over sequences: as the statistic is.
-        below = self.graph.constant(0.0) if low is None else batch_mean(_one(x < low))
         values = {
             "mean": self.over_tokens(x),
             "max": batch_max(x),
             "min": batch_min(x),
-            "fraction_high": batch_mean(_one(x > high)),
-            "fraction_low": below,
+            "fraction_high": batch_mean(_one(x > high)),  # over tokens, or over sequences: as the statistic is
+            "fraction_low": self.graph.constant(0.0) if low is None else batch_mean(_one(x < low)),
             "std": self.deviation(clip(x, 0.0 if low is None else low, high)),
             "seq_mean": row_mean,
             "seq_std": sqrt(batch_sum((rows - row_mean) ** 2) / maximum(count - 1.0, 1.0)),
@@ -283,6 +281,7 @@ def plan(formula: Formula) -> Plan:
             metrics["rollout_is_batch_norm_factor"] = c.norm_factor(weights)
             weights = weights / metrics["rollout_is_batch_norm_factor"]
     metrics |= c.gap_metrics()
+    metrics = {name: measured(value) for name, value in metrics.items()}
     outputs = [weights, None if kept.op == "constant" else _one(kept)]
     thresholds = [f"{option}.{side}" for option in formula.reject for side in ("low", "high")]
     first, second = (None if x is None else x.level == Level.TOKEN for x in outputs)

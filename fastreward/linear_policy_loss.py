@@ -202,7 +202,7 @@ def linear_policy_loss(
         "extra": extra,
     }
     backend = select("linear_policy_loss", hidden)
-    wants_entropy = bool(entropy_coef) or (loss is not None and loss.reads("entropy"))
+    wants_entropy = bool(entropy_coef) or (loss is not None and loss.asks("entropy"))
     call = prepare(
         "labels",
         labels,

@@ -243,7 +243,7 @@ def logits_policy_loss(
         "extra": extra,
     }
     backend = select("logits_policy_loss", logits)
-    wants_entropy = bool(entropy_coef) or (loss is not None and loss.reads("entropy"))
+    wants_entropy = bool(entropy_coef) or (loss is not None and loss.asks("entropy"))
     call = prepare(
         "labels",
         labels,

@@ -73,8 +73,8 @@ def policy_loss(
         return_token_loss: also give the per-token loss before aggregation.
 
     Returns:
-        PolicyLoss(loss f32 [], metrics, token_loss f32 or None). The metrics are `fastreward._layout.METRICS`, then
-        what the loss reports itself.
+        PolicyLoss(loss f32 [], metrics, token_loss f32 or None). The metrics that the call has the terms for, then what
+        the loss reports itself: `help(result.metrics)` says what each is.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or name, a term that the loss reads and that is not there, a loss

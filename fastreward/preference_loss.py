@@ -64,8 +64,8 @@ def preference_loss(
         return_pair_loss: also give the loss of each pair, [P], as token_loss.
 
     Returns:
-        PolicyLoss(loss f32 [], metrics, token_loss f32 [P] or None). The metrics are `fastreward._layout.PAIR_METRICS`,
-        then what the loss reports (dpo: rewards, margins, accuracy).
+        PolicyLoss(loss f32 [], metrics, token_loss f32 [P] or None). The metrics are those of pairs (see Metrics), then
+        what the loss reports (dpo: rewards, margins, accuracy).
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or name, a term that the loss reads and that is not there, a loss

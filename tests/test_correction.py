@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from twins import correction as twin
 
-from fastreward.correction import DEFAULT_BOUNDS, REJECTIONS, correction_weights, off_policy_sequence_mask
+import fastreward as fr
+from fastreward.correction import (
+    DEFAULT_BOUNDS,
+    REJECTIONS,
+    CorrectionLevel,
+    correction_weights,
+    off_policy_sequence_mask,
+)
 
 ROWS = 8
 
@@ -105,16 +112,21 @@ def test_single_token_and_nothing_inside() -> None:
     check((mask, old, old + 3.0), mode="mask", low=0.9, high=1.1, reject={"token_k2": 1e-3})
 
 
-def test_no_sequences() -> None:
-    empty = torch.zeros(0, 5)
-    weights, keep, metrics = correction_weights(empty, empty, empty.bool(), reject={"token_k1": 2.0})
-    assert weights.shape == keep.shape == (0, 5)
-    assert float(metrics["rollout_is_mean"]) == 0
-    nothing = torch.zeros(3, 5)
-    weights, keep, metrics = correction_weights(nothing, nothing, nothing.bool())
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("level", twin.LEVELS)
+def test_no_token(level: CorrectionLevel, rows: int, backend: str) -> None:
+    """Nothing is weighed and nothing kept; every metric says that there was nothing to take it over."""
+    nothing = torch.zeros(rows, 5)
+    options = {"level": level, "mode": "icepop", "batch_normalize": True}
+    with fr.backend(backend):
+        weights, keep, metrics = correction_weights(
+            nothing, nothing, nothing.bool(), reject={"token_k1": 2.0, "seq_max_k3": 0.5}, **options
+        )
+    assert weights.shape == keep.shape == (rows, 5)
     assert not weights.any()
     assert not keep.any()
-    assert float(metrics["kl"]) == 0
+    assert metrics.values_tensor.isnan().all()
 
 
 # ----------------------------------------------------------------------------------------------------------- rejection

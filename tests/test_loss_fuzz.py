@@ -173,7 +173,7 @@ def case(seed: int) -> Case:
         r.choice((0.0, 0.0, 0.1)),
         r.choice((None, None, 5.0)),
         r.random() < 0.3,
-        {k: v for k, v in constants.items() if k != "weight" or loss.reads("weight") or r.random() < 0.5},
+        {k: v for k, v in constants.items() if k != "weight" or loss.asks("weight") or r.random() < 0.5},
         {
             "policy_loss": {"logprob": logprob.float(), "entropy": entropy.float()},
             "logits_policy_loss": {"logits": logits},
@@ -197,7 +197,7 @@ def expected(c: Case, entry: str) -> tuple[Tensor, ...]:
     else:
         logits = leaves["logits"] if entry == "logits_policy_loss" else leaves["hidden"] @ leaves["head"].t()
         logprob, entropy = statistics(logits, c.constants["labels"])
-    read = {name: x for name, x in constants.items() if c.loss.reads(name)}
+    read = {name: x for name, x in constants.items() if c.loss.asks(name)}
     read |= {"old_logprob": constants["old_logprob"], "logprob": logprob, "entropy": entropy}
     token = c.loss.evaluate(mask=c.counted, group_ids=GROUPS, **read)
     token = token.unsqueeze(-1) if token.ndim == 1 else token
@@ -231,17 +231,17 @@ def actual(c: Case, entry: str) -> tuple[Tensor, ...]:
         "kl": c.kl,
         "kl_coef": 0.3 if c.kl else 0.0,
         "ref_logprobs": terms["ref_logprob"],
-        "rollout_logprobs": terms["rollout_logprob"] if c.loss.reads("rollout_logprob") else None,
+        "rollout_logprobs": terms["rollout_logprob"] if c.loss.asks("rollout_logprob") else None,
         "entropy_coef": c.entropy_coef,
         "weights": terms.get("weight"),
         "keep": None if c.keep is None else laid_out(c.keep),
         "group_ids": GROUPS,
-        "extra": {name: terms[name] for name in ("gate", "scale") if c.loss.reads(name)},
+        "extra": {name: terms[name] for name in ("gate", "scale") if c.loss.asks(name)},
         "cu_seqlens": torch.arange(ROWS + 1) * WIDTH if c.packed else None,
         "return_token_loss": True,
     }
     if entry == "policy_loss":
-        options["entropy"] = terms["entropy"] if c.entropy_coef or c.loss.reads("entropy") else None
+        options["entropy"] = terms["entropy"] if c.entropy_coef or c.loss.asks("entropy") else None
     with fastreward.backend("cpu"):
         result = getattr(fastreward, entry)(*(terms[n] for n in names), laid_out(c.mask), **options)
         gradients = torch.autograd.grad(result.loss, list(leaves.values()), allow_unused=True, materialize_grads=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -49,7 +50,8 @@ def check(data: dict[str, Tensor], loss: Any = None, *, entropy: Tensor | None =
     truth, grads = reference(torch.float64)
     assert_as_good_as_torch(result.loss, truth[0], truth[0], "loss")
     assert_as_good_as_torch(result.token_loss, truth[1], truth[1], "token_loss")
-    for name in METRICS:
+    assert set(result.metrics) == set(truth[2])
+    for name in truth[2]:
         assert_as_good_as_torch(result.metrics[name], truth[2][name], truth[2][name], name)
     assert_as_good_as_torch(own["logprobs"].grad, grads["logprobs"], grads["logprobs"], "gradient")
     if entropy is not None:
@@ -360,6 +362,9 @@ class TestMessages:
         result.loss.backward()
         assert result.loss == 0
         assert not leaf.grad.any()
+        metrics = result.metrics.floats()
+        assert metrics.pop("token_count") == 0
+        assert all(math.isnan(x) for x in metrics.values()), "there is no token to take them over"
 
     def test_unknown_metric(self) -> None:
         with pytest.raises(KeyError, match=r"no metric 'kl'; there are clip_fraction_low"):
@@ -373,9 +378,32 @@ class TestMessages:
 
 
 def test_metrics_by_name_and_as_floats() -> None:
-    metrics = fr.policy_loss(**batch()).metrics
+    data = batch()
+    metrics = fr.policy_loss(
+        **data, loss=fr.losses.ppo(dual_clip=3.0), ref_logprobs=data["old_logprobs"], entropy=torch.rand(6, 37)
+    ).metrics
     assert list(metrics) == list(METRICS)
     assert metrics.floats()["token_count"] == metrics["token_count"].item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_computed_is_absent(backend: str) -> None:
+    """No zero stands for it: no clip fraction without a clip, no KL without a reference, no entropy where unread."""
+    data = batch()
+    always = ["kl_old_k1", "kl_old_k3", "ratio_mean", "ratio_min", "ratio_max", "token_count"]
+    with fr.backend(backend):
+        metrics = fr.policy_loss(**data, loss=fr.losses.reinforce()).metrics
+        assert list(metrics) == always
+        assert len(metrics.values_tensor) == len(always)
+        with pytest.raises(KeyError, match=f"no metric 'clip_fraction_low'; there are {', '.join(always)}"):
+            metrics["clip_fraction_low"]
+        clipped = list(fr.policy_loss(**data).metrics)
+        assert clipped == ["clip_fraction_low", "clip_fraction_high", *always]
+        logits, labels = torch.randn(6, 37, 5), torch.zeros(6, 37).long()
+        rest = (data["old_logprobs"], data["advantages"], data["mask"])
+        from_logits = fr.logits_policy_loss(logits, labels, *rest, entropy_coef=0.1).metrics
+        assert "entropy_mean" in from_logits
+        assert list(fr.logits_policy_loss(logits, labels, *rest).metrics) == clipped
 
 
 def test_opcheck() -> None:

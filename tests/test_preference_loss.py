@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,15 @@ def test_metrics() -> None:
     assert metrics["chosen_tokens"] == data["chosen_mask"].sum()
     chosen = torch.where(data["chosen_mask"], data["chosen_logprobs"], 0.0).sum(-1).mean()
     torch.testing.assert_close(metrics["chosen_logprob"], chosen)
+
+
+def test_metrics_of_no_pairs() -> None:
+    data = batch()
+    data |= {name: torch.zeros_like(x) for name, x in data.items() if name.endswith("mask")}
+    metrics = fr.preference_loss(**data, normalizer=3.0).metrics.floats()
+    counts = {name: metrics.pop(name) for name in ("pair_count", "chosen_tokens", "rejected_tokens")}
+    assert set(counts.values()) == {0.0}
+    assert all(math.isnan(x) for x in metrics.values())
 
 
 def test_a_loss_of_ones_own() -> None:

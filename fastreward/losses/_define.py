@@ -305,8 +305,12 @@ class Loss:
         return node
 
     def reads(self, term: str) -> bool:
-        """Whether the loss, or what it reports, reads this term where it is passed (of a pair: on either side)."""
+        """Whether the loss depends on this term where it is passed (of a preference loss: on either side)."""
         return self._reads(self.formula, term)
+
+    def asks(self, term: str) -> bool:
+        """Whether its function asks for this term where it is passed, be it for a report alone."""
+        return self._asks(self.formula, term)
 
     def policy_plan(self, *call: Any) -> Plan:
         """Registers the objective of a `policy_loss` call (fields of PolicyCall)."""
@@ -320,11 +324,16 @@ class Loss:
         """The same as `policy_plan` for `preference_loss` (fields of PairCall)."""
         return self._pair_plan(self.formula, *call)
 
-    # Dynamo takes what these four return for constants, anew where an argument is another one: so `formula` is one.
+    # Dynamo takes what these return for constants, anew where an argument is another one: so `formula` is one.
     def _reads(self, _: str, term: str) -> bool:
         from fastreward.losses._objective import terms_read
 
         return term in terms_read(self)
+
+    def _asks(self, _: str, term: str) -> bool:
+        from fastreward.losses._objective import terms_asked
+
+        return term in terms_asked(self)
 
     def _policy_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
@@ -406,7 +415,7 @@ def _same(a: object, b: object) -> bool:
 
 
 # Dynamo runs these while it traces.
-_RUN: tuple[Any, ...] = (Loss._reads, Loss._policy_plan, Loss._gradient_plan, Loss._pair_plan)
+_RUN: tuple[Any, ...] = (Loss._reads, Loss._asks, Loss._policy_plan, Loss._gradient_plan, Loss._pair_plan)
 for _method in _RUN:
     _method._dynamo_marked_constant = True
 

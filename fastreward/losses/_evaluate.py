@@ -13,7 +13,7 @@ from fastreward._arrays import as_tensor
 from fastreward.group import factorize
 from fastreward.losses._define import Loss
 from fastreward.losses._graph import Graph, Level, Node, walk
-from fastreward.losses._objective import terms_read
+from fastreward.losses._objective import terms_asked, terms_read
 from fastreward.losses._terms import PAIR_TERMS, TERMS, PairTerms, Terms
 from fastreward.reference.program import Values
 
@@ -52,9 +52,9 @@ def evaluate(
 def _check_names(loss: Loss, named: Iterable[tuple[str, int]]) -> None:
     """Refuses what is neither a term nor read by the loss."""
     known = PAIR_TERMS if loss.definition.pairs else TERMS
-    read = terms_read(loss)
+    read, asked = terms_read(loss), terms_asked(loss)
     for name, side in named:
-        if name not in known and name not in read:
+        if name not in known and name not in asked:
             argument = f"{_SIDES[side]}{name}" if loss.definition.pairs and side else name
             near = difflib.get_close_matches(name, {*known, *read}, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""

@@ -31,7 +31,7 @@ from fastreward.losses._functions import (
 from fastreward.losses._graph import Graph, Level, Node, walk
 from fastreward.losses._ops import SEQ_REDUCTIONS
 from fastreward.losses._program import Program, program, without_stop_gradient
-from fastreward.losses._terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, PairTerms, Terms
+from fastreward.losses._terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, PairTerms, Terms, measured
 
 #: Parameters of a call that are not the loss's own; their values come before its.
 CALL_PARAMETERS: Final = ("call.width", "call.kl_coef", "call.entropy_coef")
@@ -140,18 +140,20 @@ class _Key:
 
 
 def terms_read(loss: Loss) -> frozenset[str]:
-    """Names of the terms and extras that the loss or its reports ask for where a call passes them, of either side.
+    """Names of the terms and extras that the loss depends on where a call passes them, of pairs on either side."""
+    return _cached_terms(_Key(loss))[0]
 
-    Also of what the formula is then simplified to do without: tracing needs it.
-    """
-    return _cached_terms(_Key(loss))
+
+def terms_asked(loss: Loss) -> frozenset[str]:
+    """The same with what tracing asks for besides: what is only reported, or simplified away (as in x - x)."""
+    return _cached_terms(_Key(loss))[1]
 
 
 @lru_cache(maxsize=512)
-def _cached_terms(key: _Key) -> frozenset[str]:
+def _cached_terms(key: _Key) -> tuple[frozenset[str], frozenset[str]]:
     t = key.loss.terms()
-    key.loss.trace(t)
-    return frozenset(name for name, _, _ in t.graph.inputs())
+    read = {n.name for n in walk([key.loss.trace(t)]) if n.op == "input" and n.name is not None}
+    return frozenset(read), frozenset(name for name, _, _ in t.graph.inputs())
 
 
 @lru_cache(maxsize=512)
@@ -277,27 +279,27 @@ def _nonzero(gradient: Node | None) -> Node | None:
 
 
 def _policy_metrics(t: Terms, levels: Mapping[str, Level]) -> dict[str, Node]:
-    """METRICS in order, then what the loss reports besides."""
+    """Those of METRICS that the call has the terms for, in order, then what the loss reports besides."""
     graph = t.graph
-    zero = graph.constant(0.0)
-    counted = batch_sum(1.0, graph) > 0.0
     d = clip(t.log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     log_ratio, ratio = batch_mean(d), batch_mean(t.ratio)
-    gap = clip(t.ref_logprob - t.logprob, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP) if "ref_logprob" in levels else None
-    some = where(counted, 1.0, 0.0)
-    values = {
-        **{name: t.reports.get(name, zero) for name in CLIP_FRACTIONS},
-        "kl_old_k1": -log_ratio,
-        "kl_old_k3": ratio - log_ratio - some,
-        "kl_ref_k1": zero if gap is None else -batch_mean(gap),
-        "kl_ref_k3": zero if gap is None else batch_mean(expm1(gap) - gap),
-        "ratio_mean": ratio,
-        "ratio_min": where(counted, batch_min(t.ratio), 0.0),
-        "ratio_max": where(counted, batch_max(t.ratio), 0.0),
-        "entropy_mean": batch_mean(t.entropy) if "entropy" in levels else zero,
-        "token_count": graph.reduce("batch_sum", graph.length()),
+    values: dict[str, Node] = {
+        **{name: t.reports[name] for name in CLIP_FRACTIONS if name in t.reports},
+        "kl_old_k1": measured(-log_ratio),
+        "kl_old_k3": measured(ratio - log_ratio - 1.0),
     }
-    assert tuple(values) == METRICS
+    if "ref_logprob" in levels:
+        gap = clip(t.ref_logprob - t.logprob, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+        values |= {"kl_ref_k1": measured(-batch_mean(gap)), "kl_ref_k3": measured(batch_mean(expm1(gap) - gap))}
+    values |= {
+        "ratio_mean": measured(ratio),
+        "ratio_min": measured(batch_min(t.ratio)),
+        "ratio_max": measured(batch_max(t.ratio)),
+    }
+    if "entropy" in levels:
+        values["entropy_mean"] = measured(batch_mean(t.entropy))
+    values["token_count"] = graph.reduce("batch_sum", graph.length())
+    assert tuple(values) == tuple(name for name in METRICS if name in values)
     return {**values, **{name: x for name, x in t.reports.items() if name not in values}}
 
 
@@ -423,8 +425,8 @@ def _pair_metrics(t: PairTerms) -> dict[str, Node]:
     graph = t.graph
     values = {
         "pair_count": batch_sum(1.0, graph),
-        "chosen_logprob": batch_mean(seq_sum(t.chosen.logprob)),
-        "rejected_logprob": batch_mean(seq_sum(t.rejected.logprob)),
+        "chosen_logprob": measured(batch_mean(seq_sum(t.chosen.logprob))),
+        "rejected_logprob": measured(batch_mean(seq_sum(t.rejected.logprob))),
         "chosen_tokens": graph.reduce("batch_sum", graph.length(0)),
         "rejected_tokens": graph.reduce("batch_sum", graph.length(1)),
     }

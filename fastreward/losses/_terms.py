@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Final, Literal, NoReturn
 
 from fastreward._layout import METRICS, PAIR_METRICS
-from fastreward.losses._functions import batch_mean, clip, exp
+from fastreward.losses._functions import batch_mean, batch_sum, clip, exp, where
 from fastreward.losses._graph import Graph, Level, Node, origin
 
 #: The log-ratio is clamped to +- this before t.ratio exponentiates it (verl's and OpenRLHF's bound).
@@ -99,7 +99,12 @@ def _reported(graph: Graph, values: Mapping[str, Node], reserved: tuple[str, ...
     for name in values:
         if name in reserved:
             raise ValueError(f"{origin()}: report: {name!r} is a metric of every loss already; choose another name")
-    return {name: batch_mean(graph.node(value)) for name, value in values.items()}
+    return {name: measured(batch_mean(graph.node(value))) for name, value in values.items()}
+
+
+def measured(value: Node) -> Node:
+    """A metric: NaN where there is no token (no pair) to take it over."""
+    return where(batch_sum(1.0, value.graph) > 0.0, value, float("nan"))
 
 
 class Terms(_Inputs):

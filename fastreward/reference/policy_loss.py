@@ -68,25 +68,22 @@ def policy_loss(
     token = torch.where(counted, token, 0.0)
     loss = aggregate(token, counted, aggregation, normalizer, group_ids)
 
-    count = counted.sum().clamp(min=1)
-
     def mean(x: Tensor) -> Tensor:
-        return torch.where(counted, x.double(), 0.0).sum() / count
+        """NaN where nothing counts."""
+        return torch.where(counted, x.double(), 0.0).sum() / counted.sum()
 
-    has_ref = ref_logprobs is not None
-    none = loss.new_zeros(())
+    none = torch.full_like(loss, torch.nan)
     metrics = {
         "clip_fraction_low": mean((ratio < 1 - clip_low) & (adv < 0)),
         "clip_fraction_high": mean((ratio > 1 + clip_high) & (adv > 0)),
-        "clip_fraction_dual": mean(dual),
+        **({} if dual_clip is None else {"clip_fraction_dual": mean(dual)}),
         "kl_old_k1": mean(-moved),
         "kl_old_k3": mean(moved.exp() - moved - 1),
-        "kl_ref_k1": mean(-gap) if has_ref else none,
-        "kl_ref_k3": mean(gap.exp() - gap - 1) if has_ref else none,
+        **({} if ref_logprobs is None else {"kl_ref_k1": mean(-gap), "kl_ref_k3": mean(gap.exp() - gap - 1)}),
         "ratio_mean": mean(moved.exp()),
         "ratio_min": torch.where(counted, moved.exp(), torch.inf).amin() if counted.any() else none,
         "ratio_max": torch.where(counted, moved.exp(), -torch.inf).amax() if counted.any() else none,
-        "entropy_mean": mean(clean(entropy)),
+        **({} if entropy is None else {"entropy_mean": mean(clean(entropy))}),
         "token_count": counted.sum().double(),
     }
     return loss, token, {name: value.detach() for name, value in metrics.items()}
