@@ -84,6 +84,8 @@ def as_arrays(result: Any, kind: Kind) -> Any:
         return result._map_tensors(lambda tensor: as_arrays(tensor, kind))
     if is_dataclass(result) and not isinstance(result, type):
         return replace(result, **{f.name: as_arrays(getattr(result, f.name), kind) for f in fields(result)})
+    if isinstance(result, dict):
+        return {name: as_arrays(value, kind) for name, value in result.items()}
     if isinstance(result, tuple):
         return tuple(as_arrays(item, kind) for item in result)
     return result

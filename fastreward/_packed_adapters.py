@@ -87,7 +87,7 @@ def trl_row(packed: PackedTree, advantages: Tensor, old_logprobs: Tensor | None)
         raise ValueError(f"trl_row: expected one bin, got {packed.num_bins}; take them apart with .bins()")
     tree = packed.tree
     place = packed.packed_of_token
-    if advantages.ndim == 1 and len(tree.shape) == 2:
+    if _check.tensor("advantages", advantages).ndim == 1 and len(tree.shape) == 2:
         _check.shape("advantages", advantages, (tree.num_rows,), "one per sequence, or as tokens")
         advantages = advantages.unsqueeze(1).expand(tree.shape)
     _check.shape("advantages", advantages, tree.shape, "one per sequence, or as tokens")

@@ -133,10 +133,9 @@ class PackedTree:
         """FlexAttention's BlockMask [1, 1, P, P], from lists of blocks: no P x P mask is made."""
         from torch.nn.attention.flex_attention import BlockMask
 
-        kernels = implementation("prefix_tree", "cpu")
-        lists = kernels.blocks(
-            self.tout.cpu().contiguous(), _check.whole("block_size", block_size, "tokens of a block")
-        )
+        if _check.whole("block_size", block_size, "tokens of a block") < 1:
+            raise ValueError(f"block_size: expected a positive number of tokens, got {block_size}")
+        lists = implementation("prefix_tree", "cpu").blocks(self.tout.cpu().contiguous(), block_size)
         counts, indices, full_counts, full_indices = (x[None, None].to(self.tout.device) for x in lists)
         return BlockMask.from_kv_blocks(
             counts,
@@ -224,12 +223,15 @@ class PackedTree:
 
         return areal_tries(self, node_class)
 
+    @accepts_arrays
     def trl_row(self, advantages: Tensor, old_logprobs: Tensor | None = None) -> dict[str, Tensor]:
         """The fields of TRL's tree packing (`TrainingRow` of huggingface/trl#7328), for one bin.
 
         Args:
             advantages: [B], or in the shape of tokens, of this packing's rows.
             old_logprobs: in the shape of tokens; left out where not given.
+
+        NumPy arrays give arrays.
         """
         from fastreward._packed_adapters import trl_row
 

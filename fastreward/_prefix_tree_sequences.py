@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -205,11 +206,23 @@ def _path_tensor(path_ids: Tensor | Sequence[Sequence[Hashable]]) -> Tensor:
         if given.ndim != 2:
             raise ValueError(f"path_ids: expected shape [B, D], got {list(given.shape)}")
         return given.long()
-    paths = [list(path) for path in given]
-    numbers: dict[Hashable, int] = {}
-    longest = max(map(len, paths), default=0)
-    rows = [[numbers.setdefault(x, len(numbers)) for x in path] + [-1] * (longest - len(path)) for path in paths]
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(paths), longest)
+    rows = [as_tensor(path) for path in given]
+    if rows and all(isinstance(row, Tensor) and row.ndim == 1 for row in rows):
+        for row in rows:
+            _check.integers("path_ids", row)
+        return torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=-1)
+    if any(isinstance(row, str | bytes) for row in rows):
+        raise TypeError("path_ids: expected a sequence of ids for each path, got a string")
+    paths = [list(row) for row in rows]
+    counts, ids = torch.tensor([len(path) for path in paths], dtype=torch.int64), [x for path in paths for x in path]
+    numbers = factorize(ids, len(ids), torch.device("cpu"), "path_ids")
+    if any(isinstance(x, Integral | Tensor) and x < 0 for x in ids):
+        raise ValueError(
+            "path_ids: expected no negative numbers in lists of ids, got some: there a path ends with its list, and "
+            "numbers that begin below 0 are better given as strings"
+        )
+    there = torch.arange(max(map(len, paths), default=0)) < counts.unsqueeze(1)
+    return torch.full(there.shape, -1).masked_scatter(there, numbers)
 
 
 def branch_sequences(

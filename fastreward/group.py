@@ -143,35 +143,35 @@ def group_advantages(
     return advantages
 
 
-def factorize(group_ids: GroupIds, count: int, device: torch.device) -> Tensor:
+def factorize(group_ids: GroupIds, count: int, device: torch.device, name: str = "group_ids") -> Tensor:
     """Group labels i64 [B], contiguous: integers as they are, other labels as 0, 1, ... in first-seen order."""
-    labels = group_ids if isinstance(group_ids, Tensor) else _labels(group_ids)
+    labels = group_ids if isinstance(group_ids, Tensor) else _labels(group_ids, name)
     if isinstance(labels, Tensor):
-        _check.integers("group_ids", labels)
-        _check.shape("group_ids", labels, (count,), "one per rollout")
+        _check.integers(name, labels)
+        _check.shape(name, labels, (count,), "one per rollout")
         return labels.to(device).long().contiguous()
     if len(labels) != count:
-        raise ValueError(f"group_ids: expected {count} ids (one per rollout), got {len(labels)}")
+        raise ValueError(f"{name}: expected {count} ids (one per rollout), got {len(labels)}")
     if torch.compiler.is_compiling():  # Dynamo follows a dict, and traces anew for other labels
         seen: dict[Any, int] = {}
-        numbers = [seen.setdefault(_by_value(label, b), len(seen)) for b, label in enumerate(labels)]
+        numbers = [seen.setdefault(_by_value(label, b, name), len(seen)) for b, label in enumerate(labels)]
         return torch.tensor(numbers, dtype=torch.int64, device=device)
     from fastreward import _core
 
     index = torch.empty(count, dtype=torch.int64, device="cpu")
     if not _core.number_labels(labels, index.data_ptr(), False):
-        _core.number_labels([_by_value(label, b) for b, label in enumerate(labels)], index.data_ptr(), True)
+        _core.number_labels([_by_value(label, b, name) for b, label in enumerate(labels)], index.data_ptr(), True)
     return index.to(device)
 
 
-def _labels(group_ids: Sequence[Hashable]) -> Tensor | list[Any]:
+def _labels(group_ids: Sequence[Hashable], name: str) -> Tensor | list[Any]:
     """The ids as a list; as a tensor where they are 0-d tensors of one kind, so that no device is waited for."""
     labels: Any = None
     if not isinstance(group_ids, str | bytes | Set | Mapping):  # no sequence of ids: letters, or without an order
         with contextlib.suppress(TypeError):
             labels = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)
     if not isinstance(labels, list):
-        raise TypeError(f"group_ids: expected integers [B] or a sequence of hashables, got {group_ids!r}")
+        raise TypeError(f"{name}: expected integers [B] or a sequence of hashables, got {group_ids!r}")
     first = labels[0] if labels else None
     if isinstance(first, Tensor) and first.ndim == 0 and not first.dtype.is_floating_point:
         kind = (first.dtype, first.device, first.shape)
@@ -180,16 +180,16 @@ def _labels(group_ids: Sequence[Hashable]) -> Tensor | list[Any]:
     return labels
 
 
-def _by_value(label: Any, at: int) -> Hashable:
+def _by_value(label: Any, at: int, name: str) -> Hashable:
     """A label that is equal to others of the same value: tensors and scalars of arrays as numbers, in tuples too."""
     if isinstance(label, tuple):
-        return tuple(_by_value(part, at) for part in label)
+        return tuple(_by_value(part, at, name) for part in label)
     scalar = getattr(label, "ndim", None) == 0 and hasattr(label, "item")
     if isinstance(label, Tensor) and not scalar:
-        raise TypeError(f"group_ids: expected numbers or 0-d tensors, got a tensor {list(label.shape)} at index {at}")
+        raise TypeError(f"{name}: expected numbers or 0-d tensors, got a tensor {list(label.shape)} at index {at}")
     if type(label).__hash__ is _BY_IDENTITY and label is not None:
         raise TypeError(
-            f"group_ids: expected labels that compare by value, got {label!r} at index {at}, which equals nothing but "
+            f"{name}: expected labels that compare by value, got {label!r} at index {at}, which equals nothing but "
             "itself: give its id"
         )
     try:
@@ -197,9 +197,9 @@ def _by_value(label: Any, at: int) -> Hashable:
         value: Hashable = label.item() if scalar else label
         hash(value)
     except TypeError as error:
-        raise TypeError(f"group_ids: expected hashable labels: {error} at index {at}") from None
+        raise TypeError(f"{name}: expected hashable labels: {error} at index {at}") from None
     if not itself:
-        raise ValueError(f"group_ids: expected labels that equal themselves, got {label!r} at index {at}")
+        raise ValueError(f"{name}: expected labels that equal themselves, got {label!r} at index {at}")
     return value
 
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from fastreward._packed_tree import PackedTree
     from fastreward._prefix_tree_views import TreeStatistics
 
-_FLOATS = (torch.float32, torch.float64)
-
 
 class PrefixTree:
     """A batch of token sequences as one compressed radix forest: flat arrays, one root per group.
@@ -37,7 +35,9 @@ class PrefixTree:
     does not depend on the other groups. Roots have no tokens.
 
     Args:
-        tokens: integers, padded [B, T], or packed [N] with cu_seqlens.
+        tokens: integers of any width, padded [B, T], or packed [N] with cu_seqlens. Padding on the left is told from
+            tokens by `attention_mask` alone: without it a row begins at its first position, padding is part of the
+            sequence, and `pack` hands it to the model.
         mask: the shape of tokens, bool, integer or float; nonzero = a token that gets credit. A sequence runs from its
             row's first position to its last counted one; masked-out tokens inside it (tool output) count for identity.
         group_ids: integers [B], or any sequence of B hashables (uid strings); groups need not be contiguous. Without
@@ -106,7 +106,8 @@ class PrefixTree:
         counts steps.
 
         Args:
-            path_ids: integers [B, D], negative = no more steps; or a list of B sequences of hashables.
+            path_ids: integers [B, D], negative = no more steps; or a list of B sequences: of hashables, which count by
+                value (uid strings, numbers, 0-d tensors), or integer tensors or arrays, as the rows of [B, D].
             group_ids, group_size: as in PrefixTree.
             segment_ids: integers [B, T]: the step of each token (its place in the path, not its id), negative = none.
                 to_tokens then gives [B, T] instead of [B, D].
@@ -291,8 +292,9 @@ class PrefixTree:
         """Values of the nodes, from those of the sequences below them.
 
         Args:
-            leaf_values: [B] float32 or float64 (other dtypes become float32), one per sequence. NaN: not scored; the
-                sequence counts in no node, as if it had not been there.
+            leaf_values: [B] float32 or float64, one per sequence; bool and half precision become float32, integers
+                float64 (exact to 2^53), here and in all that follows. NaN: not scored; the sequence counts in no node,
+                as if it had not been there.
             op: "mean", "sum", "max", "min", "logsumexp", or "any" (1 where some value is not 0, else 0).
             over: what counts alike: the "sequences" below a node, or its "children", level by level (a sequence that
                 ends at an inner node is one of its children; duplicates are one each).
@@ -405,9 +407,10 @@ class PrefixTree:
         Returns:
             [nodes]. Gradients flow to scale and shift, where no bound has cut (on a bound they do) and x is not NaN.
         """
-        given = [x for x in (scale, shift) if isinstance(x, Tensor)]
-        dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
-        factors = [self._node_numbers(name, x, dtype) for name, x in (("scale", scale), ("shift", shift))]
+        given = {"scale": scale, "shift": shift}
+        tensors = {name: self._per_node(name, x) for name, x in given.items() if isinstance(x, Tensor)}
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
+        factors = [self._node_numbers(name, tensors.get(name, x), dtype) for name, x in given.items()]
         initial = _check.finite("initial", initial)
         low = None if low is None else _check.finite("low", low)
         high = None if high is None else _check.finite("high", high)
@@ -468,7 +471,7 @@ class PrefixTree:
         _check.choice("op", op, TOKEN_OPS)
         self._check_tokens("token_values", token_values)
         s = self._sequences
-        flat = self._to_flat(self._floats(token_values))
+        flat = self._to_flat(self._floats("token_values", token_values))
         out: Tensor = _ops.fold(flat, self._nodes, self._rows, s.extents, s.credit, op, self._unique, self._backend)
         return out
 
@@ -481,7 +484,7 @@ class PrefixTree:
         """
         _check.shape("unique_values", _check.tensor("unique_values", unique_values), (self._unique,), "num_tokens")
         s = self._sequences
-        unique = self._floats(unique_values)
+        unique = self._floats("unique_values", unique_values)
         return s.credited(_ops.unfold(unique, self._nodes, self._rows, s.extents, s.credit, self._flat, self._backend))
 
     def pack(self, max_tokens: int | None = None, *, by: Literal["group", "row"] = "group") -> PackedTree:
@@ -557,23 +560,23 @@ class PrefixTree:
         """Places for unique tokens: as many as there are on the CPU, the most there can be on a GPU."""
         return self.num_tokens if self._nodes.device.type == "cpu" else self._flat
 
-    def _floats(self, x: Tensor) -> Tensor:
-        return (x if x.dtype in _FLOATS else x.float()).contiguous()
+    def _floats(self, name: str, x: Tensor) -> Tensor:
+        return _check.rewards(name, x).contiguous()
 
     def _per_row(self, name: str, x: Tensor) -> Tensor:
         _check.shape(name, _check.tensor(name, x), (self.num_rows,), "one per sequence")
         _check.same_device(name, x, "the tree", self._rows)
-        return self._floats(x)
+        return self._floats(name, x)
 
     def _per_node(self, name: str, x: Tensor) -> Tensor:
         _check.shape(name, _check.tensor(name, x), (self._nodes.shape[1],), "one per node")
         _check.same_device(name, x, "the tree", self._nodes)
-        return self._floats(x)
+        return self._floats(name, x)
 
     def _node_numbers(self, name: str, x: Tensor | float, dtype: torch.dtype) -> Tensor:
         if not isinstance(x, Tensor):
             return torch.full((self._nodes.shape[1],), _check.finite(name, x), dtype=dtype, device=self._nodes.device)
-        return self._per_node(name, x).to(dtype)
+        return x.to(dtype)
 
     def _row_weights(self, weights: Tensor, op: TreeOp) -> Tensor:
         w = _check.constant("weights", self._per_row("weights", weights))
