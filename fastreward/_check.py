@@ -7,7 +7,6 @@ import math
 import operator
 import os
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -70,6 +69,8 @@ def integers(name: str, x: object) -> None:
 
 def whole(name: str, value: object, meaning: str) -> int:
     """`value` as an int, if it is a whole number."""
+    if isinstance(value, int):  # torch.compile's symbols too, of which operator.index would make numbers
+        return value
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -87,41 +88,22 @@ def positive(name: str, value: object) -> float:
     return number
 
 
+def not_negative(name: str, value: object) -> float:
+    """`value` as a float, if it is a finite number of at least 0."""
+    if finite(name, value) < 0:
+        raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
 def finite(name: str, value: object) -> float:
     """`value` as a float, if it is a finite number."""
     try:
         result = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {value!r}") from None
-    if not math.isfinite(result):
+    if not -math.inf < result < math.inf:  # what torch.compile knows as a symbol can be compared, and no more
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return result
-
-
-def number(x: object, like: Tensor) -> Tensor | None:
-    """A number as f32 [] on the device of `like`; None if `x` is something else.
-
-    A 0-d CPU tensor beside others on a GPU is read as the number that it is: copying it would block the host.
-    """
-    if isinstance(x, Tensor):
-        if x.ndim or x.device == like.device or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return None
-        x = float(x)
-    if not isinstance(x, Real) or isinstance(x, bool):
-        return None
-    return torch.full((), float(x), dtype=torch.float32, device=like.device)
-
-
-def positive_number(name: str, x: object, like: Tensor) -> Tensor:
-    """A positive number, or a 0-d tensor of one, as f32 [] on the device of `like`."""
-    if not isinstance(x, Tensor):
-        return torch.full((), positive(name, x), dtype=torch.float32, device=like.device)
-    shape(name, x, (), "a float or a 0-d tensor")
-    x = constant(name, x)
-    if values_checked(x):
-        positive(name, x)
-    moved = number(x, like)
-    return x.to(device=like.device, dtype=torch.float32) if moved is None else moved
 
 
 def names(name: str, given: object, allowed: Sequence[str]) -> None:
@@ -131,6 +113,11 @@ def names(name: str, given: object, allowed: Sequence[str]) -> None:
         raise TypeError(f"{name}: expected a tuple of names, got {given!r}{hint}")
     for value in given:
         choice(name, value, allowed)
+
+
+def shape_among(x: Tensor, *shapes: Sequence[int]) -> bool:
+    """Whether `x` has one of the shapes. Not `in {...}`: sizes that torch.compile knows as symbols have no hash."""
+    return any(tuple(x.shape) == tuple(expected) for expected in shapes)
 
 
 def shape(name: str, x: Tensor, expected: Sequence[int], meaning: str) -> None:

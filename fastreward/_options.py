@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torch import Tensor
+
 Aggregation = Literal[
     "token-mean",
     "token-sum",
@@ -46,7 +48,7 @@ class GroupOptions:
     center: Center = "mean"
     scale: Scale = "std"
     ddof: int = 1
-    eps: float = 1e-6
+    eps: float | Tensor = 1e-6  # f64 [] where only a kernel may read it
     eps_inside: bool = False
     singleton: Singleton = "zero"
     normalize: Normalize = "sum-then-normalize"

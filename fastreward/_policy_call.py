@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastreward import _check
+from fastreward._numbers import Number, anything, is_number, may_differ_from_0, number, parameters, single, size
 from fastreward._options import AGGREGATIONS, KL, Aggregation
 from fastreward._results import Metrics
 from fastreward._tokens import Tokens
@@ -32,6 +33,7 @@ class Call:
     tokens: Tokens
     groups: Tensor | None
     parameters: list[float]
+    numbers: Tensor | None
     metrics: tuple[str, ...]
     advantages: Tensor
     normalized: bool
@@ -59,13 +61,13 @@ def prepare(
     *,
     loss: Loss | None,
     aggregation: Aggregation | None,
-    normalizer: float | Tensor | None,
+    normalizer: Number | None,
     ref_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
     kl: KL | None,
-    kl_coef: float,
+    kl_coef: Number,
     entropy: bool,
-    entropy_coef: float,
+    entropy_coef: Number,
     weights: Tensor | None,
     keep: Tensor | None,
     group_ids: GroupIds | None,
@@ -73,13 +75,15 @@ def prepare(
     cu_seqlens: Tensor | None,
     extra: Mapping[str, Tensor] | None,
     token_loss: bool,
-    deferred: bool,
+    backend: str,
     from_logits: bool = False,
 ) -> Call:
     """`like`: in the tokens' shape and on their device, called `name` in messages. entropy: whether it is given."""
     loss = _loss(loss)
     chosen: str = loss.aggregation if aggregation is None else aggregation
     _check.choice("aggregation", chosen, AGGREGATIONS)
+    kl_coef = number("kl_coef", kl_coef, like, _check.finite)
+    entropy_coef = number("entropy_coef", entropy_coef, like, _check.finite)
     _check_kl(kl, kl_coef, ref_logprobs)
     bounds = token_bounds(cu_seqlens, like, name)
     if bounds is None and like.ndim != 2:
@@ -103,9 +107,20 @@ def prepare(
     levels = [(term, level_of(x, like)) for term, x in given.items()]
     levels += [("logprob", _TOKEN), *([("entropy", _TOKEN)] if entropy else [])]
     packed = bounds is not None
-    formula = (tuple(levels), chosen, normalizer is not None, packed, kl, entropy_coef != 0)
-    objective, inputs, metrics, grouped = loss.policy_plan(*formula, token_loss, deferred)
-    gradient = loss.gradient_plan(*formula) if from_logits else None
+    named: dict[str, Number] = {
+        "call.width": 0.0 if packed else size(like.shape[1], like),
+        "call.kl_coef": kl_coef,
+        "call.entropy_coef": entropy_coef,
+    }
+    scalars = loss.scalars
+    named |= {term: number(term, scalars[term], like, anything) for term in sorted(scalars)}
+    ready = parameters(named, backend)
+    given |= {f"parameter.{term}": x for term, x in ready.inputs.items()}
+    formula = (tuple(levels), chosen, normalizer is not None, packed, kl, may_differ_from_0(entropy_coef))
+    on_device = tuple(ready.inputs)
+    # On a GPU the aggregation's weights are known only when all tokens have been seen.
+    objective, inputs, metrics, grouped = loss.policy_plan(*formula, token_loss, backend != "cpu", on_device)
+    gradient = loss.gradient_plan(*formula, False, False, on_device) if from_logits else None
     read = [term for term, _ in inputs]
     unread = [f"extra[{term!r}]" for term in extra or {} if not loss.asks(term)]
     unread += ["rollout_logprobs"] if rollout_logprobs is not None and not loss.asks("rollout_logprob") else []
@@ -117,18 +132,16 @@ def prepare(
     for term, value in loss.tensors.items():
         given[f"parameter.{term}"] = parameter(f"{loss.name}: {term}", value, like, tokens.rows, name)
     if normalizer is not None:
-        given["call.normalizer"] = _check.positive_number("normalizer", normalizer, like)
+        given["call.normalizer"] = single("normalizer", normalizer, like, _check.positive)
     if bounds is not None:
         given["call.width"] = (bounds.diff().max() if tokens.rows else bounds.new_zeros(())).float()
-    width = 0.0 if packed else float(like.shape[1])
-    numbers = loss.scalars
-    coefficients = [_check.finite("kl_coef", kl_coef), _check.finite("entropy_coef", entropy_coef)]
     return Call(
         objective,
         [given[term] for term, _ in inputs],
         tokens,
         numbered_groups(group_ids, group_size, tokens.rows, like),
-        [width, *coefficients, *(numbers[k] for k in sorted(numbers))],
+        ready.known,
+        ready.numbers,
         metrics,
         given["advantage"],
         normalizer is not None,
@@ -150,12 +163,12 @@ def _loss(loss: Any) -> Loss:
     return loss
 
 
-def _check_kl(kl: str | None, kl_coef: float, ref_logprobs: Tensor | None) -> None:
+def _check_kl(kl: str | None, kl_coef: Number, ref_logprobs: Tensor | None) -> None:
     if kl is not None:
         _check.choice("kl", kl, get_args(KL))
         if ref_logprobs is None:
             raise ValueError(f"ref_logprobs: needed for kl={kl!r}")
-    elif kl_coef:
+    elif may_differ_from_0(kl_coef):
         raise ValueError(f"kl: expected one of {', '.join(map(repr, get_args(KL)))} where kl_coef is not 0, got None")
 
 
@@ -176,7 +189,7 @@ def _per_row(name: str, x: object, like: Tensor, rows: int, reference: str) -> T
 
 def _advantages(advantages: Tensor, like: Tensor, rows: int, reference: str) -> Tensor:
     _check.tensor("advantages", advantages)
-    if tuple(advantages.shape) not in {tuple(like.shape), (rows,)}:
+    if not _check.shape_among(advantages, like.shape, (rows,)):
         raise ValueError(
             f"advantages: expected shape {list(like.shape)} (one per token) or [{rows}] (one per sequence), "
             f"got {list(advantages.shape)}"
@@ -194,11 +207,10 @@ def _extra(term: str, x: object, like: Tensor, rows: int, reference: str) -> Ten
 
 def on_device(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
     """A constant per token, per sequence or for all, f32."""
-    single = _check.number(x, like)
-    if single is not None:
-        return single
+    if is_number(x):
+        return single(name, x, like, anything)
     tensor = _check.tensor(name, x)
-    if tuple(tensor.shape) not in {tuple(like.shape), (rows,), ()}:
+    if not _check.shape_among(tensor, like.shape, (rows,)):
         raise ValueError(
             f"{name}: expected shape {list(like.shape)} (one per token), [{rows}] (one per sequence) or [], "
             f"got {list(tensor.shape)}"
@@ -209,11 +221,9 @@ def on_device(name: str, x: object, like: Tensor, rows: int, reference: str) -> 
 
 def parameter(name: str, x: Tensor, like: Tensor, rows: int, reference: str) -> Tensor:
     """A loss's parameter: one value per row, or for all."""
-    if x.ndim:
-        _check.shape(name, x, (rows,), "one per sequence")
-        _check.same_device(name, x, reference, like)
-    single = _check.number(x, like)
-    return x.to(device=like.device, dtype=torch.float32).contiguous() if single is None else single
+    if is_number(x):
+        return single(name, x, like, anything)
+    return _per_row(name, x, like, rows, reference)
 
 
 def level_of(x: Tensor, like: Tensor) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastreward._dispatch import implementation
+from fastreward._numbers import read
 from fastreward._op import batched, custom_op
 from fastreward._tokens import Tokens
 from fastreward.losses._objective import Gradient, Objective, TokenGradient
@@ -17,7 +18,7 @@ from fastreward.losses._objective import Gradient, Objective, TokenGradient
 _OBJECTIVES: Final[dict[str, Objective]] = {}
 _GRADIENTS: Final[dict[str, TokenGradient]] = {}
 
-_ARGUMENTS: Final = 11  # of the op below
+_ARGUMENTS: Final = 12  # of the op below
 
 
 def register(objective: Objective) -> str:
@@ -69,12 +70,13 @@ def _objective(
     second_cu_seqlens: Tensor | None,
     groups: Tensor | None,
     parameters: list[float],
+    numbers: Tensor | None,  # f64 [parameters]: instead of them, where the host does not know them all
     objective: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     o = _OBJECTIVES[objective]
     sides = _sides(o, first, second, mask, second_mask, cu_seqlens, second_cu_seqlens)
-    tensors_out, batch = run(o, first, second, tensors, sides, groups, parameters, backend)
+    tensors_out, batch = run(o, first, second, tensors, sides, groups, read(parameters, numbers), backend)
 
     def output(index: int | None) -> Tensor:
         return batch.new_empty(0) if index is None else tensors_out[index]
@@ -94,6 +96,7 @@ def _(
     second_cu_seqlens: Tensor | None,
     groups: Tensor | None,
     parameters: list[float],
+    numbers: Tensor | None,  # f64 [parameters]: instead of them, where the host does not know them all
     objective: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -178,7 +181,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     kept = (saved.detach(), saved_second.detach(), row_weight.detach(), mask, second_mask, cu_seqlens)
     ctx.save_for_backward(*kept, second_cu_seqlens, first, second)
-    ctx.objective, ctx.backend, ctx.constants = inputs[9], inputs[10], len(inputs[2])
+    (ctx.objective, ctx.backend), ctx.constants = inputs[10:], len(inputs[2])
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
@@ -223,11 +226,13 @@ def evaluate(
     sides: Sequence[Tokens],
     groups: Tensor | None,
     parameters: list[float],
+    numbers: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [] with its gradient, metrics [M], token or pair losses or [0]) of a registered objective."""
     a, b = sides[0], sides[-1] if len(sides) == 2 else Tokens(())
     result = _objective(
-        first, second, tensors, a.mask, b.mask, a.cu_seqlens, b.cu_seqlens, groups, parameters, objective, backend
-    )
+        first, second, tensors, a.mask, b.mask, a.cu_seqlens, b.cu_seqlens, groups, parameters, numbers, objective,
+        backend,
+    )  # fmt: skip
     return result[0], result[1].detach(), result[5].detach()

@@ -7,6 +7,7 @@ masked row is never touched. Anything wilder goes one leading index at a time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ def like(x: Tensor, blocks: list[RowBlock], *, fake: bool = False) -> Tensor:
 
 
 def _split(x: Tensor, index: tuple[int, ...], start: int, gaps: bool) -> list[RowBlock]:
-    count = x.shape[:-1].numel()
+    count = math.prod(x.shape[:-1])  # numel() would make numbers of torch.compile's symbols
     if x.ndim <= 2 or count == 0 or _collapses(x):
         return [RowBlock(index, start, count, max(count, 1), 0)]
     if gaps and x.ndim == 3 and not index:

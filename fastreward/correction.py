@@ -18,6 +18,7 @@ from torch import Tensor
 from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
+from fastreward._numbers import Number, number, parameters, read, size
 from fastreward._op import custom_op
 from fastreward._policy_call import token_bounds
 from fastreward._results import Metrics
@@ -45,7 +46,7 @@ from fastreward.losses._terms import Terms, measured
 
 Mode = Literal["truncate", "mask", "icepop"]
 CorrectionLevel = Literal["token", "sequence", "geometric"]
-Threshold = float | tuple[float, float]
+Threshold = Number | tuple[Number, Number]
 
 #: Rejection criteria under verl's names: where the divergence estimate is taken, and which one it is.
 REJECTIONS: Final = (
@@ -65,7 +66,7 @@ _CLAMP: Final = 20.0  # verl's SAFETY_BOUND on log-ratios
 # ----------------------------------------------------------------------------------------------------- the mathematics
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """What decides the formula of a call; thresholds are run-time scalars."""
+    """What decides the formula of a call; thresholds are run-time scalars, those `on_device` inputs of the program."""
 
     mode: Mode | None
     level: CorrectionLevel
@@ -75,6 +76,7 @@ class Formula:
     normalize: bool
     unscored: bool
     reject: tuple[str, ...]
+    on_device: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +96,7 @@ class _Correction:
     """The nodes of one formula."""
 
     def __init__(self, formula: Formula) -> None:
-        self.formula, self.graph = formula, Graph()
+        self.formula, self.graph = formula, Graph(on_device=formula.on_device)
         t = Terms(self.graph, {"old_logprob": Level.TOKEN, "rollout_logprob": Level.TOKEN})
         self.length, self.old, rollout = t.length, t.old_logprob, t.rollout_logprob
         # A NaN is a token that the engine could not score: no evidence of a gap.
@@ -290,9 +292,9 @@ def plan(formula: Formula) -> Plan:
 
 
 @lru_cache(maxsize=8)
-def sequence_mask_plan(unscored: bool) -> Program:
+def sequence_mask_plan(unscored: bool, on_device: tuple[str, ...] = ()) -> Program:
     """DeepSeek-V3.2's off-policy sequence mask: 1 where kept, per sequence."""
-    graph = Graph()
+    graph = Graph(on_device=on_device)
     levels = {"logprob": Level.TOKEN, "rollout_logprob": Level.TOKEN, "advantage": Level.ROW}
     t = Terms(graph, levels)
     gap = t.rollout_logprob - t.logprob
@@ -326,13 +328,16 @@ def _correction_weights(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     parameters: list[float],
+    numbers: Tensor | None,  # f64 [parameters]: instead of them, where the host does not know them all
+    on_device: list[Tensor],  # f32 []: those of them that only a kernel may read, by Formula.on_device
     formula: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = plan(_FORMULAS[formula])
     given = {"old_logprob": old_logprobs, "rollout_logprob": rollout_logprobs}
+    given |= {f"parameter.{k}": x for k, x in zip(_FORMULAS[formula].on_device, on_device, strict=True)}
     inputs = [given[str(node.name)] for node in p.program.inputs]
-    scalars = p.program.scalar_values(dict(zip(p.parameters, parameters, strict=True)))
+    scalars = p.program.scalar_values(dict(zip(p.parameters, read(parameters, numbers), strict=True)))
     sides = [Tokens(tuple(old_logprobs.shape), mask, cu_seqlens)]
     outputs, metrics = implementation("program", backend).run(p.program, inputs, sides, scalars, None)
     found = iter(outputs)
@@ -347,6 +352,8 @@ def _(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     parameters: list[float],
+    numbers: Tensor | None,
+    on_device: list[Tensor],
     formula: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -363,16 +370,19 @@ def _off_policy_sequence_mask(
     advantages: Tensor,  # [B]
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    threshold: float,
+    threshold: list[float],  # [1]
+    numbers: Tensor | None,  # f64 [1]: instead of it, where the host does not know it
+    on_device: Tensor | None,  # f32 []: the same, where only a kernel may read it
     unscored: bool,
     backend: str,
 ) -> Tensor:
-    p = sequence_mask_plan(unscored)
+    p = sequence_mask_plan(unscored, () if on_device is None else ("threshold",))
     given = {"logprob": logprobs, "rollout_logprob": rollout_logprobs, "advantage": advantages}
+    given |= {} if on_device is None else {"parameter.threshold": on_device}
     sides = [Tokens(tuple(logprobs.shape), mask, cu_seqlens)]
     inputs = [given[str(node.name)] for node in p.inputs]
     outputs, _ = implementation("program", backend).run(
-        p, inputs, sides, p.scalar_values({"threshold": threshold}), None
+        p, inputs, sides, p.scalar_values({"threshold": read(threshold, numbers)[0]}), None
     )
     kept: Tensor = outputs[0]
     return kept
@@ -385,7 +395,9 @@ def _(
     advantages: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    threshold: float,
+    threshold: list[float],
+    numbers: Tensor | None,
+    on_device: Tensor | None,
     unscored: bool,
     backend: str,
 ) -> Tensor:
@@ -401,11 +413,11 @@ def correction_weights(
     *,
     mode: Mode | None = "truncate",
     level: CorrectionLevel = "token",
-    low: float | None = None,
-    high: float | None = None,
+    low: Number | None = None,
+    high: Number | None = None,
     reject: Mapping[str, Threshold] | None = None,
     batch_normalize: bool = False,
-    log_ratio_clamp: float | None = 20.0,
+    log_ratio_clamp: Number | None = 20.0,
     unscored: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Metrics]:
@@ -451,7 +463,9 @@ def correction_weights(
         _check.choice("mode", mode, get_args(Mode))
         if low is None and high is None:
             low, high = DEFAULT_BOUNDS[mode]
-        _check_bounds("low", low, "high", high)
+        low = None if low is None else number("low", low, old_logprobs, _check.not_negative)
+        high = None if high is None else number("high", high, old_logprobs, _check.positive)
+        _check_order("low", low, "high", high)
     elif low is not None or high is not None:
         raise ValueError("low, high: there are no weights to bound with mode=None")
     _check.choice("level", level, get_args(CorrectionLevel))
@@ -459,29 +473,39 @@ def correction_weights(
         raise ValueError("batch_normalize: there are no weights to normalise with mode=None")
     if not isinstance(reject, Mapping | None):
         raise TypeError(f"reject: expected a mapping such as {{'seq_mean_k3': 0.01}}, got {reject!r}")
-    limits = {name: _limits(name, threshold) for name, threshold in (reject or {}).items()}
-    clamp = math.inf if log_ratio_clamp is None else _check.positive("log_ratio_clamp", log_ratio_clamp)
+    limits = {name: _limits(name, threshold, old_logprobs) for name, threshold in (reject or {}).items()}
+    tokens, backend = Tokens(tuple(old_logprobs.shape), mask, bounds), select("correction", old_logprobs)
+    clamped = log_ratio_clamp is not None
+    named: dict[str, Number] = {
+        "rows": size(max(tokens.rows, 1), old_logprobs),
+        "clamp": number("log_ratio_clamp", log_ratio_clamp, old_logprobs, _check.positive) if clamped else math.inf,
+        "low": 0.0 if low is None else low,
+        "high": 0.0 if high is None else high,
+    }
+    for name, pair in limits.items():
+        named[f"{name}.low"], named[f"{name}.high"] = pair
+    ready = parameters(named, backend)
     key, names, per_token = _register(
         mode,
         level,
         mode is not None and low is not None,
         mode is not None and high is not None,
-        log_ratio_clamp is not None,
+        clamped,
         batch_normalize,
         unscored,
         tuple(limits),
+        tuple(ready.inputs),
     )
-    tokens = Tokens(tuple(old_logprobs.shape), mask, bounds)
-    thresholds = [x for pair in limits.values() for x in pair]
-    numbers = [float(max(tokens.rows, 1)), clamp, _number(low), _number(high), *thresholds]
     weights, keep, values = _correction_weights(
         _check.constant("old_logprobs", old_logprobs).contiguous(),
         _check.constant("rollout_logprobs", rollout_logprobs).contiguous(),
         mask,
         bounds,
-        numbers,
+        ready.known,
+        ready.numbers,
+        list(ready.inputs.values()),
         key,
-        select("correction", old_logprobs),
+        backend,
     )
     metrics = Metrics(values, names)
     if _check.values_checked(old_logprobs) and metrics["kl"].isnan():
@@ -498,7 +522,7 @@ def off_policy_sequence_mask(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    threshold: float,
+    threshold: Number,
     unscored: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
@@ -521,15 +545,19 @@ def off_policy_sequence_mask(
     tokens = Tokens(tuple(logprobs.shape), mask, bounds)
     _check.shape("advantages", _check.tensor("advantages", advantages), (tokens.rows,), "one per sequence")
     _check.same_device("advantages", advantages, "logprobs", logprobs)
+    backend = select("correction", logprobs)
+    ready = parameters({"threshold": number("threshold", threshold, logprobs, _check.finite)}, backend)
     kept: Tensor = _off_policy_sequence_mask(
         logprobs.detach().contiguous(),  # a decision: it has no gradient that could be lost
         rollout_logprobs.detach().contiguous(),
         advantages.detach().float().contiguous(),
         mask,
         bounds,
-        _check.finite("threshold", threshold),
+        ready.known,
+        ready.numbers,
+        ready.inputs.get("threshold"),
         unscored,
-        select("correction", logprobs),
+        backend,
     )
     return kept != 0
 
@@ -546,16 +574,12 @@ def _check_tokens(name: str, logprobs: Any, rollout_logprobs: Any, cu_seqlens: T
     return token_bounds(cu_seqlens, logprobs, name)
 
 
-def _check_bounds(low_name: str, low: float | None, high_name: str, high: float | None) -> None:
-    if low is not None and _check.finite(low_name, low) < 0:
-        raise ValueError(f"{low_name}: expected a number of at least 0, got {low!r}")
-    if high is not None:
-        _check.positive(high_name, high)
-    if low is not None and high is not None and low > high:
+def _check_order(low_name: str, low: Number | None, high_name: str, high: Number | None) -> None:
+    if isinstance(low, float) and isinstance(high, float) and low > high:
         raise ValueError(f"{low_name}: expected at most {high_name}, {high}, got {low}")
 
 
-def _limits(option: str, threshold: Threshold) -> tuple[float, float]:
+def _limits(option: str, threshold: Threshold, like: Tensor) -> tuple[Number, Number]:
     """(low, high) of a criterion's thresholds; low is 0 where there is none."""
     _check.choice("reject", option, REJECTIONS)
     name = f"reject[{option!r}]"
@@ -563,15 +587,15 @@ def _limits(option: str, threshold: Threshold) -> tuple[float, float]:
     if not option.endswith("k1"):
         if pair:
             raise ValueError(f"{name}: expected one number, an upper bound, got {threshold!r}")
-        return 0.0, _check.positive(name, threshold)
+        return 0.0, number(name, threshold, like, _check.positive)
     if not pair:
-        high = _check.positive(name, threshold)
+        high = number(name, threshold, like, _check.positive)
         low = 1.0 / high
     else:
         if len(threshold) != 2:  # type: ignore[arg-type]
             raise ValueError(f"{name}: expected (low, high), got {threshold!r}")
-        low, high = (_check.positive(name, x) for x in threshold)  # type: ignore[union-attr]
-    _check_bounds(f"{name}: low", low, "high", high)
+        low, high = (number(name, x, like, _check.positive) for x in threshold)  # type: ignore[union-attr]
+    _check_order(f"{name}: low", low, "high", high)
     return low, high
 
 
@@ -582,10 +606,6 @@ def _check_finite(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor |
         _check.every(name, ~(x.isnan() & counted), x, f"numbers where mask is set{hint}")
     impossible = old_logprobs.isneginf() & rollout_logprobs.isneginf()  # neither policy could have sampled it
     _check.every("old_logprobs", ~(impossible & counted), old_logprobs, "a finite one of the two where mask is set")
-
-
-def _number(bound: float | None) -> float:
-    return 0.0 if bound is None else float(bound)
 
 
 # --------------------------------------------------------------------------------------------------- rows and tokens

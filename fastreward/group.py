@@ -13,6 +13,7 @@ from torch import Tensor
 from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
+from fastreward._numbers import Number, joined, number, split
 from fastreward._op import custom_op
 from fastreward._options import CENTERS, NORMALIZES, SCALES, SINGLETONS, GroupOptions, Normalize, Singleton
 
@@ -32,6 +33,7 @@ def _group_advantages(
     modes: str,  # center, scale, singleton and normalize, joined by "|"
     ddof: int,
     eps: float,
+    given_eps: Tensor | None,  # f64 []: instead of it, where the host does not know it
     eps_inside: bool,
     backend: str,
 ) -> Tensor:  # [B] f32
@@ -40,7 +42,7 @@ def _group_advantages(
         center=next(c for c in CENTERS if c == center),
         scale=next(s for s in SCALES if s == scale),
         ddof=ddof,
-        eps=eps,
+        eps=joined(eps, given_eps, backend),
         eps_inside=eps_inside,
         singleton=next(s for s in SINGLETONS if s == singleton),
         normalize=next(n for n in NORMALIZES if n == normalize),
@@ -63,6 +65,7 @@ def _(
     modes: str,
     ddof: int,
     eps: float,
+    given_eps: Tensor | None,
     eps_inside: bool,
     backend: str,
 ) -> Tensor:
@@ -78,7 +81,7 @@ def group_advantages(
     center: str | Tensor = "mean",
     scale: str | Tensor = "std",
     ddof: int = 1,
-    eps: float = 1e-6,
+    eps: Number = 1e-6,
     eps_inside: bool = False,
     singleton: Singleton = "zero",
     lengths: Tensor | None = None,
@@ -98,8 +101,9 @@ def group_advantages(
             [B].
         scale: "std" of the group, "batch-std" of all scored rollouts, "max" (largest distance from the center), "none"
             (Dr.GRPO, arXiv 2503.20783), or a divisor [B].
-        ddof, eps, eps_inside: std is sqrt(var) with `ddof`, divided by (std + eps), or by sqrt(var + eps). A reward
-            equal to its center gives 0 whatever the divisor, so eps may be 0; a group of no more than ddof gives 0.
+        ddof, eps, eps_inside: std is sqrt(var) with `ddof`, divided by (std + eps), or by sqrt(var + eps); eps is a
+            number or a 0-d tensor. A reward equal to its center gives 0 whatever the divisor, so eps may be 0; a group
+            of no more than ddof gives 0.
         singleton: a group with one scored rollout gives "zero", its "raw" reward, or "nan", where center or scale is a
             statistic of the group; where neither is, it is like any other.
         lengths: [B] response lengths, at least 0, for center="length-weighted".
@@ -136,7 +140,7 @@ def group_advantages(
         scale_values,
         "|".join((center_name, scale_name, singleton, normalize)),
         ddof,
-        eps,
+        *split(number("eps", eps, rewards, _check.not_negative)),
         eps_inside,
         select("group", rewards),
     )

@@ -19,6 +19,7 @@ from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import FLAG, INDICES, OUTPUT_VALUES, STATE, VALUES, flags_of
 from fastreward._memory import empty_like
+from fastreward._numbers import Number, joined, may_differ_from_0, number, split
 from fastreward._op import custom_op
 from fastreward._vocab_parallel import initial_state
 from fastreward.logprobs import LOGITS_DTYPES, TokenStats, _check_labels, _collect, _row_mask, _temperature
@@ -50,7 +51,9 @@ def _linear_token_logprobs(
     temperature: Tensor | None,  # [N] f64
     temperature_scalar: float,
     logit_scale: float,
+    given_scale: Tensor | None,  # f64 []: instead of it, where the host does not know it
     softcap: float,  # 0 = none
+    given_softcap: Tensor | None,
     flags: int,
     tile: list[int],
     compute_dtype: torch.dtype,
@@ -58,7 +61,8 @@ def _linear_token_logprobs(
 ) -> tuple[Tensor, Tensor]:  # values f32 [8, N], indices i64 [2, N]
     kernels = implementation("linear_logprobs", backend)
     inverse = _inverse(temperature, temperature_scalar)
-    head = _Head(hidden, weight, bias, logit_scale, softcap, tile, compute_dtype)
+    scale, cap = joined(logit_scale, given_scale, backend), joined(softcap, given_softcap, backend)
+    head = _Head(hidden, weight, bias, scale, cap, tile, compute_dtype)
     state = initial_state(hidden.shape[0], hidden.device)
     for columns in head.column_chunks():
         for rows in head.row_chunks():
@@ -88,7 +92,9 @@ def _(
     temperature: Tensor | None,
     temperature_scalar: float,
     logit_scale: float,
+    given_scale: Tensor | None,
     softcap: float,
+    given_softcap: Tensor | None,
     flags: int,
     tile: list[int],
     compute_dtype: torch.dtype,
@@ -107,7 +113,9 @@ def _linear_token_logprobs_backward(
     temperature: Tensor | None,
     temperature_scalar: float,
     logit_scale: float,
+    given_scale: Tensor | None,
     softcap: float,
+    given_softcap: Tensor | None,
     tile: list[int],
     compute_dtype: torch.dtype,
     values: Tensor,
@@ -117,16 +125,15 @@ def _linear_token_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # an unneeded gradient is [0]
     kernels = implementation("linear_logprobs", backend)
     inverse = _inverse(temperature, temperature_scalar)
-    head = _Head(hidden, weight, bias, logit_scale, softcap, tile, compute_dtype, backward=True)
+    factor, cap = joined(logit_scale, given_scale, backend), joined(softcap, given_softcap, backend)
+    head = _Head(hidden, weight, bias, factor, cap, tile, compute_dtype, backward=True)
     grads = _HeadGradients(head, needs)
-    none = values.new_empty((0, 0))
     slices = [(rows, values[:, rows].contiguous(), grad_values[:, rows].contiguous()) for rows in head.row_chunks()]
     for columns in head.column_chunks():
         for rows, stats, upstream in slices:
             logits = head.logits(rows, columns)
             local, scale = labels[rows] - columns.start, _rows_of(inverse, rows)
-            cap = 1.0 / softcap if softcap else 0.0
-            kernels.backward(logits, local, scale, None, None, None, None, stats, none, upstream, None, logits, cap)
+            head.backward(kernels, logits, local, scale, stats, upstream)
             grads.add(rows, columns, logits)
     return grads.finish()
 
@@ -140,7 +147,9 @@ def _(
     temperature: Tensor | None,
     temperature_scalar: float,
     logit_scale: float,
+    given_scale: Tensor | None,
     softcap: float,
+    given_softcap: Tensor | None,
     tile: list[int],
     compute_dtype: torch.dtype,
     values: Tensor,
@@ -167,8 +176,8 @@ class _Head:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        logit_scale: float,
-        softcap: float,
+        logit_scale: Number,
+        softcap: Number,  # 0 = none
         tile: list[int],
         compute_dtype: torch.dtype,
         *,
@@ -183,7 +192,9 @@ class _Head:
         self.buffer = torch.empty(size, dtype=compute_dtype, device=device)
         # What follows the GEMM happens in float32: in the GEMM's own dtype every step would round again.
         # So do the CPU's GEMMs of a gradient, which would else each make that copy.
-        changed = bias is not None or logit_scale != 1.0 or softcap != 0.0 or (backward and device.type == "cpu")
+        self.scaled = isinstance(logit_scale, Tensor) or logit_scale != 1.0
+        self.capped = may_differ_from_0(softcap)
+        changed = bias is not None or self.scaled or self.capped or (backward and device.type == "cpu")
         wide = changed and compute_dtype != torch.float32
         self.wide = torch.empty(size, dtype=torch.float32, device=device) if wide else None
 
@@ -205,11 +216,29 @@ class _Head:
             tile = self.wide[: tile.numel()].view(tile.shape).copy_(tile)
         if self.bias is not None:
             tile.add_(self.bias[columns].to(tile.dtype))
-        if self.logit_scale != 1.0:
+        if self.scaled:
             tile.mul_(self.logit_scale)
-        if self.softcap:
+        if self.capped:
             tile.div_(self.softcap).tanh_().mul_(self.softcap)
         return tile[: rows.stop - rows.start]
+
+    def backward(
+        self,
+        kernels: Any,
+        logits: Tensor,
+        labels: Tensor,
+        scale: float | Tensor,
+        values: Tensor,
+        upstream: Tensor,
+    ) -> None:
+        """Overwrites a tile of logits with its gradient, the softcap's included."""
+        on_device = isinstance(self.softcap, Tensor)  # a kernel takes a number
+        slope = 1.0 - (logits / self.softcap).square_() if on_device else None
+        cap = 1.0 / self.softcap if self.capped and not on_device else 0.0
+        none = values.new_empty((0, 0))
+        kernels.backward(logits, labels, scale, None, None, None, None, values, none, upstream, None, logits, cap)
+        if slope is not None:
+            logits.mul_(slope)
 
     def padded(self, rows: Tensor) -> Tensor:
         """As many rows as a GEMM should have, zeros below the given."""
@@ -234,7 +263,7 @@ class _HeadGradients:
     def add(self, rows: slice, columns: slice, grad: Tensor) -> None:
         """Adds the gradient of one tile of logits. Tiles come with all their rows before the next columns."""
         head = self.head
-        if head.logit_scale != 1.0:
+        if head.scaled:
             grad.mul_(head.logit_scale)
         if self.bias is not None:
             self.bias[columns] += grad.sum(0, dtype=torch.float32)
@@ -299,12 +328,13 @@ def _rows_of(inverse: float | Tensor, rows: slice) -> float | Tensor:
 # -------------------------------------------------------------------------------------------------------- autograd
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, temperature, *settings = inputs
-    ctx.save_for_backward(hidden, weight, bias, labels, temperature, output[0].detach().clone())
-    ctx.scalar, ctx.logit_scale, ctx.softcap, _, ctx.tile, ctx.dtype, ctx.backend = settings
+    ctx.scalar, ctx.logit_scale, given_scale, ctx.softcap, given_softcap, _, ctx.tile, ctx.dtype, ctx.backend = settings
+    given = (given_scale, given_softcap)
+    ctx.save_for_backward(hidden, weight, bias, labels, temperature, *given, output[0].detach().clone())
 
 
 def _backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Any, ...]:
-    hidden, weight, bias, labels, temperature, values = ctx.saved_tensors
+    hidden, weight, bias, labels, temperature, given_scale, given_softcap, values = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     grads = _linear_token_logprobs_backward(
         hidden,
@@ -314,7 +344,9 @@ def _backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Any, ...]:
         temperature,
         ctx.scalar,
         ctx.logit_scale,
+        given_scale,
         ctx.softcap,
+        given_softcap,
         ctx.tile,
         ctx.dtype,
         values,
@@ -322,7 +354,7 @@ def _backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Any, ...]:
         needs,
         ctx.backend,
     )
-    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 9)
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 11)
 
 
 _linear_token_logprobs.register_autograd(_backward, setup_context=_setup_context)
@@ -336,9 +368,9 @@ def linear_token_logprobs(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    temperature: Number = 1.0,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
     mask: Tensor | None = None,
     outputs: tuple[str, ...] = ("logprobs",),
     chunk_size: int | None = None,
@@ -351,7 +383,7 @@ def linear_token_logprobs(
         labels: [...] integers in [0, V) (anything where masked out).
         temperature: a positive float, or one per token [...].
         logit_scale, softcap: logits are softcap * tanh(logit_scale * x / softcap) where a softcap is given (Gemma),
-            else logit_scale * x.
+            else logit_scale * x. Numbers or 0-d tensors.
         mask: [...], nonzero = compute. Other rows are dropped before the first GEMM, cost nothing and give 0. Counting
             them is the one host synchronisation on a GPU; select the rows yourself to avoid it. (Under
             torch.compile(fullgraph=True) it needs torch._dynamo.config.capture_dynamic_output_shape_ops.)
@@ -369,8 +401,7 @@ def linear_token_logprobs(
     """
     _check.names("outputs", outputs, _OUTPUTS)
     _check_head(hidden, weight, bias, labels)
-    if softcap is not None:
-        softcap = _check.positive("softcap", softcap)
+    factor, cap = _scaling(logit_scale, softcap, hidden)
     if chunk_size is not None and _check.whole("chunk_size", chunk_size, "columns of a tile") < 1:
         raise ValueError(f"chunk_size: expected a positive number of columns, got {chunk_size}")
     scalar, per_token = _temperature(temperature, labels)
@@ -389,8 +420,8 @@ def linear_token_logprobs(
         flat_labels,
         per_token,
         scalar,
-        float(logit_scale),
-        float(softcap or 0.0),
+        *split(factor),
+        *split(cap),
         flags_of(outputs),
         _tile(hidden.device, chunk_size),
         _compute_dtype(hidden),
@@ -410,6 +441,12 @@ def _tile(device: torch.device, chunk_size: int | None) -> list[int]:
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _scaling(logit_scale: Number, softcap: Number | None, like: Tensor) -> tuple[Number, Number]:
+    """Factor and softcap of the logits, 0 for none."""
+    factor = number("logit_scale", logit_scale, like, _check.finite)
+    return factor, 0.0 if softcap is None else number("softcap", softcap, like, _check.positive)
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:

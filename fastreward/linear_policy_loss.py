@@ -19,6 +19,7 @@ from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._handover import deliver
 from fastreward._layout import FLAG, VALUES
+from fastreward._numbers import Number, joined, may_differ_from_0, number, read, single, split
 from fastreward._op import custom_op, transformed
 from fastreward._options import KL, Aggregation
 from fastreward._policy_call import Call, GroupIds, prepare
@@ -32,6 +33,7 @@ from fastreward.linear_logprobs import (
     _HeadGradients,
     _inverse,
     _rows_of,
+    _scaling,
     linear_token_logprobs,
 )
 from fastreward.logprobs import _check_labels, _temperature
@@ -54,13 +56,16 @@ def _linear_policy_gradient(
     temperature: Tensor | None,  # [N] f64
     temperature_scalar: float,
     logit_scale: float,
+    given_scale: Tensor | None,  # f64 []: instead of it, where the host does not know it
     softcap: float,  # 0 = none
+    given_softcap: Tensor | None,
     rows: int,  # tokens at a time
     compute_dtype: torch.dtype,
     tensors: list[Tensor],  # inputs of the gradient program besides logprob and entropy; the tokens are packed
     cu_seqlens: Tensor,
     groups: Tensor | None,
     parameters: list[float],
+    numbers: Tensor | None,
     gradient: str,
     needs: list[bool],  # gradient for hidden, weight, bias
     applied: Tensor,  # f32 []
@@ -68,17 +73,17 @@ def _linear_policy_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # three gradients ([0] where not needed), logprobs, entropy
     chosen = gradient_program(gradient)
     tile = [rows, weight.shape[0]]
-    head = _Head(hidden, weight, bias, logit_scale, softcap, tile, compute_dtype, backward=True)
+    factor, cap = joined(logit_scale, given_scale, backend), joined(softcap, given_softcap, backend)
+    head = _Head(hidden, weight, bias, factor, cap, tile, compute_dtype, backward=True)
     grads = _HeadGradients(head, needs)
     inverse = _inverse(temperature, temperature_scalar)
     kernels, engine = implementation("logprobs", backend), implementation("program", backend)
     tokens = Tokens((hidden.shape[0],), None, cu_seqlens)
-    scalars = chosen.program.scalar_values(dict(zip(chosen.parameters, parameters, strict=True)))
+    scalars = chosen.program.scalar_values(dict(zip(chosen.parameters, read(parameters, numbers), strict=True)))
     seen = {name: hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for name in ("logprob", "entropy")}
     rest = iter(tensors)
     inputs = [seen[name] if name in seen else next(rest) for name, _ in chosen.inputs]
-    flags, cap = FLAG["entropy"] if chosen.entropy else 0, 1.0 / softcap if softcap else 0.0
-    whole, none = slice(0, weight.shape[0]), seen["logprob"].new_empty((0, 0))
+    flags, whole = FLAG["entropy"] if chosen.entropy else 0, slice(0, weight.shape[0])
     for part in head.row_chunks():
         logits, scale = head.logits(part, whole), _rows_of(inverse, part)
         values, _, _ = kernels.forward(logits, labels[part], scale, None, None, None, None, flags)
@@ -89,7 +94,7 @@ def _linear_policy_gradient(
         upstream = torch.zeros_like(values)
         for name, output in zip(chosen.gradients, outputs, strict=True):
             upstream[_ROW_OF[name]] = output[part] * applied
-        kernels.backward(logits, labels[part], scale, None, None, None, None, values, none, upstream, None, logits, cap)
+        head.backward(kernels, logits, labels[part], scale, values, upstream)
         grads.add(part, whole, logits)
     entropy = seen["entropy"] if chosen.entropy else seen["entropy"].new_empty(0)
     return (*grads.finish(), seen["logprob"], entropy)
@@ -104,13 +109,16 @@ def _(
     temperature: Tensor | None,
     temperature_scalar: float,
     logit_scale: float,
+    given_scale: Tensor | None,
     softcap: float,
+    given_softcap: Tensor | None,
     rows: int,
     compute_dtype: torch.dtype,
     tensors: list[Tensor],
     cu_seqlens: Tensor,
     groups: Tensor | None,
     parameters: list[float],
+    numbers: Tensor | None,
     gradient: str,
     needs: list[bool],
     applied: Tensor,
@@ -139,19 +147,19 @@ def linear_policy_loss(
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    temperature: Number = 1.0,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
     chunk_size: int | None = None,
-    scale: float | Tensor = 1.0,
+    scale: Number = 1.0,
     loss: Loss | None = None,
     aggregation: Aggregation | None = None,
-    normalizer: float | Tensor | None = None,
+    normalizer: Number | None = None,
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     kl: KL | None = None,
-    kl_coef: float = 0.0,
-    entropy_coef: float = 0.0,
+    kl_coef: Number = 0.0,
+    entropy_coef: Number = 0.0,
     weights: Tensor | None = None,
     keep: Tensor | None = None,
     group_ids: GroupIds | None = None,
@@ -179,12 +187,13 @@ def linear_policy_loss(
         TypeError, ValueError: as policy_loss and linear_token_logprobs.
     """
     _check_head(hidden, weight, bias, labels)
-    if softcap is not None:
-        softcap = _check.positive("softcap", softcap)
+    factor, cap = _scaling(logit_scale, softcap, hidden)
     if chunk_size is not None and _check.whole("chunk_size", chunk_size, "tokens at a time") < 1:
         raise ValueError(f"chunk_size: expected a positive number of tokens, got {chunk_size}")
     scalar, per_token = _temperature(temperature, labels)
-    applied = _check.positive_number("scale", scale, hidden)
+    if not torch.compiler.is_compiling():  # which would make a constant of a number that nothing reads
+        number("scale", scale, hidden, _check.positive)
+    entropy_coef = number("entropy_coef", entropy_coef, hidden, _check.finite)
     options: dict[str, Any] = {
         "loss": loss,
         "aggregation": aggregation,
@@ -202,7 +211,7 @@ def linear_policy_loss(
         "extra": extra,
     }
     backend = select("linear_policy_loss", hidden)
-    wants_entropy = bool(entropy_coef) or (loss is not None and loss.asks("entropy"))
+    wants_entropy = may_differ_from_0(entropy_coef) or (loss is not None and loss.asks("entropy"))
     call = prepare(
         "labels",
         labels,
@@ -211,7 +220,7 @@ def linear_policy_loss(
         mask,
         entropy=wants_entropy,
         token_loss=return_token_loss,
-        deferred=backend != "cpu",
+        backend=backend,
         from_logits=True,
         **options,
     )
@@ -234,7 +243,7 @@ def linear_policy_loss(
             return_token_loss=return_token_loss,
             **options,
         )
-    packed = _Packed(call, labels)
+    packed, applied = _Packed(call, labels), single("scale", scale, hidden, _check.positive)
     with torch.no_grad():
         *grads, logprobs, entropy = _linear_policy_gradient(
             packed.rows(hidden.reshape(-1, hidden.shape[-1])),
@@ -243,14 +252,15 @@ def linear_policy_loss(
             packed.rows(labels.reshape(-1).long()),
             None if per_token is None else packed.rows(per_token),
             scalar,
-            float(logit_scale),
-            float(softcap or 0.0),
+            *split(factor),
+            *split(cap),
             chunk_size or _rows_at_a_time(hidden.device, weight.shape[0]),
             _compute_dtype(hidden),
             [packed.tensor(x) for x in call.gradient_tensors],
             packed.bounds,
             call.groups,
             call.parameters,
+            call.numbers,
             call.gradient,
             needs,
             applied,
@@ -264,6 +274,7 @@ def linear_policy_loss(
             [Tokens((logprobs.shape[0],), None, packed.bounds)],
             call.groups,
             call.parameters,
+            call.numbers,
             backend,
         )
     metrics = Metrics(values, call.metrics)

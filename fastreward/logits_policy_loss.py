@@ -17,6 +17,7 @@ from fastreward import _check, _rows
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._handover import deliver
+from fastreward._numbers import Number, may_differ_from_0, number, read, single
 from fastreward._op import custom_op, transformed
 from fastreward._options import KL, Aggregation
 from fastreward._policy_call import Call, GroupIds, prepare
@@ -40,12 +41,13 @@ def _logits_gradient(
     cu_seqlens: Tensor | None,
     groups: Tensor | None,
     parameters: list[float],
+    numbers: Tensor | None,
     gradient: str,
     scale: Tensor,  # f32 []
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # gradient like logits; logprobs, entropy f32 [N] ([0] where not computed)
     out = _rows.like(logits, _rows.split(logits))
-    args = (labels, temperature, temperature_scalar, tensors, mask, cu_seqlens, groups, parameters, gradient)
+    args = (labels, temperature, temperature_scalar, tensors, mask, cu_seqlens, groups, parameters, numbers, gradient)
     return (out, *_write_gradient(logits, *args, scale, out, backend))
 
 
@@ -60,6 +62,7 @@ def _(
     cu_seqlens: Tensor | None,
     groups: Tensor | None,
     parameters: list[float],
+    numbers: Tensor | None,
     gradient: str,
     scale: Tensor,
     backend: str,
@@ -82,11 +85,12 @@ def _logits_gradient_(
     cu_seqlens: Tensor | None,
     groups: Tensor | None,
     parameters: list[float],
+    numbers: Tensor | None,
     gradient: str,
     scale: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    args = (labels, temperature, temperature_scalar, tensors, mask, cu_seqlens, groups, parameters, gradient)
+    args = (labels, temperature, temperature_scalar, tensors, mask, cu_seqlens, groups, parameters, numbers, gradient)
     result = _write_gradient(logits, *args, scale, logits, backend)
     torch.autograd.graph.increment_version(logits)
     return result
@@ -103,6 +107,7 @@ def _(
     cu_seqlens: Tensor | None,
     groups: Tensor | None,
     parameters: list[float],
+    numbers: Tensor | None,
     gradient: str,
     scale: Tensor,
     backend: str,
@@ -123,6 +128,7 @@ def _write_gradient(
     cu_seqlens: Tensor | None,
     groups: Tensor | None,
     parameters: list[float],
+    numbers: Tensor | None,
     gradient: str,
     scale: Tensor,
     out: Tensor,
@@ -133,7 +139,7 @@ def _write_gradient(
     (block,) = _rows.split(logits, gaps=out is not logits)
     tokens = Tokens(tuple(labels.shape) if cu_seqlens is not None else tuple(logits.shape[:-1]), mask, cu_seqlens)
     inverse: float | Tensor = 1.0 / temperature_scalar if temperature is None else temperature.reciprocal()
-    scalars = chosen.program.scalar_values(dict(zip(chosen.parameters, parameters, strict=True)))
+    scalars = chosen.program.scalar_values(dict(zip(chosen.parameters, read(parameters, numbers), strict=True)))
     rest = iter(tensors)
     inputs = [None if name in ("logprob", "entropy") else next(rest) for name, _ in chosen.inputs]
     if block.gap:
@@ -178,17 +184,17 @@ def logits_policy_loss(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    temperature: float | Tensor = 1.0,
+    temperature: Number = 1.0,
     loss: Loss | None = None,
     inplace: bool = False,
-    scale: float | Tensor = 1.0,
+    scale: Number = 1.0,
     aggregation: Aggregation | None = None,
-    normalizer: float | Tensor | None = None,
+    normalizer: Number | None = None,
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     kl: KL | None = None,
-    kl_coef: float = 0.0,
-    entropy_coef: float = 0.0,
+    kl_coef: Number = 0.0,
+    entropy_coef: Number = 0.0,
     weights: Tensor | None = None,
     keep: Tensor | None = None,
     group_ids: GroupIds | None = None,
@@ -225,7 +231,9 @@ def logits_policy_loss(
         if torch.compiler.is_compiling():
             raise ValueError("inplace: not available under torch.compile")
     scalar, per_token = _temperature(temperature, labels)
-    applied = _check.positive_number("scale", scale, logits)
+    if not torch.compiler.is_compiling():  # which would make a constant of a number that nothing reads
+        number("scale", scale, logits, _check.positive)
+    entropy_coef = number("entropy_coef", entropy_coef, logits, _check.finite)
     options: dict[str, Any] = {
         "loss": loss,
         "aggregation": aggregation,
@@ -243,7 +251,7 @@ def logits_policy_loss(
         "extra": extra,
     }
     backend = select("logits_policy_loss", logits)
-    wants_entropy = bool(entropy_coef) or (loss is not None and loss.asks("entropy"))
+    wants_entropy = may_differ_from_0(entropy_coef) or (loss is not None and loss.asks("entropy"))
     call = prepare(
         "labels",
         labels,
@@ -252,7 +260,7 @@ def logits_policy_loss(
         mask,
         entropy=wants_entropy,
         token_loss=return_token_loss,
-        deferred=backend != "cpu",
+        backend=backend,
         from_logits=True,
         **options,
     )
@@ -275,6 +283,7 @@ def logits_policy_loss(
         )
     if _check.values_checked(logits, labels):
         _check_labels("labels", labels, logits.shape[-1], call.tokens.mask)
+    applied = single("scale", scale, logits, _check.positive)
     return _fused(logits, labels, scalar, per_token, call, applied, inplace, return_token_loss, backend)
 
 
@@ -295,7 +304,7 @@ def _fused(
 ) -> PolicyLoss:
     args = (
         labels.reshape(-1).long(), per_token, scalar, call.gradient_tensors, call.tokens.mask, call.tokens.cu_seqlens,
-        call.groups, call.parameters, call.gradient, applied, backend,
+        call.groups, call.parameters, call.numbers, call.gradient, applied, backend,
     )  # fmt: skip
     with torch.no_grad():
         if inplace:
@@ -308,8 +317,9 @@ def _fused(
         assert first is not None
         second = shaped[1] if call.entropy else None
         total, values, token_loss = evaluate(
-            call.objective, first, second, call.tensors, [call.tokens], call.groups, call.parameters, backend
-        )
+            call.objective, first, second, call.tensors, [call.tokens], call.groups, call.parameters, call.numbers,
+            backend,
+        )  # fmt: skip
     metrics = Metrics(values, call.metrics)
     if _check.values_checked(logits):
         call.check_results(total, metrics)

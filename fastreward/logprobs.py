@@ -12,6 +12,7 @@ from fastreward import _check, _rows
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._layout import ALL_OUTPUTS, DIFFERENTIABLE, INDICES, VALUES, flags_of
+from fastreward._numbers import Number, number
 from fastreward._op import custom_op, refuse_double_backward, transformed
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def token_logprobs(
     logits: Tensor,
     labels: Tensor,
     *,
-    temperature: float | Tensor = 1.0,
+    temperature: Number = 1.0,
     mask: Tensor | None = None,
     outputs: tuple[str, ...] = ("logprobs",),
     token_ids: Tensor | None = None,
@@ -392,10 +393,11 @@ def _check_labels(name: str, ids: Tensor, vocab: int, mask: Tensor | None) -> No
     _check.every(name, good, ids, f"integers in [0, {vocab}), the vocabulary of logits")
 
 
-def _temperature(temperature: float | Tensor, labels: Tensor) -> tuple[float, Tensor | None]:
+def _temperature(temperature: Number, labels: Tensor) -> tuple[float, Tensor | None]:
     """(scalar, None) or (1.0, f64 [N]): a reciprocal that is rounded to f32 costs a large logit its last digits."""
-    if not isinstance(temperature, Tensor):
-        return _check.positive("temperature", temperature), None
+    if not isinstance(temperature, Tensor) or (temperature.ndim == 0 and labels.ndim):
+        value = number("temperature", temperature, labels, _check.positive)
+        return (1.0, value.repeat(labels.numel())) if isinstance(value, Tensor) else (value, None)
     _check.shape("temperature", temperature, labels.shape, "one per token, as labels")
     _check.same_device("temperature", temperature, "labels", labels)
     if _check.values_checked(temperature):

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import select
+from fastreward._numbers import Number, may_differ_from_0, number
 from fastreward._options import KL, Aggregation
 from fastreward._policy_call import GroupIds, prepare
 from fastreward._program_op import evaluate
@@ -26,13 +27,13 @@ def policy_loss(
     *,
     loss: Loss | None = None,
     aggregation: Aggregation | None = None,
-    normalizer: float | Tensor | None = None,
+    normalizer: Number | None = None,
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     kl: KL | None = None,
-    kl_coef: float = 0.0,
+    kl_coef: Number = 0.0,
     entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
+    entropy_coef: Number = 0.0,
     weights: Tensor | None = None,
     keep: Tensor | None = None,
     group_ids: GroupIds | None = None,
@@ -82,7 +83,8 @@ def policy_loss(
             is set (per token where they made the loss NaN), and for a mask that selects nothing without `normalizer`.
     """
     _check.dtype("logprobs", _check.tensor("logprobs", logprobs), (torch.float32,))
-    if entropy_coef and entropy is None:
+    entropy_coef = number("entropy_coef", entropy_coef, logprobs, _check.finite)
+    if entropy is None and may_differ_from_0(entropy_coef):
         raise ValueError("entropy: needed where entropy_coef is not 0")
     if entropy is not None:
         _check.dtype("entropy", _check.tensor("entropy", entropy), (torch.float32,))
@@ -111,7 +113,7 @@ def policy_loss(
         cu_seqlens=cu_seqlens,
         extra=extra,
         token_loss=return_token_loss,
-        deferred=backend != "cpu",  # on a GPU the aggregation's weights are known only when all tokens have been seen
+        backend=backend,
     )
     total, values, token_loss = evaluate(
         call.objective,
@@ -121,6 +123,7 @@ def policy_loss(
         [call.tokens],
         call.groups,
         call.parameters,
+        call.numbers,
         backend,
     )
     metrics = Metrics(values, call.metrics)

@@ -11,12 +11,14 @@ from torch import Tensor
 from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import select
+from fastreward._numbers import anything, is_number, number, parameters, single
 from fastreward._options import PAIR_AGGREGATIONS, PairAggregation
 from fastreward._policy_call import GroupIds, level_of, numbered_groups, on_device, parameter, token_bounds
 from fastreward._program_op import evaluate
 from fastreward._results import Metrics, PolicyLoss
 from fastreward._tokens import Tokens
 from fastreward.losses import Loss, dpo
+from fastreward.losses._objective import CALL_PARAMETERS
 
 _TERMS: Final = ("logprob", "ref_logprob", "weight")
 _DEFAULT_LOSS: Final = dpo()
@@ -112,6 +114,11 @@ def preference_loss(
         arguments[name, 0] = f"extra[{name!r}]"
         given[name, 0] = _per_pair(arguments[name, 0], x, chosen_logprobs, pairs)
         pair_levels.append((name, 2 if given[name, 0].ndim else 1))
+    scalars = loss.scalars
+    numbers = {name: number(name, scalars[name], chosen_logprobs, anything) for name in sorted(scalars)}
+    backend = select("preference_loss", chosen_logprobs)
+    ready = parameters(dict.fromkeys(CALL_PARAMETERS, 0.0) | numbers, backend)
+    given |= {(f"parameter.{name}", 0): x for name, x in ready.inputs.items()}
     objective, inputs, names, grouped = loss.pair_plan(
         (tuple(levels[0]), tuple(levels[1])),
         tuple(pair_levels),
@@ -119,6 +126,7 @@ def preference_loss(
         normalizer is not None,
         weights is not None,
         return_pair_loss,
+        tuple(ready.inputs),
     )
     for key, argument in arguments.items():
         if key not in inputs and key[0] != "ref_logprob":
@@ -134,8 +142,7 @@ def preference_loss(
     if weights is not None:
         given["call.weights", 0] = _per_pair("weights", weights, chosen_logprobs, pairs)
     if normalizer is not None:
-        given["call.normalizer", 0] = _check.positive_number("normalizer", normalizer, chosen_logprobs)
-    numbers = loss.scalars
+        given["call.normalizer", 0] = single("normalizer", normalizer, chosen_logprobs, _check.positive)
     total, values, pair_loss = evaluate(
         objective,
         chosen_logprobs.contiguous(),
@@ -143,8 +150,9 @@ def preference_loss(
         [given[key] for key in inputs],
         sides,
         numbered_groups(group_ids, None, pairs, chosen_logprobs),
-        [0.0, 0.0, 0.0, *(numbers[k] for k in sorted(numbers))],
-        select("preference_loss", chosen_logprobs),
+        ready.known,
+        ready.numbers,
+        backend,
     )
     metrics = Metrics(values, names)
     counts = pairs and any(torch.Size(side.shape).numel() for side in sides)
@@ -184,11 +192,10 @@ def _check_extra(argument: str, name: str) -> None:
 
 
 def _per_pair(name: str, x: object, like: Tensor, pairs: int) -> Tensor:
-    single = _check.number(x, like)
-    if single is not None:
-        return single
+    if is_number(x):
+        return single(name, x, like, anything)
     tensor = _check.tensor(name, x)
-    if tuple(tensor.shape) not in {(pairs,), ()}:
+    if not _check.shape_among(tensor, (pairs,)):
         raise ValueError(f"{name}: expected shape [{pairs}] (one per pair) or [], got {list(tensor.shape)}")
     _check.same_device(name, tensor, "chosen_logprobs", like)
     return _check.constant(name, tensor).float().contiguous()

@@ -11,6 +11,7 @@ from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._memory import empty_like
+from fastreward._numbers import Number, joined, number, split
 from fastreward._op import custom_op
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ def _whiten_(
     shift_mean: bool,
     ddof: int,
     eps: float,
+    given_eps: Tensor | None,  # f64 []: instead of it, where the host does not know it
     out: Tensor,
     backend: str,
 ) -> None:
-    implementation("whiten", backend).forward(out if x is None else x, mask, shift_mean, ddof, eps, out)
+    _forward(out if x is None else x, mask, shift_mean, ddof, joined(eps, given_eps, backend), out, backend)
     torch.autograd.graph.increment_version(out)
 
 
@@ -37,15 +39,40 @@ def _(*_: Any) -> None:
 
 
 @custom_op("whiten")
-def _whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, backend: str) -> Tensor:
+def _whiten(
+    x: Tensor,
+    mask: Tensor | None,
+    shift_mean: bool,
+    ddof: int,
+    eps: float,
+    given_eps: Tensor | None,
+    backend: str,
+) -> Tensor:
     out = empty_like(x)
-    implementation("whiten", backend).forward(x, mask, shift_mean, ddof, eps, out)
+    _forward(x, mask, shift_mean, ddof, joined(eps, given_eps, backend), out, backend)
     return out
 
 
 @_whiten.register_fake
-def _(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, backend: str) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
+
+
+def _forward(
+    x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: Number, out: Tensor, backend: str
+) -> None:
+    kernels = implementation("whiten", backend)
+    if isinstance(eps, Tensor):
+        count, mean, squares = kernels.statistics(x, mask)
+        kernels.apply(x, mask, _affine(count, mean, squares, shift_mean, ddof, eps), out)
+    else:
+        kernels.forward(x, mask, shift_mean, ddof, eps, out)
+
+
+def _affine(count: Tensor, mean: Tensor, squares: Tensor, shift_mean: bool, ddof: int, eps: Number) -> Tensor:
+    """What `apply` makes of each element, f64 [3]."""
+    scale = torch.rsqrt(squares / (count - ddof) + eps)
+    return torch.stack([mean, scale, torch.zeros_like(mean) if shift_mean else mean])
 
 
 @accepts_arrays
@@ -55,7 +82,7 @@ def whiten(
     *,
     shift_mean: bool = True,
     ddof: int = 1,
-    eps: float = 1e-8,
+    eps: Number = 1e-8,
     process_group: ProcessGroup | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -66,7 +93,7 @@ def whiten(
         mask: the shape of x, bool, integer or float; nonzero = counts.
         shift_mean: False keeps the mean: only the variance is normalised.
         ddof: 1 divides the squared deviations by count - 1 (Bessel), 0 by count.
-        eps: added to the variance.
+        eps: added to the variance; a number or a 0-d tensor.
         process_group: mean and variance are over all ranks (24 bytes cross, never an element).
         out: where the result goes, contiguous; may be x itself.
 
@@ -80,6 +107,7 @@ def whiten(
     _check.dtype("x", _check.tensor("x", x), (torch.float32,))
     mask = _check.mask(mask, "x", x)
     ddof = _check.whole("ddof", ddof, "the divisor is count - ddof")
+    eps = number("eps", eps, x, _check.not_negative)
     source = _check.constant("x", x).contiguous()
     inplace = out is not None and _check_out(out, x, source)
     backend = select("whiten", x)
@@ -88,9 +116,9 @@ def whiten(
     if _check.values_checked(x):
         _check_counted(x.numel() if mask is None else int(mask.count_nonzero()), ddof)
     if out is None:
-        white: Tensor = _whiten(source, mask, shift_mean, ddof, eps, backend)
+        white: Tensor = _whiten(source, mask, shift_mean, ddof, *split(eps), backend)
         return white
-    _whiten_(None if inplace else source, mask, shift_mean, ddof, eps, out, backend)
+    _whiten_(None if inplace else source, mask, shift_mean, ddof, *split(eps), out, backend)
     return out
 
 
@@ -121,7 +149,7 @@ def _whiten_across(
     mask: Tensor | None,
     shift_mean: bool,
     ddof: int,
-    eps: float,
+    eps: Number,
     group: ProcessGroup,
     out: Tensor | None,
     backend: str,
@@ -140,8 +168,7 @@ def _whiten_across(
         count = count + other_count
     if _check.values_checked(x):
         _check_counted(int(count), ddof)  # the same on every rank
-    scale = torch.rsqrt(squares / (count - ddof) + eps)
-    affine = torch.stack([mean, scale, torch.zeros_like(mean) if shift_mean else mean])
+    affine = _affine(count, mean, squares, shift_mean, ddof, eps)
     result = empty_like(x) if out is None else out
     kernels.apply(x, mask, affine, result)
     torch.autograd.graph.increment_version(result)

@@ -67,6 +67,14 @@ def _combine_kernel(
 
 
 @triton.jit
+def _known(eps, EPS_ON_DEVICE: tl.constexpr):
+    """A number that the host knows, or has on the device, f64 []."""
+    if EPS_ON_DEVICE:
+        eps = tl.load(eps)
+    return eps
+
+
+@triton.jit
 def _deviation(squares, n, ddof, eps, EPS_INSIDE: tl.constexpr):
     """The std that divides, from a sum of squared deviations of n values: f64; infinite without degrees of freedom."""
     variance = tl.where(n > ddof, squares / (n - ddof), float("inf"))
@@ -78,7 +86,7 @@ def _batch_scale_kernel(
     x, row_stride, column_stride,  # f32 or f64 [B, K]
     scale,  # f64 [K], out
     B, ddof, eps,
-    EPS_INSIDE: tl.constexpr, BATCH: tl.constexpr,
+    EPS_ON_DEVICE: tl.constexpr, EPS_INSIDE: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """The std of every scored reward of a component, one program each: two passes, 4 B or 8 B bytes each."""
     k = tl.program_id(0)
@@ -98,7 +106,7 @@ def _batch_scale_kernel(
         row = tl.cast(b, tl.int64) + lanes
         r = tl.load(column + row * row_stride, mask=row < B, other=float("nan")).to(tl.float64)
         squares += tl.where(r == r, (r - mean) * (r - mean), 0.0)
-    tl.store(scale + k, _deviation(tl.sum(squares, axis=0), n, ddof, eps, EPS_INSIDE))
+    tl.store(scale + k, _deviation(tl.sum(squares, axis=0), n, ddof, _known(eps, EPS_ON_DEVICE), EPS_INSIDE))
 
 
 @triton.jit
@@ -174,7 +182,8 @@ def _normalize_kernel(
     out,  # f32 [B], or f64 [B] where K > 1 components are added up
     B, K, group_size, halvings, ddof, eps,  # 2^halvings > B
     LABELLED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr,
-    EPS_INSIDE: tl.constexpr, SINGLETON: tl.constexpr, RUNS: tl.constexpr, MEMBERS: tl.constexpr,
+    EPS_ON_DEVICE: tl.constexpr, EPS_INSIDE: tl.constexpr, SINGLETON: tl.constexpr,
+    RUNS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """RUNS groups, three sweeps over their members for each component: sums, deviations, advantages."""
     run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
@@ -231,9 +240,9 @@ def _normalize_kernel(
                     )  # fmt: skip
                     widest = tl.maximum(widest, tl.max(tl.where(scored, tl.abs(d), 0.0), axis=1))
         if SCALE == _STD:
-            scale = _deviation(squares, n, ddof, eps, EPS_INSIDE)
+            scale = _deviation(squares, n, ddof, _known(eps, EPS_ON_DEVICE), EPS_INSIDE)
         elif SCALE == _MAX:
-            scale = widest + eps
+            scale = widest + _known(eps, EPS_ON_DEVICE)
         elif SCALE == _BATCH_STD:
             scale = tl.zeros([RUNS], tl.float64) + tl.load(batch_scale + k)
         else:
@@ -290,11 +299,14 @@ def forward(
         out = torch.empty(rows, dtype=torch.float32 if components == 1 else torch.float64, device=rewards.device)
         runs, members = _tile(0 if group_index is not None else group_size)
         count = rows if group_index is not None else triton.cdiv(rows, group_size)
+        on_device = isinstance(options.eps, Tensor)
+        eps = options.eps if on_device else float(options.eps)
+        inside = {"EPS_INSIDE": options.eps_inside, "EPS_ON_DEVICE": on_device}
         center, scale, singleton = options.numbers(center_values, scale_values)
         rules: dict[str, Any] = {
             "CENTER": center,
             "SCALE": scale,
-            "EPS_INSIDE": options.eps_inside,
+            **inside,
             "SINGLETON": singleton,
         }
         strides = (rewards.stride(0), rewards.stride(1))
@@ -302,12 +314,12 @@ def forward(
         if scale_values is None and options.scale == "batch-std":
             batch_scale = torch.empty(components, dtype=torch.float64, device=rewards.device)
             _batch_scale_kernel[(components,)](
-                rewards, *strides, batch_scale, rows, float(options.ddof), float(options.eps),
-                EPS_INSIDE=options.eps_inside, BATCH=BATCH, num_warps=WARPS, **OPTIONS,
+                rewards, *strides, batch_scale, rows, float(options.ddof), eps,
+                **inside, BATCH=BATCH, num_warps=WARPS, **OPTIONS,
             )  # fmt: skip
         _normalize_kernel[(triton.cdiv(count, runs),)](
             rewards, *strides, labels, order, lengths, center_values, scale_values, component_weights, batch_scale,
-            out, rows, components, group_size, rows.bit_length() + 1, float(options.ddof), float(options.eps),
+            out, rows, components, group_size, rows.bit_length() + 1, float(options.ddof), eps,
             LABELLED=group_index is not None, HAS_WEIGHTS=component_weights is not None, **rules,
             RUNS=runs, MEMBERS=members, num_warps=WARPS, maxnreg=MAXNREG, **OPTIONS,
         )  # fmt: skip

@@ -255,8 +255,11 @@ def test_opcheck() -> None:
     for level, reject in (("token", ()), ("sequence", ("seq_max_k2",))):
         key, _, _ = correction._register("mask", level, True, True, True, True, False, reject)
         numbers = [float(ROWS), 20.0, 0.5, 2.0, *[0.0, 0.3] * len(reject)]
-        torch.library.opcheck(torch.ops.fastreward.correction_weights, (old, rollout, mask, None, numbers, key, "cpu"))
-    arguments = (old, rollout, torch.randn(ROWS), mask, None, 0.1, True, "cpu")
+        for given in ((numbers, None), ([], torch.tensor(numbers, dtype=torch.float64))):
+            torch.library.opcheck(
+                torch.ops.fastreward.correction_weights, (old, rollout, mask, None, *given, [], key, "cpu")
+            )
+    arguments = (old, rollout, torch.randn(ROWS), mask, None, [0.1], None, None, True, "cpu")
     torch.library.opcheck(torch.ops.fastreward.off_policy_sequence_mask, arguments)
 
 

@@ -252,6 +252,7 @@ def test_opcheck() -> None:
         "mean|std|zero|sum-then-normalize",
         1,
         1e-6,
+        None,
         False,
         "cpu",
     )

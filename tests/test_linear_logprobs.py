@@ -263,11 +263,12 @@ def test_autocast_runs_the_gemms_in_its_dtype() -> None:
 
 def test_opcheck() -> None:
     hidden, weight, bias, labels = problem()
-    arguments = (hidden, weight, bias, labels, None, 0.7, 1.0, 0.0, 3, [8, 100], torch.float32, "cpu")
+    cap = torch.tensor(2.0, dtype=torch.float64)
+    arguments = (hidden, weight, bias, labels, None, 0.7, 1.0, None, 0.0, cap, 3, [8, 100], torch.float32, "cpu")
     torch.library.opcheck(torch.ops.fastreward.linear_token_logprobs, arguments)
     leaves = (hidden.detach(), weight.detach(), bias.detach())
     values, _ = torch.ops.fastreward.linear_token_logprobs(*leaves, *arguments[3:])
-    backward = (*leaves, *arguments[3:8], [8, 100], torch.float32, values, torch.randn_like(values))
+    backward = (*leaves, *arguments[3:10], [8, 100], torch.float32, values, torch.randn_like(values))
     torch.library.opcheck(torch.ops.fastreward.linear_token_logprobs_backward, (*backward, [True, False, True], "cpu"))
 
 

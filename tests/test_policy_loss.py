@@ -423,6 +423,7 @@ def test_opcheck() -> None:
             None,
             None,
             [9.0, 0.1, 0.01, 0.2, 0.2, 3.0],
+            torch.tensor([9.0, 0.1, 0.01, 0.2, 0.2, 3.0], dtype=torch.float64) if deferred else None,
             plan[0],
             backend,
         )

@@ -112,9 +112,9 @@ def test_messages(error: type[Exception], message: str, arguments: dict[str, tor
 
 def test_opcheck() -> None:
     x, mask = torch.randn(4, 9), torch.rand(4, 9) > 0.3
-    torch.library.opcheck(torch.ops.fastreward.whiten, (x, mask, True, 1, 1e-8, "cpu"))
-    torch.library.opcheck(torch.ops.fastreward.whiten_, (x, mask, True, 1, 1e-8, torch.empty(4, 9), "cpu"))
-    torch.library.opcheck(torch.ops.fastreward.whiten_, (None, mask, True, 1, 1e-8, x.clone(), "cpu"))
+    torch.library.opcheck(torch.ops.fastreward.whiten, (x, mask, True, 1, 1e-8, None, "cpu"))
+    torch.library.opcheck(torch.ops.fastreward.whiten_, (x, mask, True, 1, 1e-8, None, torch.empty(4, 9), "cpu"))
+    torch.library.opcheck(torch.ops.fastreward.whiten_, (None, mask, True, 1, 1e-8, None, x.clone(), "cpu"))
 
 
 def test_numpy_in_numpy_out() -> None:

@@ -29,6 +29,7 @@ struct GroupArguments {
   const float *lengths, *component_weights, *center_values, *scale_values;  // [rows], [components], [rows], [rows]; or null
   i64 center, scale, ddof;
   double eps;
+  const double* eps_on_device;  // instead of eps; or null
   i64 eps_inside, singleton;
   i64 separate;            // 1: normalize-then-sum
   double* batch_variance;  // [components], or [1] unless separate: batch-std only
@@ -137,12 +138,15 @@ __device__ __forceinline__ double variance_of(const GroupArguments& a, double sq
   return freedom > 0. ? squares / freedom : -lowest();
 }
 
+__device__ __forceinline__ double eps_of(const GroupArguments& a) { return a.eps_on_device ? *a.eps_on_device : a.eps; }
+
 __device__ __forceinline__ double scaled_by(const GroupArguments& a, const GroupSums& g, i64 row, i64 which) {
   if (a.scale == SCALE_NONE) return 1.;
   if (a.scale == SCALE_TENSOR) return a.scale_values[row];
-  if (a.scale == SCALE_MAX) return g.spread + a.eps;
+  const double eps = eps_of(a);
+  if (a.scale == SCALE_MAX) return g.spread + eps;
   const double variance = a.scale == BATCH_STD ? a.batch_variance[which] : variance_of(a, g.spread, g.count);
-  return a.eps_inside ? sqrt(variance + a.eps) : sqrt(variance) + a.eps;
+  return a.eps_inside ? sqrt(variance + eps) : sqrt(variance) + eps;
 }
 
 __device__ __forceinline__ double advantage(const GroupArguments& a, const GroupSums& g, i64 row, double r, i64 which) {

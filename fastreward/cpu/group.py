@@ -38,7 +38,7 @@ def forward(
         center,
         scale,
         options.ddof,
-        options.eps,
+        float(options.eps),
         options.eps_inside,
         singleton,
         NORMALIZES.index(options.normalize),

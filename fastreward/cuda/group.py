@@ -46,7 +46,7 @@ def forward(
     arguments = pack(
         rewards, int(rewards.dtype == torch.float64), rows, components, keys, order, group_size,
         lengths, component_weights, center_values, scale_values,
-        center, scale, options.ddof, float(options.eps), int(options.eps_inside), singleton, int(separate),
+        center, scale, options.ddof, *_eps(options.eps), int(options.eps_inside), singleton, int(separate),
         variance, sums, out,
     )  # fmt: skip
     if batch_std:
@@ -54,3 +54,7 @@ def forward(
     warps = rows if keys is not None else -(-rows // group_size)
     launch(_SOURCE, "group_normalise", -(-warps * _WARP // _THREADS), _THREADS, arguments, device)
     return out
+
+
+def _eps(eps: float | Tensor) -> tuple[float, Tensor | None]:
+    return (0.0, eps) if isinstance(eps, Tensor) else (float(eps), None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from enum import IntEnum
 from numbers import Real
 from typing import Any, Final, NoReturn
@@ -215,8 +215,9 @@ _NUMBERS: Final = [[False] * arity for arity in range(4)]
 class Graph:
     """Makes nodes."""
 
-    def __init__(self, sides: int = 1) -> None:
+    def __init__(self, sides: int = 1, on_device: Collection[str] = ()) -> None:
         self.sides = sides  # 2 for losses over pairs of sequences
+        self.on_device = frozenset(on_device)  # parameters whose values the host does not know
         self.count = 0
         self._nodes: dict[tuple[object, ...], Node] = {}
 
@@ -232,7 +233,9 @@ class Graph:
         return self._make("constant", (), Level.SCALAR, boolean=True, value=float(truth), key=(truth,))
 
     def parameter(self, name: str) -> Node:
-        """A number that is given at each call."""
+        """A number that is given at each call; one that only a kernel may read is an input of the batch."""
+        if name in self.on_device:
+            return self.input(f"parameter.{name}", Level.BATCH)
         return self._make("parameter", (), Level.SCALAR, name=name, key=(name,))
 
     def input(self, name: str, level: Level, side: int = 0) -> Node:

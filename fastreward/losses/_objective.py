@@ -83,6 +83,7 @@ class PolicyCall:
     """What decides the formula of a `policy_loss` call besides the loss. levels: the terms passed, by name.
 
     packed: tokens come with cu_seqlens. deferred: gradients may leave out the aggregation's weight.
+    on_device: names of numbers that only a kernel may read.
     """
 
     levels: tuple[tuple[str, Level], ...]
@@ -93,6 +94,7 @@ class PolicyCall:
     entropy_bonus: bool = False
     token_loss: bool = False
     deferred: bool = False
+    on_device: tuple[str, ...] = ()
 
 
 def kl(t: Terms, kind: KL = "k3", *, clamp: float | None = LOG_RATIO_CLAMP, value_clamp: float | None = None) -> Node:
@@ -172,7 +174,7 @@ def _cached_policy(key: _Key, call: PolicyCall) -> Objective:
 def _traced(loss: Loss, call: PolicyCall) -> tuple[Terms, Node, list[Node], Node, Node]:
     """(terms, total loss, differentiable inputs, the rows' weights, loss per token or row)."""
     levels = dict(call.levels)
-    t = Terms(Graph(), levels)
+    t = Terms(Graph(on_device=call.on_device), levels)
     surrogate = loss.trace(t)
     if "weight" in levels and not any(n.op == "input" and n.name == "weight" for n in walk([surrogate])):
         surrogate = surrogate * t.weight  # a loss that reads the weights applies them itself
@@ -362,7 +364,10 @@ def _per_token(value: Node) -> Node:
 # -------------------------------------------------------------------------------------------------- preference losses
 @dataclass(frozen=True)
 class PairCall:
-    """What decides the formula of a `preference_loss` call besides the loss. Levels: of each side, and of the pair."""
+    """What decides the formula of a `preference_loss` call besides the loss. Levels: of each side, and of the pair.
+
+    on_device: names of numbers that only a kernel may read.
+    """
 
     sides: tuple[tuple[tuple[str, Level], ...], tuple[tuple[str, Level], ...]]
     levels: tuple[tuple[str, Level], ...]
@@ -370,6 +375,7 @@ class PairCall:
     normalizer: bool = False
     weights: bool = False
     pair_loss: bool = False
+    on_device: tuple[str, ...] = ()
 
 
 def pair_objective(loss: Loss, call: PairCall) -> Objective:
@@ -379,7 +385,7 @@ def pair_objective(loss: Loss, call: PairCall) -> Objective:
 
 @lru_cache(maxsize=512)
 def _cached_pair(key: _Key, call: PairCall) -> Objective:
-    graph = Graph(sides=2)
+    graph = Graph(2, call.on_device)
     t = PairTerms(graph, dict(call.levels), (dict(call.sides[0]), dict(call.sides[1])))
     value = key.loss.trace(t)
     if value.level == Level.TOKEN:

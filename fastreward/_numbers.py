@@ -1,0 +1,121 @@
+"""Numbers that a formula takes at run time: Python's own, 0-d tensors, and what torch.compile makes of either.
+
+A number that the host knows is a float; an eager call reads a 0-d CPU tensor at once. All others are tensors f64 []
+where the call's tensors are: on a GPU, because reading one would block the host, and in a compiled function, because
+it has to serve the next value too. There an op for the CPU reads them when it runs, and one for the GPU hands them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fastreward import _check
+
+Number = float | Tensor
+
+#: Backends whose ops read numbers when they run; the others' are on a GPU, where a kernel has to.
+_READ_BY_OPS: Final = ("cpu", "reference")
+
+
+def number(name: str, x: object, like: Tensor, check: Callable[[str, object], float]) -> Number:
+    """`x`, a number or a 0-d tensor, as a float if the host knows it, else f64 [] on the device of `like`.
+
+    check: of a value, such as `_check.positive`; called wherever the value may be looked at.
+    """
+    if not isinstance(x, Tensor):
+        value = check(name, x)
+        return value if _known(value) else torch.ones((), dtype=torch.float64, device=like.device) * value
+    _check.shape(name, x, (), "a number or a 0-d tensor")
+    x = _check.constant(name, x)
+    if x.dtype.is_complex:
+        raise TypeError(f"{name}: expected a real number, got dtype {str(x.dtype).removeprefix('torch.')}")
+    if x.device.type != "cpu":
+        _check.same_device(name, x, "the call", like)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return check(name, float(x))
+    if _check.values_checked(x):
+        check(name, float(x))
+    return x.to(device=like.device, dtype=torch.float64)
+
+
+def size(x: int, like: Tensor) -> Number:
+    """A size of the call's tensors as a number of the formula."""
+    return float(x) if _known(x) else torch.ones((), dtype=torch.float64, device=like.device) * x
+
+
+def single(name: str, x: object, like: Tensor, check: Callable[[str, object], float]) -> Tensor:
+    """The same as f32 [] on the device of `like`, always."""
+    value = number(name, x, like, check)
+    if isinstance(value, Tensor):
+        return value.float()
+    return torch.full((), value, dtype=torch.float32, device=like.device)
+
+
+def is_number(x: object) -> bool:
+    """Whether `x` is a number or a 0-d tensor."""
+    return x.ndim == 0 if isinstance(x, Tensor) else isinstance(x, Real) and not isinstance(x, bool)
+
+
+def may_differ_from_0(x: Number) -> bool:
+    """Whether a coefficient may be other than 0."""
+    return isinstance(x, Tensor) or x != 0
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Named numbers as an op takes them.
+
+    known: of each the value that the host knows, else 0. numbers: all of them f64 [n], if there are others and the op
+    may read them (`read`). inputs: what it may not read, f32 [], by name: inputs of the program in place of numbers.
+    """
+
+    known: list[float]
+    numbers: Tensor | None
+    inputs: dict[str, Tensor]
+
+
+def parameters(named: Mapping[str, Number], backend: str) -> Parameters:
+    """The numbers of a call that `backend` serves."""
+    known = [0.0 if isinstance(x, Tensor) else x for x in named.values()]
+    tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+    if not tensors:
+        return Parameters(known, None, {})
+    if backend not in _READ_BY_OPS:
+        return Parameters(known, None, {name: x.float() for name, x in tensors.items()})
+    new = next(iter(tensors.values())).new_full
+    return Parameters(known, torch.stack([x if isinstance(x, Tensor) else new((), x) for x in named.values()]), {})
+
+
+def read(known: list[float], numbers: Tensor | None) -> list[float]:
+    """Inside an op: the numbers that `parameters` made ready."""
+    return known if numbers is None else numbers.tolist()
+
+
+def split(x: Number) -> tuple[float, Tensor | None]:
+    """A number as two arguments of an op: what the host knows, and what counts instead where that is nothing."""
+    return (0.0, x) if isinstance(x, Tensor) else (x, None)
+
+
+def joined(known: float, given: Tensor | None, backend: str) -> Number:
+    """Inside an op: the number that was `split`; a tensor where only a kernel may read it."""
+    return known if given is None else float(given) if backend in _READ_BY_OPS else given
+
+
+def anything(_: str, x: Any) -> float:
+    """A check that lets everything through."""
+    return float(x)
+
+
+def _known(value: float) -> bool:
+    """Whether a number is more than a symbol of torch.compile's."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(value)
