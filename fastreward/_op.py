@@ -141,6 +141,8 @@ def transformed() -> bool:
 
 def batched(x: Tensor) -> bool:
     """Whether vmap has made it, torch.func's or that of torch.autograd.grad(is_grads_batched=True)."""
+    if torch.compiler.is_compiling():  # Dynamo knows no such tensors, nor how to ask
+        return False
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
 
