@@ -40,6 +40,10 @@ _GPU_TILE = (4096, 32768)
 _CPU_SUM = 512
 _CPU_ROWS = 16
 
+#: A softcap above caps no logit of any model, one below makes all logits 0.
+_LEAST_CAP, _WIDEST_CAP = 1.2e-38, 1e30
+_LARGEST = torch.finfo(torch.float32).max
+
 
 # ------------------------------------------------------------------------------------------------------ custom ops
 @custom_op("linear_token_logprobs")
@@ -404,8 +408,8 @@ def linear_token_logprobs(
     factor, cap = _scaling(logit_scale, softcap, hidden)
     if chunk_size is not None and _check.whole("chunk_size", chunk_size, "columns of a tile") < 1:
         raise ValueError(f"chunk_size: expected a positive number of columns, got {chunk_size}")
-    scalar, per_token = _temperature(temperature, labels)
     rows = _row_mask(mask, labels)
+    scalar, per_token = _temperature(temperature, labels, mask)
     if _check.values_checked(hidden, labels):
         _check_labels("labels", labels, weight.shape[0], mask)
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
@@ -444,9 +448,20 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _scaling(logit_scale: Number, softcap: Number | None, like: Tensor) -> tuple[Number, Number]:
-    """Factor and softcap of the logits, 0 for none."""
-    factor = number("logit_scale", logit_scale, like, _check.finite)
-    return factor, 0.0 if softcap is None else number("softcap", softcap, like, _check.positive)
+    """Factor and softcap of the logits, 0 for none. A cap is brought to where float32 can divide and multiply by it."""
+    factor = number("logit_scale", logit_scale, like, _float32)
+    cap = 0.0 if softcap is None else number("softcap", softcap, like, _check.positive)
+    if isinstance(cap, Tensor):
+        return factor, cap.clamp(_LEAST_CAP, _WIDEST_CAP)
+    return factor, 0.0 if not 0.0 < cap < _WIDEST_CAP else max(cap, _LEAST_CAP)
+
+
+def _float32(name: str, value: object) -> float:
+    """A finite number, in float32 too."""
+    result = _check.finite(name, value)
+    if not -_LARGEST < result < _LARGEST:
+        raise ValueError(f"{name}: expected a number that float32 can hold, got {value!r}")
+    return result
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:

@@ -190,7 +190,6 @@ def linear_policy_loss(
     factor, cap = _scaling(logit_scale, softcap, hidden)
     if chunk_size is not None and _check.whole("chunk_size", chunk_size, "tokens at a time") < 1:
         raise ValueError(f"chunk_size: expected a positive number of tokens, got {chunk_size}")
-    scalar, per_token = _temperature(temperature, labels)
     if not torch.compiler.is_compiling():  # which would make a constant of a number that nothing reads
         number("scale", scale, hidden, _check.positive)
     entropy_coef = number("entropy_coef", entropy_coef, hidden, _check.finite)
@@ -225,6 +224,7 @@ def linear_policy_loss(
         **options,
     )
     counted = call.tokens.mask
+    scalar, per_token = _temperature(temperature, labels, counted)
     if _check.values_checked(hidden, labels):
         _check_labels("labels", labels, weight.shape[0], counted)
     inputs = (hidden, weight, bias)

@@ -230,7 +230,6 @@ def logits_policy_loss(
         _check_own_memory(logits)
         if torch.compiler.is_compiling():
             raise ValueError("inplace: not available under torch.compile")
-    scalar, per_token = _temperature(temperature, labels)
     if not torch.compiler.is_compiling():  # which would make a constant of a number that nothing reads
         number("scale", scale, logits, _check.positive)
     entropy_coef = number("entropy_coef", entropy_coef, logits, _check.finite)
@@ -264,6 +263,7 @@ def logits_policy_loss(
         from_logits=True,
         **options,
     )
+    scalar, per_token = _temperature(temperature, labels, call.tokens.mask)
     wanted = logits.requires_grad and torch.is_grad_enabled()
     fused = call.gradient is not None and wanted and backend != "reference" and not transformed()
     if not fused or not _one_block(logits, inplace):

@@ -18,6 +18,8 @@ from fastreward._op import custom_op, refuse_double_backward, transformed
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+#: Between these a temperature and its reciprocal are finite in float64, and 0 logits stay 0.
+_COLDEST, _HOTTEST = 1e-300, 1e300
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -281,14 +283,15 @@ def token_logprobs(
     Args:
         logits: [..., V] float32, bfloat16 or float16; any leading strides, unit stride along V. Never copied.
         labels: [...] integers in [0, V) (anything where masked out).
-        temperature: a positive float, or one per token [...].
+        temperature: a positive float, or one per token [...] (anything where masked out).
         mask: [...] bool, integer or float, nonzero = compute; other rows are not read, all theirs is 0.
         outputs: any of logprobs, entropy (nats), logsumexp, label_logit, mean_logit (all of the tempered logits),
             log_sum_sq_probs (log of the sum of squared probabilities), max_logprob, argmax (first of equals), rank
             (number of tokens above the label; 0 = top), id_logprobs ([..., K], needs token_ids).
         token_ids: integers [K] or [..., K] in [0, V), whose log-probs id_logprobs gives.
         keep: the tokens that sampling kept (top-k, top-p): bool [..., V], or ids [..., k] in [0, V), unique in a row,
-            negative = padding. Probabilities are renormalised over them; with ids only those logits are read.
+            negative = padding (anything where masked out). Probabilities are renormalised over them; with ids only
+            those logits are read.
         process_group: the logits are this rank's contiguous slice of the vocabulary, in rank order; labels, token_ids
             are global. Per token only the slice's statistics cross ranks (64 bytes), never a logit.
         inplace_backward: the backward overwrites `logits` with its gradient (no second [..., V] tensor). Only where
@@ -310,8 +313,8 @@ def token_logprobs(
     if inplace_backward:
         _check_own_memory(logits)
     lead = tuple(labels.shape)
-    scalar, per_token = _temperature(temperature, labels)
     rows = _row_mask(mask, labels)
+    scalar, per_token = _temperature(temperature, labels, mask)
     vocab = logits.shape[-1]
     keep_mask, keep_ids = _kept(keep, logits)
     ids = None if token_ids is None else _token_ids(token_ids, labels)
@@ -326,9 +329,9 @@ def token_logprobs(
     if _check.values_checked(logits, labels):
         _check_labels("labels", labels, vocab, mask)
         if token_ids is not None:
-            _check_labels("token_ids", token_ids, vocab, None)
+            _check_labels("token_ids", token_ids, vocab, None if mask is None or token_ids.ndim == 1 else mask)
         if keep is not None and keep_ids is not None:
-            _check_kept_ids(keep, vocab)
+            _check_kept_ids(keep, vocab, mask)
     backend = select("logprobs", logits)
     values, indices, id_logprobs = _token_logprobs(
         logits, flat, per_token, scalar, rows, keep_mask, keep_ids, ids, flags_of(outputs), inplace_backward, backend
@@ -387,22 +390,27 @@ def _check_own_memory(logits: Tensor) -> None:
 
 def _check_labels(name: str, ids: Tensor, vocab: int, mask: Tensor | None) -> None:
     ids = ids.long()  # a narrow dtype may not hold V
-    good = (ids >= 0) & (ids < vocab)
-    if mask is not None:
-        good = good | (mask == 0)
+    good = (ids >= 0) & (ids < vocab) | _masked_out(mask, ids)
     _check.every(name, good, ids, f"integers in [0, {vocab}), the vocabulary of logits")
 
 
-def _temperature(temperature: Number, labels: Tensor) -> tuple[float, Tensor | None]:
-    """(scalar, None) or (1.0, f64 [N]): a reciprocal that is rounded to f32 costs a large logit its last digits."""
+def _temperature(temperature: Number, labels: Tensor, mask: Tensor | None) -> tuple[float, Tensor | None]:
+    """(scalar, None) or (1.0, f64 [N]): a reciprocal that is rounded to f32 costs a large logit its last digits.
+
+    Both have a finite reciprocal, which a 0 can be multiplied by. A temperature under the mask may be anything.
+    """
     if not isinstance(temperature, Tensor) or (temperature.ndim == 0 and labels.ndim):
         value = number("temperature", temperature, labels, _check.positive)
-        return (1.0, value.repeat(labels.numel())) if isinstance(value, Tensor) else (value, None)
+        if isinstance(value, Tensor):
+            return 1.0, value.clamp(_COLDEST, _HOTTEST).repeat(labels.numel())
+        return min(max(value, _COLDEST), _HOTTEST), None
     _check.shape("temperature", temperature, labels.shape, "one per token, as labels")
     _check.same_device("temperature", temperature, "labels", labels)
     if _check.values_checked(temperature):
-        _check.every("temperature", temperature > 0, temperature, "positive numbers")
-    return 1.0, _check.constant("temperature", temperature).reshape(-1).double()
+        good = (temperature > 0) & (temperature < torch.inf)
+        good = good if mask is None else good | (mask == 0)
+        _check.every("temperature", good, temperature, "positive numbers")
+    return 1.0, _check.constant("temperature", temperature).reshape(-1).double().clamp(_COLDEST, _HOTTEST)
 
 
 def _row_mask(mask: Tensor | None, labels: Tensor) -> Tensor | None:
@@ -418,7 +426,9 @@ def _kept(keep: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor | 
     if keep.dtype == torch.bool:
         _check.shape("keep", keep, logits.shape, "a boolean per logit")
         return keep.contiguous(), None
-    _check.integers("keep", keep)
+    if keep.dtype.is_floating_point or keep.dtype.is_complex:
+        name = str(keep.dtype).removeprefix("torch.")
+        raise TypeError(f"keep: expected a boolean mask [..., V] or integer ids [..., k], got dtype {name}")
     if keep.ndim != logits.ndim or keep.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
             f"keep: expected a boolean [..., V] or ids [..., k] for logits {list(logits.shape)}, got {list(keep.shape)}"
@@ -428,13 +438,23 @@ def _kept(keep: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor | 
     return None, keep.reshape(-1, keep.shape[-1]).long().contiguous()
 
 
-def _check_kept_ids(ids: Tensor, vocab: int) -> None:
-    ids = ids.long()
-    _check.every("keep", ids < vocab, ids, f"ids below {vocab}, the vocabulary of logits (negative = padding)")
+def _check_kept_ids(ids: Tensor, vocab: int, mask: Tensor | None) -> None:
+    ids, anything = ids.long(), _masked_out(mask, ids)
+    below = f"ids below {vocab}, the vocabulary of logits (negative = padding)"
+    _check.every("keep", (ids < vocab) | anything, ids, below)
     ordered, place = ids.sort(dim=-1, stable=True)
     repeats = torch.zeros_like(ids, dtype=torch.bool)
     repeats[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-    _check.every("keep", ~torch.zeros_like(repeats).scatter(-1, place, repeats), ids, "ids unique within a row")
+    once = ~torch.zeros_like(repeats).scatter(-1, place, repeats) | anything
+    if ids.shape[-1] == vocab and bool(((ids == 0) | (ids == 1)).all()):
+        _check.every("keep", once, ids, f"a boolean mask [..., {vocab}] (keep.bool(); integers are ids of kept tokens)")
+    _check.every("keep", once, ids, "ids unique within a row")
+
+
+def _masked_out(mask: Tensor | None, ids: Tensor) -> Tensor:
+    """Where `ids` [..., or ..., k] may be anything."""
+    out = torch.zeros((), dtype=torch.bool, device=ids.device) if mask is None else mask == 0
+    return out.unsqueeze(-1) if 0 < out.ndim < ids.ndim else out
 
 
 def _token_ids(token_ids: Tensor, labels: Tensor) -> Tensor:

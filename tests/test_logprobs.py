@@ -367,6 +367,17 @@ class TestMessages:
                 r"keep: expected ids unique within a row, got 4 at index \[1, 0, 2\]",
                 {"keep": torch.tensor([[[1, 2, 3]] * 3, [[4, 5, 4], [0, 1, 2], [0, 1, 2]]])},
             ),
+            (
+                ValueError,
+                r"keep: expected a boolean mask \[\.\.\., 10\] \(keep\.bool\(\); integers are ids of .*\), got 1",
+                {"keep": torch.ones(2, 3, 10).long()},
+            ),
+            (ValueError, r"keep: expected a boolean mask", {"keep": torch.eye(10)[:6].reshape(2, 3, 10).byte()}),
+            (
+                TypeError,
+                r"keep: expected a boolean mask \[\.\.\., V\] or integer ids \[\.\.\., k\], got dtype float32",
+                {"keep": torch.ones(2, 3, 10)},
+            ),
             (ValueError, r"keep: expected at least one id per token", {"keep": torch.zeros(2, 3, 0).long()}),
             (TypeError, r"keep: expected a torch tensor", {"keep": [[0]]}),
             (TypeError, r"token_ids: expected a torch tensor", {"token_ids": [0], "outputs": ("id_logprobs",)}),

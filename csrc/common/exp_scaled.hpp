@@ -12,8 +12,12 @@ struct ExpScale {
   F32 lowest;     // the d of 2^-126
 };
 
+// Beyond 2^120 or below 2^-120 the scale could not tell -inf from 0: distinct logits that are told apart by anything
+// are far apart there, and all but the largest ones alike.
 inline ExpScale exp_scale(double s) {
-  const double c = s * 1.44269504088896340736;
+  const double wanted = s * 1.44269504088896340736;
+  const double least = 7.52316384526264e-37, most = 1.329227995784916e+36;
+  const double c = wanted < least ? least : wanted > most ? most : wanted;  // a NaN stays one
   const auto high = static_cast<float>(c);
   const double lowest = -126.0 / c;
   return {f32(high), f32(static_cast<float>(c - static_cast<double>(high))),

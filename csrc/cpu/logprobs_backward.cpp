@@ -17,6 +17,12 @@ namespace {
 using namespace simd;
 using namespace logprobs;
 
+// What an extreme temperature makes of a gradient stays finite, in bfloat16 too: an infinite factor of a 0 is a NaN.
+inline double bounded(double x) {
+  const double most = 3.3e38;
+  return x > most ? most : x < -most ? -most : x;
+}
+
 // A row's gradient in float64: dz = p (c0 + c1 log p + c2 p) + amount, dx = dz * inv_temperature * softcap's factor.
 struct RowGradient {
   double inv_temperature, max_logit, max_logprob, c0, c1, c2, inv_softcap;
@@ -26,7 +32,7 @@ struct RowGradient {
     const double p = std::exp(logp);
     const double dz = p == 0.0 ? 0.0 : p * (c0 + c1 * logp + c2 * p);
     const double u = inv_softcap == 0.0 || std::isinf(x) ? 0.0 : x * inv_softcap;
-    return (dz + amount) * inv_temperature * (1.0 - u * u);
+    return bounded((dz + amount) * inv_temperature * (1.0 - u * u));
   }
 };
 
@@ -44,9 +50,9 @@ RowKernel row_kernel(const RowGradient& g) {
   RowKernel r;
   r.scale = exp_scale(g.inv_temperature);
   r.middle = f32(static_cast<float>(g.max_logit));
-  r.a = f32(static_cast<float>(scale * (g.c0 + g.c1 * k)));
-  r.b = f32(static_cast<float>(scale * g.c1 * g.inv_temperature));
-  r.c = f32(static_cast<float>(scale * std::exp(k) * g.c2));
+  r.a = f32(static_cast<float>(bounded(scale * (g.c0 + g.c1 * k))));
+  r.b = f32(static_cast<float>(bounded(scale * g.c1 * g.inv_temperature)));
+  r.c = f32(static_cast<float>(bounded(scale * std::exp(k) * g.c2)));
   r.inv_softcap = f32(static_cast<float>(g.inv_softcap));
   r.floor = f32(g.inv_softcap == 0.0 ? -3.0e38f : static_cast<float>(-1.0 / g.inv_softcap));
   return r;
@@ -146,7 +152,7 @@ void scaled_row(const LogprobsBackward& call, const RowGradient& g, T* out, bool
   for (std::int64_t start = 0; start < columns; start += kLogprobsBlock) {
     const int n = static_cast<int>(columns - start < kLogprobsBlock ? columns - start : kLogprobsBlock);
     const double logp = (call.block_maxima[start / kLogprobsBlock] - g.max_logit) * g.inv_temperature + g.max_logprob;
-    const F32 by = f32(static_cast<float>(std::exp(logp) * g.c0 * g.inv_temperature));
+    const F32 by = f32(static_cast<float>(bounded(std::exp(logp) * g.c0 * g.inv_temperature)));
     if (streaming && reinterpret_cast<std::uintptr_t>(out + start) % 64 == 0)
       scaled_columns<T, true>(call.exponentials + start, out + start, n, by);
     else

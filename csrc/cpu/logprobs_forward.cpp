@@ -216,13 +216,19 @@ struct State {
   std::int64_t best_block = -1;
 };
 
+// The difference of two maxima in nats; what is that far below vanishes, also where it is multiplied by the distance.
+double shift_of(double below, double above, double inv_temperature) {
+  const double shift = (below - above) * inv_temperature;
+  return shift < -1e4 ? -1e4 : shift;
+}
+
 void merge(State& state, const Partial& part, double inv_temperature, std::int64_t block) {
   const double infinity = static_cast<double>(kInf);
   double* s = state.s;
   double sum = part.sum, sum_t = part.sum_d * inv_temperature, sum_sq = part.sum_sq;
   if (part.max > s[kStateMax]) {
     if (s[kStateMax] != -infinity) {
-      const double shift = (s[kStateMax] - part.max) * inv_temperature;
+      const double shift = shift_of(s[kStateMax], part.max, inv_temperature);
       const double r = std::exp(shift);
       s[kStateSumT] = r * (s[kStateSumT] + shift * s[kStateSum]);
       s[kStateSum] *= r;
@@ -231,7 +237,7 @@ void merge(State& state, const Partial& part, double inv_temperature, std::int64
     s[kStateMax] = part.max;
     state.best_block = block;
   } else if (part.max < s[kStateMax] && part.max != -infinity) {
-    const double shift = (part.max - s[kStateMax]) * inv_temperature;
+    const double shift = shift_of(part.max, s[kStateMax], inv_temperature);
     const double r = std::exp(shift);
     sum_t = r * (sum_t + shift * sum);
     sum *= r;

@@ -63,7 +63,9 @@ def token_logprobs(
         "rank": (z > raw_label.unsqueeze(-1)).sum(-1),
     }
     if token_ids is not None:
-        out["id_logprobs"] = logp.gather(-1, token_ids.expand(*logits.shape[:-1], token_ids.shape[-1]))
+        ids = token_ids.expand(*logits.shape[:-1], token_ids.shape[-1])
+        found = logp.gather(-1, ids.clamp(0, vocab - 1))
+        out["id_logprobs"] = torch.where((ids >= 0) & (ids < vocab), found, torch.nan)
     if mask is not None:
         keep_rows = mask != 0
         out = {
@@ -76,9 +78,10 @@ def token_logprobs(
 def _kept_columns(keep: Tensor | None, logits: Tensor) -> Tensor | None:
     if keep is None or keep.dtype == torch.bool:
         return keep
-    inside = keep >= 0
+    vocab = logits.shape[-1]
+    inside = (keep >= 0) & (keep < vocab)
     counts = torch.zeros(logits.shape, dtype=torch.int64, device=logits.device)
-    return counts.scatter_add(-1, keep.clamp(min=0), inside.long()) > 0
+    return counts.scatter_add(-1, keep.clamp(0, vocab - 1), inside.long()) > 0
 
 
 def forward(
@@ -144,6 +147,7 @@ def backward(
     if kept is not None:
         dz = dz.masked_fill(~kept, 0.0)
     dx = dz * inv * (1 - (x * inv_softcap) ** 2 if inv_softcap else 1.0)
+    dx = dx.clamp(-3.3e38, 3.3e38)  # finite in float32 and bfloat16, whatever the temperature
     if mask is not None:
         dx = dx.masked_fill(~mask.unsqueeze(-1), 0.0)
     grad_logits.copy_(dx)
