@@ -157,3 +157,9 @@ def every(name: str, good: Tensor, x: Tensor, expected: str) -> None:
     index = tuple(int(i) for i in (~good).nonzero()[0])
     where = f" at index {list(index)}" if index else ""
     raise ValueError(f"{name}: expected {expected}, got {x[index].item()}{where}")
+
+
+def counted_finite(name: str, x: Tensor, mask: Tensor | None) -> None:
+    """`x` is finite wherever its mask counts."""
+    finite = x.isfinite()
+    every(name, finite if mask is None else finite | (mask == 0), x, "finite values where mask is set")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +72,8 @@ def _forward(
 
 def _affine(count: Tensor, mean: Tensor, squares: Tensor, shift_mean: bool, ddof: int, eps: Number) -> Tensor:
     """What `apply` makes of each element, f64 [3]."""
-    scale = torch.rsqrt(squares / (count - ddof) + eps)
+    variance = torch.where(count > ddof, squares / (count - ddof), math.inf) + eps
+    scale = torch.where(variance == 0, 0.0, torch.rsqrt(variance))  # 0 / 0 is 0
     return torch.stack([mean, scale, torch.zeros_like(mean) if shift_mean else mean])
 
 
@@ -89,11 +91,13 @@ def whiten(
     """(x - mean) * rsqrt(var + eps) over the counted positions, 0 elsewhere (verl, TRL `masked_whiten`).
 
     Args:
-        x: float32 [B, T] (or any shape; rows run along the last dimension).
+        x: float32 [B, T] (or any shape; rows run along the last dimension), finite where counted. float16 and bfloat16
+            are converted, exactly.
         mask: the shape of x, bool, integer or float; nonzero = counts.
         shift_mean: False keeps the mean: only the variance is normalised.
         ddof: 1 divides the squared deviations by count - 1 (Bessel), 0 by count.
-        eps: added to the variance; a number or a 0-d tensor.
+        eps: added to the variance; a number or a 0-d tensor. May be 0: where nothing differs from the mean, x - mean
+            stays 0.
         process_group: mean and variance are over all ranks (24 bytes cross, never an element).
         out: where the result goes, contiguous; may be x itself.
 
@@ -102,10 +106,12 @@ def whiten(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device, an `x` or `out` that needs a gradient, an `out` that
-            overlaps a part of x; on the CPU also for a mask that counts fewer than ddof + 1.
+            overlaps a part of x; on the CPU also for a mask that counts fewer than ddof + 1 and for values that are not
+            finite (over a process group on every rank).
     """
-    _check.dtype("x", _check.tensor("x", x), (torch.float32,))
+    _check.dtype("x", _check.tensor("x", x), (torch.float32, torch.float16, torch.bfloat16))
     mask = _check.mask(mask, "x", x)
+    x = x.float()
     ddof = _check.whole("ddof", ddof, "the divisor is count - ddof")
     eps = number("eps", eps, x, _check.not_negative)
     source = _check.constant("x", x).contiguous()
@@ -115,6 +121,8 @@ def whiten(
         return _whiten_across(source, mask, shift_mean, ddof, eps, process_group, out, backend)
     if _check.values_checked(x):
         _check_counted(x.numel() if mask is None else int(mask.count_nonzero()), ddof)
+        if backend != "cpu":  # which finds it in the statistics
+            _check.counted_finite("x", source, mask)
     if out is None:
         white: Tensor = _whiten(source, mask, shift_mean, ddof, *split(eps), backend)
         return white
@@ -166,8 +174,11 @@ def _whiten_across(
         squares = squares + other_squares + delta * delta * count * other_count / total
         mean = mean + delta * other_count / total
         count = count + other_count
-    if _check.values_checked(x):
-        _check_counted(int(count), ddof)  # the same on every rank
+    if _check.values_checked(x):  # the same on every rank, so that none is left waiting
+        _check_counted(int(count), ddof)
+        if not math.isfinite(squares):
+            _check.counted_finite("x", x, mask)
+            raise ValueError("x: expected finite values where mask is set, got others on another rank")
     affine = _affine(count, mean, squares, shift_mean, ddof, eps)
     result = empty_like(x) if out is None else out
     kernels.apply(x, mask, affine, result)

@@ -104,12 +104,15 @@ def _statistics_kernel(
             off = tl.load(partial + programs + p + lanes, mask=ok, other=0.0, cache_modifier=".cg") - centre
             own = tl.load(partial + 2 * programs + p + lanes, mask=ok, other=0.0, cache_modifier=".cg")
             squares += tl.sum(own + k * off * off, axis=0)
+        # Equal values have no variance: what inverse64 leaves is below any that distinct f32 values can have.
+        squares = tl.where(squares <= 1e-28 * total * centre * centre, 0.0, squares)
         tl.store(statistics, total)
         tl.store(statistics + 1, centre)
         tl.store(statistics + 2, squares)
         if HAS_AFFINE:
             tl.store(affine, centre)
-            tl.store(affine + 1, 1.0 / tl.sqrt(squares / (total - ddof) + eps))
+            variance = tl.where(total > ddof, squares / (total - ddof), float("inf")) + eps
+            tl.store(affine + 1, tl.where(variance == 0.0, 0.0, 1.0 / tl.sqrt(variance)))  # 0 / 0 is 0
             if SHIFT_MEAN:
                 tl.store(affine + 2, 0.0)
             else:

@@ -364,3 +364,21 @@ def check_whiten(
     assert torch.equal(out, again)
     module.forward(moved, on_device, shift_mean, 1, 1e-8, moved)
     assert torch.equal(out, moved)
+
+
+def check_whiten_corners(module: ModuleType, device: str) -> None:
+    """Right answers that are known without a reference: equal values, and too few of them."""
+    mask = torch.rand(3, 5001, generator=torch.Generator().manual_seed(1)) < 0.7
+    for value in (0.1, 1 / 3, 12345.678, -1e30):
+        for shift_mean, ddof in ((True, 1), (False, 0)):
+            x = torch.full(mask.shape, value).masked_fill(~mask, torch.nan).to(device)
+            module.forward(x, mask.to(device), shift_mean, ddof, 0.0, x)  # in place, eps 0
+            want = torch.zeros(mask.shape) if shift_mean else torch.full(mask.shape, value) * mask
+            close(x, want, 0.0, 1e-7, f"equal values {value}")
+    few = torch.tensor([7.0, 3.0, 9.0], device=device)
+    for shift_mean, want in ((True, 0.0), (False, 3.0)):
+        out = torch.full_like(few, torch.nan)
+        module.forward(few, torch.tensor([0, 1, 0], device=device), shift_mean, 1, 1e-8, out)
+        assert out.tolist() == [0.0, want, 0.0]
+    module.forward(few, torch.zeros(3, device=device), True, 1, 0.0, few)
+    assert few.tolist() == [0.0, 0.0, 0.0]

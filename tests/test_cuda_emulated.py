@@ -122,6 +122,10 @@ def test_group_larger_than_a_warp(emulator: Emulator) -> None:
         raw_checks.close(group.forward(*arguments), raw_checks.reference_group.forward(*arguments), 1e-6, 1e-6)
 
 
+def test_whiten_corners(emulator: Emulator) -> None:
+    raw_checks.check_whiten_corners(whiten, "cpu")
+
+
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_whiten(shift_mean: bool, masked: bool, emulator: Emulator) -> None:

@@ -250,8 +250,9 @@ def test_small_group(name: str, contiguous: bool, backend: Callable[[str], Modul
         raw_checks.check_group(backend("group"), "cuda", options, rows, contiguous=contiguous, wide=rows == 12)
 
 
-def test_small_group_corners(backend: Callable[[str], ModuleType]) -> None:
+def test_small_corners(backend: Callable[[str], ModuleType]) -> None:
     raw_checks.check_group_corners(backend("group"), "cuda")
+    raw_checks.check_whiten_corners(backend("whiten"), "cuda")
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])

@@ -93,7 +93,9 @@ __device__ __forceinline__ void whiten_finish(const StatisticsArguments& a) {
   a.statistics[0] = all.count, a.statistics[1] = all.mean, a.statistics[2] = all.squares;
   if (a.affine) {
     a.affine[0] = all.mean;
-    a.affine[1] = 1. / sqrt(all.squares / (all.count - double(a.ddof)) + a.eps);
+    const double freedom = all.count - double(a.ddof);
+    const double variance = (freedom > 0. ? all.squares / freedom : -double(negative_infinity())) + a.eps;
+    a.affine[1] = variance == 0. ? 0. : 1. / sqrt(variance);  // 0 / 0 is 0
     a.affine[2] = a.shift_mean ? 0. : all.mean;
   }
 }

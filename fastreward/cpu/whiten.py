@@ -7,15 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-from fastreward import _core
+from fastreward import _check, _core
 from fastreward.cpu._pointers import address, mask_arguments
 
 
 def forward(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, out: Tensor) -> None:
-    """x f32 [..., T] contiguous, mask of its shape or None; writes the whitened x to `out`, which may be x."""
+    """x f32 [..., T] contiguous, mask of its shape or None; writes the whitened x to `out`, which may be x.
+
+    A value that is counted and not finite is seen in the statistics, before anything is written.
+    """
     count, mean, squares = _statistics(x, mask)
+    if not math.isfinite(squares):
+        _check.counted_finite("x", x, mask)
     freedom = count - ddof
-    variance = squares / freedom if freedom > 0 else math.nan  # as torch: no positions, no variance
+    variance = squares / freedom if freedom > 0 else math.inf
     _apply(x, mask, mean, _rsqrt(variance + eps), 0.0 if shift_mean else mean, out)
 
 
@@ -54,7 +59,7 @@ def _apply(x: Tensor, mask: Tensor | None, shift: float, scale: float, offset: f
 
 
 def _rsqrt(x: float) -> float:
-    """1 / sqrt(x) with IEEE's answers, where Python would raise."""
+    """1 / sqrt(x); 0 for 0, as then no value differs from the mean, and 0 / 0 is 0."""
     if x > 0.0:
         return 1.0 / math.sqrt(x)
-    return math.inf if x == 0.0 else math.nan
+    return 0.0 if x == 0.0 else math.nan

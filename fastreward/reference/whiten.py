@@ -9,12 +9,17 @@ from torch import Tensor
 def whiten(
     x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, ddof: int = 1, eps: float = 1e-8
 ) -> Tensor:
-    """(x - mean) * rsqrt(var + eps) over the counted positions, in float64; 0 elsewhere. Shapes any, equal."""
+    """(x - mean) * rsqrt(var + eps) over the counted positions, in float64; 0 elsewhere. Shapes any, equal.
+
+    0 / 0 is 0, and without degrees of freedom the variance is infinite.
+    """
     counted = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
     values = x.double()[counted]
-    mean = values.mean()
-    variance = ((values - mean) ** 2).sum() / (values.numel() - ddof)
-    white = (x.double() - mean) * torch.rsqrt(variance + eps)
+    mean = values.mean() if values.numel() else values.new_zeros(())
+    freedom = values.numel() - ddof
+    variance = ((values - mean) ** 2).sum() / freedom + eps if freedom > 0 else torch.full_like(mean, torch.inf)
+    scale = torch.where(variance == 0, 0.0, torch.rsqrt(variance))
+    white = (x.double() - mean) * scale
     return torch.where(counted, white if shift_mean else white + mean, 0.0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import raw_checks
 import torch
 from fastreward.kernels import whiten as kernels
 from torch import Tensor
@@ -72,3 +73,7 @@ def test_nothing_counted_and_a_far_outlier() -> None:
     values = x.double()
     got = kernels.statistics(x, None)
     torch.testing.assert_close(got[2], ((values - values.mean()) ** 2).sum(), rtol=1e-9, atol=0)
+
+
+def test_corners() -> None:
+    raw_checks.check_whiten_corners(kernels, "cpu")
