@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+import random
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,166 @@ def test_what_is_not_served_goes_to_trl(utils: Any) -> None:
     ]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+# What a caller may give, as functions of (leading shape, vocabulary). Most are usual, some only TRL takes or refuses.
+LEADING = [(3, 4), (5,), (2, 1, 3), (1, 4), (0, 4), ()]
+DTYPES = [torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float64]
+LAYOUTS: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda x: x,
+    lambda x: torch.cat([x, x], -2)[..., : x.shape[-2], :] if x.ndim > 1 else x,
+    lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 1 else x,
+    lambda x: x[..., :1, :].expand_as(x) if x.ndim > 1 and x.shape[-2] else x,
+]
+INDICES: list[Callable[..., torch.Tensor]] = [
+    lambda lead, vocab: torch.randint(vocab, lead),
+    lambda lead, vocab: torch.randint(vocab, (*lead, 3)),
+    lambda lead, vocab: torch.randint(vocab, (*lead, 1)),
+    lambda lead, vocab: torch.randint(vocab, (*lead, 0)),
+    lambda lead, vocab: torch.randint(vocab, (1, *lead[1:])),
+    lambda lead, vocab: (
+        torch.randint(vocab, (1, *lead[1:])).expand(lead) if lead else torch.zeros((), dtype=torch.long)
+    ),
+    lambda lead, vocab: torch.randint(vocab, lead[1:]),
+]
+MASKS: list[Callable[..., torch.Tensor | None]] = [
+    lambda shape: None,
+    lambda shape: (torch.rand(shape) > 0.4).long(),
+    lambda shape: torch.rand(shape) > 0.4,
+    lambda shape: (torch.rand(shape) > 0.4).double(),
+    lambda shape: torch.rand((1, *shape[1:])) > 0.4,
+    lambda shape: torch.rand(shape[-1:]) > 0.4,
+    lambda shape: torch.tensor(1),
+]
+TEMPERATURES: list[Callable[[], Any]] = [
+    lambda: 1.0,
+    lambda: 0.7,
+    lambda: 2,
+    lambda: torch.tensor(0.7),
+    lambda: torch.tensor(0.7, dtype=torch.float64),
+    lambda: torch.tensor(0.7, requires_grad=True),
+    lambda: torch.tensor([0.7]),
+    lambda: math.nan,
+    lambda: math.inf,
+    lambda: 0.0,
+    lambda: -1.0,
+    lambda: torch.tensor(0.0),
+]
+
+
+def outcome(function: Callable[..., Any], logits: torch.Tensor, arguments: tuple[Any, ...]) -> list[Any] | Exception:
+    """Results, their upstream-weighted gradients (of the logits, and of a temperature that has one), or the error."""
+    try:
+        found = function(logits, *arguments)
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        return error
+    results = [found] if isinstance(found, torch.Tensor) else list(found)
+    leaves = [x for x in (logits, *arguments) if isinstance(x, torch.Tensor) and x.requires_grad]
+    differentiable = [x for x in results if x.requires_grad]
+    if leaves and differentiable:
+        total = sum((x.double() * torch.linspace(-1, 2, x.numel()).reshape(x.shape)).sum() for x in differentiable)
+        results += torch.autograd.grad(total, leaves, allow_unused=True)
+    return results
+
+
+def assert_same(ours: list[Any] | Exception, theirs: list[Any] | Exception) -> None:
+    """What TRL answers, fastreward answers; where TRL refuses, it need not."""
+    if isinstance(theirs, Exception):
+        assert not isinstance(theirs, ValueError) or (type(ours), str(ours)) == (type(theirs), str(theirs))
+        return
+    assert not isinstance(ours, Exception), f"{type(ours).__name__}: {ours}"
+    for a, b in zip(ours, theirs, strict=True):
+        if b is None or a is None:
+            assert a is b
+            continue
+        assert (a.shape, a.dtype, a.requires_grad) == (b.shape, b.dtype, b.requires_grad)
+        tolerance = 0.1 if a.dtype == torch.bfloat16 else 2e-5
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_replacement_takes_all_that_the_original_takes(utils: Any, name: str, exact: bool) -> None:
+    torch.set_num_threads(1)
+    original = getattr(utils, name)
+    patch.trl(exact=exact)
+    replacement, choose = getattr(utils, name), random.Random(1)
+    answered = 0
+    for case in range(200):
+        torch.manual_seed(case)
+        lead, dtype, vocab = choose.choice(LEADING), choose.choice(DTYPES), choose.choice((1, 17, 40))
+        leaf = torch.randn(*lead, vocab).to(dtype).requires_grad_(choose.random() < 0.7)
+        logits = choose.choice(LAYOUTS)(leaf)
+        arguments: tuple[Any, ...] = (choose.choice((1, 7, 128)),)
+        if name != "entropy_from_logits":
+            usual = choose.random() < 0.4  # else hardly a case has no oddity at all
+            index = INDICES[0 if usual else choose.randrange(len(INDICES))](lead, vocab)
+            mask = choose.choice(MASKS[: 4 if usual else None])(tuple(index.shape))
+            arguments = (index, choose.choice(TEMPERATURES[: 5 if usual else None])(), mask)
+        if name == "selective_log_softmax_and_entropy":
+            arguments = (arguments[0], choose.random() < 0.5, *arguments[1:])
+        theirs = outcome(original, logits, arguments)
+        assert_same(outcome(replacement, logits, arguments), theirs)
+        answered += not isinstance(theirs, Exception)
+    assert answered > 80
+
+
+@pytest.mark.parametrize(
+    ("index", "mask", "temperature"),
+    [
+        ((1, 4), None, 1.0),
+        ((3, 4), (1, 4), 1.0),
+        ((3, 4, 2), None, 0.7),
+        ((3, 4, 2), (1, 4, 1), 0.7),
+        ((3, 4), (3, 4), torch.tensor(0.7)),
+        ((3, 4), (3, 4), torch.tensor(0.7, requires_grad=True)),
+    ],
+)
+def test_what_broadcasts(
+    utils: Any, index: tuple[int, ...], mask: tuple[int, ...] | None, temperature: float | torch.Tensor
+) -> None:
+    logits = torch.randn(3, 4, 11, requires_grad=True)
+    arguments = (torch.randint(11, index), temperature, None if mask is None else torch.rand(mask) > 0.4)
+    theirs = outcome(utils.selective_log_softmax, logits, arguments)
+    assert not isinstance(theirs, Exception)
+    patch.trl()
+    assert_same(outcome(utils.selective_log_softmax, logits, arguments), theirs)
+
+
+def test_logits_without_data_and_of_other_kinds_go_to_trl(utils: Any) -> None:
+    class Tagged(torch.Tensor):
+        pass
+
+    patch.trl()
+    meta = torch.empty(2, 3, 7, device="meta")
+    assert utils.selective_log_softmax(meta, torch.empty(2, 3, dtype=torch.long, device="meta")).shape == (2, 3)
+    assert utils.entropy_from_logits(meta).device.type == "meta"
+    tagged = torch.randn(2, 3, 7).as_subclass(Tagged)
+    assert isinstance(utils.selective_log_softmax(tagged, torch.zeros(2, 3, dtype=torch.long)), Tagged)
+    head = utils._ChunkedLogProbFunction
+    arguments = head_arguments()
+    for settings in ((-0.7, 128), (torch.tensor(0.7), 128), (0.7, 128, 0.0)):
+        expected, found = head.stock.apply(*arguments, *settings), head.apply(*arguments, *settings)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_no_gradient_flows_through_what_trl_holds_for_constants(utils: Any) -> None:
+    """TRL's WPO weights read log_sum_sq_probs; a gradient through them would be another loss."""
+    arguments = head_arguments()
+    settings = (0.7, 128, None, 1.0, OUTPUTS)
+    stock = utils._ChunkedLogProbFunction
+    patch.trl()
+    gradients = []
+    for head in (stock, utils._ChunkedLogProbFunction):
+        logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1 = head.apply(*arguments, *settings)
+        assert logprobs.requires_grad
+        assert entropy.requires_grad
+        assert not any(x.requires_grad for x in (log_sum_sq_probs, mean_logits, is_top1))
+        weight = (logprobs.detach() - 0.5 * log_sum_sq_probs + mean_logits).exp().clamp(max=2.0)
+        gradients.append(torch.autograd.grad((weight * logprobs).sum(), arguments[:3]))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 # ---- bindings --------------------------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from types import ModuleType
 from typing import Any, Final
 
@@ -103,14 +105,16 @@ class _Head:
         weight: Tensor,  # [V, H]
         bias: Tensor | None,  # [V]
         targets: Tensor,  # [N]
-        temperature: float,
+        temperature: float | Tensor,
         chunk_size: int,
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = tuple(_OUTPUTS),
     ) -> tuple[Tensor | None, ...]:
         """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), f32 [N] (is_top1 bool); None where not asked."""
-        if not self.serves(hidden.device) or self._left(hidden, weight):
+        number = _number(temperature)
+        capped = final_logit_softcapping is None or _number(final_logit_softcapping) is not None
+        if number is None or not capped or not self.serves(hidden.device) or self._left(hidden, weight):
             return self.stock.apply(  # type: ignore[no-any-return]
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
@@ -121,7 +125,7 @@ class _Head:
             _same_dtype(weight, hidden),
             targets,
             bias=None if bias is None else _same_dtype(bias, hidden),
-            temperature=temperature,
+            temperature=number,
             logit_scale=logit_scale,
             softcap=final_logit_softcapping,
             outputs=("logprobs", *(_OUTPUTS[name] for name in wanted)),
@@ -178,24 +182,26 @@ class _Logits:
             setattr(self, name, getattr(self, f"_{name}"))
 
     def _selective_log_softmax(
-        self, logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+        self, logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
     ) -> Tensor:
         """Log-probs of index [...] or [..., K] under softmax(logits [..., V] / temperature), in TRL's dtype."""
-        if not self._ours(logits):
+        number = _number(temperature)
+        several = index.ndim == logits.ndim and index.shape[-1] > 0
+        if number is None or not self._ours(logits, index[..., 0] if several else index, row_mask, several):
             return self.stock["selective_log_softmax"](logits, index, temperature, row_mask)  # type: ignore[no-any-return]
         dtype = self._dtype(logits, index, row_mask)
-        if index.ndim == logits.ndim - 1:
-            return token_logprobs(logits, index, temperature=temperature, mask=row_mask).logprobs.to(dtype)
+        if not several:
+            return token_logprobs(logits, index, temperature=number, mask=row_mask).logprobs.to(dtype)
         found = token_logprobs(
-            logits, index[..., 0], temperature=temperature, outputs=("id_logprobs",), token_ids=index
+            logits, index[..., 0], temperature=number, outputs=("id_logprobs",), token_ids=index
         ).id_logprobs.to(dtype)
         return found if row_mask is None else found.masked_fill(row_mask == 0, 0.0)
 
     def _entropy_from_logits(self, logits: Tensor, chunk_size: int = 128) -> Tensor:
         """Entropy [...] in nats of softmax(logits [..., V]), in TRL's dtype."""
-        if not self._ours(logits):
-            return self.stock["entropy_from_logits"](logits, chunk_size)  # type: ignore[no-any-return]
         index = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+        if not self._ours(logits, index):
+            return self.stock["entropy_from_logits"](logits, chunk_size)  # type: ignore[no-any-return]
         return token_logprobs(logits, index, outputs=("entropy",)).entropy.to(self._dtype(logits))
 
     def _selective_log_softmax_and_entropy(
@@ -203,31 +209,50 @@ class _Logits:
         logits: Tensor,
         index: Tensor,
         entropy_requires_grad: bool = True,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         row_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Both of them for index [...], in one pass over the logits."""
-        if not self._ours(logits) or index.ndim != logits.ndim - 1:
+        number = _number(temperature)
+        if number is None or not self._ours(logits, index, row_mask):
             stock = self.stock["selective_log_softmax_and_entropy"]
             return stock(logits, index, entropy_requires_grad, temperature, row_mask)  # type: ignore[no-any-return]
         dtype = self._dtype(logits, index, row_mask)
         outputs = ("logprobs", "entropy")
-        stats = token_logprobs(logits, index, temperature=temperature, mask=row_mask, outputs=outputs)
+        stats = token_logprobs(logits, index, temperature=number, mask=row_mask, outputs=outputs)
         entropy = stats.entropy.to(dtype)
         return stats.logprobs.to(dtype), entropy if entropy_requires_grad else entropy.detach()
 
-    def _ours(self, logits: Tensor) -> bool:
+    def _ours(
+        self, logits: Tensor, index: Tensor, row_mask: Tensor | None = None, masks_are_applied_here: bool = False
+    ) -> bool:
+        """Whether fastreward takes this as it is: an index and a mask for each row, and no row of another kind.
+
+        What broadcasts goes to TRL, whose gather and masked_fill have an answer for it.
+        """
         return (
             self.serves(logits.device)
+            and type(logits) in (Tensor, torch.nn.Parameter)
             and logits.dtype in LOGITS_DTYPES
             and logits.ndim >= 2
+            and logits.shape[-1] > 0
             and logits.stride(-1) == 1
             and not (self.exact and logits.dtype != torch.float32)
+            and index.shape == logits.shape[:-1]
+            and (row_mask is None or masks_are_applied_here or row_mask.shape == index.shape)
         )
 
     def _dtype(self, logits: Tensor, *args: Tensor | None) -> torch.dtype:
         """TRL's Triton kernel returns float32, its torch code the dtype of the logits."""
         return torch.float32 if self._has_kernel(logits, *args) else logits.dtype
+
+
+def _number(x: object) -> float | None:
+    """A positive number, or a 0-d tensor of one without a gradient, as a float; None: TRL's to take or to refuse."""
+    if not isinstance(x, Tensor | Real) or (isinstance(x, Tensor) and (x.ndim or x.requires_grad)):
+        return None
+    number = float(x)
+    return number if 0.0 < number < math.inf else None
 
 
 # ----------------------------------------------------------------------------------------------------------- checks
@@ -329,5 +354,12 @@ def _describe(report: Report, logits: _Logits, exact: bool) -> None:
         )
     )
     keep(Entry("float64 logits", "TRL's own", "fastreward takes f32, bf16 and f16"))
+    keep(
+        Entry(
+            "an index or row_mask that broadcasts, a temperature with a gradient, tensor subclasses",
+            "TRL's own",
+            "its torch code takes whatever torch broadcasts",
+        )
+    )
     if exact:
         keep(Entry("bf16 and f16 logits", "torch's log_softmax", "exact=True: bit for bit what TRL gives"))
