@@ -111,7 +111,7 @@ def whiten(
     """
     _check.dtype("x", _check.tensor("x", x), (torch.float32, torch.float16, torch.bfloat16))
     mask = _check.mask(mask, "x", x)
-    x = x.float()
+    x = x if x.dtype == torch.float32 else x.float()
     ddof = _check.whole("ddof", ddof, "the divisor is count - ddof")
     eps = number("eps", eps, x, _check.not_negative)
     source = _check.constant("x", x).contiguous()
