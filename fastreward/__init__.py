@@ -18,6 +18,7 @@ from fastreward.preference_loss import preference_loss
 from fastreward.whiten import whiten
 
 if _TYPE_CHECKING:
+    from fastreward import patch, recipes
     from fastreward.prefix_tree import PrefixTree
 
 __version__ = "0.1.0"
@@ -34,19 +35,28 @@ __all__ = [
     "logits_policy_loss",
     "losses",
     "off_policy_sequence_mask",
+    "patch",
     "policy_loss",
     "preference_loss",
+    "recipes",
     "token_logprobs",
     "whiten",
 ]
 
 
+_MODULES = ("patch", "recipes")  # not imported with the package
+
+
 def __getattr__(name: str) -> object:
-    """Recipes and trees are loaded when they are asked for: they cost more to import than the other operations."""
+    """Recipes, patches and trees are loaded when they are asked for: they cost more to import than the operations."""
     import importlib
 
-    if name == "recipes":
-        return importlib.import_module("fastreward.recipes")
+    if name in _MODULES:
+        return importlib.import_module(f"fastreward.{name}")
     if name == "PrefixTree":
         return importlib.import_module("fastreward.prefix_tree").PrefixTree
     raise AttributeError(f"module 'fastreward' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

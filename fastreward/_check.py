@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import operator
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -163,3 +166,33 @@ def counted_finite(name: str, x: Tensor, mask: Tensor | None) -> None:
     """`x` is finite wherever its mask counts."""
     finite = x.isfinite()
     every(name, finite if mask is None else finite | (mask == 0), x, "finite values where mask is set")
+
+
+# ------------------------------------------------------------------------------------------------------- output files
+PICTURES: Final = (".png", ".svg", ".pdf")
+
+
+def output_file(name: str, path: Path, *, picture: bool = False) -> None:
+    """That `path` can be written, before the work whose result goes there.
+
+    Raises:
+        ValueError: no such folder, or one that can't be written to; a folder; no picture's ending.
+        ModuleNotFoundError: a picture without matplotlib.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise ValueError(f"{name}: there is no folder {folder}")
+    if path.is_dir():
+        raise ValueError(f"{name}: expected a file, got the folder {path}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"{name}: {path} can't be written")
+    if picture and path.suffix not in PICTURES:
+        raise ValueError(f"{name}: expected a file that ends in {', '.join(PICTURES)}, got {path}")
+    if picture:
+        require_matplotlib()
+
+
+def require_matplotlib() -> None:
+    """That pictures can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("pictures need matplotlib: pip install matplotlib")

@@ -95,9 +95,26 @@ def select(operation: str, tensor: torch.Tensor) -> Backend:
 
 def implementation(operation: str, name: str) -> ModuleType:
     """The module that holds the raw functions of `operation` in backend `name`."""
+    return _load(module(operation, name))
+
+
+def module(operation: str, name: str) -> str:
+    """The name of that module."""
     if name == "reference" and operation == "logits_policy_loss":
         operation = "program"  # two calls there, no kernel of its own
-    return _load(f"{_PACKAGES[cast(Backend, name)]}.{_KERNELS.get(operation, operation)}")
+    return f"{_PACKAGES[cast(Backend, name)]}.{_KERNELS.get(operation, operation)}"
+
+
+def generated(operation: str) -> bool:
+    """Whether its GPU kernels are written at run time, for the loss at hand, so that no build has them."""
+    return _KERNELS.get(operation, operation) in ("program", "logits_policy_loss")
+
+
+def absent(operation: str, name: str) -> str | None:
+    """Why backend `name` has no kernels of `operation`, on whatever machine; None where it has."""
+    if name == "cuda" and operation == "prefix_tree":
+        return "there are no CUDA C++ kernels of it; its GPU kernels are Triton's"
+    return None
 
 
 def interpreted() -> bool:
@@ -108,6 +125,8 @@ def interpreted() -> bool:
 @cache
 def unavailable(operation: str, name: Backend, device: str) -> str | None:
     """Why backend `name` cannot serve `operation` on `device` tensors; None where it can."""
+    if absent(operation, name) is not None:
+        return absent(operation, name)
     if name == "reference":
         return None
     if name == "cpu":
@@ -118,12 +137,9 @@ def unavailable(operation: str, name: Backend, device: str) -> str | None:
         if device == "cpu" and not interpreted():
             return "Triton takes CPU tensors only with TRITON_INTERPRET=1 set before import"
         return None
-    if operation == "prefix_tree":
-        return "there are no CUDA C++ kernels of it; its GPU kernels are Triton's"
     if device != "cuda":
         return "its kernels take CUDA tensors"
-    generated = _KERNELS.get(operation, operation) in ("program", "logits_policy_loss")
-    return cast("str | None", importlib.import_module("fastreward.cuda").missing(generated))
+    return cast("str | None", importlib.import_module("fastreward.cuda").missing(generated(operation)))
 
 
 def _default(operation: str, device: str) -> Backend:

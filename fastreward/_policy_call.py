@@ -121,11 +121,10 @@ def prepare(
     # On a GPU the aggregation's weights are known only when all tokens have been seen.
     objective, inputs, metrics, grouped = loss.policy_plan(*formula, token_loss, backend != "cpu", on_device)
     gradient = loss.gradient_plan(*formula, False, False, on_device) if from_logits else None
-    read = [term for term, _ in inputs]
     unread = [f"extra[{term!r}]" for term in extra or {} if not loss.asks(term)]
     unread += ["rollout_logprobs"] if rollout_logprobs is not None and not loss.asks("rollout_logprob") else []
     if unread:
-        raise ValueError(f"{unread[0]}: {loss.name} does not read it; it reads {', '.join(sorted(set(read)))}")
+        raise ValueError(f"{unread[0]}: {loss.name} does not read it; it reads {loss.reading()}")
     if grouped and group_ids is None and group_size is None:
         what = f"aggregation {chosen!r} is" if chosen != loss.aggregation else f"{loss.name} is a loss"
         raise ValueError(f"group_ids: {what} over groups; pass group_ids=... or group_size=...")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ Decode = Callable[[list[int]], str]
 _NEGATIVE, _NEUTRAL, _POSITIVE = "#c4452f", "#b4bdc6", "#2467b3"
 _INK, _FAINT = "#22303c", "#5c6b78"
 _TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10, "color": _INK, "parse_math": False}
-_SUFFIXES = (".png", ".svg", ".pdf")
 _NO_GLYPH = "Glyph .* missing from"  # matplotlib's warning of a letter that it draws as a box
 _FONT = 7.5  # points
 _DIGIT, _LETTER = 0.64 * _FONT, 0.54 * _FONT  # points that one is wide, on average
@@ -82,7 +80,7 @@ def plot(
         TypeError, ValueError: wrong shapes, a group that is not there, more than max_nodes nodes.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    _require_matplotlib()
+    _check.require_matplotlib()
     forest = Forest(tree)
     first, last = forest.extent(group)
     if last - first > max_nodes:
@@ -124,15 +122,13 @@ def save(
         ValueError: what PrefixTree, its methods and `plot` raise; a group that is not there; a file that can't be
             written, or of another kind than .png, .svg and .pdf.
     """
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{path}: expected a file that ends in {', '.join(_SUFFIXES)}")
+    _check.output_file("path", path, picture=True)
     names = rollouts.group_names
     if not names:
         raise ValueError("no sequences to draw")
     if group is not None and group not in names:
         raise ValueError(f"group: expected one of {shortened(names, separator=', ')}, got {group!r}")
     number_of_group = 0 if group is None else names.index(group)
-    _require_matplotlib()
     import matplotlib
 
     matplotlib.use("Agg")
@@ -163,11 +159,6 @@ def save(
         finally:
             pyplot.close(figure)
     return tree, number_of_group
-
-
-def _require_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install matplotlib")
 
 
 # ------------------------------------------------------------------------------------------------------------ layout

@@ -24,6 +24,24 @@ app.add_typer(plots, name="plot")
 #: Public functions whose operation has a shorter name.
 _SHORT = {"token_logprobs": "logprobs", "linear_token_logprobs": "linear_logprobs", "group_advantages": "group"}
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import fastreward
+
+        sys.stdout.write(f"fastreward {fastreward.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of tables.")]
 
 
@@ -71,7 +89,7 @@ def bench(
     operations: Annotated[list[str] | None, typer.Argument(help="Operations; all when none is named.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
     plot_path: Annotated[
-        Path | None, typer.Option("--plot", help="Write a bar chart to this file (.png, .svg).")
+        Path | None, typer.Option("--plot", help="Write a bar chart to this file (.png, .svg, .pdf).")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few rounds, no memory measurement.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -95,6 +113,8 @@ def bench(
     for dtype in dtypes or ():
         if dtype not in ("float32", "bfloat16", "float16"):
             raise typer.BadParameter(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+    _check_output("--json", json_path)
+    _check_output("--plot", plot_path, picture=True)
     settings = Settings(seconds or 0.5, 3, 15) if quick else Settings(seconds or 20.0)
     wants_memory = not quick if memory is None else memory
     known = sorted({case for name in names for case in room.operation(name).CASES})
@@ -175,6 +195,7 @@ def plot_tree(
     from fastreward import _check, _prefix_tree_plot, _rollouts
     from fastreward._options import TREE_MODES, TREE_OPS
 
+    _check_output("--out", out, picture=True)
     try:
         _check.choice("--op", op, TREE_OPS)
         _check.choice("--mode", mode, TREE_MODES)
@@ -207,6 +228,17 @@ def _operation(name: str, known: tuple[str, ...]) -> str:
     if name not in known:
         raise typer.BadParameter(f"unknown operation {name!r}; expected one of {', '.join(known)}")
     return name
+
+
+def _check_output(option: str, path: Path | None, *, picture: bool = False) -> None:
+    """Before any work, whose result would be lost."""
+    from fastreward import _check
+
+    try:
+        if path is not None:
+            _check.output_file(option, path, picture=picture)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _check_device(device: str) -> None:

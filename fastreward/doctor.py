@@ -40,8 +40,8 @@ def status(operation: str, backend: _dispatch.Backend) -> str:
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda and backend in ("triton", "cuda") else "cpu"
     try:
-        if backend == "cuda" and not cuda:
-            return f"no CUDA device ({'compiled, experimental' if _has_module() else 'not compiled'})"
+        if backend == "cuda" and not cuda and _dispatch.absent(operation, backend) is None:
+            return f"no CUDA device ({_cuda_state(operation)})"
         reason = _dispatch.unavailable(operation, backend, device)
         if reason is not None:
             return reason
@@ -49,11 +49,23 @@ def status(operation: str, backend: _dispatch.Backend) -> str:
     except Exception as error:  # doctor reports what is broken, it does not break on it
         return f"does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if backend == "cuda":
-        passed = _dispatch.CUDA_PASSED_ON.get(operation)
-        return f"available (passed on {passed})" if passed else "experimental (compiled, never passed on hardware)"
+        available = "available" if operation in _dispatch.CUDA_PASSED_ON else "experimental"
+        return f"{available} ({_cuda_state(operation)})"
     if backend == "triton" and device == "cpu":
         return "available (interpreter)"
     return "available"
+
+
+def _cuda_state(operation: str) -> str:
+    """How the CUDA C++ kernels of an operation come into being here, and what is known of them."""
+    if _has_module() and not _dispatch.generated(operation):
+        made = "compiled"
+    elif _cupy() is not None:
+        made = "compiled at first use"
+    else:
+        return "not compiled, and no CuPy to do it at first use"
+    passed = _dispatch.CUDA_PASSED_ON.get(operation)
+    return f"{made}, passed on {passed}" if passed else f"{made}, never passed on hardware"
 
 
 def cpu_model() -> str:

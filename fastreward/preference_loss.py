@@ -129,9 +129,8 @@ def preference_loss(
         tuple(ready.inputs),
     )
     for key, argument in arguments.items():
-        if key not in inputs and key[0] != "ref_logprob":
-            read = sorted({name for name, _ in inputs if not name.startswith(("call.", "parameter."))})
-            raise ValueError(f"{argument}: {loss.name} does not read it; it reads logprob, {', '.join(read)}")
+        if key[0] != "ref_logprob" and not loss.asks(*key):
+            raise ValueError(f"{argument}: {loss.name} does not read it; it reads {loss.reading()}")
     if grouped and group_ids is None:
         what = "aggregation 'group-mean' is" if aggregation == "group-mean" else f"{loss.name} is a loss"
         raise ValueError(f"group_ids: {what} over groups; pass group_ids=...")

@@ -12,10 +12,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastreward import _distance, doctor, verify
+import fastreward
+from fastreward import _check, _dispatch, _distance, doctor, verify
 from fastreward._dispatch import BACKENDS, OPERATIONS
 from fastreward.bench import OPERATIONS as BENCHED
-from fastreward.bench import _types, engine, memory, roofline, targets
+from fastreward.bench import _types, engine, memory, report, roofline, targets
 from fastreward.bench import whiten as bench_whiten
 from fastreward.cli import app
 from fastreward.cpu import group as cpu_group
@@ -42,6 +43,37 @@ def test_doctor_json() -> None:
     assert facts["packages"]["torch"] == torch.__version__
     if not torch.cuda.is_available():
         assert "no CUDA device" in facts["operations"]["whiten"]["cuda"]
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("nvcc", [True, False])
+@pytest.mark.parametrize("cupy", ["14", None])
+def test_doctor_promises_the_kernels_that_there_are(
+    operation: str, backend: Any, gpu: bool, nvcc: bool, cupy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says on any machine, against the modules and sources in the backend's room."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(doctor, "_has_module", lambda: nvcc)
+    monkeypatch.setattr(doctor, "_cupy", lambda: cupy)
+    monkeypatch.setattr("fastreward.cuda.missing", lambda generated: None)
+    monkeypatch.setattr(_dispatch, "implementation", lambda operation, backend: None)
+    monkeypatch.setattr(_dispatch, "unavailable", _dispatch.unavailable.__wrapped__)
+    text = doctor.status(operation, backend)
+    _, package, kernel = _dispatch.module(operation, backend).split(".")
+    room = ROOT / ("kernels" if backend == "triton" else f"fastreward/{package}")
+    exists = (room / f"{kernel}.py").exists() or (room / kernel).is_dir()
+    assert text.startswith("there are no") != exists, text
+    if backend == "cuda" and exists:
+        source = (ROOT / "csrc/cuda" / f"{kernel}.cu").exists() or (ROOT / "csrc/cuda" / kernel).is_dir()
+        made = "(compiled," if nvcc and source else "(compiled at first use," if cupy else "(not compiled,"
+        assert made in text, text
+    else:
+        assert "compiled" not in text
 
 
 def test_doctor_without_anything_optional(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +185,42 @@ def test_bench_writes_json_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "Summary" in result.output
 
 
+def test_bench_looks_where_it_will_write_before_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def works(*_: Any) -> Any:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("fastreward.bench.run.results", works)
+    cases: list[tuple[str, Path, str]] = [
+        ("--json", tmp_path / "no" / "bench.json", "--json: there is no folder"),
+        ("--json", tmp_path, "--json: expected a file, got the folder"),
+        ("--plot", tmp_path / "no" / "bench.png", "--plot: there is no folder"),
+        ("--plot", tmp_path / "bench.txt", "--plot: expected a file that ends in .png, .svg, .pdf"),
+    ]
+    monkeypatch.setenv("COLUMNS", "400")
+    for option, path, message in cases:
+        result = _run("bench", "whiten", "--quick", option, str(path))
+        assert result.exit_code == 2
+        assert message in result.output
+    monkeypatch.setattr(_check.importlib.util, "find_spec", lambda name: None)
+    result = _run("bench", "whiten", "--quick", "--plot", str(tmp_path / "bench.png"))
+    assert result.exit_code == 2
+    assert "pip install matplotlib" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_figures_name_the_commit(tmp_path: Path) -> None:
+    package = tmp_path / "fastreward"
+    (package / "_sources").mkdir(parents=True)
+    assert report._commit(package) == "not recorded by the build"  # an sdist
+    (package / "_sources" / "commit.txt").write_text("abc123\n")
+    assert report._commit(package) == "abc123"  # a wheel
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path))
+    for arguments in (("init", "--quiet"), ("commit", "--quiet", "--allow-empty", "--message", "first")):
+        subprocess.run([*git, *arguments], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    assert head.startswith(report._commit(package).removesuffix("-dirty"))  # a checkout
+
+
 def test_bench_keeps_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in its second case, it leaves the first one's figures."""
     figures, build = tmp_path / "bench.json", bench_whiten.build
@@ -228,6 +296,12 @@ def test_targets_are_judged_at_the_design_size_only() -> None:
     assert [v.met for v in targets.judge(outcome, "cpu", True)] == [True, False, None]
     assert [v.met for v in targets.judge(outcome, "cpu", False)] == [None, None, None]
     assert targets.judge(outcome, "cuda", True) == []
+
+
+def test_version() -> None:
+    result = _run("--version")
+    assert result.exit_code == 0
+    assert result.output == f"fastreward {fastreward.__version__}\n"
 
 
 def test_module_runs_as_a_program() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastreward import _prefix_tree_plot, _rollouts
+from fastreward import _check, _prefix_tree_plot, _rollouts
 from fastreward.cli import app
 
 _RUNNER = CliRunner()
@@ -217,14 +217,15 @@ def test_refused_options(tmp_path: Path) -> None:
         assert message in _refusal(_run(*arguments, "--out", out))
     assert not out.exists()
     assert "expected a file that ends in .png, .svg, .pdf" in _refusal(_run("--out", tmp_path / "tree.gif"))
-    assert "No such file or directory" in _refusal(_run("--out", tmp_path / "nowhere" / "tree.png"))
+    assert "--out: there is no folder" in _refusal(_run(tmp_path / "nowhere.json", "--out", tmp_path / "no" / "t.png"))
+    assert "--out: expected a file, got the folder" in _refusal(_run("--out", tmp_path))
     assert "No such file or directory" in _refusal(_run(tmp_path / "nowhere.json", "--out", out))
     empty = _write_json(tmp_path / "empty.json", [])
     assert "no sequences to draw" in _refusal(_run(empty, "--out", out))
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_prefix_tree_plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_check.importlib.util, "find_spec", lambda name: None)
     assert "pip install matplotlib" in _refusal(_run("--out", tmp_path / "tree.png"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -172,6 +173,19 @@ def test_import_is_light() -> None:
 
 
 def _run(code: str) -> float:
-    lines = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split("\n")
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # compiled once, as where people import it
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    lines = done.stdout.split("\n")
     assert lines[1] == "[]"
     return float(lines[0])
+
+
+def test_the_package_lists_what_it_has() -> None:
+    code = (
+        "import sys, fastreward; names = dir(fastreward); "
+        "assert {'PrefixTree', 'recipes', 'patch', *fastreward.__all__} <= set(names); "
+        "assert not {'fastreward.recipes', 'fastreward.patch', 'fastreward.prefix_tree'} & set(sys.modules); "
+        "fastreward.patch.undo(); assert all(hasattr(fastreward, name) for name in names)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

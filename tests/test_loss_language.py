@@ -422,6 +422,14 @@ def test_what_a_loss_can_do_without_comes_from_the_logits() -> None:
         torch.testing.assert_close(found, expected)
         found = fastreward.linear_policy_loss(hidden, weight, labels, *rest, loss=loss).loss
         torch.testing.assert_close(found, expected)
+
+    @define
+    def instead(t):
+        value = -t.advantage * t.logprob
+        return value if t.has("weight") else value - 0.5 * t.entropy
+
+    found = fastreward.logits_policy_loss(logits, labels, *rest, loss=instead()).loss
+    torch.testing.assert_close(found, fastreward.logits_policy_loss(logits, labels, *rest, loss=with_bonus()).loss)
     without = fastreward.policy_loss(stats.logprobs, *rest, loss=with_bonus()).loss
     torch.testing.assert_close(without, -(rest[1] * stats.logprobs).mean())
 
@@ -600,6 +608,74 @@ def test_evaluate_names_what_it_can_not_use() -> None:
     with pytest.raises(ValueError, match=r"ppo: clip_low: expected \[4\], one per sequence, got shape \[3\]"):
         losses.ppo(torch.tensor([0.1, 0.2, 0.3])).evaluate(**data)
     losses.ppo().evaluate(**data, weight=data["advantage"])  # a term, that this loss leaves alone
+
+
+POLICY_LOSSES = [x for x in vars(losses).values() if isinstance(x, losses.Definition) and not x.pairs]
+PAIR_LOSSES = [x for x in vars(losses).values() if isinstance(x, losses.Definition) and x.pairs]
+
+
+@pytest.mark.parametrize("definition", [*POLICY_LOSSES, *PAIR_LOSSES], ids=lambda d: d.name)
+def test_evaluate_takes_numbers_and_one_token_a_sequence(definition: losses.Definition[Any]) -> None:
+    loss, g = definition(**({"beta": 0.1} if definition is losses.dro else {})), torch.Generator().manual_seed(0)
+    arrays, group_ids = {}, [0, 0, 1]
+    for name, level, side in sorted(_objective.inputs_asked(loss)):
+        prefix = ("chosen_", "rejected_")[side] if loss.definition.pairs and (side or level == Level.TOKEN) else ""
+        arrays[prefix + name] = (-torch.rand(3, generator=g), level)
+    padded = {name: x.unsqueeze(-1) if level == Level.TOKEN else x for name, (x, level) in arrays.items()}
+    expected = loss.evaluate(**padded, group_ids=group_ids)
+    result = loss.evaluate(**{name: x for name, (x, _) in arrays.items()}, group_ids=group_ids)
+    assert result.shape == (3,)
+    torch.testing.assert_close(result, expected.reshape(3), equal_nan=True)
+    first = {name: x[:1] for name, x in padded.items()}
+    number = loss.evaluate(**{name: float(x[0]) for name, (x, _) in arrays.items()}, group_ids=[0])
+    assert number.shape == ()
+    torch.testing.assert_close(number, loss.evaluate(**first, group_ids=[0]).reshape(()), equal_nan=True)
+
+
+def test_evaluate_of_numbers() -> None:
+    value = losses.ppo().evaluate(logprob=-1.0, old_logprob=-1.2, advantage=2.0)
+    assert float(value) == pytest.approx(-2.0 * 1.2)  # clipped
+    x = torch.tensor(-1.0, requires_grad=True)
+    losses.reinforce().evaluate(logprob=x, advantage=np.float32(3.0)).backward()
+    assert x.grad == -3.0
+    found = losses.ppo().evaluate(logprob=[-1.0, -1.0], old_logprob=np.array([-1.0, -1.2]), advantage=-1.0)
+    torch.testing.assert_close(found, torch.tensor([1.0, math.exp(0.2)], dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"mask: expected \[B, T\], got shape \[2\]"):
+        losses.ppo().evaluate(logprob=[-1.0, -1.0], old_logprob=-1.0, advantage=1.0, mask=[1, 0])
+
+
+def test_what_a_loss_reads_is_named_exactly() -> None:
+    """In messages: all that it may read, its own terms and extras alone."""
+
+    @define
+    def own(t, scale=1.0):
+        t.report(seen=t.rollout_logprob)
+        value = -t.extra("gate", per="sequence") * t.logprob * scale
+        return value if t.has("weight") else value * t.extra("other")
+
+    reads = "own does not read it; it reads gate, logprob, other, rollout_logprob$"
+    x = torch.zeros(2, 3)
+    extra = {"gate": torch.ones(2), "other": x, "bogus": x}
+    for scale in (2.0, torch.tensor([1.0, 2.0])):
+        with pytest.raises(ValueError, match=rf"extra\['bogus'\]: {reads}"):
+            fastreward.policy_loss(
+                x, x, x, loss=own(scale), extra=extra, rollout_logprobs=x, ref_logprobs=x, weights=None
+            )
+        with pytest.raises(ValueError, match=rf"bogus: {reads}"):
+            own(scale).evaluate(logprob=x, rollout_logprob=x, **extra)
+    with pytest.raises(ValueError, match=r"rollout_logprobs: ppo does not read it; it reads advantage, logprob, old_"):
+        fastreward.policy_loss(x, x, x, rollout_logprobs=x)
+
+    @define(pairs=True)
+    def chosen_only(t, scale=1.0):
+        return -scale * seq_sum(t.chosen.logprob * t.chosen.weight) + t.extra("margin") * seq_sum(t.rejected.logprob)
+
+    reads = r"chosen_only does not read it; it reads chosen\.logprob, chosen\.weight, margin, rejected\.logprob$"
+    pair = {"loss": chosen_only(), "extra": {"margin": torch.ones(2)}, "chosen_weights": x}
+    with pytest.raises(ValueError, match=f"rejected_weights: {reads}"):
+        fastreward.preference_loss(x, x, rejected_weights=x, **pair)
+    with pytest.raises(ValueError, match=rf"rejected_extra\['gate'\]: {reads}"):
+        fastreward.preference_loss(x, x, rejected_extra={"gate": x}, ref_chosen_logprobs=x, **pair)
 
 
 def test_missing_terms_are_named_with_their_argument() -> None:

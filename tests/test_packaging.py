@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,10 +20,12 @@ def test_sdist_builds_a_wheel_from_itself(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
     (sdist,) = tmp_path.glob("*.tar.gz")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
-    options = ["--config-settings=cmake.define.FASTREWARD_CUDA=OFF", str(sdist)]
-    subprocess.run([*command, str(tmp_path), *options], cwd=tmp_path, check=True, capture_output=True)
+    defines = ("FASTREWARD_CUDA=OFF", "FASTREWARD_COMMIT=abc123")
+    options = [f"--config-settings=cmake.define.{define}" for define in defines]
+    subprocess.run([*command, str(tmp_path), *options, str(sdist)], cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
+    assert zipfile.ZipFile(wheel).read("fastreward/_sources/commit.txt") == b"abc123\n"
     for expected in (
         "fastreward/py.typed",
         "fastreward/logprobs.py",
@@ -33,3 +37,14 @@ def test_sdist_builds_a_wheel_from_itself(tmp_path: Path) -> None:
     assert any(name.startswith("fastreward/_core.") and name.endswith(".so") for name in names)
     assert not any(name.startswith(("tests/", "kernels/")) for name in names)
     assert wheel.stat().st_size < 20e6
+
+
+def test_a_build_without_a_compiler_says_what_to_install(tmp_path: Path) -> None:
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if cmake is None:
+        pytest.skip("no cmake")
+    command = [cmake, "-S", str(ROOT), "-B", str(tmp_path)]
+    environment = {**os.environ, "CXX": str(tmp_path / "nothing")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "there is no C++ compiler: install one" in " ".join(done.stderr.split())

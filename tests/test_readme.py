@@ -16,6 +16,17 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
+def test_the_first_lines_name_what_is_in_scope() -> None:
+    """Calls in the comment too."""
+    first = BLOCKS[0]
+    names: dict[str, object] = {}
+    exec("\n".join(line for line in first.splitlines() if line.startswith("import ")), names)
+    calls = re.findall(r"(?<![\w.])[a-z_]+(?:\.[a-z_]+)+(?=\(\))", first)
+    assert {"fastreward.patch.trl", "fastreward.patch.undo"} == set(calls)
+    for call in calls:
+        assert callable(eval(call, names)), call
+
+
 def test_the_ten_lines_run_as_written() -> None:
     (example,) = [block for block in BLOCKS if "fr.group_advantages" in block]
     names: dict[str, object] = {}

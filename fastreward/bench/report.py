@@ -88,7 +88,7 @@ def machine(device: str) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "date": date.today().isoformat(),
         "fastreward": doctor.version("fastreward"),
-        "commit": _commit(),
+        "commit": _commit(Path(__file__).resolve().parents[1]),
         "cpu": doctor.cpu_model(),
         "threads": torch.get_num_threads(),
         "isa": doctor.isa(),
@@ -101,14 +101,15 @@ def machine(device: str) -> dict[str, Any]:
     return facts
 
 
-def _commit() -> str | None:
-    """The checkout's commit; None for an installed wheel."""
-    root = Path(__file__).resolve().parents[2]
-    if shutil.which("git") is None or not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    return run.stdout.strip() or None
+def _commit(package: Path) -> str:
+    """The commit: of a checkout as git tells it, of an installed package as its build has written it down."""
+    if (package.parent / ".git").exists() and shutil.which("git") is not None:
+        command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.stdout.strip():
+            return run.stdout.strip()
+    recorded = package / "_sources" / "commit.txt"
+    return recorded.read_text().strip() if recorded.exists() else "not recorded by the build"
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:

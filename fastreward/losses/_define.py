@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastreward import _check
 from fastreward.losses._graph import Graph, Level, Node, described, origin
-from fastreward.losses._parameters import kind, kinds, parameter
+from fastreward.losses._parameters import kind, kinds, parameter, same
 from fastreward.losses._surroundings import Surroundings, surroundings
 from fastreward.losses._terms import PairTerms, Terms
 from fastreward.losses._travel import Options, by_name, carrier, options_of
@@ -190,7 +190,7 @@ class Loss:
         if not isinstance(other, Loss):
             return NotImplemented
         pairs = [(x, other.parameters.get(name)) for name, x in self.parameters.items()]
-        return self.structure == other.structure and all(_same(a, b) for a, b in pairs)
+        return self.structure == other.structure and all(same(a, b) for a, b in pairs)
 
     def __hash__(self) -> int:
         return hash(self.structure)
@@ -308,9 +308,13 @@ class Loss:
         """Whether the loss depends on this term where it is passed (of a preference loss: on either side)."""
         return self._reads(self.formula, term)
 
-    def asks(self, term: str) -> bool:
-        """Whether its function asks for this term where it is passed, be it for a report alone."""
-        return self._asks(self.formula, term)
+    def asks(self, term: str, side: int | None = None) -> bool:
+        """Whether its function asks for this term, be it for a report alone; of a pair on a side, or on either."""
+        return self._asks(self.formula, term, (0, 1) if side is None else (side,))
+
+    def reading(self) -> str:
+        """Names of what the loss asks for, in one text for messages."""
+        return self._reading(self.formula)
 
     def policy_plan(self, *call: Any) -> Plan:
         """Registers the objective of a `policy_loss` call (fields of PolicyCall)."""
@@ -330,10 +334,15 @@ class Loss:
 
         return term in terms_read(self)
 
-    def _asks(self, _: str, term: str) -> bool:
-        from fastreward.losses._objective import terms_asked
+    def _asks(self, _: str, term: str, sides: tuple[int, ...]) -> bool:
+        from fastreward.losses._objective import inputs_asked
 
-        return term in terms_asked(self)
+        return any(name == term and side in sides for name, _, side in inputs_asked(self))
+
+    def _reading(self, _: str) -> str:
+        from fastreward.losses._objective import reading
+
+        return reading(self)
 
     def _policy_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
@@ -373,9 +382,10 @@ class Loss:
         """The loss on numbers, slow and in float64: [B, T] per token or [B] per sequence, 0 where nothing counts.
 
         arrays: the terms by name, [B, T], [B] or numbers: logprob=..., advantage=..., extras by their own names. For a
-        preference loss chosen_logprob=..., rejected_logprob=..., and mask=(chosen, rejected). Tensors that require a
-        gradient get one. Raises ValueError for a term that the loss reads and that is not there, and for an array that
-        is no term and that it does not read.
+        preference loss chosen_logprob=..., rejected_logprob=..., and mask=(chosen, rejected). Without a mask and any
+        [B, T] each sequence has one token: of arrays [B] the result is [B], of numbers alone []. Tensors that require
+        a gradient get one. Raises ValueError for a term that the loss reads and that is not there, for an array that
+        is no term and that it does not read, and for wrong shapes.
         """
         from fastreward.losses._evaluate import evaluate
 
@@ -406,16 +416,15 @@ def _unpickled(definition: Definition[Any], parameters: dict[str, Any], plain: d
     return loss
 
 
-def _same(a: object, b: object) -> bool:
-    if a is b or isinstance(a, Node):
-        return a is b
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
-    return bool(a == b)
-
-
 # Dynamo runs these while it traces.
-_RUN: tuple[Any, ...] = (Loss._reads, Loss._asks, Loss._policy_plan, Loss._gradient_plan, Loss._pair_plan)
+_RUN: tuple[Any, ...] = (
+    Loss._reads,
+    Loss._asks,
+    Loss._reading,
+    Loss._policy_plan,
+    Loss._gradient_plan,
+    Loss._pair_plan,
+)
 for _method in _RUN:
     _method._dynamo_marked_constant = True
 

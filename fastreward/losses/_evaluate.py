@@ -13,7 +13,7 @@ from fastreward._arrays import as_tensor
 from fastreward.group import factorize
 from fastreward.losses._define import Loss
 from fastreward.losses._graph import Graph, Level, Node, walk
-from fastreward.losses._objective import terms_asked, terms_read
+from fastreward.losses._objective import inputs_asked
 from fastreward.losses._terms import PAIR_TERMS, TERMS, PairTerms, Terms
 from fastreward.reference.program import Values
 
@@ -25,13 +25,16 @@ def evaluate(
 ) -> Tensor:
     """See Loss.evaluate; in another dtype it is what plain torch would give."""
     tensors = {name: torch.as_tensor(as_tensor(x), dtype=dtype) for name, x in arrays.items()}
-    masks = _masks(loss, mask, tensors)
+    numbers = mask is None and all(x.ndim == 0 for x in tensors.values())
+    masks, single = _masks(loss, mask, tensors)
     named: dict[tuple[str, int], Tensor] = {}
     for name, x in tensors.items():
         term = _split(loss, name)
         if term in named:
             raise ValueError(f"{name}: there is an array of this name for the pair and for its chosen side; rename one")
-        named[term] = _shaped(name, x, masks[term[1]])
+        x = _shaped(name, x, masks[term[1]])
+        lifted = single[term[1]] and x.ndim == (0 if numbers else 1) and _per_token(loss, *term)
+        named[term] = x.reshape(-1, 1) if lifted else x
     _check_names(loss, named)
     levels = [{n: _level(x) for (n, side), x in named.items() if side == wanted} for wanted in (0, 1)]
     t = PairTerms(Graph(2), levels[0], (levels[0], levels[1])) if loss.definition.pairs else Terms(Graph(), levels[0])
@@ -44,21 +47,23 @@ def evaluate(
         named[f"parameter.{name}", 0] = x
     result = Values(named, masks, _groups(value, group_ids, masks[0]), loss.scalars, dtype).of(value)
     if value.level == Level.TOKEN:
-        return torch.where(masks[value.side], result, 0.0)
+        tokens = torch.where(masks[value.side], result, 0.0)
+        return tokens.reshape(()) if numbers else tokens.squeeze(-1) if single[value.side] else tokens
     counted = torch.stack([side.any(-1) for side in masks]).any(0)
-    return torch.where(counted, result.expand(masks[0].shape[0], 1).squeeze(-1), 0.0)
+    rows = torch.where(counted, result.expand(masks[0].shape[0], 1).squeeze(-1), 0.0)
+    return rows.reshape(()) if numbers else rows
 
 
 def _check_names(loss: Loss, named: Iterable[tuple[str, int]]) -> None:
     """Refuses what is neither a term nor read by the loss."""
     known = PAIR_TERMS if loss.definition.pairs else TERMS
-    read, asked = terms_read(loss), terms_asked(loss)
+    asked = {name for name, _, _ in inputs_asked(loss)}
     for name, side in named:
         if name not in known and name not in asked:
             argument = f"{_SIDES[side]}{name}" if loss.definition.pairs and side else name
-            near = difflib.get_close_matches(name, {*known, *read}, n=1)
+            near = difflib.get_close_matches(name, {*known, *asked}, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"{argument}: {loss.name} does not read it{hint}; it reads {', '.join(sorted(read))}")
+            raise ValueError(f"{argument}: {loss.name} does not read it{hint}; it reads {loss.reading()}")
 
 
 def _split(loss: Loss, name: str) -> tuple[str, int]:
@@ -70,20 +75,30 @@ def _split(loss: Loss, name: str) -> tuple[str, int]:
     return name, 0
 
 
-def _masks(loss: Loss, mask: Any, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """The counted tokens of each side, bool [B, T]; everything where none are given."""
+def _per_token(loss: Loss, term: str, side: int) -> bool:
+    """Whether the loss reads this term once per token, or not at all."""
+    levels = [level for name, level, of in inputs_asked(loss) if (name, of) == (term, side)]
+    return max(levels, default=Level.TOKEN) == Level.TOKEN
+
+
+def _masks(loss: Loss, mask: Any, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], list[bool]]:
+    """The counted tokens of each side, bool [B, T], everything where none are given.
+
+    And of each side whether it has one token a sequence because neither a mask nor any [B, T] says otherwise.
+    """
     sides = 2 if loss.definition.pairs else 1
     given: Sequence[Any] = mask if isinstance(mask, tuple | list) and sides == 2 else [mask] * sides
-    masks = []
+    masks: list[Tensor | None] = [None if m is None else torch.as_tensor(as_tensor(m)) != 0 for m in given]
+    for m in masks:
+        if m is not None and m.ndim != 2:
+            raise ValueError(f"mask: expected [B, T], got shape {list(m.shape)}")
     for side in range(sides):
         shapes = [x.shape for name, x in tensors.items() if x.ndim == 2 and _split(loss, name)[1] == side]
-        if given[side] is not None:
-            masks.append(torch.as_tensor(as_tensor(given[side])) != 0)
-        elif shapes:
-            masks.append(torch.ones(shapes[0], dtype=torch.bool))
-        else:
-            raise ValueError(f"{loss.name}: expected a term per token ([B, T]) or a mask, to know the tokens")
-    return masks
+        if masks[side] is None and shapes:
+            masks[side] = torch.ones(shapes[0], dtype=torch.bool)
+    known = [*(m for m in masks if m is not None), *(x for x in tensors.values() if x.ndim == 1)]
+    one = torch.ones(len(known[0]) if known else 1, 1, dtype=torch.bool)
+    return [one if m is None else m for m in masks], [m is None for m in masks]
 
 
 def _shaped(name: str, x: Tensor, mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ All of it is written in the loss language, so that one program gives the loss, i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Final, get_args
@@ -31,7 +32,7 @@ from fastreward.losses._functions import (
 from fastreward.losses._graph import Graph, Level, Node, walk
 from fastreward.losses._ops import SEQ_REDUCTIONS
 from fastreward.losses._program import Program, program, without_stop_gradient
-from fastreward.losses._terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, PairTerms, Terms, measured
+from fastreward.losses._terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, SIDES, PairTerms, Terms, measured
 
 #: Parameters of a call that are not the loss's own; their values come before its.
 CALL_PARAMETERS: Final = ("call.width", "call.kl_coef", "call.entropy_coef")
@@ -146,16 +147,31 @@ def terms_read(loss: Loss) -> frozenset[str]:
     return _cached_terms(_Key(loss))[0]
 
 
-def terms_asked(loss: Loss) -> frozenset[str]:
-    """The same with what tracing asks for besides: what is only reported, or simplified away (as in x - x)."""
+def inputs_asked(loss: Loss) -> frozenset[tuple[str, Level, int]]:
+    """(name, level, side) of all that tracing asks for, be it passed or where something else is not.
+
+    Also of what is only reported, or simplified away (as in x - x).
+    """
     return _cached_terms(_Key(loss))[1]
 
 
+def reading(loss: Loss) -> str:
+    """`inputs_asked` as the loss writes them, for messages."""
+    texts = {
+        f"{SIDES[side]}.{name}" if loss.definition.pairs and (side or level == Level.TOKEN) else name
+        for name, level, side in inputs_asked(loss)
+    }
+    return ", ".join(sorted(texts)) or "nothing"
+
+
 @lru_cache(maxsize=512)
-def _cached_terms(key: _Key) -> tuple[frozenset[str], frozenset[str]]:
-    t = key.loss.terms()
-    read = {n.name for n in walk([key.loss.trace(t)]) if n.op == "input" and n.name is not None}
-    return frozenset(read), frozenset(name for name, _, _ in t.graph.inputs())
+def _cached_terms(key: _Key) -> tuple[frozenset[str], frozenset[tuple[str, Level, int]]]:
+    with_all, with_least = key.loss.terms(), key.loss.terms(optional=False)
+    read = {n.name for n in walk([key.loss.trace(with_all)]) if n.op == "input" and n.name is not None}
+    with suppress(Exception):  # a loss may refuse such a call
+        key.loss.trace(with_least)
+    inputs = (*with_all.graph.inputs(), *with_least.graph.inputs())
+    return frozenset(read), frozenset(x for x in inputs if not x[0].startswith("parameter."))
 
 
 @lru_cache(maxsize=512)

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from numbers import Real
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from fastreward import _check
@@ -72,3 +73,12 @@ def kind(value: Any) -> Any:
     if isinstance(value, Tensor):
         return "tensor", value.ndim
     return ("term", value.id) if isinstance(value, Node) else (type(value), value)
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two parameters are equal, tensors value by value."""
+    if a is b or isinstance(a, Node):
+        return a is b
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+    return bool(a == b)

@@ -30,7 +30,7 @@ _PAIR_SOURCES: Final = {
 #: What a call gives beside extras, of a pair on each side.
 TERMS: Final = tuple(_SOURCES)
 PAIR_TERMS: Final = tuple(_PAIR_SOURCES)
-_SIDES: Final = ("chosen", "rejected")
+SIDES: Final = ("chosen", "rejected")
 _PER: Final = {Level.TOKEN: "token", Level.ROW: "sequence", Level.BATCH: "batch"}
 #: Metrics of every policy loss that the losses themselves report.
 CLIP_FRACTIONS: Final = ("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual")
@@ -58,7 +58,7 @@ class _Inputs:
         self.asked: set[str] = set()  # names that `has` was asked for
 
     def _input(self, name: str, usual: Level) -> Node:
-        full = self._named.get(name, f'extra={{"{name}": ...}}').replace("{side}", _SIDES[self._side])
+        full = self._named.get(name, f'extra={{"{name}": ...}}').replace("{side}", SIDES[self._side])
         level = usual
         if self._levels is not None:
             if name not in self._levels:
