@@ -1,4 +1,4 @@
-"""NumPy in, NumPy out; CuPy in, CuPy out: arrays are shared through DLPack or the buffer protocol, never copied."""
+"""NumPy in, NumPy out; CuPy in, CuPy out: arrays share their memory by DLPack or the buffer protocol where they can."""
 
 from __future__ import annotations
 
@@ -48,31 +48,48 @@ def _inside(values: Iterable[object]) -> list[object]:
     return [x for value in values if isinstance(value, dict) for x in value.values()]
 
 
-def _check_writable(out: object) -> None:
+def _check_writable(out: Any) -> None:
     """`out` is the one argument that is written to; torch does not know of read-only memory."""
-    if array_kind(out) == "numpy" and not cast(Any, out).flags.writeable:
+    if array_kind(out) != "numpy":
+        return
+    if not out.flags.writeable:
         raise ValueError("out: expected an array that may be written to, got a read-only one")
+    if not _shareable(out):
+        raise ValueError(f"out: expected native byte order and no negative strides, got {out.dtype!r}, {out.strides}")
 
 
 def array_kind(x: object) -> Kind | None:
     """ "numpy" or "cupy" for a numeric array, None for all else (object arrays of group ids stay what they are)."""
-    if type(x).__name__ != "ndarray" or cast(Any, x).dtype.kind not in "fiub":
+    if type(x).__name__ not in ("ndarray", "memmap"):
+        return None
+    dtype = cast(Any, x).dtype
+    if dtype.kind not in "fiub" or dtype.itemsize > 8:
         return None
     return "cupy" if type(x).__module__.startswith("cupy") else "numpy"
 
 
 def as_tensor(x: Any) -> Any:
-    """A tensor on `x`'s memory when it is a numeric array, a mapping of such, else `x`."""
+    """A tensor on `x`'s memory when it is a numeric array, a mapping of such, else `x`.
+
+    Of an array whose memory torch cannot share (another byte order, negative strides) a copy.
+    """
     if isinstance(x, dict):
         return {name: as_tensor(value) for name, value in x.items()}
     kind = array_kind(x)
     if kind == "cupy":
         return torch.utils.dlpack.from_dlpack(x)
     if kind == "numpy":
+        if not _shareable(x):
+            x = x.astype(x.dtype.newbyteorder("="), order="C")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # read-only arrays: only `out` is written to
             return torch.from_numpy(x)
     return x
+
+
+def _shareable(x: Any) -> bool:
+    """Whether torch can share the memory of a NumPy array."""
+    return x.dtype.isnative and all(step >= 0 and step % x.itemsize == 0 for step in x.strides)
 
 
 def as_arrays(result: Any, kind: Kind) -> Any:

@@ -30,7 +30,10 @@ def values_checked(*tensors: Tensor | None) -> bool:
 def tensor(name: str, x: object) -> Tensor:
     """`x` itself, if it is a tensor."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch tensor (or a NumPy or CuPy array), got {type(x).__name__}")
+        of = f" of {x.dtype}" if hasattr(x, "dtype") else ""
+        raise TypeError(
+            f"{name}: expected a torch tensor (or a NumPy or CuPy array of numbers), got {type(x).__name__}{of}"
+        )
     return x
 
 

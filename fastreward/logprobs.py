@@ -367,7 +367,7 @@ def _check_logits(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"logits: expected shape [..., V] with V > 0, got {list(logits.shape)}")
     _check.shape("labels", labels, logits.shape[:-1], "the logits' shape without V")
     _check.same_device("labels", labels, "logits", logits)
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel():
         raise ValueError(f"logits: expected unit stride along V, got {logits.stride(-1)}; call .contiguous() first")
 
 

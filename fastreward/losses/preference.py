@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastreward import _check
+from fastreward._arrays import accepts_arrays
 from fastreward.losses._checks import PAIR_RULES, RULES, Rule, apply, check_pair
 from fastreward.losses._define import define
 from fastreward.losses._functions import (
@@ -284,12 +285,21 @@ def dpo(
     return loss * (_wpo_weight(t.chosen) * _wpo_weight(t.rejected)) if wpo else loss
 
 
+@accepts_arrays
 def ld_dpo_weights(chosen_mask: Tensor, rejected_mask: Tensor, ld_alpha: float) -> tuple[Tensor, Tensor]:
     """LD-DPO's token weights, for preference_loss(chosen_weights=..., rejected_weights=...), f32 [P, T] of each mask.
 
     1 up to the shorter response's length, ld_alpha beyond (arXiv 2409.06411; code: TRL 1.16.0 dpo_trainer.py).
+
+    Raises:
+        TypeError, ValueError: no tensor or array, other than [P, T] with one P for both.
     """
     check_pair(ld_alpha=ld_alpha)
+    for name, given in (("chosen_mask", chosen_mask), ("rejected_mask", rejected_mask)):
+        if _check.tensor(name, given).ndim != 2:
+            raise ValueError(f"{name}: expected shape [P, T], got {list(given.shape)}")
+    if chosen_mask.shape[0] != rejected_mask.shape[0]:
+        raise ValueError(f"rejected_mask: expected {chosen_mask.shape[0]} rows, got {rejected_mask.shape[0]}")
     chosen, rejected = chosen_mask != 0, rejected_mask != 0
     shorter = torch.minimum(chosen.sum(-1), rejected.sum(-1)).unsqueeze(-1)
 

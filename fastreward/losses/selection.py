@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fastreward import _check
+from fastreward._arrays import accepts_arrays
 
 __all__ = ["cov_mask", "tw_grpo_importance"]
 
 
+@accepts_arrays
 @torch.no_grad()
 def cov_mask(
     logprobs: Tensor,
@@ -77,6 +79,7 @@ def _first(keys: Tensor, limit: Tensor) -> Tensor:
     return torch.empty_like(chosen).scatter_(0, order, chosen).reshape(keys.shape)
 
 
+@accepts_arrays
 @torch.no_grad()
 def tw_grpo_importance(logprobs: Tensor, mask: Tensor, *, group_size: int) -> Tensor:
     """How much a group's next-token distributions disagree at each position, in [0, 1]: float32 [B, T] for `tw_grpo`.
