@@ -36,6 +36,7 @@ from fastreward.losses import (
 from fastreward.losses._graph import Graph, Level, Node
 from fastreward.losses._objective import PolicyCall, policy_objective
 from fastreward.losses._ops import OPS
+from fastreward.losses._program import program
 
 TOKENS = (("logprob", Level.TOKEN), ("old_logprob", Level.TOKEN), ("advantage", Level.TOKEN))
 
@@ -73,7 +74,30 @@ def test_constants_fold_and_neutral_elements_vanish() -> None:
     negated = -x
     assert (-negated).id == x.id
     assert where(graph.constant(1.0) > 0, x, 5.0).id == x.id
+    assert where(graph.constant(1.0) < 0, 5.0, x).id == x.id
     assert (x - x).value == 0.0
+    y = graph.input("y", Level.TOKEN)
+    assert (-(x - y)).id == (y - x).id
+    assert (x / 4.0).id == (x * 0.25).id
+    condition, true, false = x > y, graph.truth(True), graph.truth(False)
+    assert (condition & true).id == (true & condition).id == condition.id
+    assert (condition | false).id == (false | condition).id == condition.id
+    assert (condition & false).value == 0.0
+    assert (condition | true).value == 1.0
+
+
+def test_keys_tell_programs_apart() -> None:
+    """By the level of an input, its name and side, a constant, an operator, and what is wanted."""
+
+    def key(level: Level = Level.TOKEN, name: str = "y", value: float = 2.0, side: int = 0, swap: bool = False) -> str:
+        graph = Graph(sides=2)
+        x, y = graph.input("x", Level.TOKEN, side), graph.input(name, level, side)
+        outputs = [x * y + value, minimum(x, y)]
+        return program(outputs[::-1] if swap else outputs, [], 2).key
+
+    keys = [key(), key(Level.ROW), key(name="z"), key(value=3.0), key(side=1), key(swap=True)]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
 
 
 def test_a_rows_product_is_computed_once_a_row() -> None:
@@ -204,8 +228,24 @@ def test_derived_gradients_are_autograds(data: st.DataObject) -> None:
             values.append(UNARY[kind % len(UNARY)](x) if kind < 60 else BINARY[kind % len(BINARY)](x, y))
         return values[-1] + 0.1 * t.logprob * seq_mean(t.logprob)
 
-    loss = random_loss()
-    tensors = make(seed=len(choice))
+    check_derived(random_loss(), seed=len(choice))
+
+
+@pytest.mark.parametrize("kind", range(len(UNARY) + len(BINARY)))
+def test_each_function_has_its_own_derivative(kind: int) -> None:
+    """Alone and within a product, under an upstream gradient that no two tokens share."""
+
+    @define(aggregation="seq-mean-token-mean")
+    def one_function(t):
+        f = UNARY[kind] if kind < len(UNARY) else lambda x: BINARY[kind - len(UNARY)](x, 0.5 * t.logprob - 0.1)
+        return t.advantage * f(t.logprob) + t.logprob * f(t.advantage * t.logprob)
+
+    check_derived(one_function(), seed=kind)
+
+
+def check_derived(loss: losses.Loss, seed: int) -> None:
+    """Value and derived gradient of the whole objective against torch autograd of its evaluation."""
+    tensors = make(seed=seed)
     groups = [0, 1, 0, 1]
     mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1] * 6, [0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0]])
     value = loss.evaluate(mask=mask, group_ids=groups, **tensors)

@@ -98,3 +98,35 @@ def test_equal_members_of_a_group_share_what_all_of_them_send_back(extreme, back
         result.loss.backward()
     assert x.grad is not None
     assert x.grad.flatten().tolist() == [55.5, 55.5, 0.0, 7.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("extreme", [losses.batch_max, losses.batch_min])
+def test_equal_sequences_of_the_batch_share(extreme, backend: str) -> None:  # type: ignore[no-untyped-def]
+    @losses.define(aggregation="token-sum")
+    def of_the_batch(t):  # type: ignore[no-untyped-def]
+        return t.advantage * extreme(losses.seq_mean(t.logprob))
+
+    x = torch.tensor([-2.0, -2.0, -3.0 if extreme is losses.batch_max else -1.0]).unsqueeze(-1).requires_grad_()
+    with fr.backend(backend):
+        result = fr.policy_loss(x, torch.zeros(3, 1), torch.tensor([1.0, 10.0, 100.0]), loss=of_the_batch())
+        result.loss.backward()
+    assert x.grad is not None
+    assert x.grad.flatten().tolist() == [55.5, 55.5, 0.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_infinite_maximum_of_an_empty_sequence_spoils_no_gradient(backend: str) -> None:
+    """What is the same for the whole batch gets the sum of all sequences' gradients; that of an empty one is 0 * inf."""
+
+    @losses.define(aggregation="token-sum")
+    def product(t):  # type: ignore[no-untyped-def]
+        return t.logprob * (losses.seq_max(t.logprob) * losses.batch_mean(t.logprob))
+
+    x = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1], [0, 0], [1, 1]])
+    with fr.backend(backend):
+        fr.policy_loss(x, torch.zeros(3, 2), torch.ones(3), mask, loss=product()).loss.backward()
+    assert x.grad is not None
+    # Of sum_i s_i m_i M, s the sequences' sums, m their maxima, M the mean: m M + s M [where m is] + sum(s m) / 4.
+    assert x.grad.tolist() == [[28.5, 18.0], [0.0, 0.0], [70.5, 32.0]]
