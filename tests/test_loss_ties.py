@@ -8,6 +8,10 @@ import torch
 
 import fastreward as fr
 from fastreward import losses
+from fastreward._dispatch import implementation
+from fastreward._tokens import Tokens
+from fastreward.losses._graph import Level
+from fastreward.losses._objective import PolicyCall, token_gradient
 from fastreward.losses._ops import OPS
 
 BACKENDS = ("reference", "cpu")
@@ -117,7 +121,7 @@ def test_equal_sequences_of_the_batch_share(extreme, backend: str) -> None:  # t
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_infinite_maximum_of_an_empty_sequence_spoils_no_gradient(backend: str) -> None:
-    """What is the same for the whole batch gets the sum of all sequences' gradients; that of an empty one is 0 * inf."""
+    """The whole batch's value gets the sum of all sequences' gradients; that of an empty one would be 0 * inf."""
 
     @losses.define(aggregation="token-sum")
     def product(t):  # type: ignore[no-untyped-def]
@@ -130,3 +134,57 @@ def test_the_infinite_maximum_of_an_empty_sequence_spoils_no_gradient(backend: s
     assert x.grad is not None
     # Of sum_i s_i m_i M, s the sequences' sums, m their maxima, M the mean: m M + s M [where m is] + sum(s m) / 4.
     assert x.grad.tolist() == [[28.5, 18.0], [0.0, 0.0], [70.5, 32.0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_sequence_counts_in_no_loss_per_sequence(backend: str) -> None:
+    @losses.define(aggregation="seq-mean-token-mean")
+    def largest(t):  # type: ignore[no-untyped-def]
+        return losses.seq_max(t.logprob)
+
+    x = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]], requires_grad=True)
+    with fr.backend(backend):
+        mask = torch.tensor([[1, 1], [0, 0], [1, 1]])
+        result = fr.policy_loss(x, torch.zeros(3, 2), torch.ones(3), mask, loss=largest())
+        result.loss.backward()
+    assert result.loss.item() == -3.0
+    assert x.grad is not None
+    assert x.grad.tolist() == [[0.5, 0.0], [0.0, 0.0], [0.5, 0.0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_cumulative_sums_take_equal_keys_in_the_order_of_the_rows(backend: str, reverse: bool) -> None:
+    """Keys 5, 7, 5, 5: from the largest down rows 1, 0, 2, 3. Gradients go to the rows that a sum has taken."""
+
+    @losses.define(static=("back",), aggregation="token-sum")
+    def cumulative(t, back=False):  # type: ignore[no-untyped-def]
+        x, key = losses.seq_mean(t.logprob), losses.seq_mean(t.advantage)
+        return losses.seq_mean(t.old_logprob) * losses.group_cumsum(x, by=key, reverse=back)
+
+    x = torch.tensor([-1.0, -2.0, -4.0, -8.0]).unsqueeze(-1).requires_grad_()
+    upstream = torch.tensor([1.0, 10.0, 100.0, 1000.0]).unsqueeze(-1)
+    with fr.backend(backend):
+        result = fr.policy_loss(
+            x, upstream, torch.tensor([5.0, 7.0, 5.0, 5.0]), loss=cumulative(back=reverse), group_size=4,
+            return_token_loss=True,
+        )  # fmt: skip
+        result.loss.backward()
+    sums = [-13.0, -15.0, -12.0, -8.0] if reverse else [-3.0, -2.0, -7.0, -15.0]
+    assert result.token_loss is not None
+    assert (result.token_loss / upstream).flatten().tolist() == sums
+    assert x.grad is not None
+    assert x.grad.flatten().tolist() == ([11.0, 10.0, 111.0, 1111.0] if reverse else [1101.0, 1111.0, 1100.0, 1000.0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_per_sequence_is_nan_where_a_log_prob_is(backend: str) -> None:
+    """An illegal label, which a GPU does not look for, gives NaN: not the gradient that its sequence has everywhere."""
+    levels = (("logprob", Level.TOKEN), ("old_logprob", Level.TOKEN), ("advantage", Level.ROW))
+    gradient = token_gradient(losses.reinforce(), PolicyCall(levels, "token-sum"))
+    assert gradient is not None
+    given = {"logprob": torch.tensor([[-1.0, torch.nan, -2.0]]), "advantage": torch.tensor([3.0])}
+    inputs = [given[str(n.name)] for n in gradient.program.inputs]
+    run = implementation("program", backend).run
+    (found,), _ = run(gradient.program, inputs, [Tokens((1, 3))], [], None)
+    assert torch.equal(found.nan_to_num(7.0), torch.tensor([[-3.0, 7.0, -3.0]]))

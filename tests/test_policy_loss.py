@@ -455,6 +455,30 @@ def test_unchecked_bounds_under_compile_touch_nothing_outside() -> None:
     loss = torch.compile(step, backend="eager")(lp, torch.tensor([5, 400_000, -7, 3]))
     (grad,) = torch.autograd.grad(loss, lp)
     assert torch.equal(grad, -torch.ones(10))
+    assert loss == -10  # and every token is in one sequence
+
+
+@pytest.mark.usefixtures("_backend")
+def test_as_many_sequences_as_tokens() -> None:
+    """Weights in the shape of the packed tokens are the tokens', though there are as many sequences."""
+    lp, weights = torch.full((3,), -0.5, requires_grad=True), torch.tensor([2.0, 3.0, 5.0])
+    bounds = torch.tensor([0, 2, 2, 3])
+    result = fr.policy_loss(lp, lp.detach(), torch.ones(3), cu_seqlens=bounds, weights=weights, aggregation="token-sum")
+    assert torch.autograd.grad(result.loss, lp)[0].tolist() == [-2.0, -3.0, -5.0]
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1], [7, 7, 8, 8], [-1, -1, 0, 0], [3, 3, 90, 90]])
+def test_groups_of_any_labels_stay_apart(labels: list[int]) -> None:
+    lp, old = torch.tensor([[-0.5], [-0.3], [-0.9], [-0.2]]), torch.full((4, 1), -0.4)
+    adv = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    found, wanted = (
+        fr.policy_loss(lp, old, adv, loss=fr.losses.real(), group_ids=torch.tensor(ids)).loss
+        for ids in (labels, [10, 10, 20, 20])
+    )
+    assert torch.equal(found, wanted)
+    whole = fr.policy_loss(lp, old, adv, loss=fr.losses.real(), group_size=4).loss
+    assert not torch.equal(found, whole)
 
 
 def test_compiles_in_one_graph() -> None:
