@@ -459,11 +459,12 @@ def test_unchecked_bounds_under_compile_touch_nothing_outside() -> None:
 
 
 @pytest.mark.usefixtures("_backend")
-def test_as_many_sequences_as_tokens() -> None:
-    """Weights in the shape of the packed tokens are the tokens', though there are as many sequences."""
+@pytest.mark.parametrize("bounds", [[0, 2, 2, 3], [0, 3], [0, 0, 1, 2, 3]])
+def test_packed_weights_per_token(bounds: list[int]) -> None:
+    """Weights in the shape of the packed tokens are the tokens', also where there are as many sequences."""
     lp, weights = torch.full((3,), -0.5, requires_grad=True), torch.tensor([2.0, 3.0, 5.0])
-    bounds = torch.tensor([0, 2, 2, 3])
-    result = fr.policy_loss(lp, lp.detach(), torch.ones(3), cu_seqlens=bounds, weights=weights, aggregation="token-sum")
+    options = {"cu_seqlens": torch.tensor(bounds), "weights": weights, "aggregation": "token-sum"}
+    result = fr.policy_loss(lp, lp.detach(), torch.ones(len(bounds) - 1), **options)
     assert torch.autograd.grad(result.loss, lp)[0].tolist() == [-2.0, -3.0, -5.0]
 
 
