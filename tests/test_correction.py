@@ -104,6 +104,39 @@ def test_extreme_log_ratios(level: str, size: float) -> None:
         check((mask, old, rollout), mode=mode, level=level, reject=reject)
 
 
+@pytest.mark.parametrize("level", twin.LEVELS)
+@pytest.mark.parametrize("mode", ["mask", "icepop", "truncate"])
+def test_a_weight_exactly_on_its_bounds_is_inside(level: str, mode: str) -> None:
+    old = -torch.rand(3, 4)
+    weights, keep, metrics = correction_weights(old, old, mode=mode, level=level, low=1.0, high=1.0)
+    assert torch.equal(weights, torch.ones(3, 4))
+    assert keep.all()
+    assert metrics["rollout_is_ratio_fraction_high"] == metrics["rollout_is_ratio_fraction_low"] == 0
+
+
+def test_a_statistic_exactly_on_its_threshold_passes() -> None:
+    """Log-ratios of 0: k1 between log 1 and log 1; and no gap on average, for an advantage below 0."""
+    old = -torch.rand(3, 4)
+    for place in ("token", "seq_sum", "seq_mean"):
+        assert correction_weights(old, old, reject={f"{place}_k1": (1.0, 1.0)})[1].all()
+    gap = torch.full((3, 4), 0.25)
+    half = old.mul(256).round().div(256)  # sums are exact
+    for threshold, kept in ((0.25, True), (0.125, False)):
+        found = off_policy_sequence_mask(half, half + gap, -torch.ones(3), threshold=threshold)
+        assert found.tolist() == [kept] * 3
+
+
+@pytest.mark.parametrize("level", twin.LEVELS)
+@pytest.mark.parametrize("gap", [2.0, -2.0])
+def test_the_log_ratio_is_clamped_at_its_level(level: str, gap: float) -> None:
+    """Two tokens, each 2 off: a sequence's sum is 4, its mean 2."""
+    old = torch.full((1, 2), -0.5)
+    whole = 2 * gap if level == "sequence" else gap
+    for clamp, expected in ((0.5, 0.5 * whole / abs(whole)), (3.0, max(-3.0, min(3.0, whole))), (None, whole)):
+        weights, _, _ = correction_weights(old, old - gap, level=level, high=1000.0, log_ratio_clamp=clamp)
+        torch.testing.assert_close(weights.log(), torch.full((1, 2), expected), rtol=1e-5, atol=1e-5)
+
+
 def test_single_token_and_nothing_inside() -> None:
     """T = 1; a batch whose weights are all outside: the mean weight is 0 and normalising by it changes nothing."""
     check(rollouts(width=1), level="sequence", reject={"seq_mean_k1": (0.9, 1.1)})

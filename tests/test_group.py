@@ -181,6 +181,7 @@ def test_trl_convention() -> None:
             {"group_size": 2, "center": "leave_one_out"},
         ),
         (ValueError, r"lengths: needed for center='length-weighted'", {"group_size": 2, "center": "length-weighted"}),
+        (ValueError, r"lengths: needed .* and only for it", {"group_size": 2, "lengths": torch.ones(6)}),
         (ValueError, r"component_weights: expected shape \[1\]", {"group_size": 2, "component_weights": [1, 2]}),
         (
             TypeError,

@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from fastreward import recipes
+import fastreward as fr
+from fastreward import losses, recipes
+from fastreward.correction import DEFAULT_BOUNDS
+from fastreward.losses._objective import kl
 from fastreward.recipes import RECIPES
 
 TABLE = tomllib.loads((Path(__file__).parent / "data" / "published_defaults.toml").read_text(encoding="utf-8"))
 SILENT: dict[str, dict[str, Any]] = TABLE.pop("silent")
+OPERATIONS: dict[str, dict[str, Any]] = TABLE.pop("operations")
+BOUNDS: dict[str, dict[str, float]] = TABLE.pop("bounds")
 #: What says which tokens and rollouts there are: no setting of a method.
 PLACES = {"mask", "group_ids", "group_size", "cu_seqlens"}
 
@@ -41,6 +46,21 @@ def test_defaults_are_those_of_the_page(name: str) -> None:
     assert set(found) == set(table), "an option is in no part of the table, or in the table alone"
     wrong = {n: (x, table[n]) for n, x in found.items() if not agrees(x, table[n])}
     assert not wrong, f"(default, page): {wrong}"
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_defaults_of_operations(name: str) -> None:
+    operation = {"cov_mask": losses.cov_mask, "kl": kl}.get(name) or getattr(fr, name)
+    parameters = inspect.signature(operation).parameters
+    assert {n: parameters[n].default for n in OPERATIONS[name]} == OPERATIONS[name]
+
+
+def test_default_bounds_of_importance_weights() -> None:
+    assert {mode: (b.get("low"), b["high"]) for mode, b in BOUNDS.items()} == DEFAULT_BOUNDS
+    old = torch.zeros(1, 2)
+    rollout = old - torch.log(torch.tensor([[8.0, 0.25]]))
+    found = {m: fr.correction_weights(old, rollout, mode=m)[0][0].tolist() for m in ("truncate", "mask", "icepop")}
+    assert found == {"truncate": [2.0, 0.25], "mask": [0.0, 0.25], "icepop": [0.0, 0.0]}
 
 
 def test_the_table_speaks_of_recipes() -> None:
