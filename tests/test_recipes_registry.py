@@ -265,3 +265,40 @@ def test_arrays_go_in_and_come_out() -> None:
     weights, kept, _ = recipes.tis(old, logprobs)
     assert isinstance(weights, np.ndarray)
     assert kept.all()
+
+
+# ------------------------------------------------------------------------------------------------------------- rewards
+OF_REWARDS = [
+    r for r in RECIPES.values() if r.family != "tree" and "rewards" in inspect.signature(r.function).parameters
+]
+
+
+@pytest.mark.parametrize("recipe", OF_REWARDS, ids=[r.name for r in OF_REWARDS])
+def test_a_sequence_without_a_reward_is_not_there(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN = not scored: the loss of the others, and no gradient for this one. Rewards of any dtype count alike."""
+    original, calls = getattr(recipes, recipe.name), []
+    monkeypatch.setattr(
+        recipes, recipe.name, lambda *args, **kwargs: calls.append((args, kwargs)) or original(*args, **kwargs)
+    )
+    run_example(recipe)
+    bound = inspect.signature(original).bind(*calls[-1][0], **calls[-1][1])
+    options = bound.arguments.pop("options", {})
+    given = {**bound.arguments, **options}
+    given["logprobs"] = given["logprobs"].detach()
+    given["rewards"] = given["rewards"].round()
+    as_bool = original(**given | {"rewards": given["rewards"].bool()}).loss
+    assert torch.equal(as_bool, original(**given | {"rewards": given["rewards"].double()}).loss)
+
+    def first_three(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: first_three(value) for name, value in x.items()}
+        return x[:3] if isinstance(x, torch.Tensor | list) and len(x) == 4 else x
+
+    expected = original(**first_three(given)).loss
+    logprobs, rewards = given["logprobs"].clone().requires_grad_(), given["rewards"].clone()
+    rewards[3] = torch.nan
+    found = original(**given | {"logprobs": logprobs, "rewards": rewards}).loss
+    torch.testing.assert_close(found.detach(), expected)
+    found.backward()
+    assert not logprobs.grad[3].any()
+    assert logprobs.grad[:3].isfinite().all()

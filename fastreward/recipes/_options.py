@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
+from fastreward import _check
 from fastreward._options import KL, PairAggregation
 
 GroupIds = Tensor | Sequence[Hashable]
@@ -77,6 +78,13 @@ def keep_also(options: PolicyOptions, keep: Tensor, logprobs: Tensor) -> None:
     if given is not None and given.shape != keep.shape:
         given, keep = (per_token(x, logprobs, options.get("cu_seqlens")) for x in (given, keep))
     options["keep"] = keep if given is None else keep & (given != 0)
+
+
+def scored(options: PolicyOptions, rewards: Tensor, logprobs: Tensor) -> Tensor:
+    """Rewards [B] as float32; drops the sequences whose reward is NaN: they were not scored."""
+    rewards = _check.rewards("rewards", rewards).float()
+    keep_also(options, ~rewards.isnan(), logprobs)
+    return rewards
 
 
 def weigh_also(options: PolicyOptions, weights: Tensor, logprobs: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 r = exp(lp - old_lp), lp = logprobs, A = advantages, sg = stop_gradient. Every recipe takes the arguments of
 `fastreward.policy_loss`, passes its options on and returns what it returns; parameters have their published values.
+A response whose reward is NaN was not scored, and is left out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fastreward.recipes._options import (
     keep_also,
     per_sequence,
     per_token,
+    scored,
 )
 from fastreward.recipes._registry import Verified, recipe
 
@@ -443,6 +445,7 @@ def psr(
 
     rewards [B]: 1 for right, 0 for wrong; they take the place of advantages, there is no baseline.
     """
+    rewards = scored(options, rewards, logprobs)
     keep_also(options, rewards > 0, logprobs)
     loss = losses.psr(clip_low, clip_high)
     return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
@@ -464,6 +467,7 @@ def nsr(
 
     rewards [B]: 1 for right, 0 for wrong; they take the place of advantages, there is no baseline.
     """
+    rewards = scored(options, rewards, logprobs)
     keep_also(options, rewards <= 0, logprobs)
     loss = losses.nsr(clip_low, clip_high)
     return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
@@ -486,6 +490,7 @@ def w_reinforce(
 
     rewards [B]: 1 for right, 0 for wrong; they take the place of advantages, there is no baseline.
     """
+    rewards = scored(options, rewards, logprobs)
     loss = losses.w_reinforce(positive_weight, clip_low, clip_high)
     return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
 
@@ -792,6 +797,7 @@ def raft(
     rewards [B]: of right and wrong answers 1 and 0; to learn from the best of each group, 1 for it and 0 for the
     others. old_logprobs go into the metrics alone.
     """
+    rewards = scored(options, rewards, logprobs)
     keep_also(options, rewards > 0, logprobs)
     loss = losses.raft()
     return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)

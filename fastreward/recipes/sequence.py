@@ -2,7 +2,8 @@
 
 d = logprobs - old_logprobs, lp = logprobs, A = advantages, R = rewards, L = a sequence's counted tokens. Every recipe
 takes the arguments of `fastreward.policy_loss`, passes its options on and returns what it returns; parameters have
-their published values. Methods over groups need group_ids or group_size.
+their published values. Methods over groups need group_ids or group_size. A response whose reward is NaN was not scored,
+and is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastreward import PolicyLoss, group_advantages, losses, policy_loss
 from fastreward._options import Aggregation
-from fastreward.recipes._options import PolicyOptions, add_extra, per_sequence
+from fastreward.recipes._options import PolicyOptions, add_extra, per_sequence, scored
 from fastreward.recipes._registry import recipe
 
 _TRL = "TRL grpo_trainer.py `_compute_loss`"
@@ -160,6 +161,7 @@ def laser(
     1 right, 0 wrong. The method adds 0.1 times this to a GRPO loss, right and wrong responses balanced by weights= [B];
     old_logprobs go into the metrics alone.
     """
+    rewards = scored(options, rewards, logprobs)
     add_extra(options, score_token=score_token, reward=rewards)
     nothing = per_sequence(0.0, logprobs, options)
     loss = losses.laser(beta, temperature, constant)
@@ -200,7 +202,7 @@ def verifree(
         center="leave-one-out",
         scale="none",
     )
-    add_extra(options, answer=answer, reward=rewards)
+    add_extra(options, answer=answer, reward=scored(options, rewards, logprobs))
     loss = losses.verifree()
     return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
 
@@ -263,6 +265,7 @@ def real(
     softplus(-s / tau) or softplus(s / tau).
     """
     loss = losses.real(tau, variant)
+    rewards = scored(options, rewards, logprobs)
     return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
 
 
@@ -294,6 +297,7 @@ def pacs(
     "none": psi. balanced: in a group with both labels each weighs n / (2 n_label). rewards [B]: the labels.
     """
     loss = losses.pacs(beta, method, center, balanced)
+    rewards = scored(options, rewards, logprobs)
     return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
 
 
@@ -322,6 +326,7 @@ def brain(
     prior. rewards [B].
     """
     loss = losses.brain(gamma)
+    rewards = scored(options, rewards, logprobs)
     return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
 
 
@@ -351,4 +356,5 @@ def gdro(
     0 is Plackett-Luce, a group of two DPO. rewards [B]; old_logprobs go into the metrics alone.
     """
     loss = losses.gdro(beta, tau)
+    rewards = scored(options, rewards, logprobs)
     return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
