@@ -120,7 +120,7 @@ def whiten(
     if process_group is not None:
         return _whiten_across(source, mask, shift_mean, ddof, eps, process_group, out, backend)
     if _check.values_checked(x):
-        _check_counted(x.numel() if mask is None else int(mask.count_nonzero()), ddof)
+        _check_counted(x.numel() if mask is None else _check.counted(mask), ddof)
         if backend != "cpu":  # which finds it in the statistics
             _check.counted_finite("x", source, mask)
     if out is None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastreward import _core
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first: `make test` has two workers, and what is left at the end should be short."""
@@ -20,7 +22,8 @@ def _seed() -> None:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Restores the thread count after a test that changes it."""
-    before = torch.get_num_threads()
+    """For a test that changes the thread count: also small calls use all threads; both are as before afterwards."""
+    count, worth_waking = torch.get_num_threads(), _core.set_worth_waking(0)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(count)
+    _core.set_worth_waking(worth_waking)

@@ -18,6 +18,9 @@ namespace threads {
 using Run = void (*)(const void* function, std::int64_t chunk, int slot);
 void run(int threads, std::int64_t chunks, Run run, const void* function);
 
+// How much work must be left, in microseconds on one thread, for workers to be woken. For tests: 0 wakes them always.
+// Returns what it was.
+int set_worth_waking(int microseconds);
 // For tests: what a worker does each time before it takes its first chunk of a call; nullptr: nothing.
 void set_before_joining(void (*hook)());
 

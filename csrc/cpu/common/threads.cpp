@@ -41,8 +41,7 @@ namespace fastreward::threads {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr std::chrono::microseconds kLook{20};         // before going to sleep
-constexpr std::chrono::microseconds kWorthWaking{100};  // what is left, on one thread
+constexpr std::chrono::microseconds kLook{20};  // before going to sleep
 
 // ----------------------------------------------------------------------------------------------------------- the word
 constexpr std::uint64_t kInside = 1;                      // 12 bits
@@ -84,6 +83,7 @@ struct Pool {
   int workers = 0;
 };
 Pool pool;
+std::atomic<int> worth_waking{100};
 std::atomic<void (*)()> before_joining{nullptr};
 
 // ------------------------------------------------------------------------------------------------------------ waiting
@@ -190,6 +190,7 @@ void wake_workers(int count) {
 
 void take_chunks(Call& call, int seats) {
   const auto begin = Clock::now();
+  const std::chrono::microseconds worth{worth_waking.load(std::memory_order_relaxed)};
   bool woken = false;
   std::uint64_t work = pool.work.load(std::memory_order_relaxed);
   for (std::int64_t done = 1; chunks_of(work) > 0; ++done) {
@@ -197,7 +198,7 @@ void take_chunks(Call& call, int seats) {
       if (chunks_of(work) == 0) return;
     call.attempt(work, 0);
     work = pool.work.load(std::memory_order_relaxed);
-    if (woken || (Clock::now() - begin) * chunks_of(work) < kWorthWaking * done) continue;
+    if (woken || (Clock::now() - begin) * chunks_of(work) < worth * done) continue;
     woken = true;
     wake_workers(seats);
   }
@@ -215,6 +216,7 @@ void wait_for_those_inside() {
 
 }  // namespace
 
+int set_worth_waking(int microseconds) { return worth_waking.exchange(microseconds); }
 void set_before_joining(void (*hook)()) { before_joining = hook; }
 
 void run(int threads, std::int64_t chunks, Run run, const void* function) {

@@ -1,0 +1,9 @@
+// How many positions of a mask count.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.hpp"
+#include "common/mask.hpp"
+
+FASTREWARD_DECLARE(std::int64_t mask_count(const ::fastreward::MaskView& mask, std::int64_t positions, int threads);)
