@@ -72,8 +72,8 @@ class AggregateOptions:
     op: TreeOp = "mean"
     over: Over = "sequences"
     normalized: bool = False  # logsumexp: of the mean, not of the sum
-    scale: float = 1.0  # logsumexp: log(sum(exp(scale * v))) / scale
-    discount: float = 1.0  # factor per token between a sequence's end and the node's
+    scale: float | Tensor = 1.0  # logsumexp: log(sum(exp(scale * v))) / scale; f64 [] where only a kernel may read it
+    discount: float | Tensor = 1.0  # factor per token between a sequence's end and the node's
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,5 +83,5 @@ class AdvantageOptions:
     mode: TreeMode = "td"
     scale: Literal["std", "none"] = "std"
     ddof: int = 1
-    eps: float = 1e-6
+    eps: float | Tensor = 1e-6
     singleton: Literal["zero", "raw"] = "zero"

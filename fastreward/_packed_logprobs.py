@@ -10,6 +10,7 @@ from torch import Tensor
 from fastreward import _check
 from fastreward._dispatch import select
 from fastreward._layout import VALUES, flags_of
+from fastreward._numbers import Number, joined, number, split
 from fastreward._op import custom_op, refuse_double_backward
 from fastreward.logprobs import (
     LOGITS_DTYPES,
@@ -36,18 +37,20 @@ def _packed_token_logprobs(
     rows: Tensor,  # [E] i64: of the tokens that follow a row as its second, third, ... child
     ids: Tensor,  # [E] i64
     temperature: float,
+    given_temperature: Tensor | None,  # f64 []: instead of it, where the host does not know it
     flags: int,
     inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # values f32 [8, P], log-probs of the further children f32 [E]
-    given = (None, temperature, mask, None, None, None, flags, inplace_backward, backend)
+    divisor = joined(temperature, given_temperature, backend)
+    given = (*_per_row(divisor, labels), mask, None, None, None, flags, inplace_backward, backend)
     values, _, _ = _token_logprobs(logits, labels, *given)
     if rows.shape[0] == 0:
         return values, values.new_empty(0)
     # Relative to the first child's log-prob: a logsumexp that is rounded to f32 costs large logits their last digits.
-    x = logits[rows, ids].double() / temperature
+    x = logits[rows, ids].double() / divisor
     first = values[_LOGPROB, rows].double()
-    near = first + (x - logits[rows, labels[rows]].double() / temperature)
+    near = first + (x - logits[rows, labels[rows]].double() / divisor)
     return values, torch.where(first.isfinite(), near, x - values[_LOGSUMEXP, rows].double()).float()
 
 
@@ -68,11 +71,13 @@ def _packed_backward(
     grad_values: Tensor,
     grad_extra: Tensor,
     temperature: float,
+    given_temperature: Tensor | None,
     backend: str,
 ) -> Tensor:
-    row_data = _row_data(labels, mask, values, grad_values, grad_extra, rows, temperature)
+    divisor = joined(temperature, given_temperature, backend)
+    row_data = _row_data(labels, mask, values, grad_values, grad_extra, rows, divisor)
     grad: Tensor = _token_logprobs_backward(logits, *row_data, backend)
-    _add_further(grad, rows, ids, grad_extra, temperature)
+    _add_further(grad, rows, ids, grad_extra, divisor)
     return grad
 
 
@@ -95,11 +100,13 @@ def _packed_backward_(
     grad_values: Tensor,
     grad_extra: Tensor,
     temperature: float,
+    given_temperature: Tensor | None,
     backend: str,
 ) -> None:
-    row_data = _row_data(labels, mask, values, grad_values, grad_extra, rows, temperature)
+    divisor = joined(temperature, given_temperature, backend)
+    row_data = _row_data(labels, mask, values, grad_values, grad_extra, rows, divisor)
     _token_logprobs_backward_(logits, *row_data, backend)
-    _add_further(logits, rows, ids, grad_extra, temperature)
+    _add_further(logits, rows, ids, grad_extra, divisor)
 
 
 @_packed_backward_.register_fake
@@ -114,7 +121,7 @@ def _row_data(
     grad_values: Tensor,
     grad_extra: Tensor,
     rows: Tensor,
-    temperature: float,
+    temperature: Number,
 ) -> tuple[Any, ...]:
     """What the backward of token_logprobs takes beside the logits.
 
@@ -125,40 +132,45 @@ def _row_data(
     if rows.shape[0]:
         upstream = upstream.clone()
         upstream[_LOGSUMEXP].index_put_((rows,), -grad_extra, accumulate=True)
-    return labels, None, temperature, mask, None, None, None, values, none, upstream, none
+    return labels, *_per_row(temperature, labels), mask, None, None, None, values, none, upstream, none
 
 
-def _add_further(grad: Tensor, rows: Tensor, ids: Tensor, grad_extra: Tensor, temperature: float) -> None:
+def _per_row(temperature: Number, labels: Tensor) -> tuple[Tensor | None, float]:
+    """A temperature as token_logprobs takes it: of each row where only a kernel may read it, else of all."""
+    return (temperature.repeat(labels.shape[0]), 1.0) if isinstance(temperature, Tensor) else (None, temperature)
+
+
+def _add_further(grad: Tensor, rows: Tensor, ids: Tensor, grad_extra: Tensor, temperature: Number) -> None:
     """And into the logits: siblings differ in their first token, so that no place is written twice."""
     if rows.shape[0]:
         grad[rows, ids] = (grad[rows, ids].double() + grad_extra.double() / temperature).to(grad.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, labels, mask, rows, ids, temperature, _, inplace, backend = inputs
-    ctx.save_for_backward(logits, labels, mask, rows, ids, output[0].detach().clone())
+    logits, labels, mask, rows, ids, temperature, given_temperature, _, inplace, backend = inputs
+    ctx.save_for_backward(logits, labels, mask, rows, ids, output[0].detach().clone(), given_temperature)
     ctx.temperature, ctx.inplace, ctx.backend = temperature, inplace, backend
 
 
 def _backward(ctx: Any, grad_values: Tensor | None, grad_extra: Tensor | None) -> tuple[Any, ...]:
-    logits, *rest = ctx.saved_tensors
+    logits, *rest, given_temperature = ctx.saved_tensors
     values, rows = rest[-1], rest[2]
     grad_values = torch.zeros_like(values) if grad_values is None else grad_values
     grad_extra = values.new_zeros(rows.shape[0]) if grad_extra is None else grad_extra
-    args = (logits, *rest, grad_values, grad_extra, ctx.temperature, ctx.backend)
+    args = (logits, *rest, grad_values, grad_extra, ctx.temperature, given_temperature, ctx.backend)
     if not ctx.inplace:
-        return _packed_backward(*args), *[None] * 8
+        return _packed_backward(*args), *[None] * 9
     if torch.is_grad_enabled():
         refuse_double_backward()
     _packed_backward_(*args)
-    return logits.detach(), *[None] * 8
+    return logits.detach(), *[None] * 9
 
 
 _packed_token_logprobs.register_autograd(_backward, setup_context=_setup_context)
 
 
 def packed_token_logprobs(
-    packed: PackedTree, logits: Tensor, temperature: float, outputs: tuple[str, ...], inplace_backward: bool
+    packed: PackedTree, logits: Tensor, temperature: Number, outputs: tuple[str, ...], inplace_backward: bool
 ) -> TokenStats:
     """See PackedTree.token_logprobs."""
     _check.names("outputs", outputs, OUTPUTS)
@@ -174,14 +186,14 @@ def packed_token_logprobs(
         raise ValueError(f"logits: expected unit stride along V, got {logits.stride(-1)}; call .contiguous() first")
     if inplace_backward:
         _check_own_memory(logits)
-    temperature = _check.positive("temperature", temperature)
+    temperature, given_temperature = split(number("temperature", temperature, logits, _check.positive))
     labels, mask, rows, ids = _children(packed)
     if _check.values_checked(logits):
         _check_labels("token_ids", packed.token_ids, logits.shape[-1], packed.parent >= 0)
     flags = flags_of(outputs)
     backend = select("logprobs", logits)
     values, further = _packed_token_logprobs(
-        logits, labels, mask, rows, ids, temperature, flags, inplace_backward, backend
+        logits, labels, mask, rows, ids, temperature, given_temperature, flags, inplace_backward, backend
     )
     return TokenStats(**{name: _of_tokens(packed, name, values, further) for name in outputs})
 

@@ -14,6 +14,7 @@ from fastreward import _check
 from fastreward import _prefix_tree_ops as _ops
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation
+from fastreward._numbers import Number
 from fastreward._options import TokenOp
 from fastreward._prefix_tree_sequences import Sequences
 from fastreward.prefix_tree import PrefixTree
@@ -158,7 +159,7 @@ class PackedTree:
         self,
         logits: Tensor,
         *,
-        temperature: float = 1.0,
+        temperature: Number = 1.0,
         outputs: tuple[str, ...] = ("logprobs",),
         inplace_backward: bool = False,
     ) -> TokenStats:
@@ -169,7 +170,7 @@ class PackedTree:
 
         Args:
             logits: [P, V] or [1, P, V], the model's output for token_ids; float32, bfloat16 or float16.
-            temperature: a positive number.
+            temperature: a positive number, or a 0-d tensor.
             outputs: logprobs, entropy, logsumexp, log_sum_sq_probs: of the row that predicts each token.
             inplace_backward: the backward overwrites the logits with their gradient.
 

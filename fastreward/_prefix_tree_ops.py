@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fastreward._dispatch import implementation
 from fastreward._layout import NODES, ROWS
+from fastreward._numbers import Number, joined
 from fastreward._op import custom_op
 from fastreward._options import (
     OVERS,
@@ -88,14 +90,16 @@ def _(
 
 
 # --------------------------------------------------------------------------------------------------------- aggregate
-def _aggregate_options(modes: str, scale: float, discount: float) -> AggregateOptions:
+def _aggregate_options(
+    modes: str, scale: float, discount: float, given_scale: Tensor | None, given_discount: Tensor | None, backend: str
+) -> AggregateOptions:
     op, over, form = modes.split("|")
     return AggregateOptions(
         next(o for o in TREE_OPS if o == op),
         next(o for o in OVERS if o == over),
         form == "normalized",
-        scale,
-        discount,
+        joined(scale, given_scale, backend),
+        joined(discount, given_discount, backend),
     )
 
 
@@ -109,9 +113,11 @@ def aggregate(
     modes: str,  # op, over and "normalized" or "", joined by "|"
     scale: float,
     discount: float,
+    given_scale: Tensor | None,  # f64 []: instead of scale, where the host does not know it
+    given_discount: Tensor | None,
     backend: str,
 ) -> Tensor:  # [nodes]
-    options = _aggregate_options(modes, scale, discount)
+    options = _aggregate_options(modes, scale, discount, given_scale, given_discount, backend)
     out: Tensor = _kernels(backend).aggregate(values, weights, child_weights, nodes, rows, options)
     return out
 
@@ -132,9 +138,11 @@ def _aggregate_backward(
     modes: str,
     scale: float,
     discount: float,
+    given_scale: Tensor | None,
+    given_discount: Tensor | None,
     backend: str,
 ) -> Tensor:  # [B]
-    options = _aggregate_options(modes, scale, discount)
+    options = _aggregate_options(modes, scale, discount, given_scale, given_discount, backend)
     out: Tensor = _kernels(backend).aggregate_backward(grad, values, weights, child_weights, nodes, rows, options)
     return out
 
@@ -148,12 +156,13 @@ _aggregate_backward.refuse_double_backward()
 
 
 def _aggregate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], *inputs[8:10])
+    ctx.options, ctx.backend = inputs[5:8], inputs[10]
 
 
 def _aggregate_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _aggregate_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), *[None] * 8
+    *tensors, scale, discount = ctx.saved_tensors
+    return _aggregate_backward(grad.contiguous(), *tensors, *ctx.options, scale, discount, ctx.backend), *[None] * 10
 
 
 aggregate.register_autograd(_aggregate_gradient, setup_context=_aggregate_context)
@@ -168,6 +177,7 @@ def advantages(
     modes: str,  # mode, scale and singleton, joined by "|"
     ddof: int,
     eps: float,
+    given_eps: Tensor | None,
     backend: str,
 ) -> Tensor:  # [nodes]
     mode, scale, singleton = modes.split("|")
@@ -175,7 +185,7 @@ def advantages(
         next(m for m in TREE_MODES if m == mode),
         "std" if scale == "std" else "none",
         ddof,
-        eps,
+        joined(eps, given_eps, backend),
         "raw" if singleton == "raw" else "zero",
     )
     out: Tensor = _kernels(backend).advantages(values, nodes, rows, options)
@@ -197,9 +207,13 @@ def propagate(
     initial: float,
     low: float | None,
     high: float | None,
+    given_initial: Tensor | None,  # f64 []: instead of initial, low and high, where the host does not know them
+    given_low: Tensor | None,
+    given_high: Tensor | None,
     backend: str,
 ) -> Tensor:  # [nodes]
-    out: Tensor = _kernels(backend).propagate(scale, shift, nodes, rows, initial, low, high)
+    rules = _propagate_rules(initial, low, high, given_initial, given_low, given_high, backend)
+    out: Tensor = _kernels(backend).propagate(scale, shift, nodes, rows, *rules)
     return out
 
 
@@ -218,9 +232,13 @@ def _propagate_backward(
     initial: float,
     low: float | None,
     high: float | None,
+    given_initial: Tensor | None,
+    given_low: Tensor | None,
+    given_high: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    grad_scale, grad_shift = _kernels(backend).propagate_backward(grad, scale, shift, nodes, rows, initial, low, high)
+    rules = _propagate_rules(initial, low, high, given_initial, given_low, given_high, backend)
+    grad_scale, grad_shift = _kernels(backend).propagate_backward(grad, scale, shift, nodes, rows, *rules)
     return grad_scale, grad_shift
 
 
@@ -232,13 +250,32 @@ def _(grad: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 _propagate_backward.refuse_double_backward()
 
 
+def _propagate_rules(
+    initial: float,
+    low: float | None,
+    high: float | None,
+    given_initial: Tensor | None,
+    given_low: Tensor | None,
+    given_high: Tensor | None,
+    backend: str,
+) -> tuple[Number, Number, Number]:
+    """The initial value and the bounds, infinite where there are none."""
+    return (
+        joined(initial, given_initial, backend),
+        joined(-math.inf if low is None else low, given_low, backend),
+        joined(math.inf if high is None else high, given_high, backend),
+    )
+
+
 def _propagate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
+    ctx.save_for_backward(*inputs[:4], *inputs[7:10])
+    ctx.options, ctx.backend = inputs[4:7], inputs[10]
 
 
 def _propagate_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *_propagate_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), *[None] * 6
+    *tensors, initial, low, high = ctx.saved_tensors
+    args = (*tensors, *ctx.options, initial, low, high, ctx.backend)
+    return *_propagate_backward(grad.contiguous(), *args), *[None] * 9
 
 
 propagate.register_autograd(_propagate_gradient, setup_context=_propagate_context)

@@ -14,6 +14,7 @@ from fastreward._arrays import accepts_arrays
 from fastreward._computed import computed_once
 from fastreward._dispatch import select
 from fastreward._layout import NODES, ROWS
+from fastreward._numbers import Number, is_number, number, split
 from fastreward._options import OVERS, PLACES, TOKEN_OPS, TREE_MODES, TREE_OPS, Over, Place, TokenOp, TreeMode, TreeOp
 from fastreward._prefix_tree_sequences import Sequences, branch_sequences, path_sequences, token_sequences
 from fastreward.group import GroupIds
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 
     from fastreward._packed_tree import PackedTree
     from fastreward._prefix_tree_views import TreeStatistics
+
+
+def _not_0(name: str, value: object) -> float:
+    number = _check.finite(name, value)
+    if number == 0.0:
+        raise ValueError(f"{name}: expected a number other than 0, got 0")
+    return number
 
 
 class PrefixTree:
@@ -285,9 +293,9 @@ class PrefixTree:
         over: Over = "sequences",
         weights: Tensor | None = None,
         child_weights: Tensor | None = None,
-        scale: float = 1.0,
+        scale: Number = 1.0,
         normalized: bool = False,
-        discount: float = 1.0,
+        discount: Number = 1.0,
     ) -> Tensor:
         """Values of the nodes, from those of the sequences below them.
 
@@ -300,7 +308,8 @@ class PrefixTree:
                 ends at an inner node is one of its children; duplicates are one each).
             weights: [B], how much a sequence counts in mean, sum and logsumexp (MCTS visits).
             child_weights: [nodes], the same for nodes among their siblings, with over="children".
-            scale: logsumexp is log(sum(exp(scale * v))) / scale; negative gives a soft minimum.
+            scale: logsumexp is log(sum(exp(scale * v))) / scale; negative gives a soft minimum. A number or, like all
+                numbers of these methods, a 0-d tensor.
             normalized: logsumexp of the mean instead of the sum: minus log(weight) / scale.
             discount: factor per token (per step in from_paths) between the end of a sequence and the end of the node's
                 edge, for mean and sum.
@@ -318,16 +327,15 @@ class PrefixTree:
         _check.choice("over", over, OVERS)
         if child_weights is not None and over != "children":
             raise ValueError("child_weights: needs over='children'")
-        if discount != 1.0 and op not in ("mean", "sum"):
+        values = self._per_row("leaf_values", leaf_values)
+        scale = number("scale", scale, values, _not_0)
+        discount = number("discount", discount, values, _check.finite)
+        if op not in ("mean", "sum") and (isinstance(discount, Tensor) or discount != 1.0):
             raise ValueError(
                 f"discount: expected 1 with op={op!r}, as only mean and sum are discounted, got {discount}"
             )
         if normalized and op != "logsumexp":
             raise ValueError("normalized: needs op='logsumexp'")
-        scale = _check.finite("scale", scale)
-        if scale == 0.0:
-            raise ValueError("scale: expected a number other than 0, got 0")
-        values = self._per_row("leaf_values", leaf_values)
         if op in ("max", "min", "any") and values.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"leaf_values: op={op!r} has no gradient; use .detach(), or a logsumexp with a large scale"
@@ -339,8 +347,8 @@ class PrefixTree:
             self._nodes,
             self._rows,
             f"{op}|{over}|{'normalized' if normalized else ''}",
-            scale,
-            _check.finite("discount", discount),
+            *(known for known, _ in (split(scale), split(discount))),
+            *(given for _, given in (split(scale), split(discount))),
             self._backend,
         )
         return out
@@ -353,7 +361,7 @@ class PrefixTree:
         *,
         scale: Literal["std", "none"] = "std",
         ddof: int = 1,
-        eps: float = 1e-6,
+        eps: Number = 1e-6,
         singleton: Literal["zero", "raw"] = "zero",
     ) -> Tensor:
         """What each node is worth: its value against others'.
@@ -381,20 +389,19 @@ class PrefixTree:
         ddof = _check.whole("ddof", ddof, "the divisor of a variance is count - ddof")
         values = _check.constant("node_values", self._per_node("node_values", node_values))
         modes = f"{mode}|{scale}|{singleton}"
-        out: Tensor = _ops.advantages(
-            values, self._nodes, self._rows, modes, ddof, _check.finite("eps", eps), self._backend
-        )
+        eps = number("eps", eps, values, _check.finite)
+        out: Tensor = _ops.advantages(values, self._nodes, self._rows, modes, ddof, *split(eps), self._backend)
         return out
 
     @accepts_arrays
     def propagate(
         self,
-        scale: Tensor | float,
-        shift: Tensor | float,
+        scale: Number,
+        shift: Number,
         *,
-        initial: float = 0.0,
-        low: float | None = None,
-        high: float | None = None,
+        initial: Number = 0.0,
+        low: Number | None = None,
+        high: Number | None = None,
     ) -> Tensor:
         """A recurrence from the roots down: x = clamp(scale * x(parent) + shift, low, high), x(root) = initial.
 
@@ -408,15 +415,22 @@ class PrefixTree:
             [nodes]. Gradients flow to scale and shift, where no bound has cut (on a bound they do) and x is not NaN.
         """
         given = {"scale": scale, "shift": shift}
-        tensors = {name: self._per_node(name, x) for name, x in given.items() if isinstance(x, Tensor)}
+        tensors = {name: self._per_node(name, _check.tensor(name, x)) for name, x in given.items() if not is_number(x)}
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
-        factors = [self._node_numbers(name, tensors.get(name, x), dtype) for name, x in given.items()]
-        initial = _check.finite("initial", initial)
-        low = None if low is None else _check.finite("low", low)
-        high = None if high is None else _check.finite("high", high)
-        if low is not None and high is not None and low > high:
+        factors = [
+            tensors[name].to(dtype) if name in tensors else self._everywhere(name, x, dtype)
+            for name, x in given.items()
+        ]
+        numbers = {"initial": initial, "low": low, "high": high}
+        known = {
+            name: None if x is None else number(name, x, self._nodes, _check.finite) for name, x in numbers.items()
+        }
+        rules = [(None, None) if x is None else split(x) for x in known.values()]
+        low, high = known["low"], known["high"]
+        if isinstance(low, float) and isinstance(high, float) and low > high:
             raise ValueError(f"low, high: expected low <= high, got {low} and {high}")
-        out: Tensor = _ops.propagate(*factors, self._nodes, self._rows, initial, low, high, self._backend)
+        values, instead = zip(*rules, strict=True)
+        out: Tensor = _ops.propagate(*factors, self._nodes, self._rows, *values, *instead, self._backend)
         return out
 
     @accepts_arrays
@@ -573,10 +587,12 @@ class PrefixTree:
         _check.same_device(name, x, "the tree", self._nodes)
         return self._floats(name, x)
 
-    def _node_numbers(self, name: str, x: Tensor | float, dtype: torch.dtype) -> Tensor:
-        if not isinstance(x, Tensor):
-            return torch.full((self._nodes.shape[1],), _check.finite(name, x), dtype=dtype, device=self._nodes.device)
-        return x.to(dtype)
+    def _everywhere(self, name: str, x: Number, dtype: torch.dtype) -> Tensor:
+        """A number for every node; a 0-d tensor keeps its gradient."""
+        value = x if isinstance(x, Tensor) and x.requires_grad else number(name, x, self._nodes, _check.finite)
+        if not isinstance(value, Tensor):
+            return torch.full((self._nodes.shape[1],), value, dtype=dtype, device=self._nodes.device)
+        return value.to(device=self._nodes.device, dtype=dtype).expand(self._nodes.shape[1]).contiguous()
 
     def _row_weights(self, weights: Tensor, op: TreeOp) -> Tensor:
         w = _check.constant("weights", self._per_row("weights", weights))

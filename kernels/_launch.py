@@ -62,6 +62,15 @@ def temperature_arguments(inv_temperature: Tensor | float) -> tuple[Tensor | flo
     return float(inv_temperature), 0, False
 
 
+def numbers(*values: float | Tensor) -> tuple[list[float], Tensor | None]:
+    """(numbers for a kernel; f64 [n] that it reads in their place, where the host does not know all)."""
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    known = [0.0 if isinstance(x, Tensor) else float(x) for x in values]
+    if not tensors:
+        return known, None
+    return known, torch.stack([x if isinstance(x, Tensor) else tensors[0].new_full((), x) for x in values])
+
+
 def load_width(x: Tensor) -> int:
     """Columns of x [N, V] per load: 16 bytes, or less where V is no multiple of that. Depends on V and dtype alone."""
     return math.gcd(x.shape[-1], 16 // x.element_size())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastreward._options import TREE_OPS, AggregateOptions
 
-from ._launch import OPTIONS, on_device_of
+from ._launch import OPTIONS, numbers, on_device_of
 from ._prefix_tree_forest import (
     CHILDREN,
     COUNT,
@@ -35,12 +35,14 @@ from ._prefix_tree_forest import (
     any_of,
     field,
     group_at,
+    number,
 )
 
 # --------------------------------------------------------------------------------------------------------- config
 NODES, SEQUENCES = 16, 32  # over sequences: nodes of a program, sequences of each at a time
 LANES = 128  # rows of a program, or nodes of a group at a time: one per thread
 WARPS = 4
+SEQUENCES_MAXNREG = 128  # over sequences; and else:
 MAXNREG = 64  # stated, because ptxas otherwise spills a scalar or two to get below the next step of occupancy
 
 _MEAN, _SUM, _MAX, _MIN, _LOGSUMEXP, _ANY = (tl.constexpr(i) for i in range(len(TREE_OPS)))
@@ -122,11 +124,13 @@ def _sequences_kernel(
     rows,  # i64 [4, B]
     total, weight,  # f64 [places], out: what the parts add up to (logsumexp: its log), and their weights
     out,  # f32 or f64 [places], out
-    stride, B, places, log2_discount: tl.float64, odd: tl.float64, scale: tl.float64,
+    stride, B, places, log2_discount: tl.float64, odd: tl.float64, scale: tl.float64, given,
     OP: tl.constexpr, NORMALIZED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DISCOUNTED: tl.constexpr,
-    ENDS: tl.constexpr, NODES: tl.constexpr, SEQUENCES: tl.constexpr,
+    GIVEN: tl.constexpr, ENDS: tl.constexpr, NODES: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     """NODES nodes over the sequences below each, or (ENDS) over those that end there, which come first."""
+    log2_discount, odd = number(log2_discount, given, 0, GIVEN), number(odd, given, 1, GIVEN)
+    scale = number(scale, given, 2, GIVEN)
     n = tl.program_id(0).to(tl.int64) * NODES + tl.arange(0, NODES)
     ok = n < places
     begin, many = field(nodes, stride, ROW_BEGIN, n, ok), field(nodes, stride, COUNT, n, ok)
@@ -179,11 +183,13 @@ def children_kernel(
     rows,  # i64 [4, B]
     result,  # f64 [places], out
     out,  # f32 or f64 [places], out: the same
-    stride, B, log2_discount: tl.float64, odd: tl.float64, scale: tl.float64,
+    stride, B, log2_discount: tl.float64, odd: tl.float64, scale: tl.float64, given,
     OP: tl.constexpr, NORMALIZED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DISCOUNTED: tl.constexpr,
-    GRADIENT: tl.constexpr, LANES: tl.constexpr,
+    GIVEN: tl.constexpr, GRADIENT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One group from its leaves to its root. GRADIENT: NaN is NaN, but nothing comes through a weight of 0."""
+    log2_discount, odd = number(log2_discount, given, 0, GIVEN), number(odd, given, 1, GIVEN)
+    scale = number(scale, given, 2, GIVEN)
     first, end = group_at(nodes, stride, rows, B, tl.program_id(0))
     lanes = tl.arange(0, LANES)
     for behind in range(0, end - first, LANES):
@@ -229,30 +235,32 @@ def _aggregate_backward_kernel(
     nodes,  # i64 [F, stride]
     rows,  # i64 [4, B]
     out,  # f32 or f64 [B], out
-    stride, B, log2_discount: tl.float64, odd: tl.float64, scale: tl.float64,
+    stride, B, log2_discount: tl.float64, odd: tl.float64, scale: tl.float64, given,
     OP: tl.constexpr, NORMALIZED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_CHILD_WEIGHTS: tl.constexpr,
-    DISCOUNTED: tl.constexpr, CHILDREN_ALIKE: tl.constexpr, LANES: tl.constexpr,
+    DISCOUNTED: tl.constexpr, GIVEN: tl.constexpr, CHILDREN_ALIKE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Each sequence's part of every node on its path, times that node's gradient; none of a value that is NaN."""
+    log2_discount, odd = number(log2_discount, given, 0, GIVEN), number(odd, given, 1, GIVEN)
+    scale = number(scale, given, 2, GIVEN)
     row = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     ok = row < B
     n = tl.where(ok, field(rows, B, LEAF, row, ok), -1)
     w = _load64(weights, row, ok, HAS_WEIGHTS)
     length = field(rows, B, LENGTH, row, ok)
-    given = tl.load(values + row, mask=ok, other=0.0)
+    value = tl.load(values + row, mask=ok, other=0.0)
     part = w  # of the node in hand
     x = tl.zeros([LANES], tl.float64)  # logsumexp: log of the part, before it is divided by the whole
     if OP == _LOGSUMEXP:
-        x = _weighted(scale * given.to(tl.float64), w)
+        x = _weighted(scale * value.to(tl.float64), w)
         part = tl.full([LANES], 1.0, tl.float64)
     gradient = tl.zeros([LANES], tl.float64)
-    going = ok & (given == given)
+    going = ok & (value == value)
     while any_of(going):
         whole = tl.load(total + n, mask=going, other=0.0)
         counted = tl.load(weight + n, mask=going, other=1.0)
         g = tl.load(grad + n, mask=going, other=0.0).to(tl.float64)
-        value = _result(whole, counted, scale, OP, NORMALIZED)
-        there = going & (value == value)
+        result = _result(whole, counted, scale, OP, NORMALIZED)
+        there = going & (result == result)
         if OP == _LOGSUMEXP:
             here = part * _share(x, whole)
         elif OP == _MEAN:
@@ -321,13 +329,24 @@ def _level_by_level(o: AggregateOptions) -> bool:
     return o.over == "children" and o.op in ("mean", "sum", "logsumexp")
 
 
-def _numbers(o: AggregateOptions) -> tuple[float, float, float]:
-    """log2 of the discount's magnitude, its sign, and the scale."""
-    return math.log2(abs(o.discount)) if o.discount else -math.inf, math.copysign(1.0, o.discount), float(o.scale)
+def _numbers(o: AggregateOptions) -> tuple[float | Tensor | None, ...]:
+    """log2 of the discount's magnitude, its sign, and the scale; f64 [3] instead where it must be read."""
+    if isinstance(o.discount, Tensor):
+        discount: tuple[float | Tensor, ...] = o.discount.abs().log2(), o.discount.sign()
+    else:
+        discount = math.log2(abs(o.discount)) if o.discount else -math.inf, math.copysign(1.0, o.discount)
+    known, given = numbers(*discount, o.scale)
+    return *known, given
 
 
 def _rules(o: AggregateOptions) -> dict[str, Any]:
-    return {"OP": TREE_OPS.index(o.op), "NORMALIZED": o.normalized, "DISCOUNTED": o.discount != 1.0}
+    on_device = isinstance(o.discount, Tensor)
+    return {
+        "OP": TREE_OPS.index(o.op),
+        "NORMALIZED": o.normalized,
+        "DISCOUNTED": on_device or o.discount != 1.0,
+        "GIVEN": on_device or isinstance(o.scale, Tensor),
+    }
 
 
 def _totals(
@@ -350,7 +369,7 @@ def _totals(
         _sequences_kernel[(triton.cdiv(places, NODES),)](
             values, weights, nodes, rows, totals[0], totals[1], out, *shared, places, *_numbers(options),
             **_rules(options), HAS_WEIGHTS=weights is not None, ENDS=children, NODES=NODES, SEQUENCES=SEQUENCES,
-            num_warps=WARPS, **OPTIONS,
+            num_warps=WARPS, maxnreg=SEQUENCES_MAXNREG, **OPTIONS,
         )  # fmt: skip
         if children:
             children_kernel[(count,)](

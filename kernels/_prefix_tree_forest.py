@@ -46,6 +46,14 @@ def put(data, stride, FIELD: tl.constexpr, at, value, ok):
 
 
 @triton.jit
+def number(known, given, AT: tl.constexpr, GIVEN: tl.constexpr):
+    """A number that the host knows, or has on the device, f64 []."""
+    if GIVEN:
+        known = tl.load(given + AT)
+    return known
+
+
+@triton.jit
 def any_of(condition):
     """Whether some lane's condition holds."""
     return tl.max(condition.to(tl.int32)) > 0

@@ -7,8 +7,6 @@ an order that a group alone decides.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +14,9 @@ from torch import Tensor
 
 from fastreward._options import TREE_MODES, AdvantageOptions
 
-from ._launch import OPTIONS, on_device_of
+from ._launch import OPTIONS, numbers, on_device_of
 from ._prefix_tree_aggregate import SUM, children_kernel
-from ._prefix_tree_forest import CHILDREN, COUNT, DEPTH, PARENT, ROOT, TOUT, any_of, field, group_at
+from ._prefix_tree_forest import CHILDREN, COUNT, DEPTH, PARENT, ROOT, TOUT, any_of, field, group_at, number
 
 # --------------------------------------------------------------------------------------------------------- config
 LANES = 128  # nodes of a program, or nodes of a group at a time: one per thread
@@ -34,7 +32,7 @@ _NO_LEVEL = tl.constexpr(2**62)
 def _siblings_kernel(
     values,  # f32 or f64 [places]
     nodes,  # i64 [F, stride]
-    mean, deviation, number,  # f64 [places], out: of each node's children that have a value
+    mean, deviation, valued,  # f64 [places], out: of each node's children that have a value, and their number
     stride, places, ddof,
     LANES: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +59,7 @@ def _siblings_kernel(
             centre = centre / tl.maximum(counted, 1).to(tl.float64)
     tl.store(mean + n, centre, mask=ok)
     tl.store(deviation + n, tl.sqrt(squares / tl.maximum(counted - ddof, 0).to(tl.float64)), mask=ok)
-    tl.store(number + n, counted.to(tl.float64), mask=ok)
+    tl.store(valued + n, counted.to(tl.float64), mask=ok)
 
 
 @triton.jit
@@ -75,10 +73,11 @@ def _against(values, v, other, ok):
 def _advantages_kernel(
     values,  # f32 or f64 [places]
     nodes,  # i64 [F, stride]
-    mean, deviation, number,  # f64 [places], of each node's children that have a value
+    mean, deviation, valued,  # f64 [places], of each node's children that have a value, and their number
     out,  # f32 or f64 [places], out
-    stride, places, eps: tl.float64,
-    MODE: tl.constexpr, SCALE_STD: tl.constexpr, SINGLETON_RAW: tl.constexpr, LANES: tl.constexpr,
+    stride, places, eps: tl.float64, given,
+    MODE: tl.constexpr, SCALE_STD: tl.constexpr, SINGLETON_RAW: tl.constexpr, GIVEN: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Each node against its parent, siblings, root or ancestors; those without a value (NaN) get 0 and do not count."""
     n = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
@@ -95,8 +94,8 @@ def _advantages_kernel(
     if MODE == _SIBLING:
         a = v - tl.load(mean + parent, mask=ok, other=0.0)
         if SCALE_STD:
-            a = a / (tl.load(deviation + parent, mask=ok, other=1.0) + eps)
-        alone = tl.load(number + parent, mask=ok, other=0.0) == 1.0
+            a = a / (tl.load(deviation + parent, mask=ok, other=1.0) + number(eps, given, 0, GIVEN))
+        alone = tl.load(valued + parent, mask=ok, other=0.0) == 1.0
         a = tl.where(alone, v if SINGLETON_RAW else tl.zeros_like(v), a)
     if (MODE == _ALL_ANCESTORS) or (MODE == _DEPTH_WEIGHTED):  # noqa: SIM109
         total = tl.zeros([LANES], tl.float64)
@@ -129,10 +128,11 @@ def _propagate_kernel(
     rows,  # i64 [4, B]
     x,  # f64 [places], out
     out,  # f32 or f64 [places], out: the same
-    stride, B, initial: tl.float64, low: tl.float64, high: tl.float64,
-    LANES: tl.constexpr,
+    stride, B, initial: tl.float64, low: tl.float64, high: tl.float64, given,
+    GIVEN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One group from its root to its leaves."""
+    initial, low, high = number(initial, given, 0, GIVEN), number(low, given, 1, GIVEN), number(high, given, 2, GIVEN)
     first, end = group_at(nodes, stride, rows, B, tl.program_id(0))
     lanes = tl.arange(0, LANES)
     for before in range(0, end - first, LANES):
@@ -162,10 +162,11 @@ def _passed_kernel(
     nodes,  # i64 [F, stride]
     factor,  # f64 [places], out where FACTORS: what a node's x counts in its gradient for its parent's
     grad_scale, grad_shift,  # f32 or f64 [places], out where not
-    stride, places, low: tl.float64, high: tl.float64,
-    FACTORS: tl.constexpr, LANES: tl.constexpr,
+    stride, places, low: tl.float64, high: tl.float64, given,
+    GIVEN: tl.constexpr, FACTORS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Nothing passes where a bound has cut, where x is NaN, nor from a root."""
+    low, high = number(low, given, 1, GIVEN), number(high, given, 2, GIVEN)
     n = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     ok = n < places
     parent = tl.where(ok, field(nodes, stride, PARENT, n, ok), -1)
@@ -193,6 +194,7 @@ def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: AdvantageOp
     siblings = options.mode == "sibling"
     statistics = torch.empty((3, places if siblings else 0), dtype=torch.float64, device=values.device)
     grid = (triton.cdiv(places, LANES),)
+    (eps,), given = numbers(options.eps)
     with on_device_of(values):
         if siblings:
             _siblings_kernel[grid](
@@ -200,7 +202,7 @@ def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: AdvantageOp
                 LANES=LANES, num_warps=WARPS, maxnreg=MAXNREG, **OPTIONS,
             )  # fmt: skip
         _advantages_kernel[grid](
-            values, nodes, *statistics, out, stride, places, float(options.eps),
+            values, nodes, *statistics, out, stride, places, eps, given, GIVEN=given is not None,
             MODE=TREE_MODES.index(options.mode), SCALE_STD=options.scale == "std",
             SINGLETON_RAW=options.singleton == "raw", LANES=LANES, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
@@ -212,9 +214,9 @@ def propagate(
     shift: Tensor,  # [nodes] like scale
     nodes: Tensor,
     rows: Tensor,
-    initial: float,
-    low: float | None,
-    high: float | None,
+    initial: float | Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
 ) -> Tensor:
     """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
     out, _ = _recurrence(scale, shift, nodes, rows, initial, low, high)
@@ -227,9 +229,9 @@ def propagate_backward(
     shift: Tensor,
     nodes: Tensor,
     rows: Tensor,
-    initial: float,
-    low: float | None,
-    high: float | None,
+    initial: float | Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     places, count, stride = nodes.shape[1], rows.shape[1], nodes.stride(0)
@@ -240,37 +242,40 @@ def propagate_backward(
     factor, below, unused = torch.empty((3, places), dtype=torch.float64, device=scale.device)
     total = grad.double()
     total = total.clone() if total is grad else total
-    bounds = _bounds(low, high)
+    (_, *bounds), given = numbers(initial, low, high)
     with on_device_of(scale):
         for factors in (True, False):
             _passed_kernel[(triton.cdiv(places, LANES),)](
                 scale, shift, x, below, nodes, factor, grad_scale, grad_shift, stride, places, *bounds,
-                FACTORS=factors, LANES=LANES, num_warps=WARPS, **OPTIONS,
+                given, GIVEN=given is not None, FACTORS=factors, LANES=LANES, num_warps=WARPS, **OPTIONS,
             )  # fmt: skip
             if factors:
                 children_kernel[(count,)](
-                    total, unused, factor, nodes, rows, below, below, stride, count, 0.0, 1.0, 1.0,
-                    OP=SUM.value, NORMALIZED=False, HAS_WEIGHTS=True, DISCOUNTED=False, GRADIENT=True,
+                    total, unused, factor, nodes, rows, below, below, stride, count, 0.0, 1.0, 1.0, None,
+                    GIVEN=False, OP=SUM.value, NORMALIZED=False, HAS_WEIGHTS=True, DISCOUNTED=False, GRADIENT=True,
                     LANES=LANES, num_warps=WARPS, **OPTIONS,
                 )  # fmt: skip
     return grad_scale, grad_shift
 
 
-def _bounds(low: float | None, high: float | None) -> tuple[float, float]:
-    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
-
-
 def _recurrence(
-    scale: Tensor, shift: Tensor, nodes: Tensor, rows: Tensor, initial: float, low: float | None, high: float | None
+    scale: Tensor,
+    shift: Tensor,
+    nodes: Tensor,
+    rows: Tensor,
+    initial: float | Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(x in the dtype of scale, x in f64); 0 on empty places."""
     places, count = nodes.shape[1], rows.shape[1]
     out = torch.zeros_like(scale)
     x = torch.empty(places, dtype=torch.float64, device=scale.device)
     if count:
+        known, given = numbers(initial, low, high)
         with on_device_of(scale):
             _propagate_kernel[(count,)](
-                scale, shift, nodes, rows, x, out, nodes.stride(0), count, float(initial), *_bounds(low, high),
+                scale, shift, nodes, rows, x, out, nodes.stride(0), count, *known, given, GIVEN=given is not None,
                 LANES=LANES, num_warps=WARPS, **OPTIONS,
             )  # fmt: skip
     return out, x

@@ -6,6 +6,7 @@ As compiled_kernels.py does it: raw functions on CPU tensors, nothing launched, 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -85,7 +86,7 @@ def value_cases(dtype: torch.dtype, everything: bool) -> dict[str, Callable[[], 
     return {
         f"aggregate, {dtype}": aggregates,
         f"advantages, {dtype}": advantages,
-        f"propagate, {dtype}": lambda: prefix_tree.propagate_backward(nodes, nodes, nodes, *forest, 0.5, 0.1, None),
+        f"propagate, {dtype}": lambda: prefix_tree.propagate_backward(nodes, nodes, nodes, *forest, 0.5, 0.1, math.inf),
     }
 
 

@@ -6,9 +6,10 @@ where the C++ backend runs, and copied to `device`.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastreward._layout import NODES, ROWS
 from fastreward._options import OVERS, PLACES, TOKEN_OPS, TREE_MODES, TREE_OPS, AdvantageOptions, AggregateOptions
 from fastreward.cpu import prefix_tree as cpu
 
+INF = math.inf
 #: What an empty place holds, where that is a number.
 EMPTY = {"parent": -1, "depth": 0, "edge_start": 0, "edge_length": 0, "count": 0, "first_row": 0, "children": 0}
 
@@ -147,6 +149,12 @@ class Forests:
         gone = torch.rand(len(x), generator=self.g) < (share if self.r.random() < 0.5 else 0.0)
         return torch.where(gone, torch.nan, x)
 
+    def number(self, x: float) -> float | Tensor:
+        """A number as the host knows it, or as the device does."""
+        if self.module.__name__.startswith("fastreward.kernels") and self.r.random() < 0.5:
+            return torch.tensor(x, dtype=torch.float64, device=self.device)
+        return x
+
     def padded(self, x: Tensor, places: int) -> Tensor:
         """`x` on the device, with numbers behind it that nobody should read."""
         return torch.cat([x, x.new_full((places - len(x),), 1e30)]).to(self.device)
@@ -190,7 +198,7 @@ def check_aggregates(f: Forests) -> None:
             None if weights is None else weights.to(to),
             None if child is None else f.padded(child, f.places),
             *f.here,
-            options,
+            replace(options, scale=f.number(options.scale), discount=f.number(options.discount)),
         )
         there = (values, weights, child, *f.there, options)
         f.same(f.module.aggregate(*here), cpu.aggregate(*there), options)
@@ -206,7 +214,8 @@ def check_advantages(f: Forests) -> None:
         values = f.partly(f.random(f.nodes))
         for scale, singleton, ddof in (("std", "zero", 1), ("none", "raw", 0), ("std", "raw", 0)):
             o = AdvantageOptions(mode, scale, ddof, 1e-4, singleton)
-            got = f.module.advantages(f.padded(values, f.places), *f.here, o)
+            given = replace(o, eps=f.number(o.eps))
+            got = f.module.advantages(f.padded(values, f.places), *f.here, given)
             f.same(got, cpu.advantages(values, *f.there, o), o)
             if mode != "sibling":
                 break
@@ -214,13 +223,14 @@ def check_advantages(f: Forests) -> None:
 
 def check_propagate(f: Forests) -> None:
     """The recurrence and its gradients, with bounds and without."""
-    for rules in ((0.7, None, None), (0.1, -0.55, None), (-3.0, -0.4, 0.6), (0.5, 0.5, 0.5)):
+    for rules in ((0.7, -INF, INF), (0.1, -0.55, INF), (-3.0, -0.4, 0.6), (0.5, 0.5, 0.5)):
         scale, shift, grad = f.partly(f.random(f.nodes), 0.1), f.random(f.nodes), f.random(f.nodes)
         if rules == (0.5, 0.5, 0.5):  # the bounds themselves, and what lies beyond them
             scale, shift = torch.ones_like(scale), (shift - 0.5).round().clamp(-1, 1)
         here = [f.padded(x, f.places) for x in (grad, scale, shift)]
-        f.same(f.module.propagate(*here[1:], *f.here, *rules), cpu.propagate(scale, shift, *f.there, *rules), rules)
-        got = f.module.propagate_backward(*here, *f.here, *rules)
+        given = [f.number(x) for x in rules]
+        f.same(f.module.propagate(*here[1:], *f.here, *given), cpu.propagate(scale, shift, *f.there, *rules), rules)
+        got = f.module.propagate_backward(*here, *f.here, *given)
         want = cpu.propagate_backward(grad, scale, shift, *f.there, *rules)
         for x, y in zip(got, want, strict=True):
             f.same(x, y, f"gradient, {rules}")

@@ -113,7 +113,7 @@ def test_nothing_waits_for_the_device() -> None:
         tree = fr.PrefixTree(*given[device][:3])
         values = tree.aggregate(r, "mean", over="children", discount=0.99)
         tree.to_tokens(tree.propagate(values, 0.1, high=0.5)).square().sum().backward()
-        tokens_of = tree.to_tokens(tree.advantages(values, "sibling"), row_values=r.detach())
+        tokens_of = tree.to_tokens(tree.advantages(values.detach(), "sibling"), row_values=r.detach())
         assert r.grad is not None
         return tokens_of, tree.from_tokens(tokens_of, "mean"), tree.node_of_token, r.grad
 

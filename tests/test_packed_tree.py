@@ -287,7 +287,7 @@ def test_op_is_well_behaved() -> None:
     logits = torch.randn(len(packed), VOCAB, requires_grad=True)
     labels, read, rows, ids = _children(packed)
     assert len(rows) > 0
-    args = (logits, labels, read, rows, ids, 1.0, 0, False, "cpu")
+    args = (logits, labels, read, rows, ids, 1.0, None, 0, False, "cpu")
     torch.library.opcheck(_packed_token_logprobs._overload, args)
     one = _packed_token_logprobs(*args)[1].sum()
     (grad,) = torch.autograd.grad(one, logits, create_graph=True)

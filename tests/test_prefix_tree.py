@@ -786,7 +786,7 @@ def test_opcheck() -> None:
     s, ops = tree._sequences, torch.ops.fastreward
     forest = (tree._nodes, tree._rows)
     place = (*forest, s.extents, s.credit)
-    rows, nodes = torch.randn(3), torch.randn(tree.num_nodes)
+    rows, nodes, one = torch.randn(3), torch.randn(tree.num_nodes), torch.ones((), dtype=torch.float64)
     flat, unique = torch.randn(9), torch.randn(tree.num_tokens)
 
     def check(op: Any, *args: Any) -> None:
@@ -798,12 +798,14 @@ def test_opcheck() -> None:
     check(ops.prefix_tree_build, *build)
     for modes in ("mean|sequences|", "sum|children|", "logsumexp|children|normalized"):
         grad_rows = rows.clone().requires_grad_()
-        check(ops.prefix_tree_aggregate, grad_rows, rows.abs(), nodes.abs(), *forest, modes, 2.0, 1.0, "cpu")
-        check(ops.prefix_tree_aggregate_backward, nodes, rows, rows.abs(), None, *forest, modes, 2.0, 1.0, "cpu")
-    check(ops.prefix_tree_advantages, nodes, *forest, "sibling|std|zero", 1, 1e-6, "cpu")
+        check(ops.prefix_tree_aggregate, grad_rows, rows.abs(), nodes.abs(), *forest, modes, 2.0, 1.0, None, one, "cpu")
+        args = (nodes, rows, rows.abs(), None, *forest, modes, 0.0, 1.0, one, None, "cpu")
+        check(ops.prefix_tree_aggregate_backward, *args)
+    check(ops.prefix_tree_advantages, nodes, *forest, "sibling|std|zero", 1, 0.0, one, "cpu")
     leaf = nodes.clone().requires_grad_()
-    check(ops.prefix_tree_propagate, leaf, nodes.clone().requires_grad_(), *forest, 0.5, None, 1.0, "cpu")
-    check(ops.prefix_tree_propagate_backward, nodes, nodes, nodes, *forest, 0.5, -1.0, None, "cpu")
+    check(ops.prefix_tree_propagate, leaf, nodes.clone().requires_grad_(), *forest, 0.5, None, 1.0, *3 * (None,), "cpu")
+    given = (0.5, -1.0, None, None, -one, one)
+    check(ops.prefix_tree_propagate_backward, nodes, nodes, nodes, *forest, *given, "cpu")
     check(ops.prefix_tree_spread, leaf, rows, *place, "start", 9, "cpu")
     check(ops.prefix_tree_collect, flat, *place, "end", "cpu")
     check(ops.prefix_tree_unfold, unique.requires_grad_(), *place, 9, "cpu")

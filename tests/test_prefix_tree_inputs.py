@@ -296,3 +296,48 @@ def test_edges(name: str, backend: Any) -> None:
         assert tree.unique_to_tokens(folded).shape == tree.shape
         assert len(tree.pack()) == tree.num_tokens
         assert tree.statistics().sequences == tree.num_rows
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+NUMBERS: list[Callable[[PrefixTree, Callable[[float], Any]], Tensor]] = [
+    lambda tree, n: tree.aggregate(torch.arange(4.0), discount=n(0.7)),
+    lambda tree, n: tree.aggregate(torch.arange(4.0), "logsumexp", scale=n(-0.3)),
+    lambda tree, n: tree.advantages(torch.arange(6.0), "sibling", eps=n(0.1)),
+    lambda tree, n: tree.propagate(n(0.5), n(0.1), initial=n(1.0), low=n(-0.2), high=n(0.6)),
+    lambda tree, n: tree.pack().token_logprobs(torch.linspace(0, 1, 48).view(6, 8), temperature=n(0.3)).logprobs,
+]
+
+
+@pytest.mark.parametrize("call", NUMBERS)
+@pytest.mark.parametrize("kind", [lambda x: torch.tensor(x, dtype=torch.float64), np.float64, lambda x: np.array(x)])
+def test_numbers_of_any_kind(call: Any, kind: Any) -> None:
+    """A float, a 0-d tensor, a scalar of NumPy: the same bits."""
+    tree = PrefixTree(TOKENS)
+    got, want = call(tree, kind), call(tree, float)
+    assert np.array_equal(np.asarray(got), want.numpy())
+
+
+def test_numbers_out_of_range() -> None:
+    tree, inf = PrefixTree(TOKENS), torch.tensor(torch.inf)
+    for message, call in (
+        (
+            "scale: expected a number other than 0",
+            lambda: tree.aggregate(torch.ones(4), "logsumexp", scale=torch.zeros(())),
+        ),
+        ("discount: expected a finite number", lambda: tree.aggregate(torch.ones(4), discount=inf)),
+        ("discount: expected shape", lambda: tree.aggregate(torch.ones(4), discount=torch.ones(2))),
+        ("initial: expected a finite number", lambda: tree.propagate(1.0, 1.0, initial=inf)),
+        ("low, high: expected low <= high", lambda: tree.propagate(1.0, 1.0, low=torch.tensor(1.0), high=0.0)),
+        (
+            "discount: expected 1 with op='max'",
+            lambda: tree.aggregate(torch.ones(4), "max", discount=torch.tensor(0.5)),
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_0d_tensor_of_propagate_keeps_its_gradient() -> None:
+    tree, leaf = PrefixTree(TOKENS), torch.tensor(0.5, requires_grad=True)
+    (grad,) = torch.autograd.grad(tree.propagate(1.0, leaf).sum(), leaf)
+    assert grad == tree.depth.sum()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -131,7 +129,7 @@ def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: AdvantageOp
         options.scale == "std",
         options.singleton == "raw",
         options.ddof,
-        options.eps,
+        float(options.eps),
         values.dtype == torch.float64,
         address(values),
         address(out),
@@ -146,16 +144,16 @@ def propagate(
     nodes: Tensor,
     rows: Tensor,
     initial: float,
-    low: float | None,
-    high: float | None,
+    low: float,
+    high: float,
 ) -> Tensor:
     """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
     out = torch.empty_like(scale)
     _core.prefix_tree_propagate(
         _forest(nodes, rows),
         initial,
-        -math.inf if low is None else low,
-        math.inf if high is None else high,
+        low,
+        high,
         scale.dtype == torch.float64,
         address(scale),
         address(shift),
@@ -172,16 +170,16 @@ def propagate_backward(
     nodes: Tensor,
     rows: Tensor,
     initial: float,
-    low: float | None,
-    high: float | None,
+    low: float,
+    high: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     grad_scale, grad_shift = torch.empty_like(scale), torch.empty_like(scale)
     _core.prefix_tree_propagate_backward(
         _forest(nodes, rows),
         initial,
-        -math.inf if low is None else low,
-        math.inf if high is None else high,
+        low,
+        high,
         scale.dtype == torch.float64,
         address(scale),
         address(shift),
@@ -303,7 +301,7 @@ def _forest(nodes: Tensor, rows: Tensor, unique: int = 0) -> _Forest:
 
 
 def _aggregation(o: AggregateOptions) -> tuple[int, bool, bool, float, float]:
-    return TREE_OPS.index(o.op), o.over == "children", o.normalized, o.scale, o.discount
+    return TREE_OPS.index(o.op), o.over == "children", o.normalized, float(o.scale), float(o.discount)
 
 
 def _floats(x: Tensor) -> tuple[bool, int]:

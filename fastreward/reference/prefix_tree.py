@@ -431,8 +431,8 @@ def propagate(
     nodes: Tensor,
     rows: Tensor,
     initial: float,
-    low: float | None,
-    high: float | None,
+    low: float,
+    high: float,
 ) -> Tensor:
     """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
     x, _ = _recurrence(scale, shift, _Forest(nodes, rows), initial, low, high)
@@ -440,7 +440,7 @@ def propagate(
 
 
 def _recurrence(
-    scale: Tensor, shift: Tensor, forest: _Forest, initial: float, low: float | None, high: float | None
+    scale: Tensor, shift: Tensor, forest: _Forest, initial: float, low: float, high: float
 ) -> tuple[Tensor, list[bool]]:
     """x, f64 [nodes], and what passes no gradient: where a bound has cut, and NaN."""
     a, b = scale.cpu().double(), shift.cpu().double()
@@ -451,7 +451,7 @@ def _recurrence(
             continue
         x[n] = a[n] * x[forest.parent[n]] + b[n]
         for bound, crossed in ((low, torch.lt), (high, torch.gt)):
-            if bound is not None and crossed(x[n], bound):
+            if crossed(x[n], bound):
                 x[n], cut[n] = bound, True
         cut[n] = cut[n] or bool(x[n].isnan())
     return x, cut
@@ -464,8 +464,8 @@ def propagate_backward(
     nodes: Tensor,
     rows: Tensor,
     initial: float,
-    low: float | None,
-    high: float | None,
+    low: float,
+    high: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     forest = _Forest(nodes, rows)

@@ -134,10 +134,10 @@ def test_groups_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         batch = checks.batch_of(rows[first:], group, checks.random.Random(0), padded=False)
         nodes, made, sizes = batch.build(kernels)
         values = kernels.aggregate(rewards[first:], None, None, nodes, made, options)
-        passed = kernels.propagate(values, values, nodes, made, 0.5, None, None)
+        passed = kernels.propagate(values, values, nodes, made, 0.5, -checks.INF, checks.INF)
         count, want = int(sizes[0]), batch.build(checks.cpu)[:2]
         torch.testing.assert_close(values[:count], checks.cpu.aggregate(rewards[first:], None, None, *want, options))
-        again = checks.cpu.propagate(values[:count], values[:count], *want, 0.5, None, None)
+        again = checks.cpu.propagate(values[:count], values[:count], *want, 0.5, -checks.INF, checks.INF)
         torch.testing.assert_close(passed[:count], again)
         return values[:count], passed[:count]
 
@@ -176,7 +176,7 @@ def _public(backend: str, **given: Any) -> list[Tensor]:
         tree = fr.PrefixTree(**given)
         rewards = torch.linspace(-1, 2, tree.num_rows).requires_grad_()
         values = tree.aggregate(rewards)
-        credit = tree.to_tokens(tree.advantages(values), row_values=rewards.detach(), place="start")
+        credit = tree.to_tokens(tree.advantages(values.detach()), row_values=rewards.detach(), place="start")
         tree.to_tokens(tree.propagate(values, 0.25, initial=1.0, high=0.5)).square().sum().backward()
         folded = tree.from_tokens(credit, "mean")
         count = int(tree._sizes[0])
