@@ -90,14 +90,14 @@ def positive(name: str, value: object) -> float:
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a positive number, got {value!r}") from None
     if not 0 < number < math.inf:
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        raise ValueError(f"{name}: expected a positive number, got {_shown(value)}")
     return number
 
 
 def not_negative(name: str, value: object) -> float:
     """`value` as a float, if it is a finite number of at least 0."""
     if finite(name, value) < 0:
-        raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
+        raise ValueError(f"{name}: expected a number of at least 0, got {_shown(value)}")
     return float(value)  # type: ignore[arg-type]
 
 
@@ -108,8 +108,13 @@ def finite(name: str, value: object) -> float:
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {value!r}") from None
     if not -math.inf < result < math.inf:  # what torch.compile knows as a symbol can be compared, and no more
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number, got {_shown(value)}")
     return result
+
+
+def _shown(number: object) -> str:
+    """A number for a message; Dynamo can't print its symbols."""
+    return "another" if torch.compiler.is_compiling() else repr(number)
 
 
 def names(name: str, given: object, allowed: Sequence[str]) -> None:

@@ -63,8 +63,12 @@ def is_number(x: object) -> bool:
 
 
 def may_differ_from_0(x: Number) -> bool:
-    """Whether a coefficient may be other than 0."""
-    return isinstance(x, Tensor) or x != 0
+    """Whether a coefficient, as it was given, is other than 0, or not known."""
+    if isinstance(x, Tensor) and (x.device.type != "cpu" or torch.compiler.is_compiling()):
+        return True
+    if x == 0:  # noqa: SIM103  (at a branch torch.compile decides)
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,8 +82,6 @@ def prepare(
     loss = _loss(loss)
     chosen: str = loss.aggregation if aggregation is None else aggregation
     _check.choice("aggregation", chosen, AGGREGATIONS)
-    kl_coef = number("kl_coef", kl_coef, like, _check.finite)
-    entropy_coef = number("entropy_coef", entropy_coef, like, _check.finite)
     _check_kl(kl, kl_coef, ref_logprobs)
     bounds = token_bounds(cu_seqlens, like, name)
     if bounds is None and like.ndim != 2:
@@ -109,8 +107,8 @@ def prepare(
     packed = bounds is not None
     named: dict[str, Number] = {
         "call.width": 0.0 if packed else size(like.shape[1], like),
-        "call.kl_coef": kl_coef,
-        "call.entropy_coef": entropy_coef,
+        "call.kl_coef": number("kl_coef", kl_coef, like, _check.finite),
+        "call.entropy_coef": number("entropy_coef", entropy_coef, like, _check.finite),
     }
     scalars = loss.scalars
     named |= {term: number(term, scalars[term], like, anything) for term in sorted(scalars)}

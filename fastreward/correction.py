@@ -431,8 +431,8 @@ def correction_weights(
             token still counts in the loss's denominator (IcePop; verl's "lower_upper"; TRL's *_mask); mask:
             it becomes 0 and `keep` drops the token (MIS). None: no weights (ones).
         level: token; sequence: the product of a sequence's token ratios; geometric: its geometric mean.
-        low, high: bounds of the weight, None for none. Neither: 2.0 above (truncate: verl's), 3.0 above (mask: TRL's),
-            0.5 to 5.0 (icepop: its paper's and verl's).
+        low, high: bounds of the weight, None for none; as all thresholds here numbers or 0-d tensors. Neither: 2.0
+            above (truncate: verl's), 3.0 above (mask: TRL's), 0.5 to 5.0 (icepop: its paper's and verl's).
         reject: criteria by verl's names (`correction.REJECTIONS`) with their thresholds, all of which a token or
             sequence has to pass: k1 = -l, k2 = l^2 / 2, k3 = e^l - 1 - l of the log-ratio l clamped to +-20; per token,
             or their sum, mean or maximum over the sequence. One number is an upper bound; k1 takes ratio bounds (low,
@@ -533,7 +533,7 @@ def off_policy_sequence_mask(
         rollout_logprobs: as the inference engine (or the old policy) had them, same shape.
         advantages: [B].
         mask: same shape as logprobs; nonzero = a token that counts.
-        threshold: nats per token.
+        threshold: nats per token; a number or a 0-d tensor.
         unscored: True: a NaN in rollout_logprobs counts as no difference (TRL).
         cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N.
 

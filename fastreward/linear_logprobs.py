@@ -385,7 +385,7 @@ def linear_token_logprobs(
         hidden: [..., H] float32, bfloat16 or float16. Under autocast the GEMMs run in autocast's dtype.
         weight: [V, H] of the LM head, the same dtype as hidden (or any under autocast); bias: [V].
         labels: [...] integers in [0, V) (anything where masked out).
-        temperature: a positive float, or one per token [...].
+        temperature: a positive number or 0-d tensor, or one per token [...].
         logit_scale, softcap: logits are softcap * tanh(logit_scale * x / softcap) where a softcap is given (Gemma),
             else logit_scale * x. Numbers or 0-d tensors.
         mask: [...], nonzero = compute. Other rows are dropped before the first GEMM, cost nothing and give 0. Counting

@@ -192,7 +192,6 @@ def linear_policy_loss(
         raise ValueError(f"chunk_size: expected a positive number of tokens, got {chunk_size}")
     if not torch.compiler.is_compiling():  # which would make a constant of a number that nothing reads
         number("scale", scale, hidden, _check.positive)
-    entropy_coef = number("entropy_coef", entropy_coef, hidden, _check.finite)
     options: dict[str, Any] = {
         "loss": loss,
         "aggregation": aggregation,

@@ -210,10 +210,10 @@ def logits_policy_loss(
             along V. Gradients flow to it.
         labels: [B, T] or [N] integers in [0, V) (anything where masked out).
         old_logprobs, advantages, mask, ...: as in `policy_loss`.
-        temperature: a positive float, or one per token.
+        temperature: a positive number or 0-d tensor, or one per token.
         inplace: the gradient overwrites the logits at once: no second [..., V] tensor. Only where nothing else needs
             them afterwards. Not under torch.compile, which decides that itself.
-        scale: the upstream gradient that is expected (1 / accumulation steps, a loss scale), a float or a 0-d tensor:
+        scale: the upstream gradient that is expected (1 / accumulation steps, a loss scale), a number or a 0-d tensor:
             the stored gradient is multiplied with it at once. Another one that arrives later is applied then, in one
             more pass over the gradient. That is the same but for what float16 can't hold: with a GradScaler pass its
             scale here, or small elements have become 0. The loss itself is not scaled.
@@ -232,7 +232,6 @@ def logits_policy_loss(
             raise ValueError("inplace: not available under torch.compile")
     if not torch.compiler.is_compiling():  # which would make a constant of a number that nothing reads
         number("scale", scale, logits, _check.positive)
-    entropy_coef = number("entropy_coef", entropy_coef, logits, _check.finite)
     options: dict[str, Any] = {
         "loss": loss,
         "aggregation": aggregation,

@@ -283,7 +283,7 @@ def token_logprobs(
     Args:
         logits: [..., V] float32, bfloat16 or float16; any leading strides, unit stride along V. Never copied.
         labels: [...] integers in [0, V) (anything where masked out).
-        temperature: a positive float, or one per token [...] (anything where masked out).
+        temperature: a positive number or 0-d tensor, or one per token [...] (anything where masked out).
         mask: [...] bool, integer or float, nonzero = compute; other rows are not read, all theirs is 0.
         outputs: any of logprobs, entropy (nats), logsumexp, label_logit, mean_logit (all of the tempered logits),
             log_sum_sq_probs (log of the sum of squared probabilities), max_logprob, argmax (first of equals), rank

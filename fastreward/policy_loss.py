@@ -10,7 +10,7 @@ from torch import Tensor
 from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import select
-from fastreward._numbers import Number, may_differ_from_0, number
+from fastreward._numbers import Number, may_differ_from_0
 from fastreward._options import KL, Aggregation
 from fastreward._policy_call import GroupIds, prepare
 from fastreward._program_op import evaluate
@@ -51,14 +51,13 @@ def policy_loss(
         mask: in the shape of logprobs, bool, integer or float; nonzero = a token that counts. What lies under a zero
             (NaN, inf) leaks nowhere and has gradient 0.
         loss: one of `fastreward.losses`, or your own (`losses.define`); default losses.ppo(). Under torch.compile make
-            it outside the compiled function; another formula or number there compiles anew, but not another value of a
-            parameter that is a 0-d tensor.
+            it outside the compiled function; another formula compiles anew, other numbers in it do not.
         aggregation: token-mean (sum / tokens), token-sum, seq-mean-token-mean (mean over sequences of their means),
             seq-mean-token-sum, seq-mean-token-sum-norm (sum / (sequences * T), Dr.GRPO), group-mean (mean over groups
             of the mean over their sequences); None: what the loss was published with (`loss.aggregation`; token-mean
             for ppo). Sequences without a counted token do not count. A loss per sequence counts for each of its tokens.
         normalizer: replaces that denominator as a whole (tokens; 1; sequences; sequences; sequences * T; groups), for
-            gradient accumulation and data parallelism: a float or a 0-d tensor.
+            gradient accumulation and data parallelism.
         ref_logprobs, kl, kl_coef: adds kl_coef * KL to the reference policy per token: "k1", "abs", "k2", "k3", with
             "+" the value of that estimator and k2's gradient, or "k3-corrected"; x = ref - logprob is clamped to +-20
             (see losses.kl).
@@ -73,6 +72,10 @@ def policy_loss(
         extra: what the loss reads as t.extra(name): constants in the shape of logprobs, [B], or numbers.
         return_token_loss: also give the per-token loss before aggregation.
 
+    kl_coef, entropy_coef, normalizer and the numbers of a loss are numbers or 0-d tensors; a tensor on a GPU is read
+    there, without waiting for it. Under torch.compile another value compiles nothing (entropy_coef=0 is another
+    formula).
+
     Returns:
         PolicyLoss(loss f32 [], metrics, token_loss f32 or None). The metrics that the call has the terms for, then what
         the loss reports itself: `help(result.metrics)` says what each is.
@@ -83,7 +86,6 @@ def policy_loss(
             is set (per token where they made the loss NaN), and for a mask that selects nothing without `normalizer`.
     """
     _check.dtype("logprobs", _check.tensor("logprobs", logprobs), (torch.float32,))
-    entropy_coef = number("entropy_coef", entropy_coef, logprobs, _check.finite)
     if entropy is None and may_differ_from_0(entropy_coef):
         raise ValueError("entropy: needed where entropy_coef is not 0")
     if entropy is not None:

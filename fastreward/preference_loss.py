@@ -11,7 +11,7 @@ from torch import Tensor
 from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import select
-from fastreward._numbers import anything, is_number, number, parameters, single
+from fastreward._numbers import Number, anything, is_number, number, parameters, single
 from fastreward._options import PAIR_AGGREGATIONS, PairAggregation
 from fastreward._policy_call import GroupIds, level_of, numbered_groups, on_device, parameter, token_bounds
 from fastreward._program_op import evaluate
@@ -38,7 +38,7 @@ def preference_loss(
     rejected_weights: Tensor | None = None,
     weights: Tensor | None = None,
     aggregation: PairAggregation = "mean",
-    normalizer: float | Tensor | None = None,
+    normalizer: Number | None = None,
     group_ids: GroupIds | None = None,
     chosen_cu_seqlens: Tensor | None = None,
     rejected_cu_seqlens: Tensor | None = None,
@@ -59,7 +59,8 @@ def preference_loss(
         weights: constant factor of each pair's loss, [P].
         aggregation: "mean" over pairs, "sum", or "group-mean" (mean over groups of their means: MAH-DPO's dimensions).
             A pair counts where either side has a counted token.
-        normalizer: replaces that denominator (pairs; 1; groups), for gradient accumulation and data parallelism.
+        normalizer: replaces that denominator (pairs; 1; groups), for gradient accumulation and data parallelism;
+            a number or a 0-d tensor, as are the loss's own numbers.
         group_ids: [P] integers or any hashables, for group-mean and losses over groups.
         chosen_cu_seqlens, rejected_cu_seqlens: integers [P + 1], bounds of packed sequences.
         extra: what the loss reads as t.extra(name), [P] or numbers; chosen_extra, rejected_extra: per token of a side.

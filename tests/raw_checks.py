@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -312,6 +312,8 @@ def check_group(
     got = module.forward(*moved, options)
     close(got, want, 1e-6, 1e-6, "advantages")
     assert torch.equal(got.nan_to_num(7.0), module.forward(*moved, options).nan_to_num(7.0))
+    on_device = replace(options, eps=torch.tensor(options.eps, dtype=torch.float64, device=device))
+    close(module.forward(*moved, on_device), want, 1e-6, 1e-6, "advantages with eps on the device")
 
 
 def check_group_corners(module: ModuleType, device: str) -> None:

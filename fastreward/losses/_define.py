@@ -63,7 +63,7 @@ class Definition(Generic[P]):
         }
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Loss:
-        """The loss with these parameters: numbers, [B] tensors (one per sequence), or terms of an enclosing loss."""
+        """The loss with these parameters: numbers, tensors [] or [B] (per sequence), or terms of an enclosing loss."""
         if torch.compiler.is_dynamo_compiling():  # while it traces this line, not while it runs a loss
             raise RuntimeError(
                 f"{self.name}: a loss can't be made inside torch.compile; make it outside the compiled function and "
@@ -451,8 +451,9 @@ def define(
     """Makes a loss of a function over symbolic terms, forward only; gradient and kernels are derived from it.
 
     The function's first argument are the terms (`Terms`; with pairs=True `PairTerms`), the others its parameters:
-    numbers are run-time scalars (changing one compiles nothing), tensors [B] one value per sequence; None, True, False,
-    strings and the parameters named in `static` are fixed while the function is traced, so that `if` may ask for them.
+    numbers are run-time scalars (changing one compiles nothing), tensors [B] one value per sequence, 0-d ones a number;
+    None, True, False, strings and the parameters named in `static` are fixed while the function is traced, so that `if`
+    may ask for them.
     Default and annotation say which of these a parameter takes; others, and NaN, are refused.
     It returns the loss per token or per sequence, to be minimised; t.report(name=...) adds metrics.
     What else it reads (globals, closures, what its helpers read) is part of the formula, as it is when a loss is made:

@@ -10,6 +10,7 @@ import public_loss_checks
 import pytest
 import tie_checks
 import torch
+from operation_rows import ROWS, Row, as_tensors, copies, evaluated, name_of
 
 import fastreward as fr
 from fastreward import losses
@@ -47,6 +48,18 @@ def test_gradient_at_a_tie(rule: str) -> None:
 def test_group_and_whiten() -> None:
     public_checks.check_group("cpu")
     public_checks.check_whiten("cpu")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.numbers], ids=name_of)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_numbers_that_only_a_kernel_may_read(row: Row) -> None:
+    """In a compiled function 0-d tensors stay where they are, as tensors on a GPU do."""
+    torch._dynamo.reset()
+    arguments = row.make(4, 5)
+    compiled = torch.compile(lambda **arguments: row(**arguments), fullgraph=True, backend="eager")
+    expected = evaluated(row, copies(arguments))
+    for got, wanted in zip(evaluated(compiled, copies(as_tensors(arguments))), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_messages() -> None:
