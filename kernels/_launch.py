@@ -59,7 +59,7 @@ def temperature_arguments(inv_temperature: Tensor | float) -> tuple[Tensor | flo
     """(pointer or number, stride, whether it is a pointer)."""
     if isinstance(inv_temperature, Tensor):
         return inv_temperature, inv_temperature.stride(0), True
-    return float(inv_temperature), 0, False
+    return min(max(float(inv_temperature), 1e-38), 3.4e38), 0, False  # a number goes as float32
 
 
 def numbers(*values: float | Tensor) -> tuple[list[float], Tensor | None]:

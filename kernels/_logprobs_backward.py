@@ -24,7 +24,7 @@ from ._launch import (
     row_stride,
     temperature_arguments,
 )
-from ._softmax import FLOOR, NEG_INF, inverse_temperature, kept_ids_at, kept_logit_at
+from ._softmax import FLOOR, NEG_INF, gradient_scale, inverse_temperature, kept_ids_at, kept_logit_at
 
 # --------------------------------------------------------------------------------------------------------- config
 # As in the forward: 8 warps, 16-byte loads and stores, the next block's loads ahead of this block's arithmetic. The
@@ -125,7 +125,7 @@ def _backward_kernel(
     if HAS_IDS:
         token_ids_row = token_ids + row * token_ids_stride
         grad_ids_row = grad_ids + row * grad_ids_stride
-    inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T).to(tl.float32)
+    inverse = gradient_scale(inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T))
     c0, c1, c2, g_label, top, top_logp = _coefficients(
         values, grad_values, grad_ids_row, N.to(tl.int64), K, row, HAS_IDS, IDS
     )
@@ -195,7 +195,7 @@ def _backward_ids_kernel(
     if HAS_IDS:
         token_ids_row = token_ids + row * token_ids_stride
         grad_ids_row = grad_ids + row * grad_ids_stride
-    inverse = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T).to(tl.float32)
+    inverse = gradient_scale(inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T))
     c0, c1, c2, g_label, top, top_logp = _coefficients(
         values, grad_values, grad_ids_row, N.to(tl.int64), K, row, HAS_IDS, IDS
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._device import LOG2E
 from ._logprobs_backward import _through_softmax
-from ._softmax import NEG_INF, logit_at, scan_row
+from ._softmax import NEG_INF, gradient_scale, logit_at, scale_of, scan_row
 
 
 @triton.jit
@@ -17,7 +16,7 @@ def statistics(
     """(log-prob, entropy or 0, largest logit, its log-prob) of a row, f32: the bits of kernels/logprobs.py."""
     label_x = logit_at(row, label, V)
     top, total, weighted, _, _, _, _, _ = scan_row(
-        row, row, V, inverse64.to(tl.float32) * LOG2E, label_x, ENTROPY, False, False, False, False, False,
+        row, row, V, scale_of(inverse64), label_x, ENTROPY, False, False, False, False, False,
         STEPS, LANES, VEC, "evict_last",
     )  # fmt: skip
     log_total = tl.log(total)
@@ -42,7 +41,7 @@ def store_gradient(
     From the last block to the first: what the statistics read last is the likeliest to be in the L2 cache still.
     """
     BLOCK: tl.constexpr = STEPS * LANES * VEC
-    inverse = inverse64.to(tl.float32)
+    inverse = gradient_scale(inverse64)
     c0 = -g_logprob - g_entropy * entropy
     label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
     blocks = tl.cdiv(V, BLOCK)

@@ -10,7 +10,9 @@ Units: scale2 = inv_temperature * log2(e), so that exp((x - max) / temperature) 
 to 2^base2, base2 = its maximum * scale2 rounded UP TO AN INTEGER: then x * scale2 - base2 is one FMA with one rounding,
 and rescaling a sum multiplies it by a power of two, exactly. With the maximum itself as the base, x - max and the
 scaling would be two instructions, or one FMA that is off by the rounding of max * scale2. `merge_lanes` returns to the
-maximum. A column costs 8 instructions in bf16 (10 with the entropy) where an H100 has room for 17 at full bandwidth.
+maximum. Where max * scale2 is so large that float32 holds no fractions of it (cold rows), what its rounding has cut
+off is taken from every exponent: `_residual`, else 0. A column costs 9 instructions in bf16 (11 with the entropy) where
+an H100 has room for 17 at full bandwidth.
 """
 
 from __future__ import annotations
@@ -18,10 +20,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._device import LN2, lane_columns, over_lane
+from ._device import LN2, LOG2E, lane_columns, over_lane
 
 #: Below any exponent whose exp2 is not 0: what -inf is replaced by where it would meet a 0 (-inf * 0 = NaN).
 FLOOR: tl.constexpr = tl.constexpr(-1.0e4)
+#: Between these a scale in float32 tells -inf from 0 and keeps products finite: distinct logits of which a colder
+#: temperature makes something else than 0 and 1 do not exist, nor do those that a hotter one tells apart.
+HOTTEST: tl.constexpr = tl.constexpr(2.0**-120)
+COLDEST: tl.constexpr = tl.constexpr(2.0**95)
+LARGEST: tl.constexpr = tl.constexpr(1.6e38)
+INTEGERS: tl.constexpr = tl.constexpr(2.0**24)  # float32 has no fractions from here on
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 INF: tl.constexpr = tl.constexpr(float("inf"))
 
@@ -30,6 +38,18 @@ INF: tl.constexpr = tl.constexpr(float("inf"))
 def inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T: tl.constexpr):
     """f64 scalar, from f64 [N] or a number (a plain float under the interpreter, f32 elsewhere)."""
     return tl.load(inv_t + row * inv_t_stride).to(tl.float64) if HAS_INV_T else tl.full([], inv_t, tl.float64)
+
+
+@triton.jit
+def scale_of(inverse64):
+    """scale2 of a row, f32."""
+    return tl.minimum(tl.maximum(inverse64, HOTTEST), COLDEST).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def gradient_scale(inverse64):
+    """1 / temperature in f32, finite: an infinite one times 0 would be NaN."""
+    return tl.minimum(tl.maximum(inverse64, HOTTEST), LARGEST).to(tl.float32)
 
 
 @triton.jit
@@ -70,9 +90,10 @@ def lane_step(
     """Folds one block into the lanes."""
     new_peak = tl.maximum(peak, tl.max(tl.max(x, axis=2), axis=0))
     new_base2 = _base2(new_peak, scale2)
-    shift2 = _shift2(peak, base2, new_base2)
+    rest = _residual(new_peak, new_base2, scale2)
+    shift2 = _shift2(peak, base2, _residual(peak, base2, scale2), new_base2, rest)
     decay = tl.exp2(shift2)
-    t2 = tl.fma(x, scale2, -new_base2[None, :, None])
+    t2 = tl.fma(x, scale2, -new_base2[None, :, None]) - rest[None, :, None]
     e = tl.exp2(t2)
     if ENTROPY:
         weighted = tl.fma(decay, tl.fma(shift2, total, weighted), over_lane(tl.maximum(t2, FLOOR) * e))
@@ -93,9 +114,15 @@ def _base2(peak, scale2):
 
 
 @triton.jit
-def _shift2(peak, base2, new_base2):
+def _residual(peak, base2, scale2):
+    """peak * scale2 - base2, exactly, where base2 is no integer above it but its rounding; else 0."""
+    return tl.where(tl.abs(base2) < INTEGERS, 0.0, tl.fma(peak, scale2, -base2))
+
+
+@triton.jit
+def _shift2(peak, base2, rest, new_base2, new_rest):
     """What old sums move by, in bits, at least FLOOR; a maximum of -inf has sums of 0 and any finite shift will do."""
-    return tl.where(peak == NEG_INF, FLOOR, tl.maximum(base2 - new_base2, FLOOR))
+    return tl.where(peak == NEG_INF, FLOOR, tl.maximum((base2 - new_base2) + (rest - new_rest), FLOOR))
 
 
 @triton.jit
@@ -103,14 +130,15 @@ def merge_lanes(peak, base2, total, weighted, squares, logit_sum, above, scale2)
     """[LANES] accumulators to f64 scalars relative to the maximum; `weighted` comes back in nats."""
     top = tl.max(peak, axis=0)
     top2 = _base2(top, scale2)
-    shift2 = _shift2(peak, base2, top2)
+    rest = _residual(top, top2, scale2)
+    shift2 = _shift2(peak, base2, _residual(peak, base2, scale2), top2, rest)
     decay = tl.exp2(shift2)
     weighted = decay * (weighted + shift2 * total)
     total64 = tl.sum((decay * total).to(tl.float64), axis=0)
     weighted64 = tl.sum(weighted.to(tl.float64), axis=0)
     squares64 = tl.sum((decay * decay * squares).to(tl.float64), axis=0)
     # From 2^top2 to the maximum: 0 <= back2 < 1.
-    back2 = tl.where(top == NEG_INF, 0.0, top2.to(tl.float64) - top.to(tl.float64) * scale2)
+    back2 = tl.where(top == NEG_INF, 0.0, (top2.to(tl.float64) - top.to(tl.float64) * scale2) + rest)
     back = tl.exp(back2 * LN2)
     return (
         top,

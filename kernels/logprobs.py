@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastreward._layout import FLAG, INDICES, VALUES
 
-from ._device import LOG2E
 from ._launch import (
     OPTIONS,
     contiguous,
@@ -41,6 +40,7 @@ from ._softmax import (
     lane_step,
     logit_at,
     merge_lanes,
+    scale_of,
     scan_row,
     store_masked_row,
     store_row,
@@ -116,10 +116,9 @@ def _forward_kernel(
     if HAS_KEEP:
         keep_row = keep + row * keep_units * KEEP_UNIT
     inverse64 = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
-    inverse = inverse64.to(tl.float32)
     label_x = kept_logit_at(logits_row, keep_row, tl.load(labels + row), V, HAS_KEEP)
     top, total, weighted, squares, logit_sum, rank, count, argmax = scan_row(
-        logits_row, keep_row, V, inverse * LOG2E, label_x,
+        logits_row, keep_row, V, scale_of(inverse64), label_x,
         ENTROPY, SQUARES, MEAN, ARGMAX, RANK, HAS_KEEP, STEPS, LANES, VEC,
     )  # fmt: skip
     store_row(
@@ -165,7 +164,7 @@ def _forward_ids_kernel(
     logits_row = logits + row * logits_stride
     keep_row = keep_ids + row * keep_ids_stride
     inverse64 = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
-    inverse = inverse64.to(tl.float32)
+    scale2 = scale_of(inverse64)
     lanes = tl.arange(0, ID_LANES)
     label = tl.load(labels + row)
     found = tl.zeros([ID_LANES], tl.int32)
@@ -190,10 +189,10 @@ def _forward_ids_kernel(
         kept += real.to(tl.int32)
         peak, base2, total, weighted, squares, logit_sum, above = lane_step(
             x, real[None, :, None], peak, base2, total, weighted, squares, logit_sum, above,
-            inverse * LOG2E, label_x, ENTROPY, SQUARES, MEAN, RANK,
+            scale2, label_x, ENTROPY, SQUARES, MEAN, RANK,
         )  # fmt: skip
     top, total64, weighted64, squares64, sum64, rank = merge_lanes(
-        peak, base2, total, weighted, squares, logit_sum, above, inverse * LOG2E
+        peak, base2, total, weighted, squares, logit_sum, above, scale2
     )
     argmax = V
     if ARGMAX:  # the smallest of the ids that hold the maximum: the list may be in any order
@@ -239,14 +238,13 @@ def _fold_kernel(
     V = vocab_units * VEC
     logits_row = logits + row * logits_units * LOGITS_UNIT
     inverse64 = inverse_temperature(inv_t, inv_t_stride, row, HAS_INV_T)
-    inverse = inverse64.to(tl.float32)
     local = tl.load(labels + row) - vocab_start
     here_x = logit_at(logits_row, local, V)  # NaN where the label lies in another slice; rank then counts nothing
     threshold = here_x
     if HAS_LABEL_LOGITS:
         threshold = tl.load(label_logits + row)
     top, total, weighted, squares, logit_sum, rank, _, argmax = scan_row(
-        logits_row, logits, V, inverse * LOG2E, threshold,
+        logits_row, logits, V, scale_of(inverse64), threshold,
         ENTROPY, SQUARES, MEAN, ARGMAX, RANK, False, STEPS, LANES, VEC,
     )  # fmt: skip
     s = state + row * 8
@@ -255,8 +253,8 @@ def _fold_kernel(
     new = tl.maximum(old, tile)
     base = tl.where(new == NEG_INF, 0.0, new)
     # A side whose maximum is -inf holds nothing: its shift is FLOOR, its sums are 0.
-    old_shift = tl.where(old == NEG_INF, FLOOR, (old - base) * inverse64)
-    new_shift = tl.where(tile == NEG_INF, FLOOR, (tile - base) * inverse64)
+    old_shift = tl.where(old == NEG_INF, FLOOR, tl.maximum((old - base) * inverse64, FLOOR))
+    new_shift = tl.where(tile == NEG_INF, FLOOR, tl.maximum((tile - base) * inverse64, FLOOR))
     old_scale = tl.exp(old_shift)
     new_scale = tl.exp(new_shift)
     old_total = tl.load(s + 1)

@@ -149,6 +149,16 @@ def _far_apart(case: Logits, g: torch.Generator) -> None:
     case.logits[2].copy_(torch.linspace(50, -50, case.logits.shape[1]))
 
 
+def _empty_block(case: Logits, g: torch.Generator) -> None:
+    """Whole blocks (of 4096 columns) of -inf: behind a finite one, between two, and all but the last."""
+    vocab = case.logits.shape[1]
+    block = min(4096, vocab // 3)
+    case.logits[0, block:] = -torch.inf
+    case.logits[1, block : 2 * block] = -torch.inf
+    case.logits[2, : 2 * block] = -torch.inf
+    case.labels[:3] = torch.tensor([0, block - 1, vocab - 1])
+
+
 CASES: dict[str, Callable[[Logits, torch.Generator], None]] = {
     "plain": _plain,
     "strided": _strided,
@@ -162,6 +172,7 @@ CASES: dict[str, Callable[[Logits, torch.Generator], None]] = {
     "shared_token_ids": _shared_token_ids,
     "ties": _ties,
     "far_apart": _far_apart,
+    "empty_block": _empty_block,
 }
 
 
@@ -384,3 +395,33 @@ def check_whiten_corners(module: ModuleType, device: str) -> None:
         assert out.tolist() == [0.0, want, 0.0]
     module.forward(few, torch.zeros(3, device=device), True, 1, 0.0, few)
     assert few.tolist() == [0.0, 0.0, 0.0]
+
+
+def check_extreme_temperatures(module: ModuleType, device: str, dtype: torch.dtype, vocab: int) -> None:
+    """Hot: uniform over what is possible; cold: over the largest logits, and nothing (or next to it) elsewhere."""
+    case = logits_case("plain", dtype, 4, vocab)
+    case.logits[0] = 0.0
+    case.logits[1, 1::3] = -torch.inf
+    case.logits[2, vocab // 2] = case.logits[2, -1] = 20.0
+    possible, largest = case.logits > -torch.inf, case.logits == case.logits.amax(-1, keepdim=True)
+    for inverse in (1e-300, 1e-39, 1e-36, 1e8, 1e12, 1e39, 1e300):
+        support = possible if inverse < 1 else largest
+        count = support.sum(-1).double()
+        inside = support.gather(1, case.labels.unsqueeze(1)).squeeze(1)
+        for form in (inverse, torch.full((4,), inverse, dtype=torch.float64)):
+            case.inv_temperature = form
+            arguments = case.arguments(device)
+            values, indices, ids = module.forward(*arguments, EVERYTHING)
+            rows = dict(zip(VALUES, values.cpu().double(), strict=True))
+            logprobs = torch.where(rows["logprobs"] < -1e4, -torch.inf, rows["logprobs"])
+            want = torch.where(inside, -count.log(), -torch.inf)
+            close(logprobs, want, 3e-6, 1e-6, f"logprobs at {inverse}")
+            close(rows["entropy"], count.log(), 3e-6, 1e-6, f"entropy at {inverse}")
+            close(rows["log_sum_sq_probs"], -count.log(), 3e-6, 1e-6, f"squares at {inverse}")
+            close(rows["max_logprob"], -count.log(), 3e-6, 1e-6, f"max_logprob at {inverse}")
+            assert torch.equal(indices[0].cpu(), case.logits.argmax(-1))
+            grad, out = torch.ones_like(values), torch.full_like(arguments[0], torch.nan)
+            module.backward(*arguments, values, ids, grad, None, out)
+            assert not out.isnan().any()
+            if dtype != torch.float16:
+                assert out.isfinite().all()

@@ -54,6 +54,11 @@ def test_logprobs(kind: str, dtype: torch.dtype, emulator: Emulator) -> None:
     raw_checks.check_logprobs_backward(logprobs, "cpu", case, in_place=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_temperatures(dtype: torch.dtype, emulator: Emulator) -> None:
+    raw_checks.check_extreme_temperatures(logprobs, "cpu", dtype, 1003)
+
+
 @pytest.mark.parametrize("flags", [0, 1, 8, 9, 2, 4, 16])
 def test_logprobs_flags(flags: int, emulator: Emulator) -> None:
     raw_checks.check_logprobs_forward(logprobs, "cpu", raw_checks.logits_case("ties", torch.bfloat16, 3, 517), flags)

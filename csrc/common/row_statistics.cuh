@@ -68,6 +68,9 @@ __device__ __forceinline__ Partial merge(Partial a, Partial b, float scale) {
   return a;
 }
 
+// 1 / temperature in float: finite, so that 0 times it is 0, and large enough that -inf times it is no NaN.
+__device__ __forceinline__ float narrow(double inv_t) { return float(fmin(fmax(inv_t, 7.6e-37), 1.6e38)); }
+
 // x joins p.
 template <int LEVEL>
 __device__ __forceinline__ void add_column(Partial& p, float x, float base, float scale) {

@@ -213,7 +213,7 @@ __device__ __forceinline__ RowGradient finish_row(const Arguments& arguments, i6
   TokenGradient g = Loss::gradient(arguments, n, sequence, logprob, entropy);
   g.logprob *= a.scale[0], g.entropy *= a.scale[0];
   RowGradient r = {};
-  r.inv_t = float(inv_t), r.peak = float(s.peak), r.peak_logprob = float(-log_sum);
+  r.inv_t = narrow(inv_t), r.peak = float(s.peak), r.peak_logprob = float(-log_sum);
   r.at_label = g.logprob, r.label = a.labels[n];
   r.c0 = g.entropy != 0.f ? float(-double(g.logprob) - double(g.entropy) * entropy) : -g.logprob;
   r.c1 = -g.entropy;
@@ -242,7 +242,7 @@ __device__ __forceinline__ void logits_row(const Arguments& arguments) {
     return;
   }
   const double inv_t = a.inv_temperature ? a.inv_temperature[n * a.inv_stride] : a.inv_value;
-  const float scale = float(inv_t) * LOG2E, label_logit = logit_at<T>(row, nullptr, a.labels[n], vocab);
+  const float scale = narrow(inv_t) * LOG2E, label_logit = logit_at<T>(row, nullptr, a.labels[n], vocab);
   const Partial p = misalignment(row) == 0
                         ? read_slice<T, LEVEL, ON_CHIP, true, BLOCK>(row, vocab, first, last, scale, on_chip)
                         : read_slice<T, LEVEL, ON_CHIP, false, BLOCK>(row, vocab, first, last, scale, on_chip);

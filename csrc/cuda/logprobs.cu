@@ -168,7 +168,7 @@ __device__ __forceinline__ void forward_row(const ForwardArguments& a) {
   const typename T::Bits* row = static_cast<const typename T::Bits*>(a.logits) + n * a.stride;
   const unsigned char* keep = KEEP ? a.keep + n * a.keep_stride : nullptr;
   const double inv_t = a.inv_temperature ? a.inv_temperature[n * a.inv_stride] : a.inv_value;
-  const float scale = float(inv_t) * LOG2E;
+  const float scale = narrow(inv_t) * LOG2E;
   const i64 label = a.labels[n] - a.vocab_start;
   float threshold = not_a_number();
   if (LEVEL >= EVERYTHING) threshold = a.label_logits ? a.label_logits[n] : logit_at<T>(row, keep, label, vocab);

@@ -22,7 +22,7 @@ __device__ __forceinline__ RowGradient row_gradient(const BackwardArguments& a, 
   const float* v = a.values + n;
   const i64 rows = a.rows;
   RowGradient r;
-  r.inv_t = float(a.inv_temperature ? a.inv_temperature[n * a.inv_stride] : a.inv_value);
+  r.inv_t = narrow(a.inv_temperature ? a.inv_temperature[n * a.inv_stride] : a.inv_value);
   r.peak = v[MAX_LOGIT * rows];
   r.peak_logprob = v[MAX_LOGPROB * rows];
   r.inv_softcap = float(a.inv_softcap);

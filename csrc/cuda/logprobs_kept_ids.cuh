@@ -34,7 +34,7 @@ __device__ __forceinline__ void kept_forward_row(const ForwardArguments& a) {
   const typename T::Bits* row = static_cast<const typename T::Bits*>(a.logits) + n * a.stride;
   const i64* kept = a.kept + n * a.kept_stride;
   const double inv_t = a.inv_temperature ? a.inv_temperature[n * a.inv_stride] : a.inv_value;
-  const float scale = float(inv_t) * LOG2E;
+  const float scale = narrow(inv_t) * LOG2E;
   const float label_logit = kept_logit<T>(row, kept, a.kept_count, a.labels[n], a.vocab);
   Partial p = empty_partial();
   for (i64 k = threadIdx.x; k < a.kept_count; k += KEPT_THREADS) {

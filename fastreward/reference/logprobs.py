@@ -43,7 +43,11 @@ def token_logprobs(
     if kept is not None:
         x, z = x.masked_fill(~kept, -torch.inf), z.masked_fill(~kept, -torch.inf)
     peak = x.amax(-1)
-    logp = z - torch.logsumexp(z, -1, keepdim=True)
+    above = z.amax(-1, keepdim=True)
+    z_below = z - torch.where(
+        above.isfinite(), above, 0.0
+    )  # a large logsumexp has no digits left for small differences
+    logp = z_below - torch.logsumexp(z_below, -1, keepdim=True)
     p = logp.exp()
     plogp = torch.where(p > 0, p * torch.where(p > 0, logp, 0.0), p)
     safe = labels.clamp(0, vocab - 1).unsqueeze(-1)

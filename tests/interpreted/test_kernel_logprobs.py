@@ -7,6 +7,7 @@ value where it is large); one gradient rounding more where the output is bf16 or
 from __future__ import annotations
 
 import pytest
+import raw_checks
 import torch
 from fastreward.kernels import logprobs as kernels
 from torch import Tensor
@@ -299,3 +300,16 @@ def test_no_rows() -> None:
     values, indices, ids = kernels.forward(x, torch.zeros(0).long(), 1.0, None, None, None, None, ALL)
     assert (values.shape, indices.shape, ids.shape) == ((8, 0), (2, 0), (0, 0))
     kernels.backward(x, torch.zeros(0).long(), 1.0, None, None, None, None, values, ids, values, None, x)
+
+
+@pytest.mark.parametrize(("dtype", "vocab"), [(torch.float32, 4113), (torch.bfloat16, 40), (torch.float16, 40)])
+def test_extreme_temperatures(dtype: torch.dtype, vocab: int) -> None:
+    raw_checks.check_extreme_temperatures(kernels, "cpu", dtype, vocab)
+
+
+@pytest.mark.parametrize("kind", ["keep_mask", "keep_ids", "empty_block"])
+def test_columns_that_take_no_part(kind: str) -> None:
+    """Not kept, the label of a row and its gradient among them; a block of -inf between two finite ones."""
+    case = raw_checks.logits_case(kind, torch.float32, 4, 9001)
+    raw_checks.check_logprobs_forward(kernels, "cpu", case)
+    raw_checks.check_logprobs_backward(kernels, "cpu", case)
