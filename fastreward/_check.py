@@ -46,7 +46,7 @@ def constant(name: str, x: Tensor) -> Tensor:
         )
     if transformed():
         refuse_transforms(name, (x,))
-    return x.detach()
+    return x.detach() if x.requires_grad else x
 
 
 def dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
@@ -149,7 +149,7 @@ def mask(x: Tensor | None, reference: str, like: Tensor, name: str = "mask") -> 
 
 def counted(mask: Tensor) -> int:
     """How many positions count, of a mask as `mask` returns it. (torch's own count waits for its threads.)"""
-    if mask.device.type != "cpu":
+    if mask.device.type != "cpu" or transformed():  # a tensor of torch.func's has no address
         return int(mask.count_nonzero())
     from fastreward import _core
     from fastreward.cpu._pointers import mask_arguments

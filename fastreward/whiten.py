@@ -13,7 +13,7 @@ from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import implementation, select
 from fastreward._memory import empty_like
 from fastreward._numbers import Number, joined, number, split
-from fastreward._op import custom_op
+from fastreward._op import custom_op, transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -139,6 +139,8 @@ def _check_out(out: Tensor, x: Tensor, source: Tensor) -> bool:
         raise ValueError(f"out: expected a contiguous tensor, got strides {list(out.stride())}")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: expected a tensor without requires_grad (no gradient flows through it); use .detach()")
+    if transformed():
+        raise NotImplementedError("fastreward: whiten(out=) is not available under torch.func or with dual tensors")
     if torch.compiler.is_compiling():  # a traced tensor has no address
         return out is x
     distance = abs(out.data_ptr() - source.data_ptr())

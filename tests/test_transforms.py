@@ -103,6 +103,7 @@ OPERATIONS = {
     "PrefixTree.unique_to_tokens": Operation(lambda x: TREE.unique_to_tokens(x), (normal(UNIQUE),), linear=True),
     "PackedTree.token_logprobs": Operation(lambda x: PACKED.token_logprobs(x).logprobs, (normal(UNIQUE, V),)),
     "PackedTree.to_tokens": Operation(lambda x: PACKED.to_tokens(x), (normal(UNIQUE),), linear=True),
+    "PackedTree.trl_row": Operation(lambda x: PACKED.trl_row(x)["advantages"], (normal(B),), linear=True),
     "PackedTree.from_tokens": Operation(lambda x: PACKED.from_tokens(x), (normal(B, T),), linear=True),
 }
 #: Whose gradient exists once, made with the loss.
@@ -269,6 +270,33 @@ def test_a_gradient_of_a_constant_is_refused(operation: Operation) -> None:
         torch.func.grad(operation.scalar)(*operation.inputs)
     with torch.no_grad():  # nobody expects one
         operation.call(*(x.clone().requires_grad_() for x in operation.inputs))
+
+
+@every_operation
+def test_constants_made_inside_a_transform(operation: Operation) -> None:
+    """Tensors of torch.func's have no memory of their own; nothing looks for it where they are constants."""
+    factor = torch.ones(())
+    value, tangent = torch.func.jvp(
+        lambda f: operation.scalar(*((x * f).detach() for x in operation.inputs)) * f, (factor,), (factor,)
+    )
+    want = operation.scalar(*operation.inputs)
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(tangent, want)  # of the factor outside alone
+    slope = torch.func.grad(lambda f: operation.scalar(*((x * f).detach() for x in operation.inputs)) * f)(factor)
+    torch.testing.assert_close(slope, want)
+
+
+def test_masks_made_inside_a_transform() -> None:
+    def step(x: Tensor) -> Tensor:
+        mask, logprobs = x.detach() > -10.0, -x.square()
+        white = fr.whiten(x.detach(), mask)
+        return fr.policy_loss(logprobs, logprobs.detach(), white, mask).loss
+
+    x = OPERATIONS["whiten"].inputs[0]
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(step)(x), *torch.autograd.grad(step(leaf), leaf))
+    with pytest.raises(NotImplementedError, match=r"whiten\(out=\) is not available under torch.func"):
+        torch.func.grad(lambda y: fr.whiten(y.detach(), out=torch.empty(B, T)).sum() + y.sum())(x)
 
 
 @pytest.mark.parametrize("name", ["token_logprobs", "logits_policy_loss", "PackedTree.token_logprobs"])
