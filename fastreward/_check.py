@@ -66,6 +66,22 @@ def rewards(name: str, x: object) -> Tensor:
     return x.float() if x.dtype.is_floating_point or x.dtype == torch.bool else x.double()
 
 
+def floats(name: str, x: object) -> Tensor:
+    """`x` as float32, if it holds floating-point numbers: exact from half precision, rounded from float64."""
+    x = tensor(name, x)
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected floating-point numbers, got {str(x.dtype).removeprefix('torch.')}")
+    return x if x.dtype == torch.float32 else x.float()
+
+
+def reals(name: str, x: object) -> Tensor:
+    """`x` as float32, if it holds real numbers of any dtype, truth values among them."""
+    x = tensor(name, x)
+    if x.dtype.is_complex:
+        raise TypeError(f"{name}: expected real numbers, got {str(x.dtype).removeprefix('torch.')}")
+    return x if x.dtype == torch.float32 else x.float()
+
+
 def integers(name: str, x: object) -> None:
     """`x` is a tensor of integers."""
     x = tensor(name, x)

@@ -16,6 +16,7 @@ Aggregation = Literal[
     "group-mean",
 ]
 PairAggregation = Literal["mean", "sum", "group-mean"]
+Empty = Literal["raise", "zero"]
 KL = Literal["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+", "k3-corrected"]
 Center = Literal["none", "mean", "leave-one-out", "length-weighted", "second-max", "tensor"]
 Scale = Literal["none", "std", "batch-std", "max", "tensor"]
@@ -28,6 +29,7 @@ TokenOp = Literal["sum", "mean", "first"]
 Place = Literal["broadcast", "start", "end"]
 
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
+EMPTY: tuple[Empty, ...] = get_args(Empty)
 PAIR_AGGREGATIONS: tuple[PairAggregation, ...] = get_args(PairAggregation)
 KLS: tuple[KL, ...] = get_args(KL)
 CENTERS: tuple[Center, ...] = ("none", "mean", "leave-one-out", "length-weighted", "second-max", "tensor")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, get_args
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastreward import _check
 from fastreward._numbers import Number, anything, is_number, may_differ_from_0, number, parameters, single, size
-from fastreward._options import AGGREGATIONS, KL, Aggregation
+from fastreward._options import AGGREGATIONS, EMPTY, KL, Aggregation, Empty
 from fastreward._results import Metrics
 from fastreward._tokens import Tokens
 from fastreward.group import checked_group_size, factorize
@@ -20,6 +21,9 @@ from fastreward.losses import Loss, ppo
 _TOKEN, _ROW, _BATCH = 3, 2, 1  # losses._graph.Level, as numbers that Dynamo takes for constants
 _DEFAULT_LOSS: Final = ppo()
 _TERMS: Final = ("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "advantage", "entropy", "weight")
+
+#: What one can do about a batch in which nothing counts.
+NO_TOKEN: Final = 'pass empty="zero" where a micro-batch may be empty (or normalizer=...)'
 
 GroupIds = Tensor | Sequence[Hashable]
 
@@ -35,28 +39,37 @@ class Call:
     parameters: list[float]
     numbers: Tensor | None
     metrics: tuple[str, ...]
-    advantages: Tensor
-    normalized: bool
+    constants: dict[str, Tensor]  # by argument
+    may_be_empty: bool
     entropy: bool
     gradient: str | None  # of the gradient token by token, for logits_policy_loss
     gradient_tensors: list[Tensor]
 
-    def check_results(self, loss: Tensor, metrics: Metrics) -> None:
-        """NaN advantages, and that something counted. Per-token advantages are looked at where the loss became NaN."""
-        if loss.isnan() or (self.advantages.shape != self.tokens.shape and self.advantages.isnan().any()):
-            _check_advantages(self.advantages, self.tokens)
-        if not self.normalized and not metrics["token_count"] and torch.Size(self.tokens.shape).numel():
-            raise ValueError(
-                "mask: expected at least one counted token, got an all-zero mask; "
-                "pass normalizer=... where a micro-batch may be empty"
-            )
+    def check_results(
+        self, loss: Tensor, metrics: Metrics, computed: Callable[[], Mapping[str, Tensor | None]]
+    ) -> None:
+        """That something counted, and that no argument is NaN where it does. computed: log-probs and entropy by name.
+
+        NaN is looked for where the loss or a metric has become NaN, and in advantages per sequence always.
+        """
+        numbers = metrics.floats()
+        if not numbers["token_count"]:
+            if not self.may_be_empty and torch.Size(self.tokens.shape).numel():
+                raise ValueError(f"mask: expected at least one counted token, got an all-zero mask; {NO_TOKEN}")
+            return
+        advantages = self.constants.get("advantages")
+        row_is_nan = advantages is not None and advantages.shape != self.tokens.shape and advantages.isnan().any()
+        if row_is_nan or loss.isnan() or any(map(math.isnan, numbers.values())):
+            for argument, x in {**self.constants, **computed()}.items():
+                if x is not None:
+                    check_numbers(argument, x.detach(), self.tokens)
 
 
 def prepare(
     name: str,
     like: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor | None,
     mask: Tensor | None,
     *,
     loss: Loss | None,
@@ -74,6 +87,7 @@ def prepare(
     group_size: int | None,
     cu_seqlens: Tensor | None,
     extra: Mapping[str, Tensor] | None,
+    empty: Empty,
     token_loss: bool,
     backend: str,
     from_logits: bool = False,
@@ -82,26 +96,28 @@ def prepare(
     loss = _loss(loss)
     chosen: str = loss.aggregation if aggregation is None else aggregation
     _check.choice("aggregation", chosen, AGGREGATIONS)
-    _check_kl(kl, kl_coef, ref_logprobs)
+    _check.choice("empty", empty, EMPTY)
+    _check_kl(kl, kl_coef, ref_logprobs, old_logprobs)
     bounds = token_bounds(cu_seqlens, like, name)
     if bounds is None and like.ndim != 2:
         raise ValueError(f"{name}: expected [B, T], or [N] with cu_seqlens, got shape {list(like.shape)}")
     tokens = Tokens(tuple(like.shape), _with_keep(_check.mask(mask, name, like), keep, like, bounds, name), bounds)
-    given: dict[str, Tensor] = {"old_logprob": _per_token("old_logprobs", old_logprobs, like, name)}
-    given["advantage"] = _advantages(advantages, like, tokens.rows, name)
-    for term, argument, x in (
-        ("ref_logprob", "ref_logprobs", ref_logprobs),
-        ("rollout_logprob", "rollout_logprobs", rollout_logprobs),
-        ("weight", "weights", weights),
+    for term in extra or {}:
+        if term in _TERMS:
+            raise ValueError(f"extra[{term!r}]: {term!r} is a term of its own; pass it by its argument")
+    given: dict[str, Tensor] = {}
+    arguments: dict[str, Tensor] = {}
+    for term, argument, x, read in (
+        ("old_logprob", "old_logprobs", old_logprobs, _per_token),
+        ("advantage", "advantages", advantages, _advantages),
+        ("ref_logprob", "ref_logprobs", ref_logprobs, _per_token),
+        ("rollout_logprob", "rollout_logprobs", rollout_logprobs, _per_token),
+        ("weight", "weights", weights, _weights),
+        *((term, f"extra[{term!r}]", x, on_device) for term, x in (extra or {}).items()),
     ):
         if x is not None:
-            _check.tensor(argument, x)
-            per_row = term == "weight" and x.ndim == 1 and tuple(x.shape) != tuple(like.shape)
-            given[term] = (
-                _per_row(argument, x, like, tokens.rows, name) if per_row else _per_token(argument, x, like, name)
-            )
-    for term, x in (extra or {}).items():
-        given[term] = _extra(term, x, like, tokens.rows, name)
+            given[term] = read(argument, x, like, tokens.rows, name)
+            arguments[argument] = given[term]
     levels = [(term, level_of(x, like)) for term, x in given.items()]
     levels += [("logprob", _TOKEN), *([("entropy", _TOKEN)] if entropy else [])]
     packed = bounds is not None
@@ -140,8 +156,8 @@ def prepare(
         ready.known,
         ready.numbers,
         metrics,
-        given["advantage"],
-        normalizer is not None,
+        arguments,
+        normalizer is not None or empty == "zero",
         entropy,
         None if gradient is None else gradient[0],
         [] if gradient is None else [given[term] for term, _ in gradient[1] if term not in ("logprob", "entropy")],
@@ -160,67 +176,67 @@ def _loss(loss: Any) -> Loss:
     return loss
 
 
-def _check_kl(kl: str | None, kl_coef: Number, ref_logprobs: Tensor | None) -> None:
+def _check_kl(kl: str | None, kl_coef: Number, ref_logprobs: Tensor | None, old_logprobs: Tensor | None) -> None:
     if kl is not None:
         _check.choice("kl", kl, get_args(KL))
         if ref_logprobs is None:
             raise ValueError(f"ref_logprobs: needed for kl={kl!r}")
+        if kl == "k3-corrected" and old_logprobs is None:
+            raise ValueError("old_logprobs: needed for kl='k3-corrected'")
     elif may_differ_from_0(kl_coef):
         raise ValueError(f"kl: expected one of {', '.join(map(repr, get_args(KL)))} where kl_coef is not 0, got None")
 
 
-def _per_token(name: str, x: object, like: Tensor, reference: str) -> Tensor:
-    tensor = _check.tensor(name, x)
-    _check.dtype(name, tensor, (torch.float32,))
+def _per_token(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
+    tensor = _check.floats(name, x)
     _check.shape(name, tensor, like.shape, f"as {reference}")
     _check.same_device(name, tensor, reference, like)
     return _check.constant(name, tensor).contiguous()
 
 
-def _per_row(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
-    tensor = _check.tensor(name, x)
-    _check.shape(name, tensor, (rows,), "one per sequence")
+def _weights(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
+    tensor = _check.reals(name, x)
+    if tensor.ndim == 1 and tuple(tensor.shape) != tuple(like.shape):
+        _check.shape(name, tensor, (rows,), "one per sequence")
+    else:
+        _check.shape(name, tensor, like.shape, f"as {reference}")
     _check.same_device(name, tensor, reference, like)
-    return _check.constant(name, tensor).float().contiguous()
+    return _check.constant(name, tensor).contiguous()
 
 
-def _advantages(advantages: Tensor, like: Tensor, rows: int, reference: str) -> Tensor:
-    _check.tensor("advantages", advantages)
-    if not _check.shape_among(advantages, like.shape, (rows,)):
+def _advantages(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
+    tensor = _check.reals(name, x)
+    if not _check.shape_among(tensor, like.shape, (rows,)):
         raise ValueError(
-            f"advantages: expected shape {list(like.shape)} (one per token) or [{rows}] (one per sequence), "
-            f"got {list(advantages.shape)}"
+            f"{name}: expected shape {list(like.shape)} (one per token) or [{rows}] (one per sequence), "
+            f"got {list(tensor.shape)}"
         )
-    _check.same_device("advantages", advantages, reference, like)
-    return _check.constant("advantages", advantages).float().contiguous()
-
-
-def _extra(term: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
-    name = f"extra[{term!r}]"
-    if term in _TERMS:
-        raise ValueError(f"{name}: {term!r} is a term of its own; pass it by its argument")
-    return on_device(name, x, like, rows, reference)
+    _check.same_device(name, tensor, reference, like)
+    return _check.constant(name, tensor).contiguous()
 
 
 def on_device(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
     """A constant per token, per sequence or for all, f32."""
     if is_number(x):
         return single(name, x, like, anything)
-    tensor = _check.tensor(name, x)
+    tensor = _check.reals(name, x)
     if not _check.shape_among(tensor, like.shape, (rows,)):
         raise ValueError(
             f"{name}: expected shape {list(like.shape)} (one per token), [{rows}] (one per sequence) or [], "
             f"got {list(tensor.shape)}"
         )
     _check.same_device(name, tensor, reference, like)
-    return _check.constant(name, tensor).float().contiguous()
+    return _check.constant(name, tensor).contiguous()
 
 
 def parameter(name: str, x: Tensor, like: Tensor, rows: int, reference: str) -> Tensor:
     """A loss's parameter: one value per row, or for all."""
     if is_number(x):
         return single(name, x, like, anything)
-    return _per_row(name, x, like, rows, reference)
+    tensor = _check.reals(name, x)
+    _check.shape(name, tensor, (rows,), "one per sequence")
+    _check.same_device(name, tensor, reference, like)
+    return _check.constant(name, tensor).contiguous()
 
 
 def level_of(x: Tensor, like: Tensor) -> int:
@@ -230,16 +246,14 @@ def level_of(x: Tensor, like: Tensor) -> int:
     return _ROW if x.ndim else _BATCH
 
 
-def _check_advantages(advantages: Tensor, tokens: Tokens) -> None:
-    good, counted, bounds = ~advantages.isnan(), tokens.mask, tokens.cu_seqlens
-    if counted is not None and counted.shape == advantages.shape:
-        good |= counted == 0
-    elif counted is not None and bounds is None:
-        good |= (counted == 0).all(-1)
-    elif counted is not None and bounds is not None:
-        before = torch.nn.functional.pad((counted != 0).cumsum(0), (1, 0))
-        good |= before[bounds].diff() == 0
-    _check.every("advantages", good, advantages, "finite values where mask is set")
+def check_numbers(name: str, x: Tensor, tokens: Tokens) -> None:
+    """No NaN in `x`, one per token, per sequence or for all, where a token counts."""
+    mask, bounds = tokens.mask, tokens.cu_seqlens
+    counted = torch.ones(tokens.shape, dtype=torch.bool, device=x.device) if mask is None else mask != 0
+    if x.ndim and x.shape != tokens.shape:
+        before = None if bounds is None else torch.nn.functional.pad(counted.cumsum(0), (1, 0))[bounds]
+        counted = counted.any(-1) if before is None else before.diff() > 0
+    _check.every(name, ~(x.isnan() & counted) if x.ndim else ~x.isnan(), x, "numbers where mask is set")
 
 
 def token_bounds(cu_seqlens: Tensor | None, like: Tensor, name: str, argument: str = "cu_seqlens") -> Tensor | None:

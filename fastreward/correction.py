@@ -424,7 +424,8 @@ def correction_weights(
     """Importance weights exp(old - rollout) for tokens that another engine sampled, and what to leave out of the loss.
 
     Args:
-        old_logprobs: of the trainer's policy, float32 [B, T], or packed [N] with cu_seqlens. Constants.
+        old_logprobs: of the trainer's policy, [B, T], or packed [N] with cu_seqlens; any floating dtype, computed with
+            in float32, to which float64 (NumPy's default) is rounded. Constants.
         rollout_logprobs: as the inference engine reported them, same shape.
         mask: same shape, bool, integer or float; nonzero = a token that counts.
         mode: truncate: a weight beyond a bound becomes the bound (TIS; TRL's *_truncate); icepop: it becomes 0, the
@@ -457,6 +458,8 @@ def correction_weights(
     Code: verl 0.9.1 rollout_corr_helper.py and TRL 1.16.0 grpo_trainer.py, run against in the tests. The geometric
     level is an earlier verl's (from memory); the present one has reject={"seq_mean_k1": ...}.
     """
+    old_logprobs = _check.floats("old_logprobs", old_logprobs)
+    rollout_logprobs = _check.floats("rollout_logprobs", rollout_logprobs)
     bounds = _check_tokens("old_logprobs", old_logprobs, rollout_logprobs, cu_seqlens)
     mask = _check.mask(mask, "old_logprobs", old_logprobs)
     if mode is not None:
@@ -529,7 +532,8 @@ def off_policy_sequence_mask(
     """Which sequences to learn from, bool [B]: A >= 0, or mean of (rollout - current) log-prob at most `threshold`.
 
     Args:
-        logprobs: of the policy being trained, float32 [B, T], or packed [N] with cu_seqlens. No gradient here.
+        logprobs: of the policy being trained, [B, T], or packed [N] with cu_seqlens; any floating dtype. No
+            gradient here.
         rollout_logprobs: as the inference engine (or the old policy) had them, same shape.
         advantages: [B].
         mask: same shape as logprobs; nonzero = a token that counts.
@@ -540,17 +544,20 @@ def off_policy_sequence_mask(
     For policy_loss(keep=...), or weights= where the denominator is to stay (TRL multiplies the loss with it).
     DeepSeek-V3.2 (arXiv 2512.02556). Code: TRL 1.16.0 grpo_trainer.py `get_off_policy_mask`, run against in the tests.
     """
+    logprobs = _check.floats("logprobs", logprobs)
+    rollout_logprobs = _check.floats("rollout_logprobs", rollout_logprobs)
     bounds = _check_tokens("logprobs", logprobs, rollout_logprobs, cu_seqlens)
     mask = _check.mask(mask, "logprobs", logprobs)
     tokens = Tokens(tuple(logprobs.shape), mask, bounds)
-    _check.shape("advantages", _check.tensor("advantages", advantages), (tokens.rows,), "one per sequence")
+    advantages = _check.reals("advantages", advantages)
+    _check.shape("advantages", advantages, (tokens.rows,), "one per sequence")
     _check.same_device("advantages", advantages, "logprobs", logprobs)
     backend = select("correction", logprobs)
     ready = parameters({"threshold": number("threshold", threshold, logprobs, _check.finite)}, backend)
     kept: Tensor = _off_policy_sequence_mask(
         logprobs.detach().contiguous(),  # a decision: it has no gradient that could be lost
         rollout_logprobs.detach().contiguous(),
-        advantages.detach().float().contiguous(),
+        advantages.detach().contiguous(),
         mask,
         bounds,
         ready.known,
@@ -563,10 +570,8 @@ def off_policy_sequence_mask(
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
-def _check_tokens(name: str, logprobs: Any, rollout_logprobs: Any, cu_seqlens: Tensor | None) -> Tensor | None:
+def _check_tokens(name: str, logprobs: Tensor, rollout_logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     """cu_seqlens as the kernels read it."""
-    for argument, x in ((name, logprobs), ("rollout_logprobs", rollout_logprobs)):
-        _check.dtype(argument, _check.tensor(argument, x), (torch.float32,))
     _check.shape("rollout_logprobs", rollout_logprobs, logprobs.shape, f"as {name}")
     _check.same_device("rollout_logprobs", rollout_logprobs, name, logprobs)
     if cu_seqlens is None and logprobs.ndim != 2:

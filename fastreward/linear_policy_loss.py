@@ -21,7 +21,7 @@ from fastreward._handover import deliver
 from fastreward._layout import FLAG, VALUES
 from fastreward._numbers import Number, joined, may_differ_from_0, number, read, single, split
 from fastreward._op import custom_op, transformed
-from fastreward._options import KL, Aggregation
+from fastreward._options import KL, Aggregation, Empty
 from fastreward._policy_call import Call, GroupIds, prepare
 from fastreward._program_op import evaluate, gradient_program
 from fastreward._results import Metrics, PolicyLoss
@@ -38,7 +38,7 @@ from fastreward.linear_logprobs import (
 )
 from fastreward.logprobs import _check_labels, _temperature
 from fastreward.losses import Loss
-from fastreward.policy_loss import policy_loss
+from fastreward.policy_loss import loss_of
 
 #: Logits that exist at a time, as elements: on a GPU enough rows to keep the GEMMs at full rate.
 _CPU_LOGITS: Final = 1 << 26
@@ -142,8 +142,8 @@ def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor | None,
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
@@ -166,6 +166,7 @@ def linear_policy_loss(
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     extra: Mapping[str, Tensor] | None = None,
+    empty: Empty = "raise",
     return_token_loss: bool = False,
 ) -> PolicyLoss:
     """`policy_loss` of the log-probs that hidden @ weight.T gives to labels, without ever holding the logits [N, V].
@@ -207,6 +208,7 @@ def linear_policy_loss(
         "group_size": group_size,
         "cu_seqlens": cu_seqlens,
         "extra": extra,
+        "empty": empty,
     }
     backend = select("linear_policy_loss", hidden)
     wants_entropy = may_differ_from_0(entropy_coef) or (loss is not None and loss.asks("entropy"))
@@ -233,15 +235,8 @@ def linear_policy_loss(
             hidden, weight, labels, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
             mask=counted, outputs=("logprobs", "entropy") if wants_entropy else ("logprobs",),
         )  # fmt: skip
-        return policy_loss(
-            stats.logprobs,
-            old_logprobs,
-            advantages,
-            mask,
-            entropy=stats.entropy if wants_entropy else None,
-            return_token_loss=return_token_loss,
-            **options,
-        )
+        entropy = stats.entropy if wants_entropy else None
+        return loss_of(call, stats.logprobs, entropy, backend, {"hidden": stats.logprobs}, return_token_loss)
     packed, applied = _Packed(call, labels), single("scale", scale, hidden, _check.positive)
     with torch.no_grad():
         *grads, logprobs, entropy = _linear_policy_gradient(
@@ -278,7 +273,7 @@ def linear_policy_loss(
         )
     metrics = Metrics(values, call.metrics)
     if _check.values_checked(hidden):
-        call.check_results(total, metrics)
+        call.check_results(total, metrics, lambda: {"hidden": packed.spread(logprobs).reshape(labels.shape)})
     grads[0] = packed.spread(grads[0]).reshape(hidden.shape) if needs[0] else grads[0]
     wanted = [(x, grad) for x, grad, needed in zip(inputs, grads, needs, strict=True) if x is not None and needed]
     delivered = deliver(

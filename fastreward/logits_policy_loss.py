@@ -19,14 +19,14 @@ from fastreward._dispatch import implementation, select
 from fastreward._handover import deliver
 from fastreward._numbers import Number, may_differ_from_0, number, read, single
 from fastreward._op import custom_op, transformed
-from fastreward._options import KL, Aggregation
+from fastreward._options import KL, Aggregation, Empty
 from fastreward._policy_call import Call, GroupIds, prepare
 from fastreward._program_op import evaluate, gradient_program
 from fastreward._results import Metrics, PolicyLoss
 from fastreward._tokens import Tokens
 from fastreward.logprobs import _check_labels, _check_logits, _check_own_memory, _temperature, token_logprobs
 from fastreward.losses import Loss
-from fastreward.policy_loss import policy_loss
+from fastreward.policy_loss import loss_of
 
 
 # ------------------------------------------------------------------------------------------------------ custom ops
@@ -180,8 +180,8 @@ def _with_gaps(
 def logits_policy_loss(
     logits: Tensor,
     labels: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor | None,
     mask: Tensor | None = None,
     *,
     temperature: Number = 1.0,
@@ -201,6 +201,7 @@ def logits_policy_loss(
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     extra: Mapping[str, Tensor] | None = None,
+    empty: Empty = "raise",
     return_token_loss: bool = False,
 ) -> PolicyLoss:
     """`policy_loss` of the log-probs that logits give to labels, with the gradient for the logits, in one call.
@@ -247,6 +248,7 @@ def logits_policy_loss(
         "group_size": group_size,
         "cu_seqlens": cu_seqlens,
         "extra": extra,
+        "empty": empty,
     }
     backend = select("logits_policy_loss", logits)
     wants_entropy = may_differ_from_0(entropy_coef) or (loss is not None and loss.asks("entropy"))
@@ -271,15 +273,9 @@ def logits_policy_loss(
         stats = token_logprobs(
             logits, labels, temperature=temperature, mask=counted, outputs=outputs, inplace_backward=inplace
         )
-        return policy_loss(
-            stats.logprobs,
-            old_logprobs,
-            advantages,
-            mask,
-            entropy=stats.entropy if wants_entropy else None,
-            return_token_loss=return_token_loss,
-            **options,
-        )
+        entropy = stats.entropy if wants_entropy else None
+        on = select("policy_loss", logits)
+        return loss_of(call, stats.logprobs, entropy, on, {"logits": stats.logprobs}, return_token_loss)
     if _check.values_checked(logits, labels):
         _check_labels("labels", labels, logits.shape[-1], call.tokens.mask)
     applied = single("scale", scale, logits, _check.positive)
@@ -321,6 +317,6 @@ def _fused(
         )  # fmt: skip
     metrics = Metrics(values, call.metrics)
     if _check.values_checked(logits):
-        call.check_results(total, metrics)
+        call.check_results(total, metrics, lambda: {"logits": first})
     delivered = deliver("logits_policy_loss", total, applied, backend, [grad], [logits])
     return PolicyLoss(delivered, metrics, token_loss if return_token_loss else None)

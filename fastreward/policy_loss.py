@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import select
 from fastreward._numbers import Number, may_differ_from_0
-from fastreward._options import KL, Aggregation
-from fastreward._policy_call import GroupIds, prepare
+from fastreward._options import KL, Aggregation, Empty
+from fastreward._policy_call import Call, GroupIds, prepare
 from fastreward._program_op import evaluate
 from fastreward._results import Metrics, PolicyLoss
 from fastreward.losses import Loss
@@ -21,8 +20,8 @@ from fastreward.losses import Loss
 @accepts_arrays
 def policy_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor | None,
     mask: Tensor | None = None,
     *,
     loss: Loss | None = None,
@@ -40,21 +39,28 @@ def policy_loss(
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     extra: Mapping[str, Tensor] | None = None,
+    empty: Empty = "raise",
     return_token_loss: bool = False,
 ) -> PolicyLoss:
     """Policy loss with its metrics; the gradient for logprobs and entropy is made in the same pass.
 
     Args:
-        logprobs: of the policy being trained, float32 [B, T], or packed [N] with cu_seqlens. Gradients flow to it.
-        old_logprobs: of the policy that the ratio is against, same shape.
-        advantages: [B], or per token in the shape of logprobs. Constants.
+        logprobs: of the policy being trained, [B, T], or packed [N] with cu_seqlens. Gradients flow to it, in its
+            dtype. All log-probs (and entropy) may be of any floating dtype; they are computed with in float32, to which
+            float64 (NumPy's default) is rounded.
+        old_logprobs: of the policy that the ratio is against, same shape. None for a loss that reads none; what is
+            measured against them is then absent from the metrics.
+        advantages: [B], or per token in the shape of logprobs, of any real dtype. Constants. None for a loss that
+            reads none.
         mask: in the shape of logprobs, bool, integer or float; nonzero = a token that counts. What lies under a zero
             (NaN, inf) leaks nowhere and has gradient 0.
         loss: one of `fastreward.losses`, or your own (`losses.define`); default losses.ppo(). Under torch.compile make
             it outside the compiled function; another formula compiles anew, other numbers in it do not.
         aggregation: token-mean (sum / tokens), token-sum, seq-mean-token-mean (mean over sequences of their means),
-            seq-mean-token-sum, seq-mean-token-sum-norm (sum / (sequences * T), Dr.GRPO), group-mean (mean over groups
-            of the mean over their sequences); None: what the loss was published with (`loss.aggregation`; token-mean
+            seq-mean-token-sum, seq-mean-token-sum-norm (Dr.GRPO: sum / (sequences * T), T the width of the padding, or
+            the longest of packed sequences: the same tokens in wider padding have a smaller loss, unless a normalizer
+            such as sequences * max_tokens is given), group-mean (mean over groups of the mean over their sequences);
+            None: what the loss was published with (`loss.aggregation`; token-mean
             for ppo). Sequences without a counted token do not count. A loss per sequence counts for each of its tokens.
         normalizer: replaces that denominator as a whole (tokens; 1; sequences; sequences; sequences * T; groups), for
             gradient accumulation and data parallelism.
@@ -64,12 +70,15 @@ def policy_loss(
         rollout_logprobs: as the inference engine reported them, for losses that read them.
         entropy, entropy_coef: subtracts entropy_coef * entropy per token; gradients flow to entropy.
         weights: constant factor of each token's (or [B]: sequence's) surrogate, such as rollout importance weights;
-            a loss that reads t.weight applies it in its own way.
+            a loss that reads t.weight applies it in its own way. Any real dtype, as extra.
         keep: bool [B] or shape of logprobs: False drops the sequence or token, as if masked out.
         group_ids, group_size: which sequences belong together, as in group_advantages, for losses over groups.
         cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N. Where N == B a tensor of that length
             is one per token.
         extra: what the loss reads as t.extra(name): constants in the shape of logprobs, [B], or numbers.
+        empty: what a batch without a counted token is, such as a micro-batch that is masked out as a whole: "raise", an
+            error, which on one rank of many leaves the others waiting; "zero": a loss of 0 whose gradients, zeros,
+            flow as ever. On a GPU, where looking would synchronise, always "zero".
         return_token_loss: also give the per-token loss before aggregation.
 
     kl_coef, entropy_coef, normalizer and the numbers of a loss are numbers or 0-d tensors; a tensor on a GPU is read
@@ -82,14 +91,15 @@ def policy_loss(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or name, a term that the loss reads and that is not there, a loss
-            whose gradient is zero; on the CPU (on a GPU with FASTREWARD_DEBUG=1) also for NaN advantages where the mask
-            is set (per token where they made the loss NaN), and for a mask that selects nothing without `normalizer`.
+            whose gradient is zero; on the CPU (on a GPU with FASTREWARD_DEBUG=1) also for a NaN where the mask is set
+            that made the loss or a metric NaN (among advantages per sequence for any), and for a mask that selects
+            nothing without empty="zero" or `normalizer`.
     """
-    _check.dtype("logprobs", _check.tensor("logprobs", logprobs), (torch.float32,))
+    logprobs = _check.floats("logprobs", logprobs)
     if entropy is None and may_differ_from_0(entropy_coef):
         raise ValueError("entropy: needed where entropy_coef is not 0")
     if entropy is not None:
-        _check.dtype("entropy", _check.tensor("entropy", entropy), (torch.float32,))
+        entropy = _check.floats("entropy", entropy)
         _check.shape("entropy", entropy, logprobs.shape, "as logprobs")
         _check.same_device("entropy", entropy, "logprobs", logprobs)
     backend = select("policy_loss", logprobs)
@@ -114,9 +124,23 @@ def policy_loss(
         group_size=group_size,
         cu_seqlens=cu_seqlens,
         extra=extra,
+        empty=empty,
         token_loss=return_token_loss,
         backend=backend,
     )
+    named = {"logprobs": logprobs, "entropy": entropy}
+    return loss_of(call, logprobs, entropy, backend, named, return_token_loss)
+
+
+def loss_of(
+    call: Call,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    backend: str,
+    named: Mapping[str, Tensor | None],
+    return_token_loss: bool,
+) -> PolicyLoss:
+    """The loss of a checked call. named: what log-probs and entropy are called where they are NaN."""
     total, values, token_loss = evaluate(
         call.objective,
         logprobs.contiguous(),
@@ -130,7 +154,7 @@ def policy_loss(
     )
     metrics = Metrics(values, call.metrics)
     if _check.values_checked(logprobs):
-        call.check_results(total.detach(), metrics)
+        call.check_results(total.detach(), metrics, lambda: named)
     return PolicyLoss(total, metrics, token_loss if return_token_loss else None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -12,8 +13,17 @@ from fastreward import _check
 from fastreward._arrays import accepts_arrays
 from fastreward._dispatch import select
 from fastreward._numbers import Number, anything, is_number, number, parameters, single
-from fastreward._options import PAIR_AGGREGATIONS, PairAggregation
-from fastreward._policy_call import GroupIds, level_of, numbered_groups, on_device, parameter, token_bounds
+from fastreward._options import EMPTY, PAIR_AGGREGATIONS, Empty, PairAggregation
+from fastreward._policy_call import (
+    NO_TOKEN,
+    GroupIds,
+    check_numbers,
+    level_of,
+    numbered_groups,
+    on_device,
+    parameter,
+    token_bounds,
+)
 from fastreward._program_op import evaluate
 from fastreward._results import Metrics, PolicyLoss
 from fastreward._tokens import Tokens
@@ -45,13 +55,15 @@ def preference_loss(
     extra: Mapping[str, Tensor] | None = None,
     chosen_extra: Mapping[str, Tensor] | None = None,
     rejected_extra: Mapping[str, Tensor] | None = None,
+    empty: Empty = "raise",
     return_pair_loss: bool = False,
 ) -> PolicyLoss:
     """A loss over pairs (DPO and its kin) with its metrics; one read of the log-probs, one write of the gradients.
 
     Args:
-        chosen_logprobs, rejected_logprobs: per token, float32 [P, T] or packed [N] with cu_seqlens; the two sides may
-            differ in length. Gradients flow to both.
+        chosen_logprobs, rejected_logprobs: per token, [P, T] or packed [N] with cu_seqlens; the two sides may differ in
+            length. Gradients flow to both, in their dtype. All log-probs may be of any floating dtype; they are
+            computed with in float32, to which float64 (NumPy's default) is rounded.
         loss: one of `fastreward.losses` over pairs, or your own (`losses.define(pairs=True)`); default losses.dpo().
         ref_chosen_logprobs, ref_rejected_logprobs: of the reference policy, for losses that have one.
         chosen_mask, rejected_mask: nonzero = a token that counts. What lies under a zero leaks nowhere.
@@ -64,6 +76,8 @@ def preference_loss(
         group_ids: [P] integers or any hashables, for group-mean and losses over groups.
         chosen_cu_seqlens, rejected_cu_seqlens: integers [P + 1], bounds of packed sequences.
         extra: what the loss reads as t.extra(name), [P] or numbers; chosen_extra, rejected_extra: per token of a side.
+        empty: what a batch without a counted pair is: "raise", an error; "zero": a loss of 0 whose gradients, zeros,
+            flow as ever. On a GPU, where looking would synchronise, always "zero".
         return_pair_loss: also give the loss of each pair, [P], as token_loss.
 
     Returns:
@@ -72,10 +86,13 @@ def preference_loss(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or name, a term that the loss reads and that is not there, a loss
-            whose gradient is zero; on the CPU (on a GPU with FASTREWARD_DEBUG=1) also where no pair counts and no
-            `normalizer` is given.
+            whose gradient is zero; on the CPU (on a GPU with FASTREWARD_DEBUG=1) also for a NaN where a mask is set
+            that made the loss or a metric NaN, and where no pair counts without empty="zero" or `normalizer`.
     """
     loss = _loss(loss)
+    _check.choice("empty", empty, EMPTY)
+    chosen_logprobs = _check.floats("chosen_logprobs", chosen_logprobs)
+    rejected_logprobs = _check.floats("rejected_logprobs", rejected_logprobs)
     _check.choice("aggregation", aggregation, PAIR_AGGREGATIONS)
     sides = (
         _side("chosen", chosen_logprobs, chosen_mask, chosen_cu_seqlens),
@@ -155,12 +172,11 @@ def preference_loss(
         backend,
     )
     metrics = Metrics(values, names)
-    counts = pairs and any(torch.Size(side.shape).numel() for side in sides)
-    if normalizer is None and counts and _check.values_checked(chosen_logprobs) and not metrics["pair_count"]:
-        raise ValueError(
-            "chosen_mask, rejected_mask: expected at least one counted token, got all-zero masks; "
-            "pass normalizer=... where a micro-batch may be empty"
-        )
+    if _check.values_checked(chosen_logprobs):
+        inspected = {"chosen_logprobs": (chosen_logprobs, 0), "rejected_logprobs": (rejected_logprobs, 1)}
+        inspected |= {argument: (given[key], key[1]) for key, argument in arguments.items()}
+        may_be_empty = normalizer is not None or empty == "zero"
+        _check_results(total.detach(), metrics.floats(), inspected, sides, may_be_empty)
     return PolicyLoss(total, metrics, pair_loss if return_pair_loss else None)
 
 
@@ -175,10 +191,26 @@ def _loss(loss: Any) -> Loss:
     return loss
 
 
-def _side(side: str, logprobs: object, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
+def _check_results(
+    loss: Tensor,
+    metrics: Mapping[str, float],
+    inspected: Mapping[str, tuple[Tensor, int]],
+    sides: tuple[Tokens, Tokens],
+    may_be_empty: bool,
+) -> None:
+    """That a pair counted, and that no argument, by name with its side, is NaN where its tokens do."""
+    if not metrics["pair_count"]:
+        if not may_be_empty and sides[0].rows and any(torch.Size(side.shape).numel() for side in sides):
+            raise ValueError(
+                f"chosen_mask, rejected_mask: expected at least one counted token, got all-zero masks; {NO_TOKEN}"
+            )
+    elif loss.isnan() or any(map(math.isnan, metrics.values())):
+        for argument, (x, side) in inspected.items():
+            check_numbers(argument, x.detach(), sides[side])
+
+
+def _side(side: str, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
     name = f"{side}_logprobs"
-    like = _check.tensor(name, logprobs)
-    _check.dtype(name, like, (torch.float32,))
     bounds = token_bounds(cu_seqlens, like, name, f"{side}_cu_seqlens")
     if bounds is None and like.ndim != 2:
         raise ValueError(f"{name}: expected [P, T], or [N] with {side}_cu_seqlens, got shape {list(like.shape)}")
@@ -194,8 +226,8 @@ def _check_extra(argument: str, name: str) -> None:
 def _per_pair(name: str, x: object, like: Tensor, pairs: int) -> Tensor:
     if is_number(x):
         return single(name, x, like, anything)
-    tensor = _check.tensor(name, x)
+    tensor = _check.reals(name, x)
     if not _check.shape_among(tensor, (pairs,)):
         raise ValueError(f"{name}: expected shape [{pairs}] (one per pair) or [], got {list(tensor.shape)}")
     _check.same_device(name, tensor, "chosen_logprobs", like)
-    return _check.constant(name, tensor).float().contiguous()
+    return _check.constant(name, tensor).contiguous()

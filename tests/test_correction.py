@@ -337,8 +337,8 @@ def test_bad_tensors() -> None:
     nowhere = torch.full_like(old, -torch.inf)
     with pytest.raises(ValueError, match="a finite one of the two where mask is set, got -inf"):
         correction_weights(nowhere, nowhere, mask)
-    with pytest.raises(TypeError, match="rollout_logprobs: expected dtype float32"):
-        correction_weights(old, rollout.half(), mask)
+    with pytest.raises(TypeError, match="rollout_logprobs: expected floating-point numbers, got int64"):
+        correction_weights(old, rollout.long(), mask)
     with pytest.raises(ValueError, match="rollout_logprobs: expected shape"):
         correction_weights(old, rollout[:, 1:], mask)
     with pytest.raises(ValueError, match="mask: expected shape"):

@@ -194,7 +194,7 @@ SAME: dict[str, tuple[Callable[[Batch], PolicyLoss], Callable[[Batch], PolicyLos
     ),
     "sft": (
         lambda d: recipes.sft(d.lp, d.mask),
-        lambda d: policy_loss(d.lp, d.lp.detach(), torch.zeros(4), d.mask, loss=losses.sft()),
+        lambda d: policy_loss(d.lp, None, None, d.mask, loss=losses.sft()),
     ),
     "raft": (
         lambda d: recipes.raft(*d.rewarded),

@@ -237,6 +237,7 @@ class Loss:
 
     def trace(self, t: Terms | PairTerms) -> Node:
         """The loss as an expression of `t` and of its own run-time parameters."""
+        t.graph.reader = self.name
         return self._value(t, self._symbolic(t.graph))
 
     def _symbolic(self, graph: Graph) -> dict[str, Any]:

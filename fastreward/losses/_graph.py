@@ -218,6 +218,7 @@ class Graph:
     def __init__(self, sides: int = 1, on_device: Collection[str] = ()) -> None:
         self.sides = sides  # 2 for losses over pairs of sequences
         self.on_device = frozenset(on_device)  # parameters whose values the host does not know
+        self.reader = "the loss"  # whose formula it is, for messages
         self.count = 0
         self._nodes: dict[tuple[object, ...], Node] = {}
 
@@ -276,9 +277,13 @@ class Graph:
         return self._make(op, args, level, side=self._side(op, args), boolean=OPS[op].boolean)
 
     def reduce(self, op: str, *args: Node, side: int = 0) -> Node:
-        """A reduction (see _ops.py). What is the same for all tokens may be summed over them: length times it."""
+        """A reduction (see _ops.py). What is the same for all tokens may be summed over them: length times it.
+
+        Of an empty sequence that is 0, whatever it has per sequence.
+        """
         if op.startswith("seq") and args and args[0].level < Level.TOKEN:
-            return args[0] * self.length(args[0].side) if op == "seq_sum" else args[0]
+            length = self.length(args[0].side)
+            return self.call("where", length > 0.0, args[0] * length, 0.0) if op == "seq_sum" else args[0]
         if args and is_constant(args[0], 0.0):
             return args[0]
         assert op == "seq_count" or args[0].level >= Level.ROW, f"{op} of a {args[0].level.name} node"

@@ -299,21 +299,20 @@ def _nonzero(gradient: Node | None) -> Node | None:
 def _policy_metrics(t: Terms, levels: Mapping[str, Level]) -> dict[str, Node]:
     """Those of METRICS that the call has the terms for, in order, then what the loss reports besides."""
     graph = t.graph
-    d = clip(t.log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    log_ratio, ratio = batch_mean(d), batch_mean(t.ratio)
-    values: dict[str, Node] = {
-        **{name: t.reports[name] for name in CLIP_FRACTIONS if name in t.reports},
-        "kl_old_k1": measured(-log_ratio),
-        "kl_old_k3": measured(ratio - log_ratio - 1.0),
-    }
+    values: dict[str, Node] = {name: t.reports[name] for name in CLIP_FRACTIONS if name in t.reports}
+    if "old_logprob" in levels:
+        log_ratio = batch_mean(clip(t.log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
+        ratio = batch_mean(t.ratio)
+        values |= {"kl_old_k1": measured(-log_ratio), "kl_old_k3": measured(ratio - log_ratio - 1.0)}
     if "ref_logprob" in levels:
         gap = clip(t.ref_logprob - t.logprob, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
         values |= {"kl_ref_k1": measured(-batch_mean(gap)), "kl_ref_k3": measured(batch_mean(expm1(gap) - gap))}
-    values |= {
-        "ratio_mean": measured(ratio),
-        "ratio_min": measured(batch_min(t.ratio)),
-        "ratio_max": measured(batch_max(t.ratio)),
-    }
+    if "old_logprob" in levels:
+        values |= {
+            "ratio_mean": measured(ratio),
+            "ratio_min": measured(batch_min(t.ratio)),
+            "ratio_max": measured(batch_max(t.ratio)),
+        }
     if "entropy" in levels:
         values["entropy_mean"] = measured(batch_mean(t.entropy))
     values["token_count"] = graph.reduce("batch_sum", graph.length())

@@ -62,7 +62,8 @@ class _Inputs:
         level = usual
         if self._levels is not None:
             if name not in self._levels:
-                raise ValueError(f"{origin()}: the loss reads the term {name!r}, which was not passed; pass {full}")
+                reader = self.graph.reader
+                raise ValueError(f"{origin()}: {reader} reads the term {name!r}, which was not passed; pass {full}")
             level = self._levels[name]
         if level > usual:
             raise ValueError(

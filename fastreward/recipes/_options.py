@@ -8,7 +8,7 @@ from typing import TypedDict
 from torch import Tensor
 
 from fastreward import _check
-from fastreward._options import KL, PairAggregation
+from fastreward._options import KL, Empty, PairAggregation
 
 GroupIds = Tensor | Sequence[Hashable]
 
@@ -29,6 +29,7 @@ class PolicyOptions(TypedDict, total=False):
     group_size: int | None
     cu_seqlens: Tensor | None
     extra: Mapping[str, Tensor] | None
+    empty: Empty
     return_token_loss: bool
 
 
@@ -45,6 +46,7 @@ class PairOptions(TypedDict, total=False):
     group_ids: GroupIds | None
     chosen_cu_seqlens: Tensor | None
     rejected_cu_seqlens: Tensor | None
+    empty: Empty
     return_pair_loss: bool
 
 
@@ -55,12 +57,6 @@ def per_token(x: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return x.unsqueeze(-1).expand_as(logprobs)
     return x.repeat_interleave(cu_seqlens.diff(), output_size=logprobs.shape[0])
-
-
-def per_sequence(value: float, logprobs: Tensor, options: PolicyOptions) -> Tensor:
-    """`value` for each sequence, [B]: what stands for advantages in methods that have none."""
-    cu_seqlens = options.get("cu_seqlens")
-    return logprobs.new_full((logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,), value)
 
 
 def counted(logprobs: Tensor, mask: Tensor | None, options: PolicyOptions) -> Tensor | None:

@@ -19,7 +19,6 @@ from fastreward.recipes._options import (
     add_kl,
     counted,
     keep_also,
-    per_sequence,
     per_token,
     scored,
 )
@@ -709,7 +708,7 @@ def vespo(
 )
 def reinforce(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
@@ -735,7 +734,7 @@ def reinforce(
 )
 def gpg_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
@@ -766,13 +765,8 @@ def sft(
     aggregation: Aggregation = "token-mean",
     **options: Unpack[PolicyOptions],
 ) -> PolicyLoss:
-    """-lp, mean over all tokens.
-
-    Metrics of the ratio and of advantages say nothing here.
-    """
-    nothing = per_sequence(0.0, logprobs, options)
-    old = logprobs.detach()
-    return policy_loss(logprobs, old, nothing, mask, loss=losses.sft(), aggregation=aggregation, **options)
+    """-lp, mean over all tokens."""
+    return policy_loss(logprobs, None, None, mask, loss=losses.sft(), aggregation=aggregation, **options)
 
 
 @recipe(
@@ -785,7 +779,7 @@ def sft(
 )
 def raft(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     rewards: Tensor,
     mask: Tensor | None = None,
     *,
@@ -828,9 +822,8 @@ def sdpo(
     a teacher are left out: keep=... There are no advantages.
     """
     add_extra(options, teacher_logprob=teacher_logprobs)
-    nothing = per_sequence(0.0, logprobs, options)
     loss = losses.sdpo(is_clip)
-    return policy_loss(logprobs, old_logprobs, nothing, mask, loss=loss, aggregation=aggregation, **options)
+    return policy_loss(logprobs, old_logprobs, None, mask, loss=loss, aggregation=aggregation, **options)
 
 
 @recipe("token", "SDPO (self-distillation), k likeliest tokens", *_SDPO, definition=losses.sdpo_topk)
@@ -857,8 +850,8 @@ def sdpo_topk(
     student, teacher = logprobs.flatten(0, 1), teacher_logprobs.flatten(0, 1)
     return policy_loss(
         student,
-        student.detach(),
-        student.new_zeros(student.shape[0]),
+        None,
+        None,
         loss=losses.sdpo_topk(alpha, tail),
         aggregation="seq-mean-token-mean",
         normalizer=normalizer,

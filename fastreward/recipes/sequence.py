@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastreward import PolicyLoss, group_advantages, losses, policy_loss
 from fastreward._options import Aggregation
-from fastreward.recipes._options import PolicyOptions, add_extra, per_sequence, scored
+from fastreward.recipes._options import PolicyOptions, add_extra, scored
 from fastreward.recipes._registry import recipe
 
 _TRL = "TRL grpo_trainer.py `_compute_loss`"
@@ -143,7 +143,7 @@ def gmpo(
 )
 def laser(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     rewards: Tensor,
     score_token: Tensor,
     mask: Tensor | None = None,
@@ -163,9 +163,8 @@ def laser(
     """
     rewards = scored(options, rewards, logprobs)
     add_extra(options, score_token=score_token, reward=rewards)
-    nothing = per_sequence(0.0, logprobs, options)
     loss = losses.laser(beta, temperature, constant)
-    return policy_loss(logprobs, old_logprobs, nothing, mask, loss=loss, aggregation=aggregation, **options)
+    return policy_loss(logprobs, old_logprobs, None, mask, loss=loss, aggregation=aggregation, **options)
 
 
 # ----------------------------------------------------------------------------------------- likelihood of a given answer
@@ -180,7 +179,7 @@ def laser(
 )
 def verifree(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     rewards: Tensor,
     answer: Tensor,
     mask: Tensor | None = None,
@@ -218,7 +217,7 @@ def verifree(
 )
 def jepo(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     answer: Tensor,
     mask: Tensor | None = None,
     *,
@@ -232,9 +231,8 @@ def jepo(
     on these tokens. There are no rewards; old_logprobs go into the metrics alone.
     """
     add_extra(options, answer=answer)
-    nothing = per_sequence(0.0, logprobs, options)
     loss = losses.jepo(sft_coef)
-    return policy_loss(logprobs, old_logprobs, nothing, mask, loss=loss, aggregation=aggregation, **options)
+    return policy_loss(logprobs, old_logprobs, None, mask, loss=loss, aggregation=aggregation, **options)
 
 
 # -------------------------------------------------------------------------------------------------- rewards as labels
@@ -341,7 +339,7 @@ def brain(
 )
 def gdro(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     rewards: Tensor,
     mask: Tensor | None = None,
     *,
