@@ -131,10 +131,10 @@ def prepare(
     ready = parameters(named, backend)
     given |= {f"parameter.{term}": x for term, x in ready.inputs.items()}
     formula = (tuple(levels), chosen, normalizer is not None, packed, kl, may_differ_from_0(entropy_coef))
-    on_device = tuple(ready.inputs)
+    unknown = tuple(ready.inputs)
     # On a GPU the aggregation's weights are known only when all tokens have been seen.
-    objective, inputs, metrics, grouped = loss.policy_plan(*formula, token_loss, backend != "cpu", on_device)
-    gradient = loss.gradient_plan(*formula, False, False, on_device) if from_logits else None
+    objective, inputs, metrics, grouped = loss.policy_plan(*formula, token_loss, backend != "cpu", unknown)
+    gradient = loss.gradient_plan(*formula, False, False, unknown) if from_logits else None
     unread = [f"extra[{term!r}]" for term in extra or {} if not loss.asks(term)]
     unread += ["rollout_logprobs"] if rollout_logprobs is not None and not loss.asks("rollout_logprob") else []
     if unread:
