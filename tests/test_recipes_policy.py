@@ -231,6 +231,12 @@ def test_dropped_responses_are_as_if_never_there(recipe: Callable[..., PolicyLos
     assert whole.metrics["token_count"] == d.mask[chosen].sum()
 
 
+def test_an_extra_of_the_caller_s_is_not_dropped_in_silence() -> None:
+    d = batch()
+    with pytest.raises(ValueError, match=r"extra\['mine'\]: tw_grpo does not read it"):
+        recipes.tw_grpo(d.lp, d.old, d.adv, torch.zeros_like(d.lp), d.mask, extra={"mine": d.adv})
+
+
 def test_the_caller_s_keep_still_holds() -> None:
     """Per response, per token, and packed."""
     d = batch()

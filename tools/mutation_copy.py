@@ -207,7 +207,7 @@ def _cmake_options(root: Path) -> list[str]:
 def _isa(root: Path) -> str:
     """The instruction set that the compiled module chooses here."""
     code = "import fastreward._core as core; print(core.isa())"
-    return _run(sys.executable, "-c", code, PYTHONPATH=str(root)).strip()
+    return _run(sys.executable, "-P", "-c", code, PYTHONPATH=str(root)).strip()
 
 
 def _run(*command: str, **environment: str) -> str:
