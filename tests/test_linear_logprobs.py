@@ -11,6 +11,7 @@ from criterion import assert_as_good_as_torch
 from torch import Tensor
 
 import fastreward as fr
+from fastreward import linear_logprobs
 from fastreward.linear_logprobs import _chunks
 from fastreward.reference.logprobs import token_logprobs as truth_of
 
@@ -88,6 +89,38 @@ def test_equals_float64_truth(backend: str, chunk_size: int | None, options: dic
     sames = torch.autograd.grad(loss, leaves)
     for name, grad, exact_grad, same_grad in zip(("hidden", "weight", "bias"), grads, truths, sames, strict=False):
         assert_as_good_as_torch(grad, exact_grad, same_grad, f"gradient of {name}", slack=3e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_of_everything_than_a_tile(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 rows and 64 columns, sums of 8 products: gradients are added up over all of them."""
+    monkeypatch.setattr(linear_logprobs, "_CPU_TILE", (16, 64))
+    monkeypatch.setattr(linear_logprobs, "_CPU_SUM", 8)
+    rows = 45
+    hidden = torch.randn(rows, H).to(dtype).requires_grad_()
+    weight = (torch.randn(V, H) * 0.5).to(dtype).requires_grad_()
+    bias = torch.randn(V).to(dtype).requires_grad_()
+    leaves, labels, g = (hidden, weight, bias), torch.randint(0, V, (rows,)), torch.randn(rows)
+    options = {"mask": torch.arange(rows) % 5 != 1, "temperature": torch.linspace(0.5, 2, rows)}
+    with fr.backend(backend):
+        stats = fr.linear_token_logprobs(hidden, weight, labels, bias=bias, outputs=("logprobs", "entropy"), **options)
+        grads = torch.autograd.grad((stats.logprobs * g + stats.entropy * g.flip(0)).sum(), leaves)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    truth = truth_of(exact[0] @ exact[1].t() + exact[2], labels, **options)
+    wanted = torch.autograd.grad((truth["logprobs"] * g + truth["entropy"] * g.flip(0)).sum(), exact)
+    share = 2e-6 if dtype == torch.float32 else 0.03  # of the largest: the GEMMs round the logits to bfloat16
+    for found, right in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(found.double(), right, rtol=share, atol=share * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_no_token_are_0(dtype: torch.dtype) -> None:
+    hidden, weight, bias, labels = problem(dtype)
+    stats = fr.linear_token_logprobs(hidden, weight, labels, bias=bias, mask=torch.zeros(N))
+    torch.empty(V, H).fill_(torch.nan)  # what fresh memory may hold
+    for grad in torch.autograd.grad(stats.logprobs.sum(), (hidden, weight, bias)):
+        assert not grad.any()
 
 
 def test_bfloat16_accumulates_in_float32() -> None:

@@ -368,6 +368,19 @@ def test_linear_loss_and_gradients(name: str, masked: bool, backend: str) -> Non
     assert result.token_loss.shape == data["labels"].shape
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_linear_upstream_scale_before_and_after(backend: str) -> None:
+    """The gradient is that of the upstream that came, whatever was expected."""
+    data, found = head_batch(), []
+    for scale in (1.0, 2.0, 0.25):
+        weight = data["weight"].clone().requires_grad_()
+        with fr.backend(backend):
+            result = fr.linear_policy_loss(**{**data, "weight": weight}, scale=scale)
+            found.append(torch.autograd.grad(3.0 * result.loss, weight)[0])
+    for other in found[1:]:
+        close(other, found[0], 1e-6)
+
+
 def test_linear_policy_loss_needs_only_what_is_asked() -> None:
     data = head_batch()
     data["hidden"].requires_grad_()

@@ -388,6 +388,11 @@ class TestMessages:
                 r"logits: expected rows that share no memory with inplace_backward=True",
                 {"logits": torch.randn(1, 3, 10).expand(2, 3, 10), "inplace_backward": True},
             ),
+            (
+                ValueError,
+                r"share no memory with inplace_backward=True, got strides \[30, 5, 1\]",  # rows of 10 every 5
+                {"logits": torch.randn(60).as_strided((2, 3, 10), (30, 5, 1)), "inplace_backward": True},
+            ),
         ],
     )
     def test_message(self, error: type[Exception], message: str, arguments: dict[str, object]) -> None:

@@ -217,6 +217,23 @@ def written_out(packed: PackedTree, logits: Tensor, mask: Tensor, temperature: f
     return torch.where(there, chosen, 0.0), torch.where(there, entropy, 0.0)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_row_with_four_children(inplace: bool) -> None:
+    """What flows into its logsumexp is added up over all of them."""
+    tokens = torch.tensor([[1, 0], [1, 1], [1, 2], [1, 3]])
+    packed = PrefixTree(tokens, group_size=4).pack()
+    logits = torch.randn(len(packed), 5)
+    ours, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    stats = packed.token_logprobs(ours * 1.0 if inplace else ours, temperature=0.7, inplace_backward=inplace)
+    upstream = torch.tensor([[0.0, 1.0], [0.0, 10.0], [0.0, 100.0], [0.0, 1000.0]])
+    (packed.to_tokens(stats.logprobs) * upstream).sum().backward()
+    want, _ = written_out(packed, truth, torch.ones(4, 2), 0.7)
+    (want * upstream).sum().backward()
+    assert ours.grad is not None
+    assert truth.grad is not None
+    torch.testing.assert_close(ours.grad.double(), truth.grad, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
