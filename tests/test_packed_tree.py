@@ -44,6 +44,17 @@ def prefixes(packed: PackedTree) -> list[tuple[int, ...]]:
 
 
 # -------------------------------------------------------------------------------------------------------- the layout
+@pytest.mark.parametrize("seed", range(4))
+def test_the_reference_packs_alike(seed: int) -> None:
+    batch, packed = random_batch(seed), []
+    for backend in ("cpu", "reference"):
+        with fr.backend(backend):
+            packed.append(PrefixTree(*batch).pack())
+    for name in ("token_ids", "position_ids", "parent", "tin", "tout", "multiplicity", "packed_of_token"):
+        assert torch.equal(*(getattr(p, name) for p in packed)), name
+    assert (packed[0].position_ids == 0).sum() > 3  # several trees: a first token has no parent in any of them
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("options", [{}, {"max_tokens": 9}, {"max_tokens": 14}, {"max_tokens": 11, "by": "row"}])
 def test_layout_holds_every_sequence_once(seed: int, options: dict[str, Any]) -> None:
