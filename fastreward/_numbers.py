@@ -8,9 +8,8 @@ it has to serve the next value too. There an op for the CPU reads them when it r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,8 +70,7 @@ def may_differ_from_0(x: Number) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+class Parameters(NamedTuple):
     """Named numbers as an op takes them.
 
     known: of each the value that the host knows, else 0. numbers: all of them f64 [n], if there are others and the op
@@ -86,8 +84,8 @@ class Parameters:
 
 def parameters(named: Mapping[str, Number], backend: str) -> Parameters:
     """The numbers of a call that `backend` serves."""
-    known = [0.0 if isinstance(x, Tensor) else x for x in named.values()]
-    tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+    known = [x if isinstance(x, float) else 0.0 for x in named.values()]
+    tensors = {name: x for name, x in named.items() if not isinstance(x, float)}
     if not tensors:
         return Parameters(known, None, {})
     if backend not in _READ_BY_OPS:
