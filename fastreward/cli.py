@@ -101,15 +101,20 @@ def bench(
     memory: Annotated[bool | None, typer.Option("--memory/--no-memory", help="Peak memory too.")] = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Beside the peers, or fastreward alone.")] = True,
 ) -> None:
-    """Time every operation beside its peers and the machine's limit. Nothing is timed before its results are equal."""
+    """Time every operation beside its peers and the machine's limit. Nothing is timed before its results are equal.
+
+    `bench busy`: two threads beside one on a busy machine.
+    """
     from fastreward import bench as room
     from fastreward.bench import report
     from fastreward.bench._types import EquivalenceError
     from fastreward.bench.engine import Settings
     from fastreward.bench.run import Plan, results
 
-    names = tuple(_operation(name, room.OPERATIONS) for name in operations or room.OPERATIONS)
+    names = tuple(_operation(name, (*room.OPERATIONS, *room.BESIDES)) for name in operations or room.OPERATIONS)
     _check_device(device)
+    if device != "cpu" and set(names) & set(room.BESIDES):
+        raise typer.BadParameter(f"--device {device}: {', '.join(room.BESIDES)} is about the CPU's threads")
     for dtype in dtypes or ():
         if dtype not in ("float32", "bfloat16", "float16"):
             raise typer.BadParameter(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}")

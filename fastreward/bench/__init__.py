@@ -25,6 +25,7 @@ OPERATIONS = (
     "whiten",
     "prefix_tree",
 )
+BESIDES = ("busy",)  # no operations: run where they are named, on the CPU
 WITH_VOCABULARY = (
     "logprobs",
     "linear_logprobs",
@@ -48,8 +49,8 @@ class Operation(Protocol):
 
 def operation(name: str) -> Operation:
     """The benchmark of one operation, by name."""
-    if name not in OPERATIONS:
-        raise ValueError(f"bench: unknown operation {name!r}; expected one of {', '.join(OPERATIONS)}")
+    if name not in (*OPERATIONS, *BESIDES):
+        raise ValueError(f"bench: unknown operation {name!r}; expected one of {', '.join((*OPERATIONS, *BESIDES))}")
     return cast(Operation, importlib.import_module(f"fastreward.bench.{name}"))
 
 

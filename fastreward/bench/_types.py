@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,6 +73,8 @@ class Case:
     absent: dict[str, str] = field(default_factory=dict)  # peer -> why it does not take part
     targets: tuple[Target, ...] = ()
     gemm: tuple[Tensor, Tensor] | None = None  # [M, K], [K, N]: a product like the operation's, whose rate is its limit
+    beside: Callable[[], AbstractContextManager[None]] = nullcontext  # what goes on while the rounds run
+    tail: bool = False  # slow calls matter: many rounds, in less time, and the machine's limit is measured before them
 
     @property
     def title(self) -> str:
@@ -95,6 +98,11 @@ class Timing:
         ordered = sorted(self.samples)
         middle = len(ordered) // 2
         return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+    @property
+    def p99(self) -> float:
+        """The sample that one in a hundred exceeds."""
+        return sorted(self.samples)[int(0.99 * (len(self.samples) - 1))]
 
 
 class EquivalenceError(AssertionError):

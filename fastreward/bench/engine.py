@@ -20,6 +20,7 @@ from fastreward.bench.roofline import Bandwidth
 
 _SMALLEST_PROBE = 16 << 20  # below this a loop measures its own call, not the memory
 _LARGEST_PROBE = 1 << 30
+_TAIL_ROUNDS, _TAIL_SECONDS = 401, 6.0  # at most, of a case whose slow calls matter
 _L2_FLUSH = 512 << 20  # also long enough on the device for the host to queue the timed launches behind it
 
 
@@ -134,16 +135,24 @@ def run(case: Case, device: str, settings: Settings, step: Callable[[str], None]
         if contender.compiled or timing.first < 1.0:  # a first call of seconds has warmed everything already
             step(f"warm-up: {contender.name}")
             _sample(contender, device)
-    started = time.perf_counter()
+    if case.tail:
+        settings = Settings(min(settings.seconds, _TAIL_SECONDS), settings.min_rounds, _TAIL_ROUNDS)
+        for _ in range(settings.min_rounds):
+            probe.round()
     rounds = 0
-    while rounds < settings.min_rounds or (
-        rounds < settings.max_rounds and time.perf_counter() - started < settings.seconds
-    ):
-        rounds += 1
-        for contender, timing in zip(taking_part, timings, strict=True):
-            step(f"round {rounds}: {contender.name}")
-            timing.samples.append(_sample(contender, device))
-        probe.round()
+    with case.beside():
+        started = time.perf_counter()
+        while rounds < settings.min_rounds or (
+            rounds < settings.max_rounds and time.perf_counter() - started < settings.seconds
+        ):
+            rounds += 1
+            for contender, timing in zip(taking_part, timings, strict=True):
+                if case.tail and sum(timing.samples) > settings.seconds / len(taking_part):
+                    continue  # a slow one leaves the other rounds to the others
+                step(f"round {rounds}: {contender.name}")
+                timing.samples.append(_sample(contender, device))
+            if not case.tail:
+                probe.round()
     if device == "cuda":
         for contender, timing in zip(taking_part, timings, strict=True):
             timing.peak = _cuda_peak(case, contender)

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastreward.bench._types import OURS
+from fastreward.bench._types import OURS, Timing
 from fastreward.bench.run import Result
 from fastreward.bench.targets import Verdict
 
@@ -26,7 +26,16 @@ def print_case(console: Console, result: Result) -> None:
     case, limit = outcome.case, outcome.limit
     table = Table(title=f"[bold]{case.title}[/]   {outcome.rounds} rounds", title_justify="left", show_edge=False)
     table.add_column("")
-    for heading in ("median ms", "GB/s", "of limit", "extra MiB", "vs fastreward", "first ms", "error"):
+    headings = (
+        "median ms",
+        "GB/s",
+        "of limit",
+        "p99 ms" if case.tail else "extra MiB",
+        "vs fastreward",
+        "first ms",
+        "error",
+    )
+    for heading in headings:
         table.add_column(heading, justify="right")
     for t in outcome.timings:
         ours = t.name == OURS
@@ -35,7 +44,7 @@ def print_case(console: Console, result: Result) -> None:
             f"{t.median * 1e3:.3g}" if t.median < 1 else f"{t.median * 1e3:.0f}",
             f"{case.traffic.total / t.median / 1e9:.1f}",
             f"{limit / t.median:.0%}",
-            "-" if t.peak is None else f"{t.peak / 2**20:.1f}",
+            _extra(t, case.tail),
             "" if ours else f"{t.median / outcome.ours.median:.2f}x",
             f"{t.first * 1e3:.3g}" if t.first < 1 else f"{t.first * 1e3:.0f}",
             f"{t.error:.1e}",
@@ -45,7 +54,7 @@ def print_case(console: Console, result: Result) -> None:
         f"limit {limit * 1e3:.3g} ms: {case.traffic.total / 1e6:.4g} MB at {bandwidth.read / 1e9:.1f} GB/s read, "
         f"{bandwidth.copy / 1e9:.1f} GB/s copy, "
         + (f"{case.traffic.flops / 1e9:.4g} GFLOP at {bandwidth.flops / 1e9:.0f} GFLOP/s, " if case.gemm else "")
-        + "measured in the same rounds"
+        + ("measured before the rounds, idle" if case.tail else "measured in the same rounds")
     )
     table.caption_justify = "left"
     console.print(table)
@@ -53,6 +62,12 @@ def print_case(console: Console, result: Result) -> None:
         colour = "red" if reason.startswith(("failed", "not equivalent")) else "dim"
         console.print(f" [{colour}]{name}: {reason}[/]", highlight=False)
     console.print()
+
+
+def _extra(timing: Timing, tail: bool) -> str:
+    if tail:
+        return f"{timing.p99 * 1e3:.3g}"
+    return "-" if timing.peak is None else f"{timing.peak / 2**20:.1f}"
 
 
 def print_summary(console: Console, results: list[Result]) -> None:

@@ -68,6 +68,7 @@ class Result:
                     "name": t.name,
                     "median_ms": t.median * 1e3,
                     "min_ms": min(t.samples) * 1e3,
+                    "p99_ms": t.p99 * 1e3,
                     "max_ms": max(t.samples) * 1e3,
                     "first_ms": t.first * 1e3,
                     "gbs": case.traffic.total / t.median / 1e9,
@@ -99,7 +100,7 @@ def results(plan: Plan, step: Callable[[str], None]) -> Iterator[Result]:
         case.inputs.clear()
         case.error = _forgotten
         gc.collect()
-        if plan.memory and plan.device == "cpu":
+        if plan.memory and plan.device == "cpu" and not case.tail:
             step(f"{name} {case_name} {dtype}: peak memory, in a fresh process")
             peaks = memory.measure(name, case_name, dtype, shape, [t.name for t in outcome.timings])
             for timing in outcome.timings:
