@@ -118,7 +118,7 @@ def in_ray() -> list[tuple[str, Facts, Facts]]:
         found = [(name, call(f, x), ray.get(remote.remote(f, x))) for name, f, x in sent]
         there = ray.get(ray.remote(lambda loss: loss).remote(step))
         assert there == step  # the same one, back again
-        assert there.definition is step.definition
+        assert there.formula == step.formula
         return found
     finally:
         ray.shutdown()

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import types
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import fastreward
 from fastreward import losses
-from fastreward.losses import _objective, define, maximum, stop_gradient
-from fastreward.losses._surroundings import surroundings
+from fastreward.losses import _objective, define
 
 DATA = {"logprob": torch.tensor([[-1.0]]), "old_logprob": torch.tensor([[-1.0]]), "advantage": torch.tensor([[-1.0]])}
 
@@ -123,19 +122,19 @@ def change(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> None:
 
 
 CHANGES: dict[str, tuple[Any, Callable[[pytest.MonkeyPatch], None], str]] = {
-    "global": (reads_global, lambda m: change(m, "K", 3.0), "K was 2.0 .* is 3.0 now"),
-    "container": (reads_table, lambda m: m.setitem(TABLE["a"], "k", 3.0), r"TABLE\['a'\]\['k'\] was 2.0"),
-    "attribute": (reads_attribute, lambda m: m.setattr(CONFIG, "k", 3.0), "CONFIG.k was 2.0"),
-    "module": (reads_module, lambda m: m.setattr(SETTINGS, "K", 3.0), "SETTINGS.K was 2.0"),
-    "object": (reads_object, lambda m: m.setattr(CONFIG, "k", 3.0), "CONFIG is not now"),
-    "method": (calls_method, lambda m: m.setattr(CONFIG, "k", 3.0), "CONFIG.scaled.__self__ is not now"),
-    "helper": (calls_helper, lambda m: change(m, "K", 3.0), "K in helper was 2.0"),
-    "another helper": (calls_rebound, lambda m: change(m, "HELPER", other), "HELPER is not now"),
-    "default of a helper": (calls_rebound, lambda m: m.setattr(HELPER, "__defaults__", (3.0,)), "default 1 of HELPER"),
-    "nested loss": (calls_inner, lambda m: change(m, "K", 3.0), "K in inner was 2.0"),
-    "globals()": (looks_it_up, lambda m: change(m, "K", 3.0), r"globals\(\) is not now"),
-    "lambda": (in_a_lambda, lambda m: change(m, "K", 3.0), "K was 2.0"),
-    "has": (where_nothing_is_passed, lambda m: change(m, "K", 3.0), "K was 2.0"),
+    "global": (reads_global, lambda m: change(m, "K", 3.0), "reads K from"),
+    "container": (reads_table, lambda m: m.setitem(TABLE["a"], "k", 3.0), "reads TABLE from"),
+    "attribute": (reads_attribute, lambda m: m.setattr(CONFIG, "k", 3.0), "reads CONFIG from"),
+    "module": (reads_module, lambda m: m.setattr(SETTINGS, "K", 3.0), "reads SETTINGS"),
+    "object": (reads_object, lambda m: m.setattr(CONFIG, "k", 3.0), "reads CONFIG from"),
+    "method": (calls_method, lambda m: m.setattr(CONFIG, "k", 3.0), "reads CONFIG from"),
+    "helper": (calls_helper, lambda m: change(m, "K", 3.0), "reads helper from"),
+    "another helper": (calls_rebound, lambda m: change(m, "HELPER", other), "reads HELPER from"),
+    "default of a helper": (calls_rebound, lambda m: m.setattr(HELPER, "__defaults__", (3.0,)), "reads HELPER from"),
+    "nested loss": (calls_inner, lambda m: change(m, "K", 3.0), "reads inner from"),
+    "globals()": (looks_it_up, lambda m: change(m, "K", 3.0), "reads something from"),
+    "lambda": (in_a_lambda, lambda m: change(m, "K", 3.0), "from its surroundings"),
+    "has": (where_nothing_is_passed, lambda m: change(m, "K", 3.0), "reads K from"),
 }
 
 
@@ -223,18 +222,51 @@ def test_a_compiled_function_sees_the_loss_made_anew(monkeypatch: pytest.MonkeyP
     assert float(compiled(first)) == 2.0
 
 
-def test_making_a_loss_traces_nothing_as_a_rule() -> None:
-    calls = []
+def test_every_case_of_what_is_passed_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    @define(static=("case",))
+    def in_one_case(t, case):
+        there = [name for name in "abc" if t.has(name)]
+        value = -t.advantage * t.ratio * math.prod(t.extra(name) for name in there)
+        return value * K if there == list(case) else value
 
-    def counted(t: Any, scale: float = 1.0) -> Any:
-        calls.append(math.pi + np.float32(1.0))
-        return scale * maximum(t.ratio, stop_gradient(t.logprob)) * K * losses.ppo(0.1)(t)
+    for case in ("", "a", "b", "c", "ab", "ac", "bc", "abc"):
+        extra = {name: torch.ones(1, 1) for name in case}
+        for k in (2.0, 3.0):
+            change(monkeypatch, "K", k)
+            loss = in_one_case(case)
+            assert float(fastreward.policy_loss(*DATA.values(), loss=loss, extra=extra).loss) == k
 
-    definition = define(counted)
-    for scale in (1.0, 2.0, 3.0):
-        definition(scale)
-    assert not calls
-    assert surroundings(losses.ppo.function) is None
-    found = surroundings(define(lambda t: t.logprob * math.pi)().definition.function)
-    assert found is not None
-    assert not found.others
+
+def test_a_side_of_a_pair_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    @define(pairs=True)
+    def on_one_side(t):
+        there = [losses.seq_sum(side.extra("x")) for side in (t.chosen, t.rejected) if side.has("x")]
+        value = losses.seq_sum(t.rejected.logprob) - losses.seq_sum(t.chosen.logprob) + sum(there)
+        return value * K if len(there) == 1 else value
+
+    logprobs = torch.tensor([[-3.0]]), torch.tensor([[-2.0]])
+    for k in (2.0, 3.0):
+        change(monkeypatch, "K", k)
+        extra = {"x": torch.ones(1, 1)}
+        found = fastreward.preference_loss(*logprobs, loss=on_one_side(), rejected_extra=extra)
+        assert float(found.loss) == 2.0 * k
+
+
+def test_a_loss_that_is_another_one_each_time_says_so() -> None:
+    with pytest.raises(ValueError, match=r"reads random from its surroundings.*parameter"):
+        value(define(lambda t: t.ratio * random.random())())
+
+
+def test_a_mistake_is_told_where_the_loss_is_used() -> None:
+    loss = define(lambda t: t.ratio * missing)()  # noqa: F821
+    with pytest.raises(NameError, match="missing"):
+        value(loss)
+    method = define(Config(2.0).scaled)
+    assert method.place.startswith("scaled (test_loss_surroundings.py:")
+
+
+def test_losses_of_the_package_are_not_traced_when_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses.Loss, "terms", lambda *_: pytest.fail("traced"))
+    losses.ppo(0.1)
+    with pytest.raises(pytest.fail.Exception):
+        reads_global()

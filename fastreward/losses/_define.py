@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import itertools
 import math
-import os
-from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from numbers import Real
 from threading import local
 from types import FunctionType
@@ -22,9 +20,8 @@ from torch import Tensor
 from fastreward import _check
 from fastreward.losses._graph import Graph, Level, Node, described, origin
 from fastreward.losses._parameters import kind, kinds, parameter, same
-from fastreward.losses._surroundings import Surroundings, surroundings
-from fastreward.losses._terms import PairTerms, Terms
-from fastreward.losses._travel import Options, by_name, carrier, options_of
+from fastreward.losses._terms import PairTerms, Terms, asked
+from fastreward.losses._travel import Options, by_name, carrier, names_outside, options_of, place
 
 P = ParamSpec("P")
 T = TypeVar("T", Terms, PairTerms)
@@ -33,9 +30,6 @@ Scalar = float | int
 Plan = tuple[str, tuple[tuple[str, int], ...], tuple[str, ...], bool]
 #: Key of a registered gradient, (name, side) of the inputs it reads.
 GradientPlan = tuple[str, tuple[tuple[str, int], ...]]
-
-
-_NUMBERS = itertools.count()
 
 
 class Definition(Generic[P]):
@@ -48,9 +42,8 @@ class Definition(Generic[P]):
         self.function, self.name, self.__qualname__ = function, function.__name__, self.options.qualname
         self.pairs, self.static = self.options.pairs, self.options.static
         self.aggregation, self.check = self.options.aggregation, self.options.check
-        self.number = next(_NUMBERS)  # tells definitions of one name apart, in this process
-        self._editions: dict[Hashable, int] = {}
-        _HERE[function] = _BY_TOKEN[self.options.token] = self
+        self.own = (function.__module__ or "").startswith("fastreward.")
+        _HERE[function] = self
         whole = inspect.signature(function)
         #: Of the parameters, without the terms.
         self.__signature__ = whole.replace(parameters=list(whole.parameters.values())[1:])
@@ -84,9 +77,11 @@ class Definition(Generic[P]):
     @property
     def place(self) -> str:
         """Where its function is, for messages."""
-        code = getattr(self.function, "__code__", None)
-        where = "" if code is None else f" ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
-        return f"{self.name}{where}"
+        return f"{self.name}{place(self.function)}"
+
+    def reading_outside(self) -> str:
+        """What its function reads beside its arguments, for messages."""
+        return f"{self.place} reads {', '.join(names_outside(self.function)) or 'something'} from its surroundings"
 
     def _validate(self, values: Mapping[str, Any]) -> None:
         """Calls `check`. Of a tensor that may be looked at it gets the extremes, of what is not known yet the default.
@@ -107,10 +102,6 @@ class Definition(Generic[P]):
                 if not str(error).startswith(tuple(f"{k}:" for k in unknown)):
                     raise
 
-    def edition(self, seen: Surroundings | None) -> int:
-        """A number of its own for all that the function reads from its surroundings; 0 where that is not known."""
-        return 0 if seen is None else self._editions.setdefault(seen.key, next(_NUMBERS) + 1)
-
     def __copy__(self) -> Definition[P]:
         return self
 
@@ -122,26 +113,13 @@ class Definition(Generic[P]):
         return by_name(self, int(protocol)) or (_arrived, (self.function,))
 
 
-#: The definitions of this process: by their function, and the last of each token.
+#: The definitions of this process by their function.
 _HERE: WeakValueDictionary[FunctionType, Definition[Any]] = WeakValueDictionary()
-_BY_TOKEN: WeakValueDictionary[str, Definition[Any]] = WeakValueDictionary()
 
 
 def _arrived(function: FunctionType) -> Definition[Any]:
-    """The definition of a function that comes out of a pickle: the one that is here already, or a new one.
-
-    A copy that reads the same from its surroundings is the one it was made of: nothing is traced or compiled anew.
-    """
-    here = _HERE.get(function)
-    if here is not None:
-        return here
-    there = _BY_TOKEN.get(options_of(function).token)
-    if there is not None and there.function.__code__ == function.__code__:
-        old, new = surroundings(there.function), surroundings(function)
-        same = old == new and (new is None or not new.others)
-        if same and inspect.signature(there.function) == inspect.signature(function):
-            return there
-    return Definition(function)
+    """The definition of a function that comes out of a pickle; its losses equal those of the one that was sent."""
+    return _HERE.get(function) or Definition(function)
 
 
 _TRACING: Final = local()  # .now: whether a loss's function runs in this thread
@@ -158,24 +136,24 @@ class Loss:
     parameters: Mapping[str, Any]
     #: The structure as text. Traced code reads it, so that Dynamo compiles anew for a loss of another formula.
     formula: str = field(init=False, repr=False)
-    #: What decides the formula: function, what it read when this was made, static parameters. Equal ones share kernels.
+    #: What decides the formula: definition, digest, static parameters. Equal ones share kernels.
     structure: tuple[Any, ...] = field(init=False, repr=False)
-    _seen: Surroundings | None = field(init=False, repr=False)
+    #: What the formula was when this was made, with the values that its function reads from outside. "" of the
+    #: package's own, which read nothing, and of one made inside another loss, as part of whose formula it counts.
+    _digest: str = field(init=False, repr=False)
     _plans: dict[tuple[Any, ...], Plan] = field(init=False, default_factory=dict, repr=False)
     _gradient_plans: dict[tuple[Any, ...], GradientPlan | None] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        # A loss made inside another one is part of that one's formula, which knows its surroundings too.
-        seen = None if getattr(_TRACING, "now", False) else self._surroundings()
-        object.__setattr__(self, "_seen", seen)
-        edition, fixed = self.definition.edition(seen), self._fixed
-        object.__setattr__(self, "structure", (self.definition.function, edition, fixed))
-        object.__setattr__(self, "formula", f"{self.definition.number}.{edition} {fixed}")
+        alone = not (self.definition.own or getattr(_TRACING, "now", False))
+        token, digest, fixed = self.definition.options.token, self._traced() if alone else "", self._fixed
+        object.__setattr__(self, "_digest", digest)
+        object.__setattr__(self, "structure", (token, digest, fixed))
+        object.__setattr__(self, "formula", f"{token} {digest} {fixed}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_surroundings()
-        plain = None if self._seen is None else self._seen.plain
-        return _unpickled, (self.definition, dict(self.parameters), plain)
+        return _unpickled, (self.definition, dict(self.parameters), self._digest)
 
     def __copy__(self) -> Loss:
         return self
@@ -256,35 +234,36 @@ class Loss:
         self._check_surroundings()
         return self._result(t, values)
 
-    def _surroundings(self) -> Surroundings | None:
-        """What the function reads beside its arguments, as it is now; the formula too, where that alone tells it."""
-        seen = surroundings(self.definition.function)
-        return replace(seen, formula=self._digest()) if seen is not None and seen.others else seen
+    def _traced(self) -> str:
+        """A digest of the formula as it would be now, by what `t.has` may say of the terms it asks for.
 
-    def _digest(self) -> str:
-        """Equal for equal formulas, both where calls pass all that the loss can do without and where they do not."""
+        All there, none, all but one, and one alone: every case where it asks for three at most.
+        """
+        text, names = self._traced_with(True)
+        if not names:
+            return text
+        least, more = self._traced_with(False)
+        names |= more
+        some = {frozenset(x) for name in names for x in ({name}, names - {name})} - {names, frozenset()}
+        return " ".join((text, least, *(self._traced_with(x)[0] for x in sorted(some, key=sorted))))
+
+    def _traced_with(self, present: bool | frozenset[str]) -> tuple[str, frozenset[str]]:
+        """(digest where these terms are there, those that were asked for)."""
         from fastreward.losses._program import digest
 
-        texts = []
-        for optional in (True, False):
-            t = self.terms(optional)
-            try:
-                value = self._result(t, self._symbolic(t.graph))
-                texts.append(digest([value, *t.reports.values()]) + " ".join(t.reports))
-            except Exception as error:  # whoever calls the loss will see it
-                texts.append(type(error).__name__)
-        return " ".join(texts)
+        t = self.terms(present)
+        try:
+            value = self._result(t, self._symbolic(t.graph))
+            text = " ".join((digest([value, *t.reports.values()]), *t.reports))
+        except Exception as error:  # whoever calls the loss will see it
+            text = type(error).__name__
+        return text, asked(t)
 
     def _check_surroundings(self) -> None:
         """Refuses to trace the loss with other values than it was made with."""
-        if self._seen is None:
-            return
-        now = self._surroundings()
-        assert now is not None
-        change = self._seen.change(now, "when the loss was made", "now")
-        if change is not None:
+        if self._digest and self._digest != self._traced():
             raise ValueError(
-                f"{self.definition.place} reads from its surroundings what has changed: {change}; "
+                f"{self.definition.reading_outside()}, and that has changed since the loss was made; "
                 "make the loss anew, or better make that a parameter of it"
             )
 
@@ -373,8 +352,8 @@ class Loss:
             self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
         return self._plans[call]
 
-    def terms(self, optional: bool = True) -> Terms | PairTerms:
-        """Terms on a fresh graph, where everything that the loss reads is there; optional: what t.has(...) says."""
+    def terms(self, optional: bool | Collection[str] = True) -> Terms | PairTerms:
+        """Terms on a fresh graph, where everything that the loss reads is there; optional: of what t.has(...) is so."""
         if self.definition.pairs:
             return PairTerms(Graph(sides=2), optional=optional)
         return Terms(Graph(), optional=optional)
@@ -404,16 +383,13 @@ class Loss:
         return show(self)
 
 
-def _unpickled(definition: Definition[Any], parameters: dict[str, Any], plain: dict[str, Hashable] | None) -> Loss:
+def _unpickled(definition: Definition[Any], parameters: dict[str, Any], digest: str) -> Loss:
     """A loss that has come out of a pickle; the same formula as where it was made, or an error."""
     loss = Loss(definition, parameters)
-    if plain is not None and loss._seen is not None:
-        change = Surroundings(plain).change(Surroundings(loss._seen.plain), "where the loss was made", "here")
-        if change is not None:
-            raise ValueError(
-                f"{definition.place} reads from its surroundings what differs between two processes: {change}; "
-                "make that a parameter of it"
-            )
+    if digest and loss._digest and digest != loss._digest:
+        raise ValueError(
+            f"{definition.reading_outside()}, and that differs between two processes; make that a parameter of it"
+        )
     return loss
 
 
@@ -457,8 +433,9 @@ def define(
     may ask for them.
     Default and annotation say which of these a parameter takes; others, and NaN, are refused.
     It returns the loss per token or per sequence, to be minimised; t.report(name=...) adds metrics.
-    What else it reads (globals, closures, what its helpers read) is part of the formula, as it is when a loss is made:
-    after a change make the loss anew. ValueError where one made before would have to be traced with other values.
+    What else it reads (globals, closures, what its helpers read) is part of the formula, as it is when a loss is made,
+    since it is traced then. After a change make the loss anew: ValueError where one made before would have to be traced
+    with other values.
 
     Losses are copied and pickled as functions are: by name, and by value where cloudpickle does that (Ray: __main__,
     notebooks, local functions).

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fastreward.losses._derivative import gradients
 from fastreward.losses._graph import Graph, Level, Node, walk
 from fastreward.losses._ops import OPS
-from fastreward.losses._terms import PairTerms, Side, Terms
+from fastreward.losses._terms import PairTerms, Terms, asked
 
 if TYPE_CHECKING:
     from fastreward.losses._define import Loss
@@ -36,12 +36,8 @@ def show(loss: Loss) -> str:
 
 def _assumed(t: Terms | PairTerms) -> str:
     """The terms that the loss does without where they are not passed."""
-    asked = {prefix + name for side, prefix in zip(_sides(t), ("", *_SIDES), strict=False) for name in side.asked}
-    return f" where {', '.join(sorted(asked))} {'is' if len(asked) == 1 else 'are'} passed" if asked else ""
-
-
-def _sides(t: Terms | PairTerms) -> tuple[Terms | PairTerms | Side, ...]:
-    return (t, t.chosen, t.rejected) if isinstance(t, PairTerms) else (t,)
+    names = sorted(asked(t))
+    return f" where {', '.join(names)} {'is' if len(names) == 1 else 'are'} passed" if names else ""
 
 
 def assignments(named: Iterable[tuple[str, Node]]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final, Literal, NoReturn
 
 from fastreward._layout import METRICS, PAIR_METRICS
@@ -40,7 +40,7 @@ class _Inputs:
     """What a call passes: inputs of the graph by name, with the level of each.
 
     levels: None where there is no call yet: whatever the loss reads is there, at its usual level, and `has` says
-    `optional`.
+    `optional`: of all names, or whether the name is one of these (of a side: chosen.name).
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class _Inputs:
         levels: Mapping[str, Level] | None,
         side: int,
         sources: Mapping[str, str],
-        optional: bool = True,
+        optional: bool | Collection[str] = True,
     ) -> None:
         self.graph = graph
         self._levels, self._optional = levels, optional
@@ -84,7 +84,8 @@ class _Inputs:
         True in print(loss), loss.source(...) and loss.reads(...), where nothing is passed yet.
         """
         self.asked.add(name)
-        return self._optional if self._levels is None else name in self._levels
+        there = self._optional if self._levels is None else self._levels
+        return there if isinstance(there, bool) else name in there
 
     def _unknown(self, name: str, known: list[str]) -> NoReturn:
         near = difflib.get_close_matches(name, known, n=1)
@@ -118,7 +119,9 @@ class Terms(_Inputs):
 
     NAMES: Final = (*_SOURCES, "log_ratio", "ratio", "length", "extra", "report")
 
-    def __init__(self, graph: Graph, levels: Mapping[str, Level] | None = None, *, optional: bool = True) -> None:
+    def __init__(
+        self, graph: Graph, levels: Mapping[str, Level] | None = None, *, optional: bool | Collection[str] = True
+    ) -> None:
         super().__init__(graph, levels, 0, {k: f"{v}=" for k, v in _SOURCES.items()}, optional)
         self.reports: dict[str, Node] = {}
 
@@ -155,7 +158,9 @@ class Side(_Inputs):
 
     NAMES: Final = (*_PAIR_SOURCES, "log_ratio", "length", "extra")
 
-    def __init__(self, graph: Graph, levels: Mapping[str, Level] | None, side: int, optional: bool = True) -> None:
+    def __init__(
+        self, graph: Graph, levels: Mapping[str, Level] | None, side: int, optional: bool | Collection[str] = True
+    ) -> None:
         sources = {k: f"{v}=" for k, v in _PAIR_SOURCES.items()}
         super().__init__(graph, levels, side, sources, optional)
 
@@ -186,11 +191,11 @@ class PairTerms(_Inputs):
         levels: Mapping[str, Level] | None = None,
         sides: tuple[Mapping[str, Level], Mapping[str, Level]] | None = None,
         *,
-        optional: bool = True,
+        optional: bool | Collection[str] = True,
     ) -> None:
         super().__init__(graph, levels, 0, {}, optional)
-        self.chosen = Side(graph, None if sides is None else sides[0], 0, optional)
-        self.rejected = Side(graph, None if sides is None else sides[1], 1, optional)
+        self.chosen = Side(graph, None if sides is None else sides[0], 0, _below(optional, "chosen"))
+        self.rejected = Side(graph, None if sides is None else sides[1], 1, _below(optional, "rejected"))
         self.reports: dict[str, Node] = {}
 
     def extra(self, name: str, per: Literal["token", "sequence", "batch"] = "sequence") -> Node:
@@ -207,3 +212,16 @@ class PairTerms(_Inputs):
 
     def __getattr__(self, name: str) -> NoReturn:
         self._unknown(name, list(self.NAMES))
+
+
+def asked(t: Terms | PairTerms) -> frozenset[str]:
+    """Names that `t.has` was asked for, those of a side as chosen.name."""
+    parts = {"": t, "chosen.": t.chosen, "rejected.": t.rejected} if isinstance(t, PairTerms) else {"": t}
+    return frozenset(prefix + name for prefix, part in parts.items() for name in part.asked)
+
+
+def _below(optional: bool | Collection[str], side: str) -> bool | Collection[str]:
+    """`optional` as a side sees it."""
+    if isinstance(optional, bool):
+        return optional
+    return {name.removeprefix(f"{side}.") for name in optional if name.startswith(f"{side}.")}

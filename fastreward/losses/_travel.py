@@ -3,17 +3,21 @@
 pickle and its kin (cloudpickle, Ray, joblib, dill) know one thing that travels both ways: a function. By name where its
 name leads to it, else by value where the pickler can do that. Of a decorated function the name leads to the loss, and
 from there on to `.function`: so that is what the function calls itself while it is pickled.
+
+Where a function comes from and what it reads there, for messages.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pickle import UnpicklingError
-from types import FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, Final
 from uuid import uuid4
 
@@ -85,3 +89,30 @@ def _name(definition: Any) -> str | None:
     except AttributeError:
         pass
     return next((name for name, x in vars(module).items() if x is definition), None) if module is not None else None
+
+
+def place(function: FunctionType) -> str:
+    """As in `(file.py:12)` after a blank, of a function that `carrier` has made; else nothing."""
+    code = _code(function)
+    return "" if code is None else f" ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+
+
+def names_outside(function: FunctionType) -> list[str]:
+    """Closures and globals that a function reads, without what stays the same."""
+    code = _code(function)
+    if code is None:
+        return []
+    values = inspect.unwrap(function).__globals__
+    found = [name for name in code.co_names if name in values and not _stays(values[name])]
+    return [*code.co_freevars, *found]
+
+
+def _code(function: FunctionType) -> CodeType | None:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+def _stays(x: object) -> bool:
+    """Whether `x` is a module, class or function of a package that stays what it is."""
+    name = x.__name__ if isinstance(x, ModuleType) else getattr(x, "__module__", None) if callable(x) else None
+    return str(name).partition(".")[0] in ("fastreward", "torch", "numpy", "math")
