@@ -20,10 +20,12 @@ from fastreward.reference import whiten as whiten_reference
 
 
 def close(got: Tensor, want: Tensor, what: str, tolerance: float = 3e-6) -> None:
-    """Equal up to `tolerance`, relative to the largest value where that is above 1."""
+    """Equal up to `tolerance`, relative to the largest value where that is above 1, with NaN in the same places."""
     got, want = got.detach().cpu().double(), want.detach().cpu().double()
-    scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
-    torch.testing.assert_close(got, want, atol=tolerance * scale, rtol=0.0, msg=lambda m: f"{what}: {m}")
+    scale = max(1.0, float(want.nan_to_num(0.0).abs().max())) if want.numel() else 1.0
+    torch.testing.assert_close(
+        got, want, atol=tolerance * scale, rtol=0.0, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

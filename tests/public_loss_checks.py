@@ -105,6 +105,35 @@ def check_linear_policy_loss(device: str, name: str, vocab: int = 311, width: in
     compare(function, device, data, ["hidden", "weight"], tolerance=1e-5, upstream=2.0)
 
 
+def check_under_the_mask(device: str, loss: losses.Loss) -> None:
+    """What lies there changes nothing, per token or per sequence; where all of it does, 0 with gradients of zeros."""
+    old = -noise(4, 11, seed=2).abs()
+    mask = torch.arange(11) < _LENGTHS.unsqueeze(1)
+    data: dict[str, Any] = {
+        "logprobs": old + 0.2 * noise(4, 11, seed=3),
+        "old_logprobs": old,
+        "advantages": torch.tensor([1.0, -0.5, 2.0, -2.0]),
+        "ref_logprobs": old + 0.1,
+        "entropy": noise(4, 11, seed=4).abs(),
+    }
+    hidden = {name: x.masked_fill(~(mask if x.ndim == 2 else mask.any(-1)), torch.nan) for name, x in data.items()}
+    options: dict[str, Any] = {"loss": loss, "kl": "k3", "kl_coef": 0.1, "entropy_coef": 0.1, "empty": "zero"}
+
+    def function(**given: Tensor) -> Any:
+        return fr.policy_loss(**given, group_ids=[0, 1, 1, 0], **options)
+
+    compare(function, device, {**hidden, "mask": mask}, ["logprobs", "entropy"])
+    clean, found = (
+        function(**{name: placed(x, device) for name, x in given.items()}, mask=mask.to(device))
+        for given in (data, hidden)
+    )
+    assert torch.equal(clean.loss, found.loss)
+    assert torch.equal(clean.metrics.values_tensor, found.metrics.values_tensor)
+    nothing = {**{name: torch.full_like(x, torch.nan) for name, x in data.items()}, "mask": torch.zeros_like(mask)}
+    compare(function, device, nothing, ["logprobs", "entropy"])
+    assert not function(**{name: placed(x, device) for name, x in nothing.items()}).loss
+
+
 def check_preference_loss(device: str, loss: losses.Loss, *, in_one_row: bool = False) -> None:
     """Sides of different lengths, a pair that has no token, weights."""
     data: dict[str, Any] = {"weights": noise(4, seed=9).abs()}

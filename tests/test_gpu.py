@@ -408,6 +408,10 @@ class TestPublic:
     def test_linear_policy_loss(self, name: str) -> None:
         public_loss_checks.check_linear_policy_loss("cuda", name)
 
+    @pytest.mark.parametrize("loss", [losses.ppo(), losses.gspo_token(), losses.real()], ids=lambda loss: loss.name)
+    def test_under_the_mask(self, loss: losses.Loss) -> None:
+        public_loss_checks.check_under_the_mask("cuda", loss)
+
     @pytest.mark.parametrize("loss", [losses.dpo(label_smoothing=0.1), losses.dpo(variant="aot")], ids=["dpo", "aot"])
     def test_preference_loss(self, loss: losses.Loss) -> None:
         for in_one_row in (False, True):

@@ -73,6 +73,11 @@ def test_logits_policy_loss(name: str) -> None:
     public_loss_checks.check_logits_policy_loss("cpu", name, torch.float16, in_place=True)
 
 
+@pytest.mark.parametrize("loss", [losses.ppo(), losses.gspo_token(), losses.real()], ids=lambda loss: loss.name)
+def test_under_the_mask(loss: losses.Loss) -> None:
+    public_loss_checks.check_under_the_mask("cpu", loss)
+
+
 @pytest.mark.parametrize("name", ["ppo", "gspo"])
 def test_linear_policy_loss(name: str) -> None:
     public_loss_checks.check_linear_policy_loss("cpu", name)
