@@ -553,7 +553,8 @@ def test_gradients_that_there_are_not() -> None:
         with pytest.raises(ValueError, match=f"leaf_values: op='{op}' has no gradient"):
             tree.aggregate(x, op)
         assert not tree.aggregate(x.detach(), op).requires_grad
-    assert not tree.advantages(torch.ones(5, requires_grad=True)).requires_grad
+    with pytest.raises(ValueError, match="node_values: expected a constant, as no gradient flows to it"):
+        tree.advantages(torch.ones(5, requires_grad=True))
     first = tree.from_tokens(torch.ones(6, 4, requires_grad=True), "first")
     with pytest.raises(NotImplementedError, match="op='first' has no gradient"):
         first.sum().backward()

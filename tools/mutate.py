@@ -55,17 +55,19 @@ class Result:
 
 
 class Progress:
-    """One line for each thing done, with the share done and the time left at the pace so far."""
+    """One line for each thing done, with the share done and the time left at the pace since the first of them."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._done, self._start, self._lock = total, 0, time.monotonic(), threading.Lock()
+        self._total, self._done, self._start, self._lock = total, 0, 0.0, threading.Lock()
 
     def line(self, text: str) -> None:
         """Prints a line for one more thing done."""
         with self._lock:
             self._done += 1
-            left = (time.monotonic() - self._start) / self._done * (self._total - self._done)
-            console.print(f"[dim]{self._done:4d}/{self._total}  {left // 60:3.0f}:{left % 60:02.0f} left[/]  {text}")
+            if self._done == 1:  # what came before it was copying and compiling
+                self._start = time.monotonic()
+            left = round((time.monotonic() - self._start) / max(1, self._done - 1) * (self._total - self._done))
+            console.print(f"[dim]{self._done:4d}/{self._total}  {left // 60:3d}:{left % 60:02d} left[/]  {text}")
 
 
 def main() -> int:
