@@ -96,6 +96,31 @@ CALLS: dict[str, tuple[Callable[[Tensor], object], Tensor]] = {
         lambda x: fr.policy_loss(**policy(extra={"teacher": x}, loss=scaled())),
         ones(),
     ),
+    "policy_loss kl_coef": (
+        lambda x: fr.policy_loss(**policy(ref_logprobs=lp(), kl="k3", kl_coef=x)),
+        ones(),
+    ),
+    "policy_loss entropy_coef": (
+        lambda x: fr.policy_loss(**policy(entropy=ones(B, T), entropy_coef=x)),
+        ones(),
+    ),
+    "token_logprobs temperature number": (
+        lambda x: fr.token_logprobs(torch.zeros(B, T, V), LABELS, temperature=x),
+        ones(),
+    ),
+    "linear_token_logprobs softcap": (
+        lambda x: fr.linear_token_logprobs(ones(B, T, 4), ones(V, 4), LABELS, softcap=x),
+        ones(),
+    ),
+    "linear_token_logprobs logit_scale": (
+        lambda x: fr.linear_token_logprobs(ones(B, T, 4), ones(V, 4), LABELS, logit_scale=x),
+        ones(),
+    ),
+    "correction_weights high": (lambda x: fr.correction_weights(lp(), lp(), high=2 * x), ones()),
+    "group_advantages eps": (lambda x: fr.group_advantages(ones(4), group_size=2, eps=x), ones()),
+    "group_advantages mask": (lambda x: fr.group_advantages(ones(4), group_size=2, mask=x), ones(4)),
+    "whiten eps": (lambda x: fr.whiten(lp(), eps=x), ones()),
+    "PrefixTree.aggregate discount": (lambda x: tree().aggregate(ones(B), discount=x), ones()),
     "policy_loss normalizer": (lambda x: fr.policy_loss(**policy(normalizer=x)), ones()),
     "logits_policy_loss temperature": (
         lambda x: fr.logits_policy_loss(torch.zeros(B, T, V), LABELS, lp(), ones(B), temperature=x),

@@ -75,6 +75,11 @@ def test_logprobs(kind: str, vocab: int, dtype: torch.dtype, backend: Callable[[
     raw_checks.check_logprobs_backward(backend("logprobs"), "cuda", case, in_place=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_temperatures(dtype: torch.dtype, backend: Callable[[str], ModuleType]) -> None:
+    raw_checks.check_extreme_temperatures(backend("logprobs"), "cuda", dtype, 9001)
+
+
 @pytest.mark.parametrize("flags", [0, 1, 8, 9, 2, 4, 16])
 def test_logprobs_flags(flags: int, backend: Callable[[str], ModuleType]) -> None:
     case = raw_checks.logits_case("ties", torch.bfloat16, 3, 40_000)
