@@ -100,15 +100,15 @@ def prologue_program() -> Named:
 def ties_program() -> Named:
     """Operators that choose, on whole numbers, which are often equal: between tokens, rows and the batch."""
     g = Graph()
-    x, y, z, r, k = (
-        g.input(f"whole {n}", level) for n, level in (("x", _T), ("y", _T), ("z", _T), ("r", _R), ("k", _B))
-    )
+    x, y, z = (g.input(f"whole {n}", _T) for n in "xyz")
+    r, s, q = (g.input(f"whole {n}", _R) for n in "rsq")
+    k = g.input("whole k", _B)
     outputs = []
-    for a, b in ((x, y), (x, r), (r, x), (x, k), (r, k)):
+    for a, b in ((x, y), (x, r), (r, x), (x, k), (r, s), (r, k)):
         outputs += [f.minimum(a, b), f.maximum(a, b), f.sign(a - b), f.abs(a - b)]
         outputs += [f.where(g.call(op, a, b), a + 7.0, b - 7.0) for op in ("lt", "le", "gt", "ge", "eq", "ne")]
         outputs += [f.where((a <= b) & (a >= b), a, z), f.where((a < b) | ~(a <= b), a, 0.0), f.where(a - b, z, b)]
-    for a, low, high in ((x, y, z), (x, r, k), (x, y, r), (r, k, x), (r, k, g.constant(1.0))):
+    for a, low, high in ((x, y, z), (x, r, k), (x, y, r), (r, s, q), (r, s, k), (r, g.constant(-1.0), q)):
         inside = (f.minimum(low, high), f.maximum(low, high))
         outputs += [f.clip(a, low, high), f.clip(a, *inside), f.where(g.call("outside", a, low, high), 5.0, a)]
     return Named(program(outputs, [f.where(k <= 1.0, k, 9.0)]), {})

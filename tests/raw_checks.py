@@ -142,6 +142,12 @@ def _ties(case: Logits, g: torch.Generator) -> None:
     case.logits.copy_(torch.randint(0, 3, case.logits.shape, generator=g))
 
 
+def _kept_ties(case: Logits, g: torch.Generator) -> None:
+    """Of equal maxima the smallest id wins, wherever it stands among the kept ones."""
+    _keep_ids(case, g)
+    _ties(case, g)
+
+
 def _far_apart(case: Logits, g: torch.Generator) -> None:
     """One logit far above the rest, and growing maxima along the row."""
     case.logits[0, -1] = 60.0
@@ -171,6 +177,7 @@ CASES: dict[str, Callable[[Logits, torch.Generator], None]] = {
     "token_ids": _token_ids,
     "shared_token_ids": _shared_token_ids,
     "ties": _ties,
+    "kept_ties": _kept_ties,
     "far_apart": _far_apart,
     "empty_block": _empty_block,
 }
