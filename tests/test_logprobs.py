@@ -297,6 +297,28 @@ class TestBits:
         assert torch.equal(aligned, torch.stack(list(shifted)))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("temperature", [0.4, 3.0])
+def test_one_temperature_for_all(temperature: float, backend: str) -> None:
+    logits, labels = torch.randn(5, 300).mul(3).requires_grad_(), torch.randint(0, 300, (5,))
+    with fr.backend(backend):
+        stats = fr.token_logprobs(
+            logits, labels, temperature=temperature, outputs=("logprobs", "entropy", "label_logit")
+        )
+        (grad,) = torch.autograd.grad((stats.logprobs + 0.3 * stats.entropy).sum(), logits)
+    exact = logits.detach().double().requires_grad_()
+    rows = (exact / temperature).log_softmax(-1)
+    logprobs, entropy = rows.gather(-1, labels[:, None])[:, 0], -(rows.exp() * rows).sum(-1)
+    close(stats.logprobs.double(), logprobs.detach())
+    close(stats.entropy.double(), entropy.detach())
+    close(stats.label_logit.double(), exact.detach().gather(-1, labels[:, None])[:, 0] / temperature)
+    close(grad.double(), torch.autograd.grad((logprobs + 0.3 * entropy).sum(), exact)[0])
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=3e-6)
+
+
 def test_64_bit_offsets() -> None:
     """Row offsets past 2^31 elements: an expanded view costs no memory."""
     row = torch.randn(1, 70_000)
