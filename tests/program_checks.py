@@ -312,7 +312,7 @@ def _of_rows(x: Tensor, side: Tokens) -> Tensor:
 # -------------------------------------------------------------------------------------------------- logits_policy_loss
 def logits_gradient(loss: Any, *, entropy: bool = False, advantage: Level = _R, **call: Any) -> TokenGradient:
     """The gradient per token of a policy loss, with an entropy bonus where wanted."""
-    read = entropy or loss.reads("entropy")
+    read = entropy or loss.asks("entropy")
     levels = [("logprob", _T), ("old_logprob", _T), ("advantage", advantage), *([("entropy", _T)] if read else [])]
     call.setdefault("aggregation", loss.aggregation)
     gradient = token_gradient(loss, PolicyCall(tuple(levels), entropy_bonus=entropy, **call))

@@ -162,14 +162,17 @@ def test_experimental_cuda_kernels_are_never_the_default() -> None:
 
 
 def test_import_is_light() -> None:
-    """`import fastreward` costs under 0.1 s beyond torch, and pulls in no CLI, Triton or trainer."""
+    """`import fastreward` costs less than a tenth of what torch does, and pulls in no CLI, Triton or trainer.
+
+    (Here 0.05 s beside 1 s; a share, as both are slower on a busy machine.)
+    """
     code = (
-        "import torch, time, sys; before = set(sys.modules); t = time.process_time(); import fastreward; "
-        "print(time.process_time() - t); "
+        "import time, sys; start = time.process_time(); import torch; before = set(sys.modules); "
+        "middle = time.process_time(); import fastreward; "
+        "print((time.process_time() - middle) / (middle - start)); "
         "print([m for m in ('rich', 'typer', 'triton', 'trl', 'matplotlib') if m in set(sys.modules) - before])"
     )
-    best = min(_run(code) for _ in range(3))
-    assert best < 0.1
+    assert min(_run(code) for _ in range(3)) < 0.1
 
 
 def _run(code: str) -> float:
