@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import Any, Final
@@ -85,7 +86,7 @@ def group_advantages(
     eps_inside: bool = False,
     singleton: Singleton = "zero",
     lengths: Tensor | None = None,
-    component_weights: Tensor | Sequence[float] | None = None,
+    component_weights: Tensor | Sequence[Number] | None = None,
     normalize: Normalize = "sum-then-normalize",
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -177,7 +178,11 @@ def _labels(group_ids: Sequence[Hashable], name: str) -> Tensor | list[Any]:
     if not isinstance(labels, list):
         raise TypeError(f"{name}: expected integers [B] or a sequence of hashables, got {group_ids!r}")
     first = labels[0] if labels else None
-    if isinstance(first, Tensor) and first.ndim == 0 and not first.dtype.is_floating_point:
+    if (
+        isinstance(first, Tensor)
+        and first.ndim == 0
+        and not (first.dtype.is_floating_point or first.dtype == torch.bool)
+    ):
         kind = (first.dtype, first.device, first.shape)
         if all(isinstance(x, Tensor) and (x.dtype, x.device, x.shape) == kind for x in labels):
             return torch.stack(labels)
@@ -185,9 +190,17 @@ def _labels(group_ids: Sequence[Hashable], name: str) -> Tensor | list[Any]:
 
 
 def _by_value(label: Any, at: int, name: str) -> Hashable:
-    """A label that is equal to others of the same value: tensors and scalars of arrays as numbers, in tuples too."""
-    if isinstance(label, tuple):
-        return tuple(_by_value(part, at, name) for part in label)
+    """A label that is equal to others of the same value: tensors and scalars of arrays as numbers, also inside."""
+    if isinstance(label, tuple | frozenset):
+        parts = (_by_value(part, at, name) for part in label)
+        return tuple(parts) if isinstance(label, tuple) else frozenset(parts)
+    if dataclasses.is_dataclass(label) and not isinstance(label, type):
+        for part in dataclasses.fields(label):
+            if isinstance(getattr(label, part.name), Tensor):  # whose hash is its identity, and so the label's
+                raise TypeError(
+                    f"{name}: expected labels that compare by value, got {label!r} at index {at}: "
+                    f"its {part.name} is a tensor; give {part.name}.item()"
+                )
     scalar = getattr(label, "ndim", None) == 0 and hasattr(label, "item")
     if isinstance(label, Tensor) and not scalar:
         raise TypeError(f"{name}: expected numbers or 0-d tensors, got a tensor {list(label.shape)} at index {at}")
@@ -246,21 +259,33 @@ def _mode(name: str, value: str | Tensor, allowed: Sequence[str], components: Te
 
 def _per_rollout(name: str, x: Tensor, components: Tensor, at_least: float = -math.inf) -> Tensor:
     """f32 [B], contiguous; finite and no less than `at_least` where a rollout is scored."""
-    _check.shape(name, _check.tensor(name, x), components.shape[:1], "one per rollout")
+    x = _check.reals(name, x)
+    _check.shape(name, x, components.shape[:1], "one per rollout")
     _check.same_device(name, x, "rewards", components)
     if _check.values_checked(x):
         unscored = components.isnan().all(-1)
         lower = "" if at_least == -math.inf else f" >= {at_least:g}"
         _check.every(name, (x.isfinite() & (x >= at_least)) | unscored, x, f"finite numbers{lower}")
-    return _check.constant(name, x).float().contiguous()
+    return _check.constant(name, x).contiguous()
 
 
-def _weights(weights: Tensor | Sequence[float] | None, components: Tensor) -> Tensor | None:
+def _weights(weights: Tensor | Sequence[Number] | None, components: Tensor) -> Tensor | None:
     if weights is None:
         return None
-    tensor = torch.as_tensor(weights, dtype=torch.float32, device=components.device)
-    tensor = _check.constant("component_weights", tensor)
+    tensor = weights if isinstance(weights, Tensor) else _stacked("component_weights", weights, components)
+    tensor = _check.constant("component_weights", _check.reals("component_weights", tensor))
+    _check.same_device("component_weights", tensor, "rewards", components)
     _check.shape("component_weights", tensor, components.shape[1:], "one per reward component")
     if _check.values_checked(tensor):
         _check.every("component_weights", tensor.isfinite(), tensor, "finite numbers")
     return tensor.contiguous()
+
+
+def _stacked(name: str, values: Sequence[Number], like: Tensor) -> Tensor:
+    """Numbers and 0-d tensors as one tensor, f64."""
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a tensor or a sequence of numbers, got {values!r}")
+    numbers = [number(f"{name}[{k}]", x, like, _check.finite) for k, x in enumerate(values)]
+    if all(isinstance(x, float) for x in numbers):
+        return torch.tensor(numbers, dtype=torch.float64, device=like.device)
+    return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=like.device) for x in numbers])

@@ -170,6 +170,10 @@ CALLS: dict[str, tuple[Callable[[Tensor], object], Tensor]] = {
         lambda x: fr.group_advantages(ones(4, 2), group_size=2, component_weights=x),
         ones(2),
     ),
+    "group_advantages component_weights[1]": (
+        lambda x: fr.group_advantages(ones(4, 2), group_size=2, component_weights=[1.0, x]),
+        torch.tensor(1.0),
+    ),
     "whiten x": (fr.whiten, lp()),
     "PrefixTree.aggregate weights": (lambda x: tree().aggregate(ones(B), weights=x), ones(B)),
     "PrefixTree.aggregate child_weights": (

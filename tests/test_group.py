@@ -199,7 +199,7 @@ def test_trl_convention() -> None:
         ),
         (
             ValueError,
-            r"lengths: expected finite numbers >= 0, got -2 at index \[3\]",
+            r"lengths: expected finite numbers >= 0, got -2\.0 at index \[3\]",
             {"group_size": 2, "center": "length-weighted", "lengths": torch.tensor([1, 0, 1, -2, 1, 1])},
         ),
         (
@@ -224,7 +224,28 @@ def test_trl_convention() -> None:
         (
             ValueError,
             r"component_weights: expected finite numbers, got nan at index \[0\]",
+            {"group_size": 2, "component_weights": torch.tensor([float("nan")])},
+        ),
+        (
+            ValueError,
+            r"component_weights\[0\]: expected a finite number, got nan",
             {"group_size": 2, "component_weights": [float("nan")]},
+        ),
+        (
+            TypeError,
+            r"component_weights\[0\]: expected a real number",
+            {"group_size": 2, "component_weights": [torch.ones(()) * 1j]},
+        ),
+        (TypeError, "component_weights: expected a tensor or a sequence", {"group_size": 2, "component_weights": 1.0}),
+        (
+            TypeError,
+            "lengths: expected real numbers, got complex64",
+            {"group_size": 2, "center": "length-weighted", "lengths": torch.ones(6) * 1j},
+        ),
+        (
+            ValueError,
+            r"center: expected finite numbers, got inf at index \[0\]",
+            {"group_size": 2, "center": torch.full((6,), 1e39, dtype=torch.float64)},
         ),
         (ValueError, r"mask: expected shape \[6\] \(one per rollout\)", {"group_size": 2, "mask": torch.ones(6, 1)}),
     ],

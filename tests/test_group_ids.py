@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import uuid
 from collections.abc import Callable
@@ -23,6 +24,11 @@ REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0])
 class Prompt(enum.Enum):
     FIRST = 7
     SECOND = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    prompt: Any
 
 
 class Plain:
@@ -53,6 +59,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "an enumeration": lambda: [Prompt(int(i)) for i in IDS],
     "booleans": lambda: [True, np.bool_(True), False, torch.tensor(False)],
     "frozen sets": lambda: [frozenset((int(i), 1)) for i in IDS],
+    "frozen sets of tensors": lambda: [frozenset((i, torch.tensor(1))) for i in IDS],
+    "0-d tensors of truth values": lambda: list(IDS == 7),
     "None among strings": lambda: [None, None, "a", "a"],
     "a generator": lambda: (str(i) for i in ARRAY),
 }
@@ -93,6 +101,8 @@ def test_wherever_groups_are_asked_for(kind: str) -> None:
     [
         (TypeError, "expected labels that compare by value, got .*Plain.* at index 2, .*: give its id", Plain()),
         (TypeError, "expected labels that compare by value", (1, Plain())),
+        (TypeError, "expected labels that compare by value", frozenset({Plain()})),
+        (TypeError, r"expected labels that compare by value.* its prompt is a tensor", Turn(torch.tensor(7))),
         (TypeError, r"expected numbers or 0-d tensors, got a tensor \[1\] at index 2", torch.tensor([1])),
         (TypeError, "expected hashable labels: unhashable type: 'list' at index 2", [1]),
         (TypeError, "expected hashable labels: unhashable type: 'dict' at index 2", ("a", {})),

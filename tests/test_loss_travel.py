@@ -202,3 +202,28 @@ def test_losses_of_main_reach_a_spawned_process() -> None:
 def test_losses_of_main_reach_ray() -> None:
     pytest.importorskip("ray")
     sent_from_main("ray")
+
+
+class Weighted:
+    """A loss that is an object."""
+
+    def __call__(self, t: Any, scale: float = 1.0) -> Any:
+        return -t.logprob * scale * K
+
+
+def of_two(k: float, t: Any, scale: float = 1.0) -> Any:
+    return -t.logprob * scale * k * K
+
+
+@pytest.mark.parametrize(
+    ("function", "name"), [(Weighted(), "Weighted"), (functools.partial(functools.partial(of_two), 1.0), "of_two")]
+)
+def test_losses_of_what_is_no_function(function: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    definition = define(function)
+    assert definition.name == name
+    for scale in (3.0, torch.tensor(3.0)):
+        loss = definition(scale=scale)
+        assert float(loss.evaluate(logprob=-2.0)) == 12.0
+        assert float(elsewhere(loss).evaluate(logprob=-2.0)) == 12.0
+    monkeypatch.setitem(globals(), "K", 5.0)
+    assert float(definition(scale=3.0).evaluate(logprob=-2.0)) == 30.0

@@ -444,6 +444,22 @@ def test_what_broadcasts(
     assert_same(outcome(utils.selective_log_softmax, logits, arguments), theirs)
 
 
+@pytest.mark.parametrize("name", ["selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_transforms_go_to_trl(utils: Any, name: str) -> None:
+    logits, index = torch.randn(3, 4, 11), torch.randint(11, (3, 4))
+    arguments = () if name == "entropy_from_logits" else (index,)
+
+    def found() -> tuple[Any, Any]:
+        function = getattr(utils, name)
+        batched = torch.func.vmap(function)(logits, *arguments)
+        return batched, torch.func.jvp(lambda x: function(x, *arguments), (logits,), (torch.ones_like(logits),))
+
+    theirs = found()
+    patch.trl()
+    torch.testing.assert_close(found(), theirs)
+
+
 def test_logits_without_data_and_of_other_kinds_go_to_trl(utils: Any) -> None:
     class Tagged(torch.Tensor):
         pass

@@ -21,7 +21,7 @@ from fastreward import _check
 from fastreward.losses._graph import Graph, Level, Node, described, origin
 from fastreward.losses._parameters import kind, kinds, parameter, same
 from fastreward.losses._terms import PairTerms, Terms, asked
-from fastreward.losses._travel import Options, by_name, carrier, names_outside, options_of, place
+from fastreward.losses._travel import Options, by_name, carrier, named, names_outside, options_of, place
 
 P = ParamSpec("P")
 T = TypeVar("T", Terms, PairTerms)
@@ -448,5 +448,5 @@ def define(
     """
     if function is None:
         return functools.partial(define, pairs=pairs, static=static, aggregation=aggregation, check=check)
-    options = Options(function.__qualname__, pairs, frozenset(static), aggregation, check)
+    options = Options(named(function), pairs, frozenset(static), aggregation, check)
     return Definition(carrier(function, options))

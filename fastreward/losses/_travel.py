@@ -55,8 +55,23 @@ def carrier(function: Callable[..., Any], options: Options) -> FunctionType:
         def copied(*args: Any, **kwargs: Any) -> Any:
             return function(*args, **kwargs)
 
+        called = _called(function)
+        copied.__module__, copied.__qualname__ = called.__module__, named(function)
+        copied.__name__ = copied.__qualname__.rpartition(".")[-1]
+
     setattr(copied, _KEPT, options)
     return copied
+
+
+def named(function: Any) -> str:
+    """The qualified name of a function, of what a `functools.partial` calls, else of a callable object's class."""
+    called = _called(function)
+    return str(getattr(called, "__qualname__", type(called).__qualname__))
+
+
+def _called(function: Any) -> Any:
+    """What is called in the end: a partial object says nothing about itself."""
+    return _called(function.func) if isinstance(function, functools.partial) else function
 
 
 def options_of(function: FunctionType) -> Options:

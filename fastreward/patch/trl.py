@@ -22,6 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from fastreward._op import transformed
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.logprobs import LOGITS_DTYPES, token_logprobs
 from fastreward.patch import _measure
@@ -232,6 +233,7 @@ class _Logits:
         """
         return (
             self.serves(logits.device)
+            and not transformed()  # torch's own code has a forward-mode derivative, and runs under vmap
             and type(logits) in (Tensor, torch.nn.Parameter)
             and logits.dtype in LOGITS_DTYPES
             and logits.ndim >= 2
