@@ -274,6 +274,24 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0)) and torch.equal(a.isnan(), b.isnan())
 
 
+def check_functions(module: ModuleType, device: str, tolerance: float = 2e-6) -> None:
+    """Every function of the language of numbers near 0, where they cancel, and far off, where they overflow."""
+    far = [0.0, 1e-30, 1e-7, 1e-3, 0.3, 0.7, 1.0, 3.0, 20.0, 80.0, 95.0, 200.0, torch.inf]
+    x = torch.tensor([*far, *(-v for v in far), torch.nan])
+    g = Graph()
+    a, b = g.input("a", _T), g.input("b", _T)
+    unary = (f.exp, f.expm1, f.log, f.log1p, f.sqrt, f.tanh, f.sigmoid, f.logsigmoid, f.softplus, f.abs, f.sign, f.relu)
+    outputs = [*(fn(a) for fn in unary), f.minimum(a, b), f.maximum(a, b)]
+    p = program(outputs, [])
+    pairs = torch.cartesian_prod(x, x).T.contiguous()
+    sides = [Tokens((1, pairs.shape[1]))]
+    inputs = [pairs["ab".index(str(n.name))][None] for n in p.inputs]
+    got, _ = module.run(p, [v.to(device) for v in inputs], sides, [], None)
+    want, _ = reference.run(p, inputs, sides, [], None)
+    for k, (here, there) in enumerate(zip(got, want, strict=True)):
+        close(here, there, 1e-37, tolerance, f"function {k}")
+
+
 def check_backward(module: ModuleType, device: str, call: Call, seed: int = 0) -> None:
     """`scale` and `spread` on the call's first side."""
     g = torch.Generator().manual_seed(seed)

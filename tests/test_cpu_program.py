@@ -76,6 +76,9 @@ class TestNumbers:
         named = checks.prologue_program()
         checks.check_run(cpu, "cpu", named, checks.make_call(named, 6, 300))
 
+    def test_functions(self) -> None:
+        checks.check_functions(cpu, "cpu")
+
     def test_ties(self) -> None:
         named = checks.ties_program()
         for packed in (False, True):

@@ -83,6 +83,10 @@ def test_ties(emulator: Emulator) -> None:
     checks.check_run(program, "cpu", named, checks.make_call(named, 9, 11), 0.0)
 
 
+def test_functions(emulator: Emulator) -> None:
+    checks.check_functions(program, "cpu")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_graphs(seed: int, emulator: Emulator) -> None:
     named = checks.random_program(seed, 60 + 40 * seed)

@@ -144,6 +144,7 @@ def test_infinities_nan_and_illegal_labels(dtype: torch.dtype) -> None:
     v = dict(zip(VALUES, values, strict=True))
     check(got, x, labels.clamp(0, 4199), 1.0, only=torch.tensor([1, 2]))
     assert v["logsumexp"][0] == v["mean_logit"][0] == -torch.inf
+    assert v["logsumexp"][4] == torch.inf
     assert indices[0, 0] == 0
     for name in ("logprobs", "entropy", "log_sum_sq_probs", "max_logprob"):
         assert v[name][[0, 3, 4]].isnan().all(), name
@@ -223,6 +224,14 @@ def gradient(
     total = (g[0] * chosen + g[1] * entropy + g[2] * z.logsumexp(-1) + g[5] * (p * p).sum(-1).log()).sum()
     total = total + (g_ids * finite.gather(-1, ids)).sum()
     return torch.autograd.grad(total, raw)[0]
+
+
+@pytest.mark.parametrize("kind", ["keep_mask", "keep_ids", "kept_ties", "empty_block"])
+def test_kept_sets_without_the_label_and_the_ids(kind: str) -> None:
+    """What is dropped gets no gradient, be it the label's column or that of an id whose log-prob is asked for."""
+    case = raw_checks.logits_case(kind, torch.float32, 4, 3000)
+    raw_checks.check_logprobs_forward(kernels, "cpu", case)
+    raw_checks.check_logprobs_backward(kernels, "cpu", case)
 
 
 @pytest.mark.parametrize("keep", [None, "mask", "ids"])

@@ -127,6 +127,10 @@ def test_ties() -> None:
     checks.check_run(program, "cpu", named, checks.make_call(named, 9, 11), 0.0)
 
 
+def test_functions() -> None:
+    checks.check_functions(program, "cpu")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_random_graphs(seed: int) -> None:
     named = checks.random_program(seed, 40 + 25 * seed)
