@@ -270,3 +270,31 @@ def test_losses_of_the_package_are_not_traced_when_made(monkeypatch: pytest.Monk
     losses.ppo(0.1)
     with pytest.raises(pytest.fail.Exception):
         reads_global()
+
+
+@define
+def by_group(t):
+    return -losses.group_sum(t.advantage) * t.ratio * t.extra("share") * K * losses.stop_gradient(t.entropy)
+
+
+def test_a_loss_that_takes_what_is_per_sequence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced before any call, such a loss is told of no call that has advantages per token."""
+    assert by_group().reading() == "advantage, entropy, logprob, old_logprob, share"
+    assert "group_sum" in str(by_group())
+    assert by_group().source("triton")
+    logits, labels = torch.randn(2, 3, 5, requires_grad=True), torch.randint(5, (2, 3))
+    old, advantages = torch.full((2, 3), -1.0), torch.tensor([1.0, 2.0])
+    options = {"group_ids": [0, 0], "extra": {"share": torch.tensor([0.5, 0.2])}}
+
+    def found() -> tuple[Tensor, Tensor]:
+        stats = fastreward.token_logprobs(logits, labels, outputs=("logprobs", "entropy"))
+        arguments = (old, advantages)
+        return (
+            fastreward.policy_loss(stats.logprobs, *arguments, loss=by_group(), entropy=stats.entropy, **options).loss,
+            fastreward.logits_policy_loss(logits, labels, *arguments, loss=by_group(), **options).loss,
+        )
+
+    before = found()
+    torch.testing.assert_close(before[1], before[0])
+    monkeypatch.setitem(globals(), "K", 2 * K)
+    torch.testing.assert_close(found(), tuple(2.0 * x for x in before))

@@ -122,6 +122,7 @@ def _arrived(function: FunctionType) -> Definition[Any]:
     return _HERE.get(function) or Definition(function)
 
 
+_FAILED: Final = "!"  # begins the digest of what can't be traced
 _TRACING: Final = local()  # .now: whether a loss's function runs in this thread
 
 
@@ -141,12 +142,14 @@ class Loss:
     #: What the formula was when this was made, with the values that its function reads from outside. "" of the
     #: package's own, which read nothing, and of one made inside another loss, as part of whose formula it counts.
     _digest: str = field(init=False, repr=False)
+    #: ROW: the loss reads advantages, weights or extras where only what is per sequence may be (group_sum).
+    _highest: Level = field(init=False, default=Level.TOKEN, repr=False)
     _plans: dict[tuple[Any, ...], Plan] = field(init=False, default_factory=dict, repr=False)
     _gradient_plans: dict[tuple[Any, ...], GradientPlan | None] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         alone = not (self.definition.own or getattr(_TRACING, "now", False))
-        token, digest, fixed = self.definition.options.token, self._traced() if alone else "", self._fixed
+        token, digest, fixed = self.definition.options.token, self._traced_first() if alone else "", self._fixed
         object.__setattr__(self, "_digest", digest)
         object.__setattr__(self, "structure", (token, digest, fixed))
         object.__setattr__(self, "formula", f"{token} {digest} {fixed}")
@@ -234,6 +237,17 @@ class Loss:
         self._check_surroundings()
         return self._result(t, values)
 
+    def _traced_first(self) -> str:
+        """`_traced`, where what may be per sequence is so, if only such a formula can be traced."""
+        digest = self._traced()
+        if digest.startswith(_FAILED):
+            object.__setattr__(self, "_highest", Level.ROW)
+            lower = self._traced()
+            if not lower.startswith(_FAILED):
+                return lower
+            object.__setattr__(self, "_highest", Level.TOKEN)
+        return digest
+
     def _traced(self) -> str:
         """A digest of the formula as it would be now, by what `t.has` may say of the terms it asks for.
 
@@ -256,7 +270,7 @@ class Loss:
             value = self._result(t, self._symbolic(t.graph))
             text = " ".join((digest([value, *t.reports.values()]), *t.reports))
         except Exception as error:  # whoever calls the loss will see it
-            text = type(error).__name__
+            text = f"{_FAILED}{type(error).__name__}"
         return text, asked(t)
 
     def _check_surroundings(self) -> None:
@@ -355,8 +369,8 @@ class Loss:
     def terms(self, optional: bool | Collection[str] = True) -> Terms | PairTerms:
         """Terms on a fresh graph, where everything that the loss reads is there; optional: of what t.has(...) is so."""
         if self.definition.pairs:
-            return PairTerms(Graph(sides=2), optional=optional)
-        return Terms(Graph(), optional=optional)
+            return PairTerms(Graph(sides=2), optional=optional, highest=self._highest)
+        return Terms(Graph(), optional=optional, highest=self._highest)
 
     def evaluate(self, mask: Any = None, group_ids: Any = None, **arrays: Any) -> Tensor:
         """The loss on numbers, slow and in float64: [B, T] per token or [B] per sequence, 0 where nothing counts.

@@ -30,7 +30,8 @@ def source(loss: Loss, backend: str, **options: Any) -> str:
         objective = pair_objective(loss, PairCall((sides[0], sides[1]), extras, **options))
     else:
         names = dict((*_levels(given, 0, Level.TOKEN), *_levels(given, 0, Level.ROW), *_levels(given, 0, Level.BATCH)))
-        names |= dict.fromkeys(("logprob", "old_logprob", "advantage"), Level.TOKEN)
+        for term in ("logprob", "old_logprob", "advantage"):
+            names.setdefault(term, Level.TOKEN)
         names |= {"ref_logprob": Level.TOKEN} if options.get("kl") else {}
         names |= {"entropy": Level.TOKEN} if options.get("entropy_bonus") else {}
         options = {"aggregation": loss.aggregation, "deferred": True, **options}

@@ -27,6 +27,8 @@ _PAIR_SOURCES: Final = {
     "ref_logprob": "ref_{side}_logprobs",
     "weight": "{side}_weights",
 }
+#: What a policy loss and its kin get per token always; the others may be per sequence.
+_PER_TOKEN: Final = ("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "entropy")
 #: What a call gives beside extras, of a pair on each side.
 TERMS: Final = tuple(_SOURCES)
 PAIR_TERMS: Final = tuple(_PAIR_SOURCES)
@@ -39,8 +41,9 @@ CLIP_FRACTIONS: Final = ("clip_fraction_low", "clip_fraction_high", "clip_fracti
 class _Inputs:
     """What a call passes: inputs of the graph by name, with the level of each.
 
-    levels: None where there is no call yet: whatever the loss reads is there, at its usual level, and `has` says
-    `optional`: of all names, or whether the name is one of these (of a side: chosen.name).
+    levels: None where there is no call yet: whatever the loss reads is there, at its usual level (where it may be per
+    sequence no higher than `highest`), and `has` says `optional`: of all names, or whether the name is one of these (of
+    a side: chosen.name).
     """
 
     def __init__(
@@ -50,16 +53,17 @@ class _Inputs:
         side: int,
         sources: Mapping[str, str],
         optional: bool | Collection[str] = True,
+        highest: Level = Level.TOKEN,
     ) -> None:
         self.graph = graph
-        self._levels, self._optional = levels, optional
+        self._levels, self._optional, self._highest = levels, optional, highest
         self._side = side
         self._named = sources
         self.asked: set[str] = set()  # names that `has` was asked for
 
     def _input(self, name: str, usual: Level) -> Node:
         full = self._named.get(name, f'extra={{"{name}": ...}}').replace("{side}", SIDES[self._side])
-        level = usual
+        level = usual if name in _PER_TOKEN else min(usual, self._highest)
         if self._levels is not None:
             if name not in self._levels:
                 reader = self.graph.reader
@@ -120,9 +124,14 @@ class Terms(_Inputs):
     NAMES: Final = (*_SOURCES, "log_ratio", "ratio", "length", "extra", "report")
 
     def __init__(
-        self, graph: Graph, levels: Mapping[str, Level] | None = None, *, optional: bool | Collection[str] = True
+        self,
+        graph: Graph,
+        levels: Mapping[str, Level] | None = None,
+        *,
+        optional: bool | Collection[str] = True,
+        highest: Level = Level.TOKEN,
     ) -> None:
-        super().__init__(graph, levels, 0, {k: f"{v}=" for k, v in _SOURCES.items()}, optional)
+        super().__init__(graph, levels, 0, {k: f"{v}=" for k, v in _SOURCES.items()}, optional, highest)
         self.reports: dict[str, Node] = {}
 
     @property
@@ -159,10 +168,15 @@ class Side(_Inputs):
     NAMES: Final = (*_PAIR_SOURCES, "log_ratio", "length", "extra")
 
     def __init__(
-        self, graph: Graph, levels: Mapping[str, Level] | None, side: int, optional: bool | Collection[str] = True
+        self,
+        graph: Graph,
+        levels: Mapping[str, Level] | None,
+        side: int,
+        optional: bool | Collection[str] = True,
+        highest: Level = Level.TOKEN,
     ) -> None:
         sources = {k: f"{v}=" for k, v in _PAIR_SOURCES.items()}
-        super().__init__(graph, levels, side, sources, optional)
+        super().__init__(graph, levels, side, sources, optional, highest)
 
     @property
     def log_ratio(self) -> Node:
@@ -192,10 +206,11 @@ class PairTerms(_Inputs):
         sides: tuple[Mapping[str, Level], Mapping[str, Level]] | None = None,
         *,
         optional: bool | Collection[str] = True,
+        highest: Level = Level.TOKEN,
     ) -> None:
         super().__init__(graph, levels, 0, {}, optional)
-        self.chosen = Side(graph, None if sides is None else sides[0], 0, _below(optional, "chosen"))
-        self.rejected = Side(graph, None if sides is None else sides[1], 1, _below(optional, "rejected"))
+        self.chosen = Side(graph, None if sides is None else sides[0], 0, _below(optional, "chosen"), highest)
+        self.rejected = Side(graph, None if sides is None else sides[1], 1, _below(optional, "rejected"), highest)
         self.reports: dict[str, Node] = {}
 
     def extra(self, name: str, per: Literal["token", "sequence", "batch"] = "sequence") -> Node:
