@@ -434,6 +434,17 @@ def test_long_rows_against_the_reference(seed: int) -> None:
         torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-6)  # sums of some thousand terms, stored as f32
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("shared", [1, 31, 32, 33, 40, 64, 65, 99])
+def test_rows_part_anywhere(shared: int, dtype: torch.dtype) -> None:
+    """At the first token that differs, by whatever bits, though others of the same vector differ too or do not."""
+    tokens = torch.randint(0, 30_000, (2, 100)).to(dtype)
+    tokens[1, :shared] = tokens[0, :shared]
+    tokens[1, shared] = tokens[0, shared] ^ 6
+    tree = PrefixTree(tokens, group_size=2)
+    assert tree.edge_length.tolist() == [0, shared, 100 - shared, 100 - shared]
+
+
 @pytest.mark.parametrize("over", ["sequences", "children"])
 @pytest.mark.parametrize("op", ["mean", "sum", "logsumexp", "max", "min", "any"])
 @pytest.mark.parametrize("special", [[-INF], [INF], [NAN], [-INF, INF], [0.0]])
