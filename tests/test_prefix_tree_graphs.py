@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_compile_graphs import SIZES, Row, as_tensors, graphs, mask
+from operation_rows import SIZES, Row, as_tensors, mask
+from test_compile_graphs import graphs
 from torch import Tensor
 
 from fastreward import PrefixTree

@@ -370,7 +370,7 @@ void check_advantages(const Forest& forest, Random& random, int threads) {
     fr::AdvantageOptions o;
     o.mode = static_cast<fr::TreeMode>(mode);
     o.ddof = static_cast<int>(random() % 2), o.scale_std = random() % 2 == 0, o.singleton_raw = random() % 2 == 0;
-    Doubles out(v.size(), -9.0), scratch(2 * v.size());
+    Doubles out(v.size(), -9.0), scratch(3 * v.size());
     FASTREWARD_DISPATCH(prefix_tree_advantages_f64)(forest.view, o, v.data(), scratch.data(), out.data(), threads);
     for (std::int64_t n = 0; n < forest.view.size; ++n) {
       const std::int64_t p = forest(fr::kNodeParent, n);
