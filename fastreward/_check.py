@@ -31,8 +31,9 @@ def tensor(name: str, x: object) -> Tensor:
     """`x` itself, if it is a tensor."""
     if not isinstance(x, Tensor):
         of = f" of {x.dtype}" if hasattr(x, "dtype") else ""
+        hint = "; write torch.tensor(...), with nan for None" if isinstance(x, list | tuple) else ""
         raise TypeError(
-            f"{name}: expected a torch tensor (or a NumPy or CuPy array of numbers), got {type(x).__name__}{of}"
+            f"{name}: expected a torch tensor (or a NumPy or CuPy array of numbers), got {type(x).__name__}{of}{hint}"
         )
     return x
 
@@ -101,10 +102,7 @@ def whole(name: str, value: object, meaning: str) -> int:
 
 def positive(name: str, value: object) -> float:
     """`value` as a float, if it is a number above 0 (and finite)."""
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a positive number, got {value!r}") from None
+    number = _real(name, value, "a positive number")
     if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {_shown(value)}")
     return number
@@ -119,13 +117,20 @@ def not_negative(name: str, value: object) -> float:
 
 def finite(name: str, value: object) -> float:
     """`value` as a float, if it is a finite number."""
-    try:
-        result = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    result = _real(name, value, "a number")
     if not -math.inf < result < math.inf:  # what torch.compile knows as a symbol can be compared, and no more
         raise ValueError(f"{name}: expected a finite number, got {_shown(value)}")
     return result
+
+
+def _real(name: str, value: object, expected: str) -> float:
+    """`value` as a float; what only Python would take for a number, texts and truth values, is none."""
+    if isinstance(value, str | bytes | bool):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
 
 
 def _shown(number: object) -> str:

@@ -17,6 +17,7 @@ from fastreward._results import Metrics
 from fastreward._tokens import Tokens
 from fastreward.group import checked_group_size, factorize
 from fastreward.losses import Loss, ppo
+from fastreward.losses._define import Definition
 
 _TOKEN, _ROW, _BATCH = 3, 2, 1  # losses._graph.Level, as numbers that Dynamo takes for constants
 _DEFAULT_LOSS: Final = ppo()
@@ -169,11 +170,19 @@ def _loss(loss: Any) -> Loss:
     if loss is None:
         return _DEFAULT_LOSS
     if not isinstance(loss, Loss):
-        hint = ", as in losses.ppo()" if callable(loss) else ""
-        raise TypeError(f"loss: expected a loss such as losses.ppo(), got {type(loss).__name__}{hint}")
+        raise TypeError(f"loss: expected a loss such as losses.ppo(), got {type(loss).__name__}{how_to_make(loss)}")
     if loss.definition.pairs:
         raise TypeError(f"loss: {loss.name} is a loss over pairs; it goes to preference_loss")
     return loss
+
+
+def how_to_make(loss: object) -> str:
+    """What is missing to make a loss of it, for a message."""
+    if isinstance(loss, Definition):
+        return f"; call it: {loss.name}()"
+    if callable(loss):
+        return "; decorate a function over terms with @losses.define and call it"
+    return f"; write losses.{loss}()" if isinstance(loss, str) else ""
 
 
 def _check_kl(kl: str | None, kl_coef: Number, ref_logprobs: Tensor | None, old_logprobs: Tensor | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from fastreward import _check
@@ -93,7 +94,7 @@ def policy_loss(
         TypeError, ValueError: wrong dtype, shape or name, a term that the loss reads and that is not there, a loss
             whose gradient is zero; on the CPU (on a GPU with FASTREWARD_DEBUG=1) also for a NaN where the mask is set
             that made the loss or a metric NaN (among advantages per sequence for any), and for a mask that selects
-            nothing without empty="zero" or `normalizer`.
+            nothing without empty="zero" or `normalizer`. Under torch.compile values are not looked at, as on a GPU.
     """
     logprobs = _check.floats("logprobs", logprobs)
     if entropy is None and may_differ_from_0(entropy_coef):
@@ -102,6 +103,12 @@ def policy_loss(
         entropy = _check.floats("entropy", entropy)
         _check.shape("entropy", entropy, logprobs.shape, "as logprobs")
         _check.same_device("entropy", entropy, "logprobs", logprobs)
+        trained = torch.is_grad_enabled() and logprobs.requires_grad
+        if trained and not entropy.requires_grad and may_differ_from_0(entropy_coef):
+            raise ValueError(
+                "entropy: expected a tensor that requires grad where entropy_coef is not 0 (a bonus on a constant "
+                'trains nothing); take it from token_logprobs(..., outputs=("logprobs", "entropy")) without .detach()'
+            )
     backend = select("policy_loss", logprobs)
     call = prepare(
         "logprobs",

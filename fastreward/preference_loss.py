@@ -18,6 +18,7 @@ from fastreward._policy_call import (
     NO_TOKEN,
     GroupIds,
     check_numbers,
+    how_to_make,
     level_of,
     numbered_groups,
     on_device,
@@ -184,8 +185,7 @@ def _loss(loss: Any) -> Loss:
     if loss is None:
         return _DEFAULT_LOSS
     if not isinstance(loss, Loss):
-        hint = ", as in losses.dpo()" if callable(loss) else ""
-        raise TypeError(f"loss: expected a loss such as losses.dpo(), got {type(loss).__name__}{hint}")
+        raise TypeError(f"loss: expected a loss such as losses.dpo(), got {type(loss).__name__}{how_to_make(loss)}")
     if not loss.definition.pairs:
         raise TypeError(f"loss: {loss.name} is a policy loss; it goes to policy_loss")
     return loss

@@ -155,12 +155,13 @@ class TestNumbers:
             dirty[name][~data["mask"]] = (torch.nan, torch.inf, -torch.inf)[i]
         entropy = torch.rand(6, 37)
         entropy[~data["mask"]] = torch.nan
-        leaf = dirty["logprobs"].requires_grad_()
+        leaf, entropy = dirty["logprobs"].requires_grad_(), entropy.requires_grad_()
         result = fr.policy_loss(**dirty, entropy=entropy, entropy_coef=0.1, aggregation="seq-mean-token-mean")
         result.loss.backward()
         assert torch.isfinite(result.loss)
         assert torch.isfinite(result.metrics.values_tensor).all()
         assert not leaf.grad[~data["mask"]].any()
+        assert not entropy.grad[~data["mask"]].any()
         assert torch.isfinite(clean.loss)
 
     @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -305,7 +306,23 @@ class TestMessages:
             (ValueError, r"ref_logprobs: needed for kl='k3'", {"kl": "k3"}),
             (ValueError, r"kl: expected one of 'k1'.* where kl_coef is not 0", {"kl_coef": 0.1}),
             (ValueError, r"entropy: needed where entropy_coef is not 0", {"entropy_coef": 0.1}),
-            (TypeError, r"loss: expected a loss such as losses.ppo\(\), got str", {"loss": "ppo"}),
+            (
+                TypeError,
+                r"loss: expected a loss such as .*, got str; write losses.ppo\(\)",
+                {"loss": "ppo"},
+            ),
+            (TypeError, r"got function; decorate a function over terms", {"loss": lambda t: -t.logprob}),
+            (
+                TypeError,
+                r"kl_coef: expected a number, got '0.1'",
+                {"kl_coef": "0.1", "kl": "k2", "ref_logprobs": torch.zeros(6, 37)},
+            ),
+            (
+                TypeError,
+                r"kl_coef: expected a number, got True",
+                {"kl_coef": True, "kl": "k2", "ref_logprobs": torch.zeros(6, 37)},
+            ),
+            (TypeError, r"advantages: expected a torch tensor .*, got list; write torch.tensor", {"advantages": [1.0]}),
             (TypeError, r"loss: dpo is a loss over pairs", {"loss": fr.losses.dpo()}),
             (ValueError, r"group_ids: expected 6 ids", {"group_ids": [1] * 5, "aggregation": "group-mean"}),
             (ValueError, r"group_ids: aggregation 'group-mean' is over groups", {"aggregation": "group-mean"}),
@@ -519,3 +536,16 @@ def test_numpy_in_numpy_out() -> None:
     assert isinstance(result.loss, np.ndarray)
     assert isinstance(result.metrics["ratio_mean"], (np.ndarray, np.floating))
     assert np.allclose(result.loss, fr.policy_loss(**data).loss.numpy())
+
+
+def test_a_bonus_on_a_constant_entropy_is_refused() -> None:
+    """It would change the loss and train nothing; where nothing is trained it is a number like any other."""
+    logprobs, entropy = torch.randn(2, 3), torch.rand(2, 3)
+    arguments = (logprobs.clone(), torch.ones(2))
+    trained = logprobs.requires_grad_()
+    with pytest.raises(ValueError, match="entropy: expected a tensor that requires grad where entropy_coef is not 0"):
+        fr.policy_loss(trained, *arguments, entropy=entropy, entropy_coef=0.1)
+    assert "entropy_mean" in fr.policy_loss(trained, *arguments, entropy=entropy).metrics.names
+    fr.policy_loss(trained, *arguments, entropy=entropy.clone().requires_grad_(), entropy_coef=0.1)
+    with torch.no_grad():
+        fr.policy_loss(trained, *arguments, entropy=entropy, entropy_coef=0.1)

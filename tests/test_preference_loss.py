@@ -149,7 +149,11 @@ def test_numpy_extras_and_sequences_of_no_tokens() -> None:
     ("error", "message", "change"),
     [
         (TypeError, r"loss: ppo is a policy loss; it goes to policy_loss", {"loss": losses.ppo()}),
-        (TypeError, r"loss: expected a loss such as losses.dpo\(\), got Definition, as in", {"loss": losses.dpo}),
+        (
+            TypeError,
+            r"loss: expected a loss such as .*, got Definition; call it: dpo",
+            {"loss": losses.dpo},
+        ),
         (
             ValueError,
             r"rejected_logprobs: expected 5 sequences",
