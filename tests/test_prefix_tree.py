@@ -602,7 +602,7 @@ def everything(tree: PrefixTree) -> list[Tensor]:
             if op != "max":
                 out.append(torch.autograd.grad(values.sin().sum(), rows)[0])
     for options in advantage_modes(random.Random(0)):
-        out.append(tree.advantages(out[4], **options))
+        out.append(tree.advantages(out[4].detach(), **options))
     x = out[4].detach().requires_grad_()
     out += [tree.propagate(x, 0.1), tree.to_tokens(x), tree.from_tokens(tokens, "mean")]
     out.append(torch.autograd.grad(tree.to_tokens(x), x, tokens)[0])
