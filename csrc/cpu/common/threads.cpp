@@ -19,7 +19,9 @@
 // own chunks show that those left are worth it: short calls use one thread, whatever their kernel. Workers that have not
 // yet gone to sleep again (a kernel often has several parallel parts) come by themselves. They sleep on a futex that
 // counts wakings, the caller on one that counts endings; there is no lock that somebody without a core could hold.
-// Whoever waits looks for a few microseconds before it sleeps, no longer: a core that only waits belongs to others.
+// Whoever waits looks for a few microseconds and then gives its core away: the caller sleeps, and a worker, before it
+// sleeps too, stays around for some milliseconds in which it yields to whoever wants to run. (A core that has nothing to
+// run is halted, and takes up to half a millisecond to come back on virtual machines: more than many calls take.)
 //
 // fork: the child has none of the workers and may have copied the pool in the middle of another thread's call; it begins
 // with an empty pool. exit: the workers are detached, sleep, and touch nothing that has a destructor.
@@ -27,6 +29,7 @@
 
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -41,7 +44,8 @@ namespace fastreward::threads {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr std::chrono::microseconds kLook{20};  // before going to sleep
+constexpr std::chrono::microseconds kLook{20};          // at full speed
+constexpr std::chrono::microseconds kStayAround{3000};  // of a worker, yielding
 
 // ----------------------------------------------------------------------------------------------------------- the word
 constexpr std::uint64_t kInside = 1;                      // 12 bits
@@ -117,6 +121,17 @@ bool seen_soon(const F& happened) {
   return false;
 }
 
+// Whether it happens within kStayAround, in which everybody else may run.
+template <class F>
+bool seen_while_yielding(const F& happened) {
+  const auto end = Clock::now() + kStayAround;
+  do {
+    sched_yield();
+    if (happened()) return true;
+  } while (Clock::now() < end);
+  return false;
+}
+
 // ------------------------------------------------------------------------------------------------------------ workers
 bool has_room(std::uint64_t work) { return chunks_of(work) > 0 && seats_of(work) > 0; }
 
@@ -149,7 +164,8 @@ void* worker_main(void*) {
     const std::uint32_t seen = pool.wakings.load();  // before the look at `work`: who calls after it wakes us
     if (void (*const hook)() = before_joining.load(std::memory_order_relaxed)) hook();
     take_part();
-    if (seen_soon([] { return has_room(pool.work.load(std::memory_order_relaxed)); })) continue;
+    const auto called = [] { return has_room(pool.work.load(std::memory_order_relaxed)); };
+    if (seen_soon(called) || seen_while_yielding(called)) continue;
     pool.sleepers.fetch_add(1);
     sleep_while(pool.wakings, seen);
     pool.sleepers.fetch_sub(1);
