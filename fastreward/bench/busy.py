@@ -3,7 +3,7 @@
 Where people train, other processes work: data loaders, rollouts, the trainer itself. Two threads must then never take
 much longer than one (design, section 6). A case's name says what is called and how many processes are busy beside it.
 The calls are those of the other operations' benchmarks, at the sizes at which waiting would show; each comes after a
-short rest, as in training, so that waking threads is part of it.
+short rest. Peers run in between, as torch's own operations do in training: their threads may still be spinning.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ QUICK = (64,)
 
 _THREADS = 2
 _ALONE = f"{OURS}, one thread"
-_REST = 0.002  # seconds, after which nobody's threads wait for more
+_REST = 0.002  # seconds
 _LIFE = 120  # seconds after which a busy process ends by itself
 _PROGRAM = """
 import os, sys, time
