@@ -2,9 +2,10 @@
 // sets (common/threads.cpp, where its protocol is described).
 //
 // Work is cut into chunks that the data alone decide, never the number of threads; whoever is free takes the next one.
-// The calling thread takes chunks too, begins alone where the work is short, and no call waits for a thread that has not started: where a busy process has
-// every other core, the caller does all the work itself and loses nothing. (OpenMP, which stood here before, gives each
-// thread its share beforehand and lets all wait for the last: one thread without a core made calls of 0.4 ms take 8 ms.)
+// The calling thread takes chunks too and begins alone, and no call waits for a thread that has not started: where a
+// busy process has every other core, the caller does all the work itself and loses nothing. (OpenMP, which stood here
+// before, gives each thread its share beforehand and lets all wait for the last: one thread without a core made calls of
+// 0.4 ms take 8 ms.)
 #pragma once
 
 #include <cstdint>

@@ -19,10 +19,7 @@ from fastreward.group import GroupIds
 
 def rewards_of(tree: PrefixTree, rewards: Tensor) -> Tensor:
     """[B] float64, a constant: finite, or NaN where a sequence was not scored."""
-    x = _per_row(tree, rewards, "rewards")
-    if _check.values_checked(x):
-        _check.every("rewards", ~x.isinf(), x, "finite numbers, or NaN (not scored)")
-    return x
+    return _scored(_per_row(tree, rewards, "rewards"), "rewards")
 
 
 def per_row(tree: PrefixTree, values: Tensor, name: str) -> Tensor:
@@ -32,10 +29,7 @@ def per_row(tree: PrefixTree, values: Tensor, name: str) -> Tensor:
 
 def step_rewards_of(tree: PrefixTree, step_rewards: Tensor) -> Tensor:
     """[nodes] float64, a constant: finite, or NaN where a step was not scored."""
-    x = _per_node(tree, step_rewards, "step_rewards")
-    if _check.values_checked(x):
-        _check.every("step_rewards", ~x.isinf(), x, "finite numbers, or NaN (not scored)")
-    return x
+    return _scored(_per_node(tree, step_rewards, "step_rewards"), "step_rewards")
 
 
 def per_node(tree: PrefixTree, values: Tensor, name: str) -> Tensor:
@@ -60,6 +54,12 @@ def _per_node(tree: PrefixTree, x: Tensor, name: str) -> Tensor:
 def _check_tree(tree: PrefixTree) -> None:
     if not isinstance(tree, PrefixTree):
         raise TypeError(f"tree: expected a fastreward.PrefixTree, got {type(tree).__name__}")
+
+
+def _scored(x: Tensor, name: str) -> Tensor:
+    if _check.values_checked(x):
+        _check.every(name, ~x.isinf(), x, "finite numbers, or NaN (not scored)")
+    return x
 
 
 def _finite(x: Tensor, name: str) -> Tensor:
