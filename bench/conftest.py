@@ -10,7 +10,7 @@ import torch
 
 from fastreward import bench
 from fastreward.bench import engine
-from fastreward.bench._types import OURS, PEERS
+from fastreward.bench.case import OURS, PEERS
 
 _ROUNDS = 5
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from fastreward import losses
-from fastreward._dispatch import BackendError, backend
-from fastreward._results import PolicyLoss
+from fastreward._loss_call.results import PolicyLoss
+from fastreward._runtime.dispatch import BackendError, backend
 from fastreward.correction import correction_weights, off_policy_sequence_mask
 from fastreward.group import group_advantages
 from fastreward.linear_logprobs import linear_token_logprobs
@@ -19,7 +19,7 @@ from fastreward.whiten import whiten
 
 if _TYPE_CHECKING:
     from fastreward import patch, recipes
-    from fastreward.prefix_tree import PrefixTree
+    from fastreward.prefix_tree.tree import PrefixTree
 
 __version__ = "0.1.0"
 __all__ = [

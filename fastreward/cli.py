@@ -65,8 +65,8 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Hold every operation on every backend here to the float64 reference, gradients too. Exit code 1 on failure."""
-    import fastreward.verify as room
-    from fastreward._dispatch import OPERATIONS
+    from fastreward._runtime.dispatch import OPERATIONS
+    from fastreward.verify import run as room
 
     names = [_operation(name, OPERATIONS) for name in operations or OPERATIONS]
     try:
@@ -107,7 +107,7 @@ def bench(
     """
     from fastreward import bench as room
     from fastreward.bench import report
-    from fastreward.bench._types import EquivalenceError
+    from fastreward.bench.case import EquivalenceError
     from fastreward.bench.engine import Settings
     from fastreward.bench.run import Plan, results
 
@@ -159,7 +159,7 @@ def recipes(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table of methods.")] = False,
 ) -> None:
     """List the published methods with their sources, or explain one: formula, gradient, how sure, an example."""
-    from fastreward.recipes import _show as room
+    from fastreward.recipes._catalogue import show as room
 
     if name is not None and markdown:
         raise typer.BadParameter("--markdown: prints the whole table, and takes no name")
@@ -197,26 +197,27 @@ def plot_tree(
     {"tokens": [[1, 2]], "rewards": [0.5], "group_ids": ["a"]}, and if you like
     "mask", "texts" and "lengths". "group" and "group_ids" may be left out.
     """
-    from fastreward import _check, _prefix_tree_plot, _rollouts
-    from fastreward._options import TREE_MODES, TREE_OPS
+    from fastreward._arguments import check
+    from fastreward._arguments.options import TREE_MODES, TREE_OPS
+    from fastreward.prefix_tree import plot, rollouts
 
     _check_output("--out", out, picture=True)
     try:
-        _check.choice("--op", op, TREE_OPS)
-        _check.choice("--mode", mode, TREE_MODES)
-        rollouts = _rollouts.example() if file is None else _rollouts.read(file)
-        tree, drawn = _prefix_tree_plot.save(
+        check.choice("--op", op, TREE_OPS)
+        check.choice("--mode", mode, TREE_MODES)
+        table = rollouts.example() if file is None else rollouts.read(file)
+        tree, drawn = plot.save(
             out,
-            rollouts,
+            table,
             group=group,
             op=next(o for o in TREE_OPS if o == op),
             mode=next(m for m in TREE_MODES if m == mode),
-            decode=rollouts.decode if tokenizer is None else _rollouts.decoder(tokenizer),
+            decode=table.decode if tokenizer is None else rollouts.decoder(tokenizer),
             max_nodes=max_nodes,
         )
     except (ValueError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
-    console, names = _console(), rollouts.group_names
+    console, names = _console(), table.group_names
     console.print(tree.statistics())
     which = "" if len(names) == 1 else f": group {names[drawn]} of {len(names)} groups"
     console.print(f"The picture is in {out}{which}", markup=False, highlight=False, soft_wrap=True)
@@ -237,11 +238,11 @@ def _operation(name: str, known: tuple[str, ...]) -> str:
 
 def _check_output(option: str, path: Path | None, *, picture: bool = False) -> None:
     """Before any work, whose result would be lost."""
-    from fastreward import _check
+    from fastreward._arguments import check
 
     try:
         if path is not None:
-            _check.output_file(option, path, picture=picture)
+            check.output_file(option, path, picture=picture)
     except (ValueError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -15,15 +15,15 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._arrays import accepts_arrays
-from fastreward._dispatch import implementation, select
-from fastreward._numbers import Number, number, parameters, read, size
-from fastreward._op import custom_op
-from fastreward._policy_call import token_bounds
-from fastreward._results import Metrics
-from fastreward._tokens import Tokens
-from fastreward.losses._functions import (
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.numbers import Number, number, parameters, read, size
+from fastreward._arguments.tokens import Tokens
+from fastreward._loss_call.call import token_bounds
+from fastreward._loss_call.results import Metrics
+from fastreward._runtime.custom_op import custom_op
+from fastreward._runtime.dispatch import implementation, select
+from fastreward.language.functions import (
     abs,
     batch_max,
     batch_mean,
@@ -40,9 +40,9 @@ from fastreward.losses._functions import (
     sqrt,
     where,
 )
-from fastreward.losses._graph import Graph, Level, Node
-from fastreward.losses._program import Program, program
-from fastreward.losses._terms import Terms, measured
+from fastreward.language.graph import Graph, Level, Node
+from fastreward.language.program import Program, program
+from fastreward.language.terms import Terms, measured
 
 Mode = Literal["truncate", "mask", "icepop"]
 CorrectionLevel = Literal["token", "sequence", "geometric"]
@@ -458,20 +458,20 @@ def correction_weights(
     Code: verl 0.9.1 rollout_corr_helper.py and TRL 1.16.0 grpo_trainer.py, run against in the tests. The geometric
     level is an earlier verl's (from memory); the present one has reject={"seq_mean_k1": ...}.
     """
-    old_logprobs = _check.floats("old_logprobs", old_logprobs)
-    rollout_logprobs = _check.floats("rollout_logprobs", rollout_logprobs)
+    old_logprobs = check.floats("old_logprobs", old_logprobs)
+    rollout_logprobs = check.floats("rollout_logprobs", rollout_logprobs)
     bounds = _check_tokens("old_logprobs", old_logprobs, rollout_logprobs, cu_seqlens)
-    mask = _check.mask(mask, "old_logprobs", old_logprobs)
+    mask = check.mask(mask, "old_logprobs", old_logprobs)
     if mode is not None:
-        _check.choice("mode", mode, get_args(Mode))
+        check.choice("mode", mode, get_args(Mode))
         if low is None and high is None:
             low, high = DEFAULT_BOUNDS[mode]
-        low = None if low is None else number("low", low, old_logprobs, _check.not_negative)
-        high = None if high is None else number("high", high, old_logprobs, _check.positive)
+        low = None if low is None else number("low", low, old_logprobs, check.not_negative)
+        high = None if high is None else number("high", high, old_logprobs, check.positive)
         _check_order("low", low, "high", high)
     elif low is not None or high is not None:
         raise ValueError("low, high: there are no weights to bound with mode=None")
-    _check.choice("level", level, get_args(CorrectionLevel))
+    check.choice("level", level, get_args(CorrectionLevel))
     if batch_normalize and mode is None:
         raise ValueError("batch_normalize: there are no weights to normalise with mode=None")
     if not isinstance(reject, Mapping | None):
@@ -481,7 +481,7 @@ def correction_weights(
     clamped = log_ratio_clamp is not None
     named: dict[str, Number] = {
         "rows": size(max(tokens.rows, 1), old_logprobs),
-        "clamp": number("log_ratio_clamp", log_ratio_clamp, old_logprobs, _check.positive) if clamped else math.inf,
+        "clamp": number("log_ratio_clamp", log_ratio_clamp, old_logprobs, check.positive) if clamped else math.inf,
         "low": 0.0 if low is None else low,
         "high": 0.0 if high is None else high,
     }
@@ -500,8 +500,8 @@ def correction_weights(
         tuple(ready.inputs),
     )
     weights, keep, values = _correction_weights(
-        _check.constant("old_logprobs", old_logprobs).contiguous(),
-        _check.constant("rollout_logprobs", rollout_logprobs).contiguous(),
+        check.constant("old_logprobs", old_logprobs).contiguous(),
+        check.constant("rollout_logprobs", rollout_logprobs).contiguous(),
         mask,
         bounds,
         ready.known,
@@ -511,7 +511,7 @@ def correction_weights(
         backend,
     )
     metrics = Metrics(values, names)
-    if _check.values_checked(old_logprobs) and metrics["kl"].isnan():
+    if check.values_checked(old_logprobs) and metrics["kl"].isnan():
         _check_finite(old_logprobs, rollout_logprobs, mask)
     counted = _counted(tokens, old_logprobs.device)
     factor = counted.float() if per_token[0] is None else _spread(weights, per_token[0], counted, tokens)
@@ -544,16 +544,16 @@ def off_policy_sequence_mask(
     For policy_loss(keep=...), or weights= where the denominator is to stay (TRL multiplies the loss with it).
     DeepSeek-V3.2 (arXiv 2512.02556). Code: TRL 1.16.0 grpo_trainer.py `get_off_policy_mask`, run against in the tests.
     """
-    logprobs = _check.floats("logprobs", logprobs)
-    rollout_logprobs = _check.floats("rollout_logprobs", rollout_logprobs)
+    logprobs = check.floats("logprobs", logprobs)
+    rollout_logprobs = check.floats("rollout_logprobs", rollout_logprobs)
     bounds = _check_tokens("logprobs", logprobs, rollout_logprobs, cu_seqlens)
-    mask = _check.mask(mask, "logprobs", logprobs)
+    mask = check.mask(mask, "logprobs", logprobs)
     tokens = Tokens(tuple(logprobs.shape), mask, bounds)
-    advantages = _check.reals("advantages", advantages)
-    _check.shape("advantages", advantages, (tokens.rows,), "one per sequence")
-    _check.same_device("advantages", advantages, "logprobs", logprobs)
+    advantages = check.reals("advantages", advantages)
+    check.shape("advantages", advantages, (tokens.rows,), "one per sequence")
+    check.same_device("advantages", advantages, "logprobs", logprobs)
     backend = select("correction", logprobs)
-    ready = parameters({"threshold": number("threshold", threshold, logprobs, _check.finite)}, backend)
+    ready = parameters({"threshold": number("threshold", threshold, logprobs, check.finite)}, backend)
     kept: Tensor = _off_policy_sequence_mask(
         logprobs.detach().contiguous(),  # a decision: it has no gradient that could be lost
         rollout_logprobs.detach().contiguous(),
@@ -572,8 +572,8 @@ def off_policy_sequence_mask(
 # ---------------------------------------------------------------------------------------------------------- checks
 def _check_tokens(name: str, logprobs: Tensor, rollout_logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     """cu_seqlens as the kernels read it."""
-    _check.shape("rollout_logprobs", rollout_logprobs, logprobs.shape, f"as {name}")
-    _check.same_device("rollout_logprobs", rollout_logprobs, name, logprobs)
+    check.shape("rollout_logprobs", rollout_logprobs, logprobs.shape, f"as {name}")
+    check.same_device("rollout_logprobs", rollout_logprobs, name, logprobs)
     if cu_seqlens is None and logprobs.ndim != 2:
         raise ValueError(f"{name}: expected [B, T], or [N] with cu_seqlens, got shape {list(logprobs.shape)}")
     return token_bounds(cu_seqlens, logprobs, name)
@@ -586,20 +586,20 @@ def _check_order(low_name: str, low: Number | None, high_name: str, high: Number
 
 def _limits(option: str, threshold: Threshold, like: Tensor) -> tuple[Number, Number]:
     """(low, high) of a criterion's thresholds; low is 0 where there is none."""
-    _check.choice("reject", option, REJECTIONS)
+    check.choice("reject", option, REJECTIONS)
     name = f"reject[{option!r}]"
     pair = isinstance(threshold, tuple | list)
     if not option.endswith("k1"):
         if pair:
             raise ValueError(f"{name}: expected one number, an upper bound, got {threshold!r}")
-        return 0.0, number(name, threshold, like, _check.positive)
+        return 0.0, number(name, threshold, like, check.positive)
     if not pair:
-        high = number(name, threshold, like, _check.positive)
+        high = number(name, threshold, like, check.positive)
         low = 1.0 / high
     else:
         if len(threshold) != 2:  # type: ignore[arg-type]
             raise ValueError(f"{name}: expected (low, high), got {threshold!r}")
-        low, high = (number(name, x, like, _check.positive) for x in threshold)  # type: ignore[union-attr]
+        low, high = (number(name, x, like, check.positive) for x in threshold)  # type: ignore[union-attr]
     _check_order(f"{name}: low", low, "high", high)
     return low, high
 
@@ -608,9 +608,9 @@ def _check_finite(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor |
     counted = torch.ones_like(old_logprobs, dtype=torch.bool) if mask is None else mask != 0
     for name, x in (("old_logprobs", old_logprobs), ("rollout_logprobs", rollout_logprobs)):
         hint = "; pass unscored=True for tokens that the engine could not score" if name == "rollout_logprobs" else ""
-        _check.every(name, ~(x.isnan() & counted), x, f"numbers where mask is set{hint}")
+        check.every(name, ~(x.isnan() & counted), x, f"numbers where mask is set{hint}")
     impossible = old_logprobs.isneginf() & rollout_logprobs.isneginf()  # neither policy could have sampled it
-    _check.every("old_logprobs", ~(impossible & counted), old_logprobs, "a finite one of the two where mask is set")
+    check.every("old_logprobs", ~(impossible & counted), old_logprobs, "a finite one of the two where mask is set")
 
 
 # --------------------------------------------------------------------------------------------------- rows and tokens

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastreward import _dispatch
+from fastreward._runtime import dispatch
 
 _TRAINERS = ("trl", "verl", "openrlhf", "liger-kernel")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -32,24 +32,24 @@ def report() -> dict[str, Any]:
 
 def operations() -> dict[str, dict[str, str]]:
     """operation -> backend -> "available", "experimental (...)" or why not."""
-    return {op: {name: status(op, name) for name in _dispatch.BACKENDS} for op in _dispatch.OPERATIONS}
+    return {op: {name: status(op, name) for name in dispatch.BACKENDS} for op in dispatch.OPERATIONS}
 
 
-def status(operation: str, backend: _dispatch.Backend) -> str:
+def status(operation: str, backend: dispatch.Backend) -> str:
     """Whether `backend` can serve `operation` on this machine, on whichever device it takes."""
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda and backend in ("triton", "cuda") else "cpu"
     try:
-        if backend == "cuda" and not cuda and _dispatch.absent(operation, backend) is None:
+        if backend == "cuda" and not cuda and dispatch.absent(operation, backend) is None:
             return f"no CUDA device ({_cuda_state(operation)})"
-        reason = _dispatch.unavailable(operation, backend, device)
+        reason = dispatch.unavailable(operation, backend, device)
         if reason is not None:
             return reason
-        _dispatch.implementation(operation, backend)
+        dispatch.implementation(operation, backend)
     except Exception as error:  # doctor reports what is broken, it does not break on it
         return f"does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if backend == "cuda":
-        available = "available" if operation in _dispatch.CUDA_PASSED_ON else "experimental"
+        available = "available" if operation in dispatch.CUDA_PASSED_ON else "experimental"
         return f"{available} ({_cuda_state(operation)})"
     if backend == "triton" and device == "cpu":
         return "available (interpreter)"
@@ -58,13 +58,13 @@ def status(operation: str, backend: _dispatch.Backend) -> str:
 
 def _cuda_state(operation: str) -> str:
     """How the CUDA C++ kernels of an operation come into being here, and what is known of them."""
-    if _has_module() and not _dispatch.generated(operation):
+    if _has_module() and not dispatch.generated(operation):
         made = "compiled"
     elif _cupy() is not None:
         made = "compiled at first use"
     else:
         return "not compiled, and no CuPy to do it at first use"
-    passed = _dispatch.CUDA_PASSED_ON.get(operation)
+    passed = dispatch.CUDA_PASSED_ON.get(operation)
     return f"{made}, passed on {passed}" if passed else f"{made}, never passed on hardware"
 
 
@@ -106,7 +106,7 @@ def show(console: Console, facts: dict[str, Any]) -> None:
         console.print(table)
     table = Table(title="Operations", title_justify="left")
     table.add_column("operation")
-    for backend in _dispatch.BACKENDS:
+    for backend in dispatch.BACKENDS:
         table.add_column(backend)
     for operation, by_backend in facts["operations"].items():
         table.add_row(operation, *(_coloured(text) for text in by_backend.values()))
@@ -173,7 +173,7 @@ def _cupy() -> str | None:
 
 def _packages() -> dict[str, str | None]:
     found: dict[str, str | None] = {name: version(name) for name in ("fastreward", "torch", "numpy", "triton")}
-    if found["triton"] is not None and _dispatch.interpreted():
+    if found["triton"] is not None and dispatch.interpreted():
         found["triton"] = f"{found['triton']} (TRITON_INTERPRET=1)"
     found["cupy"] = _cupy()
     return found | {name: version(name) for name in _TRAINERS}

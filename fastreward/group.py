@@ -11,12 +11,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._arrays import accepts_arrays
-from fastreward._dispatch import implementation, select
-from fastreward._numbers import Number, joined, number, split
-from fastreward._op import custom_op
-from fastreward._options import CENTERS, NORMALIZES, SCALES, SINGLETONS, GroupOptions, Normalize, Singleton
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.numbers import Number, joined, number, split
+from fastreward._arguments.options import CENTERS, NORMALIZES, SCALES, SINGLETONS, GroupOptions, Normalize, Singleton
+from fastreward._runtime.custom_op import custom_op
+from fastreward._runtime.dispatch import implementation, select
 
 GroupIds = Tensor | Sequence[Hashable]
 _BY_IDENTITY: Final[object] = object.__hash__
@@ -119,18 +119,18 @@ def group_advantages(
         TypeError, ValueError: wrong dtype, shape or name, both or none of group_ids and group_size; on the CPU also
             for values that are not finite (lengths: negative) where a rollout is scored.
     """
-    rewards = _check.rewards("rewards", rewards)
+    rewards = check.rewards("rewards", rewards)
     if rewards.ndim not in (1, 2):
         raise ValueError(f"rewards: expected shape [B] or [B, K], got {list(rewards.shape)}")
     for name, value, allowed in (("singleton", singleton, SINGLETONS), ("normalize", normalize, NORMALIZES)):
-        _check.choice(name, value, allowed)
+        check.choice(name, value, allowed)
     components = _components(rewards, mask)
     center_name, center_values = _mode("center", center, CENTERS, components)
     scale_name, scale_values = _mode("scale", scale, SCALES, components)
     if (center_name == "length-weighted") != (lengths is not None):
         raise ValueError("lengths: needed for center='length-weighted', and only for it")
     index, size = _groups(group_ids, group_size, rewards)
-    ddof = _check.whole("ddof", ddof, "the divisor of a variance is count - ddof")
+    ddof = check.whole("ddof", ddof, "the divisor of a variance is count - ddof")
     advantages: Tensor = _group_advantages(
         components,
         index,
@@ -141,7 +141,7 @@ def group_advantages(
         scale_values,
         "|".join((center_name, scale_name, singleton, normalize)),
         ddof,
-        *split(number("eps", eps, rewards, _check.not_negative)),
+        *split(number("eps", eps, rewards, check.not_negative)),
         eps_inside,
         select("group", rewards),
     )
@@ -152,8 +152,8 @@ def factorize(group_ids: GroupIds, count: int, device: torch.device, name: str =
     """Group labels i64 [B], contiguous: integers as they are, other labels as 0, 1, ... in first-seen order."""
     labels = group_ids if isinstance(group_ids, Tensor) else _labels(group_ids, name)
     if isinstance(labels, Tensor):
-        _check.integers(name, labels)
-        _check.shape(name, labels, (count,), "one per rollout")
+        check.integers(name, labels)
+        check.shape(name, labels, (count,), "one per rollout")
         return labels.to(device).long().contiguous()
     if len(labels) != count:
         raise ValueError(f"{name}: expected {count} ids (one per rollout), got {len(labels)}")
@@ -222,7 +222,7 @@ def _by_value(label: Any, at: int, name: str) -> Hashable:
 
 def checked_group_size(group_size: int, count: int, what: str) -> int:
     """A group size that divides the `count` rollouts, sequences, ... (`what`)."""
-    group_size = _check.whole("group_size", group_size, f"{what} of a group")
+    group_size = check.whole("group_size", group_size, f"{what} of a group")
     if group_size < 1 or count % group_size:
         raise ValueError(f"group_size: expected a positive divisor of the {count} {what}, got {group_size}")
     return group_size
@@ -238,46 +238,46 @@ def _groups(group_ids: GroupIds | None, group_size: int | None, rewards: Tensor)
 
 def _components(rewards: Tensor, mask: Tensor | None) -> Tensor:
     """[B, K], contiguous; NaN where the mask is 0."""
-    components = _check.constant("rewards", rewards if rewards.ndim == 2 else rewards.unsqueeze(-1))
+    components = check.constant("rewards", rewards if rewards.ndim == 2 else rewards.unsqueeze(-1))
     if mask is not None:
-        _check.shape("mask", _check.tensor("mask", mask), rewards.shape[:1], "one per rollout")
-        _check.same_device("mask", mask, "rewards", rewards)
-        components = components.masked_fill((_check.constant("mask", mask) == 0).unsqueeze(-1), torch.nan)
-    if _check.values_checked(components) and not math.isfinite(
+        check.shape("mask", check.tensor("mask", mask), rewards.shape[:1], "one per rollout")
+        check.same_device("mask", mask, "rewards", rewards)
+        components = components.masked_fill((check.constant("mask", mask) == 0).unsqueeze(-1), torch.nan)
+    if check.values_checked(components) and not math.isfinite(
         components.nansum().item()
     ):  # one pass finds whether, two where
-        _check.every("rewards", ~components.isinf(), components, "finite numbers, or NaN for what is not scored")
+        check.every("rewards", ~components.isinf(), components, "finite numbers, or NaN for what is not scored")
     return components.contiguous()
 
 
 def _mode(name: str, value: str | Tensor, allowed: Sequence[str], components: Tensor) -> tuple[str, Tensor | None]:
     if isinstance(value, Tensor):
         return "tensor", _per_rollout(name, value, components)
-    _check.choice(name, value, [mode for mode in allowed if mode != "tensor"])
+    check.choice(name, value, [mode for mode in allowed if mode != "tensor"])
     return value, None
 
 
 def _per_rollout(name: str, x: Tensor, components: Tensor, at_least: float = -math.inf) -> Tensor:
     """f32 [B], contiguous; finite and no less than `at_least` where a rollout is scored."""
-    x = _check.reals(name, x)
-    _check.shape(name, x, components.shape[:1], "one per rollout")
-    _check.same_device(name, x, "rewards", components)
-    if _check.values_checked(x):
+    x = check.reals(name, x)
+    check.shape(name, x, components.shape[:1], "one per rollout")
+    check.same_device(name, x, "rewards", components)
+    if check.values_checked(x):
         unscored = components.isnan().all(-1)
         lower = "" if at_least == -math.inf else f" >= {at_least:g}"
-        _check.every(name, (x.isfinite() & (x >= at_least)) | unscored, x, f"finite numbers{lower}")
-    return _check.constant(name, x).contiguous()
+        check.every(name, (x.isfinite() & (x >= at_least)) | unscored, x, f"finite numbers{lower}")
+    return check.constant(name, x).contiguous()
 
 
 def _weights(weights: Tensor | Sequence[Number] | None, components: Tensor) -> Tensor | None:
     if weights is None:
         return None
     tensor = weights if isinstance(weights, Tensor) else _stacked("component_weights", weights, components)
-    tensor = _check.constant("component_weights", _check.reals("component_weights", tensor))
-    _check.same_device("component_weights", tensor, "rewards", components)
-    _check.shape("component_weights", tensor, components.shape[1:], "one per reward component")
-    if _check.values_checked(tensor):
-        _check.every("component_weights", tensor.isfinite(), tensor, "finite numbers")
+    tensor = check.constant("component_weights", check.reals("component_weights", tensor))
+    check.same_device("component_weights", tensor, "rewards", components)
+    check.shape("component_weights", tensor, components.shape[1:], "one per reward component")
+    if check.values_checked(tensor):
+        check.every("component_weights", tensor.isfinite(), tensor, "finite numbers")
     return tensor.contiguous()
 
 
@@ -285,7 +285,7 @@ def _stacked(name: str, values: Sequence[Number], like: Tensor) -> Tensor:
     """Numbers and 0-d tensors as one tensor, f64."""
     if not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected a tensor or a sequence of numbers, got {values!r}")
-    numbers = [number(f"{name}[{k}]", x, like, _check.finite) for k, x in enumerate(values)]
+    numbers = [number(f"{name}[{k}]", x, like, check.finite) for k, x in enumerate(values)]
     if all(isinstance(x, float) for x in numbers):
         return torch.tensor(numbers, dtype=torch.float64, device=like.device)
     return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=like.device) for x in numbers])

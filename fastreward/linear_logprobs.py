@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastreward import _check
-from fastreward._arrays import accepts_arrays
-from fastreward._dispatch import implementation, select
-from fastreward._layout import FLAG, INDICES, OUTPUT_VALUES, STATE, VALUES, flags_of
-from fastreward._memory import empty_like
-from fastreward._numbers import Number, joined, may_differ_from_0, number, split
-from fastreward._op import custom_op
-from fastreward._vocab_parallel import initial_state
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.numbers import Number, joined, may_differ_from_0, number, split
+from fastreward._runtime.custom_op import custom_op
+from fastreward._runtime.dispatch import implementation, select
+from fastreward._runtime.layout import FLAG, INDICES, OUTPUT_VALUES, STATE, VALUES, flags_of
+from fastreward._runtime.memory import empty_like
+from fastreward.distributed.vocab_parallel import initial_state
 from fastreward.logprobs import LOGITS_DTYPES, TokenStats, _check_labels, _collect, _row_mask, _temperature
 
 _OUTPUTS = (*OUTPUT_VALUES, *INDICES)
@@ -403,14 +403,14 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, label or name, before anything runs.
     """
-    _check.names("outputs", outputs, _OUTPUTS)
+    check.names("outputs", outputs, _OUTPUTS)
     _check_head(hidden, weight, bias, labels)
     factor, cap = _scaling(logit_scale, softcap, hidden)
-    if chunk_size is not None and _check.whole("chunk_size", chunk_size, "columns of a tile") < 1:
+    if chunk_size is not None and check.whole("chunk_size", chunk_size, "columns of a tile") < 1:
         raise ValueError(f"chunk_size: expected a positive number of columns, got {chunk_size}")
     rows = _row_mask(mask, labels)
     scalar, per_token = _temperature(temperature, labels, mask)
-    if _check.values_checked(hidden, labels):
+    if check.values_checked(hidden, labels):
         _check_labels("labels", labels, weight.shape[0], mask)
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     kept = None if rows is None else rows.nonzero().squeeze(-1)
@@ -450,7 +450,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 def _scaling(logit_scale: Number, softcap: Number | None, like: Tensor) -> tuple[Number, Number]:
     """Factor and softcap of the logits, 0 for none. A cap is brought to where float32 can divide and multiply by it."""
     factor = number("logit_scale", logit_scale, like, _float32)
-    cap = 0.0 if softcap is None else number("softcap", softcap, like, _check.positive)
+    cap = 0.0 if softcap is None else number("softcap", softcap, like, check.positive)
     if isinstance(cap, Tensor):
         return factor, cap.clamp(_LEAST_CAP, _WIDEST_CAP)
     return factor, 0.0 if not 0.0 < cap < _WIDEST_CAP else max(cap, _LEAST_CAP)
@@ -458,28 +458,28 @@ def _scaling(logit_scale: Number, softcap: Number | None, like: Tensor) -> tuple
 
 def _float32(name: str, value: object) -> float:
     """A finite number, in float32 too."""
-    result = _check.finite(name, value)
+    result = check.finite(name, value)
     if not -_LARGEST < result < _LARGEST:
         raise ValueError(f"{name}: expected a number that float32 can hold, got {value!r}")
     return result
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
-    _check.dtype("hidden", _check.tensor("hidden", hidden), LOGITS_DTYPES)
-    _check.dtype("weight", _check.tensor("weight", weight), LOGITS_DTYPES)
-    _check.integers("labels", labels)
+    check.dtype("hidden", check.tensor("hidden", hidden), LOGITS_DTYPES)
+    check.dtype("weight", check.tensor("weight", weight), LOGITS_DTYPES)
+    check.integers("labels", labels)
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight: expected shape [V, {hidden.shape[-1]}] (hidden's last dimension), got {list(weight.shape)}"
         )
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise TypeError(f"weight: expected hidden's dtype {hidden.dtype}, got {weight.dtype}")
-    _check.shape("labels", labels, hidden.shape[:-1], "hidden's shape without H")
-    _check.same_device("weight", weight, "hidden", hidden)
-    _check.same_device("labels", labels, "hidden", hidden)
+    check.shape("labels", labels, hidden.shape[:-1], "hidden's shape without H")
+    check.same_device("weight", weight, "hidden", hidden)
+    check.same_device("labels", labels, "hidden", hidden)
     if not len(weight):
         raise ValueError(f"weight: expected at least one token of vocabulary, got shape {list(weight.shape)}")
     if bias is not None:
-        _check.dtype("bias", _check.tensor("bias", bias), LOGITS_DTYPES)
-        _check.shape("bias", bias, (weight.shape[0],), "one per token of the vocabulary")
-        _check.same_device("bias", bias, "hidden", hidden)
+        check.dtype("bias", check.tensor("bias", bias), LOGITS_DTYPES)
+        check.shape("bias", bias, (weight.shape[0],), "one per token of the vocabulary")
+        check.same_device("bias", bias, "hidden", hidden)

@@ -14,18 +14,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._arrays import accepts_arrays
-from fastreward._dispatch import implementation, select
-from fastreward._handover import deliver
-from fastreward._layout import FLAG, VALUES
-from fastreward._numbers import Number, joined, may_differ_from_0, number, read, single, split
-from fastreward._op import custom_op, transformed
-from fastreward._options import KL, Aggregation, Empty
-from fastreward._policy_call import Call, GroupIds, prepare
-from fastreward._program_op import evaluate, gradient_program
-from fastreward._results import Metrics, PolicyLoss
-from fastreward._tokens import Tokens
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.numbers import Number, joined, may_differ_from_0, number, read, single, split
+from fastreward._arguments.options import KL, Aggregation, Empty
+from fastreward._arguments.tokens import Tokens
+from fastreward._loss_call.call import Call, GroupIds, prepare
+from fastreward._loss_call.op import evaluate, gradient_program
+from fastreward._loss_call.results import Metrics, PolicyLoss
+from fastreward._runtime.custom_op import custom_op, transformed
+from fastreward._runtime.dispatch import implementation, select
+from fastreward._runtime.layout import FLAG, VALUES
+from fastreward._runtime.precomputed_grad import deliver
 from fastreward.linear_logprobs import (
     _check_head,
     _compute_dtype,
@@ -189,10 +189,10 @@ def linear_policy_loss(
     """
     _check_head(hidden, weight, bias, labels)
     factor, cap = _scaling(logit_scale, softcap, hidden)
-    if chunk_size is not None and _check.whole("chunk_size", chunk_size, "tokens at a time") < 1:
+    if chunk_size is not None and check.whole("chunk_size", chunk_size, "tokens at a time") < 1:
         raise ValueError(f"chunk_size: expected a positive number of tokens, got {chunk_size}")
     if not torch.compiler.is_compiling():  # which would make a constant of a number that nothing reads
-        number("scale", scale, hidden, _check.positive)
+        number("scale", scale, hidden, check.positive)
     options: dict[str, Any] = {
         "loss": loss,
         "aggregation": aggregation,
@@ -226,7 +226,7 @@ def linear_policy_loss(
     )
     counted = call.tokens.mask
     scalar, per_token = _temperature(temperature, labels, counted)
-    if _check.values_checked(hidden, labels):
+    if check.values_checked(hidden, labels):
         _check_labels("labels", labels, weight.shape[0], counted)
     inputs = (hidden, weight, bias)
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
@@ -237,7 +237,7 @@ def linear_policy_loss(
         )  # fmt: skip
         entropy = stats.entropy if wants_entropy else None
         return loss_of(call, stats.logprobs, entropy, backend, {"hidden": stats.logprobs}, return_token_loss)
-    packed, applied = _Packed(call, labels), single("scale", scale, hidden, _check.positive)
+    packed, applied = _Packed(call, labels), single("scale", scale, hidden, check.positive)
     with torch.no_grad():
         *grads, logprobs, entropy = _linear_policy_gradient(
             packed.rows(hidden.reshape(-1, hidden.shape[-1])),
@@ -272,7 +272,7 @@ def linear_policy_loss(
             backend,
         )
     metrics = Metrics(values, call.metrics)
-    if _check.values_checked(hidden):
+    if check.values_checked(hidden):
         call.check_results(total, metrics, lambda: {"hidden": packed.spread(logprobs).reshape(labels.shape)})
     grads[0] = packed.spread(grads[0]).reshape(hidden.shape) if needs[0] else grads[0]
     wanted = [(x, grad) for x, grad, needed in zip(inputs, grads, needs, strict=True) if x is not None and needed]

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward import _check, _rows
-from fastreward._arrays import accepts_arrays
-from fastreward._dispatch import implementation, select
-from fastreward._handover import deliver
-from fastreward._numbers import Number, may_differ_from_0, number, read, single
-from fastreward._op import custom_op, transformed
-from fastreward._options import KL, Aggregation, Empty
-from fastreward._policy_call import Call, GroupIds, prepare
-from fastreward._program_op import evaluate, gradient_program
-from fastreward._results import Metrics, PolicyLoss
-from fastreward._tokens import Tokens
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.numbers import Number, may_differ_from_0, number, read, single
+from fastreward._arguments.options import KL, Aggregation, Empty
+from fastreward._arguments.tokens import Tokens
+from fastreward._loss_call.call import Call, GroupIds, prepare
+from fastreward._loss_call.op import evaluate, gradient_program
+from fastreward._loss_call.results import Metrics, PolicyLoss
+from fastreward._runtime import logit_rows
+from fastreward._runtime.custom_op import custom_op, transformed
+from fastreward._runtime.dispatch import implementation, select
+from fastreward._runtime.precomputed_grad import deliver
 from fastreward.logprobs import _check_labels, _check_logits, _check_own_memory, _temperature, token_logprobs
 from fastreward.losses import Loss
 from fastreward.policy_loss import loss_of
@@ -46,7 +47,7 @@ def _logits_gradient(
     scale: Tensor,  # f32 []
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # gradient like logits; logprobs, entropy f32 [N] ([0] where not computed)
-    out = _rows.like(logits, _rows.split(logits))
+    out = logit_rows.like(logits, logit_rows.split(logits))
     args = (labels, temperature, temperature_scalar, tensors, mask, cu_seqlens, groups, parameters, numbers, gradient)
     return (out, *_write_gradient(logits, *args, scale, out, backend))
 
@@ -71,7 +72,7 @@ def _(
         return logits.new_empty(labels.shape, dtype=torch.float32)
 
     entropy = new() if gradient_program(gradient).entropy else logits.new_empty((0,), dtype=torch.float32)
-    return _rows.like(logits, _rows.split(logits), fake=True), new(), entropy
+    return logit_rows.like(logits, logit_rows.split(logits), fake=True), new(), entropy
 
 
 @custom_op("logits_gradient_", mutates_args=("logits",))
@@ -136,7 +137,7 @@ def _write_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Logits' gradient into `out`; log-probs and entropy (or [0]) of the rows."""
     chosen = gradient_program(gradient)
-    (block,) = _rows.split(logits, gaps=out is not logits)
+    (block,) = logit_rows.split(logits, gaps=out is not logits)
     tokens = Tokens(tuple(labels.shape) if cu_seqlens is not None else tuple(logits.shape[:-1]), mask, cu_seqlens)
     inverse: float | Tensor = 1.0 / temperature_scalar if temperature is None else temperature.reciprocal()
     scalars = chosen.program.scalar_values(dict(zip(chosen.parameters, read(parameters, numbers), strict=True)))
@@ -155,14 +156,14 @@ def _write_gradient(
     return logprobs.reshape(-1), entropy.reshape(-1)
 
 
-def _spread(block: _rows.RowBlock, x: Tensor) -> Tensor:
+def _spread(block: logit_rows.RowBlock, x: Tensor) -> Tensor:
     spread = block.spread(x)
     assert spread is not None
     return spread
 
 
 def _with_gaps(
-    block: _rows.RowBlock, tokens: Tokens, chosen: Any, inputs: list[Tensor | None], labels: Tensor
+    block: logit_rows.RowBlock, tokens: Tokens, chosen: Any, inputs: list[Tensor | None], labels: Tensor
 ) -> tuple[Tokens, list[Tensor | None]]:
     """Padded rows with alien ones between them, as packed sequences whose last positions are masked out."""
     step, rows = block.length + block.gap, _spread(block, labels).shape[0]
@@ -232,7 +233,7 @@ def logits_policy_loss(
         if torch.compiler.is_compiling():
             raise ValueError("inplace: not available under torch.compile")
     if not torch.compiler.is_compiling():  # which would make a constant of a number that nothing reads
-        number("scale", scale, logits, _check.positive)
+        number("scale", scale, logits, check.positive)
     options: dict[str, Any] = {
         "loss": loss,
         "aggregation": aggregation,
@@ -276,14 +277,14 @@ def logits_policy_loss(
         entropy = stats.entropy if wants_entropy else None
         on = select("policy_loss", logits)
         return loss_of(call, stats.logprobs, entropy, on, {"logits": stats.logprobs}, return_token_loss)
-    if _check.values_checked(logits, labels):
+    if check.values_checked(logits, labels):
         _check_labels("labels", labels, logits.shape[-1], call.tokens.mask)
-    applied = single("scale", scale, logits, _check.positive)
+    applied = single("scale", scale, logits, check.positive)
     return _fused(logits, labels, scalar, per_token, call, applied, inplace, return_token_loss, backend)
 
 
 def _one_block(logits: Tensor, inplace: bool) -> bool:
-    return len(_rows.split(logits, gaps=not inplace)) == 1
+    return len(logit_rows.split(logits, gaps=not inplace)) == 1
 
 
 def _fused(
@@ -316,7 +317,7 @@ def _fused(
             backend,
         )  # fmt: skip
     metrics = Metrics(values, call.metrics)
-    if _check.values_checked(logits):
+    if check.values_checked(logits):
         call.check_results(total, metrics, lambda: {"logits": first})
     delivered = deliver("logits_policy_loss", total, applied, backend, [grad], [logits])
     return PolicyLoss(delivered, metrics, token_loss if return_token_loss else None)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastreward import _check, _rows
-from fastreward._arrays import accepts_arrays
-from fastreward._dispatch import implementation, select
-from fastreward._layout import ALL_OUTPUTS, DIFFERENTIABLE, INDICES, VALUES, flags_of
-from fastreward._numbers import Number, number
-from fastreward._op import custom_op, refuse_double_backward, transformed
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.numbers import Number, number
+from fastreward._runtime import logit_rows
+from fastreward._runtime.custom_op import custom_op, refuse_double_backward, transformed
+from fastreward._runtime.dispatch import implementation, select
+from fastreward._runtime.layout import ALL_OUTPUTS, DIFFERENTIABLE, INDICES, VALUES, flags_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -73,7 +74,7 @@ def _token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:  # values f32 [8, N], indices i64 [2, N], id_logprobs f32 [N, K]
     kernels = implementation("logprobs", backend)
     inverse = temperature.reciprocal() if temperature is not None else 1.0 / temperature_scalar
-    blocks = _rows.split(logits, gaps=keep_mask is None)
+    blocks = logit_rows.split(logits, gaps=keep_mask is None)
     parts = []
     for block in blocks:
         row_mask = _masked_gaps(block, mask, labels)
@@ -124,8 +125,8 @@ def _token_logprobs_backward(
     grad_ids: Tensor,
     backend: str,
 ) -> Tensor:
-    blocks = _rows.split(logits, gaps=keep_mask is None)
-    grad = _rows.like(logits, blocks)
+    blocks = logit_rows.split(logits, gaps=keep_mask is None)
+    grad = logit_rows.like(logits, blocks)
     row_data = (labels, temperature, temperature_scalar, mask, keep_mask, keep_ids, token_ids)
     _write_gradient(blocks, logits, row_data, values, id_logprobs, grad_values, grad_ids, grad, backend)
     return grad
@@ -147,7 +148,7 @@ def _(
     grad_ids: Tensor,
     backend: str,
 ) -> Tensor:
-    return _rows.like(logits, _rows.split(logits, gaps=keep_mask is None), fake=True)
+    return logit_rows.like(logits, logit_rows.split(logits, gaps=keep_mask is None), fake=True)
 
 
 _token_logprobs_backward.refuse_double_backward()
@@ -169,7 +170,7 @@ def _token_logprobs_backward_(
     grad_ids: Tensor,
     backend: str,
 ) -> None:
-    blocks = _rows.split(logits, gaps=False)  # what lies in the gaps of a view is not ours to overwrite
+    blocks = logit_rows.split(logits, gaps=False)  # what lies in the gaps of a view is not ours to overwrite
     row_data = (labels, temperature, temperature_scalar, mask, keep_mask, keep_ids, token_ids)
     _write_gradient(blocks, logits, row_data, values, id_logprobs, grad_values, grad_ids, logits, backend)
     torch.autograd.graph.increment_version(logits)
@@ -181,7 +182,7 @@ def _(*_: Any) -> None:
 
 
 def _write_gradient(
-    blocks: list[_rows.RowBlock],
+    blocks: list[logit_rows.RowBlock],
     logits: Tensor,
     row_data: tuple[Any, ...],
     values: Tensor,
@@ -211,14 +212,14 @@ def _write_gradient(
         )
 
 
-def _masked_gaps(block: _rows.RowBlock, mask: Tensor | None, labels: Tensor) -> Tensor | None:
+def _masked_gaps(block: logit_rows.RowBlock, mask: Tensor | None, labels: Tensor) -> Tensor | None:
     """The row mask of a block's matrix: the caller's, and False in the gaps."""
     if mask is None and block.gap:
         mask = torch.ones_like(labels, dtype=torch.bool)
     return block.spread(mask)
 
 
-def _spread_columns(block: _rows.RowBlock, x: Tensor) -> Tensor:
+def _spread_columns(block: logit_rows.RowBlock, x: Tensor) -> Tensor:
     """[F, N] to [F, rows], contiguous."""
     if not block.gap and block.count == x.shape[1]:
         return x.contiguous()
@@ -227,7 +228,7 @@ def _spread_columns(block: _rows.RowBlock, x: Tensor) -> Tensor:
     return spread.t().contiguous()
 
 
-def _without_gaps(block: _rows.RowBlock, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _without_gaps(block: logit_rows.RowBlock, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     if not block.gap:
         return out
     values, indices, id_logprobs = out
@@ -320,13 +321,13 @@ def token_logprobs(
     ids = None if token_ids is None else _token_ids(token_ids, labels)
     flat = labels.reshape(-1).long()
     if process_group is not None:
-        from fastreward._vocab_parallel import sharded_token_logprobs
+        from fastreward.distributed.vocab_parallel import sharded_token_logprobs
 
         if keep is not None or inplace_backward or token_ids is not None:
             raise ValueError("process_group: keep, token_ids and inplace_backward are not supported with it")
         values, indices = sharded_token_logprobs(logits, flat, per_token, scalar, rows, outputs, process_group)
         return _collect(outputs, values, indices, values.new_empty(0), lead)
-    if _check.values_checked(logits, labels):
+    if check.values_checked(logits, labels):
         _check_labels("labels", labels, vocab, mask)
         if token_ids is not None:
             _check_labels("token_ids", token_ids, vocab, None if mask is None or token_ids.ndim == 1 else mask)
@@ -355,18 +356,18 @@ def _collect(
 
 # ---------------------------------------------------------------------------------------------------------- checks
 def _check_names(outputs: tuple[str, ...], token_ids: Tensor | None) -> None:
-    _check.names("outputs", outputs, ALL_OUTPUTS)
+    check.names("outputs", outputs, ALL_OUTPUTS)
     if ("id_logprobs" in outputs) != (token_ids is not None):
         raise ValueError("token_ids: needed for the output 'id_logprobs', and only for it")
 
 
 def _check_logits(logits: Tensor, labels: Tensor) -> None:
-    _check.dtype("logits", _check.tensor("logits", logits), LOGITS_DTYPES)
-    _check.integers("labels", labels)
+    check.dtype("logits", check.tensor("logits", logits), LOGITS_DTYPES)
+    check.integers("labels", labels)
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape [..., V] with V > 0, got {list(logits.shape)}")
-    _check.shape("labels", labels, logits.shape[:-1], "the logits' shape without V")
-    _check.same_device("labels", labels, "logits", logits)
+    check.shape("labels", labels, logits.shape[:-1], "the logits' shape without V")
+    check.same_device("labels", labels, "logits", logits)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel():
         raise ValueError(f"logits: expected unit stride along V, got {logits.stride(-1)}; call .contiguous() first")
 
@@ -391,7 +392,7 @@ def _check_own_memory(logits: Tensor) -> None:
 def _check_labels(name: str, ids: Tensor, vocab: int, mask: Tensor | None) -> None:
     ids = ids.long()  # a narrow dtype may not hold V
     good = (ids >= 0) & (ids < vocab) | _masked_out(mask, ids)
-    _check.every(name, good, ids, f"integers in [0, {vocab}), the vocabulary of logits")
+    check.every(name, good, ids, f"integers in [0, {vocab}), the vocabulary of logits")
 
 
 def _temperature(temperature: Number, labels: Tensor, mask: Tensor | None) -> tuple[float, Tensor | None]:
@@ -400,21 +401,21 @@ def _temperature(temperature: Number, labels: Tensor, mask: Tensor | None) -> tu
     Both have a finite reciprocal, which a 0 can be multiplied by. A temperature under the mask may be anything.
     """
     if not isinstance(temperature, Tensor) or (temperature.ndim == 0 and labels.ndim):
-        value = number("temperature", temperature, labels, _check.positive)
+        value = number("temperature", temperature, labels, check.positive)
         if isinstance(value, Tensor):
             return 1.0, value.clamp(_COLDEST, _HOTTEST).repeat(labels.numel())
         return min(max(value, _COLDEST), _HOTTEST), None
-    _check.shape("temperature", temperature, labels.shape, "one per token, as labels")
-    _check.same_device("temperature", temperature, "labels", labels)
-    if _check.values_checked(temperature):
+    check.shape("temperature", temperature, labels.shape, "one per token, as labels")
+    check.same_device("temperature", temperature, "labels", labels)
+    if check.values_checked(temperature):
         good = (temperature > 0) & (temperature < torch.inf)
         good = good if mask is None else good | (mask == 0)
-        _check.every("temperature", good, temperature, "positive numbers")
-    return 1.0, _check.constant("temperature", temperature).reshape(-1).double().clamp(_COLDEST, _HOTTEST)
+        check.every("temperature", good, temperature, "positive numbers")
+    return 1.0, check.constant("temperature", temperature).reshape(-1).double().clamp(_COLDEST, _HOTTEST)
 
 
 def _row_mask(mask: Tensor | None, labels: Tensor) -> Tensor | None:
-    rows = _check.mask(mask, "labels", labels)
+    rows = check.mask(mask, "labels", labels)
     return None if rows is None else (rows if rows.dtype == torch.bool else rows != 0).reshape(-1)
 
 
@@ -422,9 +423,9 @@ def _kept(keep: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor | 
     """(boolean mask, None), (None, ids [N, k]) or (None, None)."""
     if keep is None:
         return None, None
-    _check.same_device("keep", _check.tensor("keep", keep), "logits", logits)
+    check.same_device("keep", check.tensor("keep", keep), "logits", logits)
     if keep.dtype == torch.bool:
-        _check.shape("keep", keep, logits.shape, "a boolean per logit")
+        check.shape("keep", keep, logits.shape, "a boolean per logit")
         return keep.contiguous(), None
     if keep.dtype.is_floating_point or keep.dtype.is_complex:
         name = str(keep.dtype).removeprefix("torch.")
@@ -441,14 +442,14 @@ def _kept(keep: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor | 
 def _check_kept_ids(ids: Tensor, vocab: int, mask: Tensor | None) -> None:
     ids, anything = ids.long(), _masked_out(mask, ids)
     below = f"ids below {vocab}, the vocabulary of logits (negative = padding)"
-    _check.every("keep", (ids < vocab) | anything, ids, below)
+    check.every("keep", (ids < vocab) | anything, ids, below)
     ordered, place = ids.sort(dim=-1, stable=True)
     repeats = torch.zeros_like(ids, dtype=torch.bool)
     repeats[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     once = ~torch.zeros_like(repeats).scatter(-1, place, repeats) | anything
     if ids.shape[-1] == vocab and bool(((ids == 0) | (ids == 1)).all()):
-        _check.every("keep", once, ids, f"a boolean mask [..., {vocab}] (keep.bool(); integers are ids of kept tokens)")
-    _check.every("keep", once, ids, "ids unique within a row")
+        check.every("keep", once, ids, f"a boolean mask [..., {vocab}] (keep.bool(); integers are ids of kept tokens)")
+    check.every("keep", once, ids, "ids unique within a row")
 
 
 def _masked_out(mask: Tensor | None, ids: Tensor) -> Tensor:
@@ -459,8 +460,8 @@ def _masked_out(mask: Tensor | None, ids: Tensor) -> Tensor:
 
 def _token_ids(token_ids: Tensor, labels: Tensor) -> Tensor:
     """[K] or [..., K] to [N, K] (row stride 0 where shared)."""
-    _check.integers("token_ids", token_ids)
-    _check.same_device("token_ids", token_ids, "labels", labels)
+    check.integers("token_ids", token_ids)
+    check.same_device("token_ids", token_ids, "labels", labels)
     lead = tuple(labels.shape)
     count = 1
     for n in lead:
@@ -469,5 +470,5 @@ def _token_ids(token_ids: Tensor, labels: Tensor) -> Tensor:
         raise ValueError("token_ids: expected ids [K], or [..., K] over the labels' shape, got a single number")
     if token_ids.ndim == 1:
         return token_ids.long().expand(count, -1)
-    _check.shape("token_ids", token_ids, (*lead, token_ids.shape[-1]), "ids [K], or [..., K] over the labels' shape")
+    check.shape("token_ids", token_ids, (*lead, token_ids.shape[-1]), "ids [K], or [..., K] over the labels' shape")
     return token_ids.reshape(count, token_ids.shape[-1]).long()

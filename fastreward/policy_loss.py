@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._arrays import accepts_arrays
-from fastreward._dispatch import select
-from fastreward._numbers import Number, may_differ_from_0
-from fastreward._options import KL, Aggregation, Empty
-from fastreward._policy_call import Call, GroupIds, prepare
-from fastreward._program_op import evaluate
-from fastreward._results import Metrics, PolicyLoss
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.numbers import Number, may_differ_from_0
+from fastreward._arguments.options import KL, Aggregation, Empty
+from fastreward._loss_call.call import Call, GroupIds, prepare
+from fastreward._loss_call.op import evaluate
+from fastreward._loss_call.results import Metrics, PolicyLoss
+from fastreward._runtime.dispatch import select
 from fastreward.losses import Loss
 
 
@@ -96,13 +96,13 @@ def policy_loss(
             that made the loss or a metric NaN (among advantages per sequence for any), and for a mask that selects
             nothing without empty="zero" or `normalizer`. Under torch.compile values are not looked at, as on a GPU.
     """
-    logprobs = _check.floats("logprobs", logprobs)
+    logprobs = check.floats("logprobs", logprobs)
     if entropy is None and may_differ_from_0(entropy_coef):
         raise ValueError("entropy: needed where entropy_coef is not 0")
     if entropy is not None:
-        entropy = _check.floats("entropy", entropy)
-        _check.shape("entropy", entropy, logprobs.shape, "as logprobs")
-        _check.same_device("entropy", entropy, "logprobs", logprobs)
+        entropy = check.floats("entropy", entropy)
+        check.shape("entropy", entropy, logprobs.shape, "as logprobs")
+        check.same_device("entropy", entropy, "logprobs", logprobs)
         trained = torch.is_grad_enabled() and logprobs.requires_grad
         if trained and not entropy.requires_grad and may_differ_from_0(entropy_coef):
             raise ValueError(
@@ -160,7 +160,7 @@ def loss_of(
         backend,
     )
     metrics = Metrics(values, call.metrics)
-    if _check.values_checked(logprobs):
+    if check.values_checked(logprobs):
         call.check_results(total.detach(), metrics, lambda: named)
     return PolicyLoss(total, metrics, token_loss if return_token_loss else None)
 

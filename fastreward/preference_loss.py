@@ -9,12 +9,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._arrays import accepts_arrays
-from fastreward._dispatch import select
-from fastreward._numbers import Number, anything, is_number, number, parameters, single
-from fastreward._options import EMPTY, PAIR_AGGREGATIONS, Empty, PairAggregation
-from fastreward._policy_call import (
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.numbers import Number, anything, is_number, number, parameters, single
+from fastreward._arguments.options import EMPTY, PAIR_AGGREGATIONS, Empty, PairAggregation
+from fastreward._arguments.tokens import Tokens
+from fastreward._loss_call.call import (
     NO_TOKEN,
     GroupIds,
     check_numbers,
@@ -25,11 +25,11 @@ from fastreward._policy_call import (
     parameter,
     token_bounds,
 )
-from fastreward._program_op import evaluate
-from fastreward._results import Metrics, PolicyLoss
-from fastreward._tokens import Tokens
+from fastreward._loss_call.op import evaluate
+from fastreward._loss_call.results import Metrics, PolicyLoss
+from fastreward._runtime.dispatch import select
+from fastreward.language.objective import CALL_PARAMETERS
 from fastreward.losses import Loss, dpo
-from fastreward.losses._objective import CALL_PARAMETERS
 
 _TERMS: Final = ("logprob", "ref_logprob", "weight")
 _DEFAULT_LOSS: Final = dpo()
@@ -91,10 +91,10 @@ def preference_loss(
             that made the loss or a metric NaN, and where no pair counts without empty="zero" or `normalizer`.
     """
     loss = _loss(loss)
-    _check.choice("empty", empty, EMPTY)
-    chosen_logprobs = _check.floats("chosen_logprobs", chosen_logprobs)
-    rejected_logprobs = _check.floats("rejected_logprobs", rejected_logprobs)
-    _check.choice("aggregation", aggregation, PAIR_AGGREGATIONS)
+    check.choice("empty", empty, EMPTY)
+    chosen_logprobs = check.floats("chosen_logprobs", chosen_logprobs)
+    rejected_logprobs = check.floats("rejected_logprobs", rejected_logprobs)
+    check.choice("aggregation", aggregation, PAIR_AGGREGATIONS)
     sides = (
         _side("chosen", chosen_logprobs, chosen_mask, chosen_cu_seqlens),
         _side("rejected", rejected_logprobs, rejected_mask, rejected_cu_seqlens),
@@ -102,7 +102,7 @@ def preference_loss(
     pairs = sides[0].rows
     if sides[1].rows != pairs:
         raise ValueError(f"rejected_logprobs: expected {pairs} sequences, as many as chosen, got {sides[1].rows}")
-    _check.same_device("rejected_logprobs", rejected_logprobs, "chosen_logprobs", chosen_logprobs)
+    check.same_device("rejected_logprobs", rejected_logprobs, "chosen_logprobs", chosen_logprobs)
     given: dict[tuple[str, int], Tensor] = {}
     arguments: dict[tuple[str, int], str] = {}
     levels: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([("logprob", 3)], [("logprob", 3)])
@@ -160,7 +160,7 @@ def preference_loss(
     if weights is not None:
         given["call.weights", 0] = _per_pair("weights", weights, chosen_logprobs, pairs)
     if normalizer is not None:
-        given["call.normalizer", 0] = single("normalizer", normalizer, chosen_logprobs, _check.positive)
+        given["call.normalizer", 0] = single("normalizer", normalizer, chosen_logprobs, check.positive)
     total, values, pair_loss = evaluate(
         objective,
         chosen_logprobs.contiguous(),
@@ -173,7 +173,7 @@ def preference_loss(
         backend,
     )
     metrics = Metrics(values, names)
-    if _check.values_checked(chosen_logprobs):
+    if check.values_checked(chosen_logprobs):
         inspected = {"chosen_logprobs": (chosen_logprobs, 0), "rejected_logprobs": (rejected_logprobs, 1)}
         inspected |= {argument: (given[key], key[1]) for key, argument in arguments.items()}
         may_be_empty = normalizer is not None or empty == "zero"
@@ -214,7 +214,7 @@ def _side(side: str, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | Non
     bounds = token_bounds(cu_seqlens, like, name, f"{side}_cu_seqlens")
     if bounds is None and like.ndim != 2:
         raise ValueError(f"{name}: expected [P, T], or [N] with {side}_cu_seqlens, got shape {list(like.shape)}")
-    counted = _check.mask(mask, name, like, f"{side}_mask")
+    counted = check.mask(mask, name, like, f"{side}_mask")
     return Tokens(tuple(like.shape), counted, bounds)
 
 
@@ -226,8 +226,8 @@ def _check_extra(argument: str, name: str) -> None:
 def _per_pair(name: str, x: object, like: Tensor, pairs: int) -> Tensor:
     if is_number(x):
         return single(name, x, like, anything)
-    tensor = _check.reals(name, x)
-    if not _check.shape_among(tensor, (pairs,)):
+    tensor = check.reals(name, x)
+    if not check.shape_among(tensor, (pairs,)):
         raise ValueError(f"{name}: expected shape [{pairs}] (one per pair) or [], got {list(tensor.shape)}")
-    _check.same_device(name, tensor, "chosen_logprobs", like)
-    return _check.constant(name, tensor).contiguous()
+    check.same_device(name, tensor, "chosen_logprobs", like)
+    return check.constant(name, tensor).contiguous()

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._arrays import accepts_arrays
-from fastreward._dispatch import implementation, select
-from fastreward._memory import empty_like
-from fastreward._numbers import Number, joined, number, split
-from fastreward._op import custom_op, transformed
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.numbers import Number, joined, number, split
+from fastreward._runtime.custom_op import custom_op, transformed
+from fastreward._runtime.dispatch import implementation, select
+from fastreward._runtime.memory import empty_like
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -109,20 +109,20 @@ def whiten(
             overlaps a part of x; on the CPU also for a mask that counts fewer than ddof + 1 and for values that are not
             finite (over a process group on every rank).
     """
-    _check.dtype("x", _check.tensor("x", x), (torch.float32, torch.float16, torch.bfloat16))
-    mask = _check.mask(mask, "x", x)
+    check.dtype("x", check.tensor("x", x), (torch.float32, torch.float16, torch.bfloat16))
+    mask = check.mask(mask, "x", x)
     x = x if x.dtype == torch.float32 else x.float()
-    ddof = _check.whole("ddof", ddof, "the divisor is count - ddof")
-    eps = number("eps", eps, x, _check.not_negative)
-    source = _check.constant("x", x).contiguous()
+    ddof = check.whole("ddof", ddof, "the divisor is count - ddof")
+    eps = number("eps", eps, x, check.not_negative)
+    source = check.constant("x", x).contiguous()
     inplace = out is not None and _check_out(out, x, source)
     backend = select("whiten", x)
     if process_group is not None:
         return _whiten_across(source, mask, shift_mean, ddof, eps, process_group, out, backend)
-    if _check.values_checked(x):
-        _check_counted(x.numel() if mask is None else _check.counted(mask), ddof)
+    if check.values_checked(x):
+        _check_counted(x.numel() if mask is None else check.counted(mask), ddof)
         if backend != "cpu":  # which finds it in the statistics
-            _check.counted_finite("x", source, mask)
+            check.counted_finite("x", source, mask)
     if out is None:
         white: Tensor = _whiten(source, mask, shift_mean, ddof, *split(eps), backend)
         return white
@@ -132,9 +132,9 @@ def whiten(
 
 def _check_out(out: Tensor, x: Tensor, source: Tensor) -> bool:
     """Whether `out` is `source`, the memory of a contiguous x."""
-    _check.dtype("out", _check.tensor("out", out), (torch.float32,))
-    _check.shape("out", out, x.shape, "as x")
-    _check.same_device("out", out, "x", x)
+    check.dtype("out", check.tensor("out", out), (torch.float32,))
+    check.shape("out", out, x.shape, "as x")
+    check.same_device("out", out, "x", x)
     if not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous tensor, got strides {list(out.stride())}")
     if out.requires_grad and torch.is_grad_enabled():
@@ -176,10 +176,10 @@ def _whiten_across(
         squares = squares + other_squares + delta * delta * count * other_count / total
         mean = mean + delta * other_count / total
         count = count + other_count
-    if _check.values_checked(x):  # the same on every rank, so that none is left waiting
+    if check.values_checked(x):  # the same on every rank, so that none is left waiting
         _check_counted(int(count), ddof)
         if not math.isfinite(squares):
-            _check.counted_finite("x", x, mask)
+            check.counted_finite("x", x, mask)
             raise ValueError("x: expected finite values where mask is set, got others on another rank")
     affine = _affine(count, mean, squares, shift_mean, ddof, eps)
     result = empty_like(x) if out is None else out

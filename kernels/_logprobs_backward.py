@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import LOG2E
-from ._launch import (
+from ._shared.device import LOG2E
+from ._shared.launch import (
     OPTIONS,
     contiguous,
     contiguous_rows,
@@ -24,7 +24,7 @@ from ._launch import (
     row_stride,
     temperature_arguments,
 )
-from ._softmax import FLOOR, NEG_INF, gradient_scale, inverse_temperature, kept_ids_at, kept_logit_at
+from ._shared.softmax import FLOOR, NEG_INF, gradient_scale, inverse_temperature, kept_ids_at, kept_logit_at
 
 # --------------------------------------------------------------------------------------------------------- config
 # As in the forward: 8 warps, 16-byte loads and stores, the next block's loads ahead of this block's arithmetic. The

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreward._options import CENTERS, SCALES, GroupOptions
+from fastreward._arguments.options import CENTERS, SCALES, GroupOptions
 
-from ._launch import OPTIONS, on_device_of
+from ._shared.launch import OPTIONS, on_device_of
 
 # --------------------------------------------------------------------------------------------------------- config
 # A program owns RUNS possible groups and reads MEMBERS of each at a time. Groups of one size get tiles of about that

@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreward._tokens import Tokens
-from fastreward.losses._program import Program
+from fastreward._arguments.tokens import Tokens
+from fastreward.language.program import Program
 
-from ._launch import OPTIONS, in_units, load_width, on_device_of, temperature_arguments
-from ._logits_source import generate
-from ._program_module import load
-from .program import Call
+from ._shared.launch import OPTIONS, in_units, load_width, on_device_of, temperature_arguments
+from .program.logits_source import generate
+from .program.module import load
+from .program.run import Call
 
 __all__ = ["rescale", "run"]
 

@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreward._layout import FLAG, INDICES, VALUES
+from fastreward._runtime.layout import FLAG, INDICES, VALUES
 
-from ._launch import (
+from ._logprobs_backward import backward
+from ._shared.launch import (
     OPTIONS,
     contiguous,
     contiguous_rows,
@@ -30,8 +31,7 @@ from ._launch import (
     row_stride,
     temperature_arguments,
 )
-from ._logprobs_backward import backward
-from ._softmax import (
+from ._shared.softmax import (
     FLOOR,
     NEG_INF,
     inverse_temperature,
@@ -226,7 +226,7 @@ def _fold_kernel(
     logits, logits_units,  # [N, Vc], unit column stride, row stride logits_units * LOGITS_UNIT
     labels,  # i64 [N], in the whole vocabulary
     inv_t, inv_t_stride,  # f64 [N] (stride 0 allowed) or a number
-    state,  # f64 [N, 8] (fastreward._layout.STATE), in and out
+    state,  # f64 [N, 8] (fastreward._runtime.layout.STATE), in and out
     label_logits,  # f32 [N]
     vocab_units, vocab_start,  # Vc = vocab_units * VEC
     HAS_INV_T: tl.constexpr, HAS_LABEL_LOGITS: tl.constexpr,
@@ -314,7 +314,7 @@ def forward(
     keep_mask: Tensor | None,  # [N, V] bool
     keep_ids: Tensor | None,  # [N, k] i64
     token_ids: Tensor | None,  # [N, K] i64, row stride 0 allowed
-    flags: int,  # fastreward._layout.FLAG
+    flags: int,  # fastreward._runtime.layout.FLAG
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values f32 [8, N], indices i64 [2, N], id_logprobs f32 [N, K])."""
     n, vocab = logits.shape

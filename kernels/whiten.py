@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import inverse64, lane_columns, sum_all
-from ._launch import OPTIONS, arrival_counter, on_device_of
+from ._shared.device import inverse64, lane_columns, sum_all
+from ._shared.launch import OPTIONS, arrival_counter, on_device_of
 
 # --------------------------------------------------------------------------------------------------------- config
 # 4096 positions a tile, 16 per thread in four 16-byte loads (four positions wide for every dtype, so that x and mask

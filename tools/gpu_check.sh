@@ -53,7 +53,7 @@ cp "$repo/tools/gpu_results.py" "$work/tools"
 cd "$work" || exit 2
 
 # tests NAME SECONDS [OPTIONS OF PYTEST]: a part of tests/$suite; outcomes in $work/NAME.tests as they come.
-suite=test_gpu.py
+suite=backends/gpu/test_operations.py
 tests() {
   local name="$1" limit="$2"
   shift 2
@@ -78,7 +78,7 @@ if [ "$built" -eq 0 ]; then
   tests programs 170 -k "program or TestPublic" ${workers[@]+"${workers[@]}"} &
   tests kernels 170 -k "not program and not TestPublic" ${workers[@]+"${workers[@]}"} &
   (
-    suite=test_gpu_prefix_tree.py
+    suite=backends/gpu/test_prefix_tree.py
     tests trees 170 ${workers[@]+"${workers[@]}"}
   ) &
 

@@ -3,7 +3,7 @@
 A file has, before its [[mutation]] entries:
 
     preload = ["torch", "hypothesis"]   # what the process that all its tests are forked from imports
-    tests = "tests/test_whiten.py"      # arguments for pytest, where an entry has none of its own
+    tests = "tests/operations/test_whiten.py"      # arguments for pytest, where an entry has none of its own
     [environment]                       # variables that its tests are run with
     TRITON_INTERPRET = "1"
 

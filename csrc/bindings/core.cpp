@@ -1,6 +1,6 @@
 // fastreward._core: the CPU kernels. Takes data pointers, never links libtorch, so one build serves every torch.
 #include "bindings/registry.hpp"
-#include "common/isa.hpp"
+#include "cpu/common/isa.hpp"
 #include "cpu/threads.hpp"
 
 PYBIND11_MODULE(_core, m) {

@@ -7,7 +7,7 @@
 #include <string>
 #include <unordered_map>
 
-#include "common/launch.hpp"
+#include "cuda/device/launch.hpp"
 
 namespace py = pybind11;
 

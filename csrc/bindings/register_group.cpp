@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "bindings/registry.hpp"
-#include "common/number_integers.hpp"
+#include "cpu/common/number_integers.hpp"
 #include "cpu/group.hpp"
 
 namespace fastreward {

@@ -4,7 +4,7 @@
 
 #include "bindings/addresses.hpp"
 #include "bindings/registry.hpp"
-#include "cpu/logprobs.hpp"
+#include "cpu/logprobs/logprobs.hpp"
 
 namespace py = pybind11;
 
@@ -101,7 +101,7 @@ void address(py::class_<LogprobsRows>& rows, const char* name, const T* Logprobs
 
 void register_logprobs(py::module_& m) {
   py::enum_<DType>(m, "DType").value("f32", DType::f32).value("bf16", DType::bf16).value("f16", DType::f16);
-  py::class_<LogprobsRows> rows(m, "LogprobsRows", "Rows of logits and their data; see csrc/cpu/logprobs.hpp.");
+  py::class_<LogprobsRows> rows(m, "LogprobsRows", "Rows of logits and their data; see csrc/cpu/logprobs/logprobs.hpp.");
   rows.def(py::init<>());
   rows.def_property(
       "logits", [](const LogprobsRows& r) { return reinterpret_cast<Address>(r.logits); },

@@ -1,6 +1,6 @@
 // KeptMemory as a Python buffer: torch.frombuffer makes a tensor of it that gives it back when it dies.
 #include "bindings/registry.hpp"
-#include "common/kept_memory.hpp"
+#include "cpu/common/kept_memory.hpp"
 
 namespace fastreward {
 

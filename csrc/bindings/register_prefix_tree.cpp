@@ -1,12 +1,12 @@
-// fastreward._core.prefix_tree_*: addresses to csrc/cpu/prefix_tree.hpp, with the scratch memory that it asks for.
+// fastreward._core.prefix_tree_*: addresses to csrc/cpu/prefix_tree/prefix_tree.hpp, with the scratch memory that it asks for.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <tuple>
 
 #include "bindings/registry.hpp"
-#include "common/number_integers.hpp"
-#include "cpu/prefix_tree.hpp"
+#include "cpu/common/number_integers.hpp"
+#include "cpu/prefix_tree/prefix_tree.hpp"
 
 namespace fastreward {
 namespace {

@@ -1,4 +1,4 @@
-// fastreward._core.Program, program_run, program_scale and program_spread: see csrc/cpu/program.hpp.
+// fastreward._core.Program, program_run, program_scale and program_spread: see csrc/cpu/program/program.hpp.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -11,7 +11,7 @@
 
 #include "bindings/addresses.hpp"
 #include "bindings/registry.hpp"
-#include "cpu/program.hpp"
+#include "cpu/program/program.hpp"
 
 namespace fastreward {
 namespace {
@@ -33,7 +33,7 @@ std::vector<RowInstruction> row_instructions(const RowCode& code) {
   return out;
 }
 
-// The arrays behind a ProgramCode. Instructions come from fastreward/cpu/program.py, which is trusted to number operands
+// The arrays behind a ProgramCode. Instructions come from fastreward/cpu/program/run.py, which is trusted to number operands
 // and places as it declares them.
 class Program {
  public:
@@ -192,7 +192,7 @@ pybind11::dict numbered(const std::vector<const char*>& names) {
 
 void register_program(pybind11::module_& m) {
   namespace py = pybind11;
-  py::class_<Program>(m, "Program", "Instructions of a program of the loss language, made by fastreward/cpu/program.py.")
+  py::class_<Program>(m, "Program", "Instructions of a program of the loss language, made by fastreward/cpu/program/run.py.")
       .def(py::init<int, int, int, const std::vector<std::pair<int, double>>&, std::vector<int>,
                     const std::vector<std::pair<int, int>>&, const RowCode&, const std::vector<StageCode>&,
                     std::vector<int>, std::vector<int>>(),

@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
-#include "common/isa.hpp"
+#include "cpu/common/isa.hpp"
 
 namespace fastreward {
 
-// The numbers are those of fastreward/_options.py: GroupOptions.numbers, NORMALIZES. like_others: no rule for singletons.
+// The numbers are those of fastreward/_arguments/options.py: GroupOptions.numbers, NORMALIZES. like_others: no rule for singletons.
 enum class Center : int { none, mean, leave_one_out, length_weighted, second_max, tensor };
 enum class Scale : int { none, std_dev, batch_std, max, tensor };
 enum class Singleton : int { zero, raw, nan, like_others };

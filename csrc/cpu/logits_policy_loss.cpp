@@ -5,8 +5,8 @@
 // gradient (logprobs_backward), whose reading then comes from the cache. What is computed is what the three do apart.
 #include "cpu/logits_policy_loss.hpp"
 
-#include "cpu/logprobs_rows.hpp"
-#include "cpu/program_internal.hpp"
+#include "cpu/logprobs/rows.hpp"
+#include "cpu/program/internal.hpp"
 #include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA {

@@ -1,8 +1,8 @@
 // Logits to the gradient of a loss for them, row by row, while a row is in cache.
 #pragma once
 
-#include "cpu/logprobs.hpp"
-#include "cpu/program.hpp"
+#include "cpu/logprobs/logprobs.hpp"
+#include "cpu/program/program.hpp"
 
 namespace fastreward {
 

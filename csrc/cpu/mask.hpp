@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/isa.hpp"
-#include "common/mask.hpp"
+#include "cpu/common/isa.hpp"
+#include "cpu/common/mask.hpp"
 
 FASTREWARD_DECLARE(std::int64_t mask_count(const ::fastreward::MaskView& mask, std::int64_t positions, int threads);)

@@ -6,7 +6,7 @@
 // statistics. The second pass maps x to y, in place or not. No temporaries but three doubles for each block.
 #include "cpu/whiten.hpp"
 
-#include "common/simd.hpp"
+#include "cpu/simd/simd.hpp"
 #include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA {

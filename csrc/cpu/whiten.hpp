@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "common/isa.hpp"
-#include "common/mask.hpp"
+#include "cpu/common/isa.hpp"
+#include "cpu/common/mask.hpp"
 
 namespace fastreward {
 

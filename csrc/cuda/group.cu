@@ -7,7 +7,7 @@
 // One warp per group. Equal contiguous groups are where the host says; labelled ones come sorted (stably, by torch, on
 // the device), a warp per row looks whether its row begins a segment, and leaves where it does not: the number of groups
 // need not be known. f64 throughout, variance in two passes, sums over the members in their order in the batch.
-#include "common/device.cuh"
+#include "cuda/device/device.cuh"
 
 namespace fastreward {
 

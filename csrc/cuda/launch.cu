@@ -1,6 +1,6 @@
 // The one place where nvcc's build calls the CUDA runtime: a launch by function pointer. CUDA is first touched by the
 // first launch, so that the module imports on a machine that has no driver.
-#include "common/launch.hpp"
+#include "cuda/device/launch.hpp"
 
 #include <cuda_runtime.h>
 

@@ -1,4 +1,4 @@
-// Logits straight to the loss's gradient for them: what fastreward/cuda/_logits_source.py generates stands on this.
+// Logits straight to the loss's gradient for them: what fastreward/cuda/program/logits_source.py generates stands on this.
 //
 // Fused: temperature, log-softmax, log-prob of the label and entropy, the loss's derivative for that token (generated
 // from its definition), and the derivative of the softmax. A row is one token: it is read, stays on chip while its
@@ -15,7 +15,7 @@
 // then writes it. Rows that do not count are set to 0 and not read.
 #pragma once
 
-#include "common/row_statistics.cuh"
+#include "cuda/device/row_statistics.cuh"
 #include "cuda/logprobs_backward.cuh"
 #include "cuda/program.cuh"
 

@@ -15,7 +15,7 @@
 // order, because the last rows that the forward read are the ones that the L2 cache still holds.
 //
 // FASTREWARD_ONLY_F32, _BF16 or _F16 builds one element type only (the CuPy route compiles what is called).
-#include "common/row_statistics.cuh"
+#include "cuda/device/row_statistics.cuh"
 #include "cuda/logprobs_arguments.cuh"
 #include "cuda/logprobs_backward.cuh"
 #include "cuda/logprobs_kept_ids.cuh"

@@ -2,7 +2,7 @@
 // this order, for nvcc's build and for CuPy's alike.
 #pragma once
 
-#include "common/device.cuh"
+#include "cuda/device/device.cuh"
 
 namespace fastreward {
 

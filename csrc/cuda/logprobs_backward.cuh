@@ -2,7 +2,7 @@
 // once per logit, in place where grad is logits. See logprobs.cu.
 #pragma once
 
-#include "common/row_statistics.cuh"
+#include "cuda/device/row_statistics.cuh"
 #include "cuda/logprobs_arguments.cuh"
 
 namespace fastreward {

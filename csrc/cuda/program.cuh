@@ -1,4 +1,4 @@
-// The fixed part of the kernels that run a loss: what fastreward/cuda/_program_source.py generates stands on this.
+// The fixed part of the kernels that run a loss: what fastreward/cuda/program/source.py generates stands on this.
 //
 // A program reads the tokens in one or more passes. A pass is one launch: it computes every counted token's values in
 // registers, stores what the program gives per token and adds up what it reduces over sequences; the block that
@@ -10,7 +10,7 @@
 // device. A token that does not count is not read: what lies there can leak nowhere.
 #pragma once
 
-#include "common/device.cuh"
+#include "cuda/device/device.cuh"
 
 namespace fastreward {
 

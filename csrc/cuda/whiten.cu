@@ -6,7 +6,7 @@
 // Bytes per element: 4 + mask read by `statistics`, 4 + mask read and 4 written by `apply`.
 //
 // A chunk's moments go to its own place and are merged in a fixed order by the block that finishes last, in f64.
-#include "common/device.cuh"
+#include "cuda/device/device.cuh"
 
 namespace fastreward {
 

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from fastreward import _check
+from fastreward._arguments import check
 
 Number = float | Tensor
 
@@ -22,24 +22,24 @@ Number = float | Tensor
 _READ_BY_OPS: Final = ("cpu", "reference")
 
 
-def number(name: str, x: object, like: Tensor, check: Callable[[str, object], float]) -> Number:
+def number(name: str, x: object, like: Tensor, rule: Callable[[str, object], float]) -> Number:
     """`x`, a number or a 0-d tensor, as a float if the host knows it, else f64 [] on the device of `like`.
 
-    check: of a value, such as `_check.positive`; called wherever the value may be looked at.
+    rule: of a value, such as `check.positive`; called wherever the value may be looked at.
     """
     if not isinstance(x, Tensor):
-        value = check(name, x)
+        value = rule(name, x)
         return value if _known(value) else torch.ones((), dtype=torch.float64, device=like.device) * value
-    _check.shape(name, x, (), "a number or a 0-d tensor")
-    x = _check.constant(name, x)
+    check.shape(name, x, (), "a number or a 0-d tensor")
+    x = check.constant(name, x)
     if x.dtype.is_complex:
         raise TypeError(f"{name}: expected a real number, got dtype {str(x.dtype).removeprefix('torch.')}")
     if x.device.type != "cpu":
-        _check.same_device(name, x, "the call", like)
+        check.same_device(name, x, "the call", like)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return check(name, float(x))
-    if _check.values_checked(x):
-        check(name, float(x))
+        return rule(name, float(x))
+    if check.values_checked(x):
+        rule(name, float(x))
     return x.to(device=like.device, dtype=torch.float64)
 
 
@@ -48,9 +48,9 @@ def size(x: int, like: Tensor) -> Number:
     return float(x) if _known(x) else torch.ones((), dtype=torch.float64, device=like.device) * x
 
 
-def single(name: str, x: object, like: Tensor, check: Callable[[str, object], float]) -> Tensor:
+def single(name: str, x: object, like: Tensor, rule: Callable[[str, object], float]) -> Tensor:
     """The same as f32 [] on the device of `like`, always."""
-    value = number(name, x, like, check)
+    value = number(name, x, like, rule)
     if isinstance(value, Tensor):
         return value.float()
     return torch.full((), value, dtype=torch.float32, device=like.device)

@@ -10,14 +10,23 @@ from typing import Any, Final, get_args
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._numbers import Number, anything, is_number, may_differ_from_0, number, parameters, single, size
-from fastreward._options import AGGREGATIONS, EMPTY, KL, Aggregation, Empty
-from fastreward._results import Metrics
-from fastreward._tokens import Tokens
+from fastreward._arguments import check
+from fastreward._arguments.numbers import (
+    Number,
+    anything,
+    is_number,
+    may_differ_from_0,
+    number,
+    parameters,
+    single,
+    size,
+)
+from fastreward._arguments.options import AGGREGATIONS, EMPTY, KL, Aggregation, Empty
+from fastreward._arguments.tokens import Tokens
+from fastreward._loss_call.results import Metrics
 from fastreward.group import checked_group_size, factorize
+from fastreward.language.define import Definition
 from fastreward.losses import Loss, ppo
-from fastreward.losses._define import Definition
 
 _TOKEN, _ROW, _BATCH = 3, 2, 1  # losses._graph.Level, as numbers that Dynamo takes for constants
 _DEFAULT_LOSS: Final = ppo()
@@ -96,13 +105,13 @@ def prepare(
     """`like`: in the tokens' shape and on their device, called `name` in messages. entropy: whether it is given."""
     loss = _loss(loss)
     chosen: str = loss.aggregation if aggregation is None else aggregation
-    _check.choice("aggregation", chosen, AGGREGATIONS)
-    _check.choice("empty", empty, EMPTY)
+    check.choice("aggregation", chosen, AGGREGATIONS)
+    check.choice("empty", empty, EMPTY)
     _check_kl(kl, kl_coef, ref_logprobs, old_logprobs)
     bounds = token_bounds(cu_seqlens, like, name)
     if bounds is None and like.ndim != 2:
         raise ValueError(f"{name}: expected [B, T], or [N] with cu_seqlens, got shape {list(like.shape)}")
-    tokens = Tokens(tuple(like.shape), _with_keep(_check.mask(mask, name, like), keep, like, bounds, name), bounds)
+    tokens = Tokens(tuple(like.shape), _with_keep(check.mask(mask, name, like), keep, like, bounds, name), bounds)
     for term in extra or {}:
         if term in _TERMS:
             raise ValueError(f"extra[{term!r}]: {term!r} is a term of its own; pass it by its argument")
@@ -124,8 +133,8 @@ def prepare(
     packed = bounds is not None
     named: dict[str, Number] = {
         "call.width": 0.0 if packed else size(like.shape[1], like),
-        "call.kl_coef": number("kl_coef", kl_coef, like, _check.finite),
-        "call.entropy_coef": number("entropy_coef", entropy_coef, like, _check.finite),
+        "call.kl_coef": number("kl_coef", kl_coef, like, check.finite),
+        "call.entropy_coef": number("entropy_coef", entropy_coef, like, check.finite),
     }
     scalars = loss.scalars
     named |= {term: number(term, scalars[term], like, anything) for term in sorted(scalars)}
@@ -146,7 +155,7 @@ def prepare(
     for term, value in loss.tensors.items():
         given[f"parameter.{term}"] = parameter(f"{loss.name}: {term}", value, like, tokens.rows, name)
     if normalizer is not None:
-        given["call.normalizer"] = single("normalizer", normalizer, like, _check.positive)
+        given["call.normalizer"] = single("normalizer", normalizer, like, check.positive)
     if bounds is not None:
         given["call.width"] = (bounds.diff().max() if tokens.rows else bounds.new_zeros(())).float()
     return Call(
@@ -187,7 +196,7 @@ def how_to_make(loss: object) -> str:
 
 def _check_kl(kl: str | None, kl_coef: Number, ref_logprobs: Tensor | None, old_logprobs: Tensor | None) -> None:
     if kl is not None:
-        _check.choice("kl", kl, get_args(KL))
+        check.choice("kl", kl, get_args(KL))
         if ref_logprobs is None:
             raise ValueError(f"ref_logprobs: needed for kl={kl!r}")
         if kl == "k3-corrected" and old_logprobs is None:
@@ -197,55 +206,55 @@ def _check_kl(kl: str | None, kl_coef: Number, ref_logprobs: Tensor | None, old_
 
 
 def _per_token(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
-    tensor = _check.floats(name, x)
-    _check.shape(name, tensor, like.shape, f"as {reference}")
-    _check.same_device(name, tensor, reference, like)
-    return _check.constant(name, tensor).contiguous()
+    tensor = check.floats(name, x)
+    check.shape(name, tensor, like.shape, f"as {reference}")
+    check.same_device(name, tensor, reference, like)
+    return check.constant(name, tensor).contiguous()
 
 
 def _weights(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
-    tensor = _check.reals(name, x)
+    tensor = check.reals(name, x)
     if tensor.ndim == 1 and tuple(tensor.shape) != tuple(like.shape):
-        _check.shape(name, tensor, (rows,), "one per sequence")
+        check.shape(name, tensor, (rows,), "one per sequence")
     else:
-        _check.shape(name, tensor, like.shape, f"as {reference}")
-    _check.same_device(name, tensor, reference, like)
-    return _check.constant(name, tensor).contiguous()
+        check.shape(name, tensor, like.shape, f"as {reference}")
+    check.same_device(name, tensor, reference, like)
+    return check.constant(name, tensor).contiguous()
 
 
 def _advantages(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
-    tensor = _check.reals(name, x)
-    if not _check.shape_among(tensor, like.shape, (rows,)):
+    tensor = check.reals(name, x)
+    if not check.shape_among(tensor, like.shape, (rows,)):
         raise ValueError(
             f"{name}: expected shape {list(like.shape)} (one per token) or [{rows}] (one per sequence), "
             f"got {list(tensor.shape)}"
         )
-    _check.same_device(name, tensor, reference, like)
-    return _check.constant(name, tensor).contiguous()
+    check.same_device(name, tensor, reference, like)
+    return check.constant(name, tensor).contiguous()
 
 
 def on_device(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
     """A constant per token, per sequence or for all, f32."""
     if is_number(x):
         return single(name, x, like, anything)
-    tensor = _check.reals(name, x)
-    if not _check.shape_among(tensor, like.shape, (rows,)):
+    tensor = check.reals(name, x)
+    if not check.shape_among(tensor, like.shape, (rows,)):
         raise ValueError(
             f"{name}: expected shape {list(like.shape)} (one per token), [{rows}] (one per sequence) or [], "
             f"got {list(tensor.shape)}"
         )
-    _check.same_device(name, tensor, reference, like)
-    return _check.constant(name, tensor).contiguous()
+    check.same_device(name, tensor, reference, like)
+    return check.constant(name, tensor).contiguous()
 
 
 def parameter(name: str, x: Tensor, like: Tensor, rows: int, reference: str) -> Tensor:
     """A loss's parameter: one value per row, or for all."""
     if is_number(x):
         return single(name, x, like, anything)
-    tensor = _check.reals(name, x)
-    _check.shape(name, tensor, (rows,), "one per sequence")
-    _check.same_device(name, tensor, reference, like)
-    return _check.constant(name, tensor).contiguous()
+    tensor = check.reals(name, x)
+    check.shape(name, tensor, (rows,), "one per sequence")
+    check.same_device(name, tensor, reference, like)
+    return check.constant(name, tensor).contiguous()
 
 
 def level_of(x: Tensor, like: Tensor) -> int:
@@ -262,15 +271,15 @@ def check_numbers(name: str, x: Tensor, tokens: Tokens) -> None:
     if x.ndim and x.shape != tokens.shape:
         before = None if bounds is None else torch.nn.functional.pad(counted.cumsum(0), (1, 0))[bounds]
         counted = counted.any(-1) if before is None else before.diff() > 0
-    _check.every(name, ~(x.isnan() & counted) if x.ndim else ~x.isnan(), x, "numbers where mask is set")
+    check.every(name, ~(x.isnan() & counted) if x.ndim else ~x.isnan(), x, "numbers where mask is set")
 
 
 def token_bounds(cu_seqlens: Tensor | None, like: Tensor, name: str, argument: str = "cu_seqlens") -> Tensor | None:
     """cu_seqlens as i64; inside the tokens also where they may not be looked at."""
     if cu_seqlens is None:
         return None
-    _check.integers(argument, cu_seqlens)
-    _check.same_device(argument, cu_seqlens, name, like)
+    check.integers(argument, cu_seqlens)
+    check.same_device(argument, cu_seqlens, name, like)
     if like.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"{argument}: expected [B + 1] bounds over packed {name} [N], "
@@ -279,8 +288,8 @@ def token_bounds(cu_seqlens: Tensor | None, like: Tensor, name: str, argument: s
     if cu_seqlens.shape[0] == 1 and like.shape[0]:
         raise ValueError(f"{argument}: expected bounds from 0 to {like.shape[0]}, got those of no sequence")
     bounds = cu_seqlens.long()
-    if _check.values_checked(bounds):
-        _check.every(argument, bounds.diff(prepend=bounds[:1]) >= 0, bounds, "bounds that never decrease")
+    if check.values_checked(bounds):
+        check.every(argument, bounds.diff(prepend=bounds[:1]) >= 0, bounds, "bounds that never decrease")
         if int(bounds[0]) != 0 or int(bounds[-1]) != like.shape[0]:
             raise ValueError(
                 f"{argument}: expected bounds from 0 to {like.shape[0]} (the packed length), "
@@ -299,11 +308,11 @@ def _with_keep(
     """The mask, less what `keep` drops; contiguous."""
     if keep is None:
         return None if mask is None else mask.contiguous()
-    kept = _check.constant("keep", _check.tensor("keep", keep)) != 0
-    _check.same_device("keep", keep, name, like)
+    kept = check.constant("keep", check.tensor("keep", keep)) != 0
+    check.same_device("keep", keep, name, like)
     sequences = like.shape[0] if bounds is None else bounds.shape[0] - 1
     if kept.shape != like.shape:
-        _check.shape("keep", kept, (sequences,), f"one per sequence, or as {name}")
+        check.shape("keep", kept, (sequences,), f"one per sequence, or as {name}")
         if bounds is None:
             kept = kept.unsqueeze(-1).expand_as(like)
         else:

@@ -8,11 +8,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastreward._dispatch import implementation
-from fastreward._numbers import read
-from fastreward._op import batched, custom_op
-from fastreward._tokens import Tokens
-from fastreward.losses._objective import Gradient, Objective, TokenGradient
+from fastreward._arguments.numbers import read
+from fastreward._arguments.tokens import Tokens
+from fastreward._runtime.custom_op import batched, custom_op
+from fastreward._runtime.dispatch import implementation
+from fastreward.language.objective import Gradient, Objective, TokenGradient
 
 #: What has been built in this process, by key: an op's arguments are tensors, numbers and strings.
 _OBJECTIVES: Final[dict[str, Objective]] = {}

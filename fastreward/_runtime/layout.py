@@ -72,7 +72,7 @@ def flags_of(outputs: tuple[str, ...]) -> int:
     return sum(bit for name, bit in FLAG.items() if name in outputs)
 
 
-#: Fields of a prefix tree's nodes, rows of `nodes` i64 [F, nodes] (csrc/cpu/prefix_tree.hpp).
+#: Fields of a prefix tree's nodes, rows of `nodes` i64 [F, nodes] (csrc/cpu/prefix_tree/prefix_tree.hpp).
 NODES: Final = (
     "parent",  # -1 for a root
     "depth",  # nodes above it

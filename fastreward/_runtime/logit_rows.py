@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastreward._memory import empty_like, empty_strided
+from fastreward._runtime.memory import empty_like, empty_strided
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward import _rows
-from fastreward._dispatch import implementation
-from fastreward._op import batched, custom_op, refuse_double_backward, refuse_vmap
+from fastreward._runtime import logit_rows
+from fastreward._runtime.custom_op import batched, custom_op, refuse_double_backward, refuse_vmap
+from fastreward._runtime.dispatch import implementation
 
 
 def deliver(
@@ -49,7 +49,7 @@ class _Deliver(torch.autograd.Function):
 def _rescale_(grad: Tensor, upstream: Tensor, applied: Tensor, backend: str) -> None:
     """grad *= upstream / applied, read where they are; costs nothing where the two are equal."""
     whole = grad if grad.ndim > 1 else grad.unsqueeze(0)
-    for block in _rows.split(whole, gaps=False):
+    for block in logit_rows.split(whole, gaps=False):
         rows = block.matrix(whole)
         if backend == "reference":
             rows.copy_(rows.double() * (upstream.double() / applied))

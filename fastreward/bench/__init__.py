@@ -11,7 +11,7 @@ from typing import Protocol, cast
 
 import torch
 
-from fastreward.bench._types import Case
+from fastreward.bench.case import Case
 
 OPERATIONS = (
     "logprobs",
@@ -51,7 +51,7 @@ def operation(name: str) -> Operation:
     """The benchmark of one operation, by name."""
     if name not in (*OPERATIONS, *BESIDES):
         raise ValueError(f"bench: unknown operation {name!r}; expected one of {', '.join((*OPERATIONS, *BESIDES))}")
-    return cast(Operation, importlib.import_module(f"fastreward.bench.{name}"))
+    return cast(Operation, importlib.import_module(f"fastreward.bench.cases.{name}"))
 
 
 def shape_of(name: str, quick: bool, rows: int | None, vocab: int | None) -> tuple[int, ...]:

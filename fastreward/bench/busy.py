@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fastreward import bench
-from fastreward.bench._types import OURS, Case, Contender, Target
+from fastreward.bench.case import OURS, Case, Contender, Target
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastreward.bench import peers
-from fastreward.bench._types import OURS, Case, Contender, EquivalenceError, Timing
+from fastreward.bench.case import OURS, Case, Contender, EquivalenceError, Timing
 from fastreward.bench.roofline import Bandwidth
 
 _SMALLEST_PROBE = 16 << 20  # below this a loop measures its own call, not the memory

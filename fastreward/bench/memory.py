@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastreward.bench._types import Case, Contender
+from fastreward.bench.case import Case, Contender
 from fastreward.bench.engine import outputs_bytes
 
 _STATUS = Path("/proc/self/status")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastreward.bench._types import Case, Contender
+from fastreward.bench.case import Case, Contender
 
 #: Name in the tables -> module that has to import.
 MODULES = {"TRL": "trl", "verl": "verl", "liger-kernel": "liger_kernel"}

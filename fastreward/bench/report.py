@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastreward.bench._types import OURS, Timing
+from fastreward.bench.case import OURS, Timing
 from fastreward.bench.run import Result
 from fastreward.bench.targets import Verdict
 

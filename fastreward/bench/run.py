@@ -11,7 +11,7 @@ import torch
 
 from fastreward import bench
 from fastreward.bench import memory, targets
-from fastreward.bench._types import OURS
+from fastreward.bench.case import OURS
 from fastreward.bench.engine import Outcome, Settings, run
 
 

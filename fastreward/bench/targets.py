@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastreward.bench._types import Target
+from fastreward.bench.case import Target
 from fastreward.bench.engine import Outcome
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: csrc/common/mask.hpp, MaskKind.
+#: csrc/cpu/common/mask.hpp, MaskKind.
 _MASK_KINDS = {torch.bool: 1, torch.uint8: 1, torch.int32: 2, torch.int64: 3, torch.float32: 4}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastreward import _core
-from fastreward._options import NORMALIZES, GroupOptions
+from fastreward._arguments.options import NORMALIZES, GroupOptions
 from fastreward.cpu._pointers import address
 
 

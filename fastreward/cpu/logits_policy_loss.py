@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fastreward import _core
-from fastreward._tokens import Tokens
+from fastreward._arguments.tokens import Tokens
 from fastreward.cpu import program as programs
-from fastreward.cpu._program_code import ByKey, encode
 from fastreward.cpu.logprobs import _rows
-from fastreward.losses._program import Program, TokenPart, token_part
+from fastreward.cpu.program.encode import ByKey, encode
+from fastreward.language.program import Program, TokenPart, token_part
 
 
 def run(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastreward import _core
-from fastreward._layout import INDICES, VALUES
+from fastreward._runtime.layout import INDICES, VALUES
 
 _DTYPES = {torch.float32: _core.DType.f32, torch.bfloat16: _core.DType.bf16, torch.float16: _core.DType.f16}
 
@@ -21,7 +21,7 @@ def forward(
     keep_mask: Tensor | None,  # [N, V] bool
     keep_ids: Tensor | None,  # [N, k] i64, outside [0, V) = padding
     token_ids: Tensor | None,  # [N, K] i64
-    flags: int,  # fastreward._layout.FLAG
+    flags: int,  # fastreward._runtime.layout.FLAG
 ) -> tuple[Tensor, Tensor, Tensor]:
     """values f32 [8, N], indices i64 [2, N], id_logprobs f32 [N, K]; each logit is read once."""
     rows, alive = _rows(logits, labels, inv_temperature, mask, keep_mask, keep_ids, token_ids)
@@ -71,7 +71,7 @@ def fold(
     labels: Tensor,  # [N] i64, ids of the full vocabulary
     vocab_start: int,
     inv_temperature: float | Tensor,
-    state: Tensor,  # [N, 8] f64, fastreward._layout.STATE; updated in place
+    state: Tensor,  # [N, 8] f64, fastreward._runtime.layout.STATE; updated in place
     flags: int,
     label_logits: Tensor | None,  # [N] f32 raw, what rank compares with
 ) -> None:

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from fastreward import _core
-from fastreward._layout import NODES, ROWS
-from fastreward._memory import empty
-from fastreward._options import (
+from fastreward._arguments.options import (
     PLACES,
     TOKEN_OPS,
     TREE_MODES,
@@ -18,6 +16,8 @@ from fastreward._options import (
     Place,
     TokenOp,
 )
+from fastreward._runtime.layout import NODES, ROWS
+from fastreward._runtime.memory import empty
 from fastreward.cpu._pointers import address, mask_arguments
 
 _Forest = tuple[int, int, int, int, int, int]

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastreward import _check, _core
+from fastreward import _core
+from fastreward._arguments import check
 from fastreward.cpu._pointers import address, mask_arguments
 
 
@@ -18,7 +19,7 @@ def forward(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: fl
     """
     count, mean, squares = _statistics(x, mask)
     if not math.isfinite(squares):
-        _check.counted_finite("x", x, mask)
+        check.counted_finite("x", x, mask)
     freedom = count - ddof
     variance = squares / freedom if freedom > 0 else math.inf
     _apply(x, mask, mean, _rsqrt(variance + eps), 0.0 if shift_mean else mean, out)

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fastreward._options import GroupOptions
+from fastreward._arguments.options import GroupOptions
 from fastreward.cuda._launch import launch, pack
 
 _SOURCE: Final = "group"

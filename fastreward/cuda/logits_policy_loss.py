@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fastreward._tokens import Tokens
+from fastreward._arguments.tokens import Tokens
 from fastreward.cuda._launch import (
     Member,
     has_clusters,
@@ -21,9 +21,9 @@ from fastreward.cuda._launch import (
     pack,
     shared_memory,
 )
-from fastreward.cuda._logits_source import KERNEL, LogitsType, Shape, logits_source
-from fastreward.cuda.program import Kernels, kernels
-from fastreward.losses._program import Program
+from fastreward.cuda.program.logits_source import KERNEL, LogitsType, Shape, logits_source
+from fastreward.cuda.program.run import Kernels, kernels
+from fastreward.language.program import Program
 
 _RESCALE: Final = '#include "cuda/logits_rescale.cuh"\n'
 _TYPES: Final[dict[torch.dtype, LogitsType]] = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastreward._layout import FLAG, VALUES
+from fastreward._runtime.layout import FLAG, VALUES
 from fastreward.cuda._launch import MAX_SHARED_BYTES, Member, has_clusters, launch, multiprocessors, pack
 
 _SOURCE = "logprobs"

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._dispatch import implementation, select
-from fastreward._layout import STATE, flags_of
-from fastreward._memory import empty_like
-from fastreward._op import refuse_double_backward, transformed
+from fastreward._arguments import check
+from fastreward._runtime.custom_op import refuse_double_backward, transformed
+from fastreward._runtime.dispatch import implementation, select
+from fastreward._runtime.layout import STATE, flags_of
+from fastreward._runtime.memory import empty_like
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,11 +34,11 @@ def sharded_token_logprobs(
     own = torch.full((), rows.shape[1], dtype=torch.int64, device=rows.device)
     widths = torch.stack(_gather(own, group))  # stays on the device: the host need not know where our slice starts
     start, vocab = widths[: dist.get_rank(group)].sum(), widths.sum()
-    if _check.values_checked(logits, labels):
+    if check.values_checked(logits, labels):
         lead = logits.shape[:-1]
         good = (labels >= 0) & (labels < vocab)
         good = good if mask is None else good | ~mask
-        _check.every(
+        check.every(
             "labels", good.view(lead), labels.view(lead), f"integers in [0, {int(vocab)}), the whole vocabulary"
         )
     inverse: float | Tensor = 1.0 / temperature_scalar if temperature is None else temperature.reciprocal()

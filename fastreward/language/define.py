@@ -17,11 +17,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward.losses._graph import Graph, Level, Node, described, origin
-from fastreward.losses._parameters import kind, kinds, parameter, same
-from fastreward.losses._terms import PairTerms, Terms, asked
-from fastreward.losses._travel import Options, by_name, carrier, named, names_outside, options_of, place
+from fastreward._arguments import check
+from fastreward.language.graph import Graph, Level, Node, described, origin
+from fastreward.language.parameters import kind, kinds, parameter, same
+from fastreward.language.terms import PairTerms, Terms, asked
+from fastreward.language.travel import Options, by_name, carrier, named, names_outside, options_of, place
 
 P = ParamSpec("P")
 T = TypeVar("T", Terms, PairTerms)
@@ -90,7 +90,7 @@ class Definition(Generic[P]):
         """
         if self.check is None:
             return
-        seen = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.numel() and _check.values_checked(v)}
+        seen = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.numel() and check.values_checked(v)}
         unknown = {k for k, v in values.items() if isinstance(v, Node | Tensor) and k not in seen}
         defaults = {k: self.__signature__.parameters[k].default for k in unknown}
         if inspect.Parameter.empty in defaults.values():
@@ -263,7 +263,7 @@ class Loss:
 
     def _traced_with(self, present: bool | frozenset[str]) -> tuple[str, frozenset[str]]:
         """(digest where these terms are there, those that were asked for)."""
-        from fastreward.losses._program import digest
+        from fastreward.language.program import digest
 
         t = self.terms(present)
         try:
@@ -324,24 +324,24 @@ class Loss:
 
     # Dynamo takes what these return for constants, anew where an argument is another one: so `formula` is one.
     def _reads(self, _: str, term: str) -> bool:
-        from fastreward.losses._objective import terms_read
+        from fastreward.language.objective import terms_read
 
         return term in terms_read(self)
 
     def _asks(self, _: str, term: str, sides: tuple[int, ...]) -> bool:
-        from fastreward.losses._objective import inputs_asked
+        from fastreward.language.objective import inputs_asked
 
         return any(name == term and side in sides for name, _, side in inputs_asked(self))
 
     def _reading(self, _: str) -> str:
-        from fastreward.losses._objective import reading
+        from fastreward.language.objective import reading
 
         return reading(self)
 
     def _policy_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
-            from fastreward._program_op import register
-            from fastreward.losses._objective import PolicyCall, policy_objective
+            from fastreward._loss_call.op import register
+            from fastreward.language.objective import PolicyCall, policy_objective
 
             o = policy_objective(self, PolicyCall(*call))
             self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
@@ -349,8 +349,8 @@ class Loss:
 
     def _gradient_plan(self, _: str, *call: Any) -> GradientPlan | None:
         if call not in self._gradient_plans:
-            from fastreward._program_op import register_gradient
-            from fastreward.losses._objective import PolicyCall, token_gradient
+            from fastreward._loss_call.op import register_gradient
+            from fastreward.language.objective import PolicyCall, token_gradient
 
             gradient = token_gradient(self, PolicyCall(*call))
             plan = None if gradient is None else (register_gradient(gradient), gradient.inputs)
@@ -359,8 +359,8 @@ class Loss:
 
     def _pair_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
-            from fastreward._program_op import register
-            from fastreward.losses._objective import PairCall, pair_objective
+            from fastreward._loss_call.op import register
+            from fastreward.language.objective import PairCall, pair_objective
 
             o = pair_objective(self, PairCall(*call))
             self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
@@ -381,18 +381,18 @@ class Loss:
         a gradient get one. Raises ValueError for a term that the loss reads and that is not there, for an array that
         is no term and that it does not read, and for wrong shapes.
         """
-        from fastreward.losses._evaluate import evaluate
+        from fastreward.language.evaluate import evaluate
 
         return evaluate(self, mask, group_ids, arrays)
 
     def source(self, backend: Literal["triton", "cuda"], **options: Any) -> str:
         """The kernel that `backend` runs for this loss where every term that it can read is passed, as text."""
-        from fastreward.losses._source import source
+        from fastreward.language.source import source
 
         return source(self, backend, **options)
 
     def __str__(self) -> str:
-        from fastreward.losses._show import show
+        from fastreward.language.show import show
 
         return show(self)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from fastreward.losses._functions import exp, sigmoid, sign, where
-from fastreward.losses._graph import Level, Node, walk
+from fastreward.language.functions import exp, sigmoid, sign, where
+from fastreward.language.graph import Level, Node, walk
 
 Rule = Callable[[Node, Node], Iterator[tuple[int, Callable[[], Node]]]]
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward._arrays import as_tensor
+from fastreward._arguments.arrays import as_tensor
 from fastreward.group import factorize
-from fastreward.losses._define import Loss
-from fastreward.losses._graph import Graph, Level, Node, walk
-from fastreward.losses._objective import inputs_asked
-from fastreward.losses._terms import PAIR_TERMS, TERMS, PairTerms, Terms
+from fastreward.language.define import Loss
+from fastreward.language.graph import Graph, Level, Node, walk
+from fastreward.language.objective import inputs_asked
+from fastreward.language.terms import PAIR_TERMS, TERMS, PairTerms, Terms
 from fastreward.reference.program import Values
 
 _SIDES = ("chosen_", "rejected_")

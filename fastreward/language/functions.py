@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastreward.losses._graph import Graph, Level, Node, described, origin
+from fastreward.language.graph import Graph, Level, Node, described, origin
 
 Value = Node | float
 

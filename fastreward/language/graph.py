@@ -15,7 +15,7 @@ from enum import IntEnum
 from numbers import Real
 from typing import Any, Final, NoReturn
 
-from fastreward.losses._ops import OPS, REDUCTIONS
+from fastreward.language.ops import OPS, REDUCTIONS
 
 _HERE: Final = os.path.dirname(os.path.abspath(__file__))
 
@@ -201,7 +201,7 @@ class Node:
         raise TypeError(f"{origin()}: {message}")
 
     def __repr__(self) -> str:
-        from fastreward.losses._show import expression
+        from fastreward.language.show import expression
 
         return expression(self)
 

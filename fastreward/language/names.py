@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from fastreward.losses._graph import Level, Node, walk
-from fastreward.losses._ops import REDUCTIONS
-from fastreward.losses._program import Program
-from fastreward.losses._show import expression
+from fastreward.language.graph import Level, Node, walk
+from fastreward.language.ops import REDUCTIONS
+from fastreward.language.program import Program
+from fastreward.language.show import expression
 
 _SIDES = ("chosen_", "rejected_")
 _LONGEST = 36  # what would be longer is numbered

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Final, get_args
 
-from fastreward._layout import METRICS, PAIR_METRICS
-from fastreward._options import KL, Aggregation, PairAggregation
-from fastreward.losses._define import Loss
-from fastreward.losses._derivative import gradients
-from fastreward.losses._functions import (
+from fastreward._arguments.options import KL, Aggregation, PairAggregation
+from fastreward._runtime.layout import METRICS, PAIR_METRICS
+from fastreward.language.define import Loss
+from fastreward.language.derivative import gradients
+from fastreward.language.functions import (
     abs,
     batch_max,
     batch_mean,
@@ -29,10 +29,10 @@ from fastreward.losses._functions import (
     stop_gradient,
     where,
 )
-from fastreward.losses._graph import Graph, Level, Node, walk
-from fastreward.losses._ops import SEQ_REDUCTIONS
-from fastreward.losses._program import Program, program, without_stop_gradient
-from fastreward.losses._terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, SIDES, PairTerms, Terms, measured
+from fastreward.language.graph import Graph, Level, Node, walk
+from fastreward.language.ops import SEQ_REDUCTIONS
+from fastreward.language.program import Program, program, without_stop_gradient
+from fastreward.language.terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, SIDES, PairTerms, Terms, measured
 
 #: Parameters of a call that are not the loss's own; their values come before its.
 CALL_PARAMETERS: Final = ("call.width", "call.kl_coef", "call.entropy_coef")

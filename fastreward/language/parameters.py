@@ -10,10 +10,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._arrays import as_tensor
-from fastreward.losses._graph import Node, described, python_number
-from fastreward.losses._terms import PairTerms, Terms
+from fastreward._arguments import check
+from fastreward._arguments.arrays import as_tensor
+from fastreward.language.graph import Node, described, python_number
+from fastreward.language.terms import PairTerms, Terms
 
 #: What a parameter can be: types, most special first, and words.
 _KINDS: Final[dict[str, tuple[type, ...]]] = {
@@ -64,7 +64,7 @@ def parameter(loss: str, name: str, value: Any, allowed: Collection[str]) -> Any
     if isinstance(value, Tensor):
         if value.ndim > 1:
             raise ValueError(f"{loss}: {name}: expected a number or a [B] tensor, got shape {list(value.shape)}")
-        return _check.constant(f"{loss}: {name}", value)
+        return check.constant(f"{loss}: {name}", value)
     return value
 
 

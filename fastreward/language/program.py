@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fastreward.losses._graph import Graph, Level, Node, walk
-from fastreward.losses._ops import GROUP_REDUCTIONS, LEAVES, OPS, REDUCTIONS, SEQ_REDUCTIONS
+from fastreward.language.graph import Graph, Level, Node, walk
+from fastreward.language.ops import GROUP_REDUCTIONS, LEAVES, OPS, REDUCTIONS, SEQ_REDUCTIONS
 
 
 @dataclass(frozen=True, eq=False)

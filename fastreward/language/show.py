@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from fastreward.losses._derivative import gradients
-from fastreward.losses._graph import Graph, Level, Node, walk
-from fastreward.losses._ops import OPS
-from fastreward.losses._terms import PairTerms, Terms, asked
+from fastreward.language.derivative import gradients
+from fastreward.language.graph import Graph, Level, Node, walk
+from fastreward.language.ops import OPS
+from fastreward.language.terms import PairTerms, Terms, asked
 
 if TYPE_CHECKING:
-    from fastreward.losses._define import Loss
+    from fastreward.language.define import Loss
 
 _SIDES = ("chosen.", "rejected.")
 _BINDING = {"|": 1, "&": 2, "<": 3, "<=": 3, ">": 3, ">=": 3, "==": 3, "!=": 3, "+": 4, "-": 4, "*": 5, "/": 5}

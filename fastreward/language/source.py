@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import Any, Final
 
-from fastreward.losses._define import Loss
-from fastreward.losses._graph import Level
-from fastreward.losses._objective import PairCall, PolicyCall, pair_objective, policy_objective
-from fastreward.losses._terms import PairTerms
+from fastreward.language.define import Loss
+from fastreward.language.graph import Level
+from fastreward.language.objective import PairCall, PolicyCall, pair_objective, policy_objective
+from fastreward.language.terms import PairTerms
 
-_GENERATORS: Final = {"triton": "fastreward.kernels._program_source", "cuda": "fastreward.cuda._program_source"}
+_GENERATORS: Final = {"triton": "fastreward.kernels.program.source", "cuda": "fastreward.cuda.program.source"}
 
 
 def source(loss: Loss, backend: str, **options: Any) -> str:

@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Final, Literal, NoReturn
 
-from fastreward._layout import METRICS, PAIR_METRICS
-from fastreward.losses._functions import batch_mean, batch_sum, clip, exp, where
-from fastreward.losses._graph import Graph, Level, Node, origin
+from fastreward._runtime.layout import METRICS, PAIR_METRICS
+from fastreward.language.functions import batch_mean, batch_sum, clip, exp, where
+from fastreward.language.graph import Graph, Level, Node, origin
 
 #: The log-ratio is clamped to +- this before t.ratio exponentiates it (verl's and OpenRLHF's bound).
 LOG_RATIO_CLAMP: Final = 20.0

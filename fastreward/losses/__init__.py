@@ -6,8 +6,8 @@ here under the field's names, each returning a loss to pass to `policy_loss`, `l
 
 from __future__ import annotations
 
-from fastreward.losses._define import Definition, Loss, define
-from fastreward.losses._functions import (
+from fastreward.language.define import Definition, Loss, define
+from fastreward.language.functions import (
     abs,
     batch_match,
     batch_max,
@@ -43,9 +43,9 @@ from fastreward.losses._functions import (
     tanh,
     where,
 )
-from fastreward.losses._graph import Node
-from fastreward.losses._objective import kl
-from fastreward.losses._terms import PairTerms, Terms
+from fastreward.language.graph import Node
+from fastreward.language.objective import kl
+from fastreward.language.terms import PairTerms, Terms
 from fastreward.losses.preference import (
     cdpo,
     cream,

@@ -16,11 +16,10 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._arrays import accepts_arrays
-from fastreward.losses._checks import PAIR_RULES, RULES, Rule, apply, check_pair
-from fastreward.losses._define import define
-from fastreward.losses._functions import (
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
+from fastreward.language.define import define
+from fastreward.language.functions import (
     abs,
     batch_match,
     batch_mean,
@@ -40,8 +39,9 @@ from fastreward.losses._functions import (
     stop_gradient,
     where,
 )
-from fastreward.losses._graph import Node
-from fastreward.losses._terms import PairTerms, Side
+from fastreward.language.graph import Node
+from fastreward.language.terms import PairTerms, Side
+from fastreward.losses._rules import PAIR_RULES, RULES, Rule, apply, check_pair
 
 __all__ = [
     "cdpo",
@@ -194,8 +194,8 @@ def _check_dpo(
     wpo: bool,
     **others: Any,
 ) -> None:
-    _check.choice("variant", variant, tuple(_VARIANTS))
-    _check.choice("f_divergence", f_divergence, get_args(FDivergence))
+    check.choice("variant", variant, tuple(_VARIANTS))
+    check.choice("f_divergence", f_divergence, get_args(FDivergence))
     smoothing = {"label_smoothing": label_smoothing}
     check_pair(**smoothing, **others)
     apply(_SMOOTHING.get(variant, {}), smoothing)
@@ -296,7 +296,7 @@ def ld_dpo_weights(chosen_mask: Tensor, rejected_mask: Tensor, ld_alpha: float) 
     """
     check_pair(ld_alpha=ld_alpha)
     for name, given in (("chosen_mask", chosen_mask), ("rejected_mask", rejected_mask)):
-        if _check.tensor(name, given).ndim != 2:
+        if check.tensor(name, given).ndim != 2:
             raise ValueError(f"{name}: expected shape [P, T], got {list(given.shape)}")
     if chosen_mask.shape[0] != rejected_mask.shape[0]:
         raise ValueError(f"rejected_mask: expected {chosen_mask.shape[0]} rows, got {rejected_mask.shape[0]}")
@@ -312,7 +312,7 @@ def ld_dpo_weights(chosen_mask: Tensor, rejected_mask: Tensor, ld_alpha: float) 
 
 # -------------------------------------------------------------------------------------------------- without reference
 def _check_simpo(label_smoothing: float, variant: str, **others: Any) -> None:
-    _check.choice("variant", variant, ("sigmoid", "hinge"))
+    check.choice("variant", variant, ("sigmoid", "hinge"))
     check_pair(label_smoothing=label_smoothing, **others)
     if label_smoothing and variant == "hinge":
         raise ValueError("label_smoothing: taken by sigmoid, got variant 'hinge'")
@@ -481,7 +481,7 @@ _ALPHA = {**PAIR_RULES, "alpha": RULES["kl_coef"]}  # dpo's, of the f-divergence
 
 
 def _check_alpha(base: str = "dpo", **parameters: Any) -> None:
-    _check.choice("base", base, ("dpo", "simpo"))
+    check.choice("base", base, ("dpo", "simpo"))
     apply(_ALPHA, parameters)
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fastreward.losses._checks import RULES, Rule, apply, check
-from fastreward.losses._define import define
-from fastreward.losses._functions import clip, exp, expm1, log, minimum, seq_sum, stop_gradient, where
-from fastreward.losses._graph import Level, Node
-from fastreward.losses._terms import LOG_RATIO_CLAMP, Terms
+from fastreward.language.define import define
+from fastreward.language.functions import clip, exp, expm1, log, minimum, seq_sum, stop_gradient, where
+from fastreward.language.graph import Level, Node
+from fastreward.language.terms import LOG_RATIO_CLAMP, Terms
+from fastreward.losses._rules import RULES, Rule, apply, check
 from fastreward.losses.token import clamped_ratio
 
 __all__ = [

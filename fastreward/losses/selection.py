@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._arrays import accepts_arrays
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
 
 __all__ = ["cov_mask", "tw_grpo_importance"]
 
@@ -49,12 +49,12 @@ def cov_mask(
     Raises:
         TypeError, ValueError: wrong shape or name, no old_logprobs for "clip".
     """
-    _check.choice("method", method, ("clip", "kl"))
-    _check.positive("share", share)
-    x = _check.tensor("logprobs", logprobs)
-    given = _check.mask(mask, "logprobs", x)
+    check.choice("method", method, ("clip", "kl"))
+    check.positive("share", share)
+    x = check.tensor("logprobs", logprobs)
+    given = check.mask(mask, "logprobs", x)
     counted = torch.ones_like(x, dtype=torch.bool) if given is None else given != 0
-    a = _check.tensor("advantages", advantages)
+    a = check.tensor("advantages", advantages)
     a = a.unsqueeze(-1) if a.ndim == 1 and x.ndim == 2 else a
     a, x = (torch.where(counted, v.double(), 0.0) for v in (a.expand_as(x), x))
     tokens = counted.sum()
@@ -64,7 +64,7 @@ def cov_mask(
         return _first(torch.where(counted, -cov, math.inf), limit) & counted
     if old_logprobs is None:
         raise ValueError("old_logprobs: needed for method='clip', which passes over tokens that PPO clips already")
-    _check.shape("old_logprobs", _check.tensor("old_logprobs", old_logprobs), x.shape, "as logprobs")
+    check.shape("old_logprobs", check.tensor("old_logprobs", old_logprobs), x.shape, "as logprobs")
     ratio = torch.exp(x - torch.where(counted, old_logprobs.double(), 0.0))
     clipped = ((ratio > 1 + clip_high) & (a > 0)) | ((ratio < 1 - clip_low) & (a < 0))
     candidates = counted & ~clipped & (cov > cov_low) & (cov < cov_high)
@@ -98,11 +98,11 @@ def tw_grpo_importance(logprobs: Tensor, mask: Tensor, *, group_size: int) -> Te
     Raises:
         ValueError: wrong shape, or B is no multiple of group_size.
     """
-    if _check.tensor("logprobs", logprobs).ndim != 3:
+    if check.tensor("logprobs", logprobs).ndim != 3:
         raise ValueError(f"logprobs: expected shape [B, T, V], got {list(logprobs.shape)}")
     rows, length, vocabulary = logprobs.shape
-    _check.shape("mask", _check.tensor("mask", mask), (rows, length), "[B, T] of logprobs")
-    group_size = _check.whole("group_size", group_size, "rows of a group")
+    check.shape("mask", check.tensor("mask", mask), (rows, length), "[B, T] of logprobs")
+    group_size = check.whole("group_size", group_size, "rows of a group")
     if group_size < 1 or rows % group_size:
         raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size}")
     kept = torch.where((mask != 0).unsqueeze(-1), logprobs.float(), -math.log(vocabulary))

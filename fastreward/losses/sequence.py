@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastreward.losses._checks import RULES, apply, check
-from fastreward.losses._define import define
-from fastreward.losses._functions import (
+from fastreward.language.define import define
+from fastreward.language.functions import (
     clip,
     exp,
     expm1,
@@ -32,8 +31,9 @@ from fastreward.losses._functions import (
     stop_gradient,
     where,
 )
-from fastreward.losses._graph import Node
-from fastreward.losses._terms import LOG_RATIO_CLAMP, Terms
+from fastreward.language.graph import Node
+from fastreward.language.terms import LOG_RATIO_CLAMP, Terms
+from fastreward.losses._rules import RULES, apply, check
 from fastreward.losses.token import clipped_surrogate
 
 __all__ = ["brain", "gdro", "gmpo", "gspo", "gspo_token", "jepo", "laser", "pacs", "real", "sdpo_topk"]

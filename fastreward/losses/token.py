@@ -6,9 +6,8 @@ not clamped, as TRL), A = advantage. `aggregation` is what the method was publis
 
 from __future__ import annotations
 
-from fastreward.losses._checks import check
-from fastreward.losses._define import define
-from fastreward.losses._functions import (
+from fastreward.language.define import define
+from fastreward.language.functions import (
     abs,
     batch_sum,
     clip,
@@ -22,8 +21,9 @@ from fastreward.losses._functions import (
     stop_gradient,
     where,
 )
-from fastreward.losses._graph import Node
-from fastreward.losses._terms import LOG_RATIO_CLAMP, Terms
+from fastreward.language.graph import Node
+from fastreward.language.terms import LOG_RATIO_CLAMP, Terms
+from fastreward.losses._rules import check
 
 __all__ = ["clip_cov", "kl_cov", "nsr", "ppo", "psr", "sapo", "stable_reinforce", "tw_grpo", "visurf", "w_reinforce"]
 

@@ -6,7 +6,7 @@ Importing this package imports no trainer. Each patch returns a `Report` of what
 
 from __future__ import annotations
 
-from fastreward.patch._bindings import Entry, PatchRefused, Report, status, undo
+from fastreward.patch.bindings import Entry, PatchRefused, Report, status, undo
 from fastreward.patch.trl import trl
 
 __all__ = ["Entry", "PatchRefused", "Report", "status", "trl", "undo"]

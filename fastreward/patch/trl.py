@@ -22,11 +22,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastreward._op import transformed
+from fastreward._runtime.custom_op import transformed
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.logprobs import LOGITS_DTYPES, token_logprobs
-from fastreward.patch import _measure
-from fastreward.patch._bindings import Entry, Patch, PatchRefused, Report, active, bindings, install, undo
+from fastreward.patch import measure
+from fastreward.patch.bindings import Entry, Patch, PatchRefused, Report, active, bindings, install, undo
 
 _SERIES: Final = "1.16"
 _KERNEL, _COMPACT = "_ChunkedLogProbFunction", "_use_triton"
@@ -310,8 +310,8 @@ def _choose(head: _Head, logits: _Logits, report: Report) -> tuple[Serves, Serve
     head.serves = logits.serves = _on("cpu", "cuda")
     device = torch.device("cuda", torch.cuda.current_device())
     timings = (
-        _measure.linear_head(head.stock.apply, head.apply, device),
-        _measure.whole_logits(
+        measure.linear_head(head.stock.apply, head.apply, device),
+        measure.whole_logits(
             logits.stock["selective_log_softmax_and_entropy"], logits._selective_log_softmax_and_entropy, device
         ),
     )

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastreward import _check
+from fastreward._arguments import check
 
 if TYPE_CHECKING:
-    from fastreward._packed_tree import PackedTree
+    from fastreward.prefix_tree.packed import PackedTree
 
 
 @dataclass
@@ -87,10 +87,10 @@ def trl_row(packed: PackedTree, advantages: Tensor, old_logprobs: Tensor | None)
         raise ValueError(f"trl_row: expected one bin, got {packed.num_bins}; take them apart with .bins()")
     tree = packed.tree
     place = packed.packed_of_token
-    if _check.tensor("advantages", advantages).ndim == 1 and len(tree.shape) == 2:
-        _check.shape("advantages", advantages, (tree.num_rows,), "one per sequence, or as tokens")
+    if check.tensor("advantages", advantages).ndim == 1 and len(tree.shape) == 2:
+        check.shape("advantages", advantages, (tree.num_rows,), "one per sequence, or as tokens")
         advantages = advantages.unsqueeze(1).expand(tree.shape)
-    _check.shape("advantages", advantages, tree.shape, "one per sequence, or as tokens")
+    check.shape("advantages", advantages, tree.shape, "one per sequence, or as tokens")
     mask = tree._sequences.credit
     trained = packed.predicting_index >= 0
     if mask is not None:
@@ -108,6 +108,6 @@ def trl_row(packed: PackedTree, advantages: Tensor, old_logprobs: Tensor | None)
         "tree_leave": packed.tout.int(),
     }
     if old_logprobs is not None:
-        _check.shape("old_logprobs", old_logprobs, tree.shape, "as tokens")
+        check.shape("old_logprobs", old_logprobs, tree.shape, "as tokens")
         fields["old_log_probs"] = old_logprobs[trained].float()
     return fields

@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward._dispatch import implementation
-from fastreward._layout import NODES, ROWS
-from fastreward._numbers import Number, joined
-from fastreward._op import custom_op
-from fastreward._options import (
+from fastreward._arguments.numbers import Number, joined
+from fastreward._arguments.options import (
     OVERS,
     PLACES,
     TOKEN_OPS,
@@ -22,6 +19,9 @@ from fastreward._options import (
     AggregateOptions,
     Place,
 )
+from fastreward._runtime.custom_op import custom_op
+from fastreward._runtime.dispatch import implementation
+from fastreward._runtime.layout import NODES, ROWS
 
 
 def _kernels(backend: str) -> Any:

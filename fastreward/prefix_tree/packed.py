@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward import _prefix_tree_ops as _ops
-from fastreward._arrays import accepts_arrays
-from fastreward._dispatch import implementation
-from fastreward._numbers import Number
-from fastreward._options import TokenOp
-from fastreward._prefix_tree_sequences import Sequences
-from fastreward.prefix_tree import PrefixTree
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.numbers import Number
+from fastreward._arguments.options import TokenOp
+from fastreward._runtime.dispatch import implementation
+from fastreward.prefix_tree import ops
+from fastreward.prefix_tree.sequences import Sequences
+from fastreward.prefix_tree.tree import PrefixTree
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -134,7 +134,7 @@ class PackedTree:
         """FlexAttention's BlockMask [1, 1, P, P], from lists of blocks: no P x P mask is made."""
         from torch.nn.attention.flex_attention import BlockMask
 
-        if _check.whole("block_size", block_size, "tokens of a block") < 1:
+        if check.whole("block_size", block_size, "tokens of a block") < 1:
             raise ValueError(f"block_size: expected a positive number of tokens, got {block_size}")
         lists = implementation("prefix_tree", "cpu").blocks(self.tout.cpu().contiguous(), block_size)
         counts, indices, full_counts, full_indices = (x[None, None].to(self.tout.device) for x in lists)
@@ -177,7 +177,7 @@ class PackedTree:
         Returns:
             TokenStats, float32 [P] each; 0 for tokens without parent or without credit. Gradients flow to logits.
         """
-        from fastreward._packed_logprobs import packed_token_logprobs
+        from fastreward.prefix_tree.packed_logprobs import packed_token_logprobs
 
         return packed_token_logprobs(self, logits, temperature, outputs, inplace_backward)
 
@@ -197,9 +197,7 @@ class PackedTree:
     @accepts_arrays
     def to_tokens(self, packed_values: Tensor) -> Tensor:
         """Values [P] in the shape of the batch's tokens (of `rows`), 0 without credit; gradients are summed."""
-        _check.shape(
-            "packed_values", _check.tensor("packed_values", packed_values), (len(self),), "one per packed token"
-        )
+        check.shape("packed_values", check.tensor("packed_values", packed_values), (len(self),), "one per packed token")
         padding = self.tree._unique - len(self)
         return self.tree.unique_to_tokens(
             torch.nn.functional.pad(packed_values, (0, padding)) if padding else packed_values
@@ -220,7 +218,7 @@ class PackedTree:
         Raises:
             ValueError: a tree of several groups: areal knows none, its tries share whatever is equal.
         """
-        from fastreward._packed_adapters import areal_tries
+        from fastreward.prefix_tree.adapters import areal_tries
 
         return areal_tries(self, node_class)
 
@@ -234,7 +232,7 @@ class PackedTree:
 
         NumPy arrays give arrays.
         """
-        from fastreward._packed_adapters import trl_row
+        from fastreward.prefix_tree.adapters import trl_row
 
         return trl_row(self, advantages, old_logprobs)
 
@@ -242,7 +240,7 @@ class PackedTree:
 # -------------------------------------------------------------------------------------------------------------- pack
 def pack(tree: PrefixTree, max_tokens: int | None, by: By) -> PackedTree:
     """See PrefixTree.pack."""
-    _check.choice("by", by, ("group", "row"))
+    check.choice("by", by, ("group", "row"))
     if not tree._sequences.packable:
         raise ValueError("pack: expected a tree of whole token sequences, not of paths, branches or with ignore_masked")
     bin_of_row, bins = _bins(tree, max_tokens, by)
@@ -258,7 +256,7 @@ def _bins(tree: PrefixTree, max_tokens: int | None, by: By) -> tuple[Tensor, int
     """(bin of each row, bins); planned on the host, whose decision the sizes are."""
     if max_tokens is None:
         return torch.zeros_like(tree.leaf), 1
-    max_tokens = _check.whole("max_tokens", max_tokens, "unique tokens of a bin")
+    max_tokens = check.whole("max_tokens", max_tokens, "unique tokens of a bin")
     nodes = tree._nodes[:, : tree.num_nodes].cpu().contiguous()
     bin_of_row, bins = implementation("prefix_tree", "cpu").bins(nodes, tree._rows.cpu(), max_tokens, by == "row")
     if bins < 0:
@@ -273,7 +271,7 @@ def _bins(tree: PrefixTree, max_tokens: int | None, by: By) -> tuple[Tensor, int
 def _lay_out(tree: PrefixTree, bin_of_row: Tensor, bins: int) -> PackedTree:
     s = tree._sequences
     assert s.tokens is not None
-    fields = _ops.layout(s.tokens, tree._nodes, tree._rows, tree._unique, tree._backend)
+    fields = ops.layout(s.tokens, tree._nodes, tree._rows, tree._unique, tree._backend)
     token_ids, position_ids, parent, tout, multiplicity, source = (x[: tree.num_tokens] for x in fields)
     row = tree.first_row.repeat_interleave(tree.edge_length, output_size=tree.num_tokens)
     column = source - s.extents[row] if len(s.shape) == 2 else source

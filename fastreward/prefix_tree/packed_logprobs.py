@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._dispatch import select
-from fastreward._layout import VALUES, flags_of
-from fastreward._numbers import Number, joined, number, split
-from fastreward._op import custom_op, refuse_double_backward
+from fastreward._arguments import check
+from fastreward._arguments.numbers import Number, joined, number, split
+from fastreward._runtime.custom_op import custom_op, refuse_double_backward
+from fastreward._runtime.dispatch import select
+from fastreward._runtime.layout import VALUES, flags_of
 from fastreward.logprobs import (
     LOGITS_DTYPES,
     TokenStats,
@@ -23,7 +23,7 @@ from fastreward.logprobs import (
 )
 
 if TYPE_CHECKING:
-    from fastreward._packed_tree import PackedTree
+    from fastreward.prefix_tree.packed import PackedTree
 
 OUTPUTS = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs")
 _LOGPROB, _LOGSUMEXP = VALUES.index("logprobs"), VALUES.index("logsumexp")
@@ -173,22 +173,22 @@ def packed_token_logprobs(
     packed: PackedTree, logits: Tensor, temperature: Number, outputs: tuple[str, ...], inplace_backward: bool
 ) -> TokenStats:
     """See PackedTree.token_logprobs."""
-    _check.names("outputs", outputs, OUTPUTS)
-    _check.dtype("logits", _check.tensor("logits", logits), LOGITS_DTYPES)
+    check.names("outputs", outputs, OUTPUTS)
+    check.dtype("logits", check.tensor("logits", logits), LOGITS_DTYPES)
     if logits.ndim == 3 and logits.shape[0] == 1:
         logits = logits[0]
     if logits.ndim != 2 or logits.shape[0] != len(packed) or logits.shape[1] == 0:
         raise ValueError(
             f"logits: expected shape [{len(packed)}, V], one row per packed token, got {list(logits.shape)}"
         )
-    _check.same_device("logits", logits, "the tree", packed.token_ids)
+    check.same_device("logits", logits, "the tree", packed.token_ids)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"logits: expected unit stride along V, got {logits.stride(-1)}; call .contiguous() first")
     if inplace_backward:
         _check_own_memory(logits)
-    temperature, given_temperature = split(number("temperature", temperature, logits, _check.positive))
+    temperature, given_temperature = split(number("temperature", temperature, logits, check.positive))
     labels, mask, rows, ids = _children(packed)
-    if _check.values_checked(logits):
+    if check.values_checked(logits):
         _check_labels("token_ids", packed.token_ids, logits.shape[-1], packed.parent >= 0)
     flags = flags_of(outputs)
     backend = select("logprobs", logits)

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._arrays import as_tensor
-from fastreward._prefix_tree_views import Forest, TreeStatistics, node_numbers, number, row_names, shortened, statistics
+from fastreward._arguments import check
+from fastreward._arguments.arrays import as_tensor
+from fastreward.prefix_tree.views import Forest, TreeStatistics, node_numbers, number, row_names, shortened, statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
 
-    from fastreward._options import TreeMode, TreeOp
-    from fastreward._rollouts import Rollouts
-    from fastreward.prefix_tree import PrefixTree
+    from fastreward._arguments.options import TreeMode, TreeOp
+    from fastreward.prefix_tree.rollouts import Rollouts
+    from fastreward.prefix_tree.tree import PrefixTree
 
 Decode = Callable[[list[int]], str]
 
@@ -80,7 +80,7 @@ def plot(
         TypeError, ValueError: wrong shapes, a group that is not there, more than max_nodes nodes.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    _check.require_matplotlib()
+    check.require_matplotlib()
     forest = Forest(tree)
     first, last = forest.extent(group)
     if last - first > max_nodes:
@@ -122,7 +122,7 @@ def save(
         ValueError: what PrefixTree, its methods and `plot` raise; a group that is not there; a file that can't be
             written, or of another kind than .png, .svg and .pdf.
     """
-    _check.output_file("path", path, picture=True)
+    check.output_file("path", path, picture=True)
     names = rollouts.group_names
     if not names:
         raise ValueError("no sequences to draw")
@@ -170,7 +170,7 @@ def _rewards(tree: PrefixTree, rewards: Tensor | None) -> list[float] | None:
     if rewards is None:
         return None
     given = as_tensor(rewards)
-    _check.shape("rewards", _check.tensor("rewards", given), (tree.num_rows,), "one per sequence")
+    check.shape("rewards", check.tensor("rewards", given), (tree.num_rows,), "one per sequence")
     numbers: list[float] = given.detach().double().tolist()
     return numbers
 

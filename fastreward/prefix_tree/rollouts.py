@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastreward.prefix_tree import PrefixTree
+from fastreward.prefix_tree.tree import PrefixTree
 
 SUFFIXES = (".json", ".jsonl", ".npz", ".pt")
 #: Keys of a table (one entry for each sequence under each key) and of a record (one sequence).

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward import _prefix_tree_ops as _ops
-from fastreward._arrays import array_kind, as_tensor
-from fastreward._options import Place
+from fastreward._arguments import check
+from fastreward._arguments.arrays import array_kind, as_tensor
+from fastreward._arguments.options import Place
 from fastreward.group import GroupIds, checked_group_size, factorize
+from fastreward.prefix_tree import ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +90,19 @@ def token_sequences(
     backend: str,
 ) -> Sequences:
     """Sequences of tokens [B, T], or [N] with cu_seqlens."""
-    _check.integers("tokens", tokens)
+    check.integers("tokens", tokens)
     extents = _extents(tokens, cu_seqlens)
     count = extents.shape[0] - 1
-    mask = _check.mask(mask, "tokens", tokens)
-    attention_mask = _check.mask(attention_mask, "tokens", tokens, name="attention_mask")
+    mask = check.mask(mask, "tokens", tokens)
+    attention_mask = check.mask(attention_mask, "tokens", tokens, name="attention_mask")
     starts = extents[:-1].contiguous()
     if attention_mask is not None:
-        starts = _ops.starts(attention_mask.reshape(-1), extents, backend)
+        starts = ops.starts(attention_mask.reshape(-1), extents, backend)
     span = attention_mask if attention_mask is not None else mask
     if lengths is not None:
         ends = _lengths(lengths, starts, extents)
     elif span is not None:
-        ends = _ops.lengths(span.reshape(-1), extents, starts, backend)
+        ends = ops.lengths(span.reshape(-1), extents, starts, backend)
     else:
         ends = extents.diff()
     if tokens.dtype not in (torch.int32, torch.int64):
@@ -169,18 +169,18 @@ def path_sequences(
         segment_ids = as_tensor(segment_ids)
     shape, place = (count, steps), None
     if segment_ids is not None:
-        _check.integers("segment_ids", segment_ids)
+        check.integers("segment_ids", segment_ids)
         if segment_ids.ndim != 2 or segment_ids.shape[0] != count:
             raise ValueError(f"segment_ids: expected shape [{count}, T], got {list(segment_ids.shape)}")
-        _check.same_device("segment_ids", segment_ids, "path_ids", paths)
-        if _check.values_checked(segment_ids):
+        check.same_device("segment_ids", segment_ids, "path_ids", paths)
+        if check.values_checked(segment_ids):
             good = segment_ids < lengths.unsqueeze(1)
-            _check.every("segment_ids", good, segment_ids, "a place in the row's path (negative = none)")
+            check.every("segment_ids", good, segment_ids, "a place in the row's path (negative = none)")
         shape = (count, segment_ids.shape[1])
         first = torch.arange(count, device=paths.device).unsqueeze(1) * steps
         place = torch.where(segment_ids >= 0, segment_ids.long() + first, -1)
     named = "path_ids" if place is None else "segment_ids"
-    counted = _check.mask(as_tensor(mask), named, torch.empty(shape, device=paths.device))
+    counted = check.mask(as_tensor(mask), named, torch.empty(shape, device=paths.device))
     extents = torch.arange(count + 1, device=paths.device) * steps
     return Sequences(
         shape,
@@ -202,14 +202,14 @@ def _path_tensor(path_ids: Tensor | Sequence[Sequence[Hashable]]) -> Tensor:
     """[B, D] i64, negative behind a path's end; hashables are numbered."""
     given = as_tensor(path_ids)
     if isinstance(given, Tensor):
-        _check.integers("path_ids", given)
+        check.integers("path_ids", given)
         if given.ndim != 2:
             raise ValueError(f"path_ids: expected shape [B, D], got {list(given.shape)}")
         return given.long()
     rows = [as_tensor(path) for path in given]
     if rows and all(isinstance(row, Tensor) and row.ndim == 1 for row in rows):
         for row in rows:
-            _check.integers("path_ids", row)
+            check.integers("path_ids", row)
         return torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=-1)
     if any(isinstance(row, str | bytes) for row in rows):
         raise TypeError("path_ids: expected a sequence of ids for each path, got a string")
@@ -234,17 +234,17 @@ def branch_sequences(
     mask: Tensor | None,
 ) -> Sequences:
     """Sequences that branch off each other; their tokens are not known."""
-    _check.integers("parent", parent)
+    check.integers("parent", parent)
     if parent.ndim != 1:
         raise ValueError(f"parent: expected shape [B], got {list(parent.shape)}")
     for name, x in (("branch_position", branch_position), ("lengths", lengths)):
-        _check.integers(name, x)
-        _check.shape(name, x, parent.shape, "one per sequence")
-        _check.same_device(name, x, "parent", parent)
+        check.integers(name, x)
+        check.shape(name, x, parent.shape, "one per sequence")
+        check.same_device(name, x, "parent", parent)
     parent, position, length = parent.long(), branch_position.long(), lengths.long()
     count = parent.shape[0]
     group = groups_of(group_ids, group_size, count, parent.device)
-    if _check.values_checked(parent):
+    if check.values_checked(parent):
         _check_branches(parent, position, length, group)
     if mask is None:
         columns = int(length.max()) if count else 0  # the one thing that no argument says
@@ -253,9 +253,9 @@ def branch_sequences(
     else:
         raise ValueError(f"mask: expected shape [{count}, T], got {list(mask.shape)}")
     extents = torch.arange(count + 1, device=parent.device) * columns
-    if _check.values_checked(length):
-        _check.every("lengths", length <= columns, length, f"at most {columns}, the columns of mask")
-    counted = None if mask is None else _check.mask(mask, "mask", mask)
+    if check.values_checked(length):
+        check.every("lengths", length <= columns, length, f"at most {columns}, the columns of mask")
+    counted = None if mask is None else check.mask(mask, "mask", mask)
     return Sequences(
         (count, columns),
         extents[:-1].contiguous(),
@@ -272,14 +272,14 @@ def branch_sequences(
 
 def _check_branches(parent: Tensor, position: Tensor, length: Tensor, group: Tensor) -> None:
     count = parent.shape[0]
-    _check.every("lengths", length >= 0, length, "integers >= 0")
-    _check.every("parent", (parent >= -1) & (parent < count), parent, f"rows in [0, {count}), or -1")
+    check.every("lengths", length >= 0, length, "integers >= 0")
+    check.every("parent", (parent >= -1) & (parent < count), parent, f"rows in [0, {count}), or -1")
     has, of = parent >= 0, parent.clamp(min=0)
     if count == 0:
         return
-    _check.every("parent", ~has | (group[of] == group), parent, "a row of the same group")
+    check.every("parent", ~has | (group[of] == group), parent, "a row of the same group")
     inside = ~has | ((position >= 0) & (position <= length) & (position <= length[of]))
-    _check.every("branch_position", inside, position, "a position in both rows")
+    check.every("branch_position", inside, position, "a position in both rows")
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces
@@ -300,16 +300,16 @@ def _extents(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if tokens.ndim != 2:
             raise ValueError(f"tokens: expected shape [B, T], or [N] with cu_seqlens, got {list(tokens.shape)}")
         return torch.arange(tokens.shape[0] + 1, device=tokens.device) * tokens.shape[1]
-    _check.integers("cu_seqlens", cu_seqlens)
+    check.integers("cu_seqlens", cu_seqlens)
     if tokens.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             "tokens, cu_seqlens: expected packed tokens [N] and offsets [B + 1], "
             f"got {list(tokens.shape)} and {list(cu_seqlens.shape)}"
         )
-    _check.same_device("cu_seqlens", cu_seqlens, "tokens", tokens)
+    check.same_device("cu_seqlens", cu_seqlens, "tokens", tokens)
     extents = cu_seqlens.long().contiguous()
-    if _check.values_checked(extents):
-        _check.every("cu_seqlens", extents[1:] >= extents[:-1], extents[1:], "offsets that do not fall")
+    if check.values_checked(extents):
+        check.every("cu_seqlens", extents[1:] >= extents[:-1], extents[1:], "offsets that do not fall")
         if int(extents[0]) != 0 or int(extents[-1]) != tokens.shape[0]:
             ends = [int(extents[0]), int(extents[-1])]
             raise ValueError(f"cu_seqlens: expected offsets from 0 to {tokens.shape[0]}, got {ends[0]} to {ends[1]}")
@@ -319,11 +319,11 @@ def _extents(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def _lengths(lengths: Tensor | Sequence[int], starts: Tensor, extents: Tensor) -> Tensor:
     if not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths, device=starts.device)
-    _check.integers("lengths", lengths)
-    _check.shape("lengths", lengths, starts.shape, "one per sequence")
-    _check.same_device("lengths", lengths, "tokens", starts)
+    check.integers("lengths", lengths)
+    check.shape("lengths", lengths, starts.shape, "one per sequence")
+    check.same_device("lengths", lengths, "tokens", starts)
     length = lengths.long().contiguous()
-    if _check.values_checked(length):
+    if check.values_checked(length):
         good = (length >= 0) & (length <= extents[1:] - starts)
-        _check.every("lengths", good, length, "at most the row's tokens")
+        check.every("lengths", good, length, "at most the row's tokens")
     return length

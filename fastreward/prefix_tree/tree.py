@@ -8,27 +8,38 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastreward import _check
-from fastreward import _prefix_tree_ops as _ops
-from fastreward._arrays import accepts_arrays
-from fastreward._computed import computed_once
-from fastreward._dispatch import select
-from fastreward._layout import NODES, ROWS
-from fastreward._numbers import Number, is_number, number, split
-from fastreward._options import OVERS, PLACES, TOKEN_OPS, TREE_MODES, TREE_OPS, Over, Place, TokenOp, TreeMode, TreeOp
-from fastreward._prefix_tree_sequences import Sequences, branch_sequences, path_sequences, token_sequences
+from fastreward._arguments import check
+from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.numbers import Number, is_number, number, split
+from fastreward._arguments.options import (
+    OVERS,
+    PLACES,
+    TOKEN_OPS,
+    TREE_MODES,
+    TREE_OPS,
+    Over,
+    Place,
+    TokenOp,
+    TreeMode,
+    TreeOp,
+)
+from fastreward._runtime.dispatch import select
+from fastreward._runtime.layout import NODES, ROWS
 from fastreward.group import GroupIds
+from fastreward.prefix_tree import ops
+from fastreward.prefix_tree.computed import computed_once
+from fastreward.prefix_tree.sequences import Sequences, branch_sequences, path_sequences, token_sequences
 
 if TYPE_CHECKING:
     import networkx
     from matplotlib.axes import Axes
 
-    from fastreward._packed_tree import PackedTree
-    from fastreward._prefix_tree_views import TreeStatistics
+    from fastreward.prefix_tree.packed import PackedTree
+    from fastreward.prefix_tree.views import TreeStatistics
 
 
 def _not_0(name: str, value: object) -> float:
-    number = _check.finite(name, value)
+    number = check.finite(name, value)
     if number == 0.0:
         raise ValueError(f"{name}: expected a number other than 0, got 0")
     return number
@@ -92,7 +103,7 @@ class PrefixTree:
         cu_seqlens: Tensor | None = None,
         ignore_masked: bool = False,
     ) -> None:
-        backend = select("prefix_tree", _check.tensor("tokens", tokens))
+        backend = select("prefix_tree", check.tensor("tokens", tokens))
         sequences = token_sequences(
             tokens, mask, group_ids, group_size, lengths, attention_mask, cu_seqlens, ignore_masked, backend
         )
@@ -156,7 +167,7 @@ class PrefixTree:
 
     def _build(self, s: Sequences, backend: str, *, compress: bool = True) -> None:
         self._sequences, self._backend = s, backend
-        self._nodes, self._rows, self._sizes = _ops.build(
+        self._nodes, self._rows, self._sizes = ops.build(
             s.tokens, s.parent_row, s.branch_position, s.starts, s.lengths, s.group, s.ordered_groups, compress, backend
         )
         if self._sizes.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -273,14 +284,14 @@ class PrefixTree:
     def node_of_token(self) -> Tensor:
         """i32 in the shape of tokens: the node of each, -1 outside of the sequences."""
         return self._from_flat(
-            _ops.node_of_token(self._nodes, self._rows, self._sequences.extents, self._flat, self._backend), -1
+            ops.node_of_token(self._nodes, self._rows, self._sequences.extents, self._flat, self._backend), -1
         )
 
     @computed_once
     def unique_of_token(self) -> Tensor:
         """i64 in the shape of tokens: the place of each among the unique tokens, -1 outside of the sequences."""
         return self._from_flat(
-            _ops.unique_of_token(self._nodes, self._rows, self._sequences.extents, self._flat, self._backend), -1
+            ops.unique_of_token(self._nodes, self._rows, self._sequences.extents, self._flat, self._backend), -1
         )
 
     # ---------------------------------------------------------------------------------------------------- operations
@@ -323,13 +334,13 @@ class PrefixTree:
             TypeError, ValueError: wrong dtype, shape or name; weights that are not finite (or below 0, of a logsumexp);
                 max, min or any of values that need a gradient.
         """
-        _check.choice("op", op, TREE_OPS)
-        _check.choice("over", over, OVERS)
+        check.choice("op", op, TREE_OPS)
+        check.choice("over", over, OVERS)
         if child_weights is not None and over != "children":
             raise ValueError("child_weights: needs over='children'")
         values = self._per_row("leaf_values", leaf_values)
         scale = number("scale", scale, values, _not_0)
-        discount = number("discount", discount, values, _check.finite)
+        discount = number("discount", discount, values, check.finite)
         if op not in ("mean", "sum") and (isinstance(discount, Tensor) or discount != 1.0):
             raise ValueError(
                 f"discount: expected 1 with op={op!r}, as only mean and sum are discounted, got {discount}"
@@ -340,7 +351,7 @@ class PrefixTree:
             raise ValueError(
                 f"leaf_values: op={op!r} has no gradient; use .detach(), or a logsumexp with a large scale"
             )
-        out: Tensor = _ops.aggregate(
+        out: Tensor = ops.aggregate(
             values,
             None if weights is None else self._row_weights(weights, op).to(values.dtype),
             None if child_weights is None else self._child_weights(child_weights, op).to(values.dtype),
@@ -383,14 +394,14 @@ class PrefixTree:
             [nodes], the dtype of node_values; 0 for roots, for nodes without a value and for those that have nothing to
             be compared with. A constant: no gradient flows to node_values.
         """
-        _check.choice("mode", mode, TREE_MODES)
-        _check.choice("scale", scale, ("std", "none"))
-        _check.choice("singleton", singleton, ("zero", "raw"))
-        ddof = _check.whole("ddof", ddof, "the divisor of a variance is count - ddof")
-        values = _check.constant("node_values", self._per_node("node_values", node_values))
+        check.choice("mode", mode, TREE_MODES)
+        check.choice("scale", scale, ("std", "none"))
+        check.choice("singleton", singleton, ("zero", "raw"))
+        ddof = check.whole("ddof", ddof, "the divisor of a variance is count - ddof")
+        values = check.constant("node_values", self._per_node("node_values", node_values))
         modes = f"{mode}|{scale}|{singleton}"
-        eps = number("eps", eps, values, _check.finite)
-        out: Tensor = _ops.advantages(values, self._nodes, self._rows, modes, ddof, *split(eps), self._backend)
+        eps = number("eps", eps, values, check.finite)
+        out: Tensor = ops.advantages(values, self._nodes, self._rows, modes, ddof, *split(eps), self._backend)
         return out
 
     @accepts_arrays
@@ -415,22 +426,20 @@ class PrefixTree:
             [nodes]. Gradients flow to scale and shift, where no bound has cut (on a bound they do) and x is not NaN.
         """
         given = {"scale": scale, "shift": shift}
-        tensors = {name: self._per_node(name, _check.tensor(name, x)) for name, x in given.items() if not is_number(x)}
+        tensors = {name: self._per_node(name, check.tensor(name, x)) for name, x in given.items() if not is_number(x)}
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
         factors = [
             tensors[name].to(dtype) if name in tensors else self._everywhere(name, x, dtype)
             for name, x in given.items()
         ]
         numbers = {"initial": initial, "low": low, "high": high}
-        known = {
-            name: None if x is None else number(name, x, self._nodes, _check.finite) for name, x in numbers.items()
-        }
+        known = {name: None if x is None else number(name, x, self._nodes, check.finite) for name, x in numbers.items()}
         rules = [(None, None) if x is None else split(x) for x in known.values()]
         low, high = known["low"], known["high"]
         if isinstance(low, float) and isinstance(high, float) and low > high:
             raise ValueError(f"low, high: expected low <= high, got {low} and {high}")
         values, instead = zip(*rules, strict=True)
-        out: Tensor = _ops.propagate(*factors, self._nodes, self._rows, *values, *instead, self._backend)
+        out: Tensor = ops.propagate(*factors, self._nodes, self._rows, *values, *instead, self._backend)
         return out
 
     @accepts_arrays
@@ -447,7 +456,7 @@ class PrefixTree:
             The shape of tokens; 0 where the mask gives no credit and outside of the sequences. Gradients flow to
             node_values.
         """
-        _check.choice("place", place, PLACES)
+        check.choice("place", place, PLACES)
         values = self._per_node("node_values", node_values)
         added = (
             None
@@ -465,7 +474,7 @@ class PrefixTree:
 
     def _spread(self, values: Tensor, row_values: Tensor | None, place: Place) -> Tensor:
         s = self._sequences
-        flat = _ops.spread(
+        flat = ops.spread(
             values, row_values, self._nodes, self._rows, s.extents, s.credit, place, self._flat, self._backend
         )
         return s.credited(flat)
@@ -482,11 +491,11 @@ class PrefixTree:
             [num_tokens] (on a GPU as many places as there are tokens); sums in float64. Gradients flow to token_values
             through sum and mean.
         """
-        _check.choice("op", op, TOKEN_OPS)
+        check.choice("op", op, TOKEN_OPS)
         self._check_tokens("token_values", token_values)
         s = self._sequences
         flat = self._to_flat(self._floats("token_values", token_values))
-        out: Tensor = _ops.fold(flat, self._nodes, self._rows, s.extents, s.credit, op, self._unique, self._backend)
+        out: Tensor = ops.fold(flat, self._nodes, self._rows, s.extents, s.credit, op, self._unique, self._backend)
         return out
 
     @accepts_arrays
@@ -496,10 +505,10 @@ class PrefixTree:
         0 where the mask gives no credit and outside of the sequences. float32 or float64; gradients flow, summed over
         the sequences that share a token.
         """
-        _check.shape("unique_values", _check.tensor("unique_values", unique_values), (self._unique,), "num_tokens")
+        check.shape("unique_values", check.tensor("unique_values", unique_values), (self._unique,), "num_tokens")
         s = self._sequences
         unique = self._floats("unique_values", unique_values)
-        return s.credited(_ops.unfold(unique, self._nodes, self._rows, s.extents, s.credit, self._flat, self._backend))
+        return s.credited(ops.unfold(unique, self._nodes, self._rows, s.extents, s.credit, self._flat, self._backend))
 
     def pack(self, max_tokens: int | None = None, *, by: Literal["group", "row"] = "group") -> PackedTree:
         """The layout for training: every unique token once (see PackedTree).
@@ -513,20 +522,20 @@ class PrefixTree:
         Raises:
             ValueError: a sequence that is longer than max_tokens; a tree without tokens, or one that ignores some.
         """
-        from fastreward._packed_tree import pack
+        from fastreward.prefix_tree.packed import pack
 
         return pack(self, max_tokens, by)
 
     # --------------------------------------------------------------------------------------------------------- views
     def statistics(self) -> TreeStatistics:
         """Tokens saved, branch points, depths; print it for a table."""
-        from fastreward._prefix_tree_views import statistics
+        from fastreward.prefix_tree.views import statistics
 
         return statistics(self)
 
     def to_networkx(self, **node_values: Tensor) -> networkx.DiGraph:
         """A networkx.DiGraph with an edge to each child; nodes carry every field and what is given here."""
-        from fastreward._prefix_tree_views import to_networkx
+        from fastreward.prefix_tree.views import to_networkx
 
         return to_networkx(self, node_values)
 
@@ -551,7 +560,7 @@ class PrefixTree:
             ax: matplotlib axes to draw in; a new pyplot figure of fitting size if None.
             max_nodes: more than these are refused (ValueError).
         """
-        from fastreward._prefix_tree_plot import plot
+        from fastreward.prefix_tree.plot import plot
 
         return plot(self, values, advantages, rewards=rewards, group=group, decode=decode, ax=ax, max_nodes=max_nodes)
 
@@ -559,7 +568,7 @@ class PrefixTree:
         return f"PrefixTree({list(self.shape)}, {self._nodes.shape[1]} nodes on {self._nodes.device})"
 
     def __str__(self) -> str:
-        from fastreward._prefix_tree_views import drawing
+        from fastreward.prefix_tree.views import drawing
 
         return drawing(self)
 
@@ -575,49 +584,49 @@ class PrefixTree:
         return self.num_tokens if self._nodes.device.type == "cpu" else self._flat
 
     def _floats(self, name: str, x: Tensor) -> Tensor:
-        return _check.rewards(name, x).contiguous()
+        return check.rewards(name, x).contiguous()
 
     def _per_row(self, name: str, x: Tensor) -> Tensor:
-        _check.shape(name, _check.tensor(name, x), (self.num_rows,), "one per sequence")
-        _check.same_device(name, x, "the tree", self._rows)
+        check.shape(name, check.tensor(name, x), (self.num_rows,), "one per sequence")
+        check.same_device(name, x, "the tree", self._rows)
         return self._floats(name, x)
 
     def _per_node(self, name: str, x: Tensor) -> Tensor:
-        _check.shape(name, _check.tensor(name, x), (self._nodes.shape[1],), "one per node")
-        _check.same_device(name, x, "the tree", self._nodes)
+        check.shape(name, check.tensor(name, x), (self._nodes.shape[1],), "one per node")
+        check.same_device(name, x, "the tree", self._nodes)
         return self._floats(name, x)
 
     def _everywhere(self, name: str, x: Number, dtype: torch.dtype) -> Tensor:
         """A number for every node; a 0-d tensor keeps its gradient."""
-        value = x if isinstance(x, Tensor) and x.requires_grad else number(name, x, self._nodes, _check.finite)
+        value = x if isinstance(x, Tensor) and x.requires_grad else number(name, x, self._nodes, check.finite)
         if not isinstance(value, Tensor):
             return torch.full((self._nodes.shape[1],), value, dtype=dtype, device=self._nodes.device)
         return value.to(device=self._nodes.device, dtype=dtype).expand(self._nodes.shape[1]).contiguous()
 
     def _row_weights(self, weights: Tensor, op: TreeOp) -> Tensor:
-        w = _check.constant("weights", self._per_row("weights", weights))
+        w = check.constant("weights", self._per_row("weights", weights))
         self._check_weights("weights", w, op)
         return w
 
     def _child_weights(self, weights: Tensor, op: TreeOp) -> Tensor:
-        w = _check.constant("child_weights", self._per_node("child_weights", weights))
+        w = check.constant("child_weights", self._per_node("child_weights", weights))
         self._check_weights("child_weights", torch.where(self.parent < 0, 1.0, w), op)  # those of roots are not read
         return w
 
     @staticmethod
     def _check_weights(name: str, weights: Tensor, op: TreeOp) -> None:
-        if _check.values_checked(weights):
-            _check.every(name, weights.isfinite(), weights, "finite numbers")
+        if check.values_checked(weights):
+            check.every(name, weights.isfinite(), weights, "finite numbers")
             if op == "logsumexp":
-                _check.every(name, weights >= 0, weights, "numbers >= 0 with op='logsumexp'")
+                check.every(name, weights >= 0, weights, "numbers >= 0 with op='logsumexp'")
 
     @staticmethod
     def _constant(name: str, x: Tensor, like: Tensor) -> Tensor:
-        return _check.constant(name, x).to(like.dtype)
+        return check.constant(name, x).to(like.dtype)
 
     def _check_tokens(self, name: str, x: Tensor) -> None:
-        _check.shape(name, _check.tensor(name, x), self.shape, "as tokens")
-        _check.same_device(name, x, "the tree", self._nodes)
+        check.shape(name, check.tensor(name, x), self.shape, "as tokens")
+        check.same_device(name, x, "the tree", self._nodes)
 
     def _to_flat(self, x: Tensor) -> Tensor:
         return self._sequences.to_flat(x)

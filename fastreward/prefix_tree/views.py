@@ -15,14 +15,14 @@ from rich.text import Text
 from rich.tree import Tree
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._arrays import as_tensor
-from fastreward._layout import NODES
+from fastreward._arguments import check
+from fastreward._arguments.arrays import as_tensor
+from fastreward._runtime.layout import NODES
 
 if TYPE_CHECKING:
     import networkx
 
-    from fastreward.prefix_tree import PrefixTree
+    from fastreward.prefix_tree.tree import PrefixTree
 
 #: A drawing of more nodes than this is no help to anyone.
 _MOST_DRAWN = 200
@@ -152,7 +152,7 @@ def to_networkx(tree: PrefixTree, node_values: dict[str, Tensor]) -> networkx.Di
 def node_numbers(tree: PrefixTree, name: str, values: Tensor) -> list[float]:
     """Values [nodes] as floats, without the empty places behind the last node."""
     given = as_tensor(values)
-    _check.shape(name, _check.tensor(name, given), (tree._nodes.shape[1],), "one per node")
+    check.shape(name, check.tensor(name, given), (tree._nodes.shape[1],), "one per node")
     numbers: list[float] = given.detach()[: tree.num_nodes].double().tolist()
     return numbers
 

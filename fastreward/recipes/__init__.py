@@ -8,7 +8,7 @@ torch.compile compiles call the operation itself, with a loss that was made outs
 
 from __future__ import annotations
 
-from fastreward.recipes._registry import RECIPES, Recipe
+from fastreward.recipes._catalogue.registry import RECIPES, Recipe
 from fastreward.recipes.correction import (
     deepseek_v3_2,
     geo_rs,

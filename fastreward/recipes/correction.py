@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastreward import PolicyLoss, correction_weights, losses, policy_loss
 from fastreward import off_policy_sequence_mask as _sequence_mask
-from fastreward._options import Aggregation
-from fastreward._results import Metrics
-from fastreward.recipes._options import PolicyOptions, add_kl, weigh_also
-from fastreward.recipes._registry import recipe
+from fastreward._arguments.options import Aggregation
+from fastreward._loss_call.results import Metrics
+from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.options import PolicyOptions, add_kl, weigh_also
 
 Correction = tuple[Tensor, Tensor, Metrics]
 Threshold = float | tuple[float, float]

@@ -12,8 +12,9 @@ from typing import Final, Unpack
 from torch import Tensor
 
 from fastreward import PolicyLoss, losses, policy_loss
-from fastreward._options import Aggregation
-from fastreward.recipes._options import (
+from fastreward._arguments.options import Aggregation
+from fastreward.recipes._catalogue.registry import Verified, recipe
+from fastreward.recipes._shared.options import (
     PolicyOptions,
     add_extra,
     add_kl,
@@ -22,7 +23,6 @@ from fastreward.recipes._options import (
     per_token,
     scored,
 )
-from fastreward.recipes._registry import Verified, recipe
 
 _VANILLA = "verl core_algos.py `compute_policy_loss_vanilla`"
 _TRL = "TRL grpo_trainer.py `_compute_loss`"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastreward import PolicyLoss, losses, preference_loss
 from fastreward.losses.preference import FDivergence
-from fastreward.recipes._options import PairOptions
-from fastreward.recipes._registry import recipe
+from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.options import PairOptions
 
 _TRL = "TRL dpo_trainer.py `_compute_loss`"
 

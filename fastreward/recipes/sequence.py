@@ -13,9 +13,9 @@ from typing import Unpack
 from torch import Tensor
 
 from fastreward import PolicyLoss, group_advantages, losses, policy_loss
-from fastreward._options import Aggregation
-from fastreward.recipes._options import PolicyOptions, add_extra, scored
-from fastreward.recipes._registry import recipe
+from fastreward._arguments.options import Aggregation
+from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.options import PolicyOptions, add_extra, scored
 
 _TRL = "TRL grpo_trainer.py `_compute_loss`"
 

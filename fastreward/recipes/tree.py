@@ -17,11 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastreward import PrefixTree, _check
-from fastreward._options import Singleton
+from fastreward import PrefixTree
+from fastreward._arguments import check
+from fastreward._arguments.options import Singleton
 from fastreward.group import GroupIds
-from fastreward.recipes._registry import recipe
-from fastreward.recipes._tree import (
+from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.tree import (
     beside_tokens,
     credited,
     group_of,
@@ -142,7 +143,7 @@ def spo_tree(
     nodes 6 children. Not here: the prover's advantage, and that edges of advantage 0 are no samples. whiten=False: to
     whiten over all ranks, by `fastreward.whiten`.
     """
-    _check.choice("variant", variant, ("rloo", "grpo"))
+    check.choice("variant", variant, ("rloo", "grpo"))
     outcomes = rewards_of(tree, rewards)
     values = tree.aggregate(outcomes, over="children")
     if variant == "rloo":
@@ -152,8 +153,8 @@ def spo_tree(
     advantages = node_tokens(tree, differences, row_values=scored(outcomes))
     counted = credited(tree, outcomes)
     if old_logprobs is not None:
-        _check.shape("old_logprobs", _check.tensor("old_logprobs", old_logprobs), tree.shape, "as tokens")
-        _check.same_device("old_logprobs", old_logprobs, "the tree", tree.leaf)
+        check.shape("old_logprobs", check.tensor("old_logprobs", old_logprobs), tree.shape, "as tokens")
+        check.same_device("old_logprobs", old_logprobs, "the tree", tree.leaf)
         unsure = counted & (old_logprobs.detach().exp() < prob_threshold)
         advantages = torch.where(unsure, advantages, 0.0)
         counted = unsure | (counted & ~unsure.any())  # none: they are all 0, but whitening needs tokens
@@ -220,8 +221,8 @@ def portool(
         op: "mean" or "max" over the trajectories through a step; the paper's is not known to us.
         trajectory_weight, fork_weight, ddof, eps: not known to us either.
     """
-    _check.choice("op", op, ("mean", "max"))
-    gamma = _check.positive("gamma", gamma)
+    check.choice("op", op, ("mean", "max"))
+    gamma = check.positive("gamma", gamma)
     outcomes = rewards_of(tree, rewards)
     # From the ends of all sequences to the root, then back to the node: one power per sequence, one per node.
     decay = gamma ** tree.depth.double()
@@ -301,8 +302,8 @@ def at2po(
         node_value: or the mean of the children's values, or of those of all sequences below.
         advantage: "node_value" V(n), "diff_parent" V(n) - V(p), "diff_global" V(n) - V(root), "diff_localglobal" both.
     """
-    _check.choice("node_value", node_value, ("child_softmax", "child_mean", "leaf_mean"))
-    _check.choice("advantage", advantage, ("node_value", *_AT2PO_MODES))
+    check.choice("node_value", node_value, ("child_softmax", "child_mean", "leaf_mean"))
+    check.choice("advantage", advantage, ("node_value", *_AT2PO_MODES))
     leaves = rewards_of(tree, rewards)
     if normalize:
         leaves = normalized(leaves, group_of(tree), ddof=0, eps=eps)
@@ -368,10 +369,10 @@ def arpo_branch(
         bool in the shape of entropy.
     """
     for name, x in (("entropy", entropy), ("initial_entropy", initial_entropy)):
-        _check.shape(name, _check.tensor(name, x), entropy.shape, "as entropy")
+        check.shape(name, check.tensor(name, x), entropy.shape, "as entropy")
     if uniform is None:
         uniform = torch.rand(entropy.shape, generator=generator, device=entropy.device)
-    _check.shape("uniform", uniform, entropy.shape, "as entropy")
+    check.shape("uniform", uniform, entropy.shape, "as entropy")
     chance = (uniform - weight * (entropy.detach() - initial_entropy.detach())).clamp(0.0, 1.0)
     return chance <= threshold
 
@@ -470,7 +471,7 @@ def treepo(
     nodes below the root whose sequences all have the same reward do not count. whiten=False: to whiten over all ranks,
     by `fastreward.whiten`.
     """
-    _check.choice("weighting", weighting, ("group_size", "average"))
+    check.choice("weighting", weighting, ("group_size", "average"))
     outcomes = rewards_of(tree, rewards)
     count = scored_count(tree, outcomes)
     eligible = count > 1
@@ -529,7 +530,7 @@ def _decay(tree: PrefixTree, eta: float | None) -> Tensor | float:
     """Eta to the number of segments from a token's own to the end of its response; it differs by response."""
     if eta is None:
         return 1.0
-    eta = _check.positive("eta", eta)
+    eta = check.positive("eta", eta)
     return eta ** (beside_tokens(tree, tree.depth[tree.leaf] + 1.0) - node_tokens(tree, tree.depth)).clamp(min=0.0)
 
 

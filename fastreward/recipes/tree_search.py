@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastreward import PrefixTree, _check
-from fastreward._options import TreeOp
-from fastreward.recipes._registry import recipe
-from fastreward.recipes._tree import (
+from fastreward import PrefixTree
+from fastreward._arguments import check
+from fastreward._arguments.options import TreeOp
+from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.tree import (
     group_of,
     labelled,
     node_tokens,
@@ -64,9 +65,9 @@ def treerl(
     Defaults are the functions' own. Its 14B run (scripts/treerl-qw14b.sh, as others quote it) has reward="state_value",
     overall_norm="none", reweight="sqrt". The variants "chain" and "orm", which add a terminal's value, are not here.
     """
-    _check.choice("reward", reward, ("pure", "state_value", "value_only", "mix_all_ancestors"))
-    _check.choice("overall_norm", overall_norm, ("token", "step", "none"))
-    _check.choice("reweight", reweight, ("none", "sqrt", "uniform"))
+    check.choice("reward", reward, ("pure", "state_value", "value_only", "mix_all_ancestors"))
+    check.choice("overall_norm", overall_norm, ("token", "step", "none"))
+    check.choice("reweight", reweight, ("none", "sqrt", "uniform"))
     if selected is not None and reweight == "none":
         raise ValueError("selected: needs reweight='sqrt' or 'uniform', which count them")
     outcomes = rewards_of(tree, rewards)
@@ -154,7 +155,7 @@ def propa(
     if counts is not None:  # no visits: 0 / 0
         labels = torch.where(scored_count(tree, outcomes) > 0, labels.nan_to_num(0.0), labels)
     if boost is not None:
-        boost = _check.positive("boost", boost)
+        boost = check.positive("boost", boost)
         labels = torch.log1p(boost * labels.clamp(0.0, 1.0)) / math.log1p(boost)
     told_apart = of_parent(tree, _children_range(tree, labels)) >= min_range
     advantages = tree.advantages(labels, "sibling", ddof=ddof, eps=eps)
@@ -171,8 +172,8 @@ def _children_range(tree: PrefixTree, node_values: Tensor) -> Tensor:
 
 
 def _not_negative(x: Tensor, name: str) -> Tensor:
-    if _check.values_checked(x):
-        _check.every(name, x >= 0, x, "numbers >= 0")
+    if check.values_checked(x):
+        check.every(name, x >= 0, x, "numbers >= 0")
     return x
 
 
@@ -229,11 +230,11 @@ def mcts_step_values(
             through each node, with which V is the mean over all of them.
         backup: "max": the largest of the children's instead (for process reward models).
     """
-    _check.choice("backup", backup, ("mean", "max"))
+    check.choice("backup", backup, ("mean", "max"))
     ends = rewards_of(tree, rewards)
     counts = scored_count(tree, ends) if visits is None else per_node(tree, visits, "visits")
-    if visits is not None and _check.values_checked(visits):
-        _check.every("visits", (counts > 0) | (tree.parent < 0), visits, "numbers above 0")
+    if visits is not None and check.values_checked(visits):
+        check.every("visits", (counts > 0) | (tree.parent < 0), visits, "numbers above 0")
     if backup == "max":
         values = tree.aggregate(ends, "max")
     else:
@@ -257,8 +258,8 @@ def diffusion_tree(
     Returns [nodes], by which the search chooses (softmax of scale V over the children); `tree.to_tokens` gives them to
     tokens. NaN where nothing was scored below. scale: the inverse temperature lambda.
     """
-    _check.choice("form", form, ("mean", "sum"))
-    scale = _check.positive("scale", scale)
+    check.choice("form", form, ("mean", "sum"))
+    scale = check.positive("scale", scale)
     values = rewards_of(tree, rewards)
     return tree.aggregate(values, "logsumexp", over="children", scale=scale, normalized=form == "mean").float()
 
@@ -289,17 +290,17 @@ def tree_opo(
         prefix: integers [B], the node where each response begins; None: the parent of the node where it ends, which is
             right in a tree of tokens.
     """
-    _check.choice("baseline", baseline, ("mean", "max", "min"))
+    check.choice("baseline", baseline, ("mean", "max", "min"))
     outcomes = rewards_of(tree, rewards)
     if prefix is None:
         prefix = _above_leaf(tree)
     else:
-        _check.integers("prefix", prefix)
-        _check.shape("prefix", prefix, outcomes.shape, "one per sequence of the tree")
-        _check.same_device("prefix", prefix, "the tree", tree.leaf)
-        if _check.values_checked(prefix):
+        check.integers("prefix", prefix)
+        check.shape("prefix", prefix, outcomes.shape, "one per sequence of the tree")
+        check.same_device("prefix", prefix, "the tree", tree.leaf)
+        if check.values_checked(prefix):
             size = tree.parent.shape[0]
-            _check.every("prefix", (prefix >= 0) & (prefix < size), prefix, f"nodes in [0, {size})")
+            check.every("prefix", (prefix >= 0) & (prefix < size), prefix, f"nodes in [0, {size})")
     op: TreeOp = baseline
     return row_tokens(tree, outcomes - tree.aggregate(outcomes, op)[prefix.long()])
 

@@ -171,7 +171,7 @@ def fold(
     flags: int,
     label_logits: Tensor | None,
 ) -> None:
-    """Merges columns vocab_start .. vocab_start + Vc into state f64 [N, 8] (fastreward._layout.STATE)."""
+    """Merges columns vocab_start .. vocab_start + Vc into state f64 [N, 8] (fastreward._runtime.layout.STATE)."""
     del flags
     x = logits.double()
     inv = torch.as_tensor(inv_temperature, dtype=torch.float64, device=x.device).expand(x.shape[0])

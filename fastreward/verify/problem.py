@@ -31,7 +31,7 @@ class Problem:
 
 def problems(operation: str, quick: bool) -> Iterator[Problem]:
     """The problems of one operation, random and adversarial."""
-    module = importlib.import_module(f"fastreward._verify.{operation}")
+    module = importlib.import_module(f"fastreward.verify.problems.{operation}")
     yield from module.problems(quick)
 
 

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastreward import _dispatch, _verify, doctor
-from fastreward._distance import distance
-from fastreward._verify import Problem, Tensors
+from fastreward import doctor
+from fastreward._runtime import dispatch
+from fastreward.verify.error import distance
+from fastreward.verify.problem import Problem, Tensors, on, problems
 
 SLACK = 1e-6
 #: Triton's interpreter cuts float32 off to bfloat16 where hardware rounds: one unit more, in the interpreter only.
@@ -58,7 +59,7 @@ class Finding:
 class Plan:
     """What runs where, and what does not and why."""
 
-    problems: list[tuple[Problem, list[tuple[_dispatch.Backend, str]]]] = field(default_factory=list)
+    problems: list[tuple[Problem, list[tuple[dispatch.Backend, str]]]] = field(default_factory=list)
     skipped: dict[tuple[str, str], str] = field(default_factory=dict)  # (operation, backend) -> why
     broken: dict[tuple[str, str], str] = field(default_factory=dict)  # should be here, and is not
 
@@ -66,15 +67,15 @@ class Plan:
 def plan(operations: Sequence[str] | None, backends: Sequence[str] | None, quick: bool) -> Plan:
     """Problems of the operations with the (backend, device) pairs that serve them here; all where None."""
     for name in operations or ():
-        if name not in _dispatch.OPERATIONS:
-            raise ValueError(f"unknown operation {name!r}; expected one of {', '.join(_dispatch.OPERATIONS)}")
+        if name not in dispatch.OPERATIONS:
+            raise ValueError(f"unknown operation {name!r}; expected one of {', '.join(dispatch.OPERATIONS)}")
     for name in backends or ():
-        if name not in _dispatch.BACKENDS:
-            raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(_dispatch.BACKENDS)}")
+        if name not in dispatch.BACKENDS:
+            raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(dispatch.BACKENDS)}")
     made = Plan()
-    for operation in operations or _dispatch.OPERATIONS:
-        places: list[tuple[_dispatch.Backend, str]] = []
-        for backend in _dispatch.BACKENDS:
+    for operation in operations or dispatch.OPERATIONS:
+        places: list[tuple[dispatch.Backend, str]] = []
+        for backend in dispatch.BACKENDS:
             if backends and backend not in backends:
                 continue
             status = doctor.status(operation, backend)
@@ -85,7 +86,7 @@ def plan(operations: Sequence[str] | None, backends: Sequence[str] | None, quick
             else:
                 made.skipped[operation, backend] = status
         if places:
-            made.problems += [(problem, places) for problem in _verify.problems(operation, quick)]
+            made.problems += [(problem, places) for problem in problems(operation, quick)]
     return made
 
 
@@ -95,8 +96,8 @@ def run(jobs: Plan, step: Callable[[str], None]) -> list[Finding]:
     for problem, places in jobs.problems:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            truth = problem.truth(_verify.on(problem.inputs, "cpu"))
-            plain = {device: problem.plain(_verify.on(problem.inputs, device)) for device in {d for _, d in places}}
+            truth = problem.truth(on(problem.inputs, "cpu"))
+            plain = {device: problem.plain(on(problem.inputs, device)) for device in {d for _, d in places}}
             for backend, device in places:
                 findings += _compare(problem, backend, device, truth, plain[device])
         step(f"{problem.operation}: {problem.name}")
@@ -164,13 +165,11 @@ def _device(backend: str) -> str:
     return "cuda" if torch.cuda.is_available() and backend in ("triton", "cuda") else "cpu"
 
 
-def _compare(
-    problem: Problem, backend: _dispatch.Backend, device: str, truth: Tensors, plain: Tensors
-) -> list[Finding]:
+def _compare(problem: Problem, backend: dispatch.Backend, device: str, truth: Tensors, plain: Tensors) -> list[Finding]:
     where = (problem.operation, backend, device, problem.name, problem.dtype)
     try:
-        with _dispatch.backend(backend):
-            got = problem.ours(_verify.on(problem.inputs, device))
+        with dispatch.backend(backend):
+            got = problem.ours(on(problem.inputs, device))
     except Exception as error:  # a crash is a failure of this backend, not of verify
         return [Finding(*where, "call", math.inf, 0.0, f"{type(error).__name__}: {error}")]
     if missing := truth.keys() - got.keys():

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._device import LN2, LOG2E, lane_columns, over_lane
+from .device import LN2, LOG2E, lane_columns, over_lane
 
 #: Below any exponent whose exp2 is not 0: what -inf is replaced by where it would meet a 0 (-inf * 0 = NaN).
 FLOOR: tl.constexpr = tl.constexpr(-1.0e4)
@@ -225,7 +225,7 @@ def store_row(
     argmax, rank,
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, ARGMAX: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """From sums to outputs: the layout of fastreward._layout.VALUES and INDICES. 48 bytes a row.
+    """From sums to outputs: the layout of fastreward._runtime.layout.VALUES and INDICES. 48 bytes a row.
 
     a / b is a * exp(-log b): a division in f64 is a subroutine, and around its call ptxas spills.
     """

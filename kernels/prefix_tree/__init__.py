@@ -1,8 +1,8 @@
 """Prefix trees on the GPU: built without a host sync, in arrays with room for the most nodes that there can be.
 
-`_prefix_tree_parents.py` finds which row each row branches off (`_prefix_tree_branches.py` does so for given branches),
-`_prefix_tree_records.py` and `_prefix_tree_nodes.py` number the nodes that follow from it; `_prefix_tree_aggregate.py`
-and `_prefix_tree_values.py` compute on nodes, `_prefix_tree_tokens.py` and `_prefix_tree_folds.py` between nodes and
+`parents.py` finds which row each row branches off (`branches.py` does so for given branches),
+`records.py` and `nodes.py` number the nodes that follow from it; `aggregate.py`
+and `values.py` compute on nodes, `tokens.py` and `folds.py` between nodes and
 tokens. Numbers are the CPU backend's; places behind the nodes are empty: no parent, no tokens, no sequences.
 """
 
@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreward._layout import NODES, ROWS
+from fastreward._runtime.layout import NODES, ROWS
 
-from ._launch import OPTIONS, on_device_of
-from ._prefix_tree_aggregate import aggregate, aggregate_backward
-from ._prefix_tree_branches import parents_of_branches
-from ._prefix_tree_folds import collect, fold, layout
-from ._prefix_tree_forest import (
+from .._shared.launch import OPTIONS, on_device_of
+from .aggregate import aggregate, aggregate_backward
+from .branches import parents_of_branches
+from .folds import collect, fold, layout
+from .forest import (
     CHILDREN,
     COUNT,
     DEPTH,
@@ -37,10 +37,10 @@ from ._prefix_tree_forest import (
     field,
     put,
 )
-from ._prefix_tree_nodes import numbered
-from ._prefix_tree_parents import parents_of_tokens
-from ._prefix_tree_tokens import lengths, node_of_token, spread, starts, unfold, unique_of_token
-from ._prefix_tree_values import advantages, propagate, propagate_backward
+from .nodes import numbered
+from .parents import parents_of_tokens
+from .tokens import lengths, node_of_token, spread, starts, unfold, unique_of_token
+from .values import advantages, propagate, propagate_backward
 
 __all__ = [
     "advantages",

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreward._options import TREE_OPS, AggregateOptions
+from fastreward._arguments.options import TREE_OPS, AggregateOptions
 
-from ._launch import OPTIONS, numbers, on_device_of
-from ._prefix_tree_forest import (
+from .._shared.launch import OPTIONS, numbers, on_device_of
+from .forest import (
     CHILDREN,
     COUNT,
     DEPTH,

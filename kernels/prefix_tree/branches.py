@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import OPTIONS
-from ._prefix_tree_forest import LENGTH, START, any_of, column, count_up_to, field, put
-from ._prefix_tree_parents import groups_of
-from ._prefix_tree_records import sorted_records
-from ._prefix_tree_work import EARLIEST, FIRST, FOUND, HANGS, LOW, NONE, SHARED, WORK, cut_of, first_of
+from .._shared.launch import OPTIONS
+from .forest import LENGTH, START, any_of, column, count_up_to, field, put
+from .parents import groups_of
+from .records import sorted_records
+from .work import EARLIEST, FIRST, FOUND, HANGS, LOW, NONE, SHARED, WORK, cut_of, first_of
 
 # --------------------------------------------------------------------------------------------------------- config
 LANES = 128

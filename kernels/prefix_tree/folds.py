@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreward._options import PLACES, TOKEN_OPS, Place, TokenOp
+from fastreward._arguments.options import PLACES, TOKEN_OPS, Place, TokenOp
 
-from ._launch import OPTIONS, mask_bytes, on_device_of
-from ._prefix_tree_forest import (
+from .._shared.launch import OPTIONS, mask_bytes, on_device_of
+from .forest import (
     COUNT,
     EDGE_LENGTH,
     EDGE_START,
@@ -32,7 +32,7 @@ from ._prefix_tree_forest import (
     lanes_in,
     put,
 )
-from ._prefix_tree_tokens import ENDS, UNIQUE
+from .tokens import ENDS, UNIQUE
 
 # --------------------------------------------------------------------------------------------------------- config
 SEQUENCES, FOLDED = 4, 256  # fold: sequences at a time, unique tokens of a program

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastreward._layout import NODES, ROWS
+from fastreward._runtime.layout import NODES, ROWS
 
 # Rows of `nodes` i64 [F, places] and of `rows` i64 [4, B].
 PARENT = tl.constexpr(NODES.index("parent"))

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreward._layout import NODES as NODE_FIELDS
+from fastreward._runtime.layout import NODES as NODE_FIELDS
 
-from ._launch import OPTIONS
-from ._prefix_tree_forest import (
+from .._shared.launch import OPTIONS
+from .forest import (
     CHILDREN,
     COUNT,
     DEPTH,
@@ -37,7 +37,7 @@ from ._prefix_tree_forest import (
     field,
     put,
 )
-from ._prefix_tree_records import (
+from .records import (
     BELOW,
     BRANCHES,
     ENDS,
@@ -54,7 +54,7 @@ from ._prefix_tree_records import (
     sorted_records,
     summed_columns,
 )
-from ._prefix_tree_work import (
+from .work import (
     BEGIN,
     END,
     FIRST,

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import OPTIONS
-from ._prefix_tree_forest import LENGTH, START, any_of, column, field, put
-from ._prefix_tree_work import (
+from .._shared.launch import OPTIONS
+from .forest import LENGTH, START, any_of, column, field, put
+from .work import (
     BLOCKS,
     FIRST,
     FOUND,

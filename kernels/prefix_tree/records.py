@@ -3,7 +3,7 @@
 Each row makes two records (row, cut): where it ends, and where it hangs off another row. Sorted (torch.sort), they are
 the tree: a row's cuts come one after the other, the deepest first, and where rows hang off the same place, so do they.
 The first record of each place is a node. Sums over what hangs there give the nodes their numbers
-(`_prefix_tree_nodes.py`).
+(`nodes.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import OPTIONS
-from ._prefix_tree_forest import LENGTH, any_of, column, count_up_to, field, put
-from ._prefix_tree_work import (
+from .._shared.launch import OPTIONS
+from .forest import LENGTH, any_of, column, count_up_to, field, put
+from .work import (
     BEGIN,
     END,
     FIRST,

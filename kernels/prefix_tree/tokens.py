@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreward._options import PLACES, Place
+from fastreward._arguments.options import PLACES, Place
 
-from ._launch import OPTIONS, mask_bytes, on_device_of
-from ._prefix_tree_forest import (
+from .._shared.launch import OPTIONS, mask_bytes, on_device_of
+from .forest import (
     EDGE_LENGTH,
     EDGE_START,
     LEAF,

@@ -1,7 +1,7 @@
 """Advantages of a prefix tree's nodes, and recurrences from its roots down, on the GPU.
 
 A recurrence is one program for each group, block by block in pre-order and within a block level by level; its gradient
-comes up as a sum over children (`_prefix_tree_aggregate.py`). Paths to the root are walked lane by lane. All in f64, in
+comes up as a sum over children (`aggregate.py`). Paths to the root are walked lane by lane. All in f64, in
 an order that a group alone decides.
 """
 
@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreward._options import TREE_MODES, AdvantageOptions
+from fastreward._arguments.options import TREE_MODES, AdvantageOptions
 
-from ._launch import OPTIONS, numbers, on_device_of
-from ._prefix_tree_aggregate import SUM, children_kernel
-from ._prefix_tree_forest import CHILDREN, COUNT, DEPTH, PARENT, ROOT, TOUT, any_of, field, group_at, number
+from .._shared.launch import OPTIONS, numbers, on_device_of
+from .aggregate import SUM, children_kernel
+from .forest import CHILDREN, COUNT, DEPTH, PARENT, ROOT, TOUT, any_of, field, group_at, number
 
 # --------------------------------------------------------------------------------------------------------- config
 LANES = 128  # nodes of a program, or nodes of a group at a time: one per thread

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._prefix_tree_forest import any_of
+from .forest import any_of
 
 #: Fields of `work` i64 [WORK, B], one number per row each.
 WORK = 19

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from fastreward.losses._graph import Level, Node
-from fastreward.losses._program import Program
+from fastreward.language.graph import Level, Node
+from fastreward.language.program import Program
 
 #: Kinds of which a kernel has one at most, and what is said of them; before the numbers and outputs, and after.
 _FRONT: Final = {

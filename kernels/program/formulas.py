@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from fastreward.losses._graph import Level, Node
-from fastreward.losses._ops import OPS
-from fastreward.losses._program import Program
+from fastreward.language.graph import Level, Node
+from fastreward.language.ops import OPS
+from fastreward.language.program import Program
 
-from ._program_arguments import Arguments
-from ._program_layout import BY_GROUP, Layout
-from ._program_names import names
+from .arguments import Arguments
+from .layout import BY_GROUP, Layout
+from .names import names
 
 _FROM_TRITON = {"abs": "tl.abs", "sqrt": "tl.sqrt", "where": "tl.where"}
 

@@ -12,9 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fastreward.losses._graph import Level, Node, walk
-from fastreward.losses._ops import GROUP_REDUCTIONS, LEAVES, REDUCTIONS, SEQ_REDUCTIONS
-from fastreward.losses._program import Program, TokenStep
+from fastreward.language.graph import Level, Node, walk
+from fastreward.language.ops import GROUP_REDUCTIONS, LEAVES, REDUCTIONS, SEQ_REDUCTIONS
+from fastreward.language.program import Program, TokenStep
 
 #: Take columns and give one: what a row gets depends on other rows.
 ACROSS = (*GROUP_REDUCTIONS, "batch_permute")

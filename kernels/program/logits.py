@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._logprobs_backward import _through_softmax
-from ._softmax import NEG_INF, gradient_scale, logit_at, scale_of, scan_row
+from .._logprobs_backward import _through_softmax
+from .._shared.softmax import NEG_INF, gradient_scale, logit_at, scale_of, scan_row
 
 
 @triton.jit

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from fastreward.losses._program import Program, TokenStep
+from fastreward.language.program import Program, TokenStep
 
-from ._program_source import Generated, Launch, Module, decorated
+from .source import Generated, Launch, Module, decorated
 
 COMPUTED = ("logprob", "entropy")
 _SIZES = ("logits_units", "inv_t_stride", "grad_units", "N", "vocab_units", "T", "B")

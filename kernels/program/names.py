@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import keyword
 
-from fastreward.losses import _names
-from fastreward.losses._program import Program
+from fastreward.language import names as shared
+from fastreward.language.program import Program
 
 #: What the generated functions use themselves.
 _TAKEN = """
@@ -22,4 +22,4 @@ _TAKEN = """
 
 def names(program: Program) -> dict[int, str]:
     """A name for every node of the program, each a Python identifier of its own, as are name_ptr and name_lanes."""
-    return _names.names(program, (*_TAKEN.split(), *keyword.kwlist), ("_ptr", "_lanes"))
+    return shared.names(program, (*_TAKEN.split(), *keyword.kwlist), ("_ptr", "_lanes"))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fastreward.losses._graph import Level, Node
-from fastreward.losses._ops import LEAVES
+from fastreward.language.graph import Level, Node
+from fastreward.language.ops import LEAVES
 
-from ._program_arguments import Arguments, wrapped
-from ._program_formulas import Formulas
-from ._program_layout import ACROSS, TOTALS, RowWork, Sweep
+from .arguments import Arguments, wrapped
+from .formulas import Formulas
+from .layout import ACROSS, TOTALS, RowWork, Sweep
 
 _GROUP = {
     "group_sum": "SUM",

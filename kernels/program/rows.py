@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._program_math import INF, maximum
+from .math import INF, maximum
 
 SUM: tl.constexpr = tl.constexpr(0)
 MAX: tl.constexpr = tl.constexpr(1)

@@ -1,6 +1,6 @@
 """Runs loss programs: `run` launches generated kernels, `scale` and `spread` are the backward of what they saved.
 
-Fused: all elementwise operators and reductions of a loss, its metrics and its derivative (_program_source.py). A pass
+Fused: all elementwise operators and reductions of a loss, its metrics and its derivative (source.py). A pass
 over the tokens is one launch, after a memset of the counter by which its last program knows itself; a loss whose
 gradient needs no reduction first, such as PPO before the aggregation's weight, has one. No host sync.
 
@@ -27,13 +27,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreward._tokens import Tokens
-from fastreward.losses._program import Program
+from fastreward._arguments.tokens import Tokens
+from fastreward.language.program import Program
 
-from ._launch import OPTIONS, arrival_counter, mask_bytes, on_device_of
-from ._program_module import load
-from ._program_source import Argument, Generated, Launch, generate, source
-from ._program_tokens import before, row_bounds, tile_columns, wide
+from .._shared.launch import OPTIONS, arrival_counter, mask_bytes, on_device_of
+from .module import load
+from .source import Argument, Generated, Launch, generate, source
+from .tokens import before, row_bounds, tile_columns, wide
 
 __all__ = ["run", "scale", "source", "spread"]
 

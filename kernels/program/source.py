@@ -2,7 +2,7 @@
 
 A stage's pass over the tokens of a side is one kernel; the program of it that arrives last does the stage's work per
 sequence (`rows_1`, ...), so that a loss without reductions in its gradient is one launch. Operators are in
-_program_math.py, tiles and reductions in _program_tokens.py and _program_rows.py. Nothing here needs Triton or a GPU.
+math.py, tiles and reductions in tokens.py and rows.py. Nothing here needs Triton or a GPU.
 """
 
 from __future__ import annotations
@@ -11,22 +11,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastreward.losses._graph import Level
-from fastreward.losses._program import Program
+from fastreward.language.graph import Level
+from fastreward.language.program import Program
 
-from ._program_arguments import Argument, Arguments, wrapped
-from ._program_formulas import Formulas, unique
-from ._program_layout import ACROSS, RowWork, TokenWork
-from ._program_row_source import row_function
+from .arguments import Argument, Arguments, wrapped
+from .formulas import Formulas, unique
+from .layout import ACROSS, RowWork, TokenWork
+from .row_source import row_function
 
 _MODULES = {
-    "_program_logits": "statistics store_gradient zero_row",
-    "_program_math": "clip divide exp expm1 expm1_minus log log1p logsigmoid maximum minimum sigmoid sign tanh truth",
-    "_program_rows": "AFTER BEFORE MAX MIN OTHERS SUM batch_permute column group_reduce group_select largest "
+    "program.logits": "statistics store_gradient zero_row",
+    "program.math": "clip divide exp expm1 expm1_minus log log1p logsigmoid maximum minimum sigmoid sign tanh truth",
+    "program.rows": "AFTER BEFORE MAX MIN OTHERS SUM batch_permute column group_reduce group_select largest "
     "merge_chunks smallest store_column",
-    "_softmax": "inverse_temperature",
-    "_program_tokens": "NOTHING add before count is_last most most_of row_bounds store_partial sum_of tile_columns "
-    "wide",
+    "_shared.softmax": "inverse_temperature",
+    "program.tokens": "NOTHING add before count is_last most most_of row_bounds store_partial sum_of tile_columns wide",
 }
 _SIDES = ("_chosen", "_rejected")
 _SIZES = ("N", "row_units", "B", "chunks")

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import fastreward as fr
 from fastreward import losses, recipes
-from fastreward._options import Aggregation
-from fastreward.losses._define import Definition, Loss
-from fastreward.losses._graph import Level
-from fastreward.losses._terms import TERMS
+from fastreward._arguments.options import Aggregation
+from fastreward.language.define import Definition, Loss
+from fastreward.language.graph import Level
+from fastreward.language.terms import TERMS
 
 ROWS, WIDTH, VOCAB, HIDDEN = 6, 7, 5, 3
 SHAPE = (ROWS, WIDTH)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import fastreward
 from fastreward import losses
-from fastreward._options import KL, Aggregation
+from fastreward._arguments.options import KL, Aggregation
+from fastreward.language.graph import walk
 from fastreward.losses import Node
-from fastreward.losses._graph import walk
 from fastreward.reference.policy_loss import _kl as kl_estimate
 from fastreward.reference.policy_loss import aggregate
 

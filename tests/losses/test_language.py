@@ -20,8 +20,12 @@ from torch import Tensor
 
 import fastreward
 from fastreward import losses
+from fastreward.language import objective as objective_module
+from fastreward.language.graph import Graph, Level, Node
+from fastreward.language.objective import PolicyCall, policy_objective
+from fastreward.language.ops import OPS
+from fastreward.language.program import program
 from fastreward.losses import (
-    _objective,
     clip,
     define,
     exp,
@@ -33,10 +37,6 @@ from fastreward.losses import (
     stop_gradient,
     where,
 )
-from fastreward.losses._graph import Graph, Level, Node
-from fastreward.losses._objective import PolicyCall, policy_objective
-from fastreward.losses._ops import OPS
-from fastreward.losses._program import program
 
 TOKENS = (("logprob", Level.TOKEN), ("old_logprob", Level.TOKEN), ("advantage", Level.TOKEN))
 
@@ -132,13 +132,13 @@ def test_a_gradient_per_sequence_is_not_stored_per_token() -> None:
 
 # ------------------------------------------------------------------------------------------- parameters and programs
 def test_other_numbers_and_shapes_make_no_new_program() -> None:
-    _objective._cached_policy.cache_clear()
+    objective_module._cached_policy.cache_clear()
     for rows, width, low in ((2, 3, 0.1), (5, 8, 0.3), (1, 1, 0.25)):
         data = {k: v.float() for k, v in make(rows, width).items()}
         fastreward.policy_loss(
             data["logprob"], data["old_logprob"], data["advantage"], loss=plain_ppo(clip_low=low, clip_high=2 * low)
         )
-    assert _objective._cached_policy.cache_info().misses == 1
+    assert objective_module._cached_policy.cache_info().misses == 1
 
 
 def test_none_and_strings_are_structure() -> None:
@@ -348,7 +348,7 @@ def test_evaluate_gives_nothing_for_an_empty_sequence() -> None:
 
 
 def test_every_operator_has_a_derivative_or_none() -> None:
-    from fastreward.losses._derivative import _RULES
+    from fastreward.language.derivative import _RULES
 
     flat = {"sign", "stop_gradient"} | {name for name, op in OPS.items() if op.boolean}
     assert set(OPS) - flat <= set(_RULES)
@@ -658,7 +658,7 @@ PAIR_LOSSES = [x for x in vars(losses).values() if isinstance(x, losses.Definiti
 def test_evaluate_takes_numbers_and_one_token_a_sequence(definition: losses.Definition[Any]) -> None:
     loss, g = definition(**({"beta": 0.1} if definition is losses.dro else {})), torch.Generator().manual_seed(0)
     arrays, group_ids = {}, [0, 0, 1]
-    for name, level, side in sorted(_objective.inputs_asked(loss)):
+    for name, level, side in sorted(objective_module.inputs_asked(loss)):
         prefix = ("chosen_", "rejected_")[side] if loss.definition.pairs and (side or level == Level.TOKEN) else ""
         arrays[prefix + name] = (-torch.rand(3, generator=g), level)
     padded = {name: x.unsqueeze(-1) if level == Level.TOKEN else x for name, (x, level) in arrays.items()}

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from reference_losses import policy as twin
 from torch import Tensor
-from twins import policy as twin
 
 import fastreward as fr
 from fastreward import losses
-from fastreward.losses._define import Definition, Loss
+from fastreward.language.define import Definition, Loss
 
 
 @pytest.fixture(params=["reference", "cpu"], autouse=True)

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from reference_losses import policy as twin
 from torch import Tensor
-from twins import policy as twin
 
 import fastreward
+from fastreward.language.define import Definition, Loss, define
+from fastreward.language.graph import Node
+from fastreward.language.objective import kl
+from fastreward.language.terms import Terms
 from fastreward.losses import score, selection, sequence, token
-from fastreward.losses._define import Definition, Loss, define
-from fastreward.losses._graph import Node
-from fastreward.losses._objective import kl
-from fastreward.losses._terms import Terms
 
 BACKENDS = ("reference", "cpu")
 

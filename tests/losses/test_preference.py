@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from reference_losses import preference as twins
 from torch import Tensor
-from twins import preference as twins
 
 import fastreward
+from fastreward.language.define import Loss
+from fastreward.language.graph import Node
 from fastreward.losses import PairTerms, define, preference
-from fastreward.losses._define import Loss
-from fastreward.losses._graph import Node
 from fastreward.preference_loss import preference_loss
 
 PAIRS = 9

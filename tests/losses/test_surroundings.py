@@ -15,7 +15,8 @@ from torch import Tensor
 
 import fastreward
 from fastreward import losses
-from fastreward.losses import _objective, define
+from fastreward.language import objective
+from fastreward.losses import define
 
 DATA = {"logprob": torch.tensor([[-1.0]]), "old_logprob": torch.tensor([[-1.0]]), "advantage": torch.tensor([[-1.0]])}
 
@@ -156,7 +157,7 @@ def test_a_loss_has_the_values_of_when_it_was_made(kind: str, monkeypatch: pytes
     assert before.formula != after.formula
     with pytest.raises(ValueError, match=rf"{definition.name} \(test_loss_surroundings.py.*{words}.*parameter"):
         before.evaluate(**DATA)
-    _objective._cached_policy.cache_clear()
+    objective._cached_policy.cache_clear()
     with pytest.raises(ValueError, match=words):
         value(before)
 

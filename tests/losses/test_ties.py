@@ -8,11 +8,11 @@ import torch
 
 import fastreward as fr
 from fastreward import losses
-from fastreward._dispatch import implementation
-from fastreward._tokens import Tokens
-from fastreward.losses._graph import Level
-from fastreward.losses._objective import PolicyCall, token_gradient
-from fastreward.losses._ops import OPS
+from fastreward._arguments.tokens import Tokens
+from fastreward._runtime.dispatch import implementation
+from fastreward.language.graph import Level
+from fastreward.language.objective import PolicyCall, token_gradient
+from fastreward.language.ops import OPS
 
 BACKENDS = ("reference", "cpu")
 

@@ -10,16 +10,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkout import ROOT
 from torch._dynamo.testing import CompileCounter
 
 import fastreward
 from fastreward import losses
-from fastreward.losses import _objective, define
+from fastreward.language import objective
+from fastreward.losses import define
 
 cloudpickle = pytest.importorskip("cloudpickle")
 
@@ -139,7 +140,7 @@ def test_what_arrives_again_is_not_compiled_again() -> None:
     definition = closed_over(3.0)
     loss = definition(0.5)
     expected = compiled(loss)
-    traced = _objective._cached_policy.cache_info().misses
+    traced = objective._cached_policy.cache_info().misses
     for _ in range(2):
         there = elsewhere(loss)
         assert there.definition is not definition
@@ -147,7 +148,7 @@ def test_what_arrives_again_is_not_compiled_again() -> None:
         torch.testing.assert_close(compiled(there), expected)
         torch.testing.assert_close(policy(elsewhere(definition)(1.0)), 2.0 * expected)
     assert backend.frame_count == 1
-    assert _objective._cached_policy.cache_info().misses == traced
+    assert objective._cached_policy.cache_info().misses == traced
     definition.function.__closure__[0].cell_contents = 4.0
     changed = elsewhere(definition)(0.5)
     assert changed != loss
@@ -185,7 +186,7 @@ def test_a_loss_of_other_values_than_there_are_now_does_not_travel(monkeypatch: 
 
 
 def sent_from_main(how: str) -> None:
-    script = Path(__file__).parent / "losses_of_main.py"
+    script = ROOT / "tests" / "support" / "losses_of_main.py"
     done = subprocess.run([sys.executable, str(script), how], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

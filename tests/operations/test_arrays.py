@@ -16,7 +16,7 @@ import torch
 
 import fastreward as fr
 from fastreward import losses, recipes
-from fastreward.losses._define import Definition
+from fastreward.language.define import Definition
 from fastreward.recipes import RECIPES
 
 #: Public names that take no tensors: results, a context manager, a module of functions, the language's own classes.

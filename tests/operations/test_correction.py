@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference_losses import correction as twin
 from torch import Tensor
-from twins import correction as twin
 
 import fastreward as fr
 from fastreward.correction import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastreward as fr
-from fastreward._dispatch import Backend
+from fastreward._runtime.dispatch import Backend
 from fastreward.cpu import logprobs as cpu
 
 HOT, COLD = (1e36, 1e39, 1.7e308), (1e-12, 1e-39, 5e-324)

@@ -8,7 +8,7 @@ from criterion import assert_as_good_as_torch
 from torch import Tensor
 
 import fastreward as fr
-from fastreward._layout import ALL_OUTPUTS, DIFFERENTIABLE, OUTPUT_VALUES
+from fastreward._runtime.layout import ALL_OUTPUTS, DIFFERENTIABLE, OUTPUT_VALUES
 from fastreward.reference.logprobs import token_logprobs as truth_of
 
 BACKENDS = ["cpu", "reference"]

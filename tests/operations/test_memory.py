@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastreward as fr
-from fastreward import _memory
+from fastreward._runtime import memory
 
 SHAPE = (96, 40_000)  # 15 MB in float32
 
@@ -36,7 +36,7 @@ def test_a_freed_gradient_is_the_next_ones_memory_and_a_live_one_never() -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_tensors_are_like_any_other(dtype: torch.dtype) -> None:
-    x = _memory.empty((3, 5, 2_000_000), dtype)
+    x = memory.empty((3, 5, 2_000_000), dtype)
     assert (x.shape, x.dtype, x.is_contiguous()) == ((3, 5, 2_000_000), dtype, True)
     x.zero_()[1, 2, -1] = 1
     view = x[1, 2]
@@ -46,14 +46,14 @@ def test_tensors_are_like_any_other(dtype: torch.dtype) -> None:
 
 def test_strided() -> None:
     like = torch.empty(4, 3_000_001)[:, :-1]
-    x = _memory.empty_strided(like)
+    x = memory.empty_strided(like)
     assert (x.shape, x.stride()) == (like.shape, like.stride())
-    assert _memory.empty_strided(torch.empty(0, 7)[:, :3]).shape == (0, 3)
+    assert memory.empty_strided(torch.empty(0, 7)[:, :3]).shape == (0, 3)
 
 
 def test_freed_by_another_thread() -> None:
     for _ in range(8):
-        holder = [_memory.empty((4_000_000,), torch.float32).fill_(1.0)]
+        holder = [memory.empty((4_000_000,), torch.float32).fill_(1.0)]
         thread = threading.Thread(target=holder.clear)
         thread.start()
         thread.join()

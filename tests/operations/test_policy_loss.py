@@ -12,8 +12,8 @@ from criterion import MASK_DTYPES, assert_as_good_as_torch
 from torch import Tensor
 
 import fastreward as fr
-from fastreward._layout import METRICS
-from fastreward._options import AGGREGATIONS, KLS
+from fastreward._arguments.options import AGGREGATIONS, KLS
+from fastreward._runtime.layout import METRICS
 from fastreward.reference.policy_loss import policy_loss as truth_of
 
 BACKENDS = ["cpu", "reference"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastreward as fr
 from fastreward import losses
-from fastreward._layout import PAIR_METRICS
+from fastreward._runtime.layout import PAIR_METRICS
 
 
 def batch(pairs: int = 5) -> dict[str, Tensor]:

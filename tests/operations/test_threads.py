@@ -1,6 +1,6 @@
 """The CPU's threads (csrc/cpu/threads.hpp) from Python: bits for any number of them, several callers, and children.
 
-What the pool itself promises, with workers that come late or never, is in tests/core/threads_tests.cpp.
+What the pool itself promises, with workers that come late or never, is in tests/backends/cpu/core/threads_tests.cpp.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from checkout import ROOT
 from torch import Tensor
 
 import fastreward as fr
@@ -165,7 +165,7 @@ def test_denormals_are_the_callers_on_every_thread() -> None:
 
 @pytest.mark.parametrize("how", ["fork", "mid-call", "multiprocessing", "loader"])
 def test_children_go_on(how: str) -> None:
-    program = Path(__file__).with_name("threads_in_children.py")
+    program = ROOT / "tests" / "support" / "threads_in_children.py"
     done = subprocess.run([sys.executable, program, how], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.endswith("equal\n")

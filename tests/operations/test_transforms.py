@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastreward as fr
-from fastreward import _packed_tree
+from fastreward.prefix_tree import packed
 
 # torch's own, at its first forward-mode derivative.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -126,7 +126,7 @@ def test_every_public_operation_has_a_row() -> None:
     functions = {name for name in fr.__all__ if inspect.isfunction(getattr(fr, name))}
     methods = {
         f"{kind.__name__}.{name}"
-        for kind in (fr.PrefixTree, _packed_tree.PackedTree)
+        for kind in (fr.PrefixTree, packed.PackedTree)
         for name, method in vars(kind).items()
         if hasattr(getattr(method, "__func__", method), "__wrapped__")  # takes arrays
     }

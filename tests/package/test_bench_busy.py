@@ -13,7 +13,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastreward.bench import _types, busy, engine, roofline
+from fastreward.bench import busy, engine, roofline
+from fastreward.bench.case import Case, Contender, Timing
 from fastreward.cli import app
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
@@ -79,16 +80,16 @@ def test_a_case_runs_beside_them_and_slow_peers_leave_rounds_to_the_others(monke
         time.sleep(0.15)
         return torch.zeros(4)
 
-    case = _types.Case(
+    case = Case(
         "busy", "a", "float32", (4,), roofline.Traffic(16, 0), lambda _: 0.0,
-        [_types.Contender("fastreward", ours), _types.Contender("torch.compile", slow)], 0.0, [],
+        [Contender("fastreward", ours), Contender("torch.compile", slow)], 0.0, [],
         beside=lambda: busy.busy_machine(1), tail=True,
     )  # fmt: skip
     outcome = engine.run(case, "cpu", engine.Settings(min_rounds=6), lambda _: None)
     assert seen == {0, 1}  # before the rounds, and in them
     assert [len(t.samples) for t in outcome.timings][1] == 1
     assert len(outcome.ours.samples) >= 6 or sum(outcome.ours.samples) > 0.1
-    assert _types.Timing("a", 0.0, 0.0, [float(i) for i in range(101)]).p99 == 99
+    assert Timing("a", 0.0, 0.0, [float(i) for i in range(101)]).p99 == 99
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

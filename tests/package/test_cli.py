@@ -10,17 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from checkout import ROOT
 from typer.testing import CliRunner
 
 import fastreward
-from fastreward import _check, _dispatch, _distance, doctor, verify
-from fastreward._dispatch import BACKENDS, OPERATIONS
+from fastreward import doctor, verify
+from fastreward._arguments import check
+from fastreward._runtime import dispatch
+from fastreward._runtime.dispatch import BACKENDS, OPERATIONS
 from fastreward.bench import OPERATIONS as BENCHED
-from fastreward.bench import _types, engine, memory, report, roofline, targets
-from fastreward.bench import whiten as bench_whiten
+from fastreward.bench import engine, memory, report, roofline, targets
+from fastreward.bench.case import PEERS, Case, Contender, Target, Timing
+from fastreward.bench.cases import whiten as bench_whiten
 from fastreward.cli import app
 from fastreward.cpu import group as cpu_group
 from fastreward.cpu import whiten as cpu_whiten
+from fastreward.verify import error
 
 _RUNNER = CliRunner()
 
@@ -45,9 +50,6 @@ def test_doctor_json() -> None:
         assert "no CUDA device" in facts["operations"]["whiten"]["cuda"]
 
 
-ROOT = Path(__file__).parent.parent
-
-
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gpu", [True, False])
@@ -61,10 +63,10 @@ def test_doctor_promises_the_kernels_that_there_are(
     monkeypatch.setattr(doctor, "_has_module", lambda: nvcc)
     monkeypatch.setattr(doctor, "_cupy", lambda: cupy)
     monkeypatch.setattr("fastreward.cuda.missing", lambda generated: None)
-    monkeypatch.setattr(_dispatch, "implementation", lambda operation, backend: None)
-    monkeypatch.setattr(_dispatch, "unavailable", _dispatch.unavailable.__wrapped__)
+    monkeypatch.setattr(dispatch, "implementation", lambda operation, backend: None)
+    monkeypatch.setattr(dispatch, "unavailable", dispatch.unavailable.__wrapped__)
     text = doctor.status(operation, backend)
-    _, package, kernel = _dispatch.module(operation, backend).split(".")
+    _, package, kernel = dispatch.module(operation, backend).split(".")
     room = ROOT / ("kernels" if backend == "triton" else f"fastreward/{package}")
     exists = (room / f"{kernel}.py").exists() or (room / kernel).is_dir()
     assert text.startswith("there are no") != exists, text
@@ -95,7 +97,7 @@ def test_doctor_reports_a_broken_backend(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(operation: str, backend: str) -> None:
         raise ImportError("libstdc++.so.6 is missing")
 
-    monkeypatch.setattr(doctor._dispatch, "implementation", broken)
+    monkeypatch.setattr(doctor.dispatch, "implementation", broken)
     assert doctor.status("group", "cpu") == "does not import: ImportError: libstdc++.so.6 is missing"
 
 
@@ -154,13 +156,13 @@ def test_a_wrong_gradient_is_found() -> None:
 
 def test_distance() -> None:
     want = torch.tensor([0.5, -100.0, torch.inf, torch.nan])
-    assert _distance.distance(want, want) == 0
-    assert _distance.distance(torch.tensor([0.5, -101.0, torch.inf, torch.nan]), want) == pytest.approx(0.01)
-    assert _distance.distance(torch.tensor([0.6, -100.0, torch.inf, torch.nan]), want) == pytest.approx(0.1)
-    assert _distance.distance(torch.tensor([0.5, -100.0, 3.0, torch.nan]), want) == torch.inf
-    assert _distance.distance(torch.tensor([torch.nan, -100.0, torch.inf, torch.nan]), want) == torch.inf
+    assert error.distance(want, want) == 0
+    assert error.distance(torch.tensor([0.5, -101.0, torch.inf, torch.nan]), want) == pytest.approx(0.01)
+    assert error.distance(torch.tensor([0.6, -100.0, torch.inf, torch.nan]), want) == pytest.approx(0.1)
+    assert error.distance(torch.tensor([0.5, -100.0, 3.0, torch.nan]), want) == torch.inf
+    assert error.distance(torch.tensor([torch.nan, -100.0, torch.inf, torch.nan]), want) == torch.inf
     small = torch.tensor([1e-5, 0.0])
-    assert _distance.distance(small * 1.01, small, of_gradient=True) == pytest.approx(0.01, rel=1e-3)
+    assert error.distance(small * 1.01, small, of_gradient=True) == pytest.approx(0.01, rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------- bench
@@ -180,7 +182,7 @@ def test_bench_writes_json_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert ours["share_of_limit"] > 0
         assert case["rounds"] >= 3
         known = {c["name"] for c in case["contenders"]} | set(case["absent"])
-        assert known >= set(_types.PEERS), "every peer has a row: a figure, or why not"
+        assert known >= set(PEERS), "every peer has a row: a figure, or why not"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "Summary" in result.output
 
@@ -201,7 +203,7 @@ def test_bench_looks_where_it_will_write_before_it_works(tmp_path: Path, monkeyp
         result = _run("bench", "whiten", "--quick", option, str(path))
         assert result.exit_code == 2
         assert message in result.output
-    monkeypatch.setattr(_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
     result = _run("bench", "whiten", "--quick", "--plot", str(tmp_path / "bench.png"))
     assert result.exit_code == 2
     assert "pip install matplotlib" in result.output
@@ -248,8 +250,8 @@ def test_bench_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_bench_leaves_out_a_peer_that_is_wrong() -> None:
     x = torch.zeros(4)
-    right, wrong = _types.Contender("fastreward", lambda: x), _types.Contender("TRL", lambda: x + 1)
-    crash = _types.Contender("verl", lambda: 1 // 0)
+    right, wrong = Contender("fastreward", lambda: x), Contender("TRL", lambda: x + 1)
+    crash = Contender("verl", lambda: 1 // 0)
     case = _case([right, wrong, crash], x)
     outcome = engine.run(case, "cpu", engine.Settings(0.0, 3, 3), lambda text: None)
     assert [t.name for t in outcome.timings] == ["fastreward"]
@@ -287,12 +289,12 @@ def test_targets_are_judged_at_the_design_size_only() -> None:
     x = torch.zeros(4)
     case = _case([], x)
     case.targets = (
-        _types.Target("speedup", 2.0, "verl"),
-        _types.Target("memory", 100),
-        _types.Target("speedup", 9, "TRL"),
+        Target("speedup", 2.0, "verl"),
+        Target("memory", 100),
+        Target("speedup", 9, "TRL"),
     )
-    ours = _types.Timing("fastreward", 0.0, 0.0, [1.0], peak=200)
-    outcome = engine.Outcome(case, [ours, _types.Timing("verl", 0.0, 0.0, [3.0])], roofline.Bandwidth(1, 1), 1)
+    ours = Timing("fastreward", 0.0, 0.0, [1.0], peak=200)
+    outcome = engine.Outcome(case, [ours, Timing("verl", 0.0, 0.0, [3.0])], roofline.Bandwidth(1, 1), 1)
     assert [v.met for v in targets.judge(outcome, "cpu", True)] == [True, False, None]
     assert [v.met for v in targets.judge(outcome, "cpu", False)] == [None, None, None]
     assert targets.judge(outcome, "cuda", True) == []
@@ -312,14 +314,14 @@ def test_module_runs_as_a_program() -> None:
         assert command in done.stdout
 
 
-def _case(contenders: list[_types.Contender], truth: torch.Tensor) -> _types.Case:
-    return _types.Case(
+def _case(contenders: list[Contender], truth: torch.Tensor) -> Case:
+    return Case(
         operation="whiten",
         name="fresh",
         dtype="float32",
         shape=(4,),
         traffic=roofline.Traffic(16, 16),
-        error=lambda result: _distance.distance(result, truth),
+        error=lambda result: error.distance(result, truth),
         contenders=contenders,
         tolerance=1e-6,
         inputs=[truth],

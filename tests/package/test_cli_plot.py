@@ -13,8 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastreward import _check, _prefix_tree_plot, _rollouts
+from fastreward._arguments import check
 from fastreward.cli import app
+from fastreward.prefix_tree import plot, rollouts
 
 _RUNNER = CliRunner()
 _TABLE: dict[str, Any] = {
@@ -38,13 +39,13 @@ def _run(*arguments: str | Path) -> Any:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The axes of the pictures that a test has drawn: in files texts are outlines."""
-    plot, axes = _prefix_tree_plot.plot, []
+    whole, axes = plot.plot, []
 
     def kept(*arguments: Any, **options: Any) -> Any:
-        axes.append(plot(*arguments, **options))
+        axes.append(whole(*arguments, **options))
         return axes[-1]
 
-    monkeypatch.setattr(_prefix_tree_plot, "plot", kept)
+    monkeypatch.setattr(plot, "plot", kept)
     return axes
 
 
@@ -108,7 +109,7 @@ def test_without_a_file_it_draws_the_example(tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
     assert str(out) in result.output
     cells = {row[1].strip(): row[2].strip() for line in result.output.splitlines() if len(row := line.split("│")) == 4}
-    tree = _rollouts.example().tree()
+    tree = rollouts.example().tree()
     assert cells["sequences"] == "8"
     assert cells["distinct sequences"] == "7"
     assert cells["tokens"] == str(int(tree.lengths.sum()))
@@ -118,14 +119,14 @@ def test_without_a_file_it_draws_the_example(tmp_path: Path) -> None:
 def test_the_picture_of_the_example_is_complete(tmp_path: Path, drawn: list[Any]) -> None:
     out = tmp_path / "tree.svg"
     assert _run("--out", out).exit_code == 0
-    rollouts = _rollouts.example()
-    tree, texts = rollouts.tree(), _texts(drawn[0])
-    values = tree.aggregate(rollouts.rewards)
+    table = rollouts.example()
+    tree, texts = table.tree(), _texts(drawn[0])
+    values = tree.aggregate(table.rewards)
     svg = out.read_text(encoding="utf-8")
     for n, (value, advantage) in enumerate(zip(values.tolist(), tree.advantages(values).tolist(), strict=True)):
-        assert texts[f"value-{n}"] == _prefix_tree_plot._short(value)
+        assert texts[f"value-{n}"] == plot._short(value)
         if n:
-            assert texts[f"advantage-{n}"] == _prefix_tree_plot._short(advantage, "+")
+            assert texts[f"advantage-{n}"] == plot._short(advantage, "+")
             assert f"tokens-{n}" in texts
             assert svg.count(f'id="edge-{n}"') == 1
             assert svg.count(f'id="tokens-{n}"') == 1
@@ -147,15 +148,15 @@ def test_kinds_of_pictures(tmp_path: Path, ending: str) -> None:
 def test_every_kind_of_file(tmp_path: Path, drawn: list[Any], name: str) -> None:
     """Row 1's last token is masked out, and so not part of its sequence."""
     path, out = _FILES[name](tmp_path / name), tmp_path / "tree.svg"
-    rollouts = _rollouts.read(path)
-    assert rollouts.tokens.tolist() == _PADDED["tokens"]
-    assert rollouts.rewards.tolist() == _TABLE["rewards"]
-    assert rollouts.groups == _TABLE["group_ids"]
-    assert rollouts.mask is not None
-    assert rollouts.mask.tolist() == [[bool(x) for x in row] for row in _PADDED["mask"]]
-    assert rollouts.decode is not None
-    assert rollouts.decode([1, 2, 5]) == "one two five"
-    assert rollouts.tree().lengths.tolist() == [4, 2, 3]
+    table = rollouts.read(path)
+    assert table.tokens.tolist() == _PADDED["tokens"]
+    assert table.rewards.tolist() == _TABLE["rewards"]
+    assert table.groups == _TABLE["group_ids"]
+    assert table.mask is not None
+    assert table.mask.tolist() == [[bool(x) for x in row] for row in _PADDED["mask"]]
+    assert table.decode is not None
+    assert table.decode([1, 2, 5]) == "one two five"
+    assert table.tree().lengths.tolist() == [4, 2, 3]
 
     result = _run(path, "--out", out, "--group", "b", "--op", "max", "--mode", "root")
     assert result.exit_code == 0, result.output
@@ -225,7 +226,7 @@ def test_refused_options(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
     assert "pip install matplotlib" in _refusal(_run("--out", tmp_path / "tree.png"))
 
 
@@ -239,20 +240,20 @@ def test_plot_alone_lists_what_it_draws() -> None:
 def test_lengths_and_their_absence() -> None:
     """A sequence is as long as `lengths` say, else as its mask, else as its list."""
     tokens: dict[str, Any] = {"tokens": [[1, 2, 3], [1, 2]], "rewards": [0, 1]}
-    assert _rollouts.rollouts(tokens).tree().lengths.tolist() == [3, 2]
+    assert rollouts.rollouts(tokens).tree().lengths.tolist() == [3, 2]
     mask: dict[str, Any] = {"mask": [[1, 0, 0], [0, 1]]}
-    assert _rollouts.rollouts(tokens | mask).tree().lengths.tolist() == [1, 2]
+    assert rollouts.rollouts(tokens | mask).tree().lengths.tolist() == [1, 2]
     lengths: dict[str, Any] = {"lengths": [2, 0]}
-    assert _rollouts.rollouts(tokens | lengths).tree().lengths.tolist() == [2, 0]
-    assert _rollouts.rollouts(tokens | mask | lengths).tree().lengths.tolist() == [2, 0]
+    assert rollouts.rollouts(tokens | lengths).tree().lengths.tolist() == [2, 0]
+    assert rollouts.rollouts(tokens | mask | lengths).tree().lengths.tolist() == [2, 0]
 
 
 def test_groups_of_any_name() -> None:
     table = {"tokens": [[1], [2], [1]], "rewards": [0, 1, 2], "group_ids": ["x", None, "x"]}
-    rollouts = _rollouts.rollouts(table)
-    assert rollouts.group_names == ["x", "None"]
-    assert rollouts.tree().statistics().groups == 2
-    assert _rollouts.rollouts({"tokens": [[1]], "rewards": [0]}).group_names == ["0"]
+    table = rollouts.rollouts(table)
+    assert table.group_names == ["x", "None"]
+    assert table.tree().statistics().groups == 2
+    assert rollouts.rollouts({"tokens": [[1]], "rewards": [0]}).group_names == ["0"]
 
 
 @pytest.mark.parametrize(
@@ -300,11 +301,11 @@ def test_groups_of_any_name() -> None:
 )
 def test_refused_contents(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _rollouts.rollouts(content)
+        rollouts.rollouts(content)
     path = tmp_path / "bad.pt"
     torch.save(content, path)
     with pytest.raises(ValueError, match=rf"bad\.pt: {message}"):
-        _rollouts.read(path)
+        rollouts.read(path)
 
 
 def test_refused_files(tmp_path: Path) -> None:
@@ -335,11 +336,11 @@ def test_refused_files(tmp_path: Path) -> None:
     ]
     for path, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)) as caught:
-            _rollouts.read(path)
+            rollouts.read(path)
         assert str(caught.value).startswith(str(path))
     assert "not a .json file that can be read" in _refusal(_run(tmp_path / "a.json", "--out", tmp_path / "t.png"))
     with pytest.raises(ValueError, match="Is a directory"):
-        _rollouts.read(_folder(tmp_path / "folder.json"))
+        rollouts.read(_folder(tmp_path / "folder.json"))
 
 
 def _folder(path: Path) -> Path:

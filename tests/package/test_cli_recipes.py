@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fastreward.cli import app
 from fastreward.recipes import RECIPES
-from fastreward.recipes._registry import FAMILIES, NOTATION, VERIFIED
+from fastreward.recipes._catalogue.registry import FAMILIES, NOTATION, VERIFIED
 
 _RUNNER = CliRunner()
 

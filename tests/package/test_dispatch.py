@@ -11,22 +11,22 @@ import pytest
 import torch
 
 import fastreward as fr
-from fastreward import _dispatch
+from fastreward._runtime import dispatch
 
 LOGITS, LABELS = torch.randn(2, 9), torch.tensor([1, 2])
 
 
 def test_cpu_tensors_go_to_cpu() -> None:
-    assert _dispatch.select("logprobs", LOGITS) == "cpu"
+    assert dispatch.select("logprobs", LOGITS) == "cpu"
 
 
 def test_by_hand_and_nested() -> None:
     with fr.backend("reference"):
-        assert _dispatch.select("logprobs", LOGITS) == "reference"
+        assert dispatch.select("logprobs", LOGITS) == "reference"
         with fr.backend("cpu"):
-            assert _dispatch.select("logprobs", LOGITS) == "cpu"
-        assert _dispatch.select("logprobs", LOGITS) == "reference"
-    assert _dispatch.select("logprobs", LOGITS) == "cpu"
+            assert dispatch.select("logprobs", LOGITS) == "cpu"
+        assert dispatch.select("logprobs", LOGITS) == "reference"
+    assert dispatch.select("logprobs", LOGITS) == "cpu"
 
 
 def test_threads_do_not_take_each_others_choice() -> None:
@@ -38,9 +38,9 @@ def test_threads_do_not_take_each_others_choice() -> None:
         with fr.backend("reference"):
             steps[0].set()
             steps[1].wait(10)
-            seen["first, second inside"] = _dispatch.select("logprobs", LOGITS)
+            seen["first, second inside"] = dispatch.select("logprobs", LOGITS)
         steps[2].set()
-        seen["first, outside"] = _dispatch.select("logprobs", LOGITS)
+        seen["first, outside"] = dispatch.select("logprobs", LOGITS)
         steps[3].set()
 
     def second() -> None:
@@ -48,7 +48,7 @@ def test_threads_do_not_take_each_others_choice() -> None:
         with fr.backend("cpu"):
             steps[1].set()
             steps[2].wait(10)
-            seen["second, first gone"] = _dispatch.select("logprobs", LOGITS)
+            seen["second, first gone"] = dispatch.select("logprobs", LOGITS)
             steps[3].wait(10)
 
     threads = [threading.Thread(target=work) for work in (first, second)]
@@ -57,13 +57,13 @@ def test_threads_do_not_take_each_others_choice() -> None:
     for thread in threads:
         thread.join()
     assert seen == {"first, second inside": "reference", "second, first gone": "cpu", "first, outside": "cpu"}
-    assert not _dispatch._chosen_by_hand
+    assert not dispatch._chosen_by_hand
 
 
 def test_a_thread_without_a_choice_follows_the_last_one() -> None:
     seen = []
     with fr.backend("reference"):
-        worker = threading.Thread(target=lambda: seen.append(_dispatch.select("logprobs", LOGITS)))
+        worker = threading.Thread(target=lambda: seen.append(dispatch.select("logprobs", LOGITS)))
         worker.start()
         worker.join()
     assert seen == ["reference"]
@@ -104,12 +104,12 @@ def test_chosen_inside_and_around_compiled_functions() -> None:
     assert twice(LOGITS).abs().max() < 1e-6
     assert twice(LOGITS).abs().max() < 1e-6
     assert graphs == 3
-    assert not _dispatch._chosen_by_hand
+    assert not dispatch._chosen_by_hand
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTREWARD_BACKEND", "reference")
-    assert _dispatch.select("group", LOGITS) == "reference"
+    assert dispatch.select("group", LOGITS) == "reference"
     monkeypatch.setenv("FASTREWARD_BACKEND", "fast")
     with pytest.raises(ValueError, match="unknown backend 'fast'; expected one of reference, cpu, triton, cuda"):
         fr.token_logprobs(LOGITS, LABELS)
@@ -129,8 +129,8 @@ def test_cuda_tensors_without_cuda_say_why() -> None:
     """A CUDA tensor cannot exist here, so the dispatcher is asked as it would be for one."""
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    assert _dispatch.unavailable("logprobs", "cpu", "cuda") == "its kernels take CPU tensors"
-    assert "CUDA" in (_dispatch.unavailable("logprobs", "cuda", "cuda") or "")
+    assert dispatch.unavailable("logprobs", "cpu", "cuda") == "its kernels take CPU tensors"
+    assert "CUDA" in (dispatch.unavailable("logprobs", "cuda", "cuda") or "")
 
 
 def test_a_cuda_tensor_that_nothing_can_serve_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,26 +139,26 @@ def test_a_cuda_tensor_that_nothing_can_serve_is_an_error(monkeypatch: pytest.Mo
     class OnDevice:
         device = torch.device("cuda", 0)
 
-    monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(_dispatch, "CUDA_PASSED_ON", {})
-    _dispatch.unavailable.cache_clear()
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "CUDA_PASSED_ON", {})
+    dispatch.unavailable.cache_clear()
     try:
         message = r"backend 'triton' cannot serve logprobs on cuda:0: triton is not installed"
         with pytest.raises(fr.BackendError, match=message):
-            _dispatch.select("logprobs", OnDevice())
+            dispatch.select("logprobs", OnDevice())
         with (
             fr.backend("cpu"),
             pytest.raises(fr.BackendError, match=r"'cpu' cannot serve group on cuda:0: its kernels take CPU tensors"),
         ):
-            _dispatch.select("group", OnDevice())
+            dispatch.select("group", OnDevice())
     finally:
-        _dispatch.unavailable.cache_clear()
+        dispatch.unavailable.cache_clear()
 
 
 def test_experimental_cuda_kernels_are_never_the_default() -> None:
-    for operation in _dispatch.OPERATIONS:
-        if operation not in _dispatch.CUDA_PASSED_ON:
-            assert _dispatch._default(operation, "cuda") == "triton"
+    for operation in dispatch.OPERATIONS:
+        if operation not in dispatch.CUDA_PASSED_ON:
+            assert dispatch._default(operation, "cuda") == "triton"
 
 
 def test_import_is_light() -> None:

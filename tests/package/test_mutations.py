@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+TOOLS = ROOT / "tools"
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkout import ROOT
 
 import fastreward as fr
-from fastreward.bench import policy_loss as bench
+from fastreward.bench.cases import policy_loss as bench
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 

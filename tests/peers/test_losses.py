@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from reference_losses import policy as twin
 from torch import Tensor
-from twins import policy as twin
 
 # What trl, verl, ray and transformers warn about on import is theirs.
 pytestmark = [

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkout import ROOT
 
 pytest.importorskip("trl")
 pytest.importorskip("reasoning_gym")
@@ -29,9 +30,8 @@ pytestmark = [
 from rich.console import Console  # noqa: E402
 
 from fastreward import patch  # noqa: E402
-from fastreward.patch import _bindings, _measure  # noqa: E402
+from fastreward.patch import bindings, measure  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 FUNCTIONS = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
 REBOUND = ("_ChunkedLogProbFunction", "_use_triton", *FUNCTIONS)
 COMPARED = {"reward", "reward_std", "kl", "entropy", "grad_norm", "policy_loss", "clip_ratio/region_mean"}
@@ -502,7 +502,7 @@ def test_every_binding_is_exchanged_and_restored(utils: Any) -> None:
     importlib.import_module("trl.experimental.orpo.orpo_trainer")  # binds selective_log_softmax by name
     importlib.import_module("trl.trainer.grpo_trainer")
     theirs = {name: getattr(utils, name) for name in REBOUND}
-    homes = {name: list(_bindings.bindings("trl", theirs[name])) for name in FUNCTIONS}
+    homes = {name: list(bindings.bindings("trl", theirs[name])) for name in FUNCTIONS}
     assert len(homes["selective_log_softmax"]) >= 2
     kernels = importlib.import_module("trl.kernels")
     nanstd = utils.nanstd
@@ -511,7 +511,7 @@ def test_every_binding_is_exchanged_and_restored(utils: Any) -> None:
     for name in REBOUND:
         assert getattr(utils, name) is not theirs[name]
     for name in FUNCTIONS:
-        assert not list(_bindings.bindings("trl", theirs[name]))
+        assert not list(bindings.bindings("trl", theirs[name]))
         assert all(vars(module)[bound] is getattr(utils, name) for module, bound in homes[name])
     assert kernels.ChunkedLogProbFunction is theirs["_ChunkedLogProbFunction"]
     assert kernels.chunked_logprob._use_triton is theirs["_use_triton"]
@@ -529,7 +529,7 @@ def test_every_binding_is_exchanged_and_restored(utils: Any) -> None:
     for name in REBOUND:
         assert getattr(utils, name) is theirs[name]
     for name in FUNCTIONS:
-        assert list(_bindings.bindings("trl", theirs[name])) == homes[name]
+        assert list(bindings.bindings("trl", theirs[name])) == homes[name]
     patch.undo()  # nothing left to undo
 
 
@@ -618,12 +618,12 @@ def test_refusals_say_why_and_change_nothing(
 def test_the_faster_kernel_is_used_on_cuda_and_named(
     utils: Any, monkeypatch: pytest.MonkeyPatch, ours_ms: float | None, problem: str, wins: bool
 ) -> None:
-    timing = _measure.Timing("fused LM head", "a sample", 2.0, ours_ms, problem)
+    timing = measure.Timing("fused LM head", "a sample", 2.0, ours_ms, problem)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(_measure, "linear_head", lambda *_: timing)
-    monkeypatch.setattr(_measure, "whole_logits", lambda *_: timing)
+    monkeypatch.setattr(measure, "linear_head", lambda *_: timing)
+    monkeypatch.setattr(measure, "whole_logits", lambda *_: timing)
     report = patch.trl()
     told = report.replaced if wins else report.kept
     assert [entry.why for entry in told if "on CUDA" in entry.target] == [str(timing)] * 2
@@ -635,18 +635,18 @@ def test_the_faster_kernel_is_used_on_cuda_and_named(
 def test_the_measurement_runs_both_sides_on_the_same_sample(utils: Any) -> None:
     patch.trl()
     head, cpu = utils._ChunkedLogProbFunction, torch.device("cpu")
-    timing = _measure.linear_head(head.stock.apply, head.apply, cpu, tokens=16, hidden=8, vocab=64, dtype=torch.float32)
+    timing = measure.linear_head(head.stock.apply, head.apply, cpu, tokens=16, hidden=8, vocab=64, dtype=torch.float32)
     assert timing.ours_ms is not None
     assert math.isfinite(timing.ours_ms)
     assert timing.stock_ms > 0
     ours = utils.selective_log_softmax_and_entropy
     stock = head.stock
-    timing = _measure.whole_logits(ours, ours, cpu, tokens=4, vocab=32)
+    timing = measure.whole_logits(ours, ours, cpu, tokens=4, vocab=32)
     assert "TRL" in str(timing)
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("no such kernel")
 
-    timing = _measure.linear_head(stock.apply, broken, cpu, tokens=4, hidden=8, vocab=32, dtype=torch.float32)
+    timing = measure.linear_head(stock.apply, broken, cpu, tokens=4, hidden=8, vocab=32, dtype=torch.float32)
     assert not timing.ours_wins
     assert "no such kernel" in str(timing)

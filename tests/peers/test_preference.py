@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from reference_losses import correction, preference
 from torch import Tensor
-from twins import correction, preference
 
 # What trl, verl and what they import warn about is theirs.
 pytestmark = [

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_graphs import graphs
 from operation_rows import SIZES, Row, as_tensors, mask
-from test_compile_graphs import graphs
 from torch import Tensor
 
 from fastreward import PrefixTree
-from fastreward._options import TREE_MODES
+from fastreward._arguments.options import TREE_MODES
 
 
 def batch(B: int, T: int) -> dict[str, Any]:

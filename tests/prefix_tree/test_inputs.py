@@ -15,8 +15,8 @@ from torch import Tensor
 
 import fastreward as fr
 from fastreward import PrefixTree
-from fastreward._packed_tree import PackedTree
-from fastreward._prefix_tree_views import TreeStatistics
+from fastreward.prefix_tree.packed import PackedTree
+from fastreward.prefix_tree.views import TreeStatistics
 
 TOKENS = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 2, 3], [1, 5, 6]])
 LABELS = torch.tensor([7, 7, 8, 8])

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import fastreward as fr
 from fastreward import PrefixTree
-from fastreward._packed_tree import PackedTree
-from fastreward.bench import _areal, peers
+from fastreward.bench import peers
+from fastreward.bench.cases import _areal
+from fastreward.prefix_tree.packed import PackedTree
 
 VOCAB = 11
 
@@ -308,7 +309,7 @@ def test_rows_that_nobody_needs_are_not_read() -> None:
 
 
 def test_op_is_well_behaved() -> None:
-    from fastreward._packed_logprobs import _children, _packed_token_logprobs
+    from fastreward.prefix_tree.packed_logprobs import _children, _packed_token_logprobs
 
     tokens, mask, group_ids = random_batch(1)
     packed = PrefixTree(tokens, mask, group_ids).pack()
@@ -406,7 +407,7 @@ def test_trl_row(seed: int) -> None:
 # ---------------------------------------------------------------------------------------------------------- training
 @pytest.fixture(scope="module")
 def training() -> Any:
-    return pytest.importorskip("fastreward.bench._tree_training")
+    return pytest.importorskip("fastreward.bench.cases._tree_training")
 
 
 @pytest.mark.parametrize(("max_tokens", "bins"), [(None, 1), (160, 2), (120, 4)])  # 152 tokens a group
@@ -415,7 +416,7 @@ def test_training_on_the_tree_is_training_on_the_batch(
     training: Any, max_tokens: int | None, bins: int, loss: fr.losses.Loss
 ) -> None:
     """Loss and every parameter's gradient to 1e-5; the tokens that the packing saves are counted."""
-    from fastreward.bench.prefix_tree import rollouts
+    from fastreward.bench.cases.prefix_tree import rollouts
 
     data = rollouts(16, 48, 8, 0.6, "cpu")
     tokens, mask = data.tokens % 512, data.mask.clone()
@@ -469,7 +470,7 @@ def test_flex_attention_sees_what_the_sequences_see(training: Any) -> None:
     transformers = pytest.importorskip("transformers")
     from torch.nn.attention.flex_attention import flex_attention
 
-    from fastreward.bench.prefix_tree import rollouts
+    from fastreward.bench.cases.prefix_tree import rollouts
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, scaling: float, **_: Any) -> Any:
         """As torch writes it out; transformers would compile it."""

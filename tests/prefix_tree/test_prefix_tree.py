@@ -25,8 +25,8 @@ from torch import Tensor
 
 import fastreward as fr
 from fastreward import PrefixTree
-from fastreward._layout import NODES, ROWS
-from fastreward._options import PLACES, TOKEN_OPS
+from fastreward._arguments.options import PLACES, TOKEN_OPS
+from fastreward._runtime.layout import NODES, ROWS
 from fastreward.reference import prefix_tree as reference
 
 INF, NAN = float("inf"), float("nan")

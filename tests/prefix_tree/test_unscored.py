@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastreward as fr
 from fastreward import PrefixTree
-from fastreward._options import OVERS, TREE_MODES, TREE_OPS
+from fastreward._arguments.options import OVERS, TREE_MODES, TREE_OPS
 from fastreward.reference import prefix_tree as reference
 
 NAN = torch.nan

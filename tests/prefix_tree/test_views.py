@@ -16,10 +16,11 @@ from matplotlib.colors import to_rgb, to_rgba
 from rich.console import Console
 from torch import Tensor
 
-from fastreward import PrefixTree, _check
-from fastreward import _prefix_tree_plot as picture
-from fastreward import _prefix_tree_views as views
-from fastreward._layout import NODES
+from fastreward import PrefixTree
+from fastreward._arguments import check
+from fastreward._runtime.layout import NODES
+from fastreward.prefix_tree import plot as picture
+from fastreward.prefix_tree import views
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -449,7 +450,7 @@ def test_picture_checks() -> None:
 
 
 def test_picture_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         _tree().plot()
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from reference_losses import correction as twins
 from torch import Tensor
-from twins import correction as twins
 
 import fastreward as fr
 from fastreward import correction_weights, losses, policy_loss, recipes

@@ -1,4 +1,4 @@
-"""The recipes' defaults against the formula pages: tests/data/published_defaults.toml, written out by hand."""
+"""The recipes' defaults against the formula pages: tests/recipes/published_defaults.toml, written out by hand."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 import fastreward as fr
 from fastreward import losses, recipes
 from fastreward.correction import DEFAULT_BOUNDS
-from fastreward.losses._objective import kl
+from fastreward.language.objective import kl
 from fastreward.recipes import RECIPES
 
-TABLE = tomllib.loads((Path(__file__).parent / "data" / "published_defaults.toml").read_text(encoding="utf-8"))
+TABLE = tomllib.loads((Path(__file__).with_name("published_defaults.toml")).read_text(encoding="utf-8"))
 SILENT: dict[str, dict[str, Any]] = TABLE.pop("silent")
 OPERATIONS: dict[str, dict[str, Any]] = TABLE.pop("operations")
 BOUNDS: dict[str, dict[str, float]] = TABLE.pop("bounds")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from checkout import ROOT
 
-from fastreward.recipes import _show
+from fastreward.recipes._catalogue import show
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 
 
 def test_readme_has_the_table_of_methods() -> None:
@@ -14,4 +14,4 @@ def test_readme_has_the_table_of_methods() -> None:
     start, end = "<!-- recipes -->\n", "<!-- /recipes -->"
     assert text.count(start) == text.count(end) == 1
     table = text.partition(start)[2].partition(end)[0]
-    assert table == _show.markdown(), "paste what `fastreward recipes --markdown` prints between the two comments"
+    assert table == show.markdown(), "paste what `fastreward recipes --markdown` prints between the two comments"

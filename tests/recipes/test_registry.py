@@ -15,8 +15,10 @@ import torch
 
 import fastreward as fr
 from fastreward import losses, recipes
-from fastreward.recipes import RECIPES, Recipe, _options, _registry, correction, policy, preference, sequence
-from fastreward.recipes._registry import FAMILIES, NOTATION, VERIFIED, by_family
+from fastreward.recipes import RECIPES, Recipe, correction, policy, preference, sequence
+from fastreward.recipes._catalogue import registry
+from fastreward.recipes._catalogue.registry import FAMILIES, NOTATION, VERIFIED, by_family
+from fastreward.recipes._shared import options
 
 #: Names of advantages in the design: not to be taken by a loss.
 ADVANTAGES = {
@@ -157,8 +159,8 @@ def test_metadata_is_complete(recipe: Recipe) -> None:
 
 
 def test_families_and_marks() -> None:
-    assert set(FAMILIES) == set(get_args(_registry.Family)) == set(NOTATION)
-    assert set(VERIFIED) == set(get_args(_registry.Verified))
+    assert set(FAMILIES) == set(get_args(registry.Family)) == set(NOTATION)
+    assert set(VERIFIED) == set(get_args(registry.Verified))
     listed = [r for members in by_family().values() for r in members]
     assert len(listed) == len(RECIPES) == len({r.name for r in listed})
     assert all(by_family().values())
@@ -201,15 +203,15 @@ def test_every_variant_of_dpo_has_a_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "operation", "given"),
+    ("typed", "operation", "given"),
     [
         (
-            _options.PolicyOptions,
+            options.PolicyOptions,
             fr.policy_loss,
             {"logprobs", "old_logprobs", "advantages", "mask", "loss", "aggregation"},
         ),
         (
-            _options.PairOptions,
+            options.PairOptions,
             fr.preference_loss,
             {"chosen_logprobs", "rejected_logprobs", "loss", "ref_chosen_logprobs", "ref_rejected_logprobs"}
             | {"extra", "chosen_extra", "rejected_extra"},
@@ -221,9 +223,9 @@ def test_every_variant_of_dpo_has_a_recipe() -> None:
         ),
     ],
 )
-def test_options_are_the_operation_s(options: type, operation: Callable[..., Any], given: set[str]) -> None:
+def test_options_are_the_operation_s(typed: type, operation: Callable[..., Any], given: set[str]) -> None:
     """A keyword that is added to an operation has to be added to the recipes' options."""
-    assert set(options.__annotations__) | given == set(inspect.signature(operation).parameters)
+    assert set(typed.__annotations__) | given == set(inspect.signature(operation).parameters)
 
 
 @every

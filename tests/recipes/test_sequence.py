@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from reference_losses import policy as twins
 from torch import Tensor
-from twins import policy as twins
 
 from fastreward import PolicyLoss, losses, policy_loss, recipes
 

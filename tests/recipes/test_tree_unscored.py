@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_recipes_tree import EVERY
 from torch import Tensor
+from tree_recipes import EVERY
 
 from fastreward import PrefixTree, recipes
 

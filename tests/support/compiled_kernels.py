@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastreward._options import GroupOptions
+from fastreward._arguments.options import GroupOptions
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDE = re.compile(r"\bLDG\.E(\.\w+)*\.128\b")

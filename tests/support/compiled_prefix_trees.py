@@ -30,8 +30,8 @@ from fastreward.kernels import (
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastreward._layout import NODES, ROWS
-from fastreward._options import PLACES, TOKEN_OPS, TREE_MODES, AdvantageOptions, AggregateOptions
+from fastreward._arguments.options import PLACES, TOKEN_OPS, TREE_MODES, AdvantageOptions, AggregateOptions
+from fastreward._runtime.layout import NODES, ROWS
 
 MODULES: tuple[ModuleType, ...] = (
     *(_prefix_tree_aggregate, _prefix_tree_branches, _prefix_tree_folds, _prefix_tree_forest, _prefix_tree_nodes),

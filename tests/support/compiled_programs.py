@@ -14,13 +14,13 @@ import program_checks as checks
 import torch
 from compiled_kernels import Device, report
 from fastreward.kernels import _program_module, logits_policy_loss, program
-from fastreward.kernels._program_source import generate
+from fastreward.kernels.program.source import generate
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastreward import losses
-from fastreward._tokens import Tokens
-from fastreward.losses._graph import Level
+from fastreward._arguments.tokens import Tokens
+from fastreward.language.graph import Level
 
 ALIGNED, PACKED, SHORT, SHORT_ODD = (64, 2048, False), (64, 2048, True), (64, 100, False), (64, 15, False)
 

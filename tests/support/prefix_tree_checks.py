@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastreward
 from fastreward import PrefixTree
-from fastreward._options import OVERS, PLACES, TOKEN_OPS, TREE_MODES, TREE_OPS
+from fastreward._arguments.options import OVERS, PLACES, TOKEN_OPS, TREE_MODES, TREE_OPS
 
 #: Every array of a tree.
 FIELDS = (

@@ -1,6 +1,6 @@
 """Checks of a GPU backend's raw functions for prefix trees against the CPU backend's: equal integers, close values.
 
-Run by tests/interpreted/test_kernel_prefix_tree.py and by tests/test_gpu_prefix_tree.py. Batches are made on the CPU,
+Run by test_prefix_tree.py in tests/backends/triton/interpreted and in tests/backends/gpu. Batches are made on the CPU,
 where the C++ backend runs, and copied to `device`.
 """
 
@@ -17,8 +17,16 @@ import torch
 from prefix_tree_checks import random_branches, rows_of_tokens
 from torch import Tensor
 
-from fastreward._layout import NODES, ROWS
-from fastreward._options import OVERS, PLACES, TOKEN_OPS, TREE_MODES, TREE_OPS, AdvantageOptions, AggregateOptions
+from fastreward._arguments.options import (
+    OVERS,
+    PLACES,
+    TOKEN_OPS,
+    TREE_MODES,
+    TREE_OPS,
+    AdvantageOptions,
+    AggregateOptions,
+)
+from fastreward._runtime.layout import NODES, ROWS
 from fastreward.cpu import prefix_tree as cpu
 
 INF = math.inf

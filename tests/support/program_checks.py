@@ -1,6 +1,6 @@
 """Programs of the loss language, and checks of a backend's raw functions that run them, against the float64 reference.
 
-Run on the CPU by tests/test_cuda_program_emulated.py; `module` and `device` may be any backend's.
+Run on the CPU by tests/backends/cuda/test_program_emulated.py; `module` and `device` may be any backend's.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from raw_checks import STEP, Logits, close
 from torch import Tensor
 
 from fastreward import losses
-from fastreward._tokens import Tokens
-from fastreward.losses import _functions as f
-from fastreward.losses._graph import Graph, Level, Node
-from fastreward.losses._objective import (
+from fastreward._arguments.tokens import Tokens
+from fastreward.language import functions as f
+from fastreward.language.graph import Graph, Level, Node
+from fastreward.language.objective import (
     Objective,
     PairCall,
     PolicyCall,
@@ -28,7 +28,7 @@ from fastreward.losses._objective import (
     policy_objective,
     token_gradient,
 )
-from fastreward.losses._program import Program, program
+from fastreward.language.program import Program, program
 from fastreward.reference import logprobs as reference_logprobs
 from fastreward.reference import program as reference
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastreward as fr
-from fastreward._layout import DIFFERENTIABLE
+from fastreward._runtime.layout import DIFFERENTIABLE
 from fastreward.reference import group as group_reference
 from fastreward.reference import logprobs as logprobs_reference
 from fastreward.reference import policy_loss as policy_reference

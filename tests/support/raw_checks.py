@@ -1,7 +1,7 @@
 """Checks of a backend's raw functions against the float64 reference, on adversarial inputs: values, gradients, bits.
 
-Run by tests/test_gpu.py on a GPU (Triton and CUDA C++) and by tests/test_cuda_emulated.py on the CPU. Tensors are made
-on the CPU, where the reference runs, and copied to `device`.
+Run on a GPU (Triton and CUDA C++) by tests/backends/gpu and on the CPU by tests/backends/cuda/test_emulated.py. Tensors
+are made on the CPU, where the reference runs, and copied to `device`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward._layout import FLAG, INDICES, VALUES
-from fastreward._options import CENTERS, NORMALIZES, SINGLETONS, GroupOptions
+from fastreward._arguments.options import CENTERS, NORMALIZES, SINGLETONS, GroupOptions
+from fastreward._runtime.layout import FLAG, INDICES, VALUES
 from fastreward.reference import group as reference_group
 from fastreward.reference import logprobs as reference_logprobs
 from fastreward.reference import whiten as reference_whiten

@@ -1,4 +1,4 @@
-"""A program for tests/test_threads.py: calls on two threads, then the same calls in the child of a fork.
+"""A program for tests/operations/test_threads.py: calls on two threads, then the same calls in the child of a fork.
 
     python threads_in_children.py fork | multiprocessing | mid-call | loader
 

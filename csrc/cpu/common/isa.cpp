@@ -1,4 +1,4 @@
-#include "common/isa.hpp"
+#include "cpu/common/isa.hpp"
 
 #ifdef FASTREWARD_ONLY_ISA
 

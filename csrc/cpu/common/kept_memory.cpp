@@ -1,4 +1,4 @@
-#include "common/kept_memory.hpp"
+#include "cpu/common/kept_memory.hpp"
 
 #include <sys/mman.h>
 

@@ -17,7 +17,7 @@ struct MaskView {
 }  // namespace fastreward
 
 #ifdef FASTREWARD_ISA
-#include "common/simd.hpp"
+#include "cpu/simd/simd.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 

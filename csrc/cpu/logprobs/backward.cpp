@@ -9,7 +9,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cpu/logprobs_rows.hpp"
+#include "cpu/logprobs/rows.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 namespace {

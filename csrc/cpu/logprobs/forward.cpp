@@ -7,7 +7,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cpu/logprobs_rows.hpp"
+#include "cpu/logprobs/rows.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 namespace {
@@ -210,7 +210,7 @@ Partial compute_block(const LogprobsRows& in, std::int64_t index, std::int64_t b
   return out;
 }
 
-// The running statistics of a row (fastreward/_layout.py: STATE) and the block that holds its maximum.
+// The running statistics of a row (fastreward/_runtime/layout.py: STATE) and the block that holds its maximum.
 struct State {
   double s[kStateSize];
   std::int64_t best_block = -1;

@@ -3,12 +3,12 @@
 
 #include <cstdint>
 
-#include "common/dtypes.hpp"
-#include "common/isa.hpp"
+#include "cpu/common/dtypes.hpp"
+#include "cpu/common/isa.hpp"
 
 namespace fastreward {
 
-// What to compute besides logprobs, logsumexp and label_logit (fastreward/_layout.py: FLAG).
+// What to compute besides logprobs, logsumexp and label_logit (fastreward/_runtime/layout.py: FLAG).
 enum LogprobsFlag : int { kEntropy = 1, kLogSumSq = 2, kMeanLogit = 4, kArgmax = 8, kRank = 16 };
 // Rows of `values` (VALUES) and columns of `state` (STATE).
 enum {

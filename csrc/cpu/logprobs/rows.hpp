@@ -1,9 +1,9 @@
 // What forward and backward of logprobs share: scalar reads of a row and the loop over rows. For csrc/cpu only.
 #pragma once
 
-#include "common/exp_scaled.hpp"
-#include "common/simd.hpp"
-#include "cpu/logprobs.hpp"
+#include "cpu/simd/exp_scaled.hpp"
+#include "cpu/simd/simd.hpp"
+#include "cpu/logprobs/logprobs.hpp"
 #include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA::logprobs {

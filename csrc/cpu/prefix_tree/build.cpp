@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "cpu/prefix_tree.hpp"
+#include "cpu/prefix_tree/prefix_tree.hpp"
 #include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA {

@@ -7,12 +7,12 @@
 
 #include <cstdint>
 
-#include "common/isa.hpp"
-#include "common/mask.hpp"
+#include "cpu/common/isa.hpp"
+#include "cpu/common/mask.hpp"
 
 namespace fastreward {
 
-// Fields of a node, i64 each; field f of node n lies at nodes[f * capacity + n] (fastreward/_layout.py has the names).
+// Fields of a node, i64 each; field f of node n lies at nodes[f * capacity + n] (fastreward/_runtime/layout.py has the names).
 enum NodeField : int {
   kNodeParent = 0,      // -1 for a root
   kNodeDepth,           // nodes above it, 0 for a root

@@ -9,8 +9,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "common/simd.hpp"
-#include "cpu/prefix_tree.hpp"
+#include "cpu/simd/simd.hpp"
+#include "cpu/prefix_tree/prefix_tree.hpp"
 #include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA {

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/prefix_tree.hpp"
+#include "cpu/prefix_tree/prefix_tree.hpp"
 #include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA {

@@ -1,5 +1,5 @@
 // Scratch and instructions of a pass for one thread; and programs without reductions for one token at a time.
-#include "cpu/program_frame.hpp"
+#include "cpu/program/frame.hpp"
 
 #include <cstring>
 

@@ -1,8 +1,8 @@
-// The operands of a pass in one thread's scratch, and its instructions with their addresses. For csrc/cpu/program*.cpp.
+// The operands of a pass in one thread's scratch, and its instructions with their addresses. For csrc/cpu/program/.
 #pragma once
 
-#include "cpu/program_internal.hpp"
-#include "cpu/program_operators.hpp"
+#include "cpu/program/internal.hpp"
+#include "cpu/program/operators.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 

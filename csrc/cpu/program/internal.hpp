@@ -1,10 +1,10 @@
-// What the parts of the program evaluator share. For csrc/cpu/program*.cpp only.
+// What the parts of the program evaluator share. For csrc/cpu/program/ only.
 #pragma once
 
 #include <cstddef>
 #include <new>
 
-#include "cpu/program.hpp"
+#include "cpu/program/program.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 

@@ -1,9 +1,9 @@
 // How token arrays are cut: rows into items, the threads' unit of work, and items into tiles; and which tokens count, as
-// bits. For csrc/cpu/program*.cpp.
+// bits. For csrc/cpu/program/.
 #pragma once
 
-#include "cpu/program_internal.hpp"
-#include "cpu/program_operators.hpp"
+#include "cpu/program/internal.hpp"
+#include "cpu/program/operators.hpp"
 #include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {

@@ -1,5 +1,5 @@
 // Token operators that make masks, or look at them; outputs, which drop what a mask says.
-#include "cpu/program_tile.hpp"
+#include "cpu/program/tile.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 namespace {

@@ -1,8 +1,8 @@
-// The token operators of programs as functions on a tile in registers. For csrc/cpu/program*.cpp only.
+// The token operators of programs as functions on a tile in registers. For csrc/cpu/program/ only.
 #pragma once
 
-#include "common/simd_functions.hpp"
-#include "cpu/program.hpp"
+#include "cpu/simd/simd_functions.hpp"
+#include "cpu/program/program.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 

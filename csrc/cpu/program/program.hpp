@@ -1,14 +1,14 @@
-// Programs of the loss language on the CPU (fastreward/losses/_program.py): passes over the tokens, tile by tile, and
-// between them work on one value per sequence or per batch. fastreward/cpu/_program_code.py makes the instructions.
+// Programs of the loss language on the CPU (fastreward/language/program.py): passes over the tokens, tile by tile, and
+// between them work on one value per sequence or per batch. fastreward/cpu/program/encode.py makes the instructions.
 #pragma once
 
 #include <cstdint>
 
-#include "common/isa.hpp"
-#include "common/mask.hpp"
+#include "cpu/common/isa.hpp"
+#include "cpu/common/mask.hpp"
 
 // Operators of a machine whose accumulator a is a tile of tokens (eight vectors, in registers). Their names are what the
-// Python side says. x, y, z are the instruction's operands; what an elementwise name means is in fastreward/losses/_ops.py.
+// Python side says. x, y, z are the instruction's operands; what an elementwise name means is in fastreward/language/ops.py.
 // Those up to `maximum` may start from operand w instead of a (of two arguments: not from a row's value), those up to
 // `maximum_where` may keep their result in slot k.
 //   load                       a = w

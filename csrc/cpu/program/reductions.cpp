@@ -1,5 +1,5 @@
 // Token operators that reduce: a tile is folded in registers, in a fixed order, and added to an accumulator per lane.
-#include "cpu/program_tile.hpp"
+#include "cpu/program/tile.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 namespace {

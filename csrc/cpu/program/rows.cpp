@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/program_internal.hpp"
+#include "cpu/program/internal.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 namespace {

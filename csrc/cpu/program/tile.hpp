@@ -8,7 +8,7 @@
 // joining them.
 #pragma once
 
-#include "cpu/program_operators.hpp"
+#include "cpu/program/operators.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 

@@ -1,7 +1,7 @@
 // One pass of a program over the tokens of a side.
 //
 // Threads take items of 2048 tokens; an item goes through the instructions tile by tile, in registers (see
-// program_operators.cpp). Lanes that do not count may hold anything: they are left out of sums and become 0 in outputs,
+// operators.hpp). Lanes that do not count may hold anything: they are left out of sums and become 0 in outputs,
 // and tiles without a counted token are not even read. Conditions that are only counted are kept as bits until the end of
 // the item. Sums have a fixed structure: lane = position in the row
 // modulo the vector, float over a few tiles, float64 above that, items in order. Padding on the right adds exact zeros, and
@@ -10,8 +10,8 @@
 #include <initializer_list>
 #include <limits>
 
-#include "cpu/program_frame.hpp"
-#include "cpu/program_items.hpp"
+#include "cpu/program/frame.hpp"
+#include "cpu/program/items.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 namespace {

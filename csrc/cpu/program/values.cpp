@@ -1,5 +1,5 @@
 // Token operators that make values of values (list: program.hpp; how they work: program_tile.hpp).
-#include "cpu/program_tile.hpp"
+#include "cpu/program/tile.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 namespace {

@@ -3,7 +3,7 @@
 // keeps -inf out of the arithmetic (0 * -inf) and denormals out of the hardware, and leaves a NaN in place.
 #pragma once
 
-#include "common/simd.hpp"
+#include "cpu/simd/simd.hpp"
 
 namespace fastreward::FASTREWARD_ISA::simd {
 

@@ -30,7 +30,7 @@
 #include <immintrin.h>
 #endif
 
-#include "common/dtypes.hpp"
+#include "cpu/common/dtypes.hpp"
 
 #ifndef FASTREWARD_ISA
 #error "FASTREWARD_ISA names the namespace of the instruction set: baseline, avx2 or avx512"
@@ -40,11 +40,11 @@ namespace fastreward::FASTREWARD_ISA::simd {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define FASTREWARD_AVX512 1
-#include "common/simd_avx512.hpp"
+#include "cpu/simd/simd_avx512.hpp"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include "common/simd_avx2.hpp"
+#include "cpu/simd/simd_avx2.hpp"
 #else
-#include "common/simd_baseline.hpp"
+#include "cpu/simd/simd_baseline.hpp"
 #endif
 
 inline int count(M32 m) { return __builtin_popcount(bits(m)); }

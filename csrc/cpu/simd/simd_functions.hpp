@@ -2,7 +2,7 @@
 // NaN as in C (the sign of a zero is not kept).
 #pragma once
 
-#include "common/simd.hpp"
+#include "cpu/simd/simd.hpp"
 
 namespace fastreward::FASTREWARD_ISA::simd {
 

@@ -2,7 +2,7 @@
 // included, neither the host's nor CUDA's, so that NVRTC compiles the same text.
 #pragma once
 
-#include "common/ptx.cuh"
+#include "cuda/device/ptx.cuh"
 
 namespace fastreward {
 
@@ -186,5 +186,5 @@ __device__ __forceinline__ bool counts(const void* mask, int kind, i64 i) {
 
 // ------------------------------------------------------------------------- the table of kernels that nvcc's build has
 #ifndef __CUDACC_RTC__
-#include "common/launch.hpp"
+#include "cuda/device/launch.hpp"
 #endif

@@ -2,7 +2,7 @@
 // how the merged result becomes the outputs. Every merge happens in an order that depends on the vocabulary alone.
 #pragma once
 
-#include "common/device.cuh"
+#include "cuda/device/device.cuh"
 
 namespace fastreward {
 
@@ -10,7 +10,7 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr double LN2 = 0.6931471805599453;
 constexpr float FAR_BELOW = -1e30f;  // stands in for -inf where it is multiplied by 0
 
-// Bits of `flags` and rows of the exchanged tensors, as in fastreward/_layout.py.
+// Bits of `flags` and rows of the exchanged tensors, as in fastreward/_runtime/layout.py.
 enum Flag { FLAG_ENTROPY = 1, FLAG_LOG_SUM_SQ = 2, FLAG_MEAN = 4, FLAG_ARGMAX = 8, FLAG_RANK = 16 };
 enum Value { LOGPROB, ENTROPY, LOGSUMEXP, LABEL_LOGIT, MEAN_LOGIT, LOG_SUM_SQ, MAX_LOGPROB, MAX_LOGIT, VALUES };
 enum StateEntry { PEAK, SUM, WEIGHTED, SQUARES, LOGITS, LABEL, ARGMAX, RANK, STATES };

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastreward
 from fastreward import PrefixTree
 from fastreward.bench import peers, roofline
-from fastreward.bench._types import OURS, Case, Contender, Target
+from fastreward.bench.case import OURS, Case, Contender, Target
 
 _FLAT = "flat batch"
 _HIDDEN, _LAYERS, _VOCAB = 256, 4, 512
@@ -55,7 +55,7 @@ def packed_loss(model: Any, packed: Any, mask: Tensor, old_logprobs: Tensor, adv
 
 def training_case(case: str, shape: tuple[int, ...], group: int, share: float, device: str) -> Case:
     """Loss and gradients of every parameter; the limit is the GEMMs of the unique tokens."""
-    from fastreward.bench.prefix_tree import rollouts
+    from fastreward.bench.cases.prefix_tree import rollouts
 
     rows, length = min(shape[0], _ROWS), min(shape[1], _TOKENS)
     data = rollouts(rows, length, group, share, device)

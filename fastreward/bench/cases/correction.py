@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import fastreward
-from fastreward._distance import distance
 from fastreward.bench import peers, roofline
-from fastreward.bench._types import OURS, Case, Contender, Target
+from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.verify.error import distance
 
 CASES = ("tis", "geo_rs")
 DTYPES = ("float32",)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import fastreward
-from fastreward import _plain
-from fastreward._distance import distance, spread_rows
 from fastreward.bench import peers, roofline
-from fastreward.bench._types import OURS, Case, Contender
+from fastreward.bench.case import OURS, Case, Contender
 from fastreward.reference import logprobs as reference
+from fastreward.verify import eager
+from fastreward.verify.error import distance, spread_rows
 
 CASES = ("forward", "backward")
 DTYPES = ("float32", "bfloat16")
@@ -103,7 +103,7 @@ def _ours() -> Callable[..., Any]:
 
 
 def _eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return _plain.logprobs_and_entropy(_plain.linear_logits(hidden, weight).float(), labels)
+    return eager.logprobs_and_entropy(eager.linear_logits(hidden, weight).float(), labels)
 
 
 def _trl() -> Callable[..., Any]:
@@ -141,7 +141,7 @@ def _truth(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, bac
     """Rows that are looked at, and what they should be (the weight's gradient needs all rows: `verify` looks at it)."""
     rows = spread_rows(len(labels), hidden.device)
     h = hidden[rows].double().requires_grad_(backward)
-    out = reference.token_logprobs(_plain.linear_logits(h, weight.double()), labels[rows])
+    out = reference.token_logprobs(eager.linear_logits(h, weight.double()), labels[rows])
     expected = [out["logprobs"].detach(), out["entropy"].detach()]
     if backward:
         expected += torch.autograd.grad(out["logprobs"], h, upstream[rows].double())

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import fastreward
 from fastreward import losses
-from fastreward._distance import distance
 from fastreward.bench import peers, roofline
-from fastreward.bench._types import OURS, PEERS, Case, Contender, Target
+from fastreward.bench.case import OURS, PEERS, Case, Contender, Target
+from fastreward.verify.error import distance
 
 CASES = ("fresh", "inplace")
 DTYPES = ("float32", "bfloat16")

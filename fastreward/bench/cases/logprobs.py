@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import fastreward
-from fastreward import _plain
-from fastreward._distance import distance, spread_rows
 from fastreward.bench import peers, roofline
-from fastreward.bench._types import OURS, Case, Contender, Target
+from fastreward.bench.case import OURS, Case, Contender, Target
 from fastreward.reference import logprobs as reference
+from fastreward.verify import eager
+from fastreward.verify.error import distance, spread_rows
 
 CASES = ("forward", "forward+entropy", "backward-inplace", "backward-fresh")
 DTYPES = ("float32", "bfloat16")
@@ -122,8 +122,8 @@ def _peers(case: Case, entropy: bool, device: str) -> dict[str, Callable[..., An
 
 def _obvious(entropy: bool) -> Callable[..., Any]:
     if entropy:
-        return _plain.logprobs_and_entropy
-    return lambda logits, labels: (_plain.gather_minus_logsumexp(logits, labels),)
+        return eager.logprobs_and_entropy
+    return lambda logits, labels: (eager.gather_minus_logsumexp(logits, labels),)
 
 
 def _trl(entropy: bool) -> Callable[..., Any]:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import fastreward
 from fastreward import losses
-from fastreward._distance import distance
-from fastreward._options import Aggregation
+from fastreward._arguments.options import Aggregation
 from fastreward.bench import peers, roofline
-from fastreward.bench._types import OURS, Case, Contender, Target
+from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.verify.error import distance
 
 CASES = ("ppo", "cispo", "gspo", "sapo", "own")
 DTYPES = ("float32",)

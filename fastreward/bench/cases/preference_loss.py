@@ -11,9 +11,9 @@ from torch.nn.functional import logsigmoid
 
 import fastreward
 from fastreward import losses
-from fastreward._distance import distance
 from fastreward.bench import peers, roofline
-from fastreward.bench._types import OURS, Case, Contender, Target
+from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.verify.error import distance
 
 CASES = ("dpo",)
 DTYPES = ("float32",)

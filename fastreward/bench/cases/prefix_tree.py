@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fastreward import PrefixTree
-from fastreward._distance import distance
-from fastreward.bench import _areal, peers, roofline
-from fastreward.bench._types import OURS, PEERS, Case, Contender, Target
+from fastreward.bench import peers, roofline
+from fastreward.bench.case import OURS, PEERS, Case, Contender, Target
+from fastreward.bench.cases import _areal
+from fastreward.verify.error import distance
 
 CASES = (
     *(f"{what}-g{group}-{share}" for what in ("build", "credit") for group in (8, 64) for share in (30, 70)),
@@ -274,7 +275,7 @@ def _without_peers(case: Case) -> Case:
 # ------------------------------------------------------------------------------------------------------------- train
 def _train(case: str, shape: tuple[int, ...], device: str) -> Case:
     """A small Qwen2, one step of PPO's loss: on the unique tokens, and on the batch as it is."""
-    from fastreward.bench._tree_training import training_case
+    from fastreward.bench.cases._tree_training import training_case
 
     _, group, share = case.split("-")
     return _without_peers(training_case(case, shape, int(group[1:]), int(share) / 100, device))

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import fastreward
-from fastreward import _plain
-from fastreward._distance import distance
 from fastreward.bench import peers, roofline
-from fastreward.bench._types import OURS, Case, Contender, Target
+from fastreward.bench.case import OURS, Case, Contender, Target
 from fastreward.reference import whiten as reference
+from fastreward.verify import eager
+from fastreward.verify.error import distance
 
 CASES = ("out", "fresh")
 DTYPES = ("float32",)
@@ -50,8 +50,8 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         ),
     )
     built.contenders += [
-        Contender("torch eager", partial(_plain.whiten, x, mask), tolerance=1e-3),
-        Contender("torch.compile", partial(peers.compiled(_plain.whiten), x, mask), tolerance=1e-3, compiled=True),
+        Contender("torch eager", partial(eager.whiten, x, mask), tolerance=1e-3),
+        Contender("torch.compile", partial(peers.compiled(eager.whiten), x, mask), tolerance=1e-3, compiled=True),
     ]
     peers.add(built, "verl", partial(_verl, x, mask))
     built.absent["TRL"] = "only in its experimental PPO trainer"

@@ -1,4 +1,4 @@
-"""From programs of the loss language to the instructions of csrc/cpu/program.hpp: numbers for everything.
+"""From programs of the loss language to the instructions of csrc/cpu/program/program.hpp: numbers for everything.
 
 Values per row get columns, tiles that are kept and masks get slots, all reused when their last reader is done.
 """
@@ -11,14 +11,14 @@ from functools import lru_cache
 from typing import Any, Final
 
 from fastreward import _core
-from fastreward.cpu._program_order import COMPARISONS, LOGIC, Form, Schedule, Selection, Value, looks_for_extremes
-from fastreward.losses._graph import Level, Node
-from fastreward.losses._program import Program, TokenStep
+from fastreward.cpu.program.schedule import COMPARISONS, LOGIC, Form, Schedule, Selection, Value, looks_for_extremes
+from fastreward.language.graph import Level, Node
+from fastreward.language.program import Program, TokenStep
 
 _TOKEN_OPERATORS: Final = _core.program_token_operators()
 _MASK_OPERATORS: Final = _core.program_mask_operators()
 _ROW_OPERATORS: Final = _core.program_row_operators()
-# csrc/cpu/program.hpp: OperandKind, ReductionKind, kTokenOutput
+# csrc/cpu/program/program.hpp: OperandKind, ReductionKind, kTokenOutput
 _SLOT, _MASK, _ROW_VALUE, _ROW_MASK, _INPUT, _OUTPUT, _REDUCTION = range(7)
 _REDUCTION_KINDS: Final = {"seq_sum": 0, "seq_min": 1, "seq_max": 2, "count": 3, "seq_count": 4}
 _TOKEN_OUTPUT: Final = 2**31 - 1

@@ -1,4 +1,4 @@
-"""CPU backend of programs of the loss language: torch tensors to pointers for csrc/cpu/program*.cpp."""
+"""CPU backend of programs of the loss language: torch tensors to pointers for csrc/cpu/program/."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fastreward import _core
-from fastreward._memory import empty
-from fastreward._tokens import Tokens
+from fastreward._arguments.tokens import Tokens
+from fastreward._runtime.memory import empty
 from fastreward.cpu._pointers import address, mask_arguments
-from fastreward.cpu._program_code import encode
-from fastreward.losses._graph import Level
-from fastreward.losses._program import Program
+from fastreward.cpu.program.encode import encode
+from fastreward.language.graph import Level
+from fastreward.language.program import Program
 
 
 def run(

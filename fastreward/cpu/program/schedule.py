@@ -1,7 +1,7 @@
 """The order in which a pass over the tokens computes its nodes, and what is computed together.
 
-The evaluator (csrc/cpu/program.hpp) has one accumulator, a tile of tokens in registers. So a value is used where it has
-just been made as far as that goes, and what is needed again later is kept in a slot.
+The evaluator (csrc/cpu/program/program.hpp) has one accumulator, a tile of tokens in registers. So a value is used
+where it has just been made as far as that goes, and what is needed again later is kept in a slot.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Callable, Container, Hashable, Iterable, Iterator, S
 from dataclasses import dataclass, replace
 from typing import Final
 
-from fastreward.losses._graph import Level, Node, is_constant
-from fastreward.losses._ops import REDUCTIONS
-from fastreward.losses._program import Program, TokenStep
+from fastreward.language.graph import Level, Node, is_constant
+from fastreward.language.ops import REDUCTIONS
+from fastreward.language.program import Program, TokenStep
 
 _BOUNDED: Final = 87.0  # |x| up to which exp_bounded may be used
 
@@ -20,7 +20,7 @@ COMPARISONS: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq"
 LOGIC: Final = ("and", "or", "not")
 _EXTREMES: Final = tuple(op for op in REDUCTIONS if op.endswith(("_max", "_min")))
 # Operators that may start from memory (of one argument: from a row's value too), and those that may keep their result
-# as well (csrc/cpu/program.hpp).
+# as well (csrc/cpu/program/program.hpp).
 _STARTING_ANYWHERE: Final = (
     *("neg", "abs", "sign", "sqrt", "exp", "exp_bounded", "expm1", "log", "log1p", "tanh", "sigmoid", "logsigmoid"),
 )

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final, Literal
 
-from fastreward.losses._graph import Node, walk
-from fastreward.losses._ops import OPS
+from fastreward.language.graph import Node, walk
+from fastreward.language.ops import OPS
 
 Real = Literal["float", "double"]
 #: C++ for a node that is there already, and whether reading it costs something; None for one that is to be computed.

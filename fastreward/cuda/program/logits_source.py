@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from fastreward.cuda._program_source import Source
-from fastreward.losses._graph import Level
+from fastreward.cuda.program.source import Source
+from fastreward.language.graph import Level
 
 LogitsType = Literal["f32", "bf16", "f16"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from fastreward.losses import _names
-from fastreward.losses._graph import Node
-from fastreward.losses._program import Program
+from fastreward.language import names as shared
+from fastreward.language.graph import Node
+from fastreward.language.program import Program
 
 _KEYWORDS: Final = """
     alignas alignof and and_eq asm auto bitand bitor bool break case catch char char8_t char16_t char32_t class compl
@@ -35,9 +35,10 @@ class Names:
     def __init__(self, program: Program) -> None:
         own = [f"out{i}" for i in range(len(program.outputs))]
         own += [f"Pass{k}{side}" for k in range(1, len(program.stages) + 1) for side in ("", "Chosen", "Rejected")]
-        self._names = _names.names(program, (*_KEYWORDS.split(), *_TAKEN.split(), *own))
+        self._names = shared.names(program, (*_KEYWORDS.split(), *_TAKEN.split(), *own))
 
     def __call__(self, node: Node) -> str:
+        """The node's name."""
         return self._names[node.id]
 
     def label(self, node: Node) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from fastreward.losses._graph import Level, Node, walk
-from fastreward.losses._ops import GROUP_REDUCTIONS, LEAVES, OPS, REDUCTIONS
-from fastreward.losses._program import Program, TokenStep
+from fastreward.language.graph import Level, Node, walk
+from fastreward.language.ops import GROUP_REDUCTIONS, LEAVES, OPS, REDUCTIONS
+from fastreward.language.program import Program, TokenStep
 
 #: Reductions with one value for the batch, and those that give each sequence a value from others' (their arguments and
 #: results lie in columns).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fastreward.cuda._expressions import (
+from fastreward.cuda.program.expressions import (
     Block,
     Given,
     function,
@@ -17,13 +17,13 @@ from fastreward.cuda._expressions import (
     truth,
     wrapped,
 )
-from fastreward.cuda._program_plan import ACROSS, OVER_BATCH
-from fastreward.losses._graph import Level, Node
-from fastreward.losses._ops import GROUP_REDUCTIONS
-from fastreward.losses._program import TokenStep
+from fastreward.cuda.program.plan import ACROSS, OVER_BATCH
+from fastreward.language.graph import Level, Node
+from fastreward.language.ops import GROUP_REDUCTIONS
+from fastreward.language.program import TokenStep
 
 if TYPE_CHECKING:
-    from fastreward.cuda._program_source import Source
+    from fastreward.cuda.program.source import Source
 
 
 class RowWork:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from fastreward.cuda._expressions import (
+from fastreward.cuda.program.expressions import (
     Block,
     Real,
     function,
@@ -18,12 +18,12 @@ from fastreward.cuda._expressions import (
     truth,
     wrapped,
 )
-from fastreward.cuda._program_names import Names
-from fastreward.cuda._program_plan import ACROSS, Plan, Time
-from fastreward.cuda._program_rows import RowWork
-from fastreward.losses._graph import Level, Node
-from fastreward.losses._program import Program, TokenStep
-from fastreward.losses._show import expression
+from fastreward.cuda.program.names import Names
+from fastreward.cuda.program.plan import ACROSS, Plan, Time
+from fastreward.cuda.program.rows import RowWork
+from fastreward.language.graph import Level, Node
+from fastreward.language.program import Program, TokenStep
+from fastreward.language.show import expression
 
 _SIDES: Final = ("chosen", "rejected")
 

@@ -8,7 +8,7 @@ import textwrap
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from fastreward.recipes._registry import Recipe, Returns
+    from fastreward.recipes._catalogue.registry import Recipe, Returns
 
 #: name -> (how the example makes it, what it is), in the order of the program.
 _MADE: Final = {

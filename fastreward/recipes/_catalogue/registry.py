@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, ParamSpec, TypeVar
 
-from fastreward._arrays import accepts_arrays
+from fastreward._arguments.arrays import accepts_arrays
 from fastreward.losses import Definition, Loss
 
 P = ParamSpec("P")
@@ -121,7 +121,7 @@ class Recipe:
 
     def example(self) -> str:
         """A program that runs as it is."""
-        from fastreward.recipes._example import example
+        from fastreward.recipes._catalogue.example import example
 
         return example(self)
 

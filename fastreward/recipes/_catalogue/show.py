@@ -8,7 +8,7 @@ import textwrap
 from rich.console import Console
 from rich.table import Table
 
-from fastreward.recipes._registry import FAMILIES, NOTATION, RECIPES, VERIFIED, Recipe, by_family
+from fastreward.recipes._catalogue.registry import FAMILIES, NOTATION, RECIPES, VERIFIED, Recipe, by_family
 
 _COLOURS = {"code": "green", "paper": "green", "note": "yellow", "reconstructed": "red"}
 

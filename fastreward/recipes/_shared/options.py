@@ -7,8 +7,8 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from fastreward import _check
-from fastreward._options import KL, Empty, PairAggregation
+from fastreward._arguments import check
+from fastreward._arguments.options import KL, Empty, PairAggregation
 
 GroupIds = Tensor | Sequence[Hashable]
 
@@ -78,7 +78,7 @@ def keep_also(options: PolicyOptions, keep: Tensor, logprobs: Tensor) -> None:
 
 def scored(options: PolicyOptions, rewards: Tensor, logprobs: Tensor) -> Tensor:
     """Rewards [B] as float32; drops the sequences whose reward is NaN: they were not scored."""
-    rewards = _check.rewards("rewards", rewards).float()
+    rewards = check.rewards("rewards", rewards).float()
     keep_also(options, ~rewards.isnan(), logprobs)
     return rewards
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward import PrefixTree, _check, group_advantages
+from fastreward import PrefixTree, group_advantages
 from fastreward import whiten as _whiten
-from fastreward._options import Place
+from fastreward._arguments import check
+from fastreward._arguments.options import Place
 from fastreward.group import GroupIds
 
 
@@ -39,16 +40,16 @@ def per_node(tree: PrefixTree, values: Tensor, name: str) -> Tensor:
 
 def _per_row(tree: PrefixTree, x: Tensor, name: str) -> Tensor:
     _check_tree(tree)
-    _check.shape(name, _check.tensor(name, x), (tree.num_rows,), "one per sequence of the tree")
-    _check.same_device(name, x, "the tree", tree.leaf)
-    return _check.constant(name, x).double()
+    check.shape(name, check.tensor(name, x), (tree.num_rows,), "one per sequence of the tree")
+    check.same_device(name, x, "the tree", tree.leaf)
+    return check.constant(name, x).double()
 
 
 def _per_node(tree: PrefixTree, x: Tensor, name: str) -> Tensor:
     _check_tree(tree)
-    _check.shape(name, _check.tensor(name, x), tree.parent.shape, "one per node of the tree")
-    _check.same_device(name, x, "the tree", tree.leaf)
-    return _check.constant(name, x).double()
+    check.shape(name, check.tensor(name, x), tree.parent.shape, "one per node of the tree")
+    check.same_device(name, x, "the tree", tree.leaf)
+    return check.constant(name, x).double()
 
 
 def _check_tree(tree: PrefixTree) -> None:
@@ -57,14 +58,14 @@ def _check_tree(tree: PrefixTree) -> None:
 
 
 def _scored(x: Tensor, name: str) -> Tensor:
-    if _check.values_checked(x):
-        _check.every(name, ~x.isinf(), x, "finite numbers, or NaN (not scored)")
+    if check.values_checked(x):
+        check.every(name, ~x.isinf(), x, "finite numbers, or NaN (not scored)")
     return x
 
 
 def _finite(x: Tensor, name: str) -> Tensor:
-    if _check.values_checked(x):
-        _check.every(name, x.isfinite(), x, "finite numbers")
+    if check.values_checked(x):
+        check.every(name, x.isfinite(), x, "finite numbers")
     return x
 
 
@@ -75,7 +76,7 @@ def scored(rewards: Tensor) -> Tensor:
 
 def scored_count(tree: PrefixTree, rewards: Tensor) -> Tensor:
     """[nodes] float64: the scored sequences through each node."""
-    if _check.values_checked(rewards) and not bool(rewards.isnan().any()):
+    if check.values_checked(rewards) and not bool(rewards.isnan().any()):
         return tree.count.double()
     return tree.aggregate((~rewards.isnan()).double(), "sum")
 
@@ -138,6 +139,6 @@ def beside_tokens(tree: PrefixTree, row_values: Tensor) -> Tensor:
 
 def whitened(advantages: Tensor, counted: Tensor, rewards: Tensor) -> Tensor:
     """Zero mean and unit variance over the counted tokens; as they are (0) where no sequence was scored."""
-    if _check.values_checked(rewards) and bool(rewards.isnan().all()):
+    if check.values_checked(rewards) and bool(rewards.isnan().all()):
         return advantages
     return _whiten(advantages, counted)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward._verify import Problem, Tensors, gradients, leaf
+from fastreward.language.evaluate import evaluate
 from fastreward.losses import Loss
-from fastreward.losses._evaluate import evaluate
 from fastreward.reference.policy_loss import aggregate
+from fastreward.verify.problem import Problem, Tensors, gradients, leaf
 
 Run = Callable[[Loss, Mapping[str, Any]], tuple[Tensor, Tensors]]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import fastreward
-from fastreward._verify import Problem, Tensors
+from fastreward.verify.problem import Problem, Tensors
 
 _OPTIONS: tuple[dict[str, Any], ...] = (
     {},

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 import fastreward
-from fastreward import _plain
-from fastreward._verify import Problem, Tensors
 from fastreward.reference import group as reference
+from fastreward.verify import eager
+from fastreward.verify.problem import Problem, Tensors
 
 _CENTERS = ("none", "mean", "leave-one-out", "second-max")
 _SCALES = ("none", "std", "batch-std", "max")
@@ -28,7 +28,7 @@ def problems(quick: bool) -> Iterator[Problem]:
                 inputs,
                 partial(_call, fastreward.group_advantages),
                 partial(_call, reference.group_advantages),
-                partial(_call, _plain.group_advantages),
+                partial(_call, eager.group_advantages),
             )
 
 

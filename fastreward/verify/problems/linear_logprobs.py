@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import fastreward
-from fastreward import _plain
-from fastreward._verify import Problem, Tensors, gradients, leaf
 from fastreward.reference import logprobs as reference
+from fastreward.verify import eager
+from fastreward.verify.problem import Problem, Tensors, gradients, leaf
 
 _OUTPUTS = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "max_logprob", "label_logit")
 _DIFFERENTIABLE = _OUTPUTS[:4]
@@ -71,12 +71,12 @@ def _truth(seed: int, inputs: Mapping[str, Any]) -> Tensors:
 
 
 def _plain_torch(seed: int, inputs: Mapping[str, Any]) -> Tensors:
-    return _from_logits(_plain.token_logprobs, _leaves(inputs), seed, inputs)
+    return _from_logits(eager.token_logprobs, _leaves(inputs), seed, inputs)
 
 
 def _from_logits(function: Any, leaves: Tensors, seed: int, inputs: Mapping[str, Any]) -> Tensors:
     head = {k: v for k, v in inputs.items() if k in _HEAD} | {k: v for k, v in leaves.items() if k == "bias"}
-    logits = _plain.linear_logits(leaves["hidden"], leaves["weight"], **head)
+    logits = eager.linear_logits(leaves["hidden"], leaves["weight"], **head)
     options = {k: v for k, v in inputs.items() if k in ("mask", "temperature")}
     return _finished(function(logits, inputs["labels"], **options), leaves, seed)
 

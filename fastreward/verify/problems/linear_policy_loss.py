@@ -10,9 +10,9 @@ import torch
 
 import fastreward
 from fastreward import losses
-from fastreward._verify import Problem, Tensors, gradients, leaf
-from fastreward.losses._evaluate import evaluate
+from fastreward.language.evaluate import evaluate
 from fastreward.reference.policy_loss import aggregate
+from fastreward.verify.problem import Problem, Tensors, gradients, leaf
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "": {},

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fastreward
 from fastreward import losses
-from fastreward._verify import Problem, Tensors, gradients, leaf
-from fastreward.losses._evaluate import evaluate
+from fastreward.language.evaluate import evaluate
 from fastreward.reference.policy_loss import aggregate
+from fastreward.verify.problem import Problem, Tensors, gradients, leaf
 
 _TEMPERATURE = 0.7
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import fastreward
-from fastreward import _plain
-from fastreward._layout import ALL_OUTPUTS, DIFFERENTIABLE
-from fastreward._verify import Problem, Tensors, gradients, leaf
+from fastreward._runtime.layout import ALL_OUTPUTS, DIFFERENTIABLE
 from fastreward.reference import logprobs as reference
+from fastreward.verify import eager
+from fastreward.verify.problem import Problem, Tensors, gradients, leaf
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -116,7 +116,7 @@ def _truth(seed: int, inputs: Mapping[str, Any]) -> Tensors:
 
 def _plain_torch(seed: int, inputs: Mapping[str, Any]) -> Tensors:
     x = leaf(inputs["logits"])
-    return _finished(_plain.token_logprobs(x, inputs["labels"], **_options(inputs)), x, seed, inputs)
+    return _finished(eager.token_logprobs(x, inputs["labels"], **_options(inputs)), x, seed, inputs)
 
 
 def _finished(out: Tensors, x: Tensor, seed: int, inputs: Mapping[str, Any]) -> Tensors:

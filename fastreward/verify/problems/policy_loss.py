@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import fastreward
-from fastreward import _plain, losses
-from fastreward._options import AGGREGATIONS, KLS
-from fastreward._verify import Problem, Tensors, gradients, leaf
-from fastreward._verify._losses import problem
+from fastreward import losses
+from fastreward._arguments.options import AGGREGATIONS, KLS
 from fastreward.reference import policy_loss as reference
+from fastreward.verify import eager
+from fastreward.verify.problem import Problem, Tensors, gradients, leaf
+from fastreward.verify.problems._losses import problem
 
 _CLIPS = ("clip_low", "clip_high", "dual_clip", "delta")
 _DATA = ("logprobs", "old_logprobs", "advantages", "mask")
@@ -143,7 +144,7 @@ def _truth(seed: int, inputs: Mapping[str, Any]) -> Tensors:
 def _plain_torch(seed: int, inputs: Mapping[str, Any]) -> Tensors:
     leaves = _leaves(inputs)
     options = {k: v for k, v in inputs.items() if k != "packed"} | leaves
-    return _finished(*_plain.policy_loss(**options), leaves, seed)
+    return _finished(*eager.policy_loss(**options), leaves, seed)
 
 
 def _finished(loss: Tensor, token: Tensor, metrics: Tensors, leaves: Tensors, seed: int) -> Tensors:

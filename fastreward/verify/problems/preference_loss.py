@@ -10,8 +10,8 @@ from torch import Tensor
 
 import fastreward
 from fastreward import losses
-from fastreward._verify import Problem, Tensors, leaf
-from fastreward._verify._losses import problem
+from fastreward.verify.problem import Problem, Tensors, leaf
+from fastreward.verify.problems._losses import problem
 
 _VARIANTS = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "apo_zero", "apo_down", "discopop")
 

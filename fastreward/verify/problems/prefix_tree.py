@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import fastreward
-from fastreward import PrefixTree, _plain
-from fastreward._options import OVERS, PLACES, TOKEN_OPS, TREE_MODES, TREE_OPS
-from fastreward._verify import Problem, Tensors, gradients, leaf
+from fastreward import PrefixTree
+from fastreward._arguments.options import OVERS, PLACES, TOKEN_OPS, TREE_MODES, TREE_OPS
+from fastreward.verify import eager
+from fastreward.verify.problem import Problem, Tensors, gradients, leaf
 
 _ARRAYS = (
     *("parent", "depth", "edge_start", "edge_length", "count", "first_row", "tout", "token_begin", "children", "root"),
@@ -185,11 +186,11 @@ def _torch(call: _Call, inputs: Mapping[str, Any]) -> Tensors:
         tree = _tree(inputs)
     mask = inputs.get("mask")
     plain: _Operations = {
-        "aggregate": partial(_plain.tree_aggregate, tree),
-        "advantages": partial(_plain.tree_advantages, tree),
-        "propagate": partial(_plain.tree_propagate, tree),
-        "to_tokens": partial(_plain.tree_to_tokens, tree, mask=mask),
-        "from_tokens": lambda x, op: _plain.tree_from_tokens(tree, x, mask, op),
-        "unique_to_tokens": partial(_plain.tree_unique_to_tokens, tree, mask=mask),
+        "aggregate": partial(eager.tree_aggregate, tree),
+        "advantages": partial(eager.tree_advantages, tree),
+        "propagate": partial(eager.tree_propagate, tree),
+        "to_tokens": partial(eager.tree_to_tokens, tree, mask=mask),
+        "from_tokens": lambda x, op: eager.tree_from_tokens(tree, x, mask, op),
+        "unique_to_tokens": partial(eager.tree_unique_to_tokens, tree, mask=mask),
     }
     return _finish(call, tree, plain, inputs)

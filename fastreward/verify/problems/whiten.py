@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 import fastreward
-from fastreward import _plain
-from fastreward._verify import Problem, Tensors
 from fastreward.reference import whiten as reference
+from fastreward.verify import eager
+from fastreward.verify.problem import Problem, Tensors
 
 
 def problems(quick: bool) -> Iterator[Problem]:
@@ -25,7 +25,7 @@ def problems(quick: bool) -> Iterator[Problem]:
                 inputs,
                 _ours,
                 partial(_call, reference.whiten),
-                partial(_call, _plain.whiten),
+                partial(_call, eager.whiten),
             )
 
 

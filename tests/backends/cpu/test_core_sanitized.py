@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 ISAS = ("baseline", "avx2", "avx512")
 
 

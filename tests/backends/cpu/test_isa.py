@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-ROOT = Path(__file__).parent
 LOWER = ("baseline", "avx2", "avx512")
 
 
@@ -32,7 +31,7 @@ def test_numbers_on_lower_instruction_sets(isa: str) -> None:
     if in_use(isa) != isa:
         pytest.skip(f"this machine has no {isa}")
     files = [
-        str(ROOT / f"test_{name}.py")
+        str(ROOT / "tests" / "operations" / f"test_{name}.py")
         for name in (
             "logprobs",
             "policy_loss",

@@ -15,12 +15,12 @@ from raw_checks import close
 from torch import Tensor
 
 from fastreward import _core
-from fastreward._tokens import Tokens
+from fastreward._arguments.tokens import Tokens
 from fastreward.cpu import logits_policy_loss, logprobs
 from fastreward.cpu import program as cpu
-from fastreward.losses._graph import Graph, Level
-from fastreward.losses._ops import OPS
-from fastreward.losses._program import program
+from fastreward.language.graph import Graph, Level
+from fastreward.language.ops import OPS
+from fastreward.language.program import program
 from fastreward.reference import program as reference
 
 T, R, B = Level.TOKEN, Level.ROW, Level.BATCH

@@ -1,6 +1,6 @@
 """The CUDA C++ sources compile for every architecture with no spills, under nvcc and NVRTC. Needs no GPU.
 
-Compiling proves nothing about results: tests/test_gpu.py does, on a machine that has a GPU.
+Compiling proves nothing about results: tests/backends/gpu/test_operations.py does, on a machine that has a GPU.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -18,16 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkout import CSRC
+from cuda_compilers import ARCHITECTURES, cuobjdump, nvcc, nvrtc_library
 
 import fastreward.cuda
 from fastreward.cuda import _launch
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
 SOURCES = ("logprobs", "group", "whiten")
-ARCHITECTURES = ("80", "90", "100")
 TYPES = ("f32", "bf16", "f16")
 
-nvcc = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH")
 
 
@@ -100,7 +98,7 @@ def test_no_spills_on_any_architecture(source: str, compiled: Callable[[str], Co
     "kernel", [f"logprobs_{what}" for t in TYPES for what in (f"forward_{t}_lean", f"backward_{t}")]
 )
 def test_logits_move_16_bytes_at_a_time(kernel: str, compiled: Callable[[str], Compiled]) -> None:
-    dump = _cuobjdump()
+    dump = cuobjdump()
     if dump is None:
         pytest.skip("no cuobjdump, neither on PATH nor in triton's wheel")
     command = [dump, "-sass", "-arch", "sm_90", "-fun", kernel, str(compiled("logprobs").path)]
@@ -111,22 +109,13 @@ def test_logits_move_16_bytes_at_a_time(kernel: str, compiled: Callable[[str], C
     assert not re.search(r"\b(LDL|STL)\b", sass)  # no local memory
 
 
-def _cuobjdump() -> str | None:
-    found = shutil.which("cuobjdump")
-    triton = importlib.util.find_spec("triton")
-    if found is None and triton is not None and triton.origin is not None:
-        bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        found = str(bundled) if bundled.exists() else None
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "define"),
     [("logprobs", f"FASTREWARD_ONLY_{t.upper()}") for t in TYPES] + [(source, "") for source in SOURCES[1:]],
 )
 def test_nvrtc_compiles_the_text_that_cupy_gets(source: str, define: str) -> None:
-    nvrtc = _nvrtc()
+    nvrtc = nvrtc_library()
     if nvrtc is None:
         pytest.skip("libnvrtc is not here: pip install nvidia-cuda-nvrtc")
     options = [*_launch.NVRTC_OPTIONS, "--gpu-architecture=sm_90", *([f"-D{define}"] if define else [])]
@@ -143,25 +132,10 @@ def test_nvrtc_compiles_the_text_that_cupy_gets(source: str, define: str) -> Non
     assert status == 0, log.value.decode()
 
 
-def _nvrtc() -> ctypes.CDLL | None:
-    """NVIDIA's run-time compiler: beside nvcc, or from the wheel nvidia-cuda-nvrtc. It needs no GPU and no driver."""
-    folders = [Path(nvcc).resolve().parents[1] / "lib64"] if nvcc else []
-    folders += [Path("/usr/local/cuda/lib64")]
-    spec = importlib.util.find_spec("nvidia")
-    for root in spec.submodule_search_locations or [] if spec else []:
-        folders += sorted(Path(root).glob("*/lib"), reverse=True)
-    for folder in folders:
-        for library in sorted(folder.glob("libnvrtc.so.*")):
-            for builtins in folder.glob("libnvrtc-builtins.so.*"):  # which it opens by name alone
-                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-            return ctypes.CDLL(str(library))
-    return None
-
-
 @pytest.mark.parametrize("source", SOURCES)
 def test_text_for_nvrtc_is_whole(source: str) -> None:
     text = _launch.source_text(source)
-    assert '#include "' not in text.replace('#include "common/launch.hpp"', "")
+    assert '#include "' not in text.replace('#include "cuda/device/launch.hpp"', "")
     assert text.count("namespace fastreward {") >= 2
 
 

@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels, run on the CPU by tests/emulation through the package's own launch plans.
+"""The CUDA C++ kernels, run on the CPU by tests/support/emulation through the package's own launch plans.
 
 This tests what they compute: indexing, alignment, order of merges, clusters, edge cases. It cannot see what only
-hardware shows (races, memory ordering, the fast instructions' rounding, speed): tests/test_gpu.py does.
+hardware shows (races, memory ordering, the fast instructions' rounding, speed): tests/backends/gpu does.
 """
 
 from __future__ import annotations

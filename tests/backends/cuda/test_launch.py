@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cuda_compile import CSRC
+from checkout import CSRC
 
 from fastreward.cuda import _launch
 

@@ -1,6 +1,6 @@
 """Generated CUDA C++ of the loss language compiles for every architecture, under NVRTC, with no spills. Needs no GPU.
 
-Compiling proves nothing about results: tests/test_cuda_program_emulated.py does that on the CPU.
+Compiling proves nothing about results: tests/backends/cuda/test_program_emulated.py does that on the CPU.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 
 import program_checks as checks
 import pytest
-from test_cuda_compile import ARCHITECTURES, CSRC, _cuobjdump, _nvrtc
+from checkout import CSRC
+from cuda_compilers import ARCHITECTURES, cuobjdump, nvrtc_library
 
 from fastreward import losses
 from fastreward.cuda import _launch, logits_policy_loss
-from fastreward.cuda._logits_source import Shape, logits_source
-from fastreward.cuda._program_source import Source, source
+from fastreward.cuda.program.logits_source import Shape, logits_source
+from fastreward.cuda.program.source import Source, source
 
 _USAGE = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
@@ -42,7 +43,7 @@ class Usage:
 
 @cache
 def nvrtc() -> ctypes.CDLL:
-    found = _nvrtc()
+    found = nvrtc_library()
     if found is None:
         pytest.skip("libnvrtc is not here: pip install nvidia-cuda-nvrtc")
     return found
@@ -124,7 +125,7 @@ def test_no_spills_on_any_architecture(name: str) -> None:
 
 def machine_code(text: str, folder: Path) -> str:
     """Its instructions on sm_90."""
-    dump = _cuobjdump()
+    dump = cuobjdump()
     if dump is None:
         pytest.skip("no cuobjdump, neither on PATH nor in triton's wheel")
     compiled(text, "90", folder / "code.cubin")
@@ -240,7 +241,7 @@ def test_names_that_are_words_of_cpp() -> None:
 
 def test_generating_imports_no_cupy() -> None:
     code = (
-        "import sys, fastreward; from fastreward import losses; from fastreward.cuda._program_source import source\n"
+        "import sys, fastreward; from fastreward import losses; from fastreward.cuda.program.source import source\n"
         "assert 'cupy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

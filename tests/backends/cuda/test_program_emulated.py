@@ -1,7 +1,7 @@
-"""The CUDA backend of the loss language, run on the CPU by tests/emulation: generated kernels against the reference.
+"""The CUDA backend of the loss language, emulated on the CPU: generated kernels against the reference.
 
-This tests what they compute. tests/test_cuda_program_compile.py compiles them for real GPUs; only a GPU shows races,
-memory ordering, the fast instructions' rounding and speed.
+This tests what they compute. test_program_compile.py compiles them for real GPUs; only a GPU shows races, memory
+ordering, the fast instructions' rounding and speed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from emulation import Emulator
 
 from fastreward import losses
-from fastreward._tokens import Tokens
+from fastreward._arguments.tokens import Tokens
 from fastreward.cuda import logits_policy_loss, program
-from fastreward.losses._graph import Level
+from fastreward.language.graph import Level
 
 pytestmark = [
     pytest.mark.slow,

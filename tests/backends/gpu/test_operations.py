@@ -21,8 +21,8 @@ from torch import Tensor
 import fastreward as fr
 import fastreward.cuda
 from fastreward import losses
-from fastreward._tokens import Tokens
-from fastreward.losses._graph import Level
+from fastreward._arguments.tokens import Tokens
+from fastreward.language.graph import Level
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,4 @@
-"""The Triton kernels' numerics without a GPU: tests/interpreted, in a process where Triton interprets.
+"""The Triton kernels' numerics without a GPU: interpreted/, in a process where Triton interprets.
 
 TRITON_INTERPRET is read when triton is imported, and then holds for the whole process; hence the process of its own.
 """

@@ -263,7 +263,7 @@ inline int min(int a, int b) { return a < b ? a : b; }
 inline long long min(long long a, long long b) { return a < b ? a : b; }
 inline long long max(long long a, long long b) { return a > b ? a : b; }
 
-// What csrc/common/ptx.cuh has as inline PTX.
+// What csrc/cuda/device/ptx.cuh has as inline PTX.
 #define FASTREWARD_CLUSTER(size)
 namespace fastreward {
 

@@ -1,4 +1,4 @@
-// The C++ core without Python, run under ASan + UBSan (CMake preset `sanitize`, tests/test_core_sanitized.py). Every
+// The C++ core without Python, run under ASan + UBSan (CMake preset `sanitize`, tests/backends/cpu/test_core_sanitized.py). Every
 // array is its own allocation of exactly the size that the kernel may touch, so that a step outside is an error.
 // A case is a function registered with CASE(name) (checks.hpp). Prefix trees have a file of their own.
 #include <algorithm>
@@ -12,11 +12,11 @@
 #include <vector>
 
 #include "checks.hpp"
-#include "common/isa.hpp"
-#include "common/kept_memory.hpp"
-#include "common/number_integers.hpp"
-#include "cpu/logprobs.hpp"
-#include "cpu/program.hpp"
+#include "cpu/common/isa.hpp"
+#include "cpu/common/kept_memory.hpp"
+#include "cpu/common/number_integers.hpp"
+#include "cpu/logprobs/logprobs.hpp"
+#include "cpu/program/program.hpp"
 #include "cpu/threads.hpp"
 
 namespace {

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "checks.hpp"
-#include "common/isa.hpp"
-#include "cpu/prefix_tree.hpp"
+#include "cpu/common/isa.hpp"
+#include "cpu/prefix_tree/prefix_tree.hpp"
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""These tests need Triton's interpreter: tests/test_triton_interpret.py runs them in a process of their own."""
+"""These tests need Triton's interpreter: test_interpret.py beside this folder runs them in a process of their own."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from fastreward.kernels import group as kernels
 from torch import Tensor
 
-from fastreward._options import GroupOptions
+from fastreward._arguments.options import GroupOptions
 from fastreward.reference import group as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

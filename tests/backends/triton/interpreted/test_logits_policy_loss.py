@@ -9,8 +9,8 @@ import torch
 from fastreward.kernels import logits_policy_loss, logprobs
 
 from fastreward import losses
-from fastreward._tokens import Tokens
-from fastreward.losses._graph import Level
+from fastreward._arguments.tokens import Tokens
+from fastreward.language.graph import Level
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what lies under the mask
 

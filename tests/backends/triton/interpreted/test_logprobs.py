@@ -12,7 +12,7 @@ import torch
 from fastreward.kernels import logprobs as kernels
 from torch import Tensor
 
-from fastreward._layout import FLAG, INDICES, STATE, VALUES
+from fastreward._runtime.layout import FLAG, INDICES, STATE, VALUES
 
 # The interpreter computes in NumPy, which warns of the infinities that these kernels are meant to handle.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

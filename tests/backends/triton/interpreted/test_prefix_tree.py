@@ -1,4 +1,4 @@
-"""kernels/prefix_tree.py under Triton's interpreter: the CPU backend's numbers and values, on random small batches."""
+"""kernels/prefix_tree under Triton's interpreter: the CPU backend's numbers and values, on random small batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastreward.kernels import prefix_tree as kernels
 from torch import Tensor
 
 import fastreward as fr
-from fastreward._layout import NODES
+from fastreward._runtime.layout import NODES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -1,4 +1,4 @@
-"""kernels/program.py under Triton's interpreter, against the float64 reference."""
+"""kernels/program/run.py under Triton's interpreter, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import program_checks as checks
 import pytest
 import torch
 from fastreward.kernels import _launch, _program_module, program
-from fastreward.kernels._program_source import generate
+from fastreward.kernels.program.source import generate
 
 from fastreward import losses
-from fastreward._tokens import Tokens
-from fastreward.losses import _functions as f
-from fastreward.losses._graph import Graph, Level
-from fastreward.losses._program import Program
-from fastreward.losses._program import program as lowered
+from fastreward._arguments.tokens import Tokens
+from fastreward.language import functions as f
+from fastreward.language.graph import Graph, Level
+from fastreward.language.program import Program
+from fastreward.language.program import program as lowered
 from fastreward.reference import program as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what lies under the mask

@@ -1,0 +1,1 @@
+"""Arguments of the public operations: checks, arrays in and out, tokens and masks, groups."""

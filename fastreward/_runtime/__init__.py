@@ -1,0 +1,1 @@
+"""What stands between a public operation and a backend: dispatch, custom ops, memory, layouts."""

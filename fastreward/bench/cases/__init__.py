@@ -1,0 +1,1 @@
+"""The cases of `fastreward bench`, one file per operation."""

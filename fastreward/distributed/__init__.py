@@ -1,0 +1,1 @@
+"""Operations whose rows are split over the ranks of a process group."""

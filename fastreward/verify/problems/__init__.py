@@ -1,0 +1,1 @@
+"""The problems of `fastreward verify`, one file per operation."""
