@@ -446,11 +446,10 @@ def _refuse_foreign(library: str, function: Any, args: Iterable[object]) -> NoRe
 
 
 def origin() -> str:
-    """File and line of the innermost caller outside the machinery (its files start with an underscore)."""
+    """File and line of the innermost caller outside the language's own files."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
-        path = frame.f_code.co_filename
-        if os.path.dirname(path) != _HERE or not os.path.basename(path).startswith("_"):
+        if os.path.dirname(frame.f_code.co_filename) != _HERE:
             break
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}, in {frame.f_code.co_name}"

@@ -530,7 +530,7 @@ def test_errors_name_the_line_and_say_what_to_write() -> None:
     def third_root(t):
         return t.ratio**0.3
 
-    here = "test_loss_language.py:"
+    here = "test_language.py:"
     refused(branches, TypeError, here, "in branches", "where(condition, a, b)")
     refused(uses_math, TypeError, here, "in uses_math", "fastreward.losses")
     refused(uses_torch, TypeError, here, "fastreward.losses.exp")
@@ -576,11 +576,11 @@ def test_errors_name_the_line_and_say_what_to_write() -> None:
     ],
 )  # fmt: skip
 def test_what_the_language_has_not_is_refused_with_a_remedy(function: Callable[..., object], part: str) -> None:
-    refused(function, TypeError, f"test_loss_language.py:{function.__code__.co_firstlineno}", part)
+    refused(function, TypeError, f"test_language.py:{function.__code__.co_firstlineno}", part)
 
 
 def test_methods_of_arrays_are_refused_with_a_remedy() -> None:
-    refused(lambda t: t.ratio.exp(), AttributeError, "test_loss_language.py:", "use fastreward.losses.exp")
+    refused(lambda t: t.ratio.exp(), AttributeError, "test_language.py:", "use fastreward.losses.exp")
     refused(lambda t: t.ratio.mean(), AttributeError, "seq_mean, group_mean or batch_mean")
     refused(lambda t: t.ratio.detach(), AttributeError, "use stop_gradient")
     refused(lambda t: t.ratio.shape, AttributeError, "no .shape", "help(fastreward.losses)")
@@ -592,7 +592,7 @@ def test_metrics_of_every_loss_are_not_a_losss_own() -> None:
         t.report(ratio_mean=t.ratio)
         return t.logprob
 
-    refused(reports, ValueError, "test_loss_language.py:", "'ratio_mean' is a metric of every loss already")
+    refused(reports, ValueError, "test_language.py:", "'ratio_mean' is a metric of every loss already")
 
 
 @pytest.mark.parametrize(
@@ -728,7 +728,7 @@ def test_missing_terms_are_named_with_their_argument() -> None:
 
 def test_a_loss_without_a_gradient_is_refused() -> None:
     refused(lambda t: t.advantage * t.old_logprob, ValueError, "gradient", "zero", "does not depend on logprob")
-    refused(lambda t: 3.0, ValueError, "test_loss_language.py:", "does not depend on logprob")
+    refused(lambda t: 3.0, ValueError, "test_language.py:", "does not depend on logprob")
     refused(lambda t: -stop_gradient(t.ratio) * t.advantage, ValueError, "stop_gradient")
     refused(lambda t: where(t.ratio > 1, 1.0, 0.0), ValueError, "zero")
 
