@@ -155,7 +155,7 @@ def test_a_loss_has_the_values_of_when_it_was_made(kind: str, monkeypatch: pytes
     assert value(used) == 2.0  # traced already
     assert before != after
     assert before.formula != after.formula
-    with pytest.raises(ValueError, match=rf"{definition.name} \(test_loss_surroundings.py.*{words}.*parameter"):
+    with pytest.raises(ValueError, match=rf"{definition.name} \(test_surroundings.py.*{words}.*parameter"):
         before.evaluate(**DATA)
     objective._cached_policy.cache_clear()
     with pytest.raises(ValueError, match=words):
@@ -263,7 +263,7 @@ def test_a_mistake_is_told_where_the_loss_is_used() -> None:
     with pytest.raises(NameError, match="missing"):
         value(loss)
     method = define(Config(2.0).scaled)
-    assert method.place.startswith("scaled (test_loss_surroundings.py:")
+    assert method.place.startswith("scaled (test_surroundings.py:")
 
 
 def test_losses_of_the_package_are_not_traced_when_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,7 @@ def test_a_loss_of_other_values_than_there_are_now_does_not_travel(monkeypatch: 
     loss = of_a_module(0.5)
     sent = pickle.dumps(loss)
     monkeypatch.setitem(globals(), "K", 3.0)
-    with pytest.raises(ValueError, match=r"of_a_module \(test_loss_travel.py:\d+\) reads K from .*has changed since"):
+    with pytest.raises(ValueError, match=r"of_a_module \(test_travel.py:\d+\) reads K from .*has changed since"):
         pickle.dumps(loss)
     with pytest.raises(ValueError, match="reads K from its surroundings, and that differs between two processes"):
         pickle.loads(sent)

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for real GPUs on a machine without one; a program, run by test_triton_compile.py.
+"""Compiles the Triton kernels for real GPUs on a machine without one; a program, for test_compile.py.
 
 The raw functions are called as on a GPU, on CPU tensors; Triton believes in a device of the asked-for architecture and
 compiles what each call would launch, with the specialisation of the real arguments, but launches nothing. Prints one

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of prefix trees for real GPUs without one; run by test_triton_prefix_tree_compile.py.
+"""Compiles the Triton kernels of prefix trees for real GPUs without one; for test_prefix_tree_compile.py.
 
 As compiled_kernels.py does it: raw functions on CPU tensors, nothing launched, one JSON object per kernel.
 """

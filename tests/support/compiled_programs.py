@@ -1,4 +1,4 @@
-"""Compiles loss programs for real GPUs on a machine without one; a program, run by test_triton_program_compile.py.
+"""Compiles loss programs for real GPUs on a machine without one; a program, for test_program_compile.py.
 
 As compiled_kernels.py does it: the raw functions are called on CPU tensors, nothing is launched. Prints one JSON object
 per kernel, and one that says how many kernels were compiled for PPO calls of many shapes and parameters.

@@ -1,4 +1,4 @@
-"""Sends losses that are defined in __main__ to other processes; a program, run by test_loss_travel.py.
+"""Sends losses that are defined in __main__ to other processes; a program, run by test_travel.py.
 
 `spawn` sends them by pickle to a process that imports this file, `ray` by cloudpickle to Ray's workers, which do not.
 Prints a JSON list of [name, numbers here, numbers there].

@@ -12,10 +12,10 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import ROOT
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,7 +27,7 @@ CAPABILITIES = (80, 90, 100)
 @pytest.fixture(scope="module")
 def kernels() -> list[dict[str, Any]]:
     """Every compiled kernel's figures; two processes, one of them for sm_90, of which most variants are built."""
-    program = Path(__file__).with_name("compiled_kernels.py")
+    program = ROOT / "tests" / "support" / "compiled_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def build(architectures: list[str]) -> list[dict[str, Any]]:

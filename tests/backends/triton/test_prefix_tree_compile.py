@@ -11,10 +11,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import ROOT
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,7 +34,7 @@ KERNELS = {
 @pytest.fixture(scope="module")
 def kernels() -> list[dict[str, Any]]:
     """Every compiled kernel's figures; `compiled_prefix_trees.py 80 90 100 all` builds every variant."""
-    program = Path(__file__).with_name("compiled_prefix_trees.py")
+    program = ROOT / "tests" / "support" / "compiled_prefix_trees.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     run = subprocess.run(

@@ -12,10 +12,10 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import ROOT
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,7 +27,7 @@ CAPABILITIES = (80, 90, 100)
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What compiled_programs.py prints; two processes, one of them for sm_90, for which most is built."""
-    program = Path(__file__).with_name("compiled_programs.py")
+    program = ROOT / "tests" / "support" / "compiled_programs.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["FASTREWARD_CACHE"] = str(tmp_path_factory.mktemp("programs"))
 
