@@ -103,7 +103,7 @@ def bench(
 ) -> None:
     """Time every operation beside its peers and the machine's limit. Nothing is timed before its results are equal.
 
-    `bench busy`: two threads beside one on a busy machine.
+    `bench busy`: two threads beside one on a busy machine. `bench small_calls`: what a call costs before its work.
     """
     from fastreward import bench as room
     from fastreward.bench import report
@@ -114,7 +114,7 @@ def bench(
     names = tuple(_operation(name, (*room.OPERATIONS, *room.BESIDES)) for name in operations or room.OPERATIONS)
     _check_device(device)
     if device != "cpu" and set(names) & set(room.BESIDES):
-        raise typer.BadParameter(f"--device {device}: {', '.join(room.BESIDES)} is about the CPU's threads")
+        raise typer.BadParameter(f"--device {device}: {', '.join(room.BESIDES)} runs on the CPU")
     for dtype in dtypes or ():
         if dtype not in ("float32", "bfloat16", "float16"):
             raise typer.BadParameter(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}")

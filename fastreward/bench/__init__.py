@@ -25,7 +25,7 @@ OPERATIONS = (
     "whiten",
     "prefix_tree",
 )
-BESIDES = ("busy",)  # no operations: run where they are named, on the CPU
+BESIDES = ("busy", "small_calls")  # no operations: run where they are named, on the CPU
 WITH_VOCABULARY = (
     "logprobs",
     "linear_logprobs",

@@ -74,6 +74,7 @@ class Case:
     targets: tuple[Target, ...] = ()
     gemm: tuple[Tensor, Tensor] | None = None  # [M, K], [K, N]: a product like the operation's, whose rate is its limit
     beside: Callable[[], AbstractContextManager[None]] = nullcontext  # what goes on while the rounds run
+    repeated: int = 1  # calls of a sample, which is their mean
     tail: bool = False  # slow calls matter: many rounds, in less time, and the machine's limit is measured before them
 
     @property

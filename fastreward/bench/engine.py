@@ -134,7 +134,7 @@ def run(case: Case, device: str, settings: Settings, step: Callable[[str], None]
     for contender, timing in zip(taking_part, timings, strict=True):
         if contender.compiled or timing.first < 1.0:  # a first call of seconds has warmed everything already
             step(f"warm-up: {contender.name}")
-            _sample(contender, device)
+            _sample(case, contender, device)
     if case.tail:
         settings = Settings(min(settings.seconds, _TAIL_SECONDS), settings.min_rounds, _TAIL_ROUNDS)
         for _ in range(settings.min_rounds):
@@ -150,7 +150,7 @@ def run(case: Case, device: str, settings: Settings, step: Callable[[str], None]
                 if case.tail and sum(timing.samples) > settings.seconds / len(taking_part):
                     continue  # a slow one leaves the other rounds to the others
                 step(f"round {rounds}: {contender.name}")
-                timing.samples.append(_sample(contender, device))
+                timing.samples.append(_sample(case, contender, device))
             if not case.tail:
                 probe.round()
     if device == "cuda":
@@ -215,13 +215,19 @@ def _first(contender: Contender, device: str) -> tuple[float, Any]:
         return time.perf_counter() - start, result
 
 
-def _sample(contender: Contender, device: str) -> float:
+def _sample(case: Case, contender: Contender, device: str) -> float:
     gc.collect(0)  # what the last call left behind is not this call's business
     contender.prepare()
     with _without_collection():
-        seconds, result = seconds_of(contender.call, device)
+        seconds, result = seconds_of(partial(_last_of, contender.call, case.repeated), device)
         del result
-    return seconds
+    return seconds / case.repeated
+
+
+def _last_of(call: Callable[[], Any], times: int) -> Any:
+    for _ in range(times - 1):
+        call()
+    return call()
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def results(plan: Plan, step: Callable[[str], None]) -> Iterator[Result]:
         case.inputs.clear()
         case.error = _forgotten
         gc.collect()
-        if plan.memory and plan.device == "cpu" and not case.tail:
+        if plan.memory and plan.device == "cpu" and not case.tail and case.repeated == 1:
             step(f"{name} {case_name} {dtype}: peak memory, in a fresh process")
             peaks = memory.measure(name, case_name, dtype, shape, [t.name for t in outcome.timings])
             for timing in outcome.timings:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastreward.bench import busy, engine, roofline
+from fastreward.bench import OPERATIONS, engine, roofline
 from fastreward.bench.case import Case, Contender, Timing
+from fastreward.bench.cases import busy
 from fastreward.cli import app
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
@@ -55,7 +56,7 @@ def test_they_end_with_the_rounds() -> None:
 
 def test_they_end_with_whoever_started_them() -> None:
     code = (
-        "import os, signal; from fastreward.bench.busy import busy_machine\n"
+        "import os, signal; from fastreward.bench.cases.busy import busy_machine\n"
         "with busy_machine(1): print(os.getpid(), flush=True); signal.pause()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
@@ -111,3 +112,13 @@ def test_cases_are_those_of_other_benchmarks() -> None:
     tree = busy.build("tree-524K-0-busy", torch.float32, (16,), "cpu")
     assert tree.absent == {"torch.compile": "torch has no such operation"}
     assert [t.text for t in tree.targets] == ["<= 1.5x the time of fastreward, one thread"]
+
+
+def test_small_calls_are_every_operation_s_beside_the_eager_form(tmp_path: Path) -> None:
+    figures = tmp_path / "bench.json"
+    result = CliRunner().invoke(app, ["bench", "small_calls", "--quick", "--seconds", "0.01", "--json", str(figures)])
+    assert result.exit_code == 0, result.output
+    cases = json.loads(figures.read_text())["cases"]
+    assert {case["case"] for case in cases} == set(OPERATIONS)
+    for case in cases:
+        assert [c["name"] for c in case["contenders"]] == ["fastreward", "torch eager"]
