@@ -50,7 +50,7 @@ def _programs(logits: Tensor) -> int:
         return min(logits.shape[0], 3)
     device = torch.cuda.get_device_properties(logits.device)
     sms, row = device.multi_processor_count, logits.shape[1] * logits.element_size()
-    enough = triton.cdiv(IN_FLIGHT, BLOCK * logits.element_size())
+    enough: int = triton.cdiv(IN_FLIGHT, BLOCK * logits.element_size())
     fitting = device.L2_cache_size // 2 // (sms * row)
     return min(logits.shape[0], sms * max(enough, min(fitting, MOST_PER_SM)))
 

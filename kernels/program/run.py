@@ -31,8 +31,9 @@ from fastreward._arguments.tokens import Tokens
 from fastreward.language.program import Program
 
 from .._shared.launch import OPTIONS, arrival_counter, mask_bytes, on_device_of
+from .arguments import Argument
 from .module import load
-from .source import Argument, Generated, Launch, generate, source
+from .source import Generated, Launch, generate, source
 from .tokens import before, row_bounds, tile_columns, wide
 
 __all__ = ["run", "scale", "source", "spread"]
@@ -281,7 +282,7 @@ def _with_mask_bytes(tokens: Tokens) -> Tokens:
     return tokens if mask is tokens.mask else replace(tokens, mask=mask)
 
 
-def _any_tensor(inputs: Sequence[Tensor], sides: Sequence[Tokens]) -> Tensor:
+def _any_tensor(inputs: Sequence[Tensor | None], sides: Sequence[Tokens]) -> Tensor:
     """A tensor of the call, for its device."""
     for x in (*inputs, *(t for side in sides for t in (side.mask, side.cu_seqlens))):
         if x is not None:

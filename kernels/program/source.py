@@ -122,7 +122,7 @@ class Module:
             name = self.names[n.id]
             if n.level == Level.SCALAR:
                 arguments.scalar(n)
-            elif n.level == Level.TOKEN and n.name in computed:
+            elif n.level == Level.TOKEN and n.name is not None and n.name in computed:
                 name = computed[n.name]
             elif n.level == Level.TOKEN:
                 loaded.append(f"{name} = tl.load({arguments.pointer(n)} + {at})")
