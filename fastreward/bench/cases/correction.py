@@ -8,9 +8,9 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-import fastreward
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.correction import correction_weights
 from fastreward.verify.error import distance
 
 CASES = ("tis", "geo_rs")
@@ -60,9 +60,9 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
 
 def _ours(case: str, old: Tensor, rollout: Tensor, mask: Tensor) -> Weights:
     if case == "tis":
-        return fastreward.correction_weights(old, rollout, mask, high=2.0)[:2]
+        return correction_weights(old, rollout, mask, high=2.0)[:2]
     reject = {"seq_mean_k1": _BOUNDS}
-    return fastreward.correction_weights(old, rollout, mask, mode=None, reject=reject)[:2]
+    return correction_weights(old, rollout, mask, mode=None, reject=reject)[:2]
 
 
 def _plain(case: str, old: Tensor, rollout: Tensor, mask: Tensor) -> Weights:

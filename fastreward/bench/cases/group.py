@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import fastreward
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.group import group_advantages
 from fastreward.reference import group as reference
 from fastreward.verify.error import distance
 
@@ -44,7 +44,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         traffic=roofline.group_advantages(rows),
         error=lambda result: distance(result.cpu(), truth),
         contenders=[
-            Contender(OURS, lambda: fastreward.group_advantages(rewards, uids, eps=_EPS, singleton="raw")),
+            Contender(OURS, lambda: group_advantages(rewards, uids, eps=_EPS, singleton="raw")),
             Contender("torch eager", partial(_scatter, rewards, uids), tolerance=1e-3),
         ],
         tolerance=1e-5,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastreward
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender
+from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.reference import logprobs as reference
 from fastreward.verify import eager
 from fastreward.verify.error import distance, spread_rows
@@ -99,7 +99,7 @@ def _contender(
 
 
 def _ours() -> Callable[..., Any]:
-    return partial(fastreward.linear_token_logprobs, outputs=("logprobs", "entropy"))
+    return partial(linear_token_logprobs, outputs=("logprobs", "entropy"))
 
 
 def _eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

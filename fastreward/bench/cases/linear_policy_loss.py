@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastreward
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.linear_logprobs import linear_token_logprobs
+from fastreward.linear_policy_loss import linear_policy_loss
+from fastreward.policy_loss import policy_loss
 from fastreward.verify.error import distance
 
 CASES = ("backward",)
@@ -38,7 +40,7 @@ def _data(shape: tuple[int, ...], device: str) -> Tensors:
     weight, hidden = normal(vocab, width) * (2 / width**0.5), normal(*lead, width)
     labels = torch.randint(0, vocab, lead, generator=generator, device=device)
     with torch.no_grad():
-        old = fastreward.linear_token_logprobs(hidden, weight, labels).logprobs
+        old = linear_token_logprobs(hidden, weight, labels).logprobs
     mask = torch.ones(lead, dtype=torch.bool, device=device)
     return hidden, weight, labels, old + 0.2 * normal(*lead), normal(lead[0]), mask
 
@@ -75,11 +77,11 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
 
 
 def _ours(*data: Tensor) -> Tensor:
-    return fastreward.linear_policy_loss(*data).loss
+    return linear_policy_loss(*data).loss
 
 
 def _two_calls(hidden: Tensor, weight: Tensor, labels: Tensor, *rest: Tensor) -> Tensor:
-    return fastreward.policy_loss(fastreward.linear_token_logprobs(hidden, weight, labels).logprobs, *rest).loss
+    return policy_loss(linear_token_logprobs(hidden, weight, labels).logprobs, *rest).loss
 
 
 def _plain(hidden: Tensor, weight: Tensor, labels: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:

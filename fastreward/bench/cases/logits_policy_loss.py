@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastreward
 from fastreward import losses
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, PEERS, Case, Contender, Target
+from fastreward.logits_policy_loss import logits_policy_loss
 from fastreward.verify.error import distance
 
 CASES = ("fresh", "inplace")
@@ -97,7 +97,7 @@ def _untimed(function: Any) -> Any:
 def _ours(inplace: bool, logits: Tensor, rest: Tensors) -> Tensors:
     leaf = logits.detach().requires_grad_()
     labels, old, advantages, mask = rest
-    out = fastreward.logits_policy_loss(leaf, labels, old, advantages, mask, loss=losses.ppo(), inplace=inplace).loss
+    out = logits_policy_loss(leaf, labels, old, advantages, mask, loss=losses.ppo(), inplace=inplace).loss
     return (out.detach(), *torch.autograd.grad(out, leaf))
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastreward
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.logprobs import token_logprobs
 from fastreward.reference import logprobs as reference
 from fastreward.verify import eager
 from fastreward.verify.error import distance, spread_rows
@@ -76,9 +76,9 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
 def _ours_forward(case: Case, logits: Tensor, labels: Tensor, entropy: bool) -> None:
     plain = ("logprobs",)
     outputs = ("logprobs", "entropy") if entropy else plain
-    case.contenders.append(Contender(OURS, lambda: tuple(fastreward.token_logprobs(logits, labels, outputs=outputs))))
+    case.contenders.append(Contender(OURS, lambda: tuple(token_logprobs(logits, labels, outputs=outputs))))
     if entropy:  # timed in the same rounds: what the entropy costs
-        alone = Contender(_WITHOUT_ENTROPY, lambda: tuple(fastreward.token_logprobs(logits, labels, outputs=plain)))
+        alone = Contender(_WITHOUT_ENTROPY, lambda: tuple(token_logprobs(logits, labels, outputs=plain)))
         case.contenders.append(alone)
 
 
@@ -87,7 +87,7 @@ def _ours_backward(case: Case, logits: Tensor, labels: Tensor, upstream: Tensor,
 
     def call() -> Pair:
         leaf = work.detach().requires_grad_()
-        logprobs = fastreward.token_logprobs(leaf, labels, inplace_backward=inplace).logprobs
+        logprobs = token_logprobs(leaf, labels, inplace_backward=inplace).logprobs
         (grad,) = torch.autograd.grad(logprobs, leaf, upstream)
         return logprobs.detach(), grad
 

@@ -11,11 +11,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-import fastreward
 from fastreward import losses
 from fastreward._arguments.options import Aggregation
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.policy_loss import policy_loss
 from fastreward.verify.error import distance
 
 CASES = ("ppo", "cispo", "gspo", "sapo", "own")
@@ -158,7 +158,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
 
 def _ours(written: Written, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensors:
     leaf = logprobs.detach().requires_grad_()
-    out = fastreward.policy_loss(leaf, old, advantages, mask, loss=written.loss, aggregation=written.aggregation).loss
+    out = policy_loss(leaf, old, advantages, mask, loss=written.loss, aggregation=written.aggregation).loss
     return (out.detach(), *torch.autograd.grad(out, leaf))
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-import fastreward
 from fastreward import losses
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.preference_loss import preference_loss
 from fastreward.verify.error import distance
 
 CASES = ("dpo",)
@@ -86,7 +86,7 @@ def _dpo(chosen: Tensor, rejected: Tensor, ref_c: Tensor, ref_r: Tensor, mask_c:
 
 def _ours(chosen: Tensor, rejected: Tensor, ref_c: Tensor, ref_r: Tensor, mask_c: Tensor, mask_r: Tensor) -> Tensors:
     leaves = [x.detach().requires_grad_() for x in (chosen, rejected)]
-    out = fastreward.preference_loss(
+    out = preference_loss(
         *leaves,
         loss=_DPO,
         ref_chosen_logprobs=ref_c,

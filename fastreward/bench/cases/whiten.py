@@ -7,12 +7,12 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-import fastreward
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
 from fastreward.reference import whiten as reference
 from fastreward.verify import eager
 from fastreward.verify.error import distance
+from fastreward.whiten import whiten
 
 CASES = ("out", "fresh")
 DTYPES = ("float32",)
@@ -41,7 +41,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         shape=shape,
         traffic=roofline.whiten(x.numel()),
         error=partial(_error, truth, mask),
-        contenders=[Contender(OURS, partial(fastreward.whiten, x, mask, out=out))],
+        contenders=[Contender(OURS, partial(whiten, x, mask, out=out))],
         tolerance=1e-5,
         inputs=[x, mask] + ([] if out is None else [out]),
         targets=(

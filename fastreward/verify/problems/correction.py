@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-import fastreward
+from fastreward._runtime.dispatch import backend
+from fastreward.correction import correction_weights
 from fastreward.verify.problem import Problem, Tensors
 
 _OPTIONS: tuple[dict[str, Any], ...] = (
@@ -46,10 +47,10 @@ def problems(quick: bool) -> Iterator[Problem]:
 
 
 def _run(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensors:
-    weights, keep, metrics = fastreward.correction_weights(**inputs, **options)
+    weights, keep, metrics = correction_weights(**inputs, **options)
     return {"weights": weights, "keep": keep.float()} | {f"metric {k}": v for k, v in metrics.items()}
 
 
 def _reference(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensors:
-    with fastreward.backend("reference"):
+    with backend("reference"):
         return _run(options, inputs)

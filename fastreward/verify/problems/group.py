@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import fastreward
+from fastreward.group import group_advantages
 from fastreward.reference import group as reference
 from fastreward.verify import eager
 from fastreward.verify.problem import Problem, Tensors
@@ -26,7 +26,7 @@ def problems(quick: bool) -> Iterator[Problem]:
                 name if seed == 0 else f"{name} (seed {seed})",
                 str(inputs["rewards"].dtype).removeprefix("torch."),
                 inputs,
-                partial(_call, fastreward.group_advantages),
+                partial(_call, group_advantages),
                 partial(_call, reference.group_advantages),
                 partial(_call, eager.group_advantages),
             )
@@ -69,6 +69,6 @@ def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _call(function: Any, inputs: Mapping[str, Any]) -> Tensors:
-    if function is fastreward.group_advantages:
+    if function is group_advantages:
         return {"advantages": function(**inputs)}
     return {"advantages": function(**{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastreward
+from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.reference import logprobs as reference
 from fastreward.verify import eager
 from fastreward.verify.problem import Problem, Tensors, gradients, leaf
@@ -62,7 +62,7 @@ def _leaves(inputs: Mapping[str, Any], double: bool = False) -> Tensors:
 def _ours(seed: int, inputs: Mapping[str, Any]) -> Tensors:
     leaves = _leaves(inputs)
     options = {k: v for k, v in inputs.items() if k not in ("hidden", "weight", "labels")} | leaves
-    stats = fastreward.linear_token_logprobs(labels=inputs["labels"], outputs=_OUTPUTS, **options)
+    stats = linear_token_logprobs(labels=inputs["labels"], outputs=_OUTPUTS, **options)
     return _finished({name: getattr(stats, name) for name in _OUTPUTS}, leaves, seed)
 
 

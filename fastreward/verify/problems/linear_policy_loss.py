@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-import fastreward
 from fastreward import losses
 from fastreward.language.evaluate import evaluate
+from fastreward.linear_policy_loss import linear_policy_loss
 from fastreward.reference.policy_loss import aggregate
 from fastreward.verify.problem import Problem, Tensors, gradients, leaf
 
@@ -56,7 +56,7 @@ def _ours(loss: losses.Loss, options: Mapping[str, Any], inputs: Mapping[str, An
     leaves = {name: leaf(inputs[name]) for name in _LEAVES if name != "bias" or options.get("bias")}
     given: dict[str, Any] = {k: v for k, v in inputs.items() if k not in _LEAVES} | leaves
     given |= {k: v for k, v in options.items() if k != "bias"}
-    result = fastreward.linear_policy_loss(**given, loss=loss, chunk_size=40)
+    result = linear_policy_loss(**given, loss=loss, chunk_size=40)
     return {"loss": result.loss.detach()} | gradients({"loss": result.loss}, leaves, 0)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastreward
 from fastreward import losses
 from fastreward.language.evaluate import evaluate
+from fastreward.logits_policy_loss import logits_policy_loss
 from fastreward.reference.policy_loss import aggregate
 from fastreward.verify.problem import Problem, Tensors, gradients, leaf
 
@@ -53,7 +53,7 @@ def _inputs(dtype: torch.dtype) -> dict[str, Any]:
 def _ours(loss: losses.Loss, inplace: bool, coefficient: float, inputs: Mapping[str, Any]) -> Tensors:
     given = {k: v for k, v in inputs.items() if k != "logits"}
     logits = leaf(inputs["logits"].clone())
-    result = fastreward.logits_policy_loss(
+    result = logits_policy_loss(
         logits, **given, temperature=_TEMPERATURE, loss=loss, inplace=inplace, entropy_coef=coefficient
     )
     return {"loss": result.loss.detach()} | gradients({"loss": result.loss}, {"logits": logits}, 0)

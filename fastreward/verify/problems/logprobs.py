@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastreward
 from fastreward._runtime.layout import ALL_OUTPUTS, DIFFERENTIABLE
+from fastreward.logprobs import token_logprobs
 from fastreward.reference import logprobs as reference
 from fastreward.verify import eager
 from fastreward.verify.problem import Problem, Tensors, gradients, leaf
@@ -102,9 +102,7 @@ def _ours(seed: int, inputs: Mapping[str, Any]) -> Tensors:
     inplace = bool(inputs.get("inplace"))
     names = tuple(n for n in ALL_OUTPUTS if n != "id_logprobs" or "token_ids" in inputs)
     logits = x.clone() if inplace else x  # the clone's memory becomes the gradient
-    stats = fastreward.token_logprobs(
-        logits, inputs["labels"], outputs=names, inplace_backward=inplace, **_options(inputs)
-    )
+    stats = token_logprobs(logits, inputs["labels"], outputs=names, inplace_backward=inplace, **_options(inputs))
     return _finished({name: getattr(stats, name) for name in names}, x, seed, inputs)
 
 

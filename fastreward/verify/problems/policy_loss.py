@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastreward
 from fastreward import losses
 from fastreward._arguments.options import AGGREGATIONS, KLS
+from fastreward.policy_loss import policy_loss
 from fastreward.reference import policy_loss as reference
 from fastreward.verify import eager
 from fastreward.verify.problem import Problem, Tensors, gradients, leaf
@@ -58,7 +58,7 @@ def _others() -> Iterator[Problem]:
 
 def _run_loss(loss: losses.Loss, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensors]:
     logprobs = leaf(inputs["logprob"])
-    out = fastreward.policy_loss(
+    out = policy_loss(
         logprobs,
         inputs["old_logprob"],
         inputs["advantage"],
@@ -127,7 +127,7 @@ def _ours(seed: int, inputs: Mapping[str, Any]) -> Tensors:
         data = {k: v[inside] if isinstance(v, Tensor) and v.shape == inside.shape else v for k, v in data.items()}
         del data["mask"]
         data["cu_seqlens"] = torch.nn.functional.pad(inside.sum(-1).cumsum(0), (1, 0))
-    out = fastreward.policy_loss(**data, loss=fastreward.losses.ppo(**clips), return_token_loss=True)
+    out = policy_loss(**data, loss=losses.ppo(**clips), return_token_loss=True)
     token = out.token_loss
     assert token is not None
     if inside is not None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastreward
 from fastreward import losses
+from fastreward.preference_loss import preference_loss
 from fastreward.verify.problem import Problem, Tensors, leaf
 from fastreward.verify.problems._losses import problem
 
@@ -43,7 +43,7 @@ def _inputs(loss: losses.Loss, spread: float) -> dict[str, Any]:
 def _run(loss: losses.Loss, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensors]:
     leaves = {f"{side}_logprob": leaf(inputs[f"{side}_logprob"]) for side in ("chosen", "rejected")}
     references: dict[str, Any] = {f"ref_{s}_logprobs": inputs.get(f"{s}_ref_logprob") for s in ("chosen", "rejected")}
-    result = fastreward.preference_loss(
+    result = preference_loss(
         *leaves.values(),
         loss=loss,
         chosen_mask=inputs["chosen_mask"],

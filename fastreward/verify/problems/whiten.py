@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-import fastreward
 from fastreward.reference import whiten as reference
 from fastreward.verify import eager
 from fastreward.verify.problem import Problem, Tensors
+from fastreward.whiten import whiten
 
 
 def problems(quick: bool) -> Iterator[Problem]:
@@ -52,8 +52,8 @@ def _ours(inputs: Mapping[str, Any]) -> Tensors:
     options = {k: v for k, v in inputs.items() if k != "inplace"}
     if inputs.get("inplace"):
         work = options["x"].clone()
-        return {"whitened": fastreward.whiten(**options | {"x": work}, out=work)}
-    return {"whitened": fastreward.whiten(**options)}
+        return {"whitened": whiten(**options | {"x": work}, out=work)}
+    return {"whitened": whiten(**options)}
 
 
 def _call(function: Any, inputs: Mapping[str, Any]) -> Tensors:
