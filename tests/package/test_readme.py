@@ -1,9 +1,10 @@
-"""The README's code runs as written."""
+"""The code of the README and of docs/ runs as written."""
 
 from __future__ import annotations
 
 import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,18 @@ from checkout import ROOT
 import fastreward as fr
 from fastreward.bench.cases import policy_loss as bench
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+def _blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+BLOCKS = _blocks("README.md")
+#: Every program of README and docs/, by page and number.
+PROGRAMS = {
+    f"{page} {i}": block
+    for page in ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+    for i, block in enumerate(_blocks(page))
+}
 
 
 def test_the_first_lines_name_what_is_in_scope() -> None:
@@ -28,23 +39,35 @@ def test_the_first_lines_name_what_is_in_scope() -> None:
         assert callable(eval(call, names)), call
 
 
-def test_the_ten_lines_run_as_written() -> None:
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "README.md 0"])
+def test_programs_run_as_written(program: str, tmp_path: Path) -> None:
+    """From a file, as a user runs them: a loss is traced from its source."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAMS[program])
+    assert runpy.run_path(str(path))
+
+
+def test_the_training_step_runs_as_written() -> None:
     (example,) = [block for block in BLOCKS if "fr.group_advantages" in block]
     names: dict[str, object] = {}
     exec(example, names)
-    logits = names["logits"]
-    assert isinstance(logits, torch.Tensor)
-    assert logits.grad is not None
-    assert logits.grad.abs().sum() > 0
+    model = names["model"]
+    assert isinstance(model, torch.nn.Module)
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
 
 
 def test_the_prefix_tree_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = [block for block in BLOCKS if "PrefixTree" in block]
+    (example,) = [block for block in _blocks("docs/trees.md") if "PrefixTree" in block]
+    (short,) = [block for block in BLOCKS if "PrefixTree" in block]
     names: dict[str, object] = {}
     exec(example, names)
     packed, tree = names["packed"], names["tree"]
     assert isinstance(tree, fr.PrefixTree)
-    assert f"{len(packed)} instead of {packed.tokens}" in example  # type: ignore[arg-type, attr-defined]
+    count = f"{len(packed)} instead of {packed.tokens}"  # type: ignore[arg-type, attr-defined]
+    assert count in example
+    assert count in short
     assert names["embedding"].weight.grad.abs().sum() > 0  # type: ignore[attr-defined]
     assert capsys.readouterr().out.strip() == str(tree).strip()
 

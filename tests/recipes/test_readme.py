@@ -1,4 +1,4 @@
-"""The README has the table of methods that `fastreward recipes --markdown` prints."""
+"""docs/methods.md has the table of methods that `fastreward recipes --markdown` prints."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from checkout import ROOT
 
 from fastreward.recipes._catalogue import show
 
-README = ROOT / "README.md"
 
-
-def test_readme_has_the_table_of_methods() -> None:
-    text = README.read_text()
+def test_the_table_of_methods() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
     start, end = "<!-- recipes -->\n", "<!-- /recipes -->"
     assert text.count(start) == text.count(end) == 1
     table = text.partition(start)[2].partition(end)[0]
-    assert table == show.markdown(), "paste what `fastreward recipes --markdown` prints between the two comments"
+    assert table == show.markdown(), "run `python tools/docs.py`"
