@@ -18,11 +18,12 @@ from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.numbers import Number, may_differ_from_0, number, read, single
 from fastreward._arguments.options import KL, Aggregation, Empty
 from fastreward._arguments.tokens import Tokens
+from fastreward._arguments.transforms import transformed
 from fastreward._loss_call.call import Call, GroupIds, prepare
 from fastreward._loss_call.op import evaluate, gradient_program
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime import logit_rows
-from fastreward._runtime.custom_op import custom_op, transformed
+from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.precomputed_grad import deliver
 from fastreward.logprobs import _check_labels, _check_logits, _check_own_memory, _temperature, token_logprobs

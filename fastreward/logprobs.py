@@ -11,8 +11,9 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.numbers import Number, number
+from fastreward._arguments.transforms import refuse_double_backward, transformed
 from fastreward._runtime import logit_rows
-from fastreward._runtime.custom_op import custom_op, refuse_double_backward, transformed
+from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.layout import ALL_OUTPUTS, DIFFERENTIABLE, INDICES, VALUES, flags_of
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.numbers import Number, joined, number, split
-from fastreward._runtime.custom_op import custom_op, transformed
+from fastreward._arguments.transforms import transformed
+from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.memory import empty_like
 

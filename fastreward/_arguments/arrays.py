@@ -11,7 +11,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 
-from fastreward._runtime.custom_op import refuse_transforms, transformed
+from fastreward._arguments.transforms import refuse_transforms, transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fastreward._runtime.custom_op import refuse_transforms, transformed
+from fastreward._arguments.transforms import refuse_transforms, transformed
 
 #: What the kernels read as a mask without a conversion; whatever else a caller gives is compared with 0 first.
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastreward._arguments.numbers import read
 from fastreward._arguments.tokens import Tokens
-from fastreward._runtime.custom_op import batched, custom_op
+from fastreward._arguments.transforms import batched
+from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation
 from fastreward.language.objective import Gradient, Objective, TokenGradient
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreward._arguments.transforms import batched, refuse_double_backward, refuse_vmap
 from fastreward._runtime import logit_rows
-from fastreward._runtime.custom_op import batched, custom_op, refuse_double_backward, refuse_vmap
+from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation
 
 

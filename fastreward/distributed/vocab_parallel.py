@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastreward._arguments import check
-from fastreward._runtime.custom_op import refuse_double_backward, transformed
+from fastreward._arguments.transforms import refuse_double_backward, transformed
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.layout import STATE, flags_of
 from fastreward._runtime.memory import empty_like

@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastreward._runtime.custom_op import transformed
+from fastreward._arguments.transforms import transformed
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.logprobs import LOGITS_DTYPES, token_logprobs
 from fastreward.patch import measure

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.numbers import Number, joined, number, split
-from fastreward._runtime.custom_op import custom_op, refuse_double_backward
+from fastreward._arguments.transforms import refuse_double_backward
+from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import select
 from fastreward._runtime.layout import VALUES, flags_of
 from fastreward.logprobs import (
