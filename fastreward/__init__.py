@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from fastreward import losses
 from fastreward._loss_call.results import PolicyLoss
-from fastreward._runtime.dispatch import BackendError, backend
+from fastreward._runtime.dispatch import backend
+from fastreward._runtime.errors import BackendError
 from fastreward.correction import correction_weights, off_policy_sequence_mask
 from fastreward.group import group_advantages
 from fastreward.linear_logprobs import linear_token_logprobs

@@ -17,6 +17,8 @@ from typing import Final, Literal, cast
 
 import torch
 
+from fastreward._runtime.errors import BackendError
+
 Backend = Literal["reference", "cpu", "triton", "cuda"]
 BACKENDS: Final[tuple[Backend, ...]] = ("reference", "cpu", "triton", "cuda")
 OPERATIONS: Final = (
@@ -60,10 +62,6 @@ class _Choice:
 
 # Innermost last; process-wide, as torch.compile can trace and guard a list but no context variable.
 _chosen_by_hand: list[_Choice] = []
-
-
-class BackendError(RuntimeError):
-    """The chosen backend cannot serve this call; the message says why and what to do."""
 
 
 @contextmanager
@@ -139,7 +137,7 @@ def unavailable(operation: str, name: Backend, device: str) -> str | None:
         return None
     if device != "cuda":
         return "its kernels take CUDA tensors"
-    return cast("str | None", importlib.import_module("fastreward.cuda").missing(generated(operation)))
+    return cast("str | None", _load(_PACKAGES[name]).missing(generated(operation)))
 
 
 def _default(operation: str, device: str) -> Backend:

@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastreward._runtime.dispatch import BackendError
+from fastreward._runtime.errors import BackendError
 
 Route = Literal["nvcc", "cupy"]
 #: As in CMakeLists.txt: multiply-adds are fused only where the source says so, so that both routes give the same bits.
