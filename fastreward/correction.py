@@ -18,8 +18,7 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.numbers import Number, number, parameters, read, size
-from fastreward._arguments.tokens import Tokens
-from fastreward._loss_call.call import token_bounds
+from fastreward._arguments.tokens import Tokens, token_bounds
 from fastreward._loss_call.results import Metrics
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
@@ -620,8 +619,4 @@ def _counted(tokens: Tokens, device: torch.device) -> Tensor:
 
 def _spread(x: Tensor, per_token: bool, counted: Tensor, tokens: Tokens) -> Tensor:
     """x in the tokens' shape, 0 where masked out; a program's token output is that already."""
-    if per_token:
-        return x
-    if tokens.cu_seqlens is None:
-        return torch.where(counted, x.unsqueeze(-1), 0.0)
-    return torch.where(counted, x.repeat_interleave(tokens.cu_seqlens.diff(), output_size=tokens.shape[0]), 0.0)
+    return x if per_token else torch.where(counted, tokens.broadcast(x), 0.0)

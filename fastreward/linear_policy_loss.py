@@ -16,11 +16,12 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.numbers import Number, joined, may_differ_from_0, number, read, single, split
 from fastreward._arguments.options import KL, Aggregation, Empty
 from fastreward._arguments.tokens import Tokens
 from fastreward._arguments.transforms import transformed
-from fastreward._loss_call.call import Call, GroupIds, prepare
+from fastreward._loss_call.call import Call, prepare
 from fastreward._loss_call.op import evaluate, gradient_program
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime.custom_op import custom_op

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.numbers import Number, may_differ_from_0
 from fastreward._arguments.options import KL, Aggregation, Empty
-from fastreward._loss_call.call import Call, GroupIds, prepare
+from fastreward._loss_call.call import Call, prepare
 from fastreward._loss_call.op import evaluate
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime.dispatch import select

@@ -11,19 +11,17 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.groups import GroupIds, numbered_groups
 from fastreward._arguments.numbers import Number, anything, is_number, number, parameters, single
 from fastreward._arguments.options import EMPTY, PAIR_AGGREGATIONS, Empty, PairAggregation
-from fastreward._arguments.tokens import Tokens
+from fastreward._arguments.tokens import Tokens, token_bounds
 from fastreward._loss_call.call import (
     NO_TOKEN,
-    GroupIds,
     check_numbers,
     how_to_make,
     level_of,
-    numbered_groups,
     on_device,
     parameter,
-    token_bounds,
 )
 from fastreward._loss_call.op import evaluate
 from fastreward._loss_call.results import Metrics, PolicyLoss

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from fastreward._arguments import check
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +22,42 @@ class Tokens:
     def rows(self) -> int:
         """Sequences."""
         return self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Values per sequence [B] in the tokens' shape."""
+        return broadcast_to_tokens(x, self.shape, self.cu_seqlens)
+
+
+def broadcast_to_tokens(x: Tensor, shape: tuple[int, ...] | torch.Size, cu_seqlens: Tensor | None) -> Tensor:
+    """Values per sequence [B] in the tokens' shape [B, T], or [N] where packed."""
+    if cu_seqlens is None:
+        return x.unsqueeze(-1).expand(shape)
+    return x.repeat_interleave(cu_seqlens.diff(), output_size=shape[0])
+
+
+def token_bounds(cu_seqlens: Tensor | None, like: Tensor, name: str, argument: str = "cu_seqlens") -> Tensor | None:
+    """cu_seqlens as i64; inside the tokens also where they may not be looked at."""
+    if cu_seqlens is None:
+        return None
+    check.integers(argument, cu_seqlens)
+    check.same_device(argument, cu_seqlens, name, like)
+    if like.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"{argument}: expected [B + 1] bounds over packed {name} [N], "
+            f"got {list(cu_seqlens.shape)} over {list(like.shape)}"
+        )
+    if cu_seqlens.shape[0] == 1 and like.shape[0]:
+        raise ValueError(f"{argument}: expected bounds from 0 to {like.shape[0]}, got those of no sequence")
+    bounds = cu_seqlens.long()
+    if check.values_checked(bounds):
+        check.every(argument, bounds.diff(prepend=bounds[:1]) >= 0, bounds, "bounds that never decrease")
+        if int(bounds[0]) != 0 or int(bounds[-1]) != like.shape[0]:
+            raise ValueError(
+                f"{argument}: expected bounds from 0 to {like.shape[0]} (the packed length), "
+                f"got {int(bounds[0])} to {int(bounds[-1])}"
+            )
+        return bounds.contiguous()
+    # Unchecked: whatever they are, no kernel may leave the tokens, and every token belongs to some sequence.
+    bounds = bounds.clamp(0, like.shape[0]).cummax(0).values
+    bounds[:1], bounds[-1:] = 0, like.shape[0]
+    return bounds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, get_args
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
+from fastreward._arguments.groups import GroupIds, numbered_groups
 from fastreward._arguments.numbers import (
     Number,
     anything,
@@ -22,9 +23,8 @@ from fastreward._arguments.numbers import (
     size,
 )
 from fastreward._arguments.options import AGGREGATIONS, EMPTY, KL, Aggregation, Empty
-from fastreward._arguments.tokens import Tokens
+from fastreward._arguments.tokens import Tokens, broadcast_to_tokens, token_bounds
 from fastreward._loss_call.results import Metrics
-from fastreward.group import checked_group_size, factorize
 from fastreward.language.define import Definition
 from fastreward.losses import Loss, ppo
 
@@ -34,8 +34,6 @@ _TERMS: Final = ("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "ad
 
 #: What one can do about a batch in which nothing counts.
 NO_TOKEN: Final = 'pass empty="zero" where a micro-batch may be empty (or normalizer=...)'
-
-GroupIds = Tensor | Sequence[Hashable]
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,34 +272,6 @@ def check_numbers(name: str, x: Tensor, tokens: Tokens) -> None:
     check.every(name, ~(x.isnan() & counted) if x.ndim else ~x.isnan(), x, "numbers where mask is set")
 
 
-def token_bounds(cu_seqlens: Tensor | None, like: Tensor, name: str, argument: str = "cu_seqlens") -> Tensor | None:
-    """cu_seqlens as i64; inside the tokens also where they may not be looked at."""
-    if cu_seqlens is None:
-        return None
-    check.integers(argument, cu_seqlens)
-    check.same_device(argument, cu_seqlens, name, like)
-    if like.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"{argument}: expected [B + 1] bounds over packed {name} [N], "
-            f"got {list(cu_seqlens.shape)} over {list(like.shape)}"
-        )
-    if cu_seqlens.shape[0] == 1 and like.shape[0]:
-        raise ValueError(f"{argument}: expected bounds from 0 to {like.shape[0]}, got those of no sequence")
-    bounds = cu_seqlens.long()
-    if check.values_checked(bounds):
-        check.every(argument, bounds.diff(prepend=bounds[:1]) >= 0, bounds, "bounds that never decrease")
-        if int(bounds[0]) != 0 or int(bounds[-1]) != like.shape[0]:
-            raise ValueError(
-                f"{argument}: expected bounds from 0 to {like.shape[0]} (the packed length), "
-                f"got {int(bounds[0])} to {int(bounds[-1])}"
-            )
-        return bounds.contiguous()
-    # Unchecked: whatever they are, no kernel may leave the tokens, and every token belongs to some sequence.
-    bounds = bounds.clamp(0, like.shape[0]).cummax(0).values
-    bounds[:1], bounds[-1:] = 0, like.shape[0]
-    return bounds
-
-
 def _with_keep(
     mask: Tensor | None, keep: Tensor | None, like: Tensor, bounds: Tensor | None, name: str
 ) -> Tensor | None:
@@ -313,27 +283,5 @@ def _with_keep(
     sequences = like.shape[0] if bounds is None else bounds.shape[0] - 1
     if kept.shape != like.shape:
         check.shape("keep", kept, (sequences,), f"one per sequence, or as {name}")
-        if bounds is None:
-            kept = kept.unsqueeze(-1).expand_as(like)
-        else:
-            kept = kept.repeat_interleave(bounds.diff(), output_size=like.shape[0])
+        kept = broadcast_to_tokens(kept, like.shape, bounds)
     return (kept if mask is None else kept & (mask != 0)).contiguous()
-
-
-def numbered_groups(group_ids: GroupIds | None, group_size: int | None, rows: int, like: Tensor) -> Tensor | None:
-    """Numbers 0, 1, ... of the sequences' groups, i64 [B]."""
-    if group_ids is not None and group_size is not None:
-        raise ValueError("group_ids, group_size: expected at most one of them")
-    if group_size is not None:
-        size = checked_group_size(group_size, rows, "sequences")
-        return torch.arange(rows, device=like.device).div(size, rounding_mode="floor")
-    return None if group_ids is None else dense(factorize(group_ids, rows, like.device))
-
-
-def dense(labels: Tensor) -> Tensor:
-    """Numbers 0, 1, ... in the order of the labels i64 [B], without a host synchronisation."""
-    ordered, order = labels.sort(stable=True)
-    steps = (ordered != ordered.roll(1)).long()
-    if steps.shape[0]:
-        steps[:1] = 0
-    return torch.empty_like(labels).scatter_(0, order, steps.cumsum(0))

@@ -97,12 +97,7 @@ def _before(
     own = [scalars[k] for k in part.scalars[0]]
     rows, batch = programs.run(part.before, given, [tokens], own, groups)
     count = torch.Size(tokens.shape).numel()
-    if tokens.cu_seqlens is None:
-        spread = [x.unsqueeze(-1).expand(tokens.shape).reshape(-1).contiguous() for x in rows]
-    else:
-        lengths = tokens.cu_seqlens.diff()
-        spread = [x.repeat_interleave(lengths, output_size=count) for x in rows]
-    return [*spread, *(x.expand(count).contiguous() for x in batch)]
+    return [x.reshape(-1).contiguous() for x in (*map(tokens.broadcast, rows), *(x.expand(count) for x in batch))]
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments.arrays import as_tensor
-from fastreward.group import factorize
+from fastreward._arguments.groups import factorize
 from fastreward.language.define import Loss
 from fastreward.language.graph import Graph, Level, Node, walk
 from fastreward.language.objective import inputs_asked

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import array_kind, as_tensor
+from fastreward._arguments.groups import GroupIds, factorize, group_labels
 from fastreward._arguments.options import Place
-from fastreward.group import GroupIds, checked_group_size, factorize
+from fastreward._arguments.tokens import token_bounds
 from fastreward.prefix_tree import ops
 
 
@@ -285,35 +286,18 @@ def _check_branches(parent: Tensor, position: Tensor, length: Tensor, group: Ten
 # ------------------------------------------------------------------------------------------------------------- pieces
 def groups_of(group_ids: GroupIds | None, group_size: int | None, count: int, device: torch.device) -> Tensor:
     """i64 [B]: a number per group; one group where neither argument is given."""
-    if group_ids is not None and group_size is not None:
-        raise ValueError("group_ids, group_size: expected at most one of them")
-    if group_ids is not None:
-        return factorize(group_ids, count, device)
-    if group_size is None:
-        return torch.zeros(count, dtype=torch.int64, device=device)
-    return torch.arange(count, device=device) // checked_group_size(group_size, count, "sequences")
+    labels = group_labels(group_ids, group_size, count, device)
+    return torch.zeros(count, dtype=torch.int64, device=device) if labels is None else labels
 
 
 def _extents(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """i64 [B + 1]: where the rows begin and end."""
-    if cu_seqlens is None:
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens: expected shape [B, T], or [N] with cu_seqlens, got {list(tokens.shape)}")
-        return torch.arange(tokens.shape[0] + 1, device=tokens.device) * tokens.shape[1]
-    check.integers("cu_seqlens", cu_seqlens)
-    if tokens.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            "tokens, cu_seqlens: expected packed tokens [N] and offsets [B + 1], "
-            f"got {list(tokens.shape)} and {list(cu_seqlens.shape)}"
-        )
-    check.same_device("cu_seqlens", cu_seqlens, "tokens", tokens)
-    extents = cu_seqlens.long().contiguous()
-    if check.values_checked(extents):
-        check.every("cu_seqlens", extents[1:] >= extents[:-1], extents[1:], "offsets that do not fall")
-        if int(extents[0]) != 0 or int(extents[-1]) != tokens.shape[0]:
-            ends = [int(extents[0]), int(extents[-1])]
-            raise ValueError(f"cu_seqlens: expected offsets from 0 to {tokens.shape[0]}, got {ends[0]} to {ends[1]}")
-    return extents
+    bounds = token_bounds(cu_seqlens, tokens, "tokens")
+    if bounds is not None:
+        return bounds
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: expected shape [B, T], or [N] with cu_seqlens, got {list(tokens.shape)}")
+    return torch.arange(tokens.shape[0] + 1, device=tokens.device) * tokens.shape[1]
 
 
 def _lengths(lengths: Tensor | Sequence[int], starts: Tensor, extents: Tensor) -> Tensor:

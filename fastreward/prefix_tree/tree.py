@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.numbers import Number, is_number, number, split
 from fastreward._arguments.options import (
     OVERS,
@@ -25,7 +26,6 @@ from fastreward._arguments.options import (
 )
 from fastreward._runtime.dispatch import select
 from fastreward._runtime.layout import NODES, ROWS
-from fastreward.group import GroupIds
 from fastreward.prefix_tree import ops
 from fastreward.prefix_tree.computed import computed_once
 from fastreward.prefix_tree.sequences import Sequences, branch_sequences, path_sequences, token_sequences

@@ -14,7 +14,7 @@ import torch
 
 import fastreward as fr
 from fastreward import losses
-from fastreward.group import factorize
+from fastreward._arguments.groups import factorize
 
 IDS = torch.tensor([7, 7, 8, 8])
 ARRAY = np.array([7, 7, 8, 8])

@@ -685,15 +685,19 @@ def test_reshuffled_rows_have_the_same_prefixes() -> None:
         (TypeError, "lengths: expected an integer tensor", {"lengths": torch.ones(2)}),
         (ValueError, r"lengths: expected at most the row's tokens, got 4 at index \[1\]", {"lengths": [3, 4]}),
         (ValueError, r"lengths: expected at most the row's tokens, got -1 at index \[0\]", {"lengths": [-1, 0]}),
-        (ValueError, "tokens, cu_seqlens: expected packed tokens", {"cu_seqlens": torch.tensor([0, 3, 6])}),
         (
             ValueError,
-            r"cu_seqlens: expected offsets that do not fall, got 2 at index \[1\]",
+            r"cu_seqlens: expected \[B \+ 1\] bounds over packed tokens",
+            {"cu_seqlens": torch.tensor([0, 3, 6])},
+        ),
+        (
+            ValueError,
+            r"cu_seqlens: expected bounds that never decrease, got 2 at index \[2\]",
             {"tokens": torch.ones(6).long(), "cu_seqlens": torch.tensor([0, 4, 2, 6])},
         ),
         (
             ValueError,
-            "cu_seqlens: expected offsets from 0 to 6, got 0 to 5",
+            r"cu_seqlens: expected bounds from 0 to 6 \(the packed length\), got 0 to 5",
             {"tokens": torch.ones(6).long(), "cu_seqlens": torch.tensor([0, 5])},
         ),
         (ValueError, "ignore_masked: needs a mask", {"ignore_masked": True}),

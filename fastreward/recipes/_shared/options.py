@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TypedDict
 
 from torch import Tensor
 
 from fastreward._arguments import check
+from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.options import KL, Empty, PairAggregation
-
-GroupIds = Tensor | Sequence[Hashable]
+from fastreward._arguments.tokens import broadcast_to_tokens
 
 
 class PolicyOptions(TypedDict, total=False):
@@ -52,11 +52,7 @@ class PairOptions(TypedDict, total=False):
 
 def per_token(x: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """[B] given to each token, in the shape of logprobs; what has that shape already stays as it is."""
-    if x.shape == logprobs.shape:
-        return x
-    if cu_seqlens is None:
-        return x.unsqueeze(-1).expand_as(logprobs)
-    return x.repeat_interleave(cu_seqlens.diff(), output_size=logprobs.shape[0])
+    return x if x.shape == logprobs.shape else broadcast_to_tokens(x, logprobs.shape, cu_seqlens)
 
 
 def counted(logprobs: Tensor, mask: Tensor | None, options: PolicyOptions) -> Tensor | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from fastreward import PrefixTree, group_advantages
 from fastreward import whiten as _whiten
 from fastreward._arguments import check
+from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.options import Place
-from fastreward.group import GroupIds
 
 
 def rewards_of(tree: PrefixTree, rewards: Tensor) -> Tensor:
