@@ -16,13 +16,14 @@ from torch.nn.functional import pad
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
+from fastreward._arguments.logits import LOGITS_DTYPES, check_token_ids, row_mask, temperatures
 from fastreward._arguments.numbers import Number, joined, may_differ_from_0, number, split
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.layout import FLAG, INDICES, OUTPUT_VALUES, STATE, VALUES, flags_of
 from fastreward._runtime.memory import empty_like
 from fastreward.distributed.vocab_parallel import initial_state
-from fastreward.logprobs import LOGITS_DTYPES, TokenStats, _check_labels, _collect, _row_mask, _temperature
+from fastreward.logprobs import TokenStats, _collect
 
 _OUTPUTS = (*OUTPUT_VALUES, *INDICES)
 _LABEL = STATE.index("label_logit")
@@ -408,10 +409,10 @@ def linear_token_logprobs(
     factor, cap = _scaling(logit_scale, softcap, hidden)
     if chunk_size is not None and check.whole("chunk_size", chunk_size, "columns of a tile") < 1:
         raise ValueError(f"chunk_size: expected a positive number of columns, got {chunk_size}")
-    rows = _row_mask(mask, labels)
-    scalar, per_token = _temperature(temperature, labels, mask)
+    rows = row_mask(mask, labels)
+    scalar, per_token = temperatures(temperature, labels, mask)
     if check.values_checked(hidden, labels):
-        _check_labels("labels", labels, weight.shape[0], mask)
+        check_token_ids("labels", labels, weight.shape[0], mask)
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     kept = None if rows is None else rows.nonzero().squeeze(-1)
     if kept is not None:

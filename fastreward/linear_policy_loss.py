@@ -17,6 +17,7 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.groups import GroupIds
+from fastreward._arguments.logits import check_token_ids, temperatures
 from fastreward._arguments.numbers import Number, joined, may_differ_from_0, number, read, single, split
 from fastreward._arguments.options import KL, Aggregation, Empty
 from fastreward._arguments.tokens import Tokens
@@ -38,7 +39,6 @@ from fastreward.linear_logprobs import (
     _scaling,
     linear_token_logprobs,
 )
-from fastreward.logprobs import _check_labels, _temperature
 from fastreward.losses import Loss
 from fastreward.policy_loss import loss_of
 
@@ -227,9 +227,9 @@ def linear_policy_loss(
         **options,
     )
     counted = call.tokens.mask
-    scalar, per_token = _temperature(temperature, labels, counted)
+    scalar, per_token = temperatures(temperature, labels, counted)
     if check.values_checked(hidden, labels):
-        _check_labels("labels", labels, weight.shape[0], counted)
+        check_token_ids("labels", labels, weight.shape[0], counted)
     inputs = (hidden, weight, bias)
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
     if call.gradient is None or not any(needs) or transformed():

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.groups import GroupIds
+from fastreward._arguments.logits import check_logits, check_own_memory, check_token_ids, temperatures
 from fastreward._arguments.numbers import Number, may_differ_from_0, number, read, single
 from fastreward._arguments.options import KL, Aggregation, Empty
 from fastreward._arguments.tokens import Tokens
@@ -27,7 +28,7 @@ from fastreward._runtime import logit_rows
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.precomputed_grad import deliver
-from fastreward.logprobs import _check_labels, _check_logits, _check_own_memory, _temperature, token_logprobs
+from fastreward.logprobs import token_logprobs
 from fastreward.losses import Loss
 from fastreward.policy_loss import loss_of
 
@@ -229,9 +230,9 @@ def logits_policy_loss(
     Raises:
         TypeError, ValueError: as policy_loss and token_logprobs.
     """
-    _check_logits(logits, labels)
+    check_logits(logits, labels)
     if inplace:
-        _check_own_memory(logits)
+        check_own_memory(logits)
         if torch.compiler.is_compiling():
             raise ValueError("inplace: not available under torch.compile")
     if not torch.compiler.is_compiling():  # which would make a constant of a number that nothing reads
@@ -267,7 +268,7 @@ def logits_policy_loss(
         from_logits=True,
         **options,
     )
-    scalar, per_token = _temperature(temperature, labels, call.tokens.mask)
+    scalar, per_token = temperatures(temperature, labels, call.tokens.mask)
     wanted = logits.requires_grad and torch.is_grad_enabled()
     fused = call.gradient is not None and wanted and backend != "reference" and not transformed()
     if not fused or not _one_block(logits, inplace):
@@ -280,7 +281,7 @@ def logits_policy_loss(
         on = select("policy_loss", logits)
         return loss_of(call, stats.logprobs, entropy, on, {"logits": stats.logprobs}, return_token_loss)
     if check.values_checked(logits, labels):
-        _check_labels("labels", labels, logits.shape[-1], call.tokens.mask)
+        check_token_ids("labels", labels, logits.shape[-1], call.tokens.mask)
     applied = single("scale", scale, logits, check.positive)
     return _fused(logits, labels, scalar, per_token, call, applied, inplace, return_token_loss, backend)
 

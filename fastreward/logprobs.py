@@ -10,8 +10,18 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
-from fastreward._arguments.numbers import Number, number
-from fastreward._arguments.transforms import refuse_double_backward, transformed
+from fastreward._arguments.logits import (
+    check_kept_ids,
+    check_logits,
+    check_own_memory,
+    check_token_ids,
+    ids_of_tokens,
+    kept_tokens,
+    row_mask,
+    temperatures,
+)
+from fastreward._arguments.numbers import Number
+from fastreward._arguments.transforms import refuse_double_backward
 from fastreward._runtime import logit_rows
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
@@ -19,10 +29,6 @@ from fastreward._runtime.layout import ALL_OUTPUTS, DIFFERENTIABLE, INDICES, VAL
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-#: Between these a temperature and its reciprocal are finite in float64, and 0 logits stay 0.
-_COLDEST, _HOTTEST = 1e-300, 1e300
-LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TokenStats:
@@ -311,15 +317,15 @@ def token_logprobs(
             id gives NaN, and a kept id outside [0, V) counts as padding.
     """
     _check_names(outputs, token_ids)
-    _check_logits(logits, labels)
+    check_logits(logits, labels)
     if inplace_backward:
-        _check_own_memory(logits)
+        check_own_memory(logits)
     lead = tuple(labels.shape)
-    rows = _row_mask(mask, labels)
-    scalar, per_token = _temperature(temperature, labels, mask)
+    rows = row_mask(mask, labels)
+    scalar, per_token = temperatures(temperature, labels, mask)
     vocab = logits.shape[-1]
-    keep_mask, keep_ids = _kept(keep, logits)
-    ids = None if token_ids is None else _token_ids(token_ids, labels)
+    keep_mask, keep_ids = kept_tokens(keep, logits)
+    ids = None if token_ids is None else ids_of_tokens(token_ids, labels)
     flat = labels.reshape(-1).long()
     if process_group is not None:
         from fastreward.distributed.vocab_parallel import sharded_token_logprobs
@@ -329,11 +335,11 @@ def token_logprobs(
         values, indices = sharded_token_logprobs(logits, flat, per_token, scalar, rows, outputs, process_group)
         return _collect(outputs, values, indices, values.new_empty(0), lead)
     if check.values_checked(logits, labels):
-        _check_labels("labels", labels, vocab, mask)
+        check_token_ids("labels", labels, vocab, mask)
         if token_ids is not None:
-            _check_labels("token_ids", token_ids, vocab, None if mask is None or token_ids.ndim == 1 else mask)
+            check_token_ids("token_ids", token_ids, vocab, None if mask is None or token_ids.ndim == 1 else mask)
         if keep is not None and keep_ids is not None:
-            _check_kept_ids(keep, vocab, mask)
+            check_kept_ids(keep, vocab, mask)
     backend = select("logprobs", logits)
     values, indices, id_logprobs = _token_logprobs(
         logits, flat, per_token, scalar, rows, keep_mask, keep_ids, ids, flags_of(outputs), inplace_backward, backend
@@ -360,116 +366,3 @@ def _check_names(outputs: tuple[str, ...], token_ids: Tensor | None) -> None:
     check.names("outputs", outputs, ALL_OUTPUTS)
     if ("id_logprobs" in outputs) != (token_ids is not None):
         raise ValueError("token_ids: needed for the output 'id_logprobs', and only for it")
-
-
-def _check_logits(logits: Tensor, labels: Tensor) -> None:
-    check.dtype("logits", check.tensor("logits", logits), LOGITS_DTYPES)
-    check.integers("labels", labels)
-    if logits.ndim < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: expected shape [..., V] with V > 0, got {list(logits.shape)}")
-    check.shape("labels", labels, logits.shape[:-1], "the logits' shape without V")
-    check.same_device("labels", labels, "logits", logits)
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel():
-        raise ValueError(f"logits: expected unit stride along V, got {logits.stride(-1)}; call .contiguous() first")
-
-
-def _check_own_memory(logits: Tensor) -> None:
-    """No two rows share an element, which an in-place gradient would overwrite before its second reading."""
-    if transformed():
-        raise NotImplementedError("fastreward: a gradient in place is not available under torch.func or dual tensors")
-    steps = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
-    if torch.compiler.is_compiling():  # symbols can't be sorted: what `expand` makes is all that is seen
-        steps = [step for step in steps if step[0] == 0]
-    extent = 1
-    for stride, size in [] if 0 in logits.shape else sorted(steps):
-        if stride < extent:
-            raise ValueError(
-                "logits: expected rows that share no memory with inplace_backward=True, "
-                f"got strides {list(logits.stride())} for shape {list(logits.shape)}"
-            )
-        extent += stride * (size - 1)
-
-
-def _check_labels(name: str, ids: Tensor, vocab: int, mask: Tensor | None) -> None:
-    ids = ids.long()  # a narrow dtype may not hold V
-    good = (ids >= 0) & (ids < vocab) | _masked_out(mask, ids)
-    check.every(name, good, ids, f"integers in [0, {vocab}), the vocabulary of logits")
-
-
-def _temperature(temperature: Number, labels: Tensor, mask: Tensor | None) -> tuple[float, Tensor | None]:
-    """(scalar, None) or (1.0, f64 [N]): a reciprocal that is rounded to f32 costs a large logit its last digits.
-
-    Both have a finite reciprocal, which a 0 can be multiplied by. A temperature under the mask may be anything.
-    """
-    if not isinstance(temperature, Tensor) or (temperature.ndim == 0 and labels.ndim):
-        value = number("temperature", temperature, labels, check.positive)
-        if isinstance(value, Tensor):
-            return 1.0, value.clamp(_COLDEST, _HOTTEST).repeat(labels.numel())
-        return min(max(value, _COLDEST), _HOTTEST), None
-    check.shape("temperature", temperature, labels.shape, "one per token, as labels")
-    check.same_device("temperature", temperature, "labels", labels)
-    if check.values_checked(temperature):
-        good = (temperature > 0) & (temperature < torch.inf)
-        good = good if mask is None else good | (mask == 0)
-        check.every("temperature", good, temperature, "positive numbers")
-    return 1.0, check.constant("temperature", temperature).reshape(-1).double().clamp(_COLDEST, _HOTTEST)
-
-
-def _row_mask(mask: Tensor | None, labels: Tensor) -> Tensor | None:
-    rows = check.mask(mask, "labels", labels)
-    return None if rows is None else (rows if rows.dtype == torch.bool else rows != 0).reshape(-1)
-
-
-def _kept(keep: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(boolean mask, None), (None, ids [N, k]) or (None, None)."""
-    if keep is None:
-        return None, None
-    check.same_device("keep", check.tensor("keep", keep), "logits", logits)
-    if keep.dtype == torch.bool:
-        check.shape("keep", keep, logits.shape, "a boolean per logit")
-        return keep.contiguous(), None
-    if keep.dtype.is_floating_point or keep.dtype.is_complex:
-        name = str(keep.dtype).removeprefix("torch.")
-        raise TypeError(f"keep: expected a boolean mask [..., V] or integer ids [..., k], got dtype {name}")
-    if keep.ndim != logits.ndim or keep.shape[:-1] != logits.shape[:-1]:
-        raise ValueError(
-            f"keep: expected a boolean [..., V] or ids [..., k] for logits {list(logits.shape)}, got {list(keep.shape)}"
-        )
-    if keep.shape[-1] == 0:
-        raise ValueError(f"keep: expected at least one id per token, got shape {list(keep.shape)}")
-    return None, keep.reshape(-1, keep.shape[-1]).long().contiguous()
-
-
-def _check_kept_ids(ids: Tensor, vocab: int, mask: Tensor | None) -> None:
-    ids, anything = ids.long(), _masked_out(mask, ids)
-    below = f"ids below {vocab}, the vocabulary of logits (negative = padding)"
-    check.every("keep", (ids < vocab) | anything, ids, below)
-    ordered, place = ids.sort(dim=-1, stable=True)
-    repeats = torch.zeros_like(ids, dtype=torch.bool)
-    repeats[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-    once = ~torch.zeros_like(repeats).scatter(-1, place, repeats) | anything
-    if ids.shape[-1] == vocab and bool(((ids == 0) | (ids == 1)).all()):
-        check.every("keep", once, ids, f"a boolean mask [..., {vocab}] (keep.bool(); integers are ids of kept tokens)")
-    check.every("keep", once, ids, "ids unique within a row")
-
-
-def _masked_out(mask: Tensor | None, ids: Tensor) -> Tensor:
-    """Where `ids` [..., or ..., k] may be anything."""
-    out = torch.zeros((), dtype=torch.bool, device=ids.device) if mask is None else mask == 0
-    return out.unsqueeze(-1) if 0 < out.ndim < ids.ndim else out
-
-
-def _token_ids(token_ids: Tensor, labels: Tensor) -> Tensor:
-    """[K] or [..., K] to [N, K] (row stride 0 where shared)."""
-    check.integers("token_ids", token_ids)
-    check.same_device("token_ids", token_ids, "labels", labels)
-    lead = tuple(labels.shape)
-    count = 1
-    for n in lead:
-        count *= n
-    if token_ids.ndim == 0:
-        raise ValueError("token_ids: expected ids [K], or [..., K] over the labels' shape, got a single number")
-    if token_ids.ndim == 1:
-        return token_ids.long().expand(count, -1)
-    check.shape("token_ids", token_ids, (*lead, token_ids.shape[-1]), "ids [K], or [..., K] over the labels' shape")
-    return token_ids.reshape(count, token_ids.shape[-1]).long()

@@ -22,9 +22,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from fastreward._arguments.logits import LOGITS_DTYPES
 from fastreward._arguments.transforms import transformed
 from fastreward.linear_logprobs import linear_token_logprobs
-from fastreward.logprobs import LOGITS_DTYPES, token_logprobs
+from fastreward.logprobs import token_logprobs
 from fastreward.patch import measure
 from fastreward.patch.bindings import Entry, Patch, PatchRefused, Report, active, bindings, install, undo
 

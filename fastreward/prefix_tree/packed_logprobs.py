@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
+from fastreward._arguments.logits import LOGITS_DTYPES, check_own_memory, check_token_ids, check_unit_stride
 from fastreward._arguments.numbers import Number, joined, number, split
 from fastreward._arguments.transforms import refuse_double_backward
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import select
 from fastreward._runtime.layout import VALUES, flags_of
 from fastreward.logprobs import (
-    LOGITS_DTYPES,
     TokenStats,
-    _check_labels,
-    _check_own_memory,
     _token_logprobs,
     _token_logprobs_backward,
     _token_logprobs_backward_,
@@ -183,14 +181,13 @@ def packed_token_logprobs(
             f"logits: expected shape [{len(packed)}, V], one row per packed token, got {list(logits.shape)}"
         )
     check.same_device("logits", logits, "the tree", packed.token_ids)
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        raise ValueError(f"logits: expected unit stride along V, got {logits.stride(-1)}; call .contiguous() first")
+    check_unit_stride(logits)
     if inplace_backward:
-        _check_own_memory(logits)
+        check_own_memory(logits)
     temperature, given_temperature = split(number("temperature", temperature, logits, check.positive))
     labels, mask, rows, ids = _children(packed)
     if check.values_checked(logits):
-        _check_labels("token_ids", packed.token_ids, logits.shape[-1], packed.parent >= 0)
+        check_token_ids("token_ids", packed.token_ids, logits.shape[-1], packed.parent >= 0)
     flags = flags_of(outputs)
     backend = select("logprobs", logits)
     values, further = _packed_token_logprobs(
