@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ pytestmark = [
         reason="the emulation needs g++ on x86-64 Linux",
     ),
 ]
+#: Where `program` has its launches from.
+_RUN = sys.modules["fastreward.cuda.program.run"]
 LAYOUTS = [(5, 33, False), (2, 2500, False), (1, 1, False), (20, 3, True), (3, 5000, True)]
 
 
@@ -41,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     stand_in = Emulator(folder)
-    for module in (program, logits_policy_loss):
+    for module in (_RUN, logits_policy_loss):
         for name in ("launch_text", "multiprocessors", "has_clusters", "shared_memory", "counter"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, getattr(stand_in, name))
@@ -134,7 +137,7 @@ def test_parameters_and_shapes_compile_nothing(emulator: Emulator) -> None:
         compiled(text, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "launch_text", launch_text)
+        patch.setattr(_RUN, "launch_text", launch_text)
         for clip, rows, width, packed, mask in ((0.1, 3, 9, False, "none"), (0.3, 7, 40, True, "int64")):
             named = checks.policy(losses.ppo(clip_low=clip, dual_clip=3.0, delta=2.0), Level.TOKEN, deferred=True)
             call = checks.make_call(named, rows, width, packed=packed, mask=mask)
