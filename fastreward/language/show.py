@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 
 from fastreward.language.derivative import gradients
 from fastreward.language.graph import Graph, Level, Node, walk
-from fastreward.language.ops import OPS
+from fastreward.language.ops import ATOM, OPS
 from fastreward.language.terms import PairTerms, Terms, asked
 
 if TYPE_CHECKING:
     from fastreward.language.define import Loss
 
 _SIDES = ("chosen.", "rejected.")
-_BINDING = {"|": 1, "&": 2, "<": 3, "<=": 3, ">": 3, ">=": 3, "==": 3, "!=": 3, "+": 4, "-": 4, "*": 5, "/": 5}
-_ATOM = 9
 
 
 def expression(node: Node) -> str:
@@ -67,27 +65,28 @@ def _derivatives(value: Node, wanted: list[Node]) -> list[tuple[str, Node]]:
 def _write(node: Node, names: dict[int, str]) -> tuple[str, int]:
     """(text, how tightly its outermost operator binds)."""
     if node.id in names:
-        return names[node.id], _ATOM
+        return names[node.id], ATOM
     if node.op == "constant":
         assert node.value is not None
-        return (str(bool(node.value)) if node.boolean else f"{node.value:g}"), _ATOM if node.value >= 0 else 4
+        return (str(bool(node.value)) if node.boolean else f"{node.value:g}"), ATOM if node.value >= 0 else 4
     if node.op in ("parameter", "input"):
         side = _SIDES[node.side] if node.graph.sides == 2 and node.level == Level.TOKEN else ""
-        return f"{side}{(node.name or '').removeprefix('parameter.')}", _ATOM
+        return f"{side}{(node.name or '').removeprefix('parameter.')}", ATOM
     if node.op == "seq_count":
-        return f"{_SIDES[node.side] if node.graph.sides == 2 else ''}length", _ATOM
-    symbol = OPS[node.op].symbol if node.op in OPS else None
-    if symbol is not None:
-        binding = _BINDING[symbol]
-        left, right = (_write(a, names) for a in node.args)
-        first = left[0] if left[1] >= binding else f"({left[0]})"
-        second = right[0] if right[1] > binding else f"({right[0]})"
-        return f"{first} {symbol} {second}", binding
-    if node.op in ("neg", "not"):
-        inner, binding = _write(node.args[0], names)
-        sign = "-" if node.op == "neg" else "~"
-        return f"{sign}{inner if binding > 5 else f'({inner})'}", 6
-    return f"{node.op}({', '.join(_write(a, names)[0] for a in node.args)})", _ATOM
+        return f"{_SIDES[node.side] if node.graph.sides == 2 else ''}length", ATOM
+    spec = OPS.get(node.op)
+    if spec is not None and spec.symbol is not None:
+        first, *rest = (_write(a, names) for a in node.args)
+        if not rest:
+            return f"{spec.symbol}{_bracketed(first, spec.binds)}", spec.binds
+        return f"{_bracketed(first, spec.binds)} {spec.symbol} {_bracketed(rest[0], spec.binds + 1)}", spec.binds
+    return f"{node.op}({', '.join(_write(a, names)[0] for a in node.args)})", ATOM
+
+
+def _bracketed(part: tuple[str, int], least: int) -> str:
+    """An operand, in parentheses where it binds less than `least`."""
+    text, binding = part
+    return text if binding >= least else f"({text})"
 
 
 __all__ = ["Graph", "Terms", "assignments", "expression", "show"]

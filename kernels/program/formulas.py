@@ -13,8 +13,6 @@ from .arguments import Arguments
 from .layout import BY_GROUP, Layout
 from .names import names
 
-_FROM_TRITON = {"abs": "tl.abs", "sqrt": "tl.sqrt", "where": "tl.where"}
-
 
 class Formulas:
     """A program's nodes as source, by their names and places."""
@@ -97,8 +95,6 @@ class Formulas:
         args = [self.value(a) for a in _operands(node)]
         if _cancels(node) and not double:
             return f"expm1_minus({args[0]})"
-        if node.op in ("neg", "not"):
-            return f"{'-' if node.op == 'neg' else '~'}{args[0]}"
         if node.op in ("minimum", "maximum"):
             return self._extreme(node, *args)
         if node.op == "where" and double and all(a.op == "constant" for a in node.args[1:]):
@@ -108,10 +104,10 @@ class Formulas:
         if node.op == "outside":
             sides = ((sign, a, text) for sign, a, text in zip("<>", node.args[1:], args[1:], strict=True))
             return " | ".join(f"({_of_pair(node.args[0], a, f'{args[0]} {sign} {text}')})" for sign, a, text in sides)
-        symbol = OPS[node.op].symbol
-        if symbol is not None:
-            return f"{args[0]} {symbol} {args[1]}"
-        return f"{_FROM_TRITON.get(node.op, node.op)}({', '.join(args)})"
+        spec = OPS[node.op]
+        if spec.symbol is not None:
+            return f"{args[0]} {spec.symbol} {args[1]}" if spec.arity == 2 else f"{spec.symbol}{args[0]}"
+        return spec.triton.format(*args) if spec.triton else f"{node.op}({', '.join(args)})"
 
     def _extreme(self, node: Node, x: str, y: str) -> str:
         """A NaN of either side comes out; of a constant there is none."""

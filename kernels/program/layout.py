@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastreward.language.graph import Level, Node, walk
-from fastreward.language.ops import GROUP_REDUCTIONS, LEAVES, REDUCTIONS, SEQ_REDUCTIONS
+from fastreward.language.ops import GROUP_REDUCTIONS, LEAVES, OPS, REDUCTIONS, SEQ_REDUCTIONS
 from fastreward.language.program import Program, TokenStep
 
 #: Take columns and give one: what a row gets depends on other rows.
@@ -24,7 +24,6 @@ _BY_ROW = tuple(op for op in ACROSS if op not in BY_GROUP)
 #: Give one value for the batch.
 TOTALS = ("batch_sum", "batch_max", "batch_min")
 
-_COSTLY = ("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "logsigmoid", "sqrt", "div")
 _WORTH_KEEPING = 4  # operators; what takes fewer is computed again wherever it is read
 
 
@@ -267,7 +266,7 @@ class Layout:
     def _cost(self, node: Node) -> int:
         if node.level < Level.ROW or node.op in (*LEAVES, *SEQ_REDUCTIONS, *ACROSS):
             return 0
-        return (_WORTH_KEEPING if node.op in _COSTLY else 1) + sum(self._cost(a) for a in node.args)
+        return (_WORTH_KEEPING if node.op in OPS and OPS[node.op].costly else 1) + sum(self._cost(a) for a in node.args)
 
     # ------------------------------------------------------------------------------------------------------ results
     def _sorted(self, work: RowWork) -> RowWork:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import keyword
 
 from fastreward.language import names as shared
+from fastreward.language.ops import words
 from fastreward.language.program import Program
 
 #: What the generated functions use themselves.
 _TAKEN = """
-    tl triton range float True exp expm1 expm1_minus log log1p tanh sigmoid logsigmoid sign minimum maximum clip truth
-    divide row_bounds before tile_columns wide add count most sum_of most_of store_partial is_last NOTHING column
-    store_column largest smallest merge_chunks group_reduce group_select batch_permute SUM MAX MIN OTHERS BEFORE AFTER
-    mask cu_seqlens batch columns values order starts groups counter N B T row_units chunks chunk program programs
-    PACKED HAS_MASK ROWS STEPS LANES VEC BLOCK_ROWS TILE row row_ok start tokens extent offsets t0 t at inside counted b
-    logits logits_units labels inv_t inv_t_stride row_of_token grad_scale logprobs entropies grad_logits grad_units
-    vocab_units V HAS_INV_T LOGITS_UNIT GRAD_UNIT index token statistics store_gradient zero_row inverse_temperature
-    own_logprob own_entropy g_logprob g_entropy scale label logits_row grad_row inverse64 top top_logprob
+    tl triton range float True expm1_minus truth divide row_bounds before tile_columns wide add count most sum_of
+    most_of store_partial is_last NOTHING column store_column largest smallest merge_chunks group_reduce
+    group_select batch_permute SUM MAX MIN OTHERS BEFORE AFTER mask cu_seqlens batch columns values order starts
+    groups counter N B T row_units chunks chunk program programs PACKED HAS_MASK ROWS STEPS LANES VEC BLOCK_ROWS
+    TILE row row_ok start tokens extent offsets t0 t at inside counted b logits logits_units labels inv_t
+    inv_t_stride row_of_token grad_scale logprobs entropies grad_logits grad_units vocab_units V HAS_INV_T
+    LOGITS_UNIT GRAD_UNIT index token statistics store_gradient zero_row inverse_temperature own_logprob own_entropy
+    g_logprob g_entropy scale label logits_row grad_row inverse64 top top_logprob
 """
 
 
 def names(program: Program) -> dict[int, str]:
     """A name for every node of the program, each a Python identifier of its own, as are name_ptr and name_lanes."""
-    return shared.names(program, (*_TAKEN.split(), *keyword.kwlist), ("_ptr", "_lanes"))
+    return shared.names(program, (*words("triton"), *_TAKEN.split(), *keyword.kwlist), ("_ptr", "_lanes"))

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastreward.language.graph import Level
+from fastreward.language.ops import OPS
 from fastreward.language.program import Program
 
 from .arguments import Argument, Arguments, wrapped
@@ -21,7 +22,9 @@ from .row_source import row_function
 
 _MODULES = {
     "program.logits": "statistics store_gradient zero_row",
-    "program.math": "clip divide exp expm1 expm1_minus log log1p logsigmoid maximum minimum sigmoid sign tanh truth",
+    "program.math": " ".join(
+        ("divide expm1_minus truth", *(n for n, op in OPS.items() if not (op.symbol or op.triton)))
+    ),
     "program.rows": "AFTER BEFORE MAX MIN OTHERS SUM batch_permute column group_reduce group_select largest "
     "merge_chunks smallest store_column",
     "_shared.softmax": "inverse_temperature",

@@ -10,31 +10,12 @@ from collections.abc import Callable, Iterable
 from typing import Final, Literal
 
 from fastreward.language.graph import Node, walk
-from fastreward.language.ops import OPS
+from fastreward.language.ops import ATOM, OPS
 
 Real = Literal["float", "double"]
 #: C++ for a node that is there already, and whether reading it costs something; None for one that is to be computed.
 Given = Callable[[Node], tuple[str, bool] | None]
 
-# How tightly an operator binds; what is not listed is a call.
-_BINARY: Final = {
-    "or": ("||", 1), "and": ("&&", 2),
-    "lt": ("<", 3), "le": ("<=", 3), "gt": (">", 3), "ge": (">=", 3), "eq": ("==", 3), "ne": ("!=", 3),
-    "add": ("+", 4), "sub": ("-", 4), "mul": ("*", 5), "div": ("/", 5),
-}  # fmt: skip
-_UNARY: Final = {"neg": "-", "not": "!"}
-_ATOM: Final = 9
-# Of CUDA's own functions the f32 one has an f; those of csrc/cuda/program.cuh have one name for both.
-_CUDA: Final = {
-    "abs": "fabs",
-    "sqrt": "sqrt",
-    "exp": "exp",
-    "expm1": "expm1",
-    "log": "log",
-    "log1p": "log1p",
-    "tanh": "tanh",
-}
-_OWN: Final = ("sign", "sigmoid", "logsigmoid", "minimum", "maximum", "clip", "outside")
 #: Longer expressions get a name even where they are used once.
 _WIDE: Final = 72
 #: Lines that are longer are wrapped.
@@ -103,7 +84,7 @@ class Block:
         if there is not None:
             text, once = there
             name_it = once and self._uses[node.id] > 1
-            binding = 6 if text.startswith("-") else _ATOM
+            binding = 6 if text.startswith("-") else ATOM
         else:
             text, binding = self._operator(node)
             name_it = self._uses[node.id] > 1 or len(text) > _WIDE
@@ -111,24 +92,20 @@ class Block:
             return text, binding
         name = self._name(node)
         self.lines.append(f"const {'bool' if node.boolean else self._real} {name} = {text};")
-        return name, _ATOM
+        return name, ATOM
 
     def _operator(self, node: Node) -> tuple[str, int]:
-        op, parts = node.op, [self._texts[a.id] for a in node.args]
-        if op in _BINARY:
-            symbol, binding = _BINARY[op]
+        spec, parts = OPS[node.op], [self._texts[a.id] for a in node.args]
+        if spec.symbol is not None:
+            symbol, binding = spec.cuda or spec.symbol, spec.binds
+            if spec.arity == 1:
+                return f"{symbol}{_wrapped(parts[0], binding + 1)}", binding
             # Operands of && and || get parentheses if they are && or || themselves: compilers warn, readers stumble.
             left, right = {1: (3, 3), 2: (3, 3), 3: (4, 4)}.get(binding, (binding, binding + 1))
             return f"{_wrapped(parts[0], left)} {symbol} {_wrapped(parts[1], right)}", binding
-        if op in _UNARY:
-            return f"{_UNARY[op]}{_wrapped(parts[0], 7)}", 6
-        if op == "where":
-            return f"({parts[0][0]} ? {parts[1][0]} : {parts[2][0]})", _ATOM
-        arguments = ", ".join(text for text, _ in parts)
-        if op in _CUDA:
-            return f"{_CUDA[op]}{'f' if self._real == 'float' else ''}({arguments})", _ATOM
-        assert op in _OWN, f"{op} is not in csrc/cuda/program.cuh"
-        return f"{op}({arguments})", _ATOM
+        call = spec.cuda or f"{node.op}({', '.join(f'{{{k}}}' for k in range(spec.arity))})"
+        f = "f" if self._real == "float" else ""
+        return call.format(*(text for text, _ in parts), f=f, real=self._real), ATOM
 
 
 def _wrapped(part: tuple[str, int], least: int) -> str:
@@ -188,5 +165,3 @@ def indented(lines: Iterable[str]) -> list[str]:
 
 
 _KINDS: Final = ("sum", "max", "min")
-
-assert set(OPS) == {*_BINARY, *_UNARY, *_CUDA, *_OWN, "where", "stop_gradient"}

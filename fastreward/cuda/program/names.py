@@ -7,6 +7,7 @@ from typing import Final
 
 from fastreward.language import names as shared
 from fastreward.language.graph import Node
+from fastreward.language.ops import words
 from fastreward.language.program import Program
 
 _KEYWORDS: Final = """
@@ -24,8 +25,7 @@ _TAKEN: Final = """
     counter logits load store token gradient fastreward i64 THREADS WARPS WARP CHUNK Side Unit Groups Reductions Reduced
     Row Input Output Arguments LogitsArguments TokenGradient Loss ENTROPY ROOM COUNT OTHERS BEFORE AFTER
     blockIdx gridDim threadIdx blockDim warpSize run_unit last_block find_groups over_groups over_block over_units start
-    add_members permute_rows infinity negative_infinity not_a_number minimum maximum clip outside sign sigmoid
-    logsigmoid fabs fabsf sqrt sqrtf exp expf expm1 expm1f log logf log1p log1pf tanh tanhf
+    add_members permute_rows infinity negative_infinity not_a_number
 """
 
 
@@ -35,7 +35,7 @@ class Names:
     def __init__(self, program: Program) -> None:
         own = [f"out{i}" for i in range(len(program.outputs))]
         own += [f"Pass{k}{side}" for k in range(1, len(program.stages) + 1) for side in ("", "Chosen", "Rejected")]
-        self._names = shared.names(program, (*_KEYWORDS.split(), *_TAKEN.split(), *own))
+        self._names = shared.names(program, (*words("cuda"), *_KEYWORDS.split(), *_TAKEN.split(), *own))
 
     def __call__(self, node: Node) -> str:
         """The node's name."""

@@ -18,7 +18,6 @@ from fastreward.language.program import Program, TokenStep
 #: results lie in columns).
 OVER_BATCH: Final = ("batch_sum", "batch_max", "batch_min")
 ACROSS: Final = (*GROUP_REDUCTIONS, "batch_permute")
-_CHEAP: Final = frozenset(OPS) - {"div", "sqrt", "exp", "expm1", "log", "log1p", "tanh", "sigmoid", "logsigmoid"}
 #: (launch, phase): when a value is first there for the loop over the sequences.
 Time = tuple[int, int]
 
@@ -127,7 +126,7 @@ class Plan:
     def _is_cheap(self, node: Node, waiting: Container[int]) -> bool:
         """Whether a value is sooner computed again, from others that wait anyway, than read."""
         known = (a.id in waiting or a.id not in self.ready for a in node.args)
-        return node.op in _CHEAP and all(known)
+        return node.op in OPS and not OPS[node.op].costly and all(known)
 
     def _uses(self) -> Iterator[tuple[Node, list[Time]]]:
         """Each node that something reads, and when."""
