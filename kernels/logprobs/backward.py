@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._shared.device import LOG2E
-from ._shared.launch import (
+from .._shared.device import LOG2E
+from .._shared.launch import (
     OPTIONS,
     contiguous,
     contiguous_rows,
@@ -24,7 +24,7 @@ from ._shared.launch import (
     row_stride,
     temperature_arguments,
 )
-from ._shared.softmax import FLOOR, NEG_INF, gradient_scale, inverse_temperature, kept_ids_at, kept_logit_at
+from .._shared.softmax import FLOOR, NEG_INF, gradient_scale, inverse_temperature, kept_ids_at, kept_logit_at
 
 # --------------------------------------------------------------------------------------------------------- config
 # As in the forward: 8 warps, 16-byte loads and stores, the next block's loads ahead of this block's arithmetic. The
@@ -56,7 +56,7 @@ def _coefficients(values, grad_values, grad_ids_row, N, K, row, HAS_IDS: tl.cons
 
 
 @triton.jit
-def _through_softmax(x, inverse, top, top_logp, c0, c1, c2):
+def through_softmax(x, inverse, top, top_logp, c0, c1, c2):
     """p (c0 + c1 log p + c2 p); exactly 0 where x = -inf."""
     logp = tl.fma(x - top, inverse, top_logp)
     p = tl.exp2(logp * LOG2E)
@@ -138,7 +138,7 @@ def _backward_kernel(
         ids = tl.load(token_ids_row + j, mask=j < K, other=-1)
         ids_x = kept_logit_at(logits_row, keep_row, ids, V, HAS_KEEP)
         ids_dz = _upstream_at(ids, token_ids_row, grad_ids_row, K) + tl.where(ids == label, g_label, 0.0)
-        ids_dz += _through_softmax(ids_x, inverse, top, top_logp, c0, c1, c2)
+        ids_dz += through_softmax(ids_x, inverse, top, top_logp, c0, c1, c2)
         ids_dx = _to_logit(ids_dz, ids_x, inverse, inv_softcap, HAS_SOFTCAP)
         ids_ok = (ids >= 0) & (ids < V)
         if HAS_KEEP:
@@ -155,7 +155,7 @@ def _backward_kernel(
         if HAS_KEEP:
             kept = tl.load(keep_row + here, mask=here < V, other=0) != 0
             x = tl.where(kept, x, NEG_INF)
-        dz = _through_softmax(x, inverse, top, top_logp, c0, c1, c2) + tl.where(here == label, g_label, 0.0)
+        dz = through_softmax(x, inverse, top, top_logp, c0, c1, c2) + tl.where(here == label, g_label, 0.0)
         dx = _to_logit(dz, x, inverse, inv_softcap, HAS_SOFTCAP)
         if HAS_KEEP:
             dx = tl.where(kept, dx, 0.0)
@@ -202,7 +202,7 @@ def _backward_ids_kernel(
     kept = kept_ids_at(keep_ids + row * keep_ids_stride, tl.arange(0, KEPT), k, V)
     ok = kept < V
     x = tl.load(logits + row * logits_stride + kept, mask=ok, other=NEG_INF).to(tl.float32)
-    dz = _through_softmax(x, inverse, top, top_logp, c0, c1, c2) + tl.where(kept == tl.load(labels + row), g_label, 0.0)
+    dz = through_softmax(x, inverse, top, top_logp, c0, c1, c2) + tl.where(kept == tl.load(labels + row), g_label, 0.0)
     if HAS_IDS:
         dz += _upstream_at(kept, token_ids_row, grad_ids_row, K)
     dx = _to_logit(dz, x, inverse, inv_softcap, HAS_SOFTCAP)

@@ -1,8 +1,8 @@
-"""Log-probs and the other per-token statistics of a row of logits: forward, backward, fold of vocabulary slices.
+"""Log-probs and the other per-token statistics of a row of logits: forward, and fold of vocabulary slices.
 
 Fused: log-softmax, gather, entropy, mean, log-sum of squares, rank and argmax of a row in one read of its logits,
-where torch reads and writes [N, V] several times; their joint gradient is in _logprobs_backward.py. One program per
-row, blocks of the row in a fixed order (_softmax.py): a row's bits depend on V and nothing else. The next block's
+where torch reads and writes [N, V] several times; their joint gradient is in backward.py. One program per row,
+blocks of the row in a fixed order (_shared/softmax.py): a row's bits depend on V and nothing else. The next block's
 loads are issued before this block is folded, so that memory never waits for arithmetic.
 
 Bytes, with e = bytes per logit: forward e*V + 44 a row (+ one block of e*4096 for argmax, + V with a keep mask);
@@ -20,8 +20,7 @@ from torch import Tensor
 
 from fastreward._runtime.layout import FLAG, INDICES, VALUES
 
-from ._logprobs_backward import backward
-from ._shared.launch import (
+from .._shared.launch import (
     OPTIONS,
     contiguous,
     contiguous_rows,
@@ -31,7 +30,7 @@ from ._shared.launch import (
     row_stride,
     temperature_arguments,
 )
-from ._shared.softmax import (
+from .._shared.softmax import (
     FLOOR,
     NEG_INF,
     inverse_temperature,
@@ -45,8 +44,6 @@ from ._shared.softmax import (
     store_masked_row,
     store_row,
 )
-
-__all__ = ["backward", "finish", "fold", "forward"]
 
 # --------------------------------------------------------------------------------------------------------- config
 # 8 warps, a block of 4096 columns: 16 or 32 bytes per thread and load group in flight, with the next block's on top,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._logprobs_backward import _through_softmax
 from .._shared.softmax import NEG_INF, gradient_scale, logit_at, scale_of, scan_row
+from ..logprobs.backward import through_softmax
 
 
 @triton.jit
 def statistics(
     row, label, V, inverse64, ENTROPY: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr
 ):
-    """(log-prob, entropy or 0, largest logit, its log-prob) of a row, f32: the bits of kernels/logprobs.py."""
+    """(log-prob, entropy or 0, largest logit, its log-prob) of a row, f32: the bits of kernels/logprobs."""
     label_x = logit_at(row, label, V)
     top, total, weighted, _, _, _, _, _ = scan_row(
         row, row, V, scale_of(inverse64), label_x, ENTROPY, False, False, False, False, False,
@@ -52,7 +52,7 @@ def store_gradient(
         here = (blocks - 1 - done) * BLOCK + columns
         x = ahead.to(tl.float32)
         ahead = tl.load(row + (here - BLOCK), mask=here >= BLOCK, other=NEG_INF, eviction_policy="evict_first")
-        dz = _through_softmax(x, inverse, top, top_logprob, c0, -g_entropy, 0.0)
+        dz = through_softmax(x, inverse, top, top_logprob, c0, -g_entropy, 0.0)
         dz = (dz + tl.where(here == label, g_logprob, 0.0)) * inverse
         tl.store(grad_row + here, dz.to(grad_row.dtype.element_ty), mask=here < V, eviction_policy="evict_first")
 

@@ -29,7 +29,7 @@ def test_sdist_builds_a_wheel_from_itself(tmp_path: Path) -> None:
     for expected in (
         "fastreward/py.typed",
         "fastreward/logprobs.py",
-        "fastreward/kernels/logprobs.py",
+        "fastreward/kernels/logprobs/forward.py",
         "fastreward/reference/logprobs.py",
         "fastreward/_sources/cuda/logprobs.cu",
     ):

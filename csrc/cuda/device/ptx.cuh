@@ -1,5 +1,5 @@
-// All inline PTX, one instruction to a function, so that everything else is plain CUDA C++ (and so that tests/support/emulation
-// can put its own in place and run the kernels without a GPU).
+// All inline PTX, one instruction to a function, so that everything else is plain CUDA C++, and so that
+// tests/support/emulation can put its own in place and run the kernels without a GPU.
 #pragma once
 
 namespace fastreward {

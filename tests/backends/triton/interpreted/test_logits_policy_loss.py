@@ -57,7 +57,7 @@ def test_sizes(vocab: int) -> None:
 
 
 def test_bits_and_labels() -> None:
-    """The log-probs of kernels/logprobs.py; a row's bits in any place; an illegal label gives NaN to its row alone."""
+    """The log-probs of kernels/logprobs; a row's bits in any place; an illegal label gives NaN to its row alone."""
     gradient = checks.logits_gradient(losses.ppo(), aggregation="token-sum")
     p, case = gradient.program, raw_checks.logits_case("plain", torch.float32, 7, 5000)
 

@@ -1,4 +1,4 @@
-"""kernels/logprobs.py under Triton's interpreter, against float64 torch written out here.
+"""kernels/logprobs under Triton's interpreter, against float64 torch written out here.
 
 Tolerance everywhere: the error of the same computation in torch at the same input dtype, plus 1e-6 (relative to the
 value where it is large); one gradient rounding more where the output is bf16 or f16.
