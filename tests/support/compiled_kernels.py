@@ -1,92 +1,14 @@
-"""Compiles the Triton kernels for real GPUs on a machine without one; a program, for test_compile.py.
-
-The raw functions are called as on a GPU, on CPU tensors; Triton believes in a device of the asked-for architecture and
-compiles what each call would launch, with the specialisation of the real arguments, but launches nothing. Prints one
-JSON object per kernel: registers, stack and local bytes, and what its machine code (SASS) loads and stores.
-"""
+"""Compiles the Triton kernels of log-probs, groups and whitening; a program, for test_compile.py."""
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
+import compiled
 import torch
-import triton
 from fastreward.kernels import group, logprobs, whiten
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from fastreward._arguments.options import GroupOptions
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-WIDE = re.compile(r"\bLDG\.E(\.\w+)*\.128\b")
-WIDE_STORE = re.compile(r"\bSTG\.E(\.\w+)*\.128\b")
-
-
-class Device:
-    """As much of a Triton driver as compiling needs."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def machine_code(cubin: bytes) -> tuple[dict[str, int], list[str]]:
-    """(resource usage by name, SASS lines)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def tool(*command: str) -> str:
-            return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
-
-        usage = tool(str(TOOLS / "cuobjdump"), "--dump-resource-usage")
-        sass = tool(str(TOOLS / "nvdisasm"), "-c").splitlines()
-    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}, sass
-
-
-def loops(sass: list[str]) -> list[list[str]]:
-    """The bodies of backward branches."""
-    labels: dict[str, int] = {}
-    bodies = []
-    for i, line in enumerate(sass):
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = i
-        elif (jump := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
-            bodies.append(sass[labels[jump[1]] : i + 1])
-    return bodies
-
-
-def report(case: str, kernel: str, capability: int, compiled: Any) -> dict[str, Any]:
-    usage, sass = machine_code(compiled.asm["cubin"])
-    streaming = [body for body in loops(sass) if any(WIDE.search(line) for line in body)]
-    return {
-        "case": case,
-        "kernel": kernel,
-        "sm": capability,
-        "registers": usage["REG"],
-        "stack": usage["STACK"],
-        "local": usage["LOCAL"],
-        "spills": sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in sass),
-        "wide_loads": sum(bool(WIDE.search(line)) for line in sass),
-        "wide_stores": sum(bool(WIDE_STORE.search(line)) for line in sass),
-        "wide_loads_in_loops": sum(bool(WIDE.search(line)) for body in streaming for line in body),
-        "barriers_in_loops": sum("BAR.SYNC" in line for body in streaming for line in body),
-    }
 
 
 def logprob_cases(everything: bool) -> dict[str, Any]:
@@ -165,27 +87,5 @@ def small_cases(everything: bool) -> dict[str, Any]:
     return cases
 
 
-def main(capabilities: list[int]) -> None:
-    compiled: list[tuple[str, Any]] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
-
-    JITFunction.run = compile_only
-    for capability in capabilities:
-        for function in (m for module in (logprobs, group, whiten) for m in vars(module).values()):
-            if isinstance(function, JITFunction):
-                function.device_caches.clear()
-        driver.set_active(Device(capability))
-        everything = capability == 90
-        cases = logprob_cases(everything) | small_cases(everything)
-        for case, call in cases.items():
-            compiled.clear()
-            call()
-            for kernel, binary in compiled:
-                print(json.dumps(report(case, kernel, capability, binary)), flush=True)
-
-
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]])
+    compiled.main(lambda everything: logprob_cases(everything) | small_cases(everything))

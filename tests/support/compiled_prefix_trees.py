@@ -1,49 +1,21 @@
-"""Compiles the Triton kernels of prefix trees for real GPUs without one; for test_prefix_tree_compile.py.
+"""Compiles the Triton kernels of prefix trees; a program, for test_prefix_tree_compile.py.
 
-As compiled_kernels.py does it: raw functions on CPU tensors, nothing launched, one JSON object per kernel.
+With `all` on the command line: all modes, and float64 too, which takes minutes more.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
 
+import compiled
 import torch
-from compiled_kernels import Device, report
-from fastreward.kernels import (
-    _prefix_tree_aggregate,
-    _prefix_tree_branches,
-    _prefix_tree_folds,
-    _prefix_tree_forest,
-    _prefix_tree_nodes,
-    _prefix_tree_parents,
-    _prefix_tree_records,
-    _prefix_tree_tokens,
-    _prefix_tree_values,
-    _prefix_tree_work,
-    prefix_tree,
-)
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from fastreward.kernels import prefix_tree
 
 from fastreward._arguments.options import PLACES, TOKEN_OPS, TREE_MODES, AdvantageOptions, AggregateOptions
 from fastreward._runtime.layout import NODES, ROWS
 
-MODULES: tuple[ModuleType, ...] = (
-    *(_prefix_tree_aggregate, _prefix_tree_branches, _prefix_tree_folds, _prefix_tree_forest, _prefix_tree_nodes),
-    *(
-        _prefix_tree_parents,
-        _prefix_tree_records,
-        _prefix_tree_tokens,
-        _prefix_tree_values,
-        _prefix_tree_work,
-        prefix_tree,
-    ),
-)
 B, T = 48, 512
 
 
@@ -112,33 +84,10 @@ def token_cases(dtype: torch.dtype, everything: bool) -> dict[str, Callable[[], 
     return {f"tokens, {dtype}": both_ways} | ({"numbers": numbers} if dtype == torch.float32 else {})
 
 
-def main(capabilities: list[int], everything: bool) -> None:
-    """The variants that a run needs; with everything all modes, and float64 too: minutes more."""
-    compiled: list[tuple[str, Any]] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
-
-    JITFunction.run = compile_only
-    for capability in capabilities:
-        for function in (m for module in MODULES for m in vars(module).values()):
-            if isinstance(function, JITFunction):
-                function.device_caches.clear()
-        driver.set_active(Device(capability))
-        cases = build_cases(everything)
-        cases |= value_cases(torch.float32, everything) | token_cases(torch.float32, everything)
-        if everything:
-            cases |= value_cases(torch.float64, False) | token_cases(torch.float64, False)
-        seen: set[str] = set()
-        for case, call in cases.items():
-            compiled.clear()
-            call()
-            for kernel, binary in compiled:
-                if binary.hash not in seen:
-                    seen.add(binary.hash)
-                    print(json.dumps(report(case, kernel, capability, binary)), flush=True)
+def cases(everything: bool) -> dict[str, Callable[[], object]]:
+    found = build_cases(everything) | value_cases(torch.float32, everything) | token_cases(torch.float32, everything)
+    return found | value_cases(torch.float64, False) | token_cases(torch.float64, False) if everything else found
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:] if argument != "all"], "all" in sys.argv)
+    compiled.main(lambda _: cases("all" in sys.argv))

@@ -1,7 +1,6 @@
-"""Compiles loss programs for real GPUs on a machine without one; a program, for test_program_compile.py.
+"""Compiles loss programs; a program, for test_program_compile.py.
 
-As compiled_kernels.py does it: the raw functions are called on CPU tensors, nothing is launched. Prints one JSON object
-per kernel, and one that says how many kernels were compiled for PPO calls of many shapes and parameters.
+Prints besides how many kernels were compiled for PPO calls of many shapes and parameters.
 """
 
 from __future__ import annotations
@@ -10,13 +9,12 @@ import json
 import sys
 from typing import Any
 
+import compiled
 import program_checks as checks
 import torch
-from compiled_kernels import Device, report
-from fastreward.kernels import _program_module, logits_policy_loss, program
+from fastreward.kernels import logits_policy_loss, program
+from fastreward.kernels.program import module
 from fastreward.kernels.program.source import generate
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from fastreward import losses
 from fastreward._arguments.tokens import Tokens
@@ -66,6 +64,7 @@ def cases(everything: bool) -> dict[str, Any]:
 
 def variants() -> dict[str, int]:
     """Kernels compiled for PPO: of aligned long rows, of any padded rows, and packed ones besides."""
+    module.load.cache_clear()
     counts = {}
     shapes = {
         "aligned": [(64, 2048, False), (7, 1024, False), (1, 40000, False), (512, 516, False), (3, 4096, False)],
@@ -83,34 +82,12 @@ def variants() -> dict[str, int]:
             x = torch.zeros(shape)
             scalars = named.program.scalar_values(named.parameters)
             program.run(named.program, [x] * len(named.program.inputs), [tokens], scalars, None)
-            kernel = _program_module.load("program", generate(named.program).source).tokens_1
-        counts[name] = len(kernel.device_caches[0][0])
+            kernel = module.load("program", generate(named.program).source).tokens_1
+        counts[name] = len(kernel.device_caches[compiled.FULL][0])
     return counts
 
 
-def main(capabilities: list[int]) -> None:
-    compiled: list[tuple[str, Any]] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
-
-    JITFunction.run = compile_only
-    for capability in capabilities:
-        _program_module.load.cache_clear()
-        for function in (m for module in (logits_policy_loss, program) for m in vars(module).values()):
-            if isinstance(function, JITFunction):
-                function.device_caches.clear()
-        driver.set_active(Device(capability))
-        for case, call in cases(capability == 90).items():
-            compiled.clear()
-            call()
-            for kernel, binary in compiled:
-                print(json.dumps(report(case, kernel, capability, binary)), flush=True)
-        if capability == 90:
-            _program_module.load.cache_clear()
-            print(json.dumps({"case": "variants", **variants()}), flush=True)
-
-
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]])
+    compiled.main(cases)
+    if str(compiled.FULL) in sys.argv:
+        print(json.dumps({"case": "variants", **variants()}), flush=True)

@@ -7,45 +7,17 @@ interpreter) and disassembles with the tools that Triton ships.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from checkout import ROOT
+from cuda_compilers import ARCHITECTURES
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
 ]
-CAPABILITIES = (80, 90, 100)
-
-
-@pytest.fixture(scope="module")
-def kernels() -> list[dict[str, Any]]:
-    """Every compiled kernel's figures; two processes, one of them for sm_90, of which most variants are built."""
-    program = ROOT / "tests" / "support" / "compiled_kernels.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-
-    def build(architectures: list[str]) -> list[dict[str, Any]]:
-        run = subprocess.run(
-            [sys.executable, str(program), *architectures],
-            cwd=program.parent,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=500,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr[-6000:]
-        return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-
-    with ThreadPoolExecutor(2) as pool:
-        found = [kernel for part in pool.map(build, (["90"], ["80", "100"])) for kernel in part]
-    return found
+PROGRAM = "compiled_kernels.py"
+CAPABILITIES = tuple(map(int, ARCHITECTURES))
 
 
 def test_every_kernel_compiles_for_every_architecture(kernels: list[dict[str, Any]]) -> None:

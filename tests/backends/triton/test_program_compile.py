@@ -7,50 +7,17 @@ interpreter) and disassembles with the tools that Triton ships.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from checkout import ROOT
+from cuda_compilers import ARCHITECTURES
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
 ]
-CAPABILITIES = (80, 90, 100)
-
-
-@pytest.fixture(scope="module")
-def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What compiled_programs.py prints; two processes, one of them for sm_90, for which most is built."""
-    program = ROOT / "tests" / "support" / "compiled_programs.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["FASTREWARD_CACHE"] = str(tmp_path_factory.mktemp("programs"))
-
-    def build(architectures: list[str]) -> list[dict[str, Any]]:
-        run = subprocess.run(
-            [sys.executable, str(program), *architectures],
-            cwd=program.parent,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=590,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr[-6000:]
-        return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-
-    with ThreadPoolExecutor(2) as pool:
-        return [line for part in pool.map(build, (["90"], ["80", "100"])) for line in part]
-
-
-@pytest.fixture(scope="module")
-def kernels(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [line for line in lines if line["case"] != "variants"]
+PROGRAM = "compiled_programs.py"
+CAPABILITIES = tuple(map(int, ARCHITECTURES))
 
 
 def test_every_case_compiles_for_every_architecture(kernels: list[dict[str, Any]]) -> None:
