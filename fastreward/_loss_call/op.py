@@ -51,7 +51,7 @@ def run(
 ) -> tuple[list[Tensor], Tensor]:
     """(outputs, batch values) of the objective's program. `tensors`: its inputs besides the differentiable ones."""
     rest = iter(tensors)
-    inputs = [first if k == 0 else second if k == 1 else next(rest) for k in objective.sources]
+    inputs: list[Any] = [first if k == 0 else second if k == 1 else next(rest) for k in objective.sources]
     program = objective.program
     scalars = program.scalar_values(dict(zip(objective.parameters, parameters, strict=True)))
     result: tuple[list[Tensor], Tensor] = implementation("program", backend).run(

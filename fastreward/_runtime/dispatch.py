@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import Final, Literal, cast
+from typing import Final, Literal, cast, overload
 
 import torch
 
+from fastreward._runtime import protocols
 from fastreward._runtime.errors import BackendError
 
 Backend = Literal["reference", "cpu", "triton", "cuda"]
@@ -91,7 +92,23 @@ def select(operation: str, tensor: torch.Tensor) -> Backend:
     return name
 
 
-def implementation(operation: str, name: str) -> ModuleType:
+@overload
+def implementation(operation: Literal["logprobs", "linear_logprobs"], name: str) -> protocols.LogprobsKernels: ...
+@overload
+def implementation(operation: Literal["group"], name: str) -> protocols.GroupKernels: ...
+@overload
+def implementation(operation: Literal["whiten"], name: str) -> protocols.WhitenKernels: ...
+@overload
+def implementation(operation: Literal["program"], name: str) -> protocols.ProgramKernels: ...
+@overload
+def implementation(operation: Literal["logits_policy_loss"], name: str) -> protocols.LogitsPolicyLossKernels: ...
+@overload
+def implementation(operation: Literal["prefix_tree"], name: Literal["cpu"]) -> protocols.PrefixTreeHostKernels: ...
+@overload
+def implementation(operation: Literal["prefix_tree"], name: str) -> protocols.PrefixTreeKernels: ...
+@overload
+def implementation(operation: str, name: str) -> object: ...
+def implementation(operation: str, name: str) -> object:
     """The module that holds the raw functions of `operation` in backend `name`."""
     return _load(module(operation, name))
 

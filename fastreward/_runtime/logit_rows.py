@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ class RowBlock:
         rows = pieces * (length + self.gap) - self.gap
         return part.as_strided((rows, vocab), (part.stride(1), 1))
 
+    @overload
+    def spread(self, x: Tensor) -> Tensor: ...
+    @overload
+    def spread(self, x: Tensor | None) -> Tensor | None: ...
     def spread(self, x: Tensor | None) -> Tensor | None:
         """Per-row data [N, ...] of the batch to [rows, ...]; zeros in the gaps."""
         if x is None or (not self.gap and self.count == x.shape[0]):

@@ -143,17 +143,17 @@ def propagate(
     shift: Tensor,  # [nodes] like scale
     nodes: Tensor,
     rows: Tensor,
-    initial: float,
-    low: float,
-    high: float,
+    initial: float | Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
 ) -> Tensor:
     """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
     out = torch.empty_like(scale)
     _core.prefix_tree_propagate(
         _forest(nodes, rows),
-        initial,
-        low,
-        high,
+        float(initial),
+        float(low),
+        float(high),
         scale.dtype == torch.float64,
         address(scale),
         address(shift),
@@ -169,17 +169,17 @@ def propagate_backward(
     shift: Tensor,
     nodes: Tensor,
     rows: Tensor,
-    initial: float,
-    low: float,
-    high: float,
+    initial: float | Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     grad_scale, grad_shift = torch.empty_like(scale), torch.empty_like(scale)
     _core.prefix_tree_propagate_backward(
         _forest(nodes, rows),
-        initial,
-        low,
-        high,
+        float(initial),
+        float(low),
+        float(high),
         scale.dtype == torch.float64,
         address(scale),
         address(shift),

@@ -22,9 +22,10 @@ from fastreward._arguments.options import (
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation
 from fastreward._runtime.layout import NODES, ROWS
+from fastreward._runtime.protocols import PrefixTreeKernels
 
 
-def _kernels(backend: str) -> Any:
+def _kernels(backend: str) -> PrefixTreeKernels:
     return implementation("prefix_tree", backend)
 
 

@@ -140,7 +140,7 @@ class _Options(Protocol):
     @property
     def ddof(self) -> int: ...
     @property
-    def eps(self) -> float: ...
+    def eps(self) -> float | Tensor: ...
     @property
     def eps_inside(self) -> bool: ...
     @property
@@ -167,7 +167,7 @@ def forward(
         center=options.center if center_values is None else center_values.cpu(),
         scale=options.scale if scale_values is None else scale_values.cpu(),
         ddof=options.ddof,
-        eps=options.eps,
+        eps=float(options.eps),
         eps_inside=options.eps_inside,
         singleton=options.singleton,
         lengths=None if lengths is None else lengths.cpu(),

@@ -236,9 +236,9 @@ class _AggregateOptions(Protocol):
     @property
     def normalized(self) -> bool: ...
     @property
-    def scale(self) -> float: ...
+    def scale(self) -> float | Tensor: ...
     @property
-    def discount(self) -> float: ...
+    def discount(self) -> float | Tensor: ...
 
 
 def _combine(v: Tensor, w: Tensor, o: _AggregateOptions) -> Tensor:
@@ -286,14 +286,15 @@ class _Aggregate:
         self.weights = torch.ones_like(self.values) if weights is None else weights.cpu().double()
         ones = _doubles([1.0] * forest.size)
         self.child_weights = ones if child_weights is None else child_weights.cpu().double()
-        self.discounts = [options.discount**length for length in forest.edge_length]
+        self.discount = float(options.discount)
+        self.discounts = [self.discount**length for length in forest.edge_length]
         self.children = forest.children_of()
 
     def sequences(self, n: int) -> tuple[list[int], Tensor, Tensor, Tensor]:
         """Over sequences: those below a node that are there, their discounts, discounted values and weights."""
         rows = _there(self.f.rows_of(n), self.values)
         end = self.f.edge_start[n] + self.f.edge_length[n]
-        discounts = _doubles([self.o.discount ** (self.f.length[b] - end) for b in rows])
+        discounts = _doubles([self.discount ** (self.f.length[b] - end) for b in rows])
         return rows, discounts, self.values[rows] * discounts, self.weights[rows]
 
     def parts(self, n: int, results: Tensor) -> tuple[list[int], list[int], Tensor, Tensor, Tensor]:
@@ -378,7 +379,7 @@ class _AdvantageOptions(Protocol):
     @property
     def ddof(self) -> int: ...
     @property
-    def eps(self) -> float: ...
+    def eps(self) -> float | Tensor: ...
     @property
     def singleton(self) -> str: ...
 
@@ -430,9 +431,9 @@ def propagate(
     shift: Tensor,
     nodes: Tensor,
     rows: Tensor,
-    initial: float,
-    low: float,
-    high: float,
+    initial: float | Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
 ) -> Tensor:
     """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
     x, _ = _recurrence(scale, shift, _Forest(nodes, rows), initial, low, high)
@@ -440,17 +441,22 @@ def propagate(
 
 
 def _recurrence(
-    scale: Tensor, shift: Tensor, forest: _Forest, initial: float, low: float, high: float
+    scale: Tensor,
+    shift: Tensor,
+    forest: _Forest,
+    initial: float | Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
 ) -> tuple[Tensor, list[bool]]:
     """x, f64 [nodes], and what passes no gradient: where a bound has cut, and NaN."""
     a, b = scale.cpu().double(), shift.cpu().double()
-    x = _doubles([initial] * forest.size)
+    x = _doubles([float(initial)] * forest.size)
     cut = [False] * forest.size
     for n in range(forest.size):
         if forest.parent[n] < 0:
             continue
         x[n] = a[n] * x[forest.parent[n]] + b[n]
-        for bound, crossed in ((low, torch.lt), (high, torch.gt)):
+        for bound, crossed in ((float(low), torch.lt), (float(high), torch.gt)):
             if crossed(x[n], bound):
                 x[n], cut[n] = bound, True
         cut[n] = cut[n] or bool(x[n].isnan())
@@ -463,9 +469,9 @@ def propagate_backward(
     shift: Tensor,
     nodes: Tensor,
     rows: Tensor,
-    initial: float,
-    low: float,
-    high: float,
+    initial: float | Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     forest = _Forest(nodes, rows)

@@ -1,0 +1,270 @@
+"""What a backend implements: one protocol per operation, whose methods are the raw functions of its module.
+
+Arguments are validated already. Functions never synchronise the device and allocate only what they return.
+`layout.py` names the rows of the tensors that backends exchange. mypy holds every backend to these protocols
+(tests/package/backend_protocols.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fastreward._arguments.options import AdvantageOptions, AggregateOptions, GroupOptions, Place, TokenOp
+from fastreward._arguments.tokens import Tokens
+
+
+class LogprobsKernels(Protocol):
+    """Statistics of rows of logits, their joint gradient, and the same of a vocabulary in slices."""
+
+    def forward(
+        self,
+        logits: Tensor,  # [N, V] f32, bf16 or f16, unit column stride, any row stride
+        labels: Tensor,  # [N] i64
+        inv_temperature: float | Tensor,  # a number or [N] f64, stride 0 allowed
+        mask: Tensor | None,  # [N] bool; False: the row is not read, its outputs are 0
+        keep_mask: Tensor | None,  # [N, V] bool
+        keep_ids: Tensor | None,  # [N, k] i64, outside [0, V) = padding
+        token_ids: Tensor | None,  # [N, K] i64, row stride 0 allowed
+        flags: int,  # layout.FLAG
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(values f32 [8, N], indices i64 [2, N], id_logprobs f32 [N, K])."""
+
+    def backward(
+        self,
+        logits: Tensor,
+        labels: Tensor,  # outside [0, V): no term for the label
+        inv_temperature: float | Tensor,
+        mask: Tensor | None,
+        keep_mask: Tensor | None,
+        keep_ids: Tensor | None,
+        token_ids: Tensor | None,
+        values: Tensor,  # [8, N] f32, the forward's
+        id_logprobs: Tensor,  # [N, K] f32
+        grad_values: Tensor,  # [8, N] f32
+        grad_ids: Tensor | None,  # [N, K] f32
+        grad_logits: Tensor,  # [N, V], out, dtype of logits; may be logits
+        inv_softcap: float = 0.0,
+    ) -> None:
+        """Write every element of grad_logits: 0 in masked rows and in columns that are not kept."""
+
+    def fold(
+        self,
+        logits: Tensor,  # [N, Vc]: columns vocab_start .. vocab_start + Vc of the full rows
+        labels: Tensor,  # [N] i64, ids of the full vocabulary
+        vocab_start: int,
+        inv_temperature: float | Tensor,
+        state: Tensor,  # [N, 8] f64 (layout.STATE), in and out
+        flags: int,
+        label_logits: Tensor | None,  # [N] f32 raw, what rank compares with
+    ) -> None:
+        """Merge a slice of the vocabulary into `state`."""
+
+    def finish(
+        self, state: Tensor, inv_temperature: float | Tensor, vocab_size: int, flags: int
+    ) -> tuple[Tensor, Tensor]:
+        """(values f32 [8, N], indices i64 [2, N]) of the merged state."""
+
+
+class GroupKernels(Protocol):
+    """Group-normalised advantages."""
+
+    def forward(
+        self,
+        rewards: Tensor,  # [B, K] f32 or f64, NaN = not scored
+        group_index: Tensor | None,  # [B] i64, any labels; or
+        group_size: int,  # > 0: groups of so many neighbours
+        lengths: Tensor | None,  # [B] f32
+        component_weights: Tensor | None,  # [K] f32
+        center_values: Tensor | None,  # [B] f32
+        scale_values: Tensor | None,  # [B] f32
+        options: GroupOptions,
+    ) -> Tensor:
+        """Advantages f32 [B]."""
+
+
+class WhitenKernels(Protocol):
+    """Whitening in one call, or statistics that ranks can merge and the affine map that follows from them."""
+
+    def forward(self, x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, out: Tensor) -> None:
+        """Whiten x, contiguous, into `out`, which may be x; 0 where the mask is 0."""
+
+    def statistics(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(count, mean, sum of squared deviations) of the valid positions, f64 [3]."""
+
+    def apply(self, x: Tensor, mask: Tensor | None, affine: Tensor, out: Tensor) -> None:
+        """(x - affine[0]) * affine[1] + affine[2] on the valid positions, 0 elsewhere; affine f64 [3]."""
+
+
+class ProgramKernels(Protocol):
+    """Programs of the loss language (fastreward.language.program.Program, which lies above this room)."""
+
+    def run(
+        self,
+        program: Any,
+        inputs: Sequence[Tensor],  # one per program.inputs, contiguous f32: as the tokens of its side, [B] or []
+        sides: Sequence[Tokens],
+        scalars: Sequence[float],  # values of program.scalars
+        groups: Tensor | None,  # [B] i64: numbers 0, 1, ... of the sequences' groups
+    ) -> tuple[list[Tensor], Tensor]:
+        """(outputs f32, each as its tokens or [B]; batch values f32 [M])."""
+
+    def scale(self, saved: Tensor, row_weight: Tensor | None, grad_loss: Tensor, tokens: Tokens) -> Tensor:
+        """saved * row_weight[row] * grad_loss, f32 like saved; a 0 stays 0."""
+
+    def spread(self, row_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
+        """row_values[row] * grad_loss on valid tokens, 0 elsewhere; f32 in tokens.shape."""
+
+
+class LogitsPolicyLossKernels(Protocol):
+    """From logits to the gradient of a loss for them."""
+
+    def run(
+        self,
+        program: Any,  # its outputs: the loss's derivatives for what `gradients` names, per token
+        logits: Tensor,  # [N, V] f32, bf16 or f16, unit column stride; N tokens in the order of `tokens`
+        labels: Tensor,  # [N] i64
+        inv_temperature: float | Tensor,
+        inputs: Sequence[Tensor | None],  # as of ProgramKernels.run; None for logprob and entropy
+        tokens: Tokens,
+        scalars: Sequence[float],
+        groups: Tensor | None,
+        scale: Tensor,  # [] f32, the upstream gradient of the loss
+        out: Tensor,  # [N, V] like logits; may be logits
+        gradients: Sequence[str],  # of "logprob", "entropy", in this order
+        entropy: bool,  # whether entropies are computed: wherever the program reads them or has their gradient
+    ) -> tuple[Tensor, Tensor]:
+        """Write the logits' gradient into `out`; (log-probs f32 [N], entropies f32 [N], or [0] without `entropy`)."""
+
+    def rescale(self, grad: Tensor, upstream: Tensor, applied: Tensor) -> None:
+        """grad [N, V] *= upstream / applied, nothing where they are equal; a 0 stays 0."""
+
+
+class PrefixTreeKernels(Protocol):
+    """Prefix trees, kept in `nodes` i64 [F, nodes] and `rows` i64 [4, B] (layout.NODES, layout.ROWS)."""
+
+    def starts(self, mask: Tensor, extents: Tensor) -> Tensor:
+        """Flat index of each row's first valid token, i64 [B]; where its extent begins if there is none."""
+
+    def lengths(self, mask: Tensor, extents: Tensor, starts: Tensor | None) -> Tensor:
+        """Tokens from each row's start to its last valid one, i64 [B]."""
+
+    def build(
+        self,
+        tokens: Tensor | None,  # flat, i64 or i32; or
+        parent_row: Tensor | None,  # [B] i64, and
+        branch_position: Tensor | None,  # [B] i64
+        starts: Tensor,  # [B] i64
+        lengths: Tensor,  # [B] i64
+        group: Tensor,  # [B] i64
+        ordered_groups: bool,
+        compress: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(nodes, rows, sizes i64 [3]: nodes, groups, unique tokens)."""
+
+    def aggregate(
+        self,
+        values: Tensor,  # [B] f32 or f64
+        weights: Tensor | None,  # [B] like values
+        child_weights: Tensor | None,  # [nodes] like values
+        nodes: Tensor,
+        rows: Tensor,
+        options: AggregateOptions,
+    ) -> Tensor:
+        """[nodes], the dtype of values."""
+
+    def aggregate_backward(
+        self,
+        grad: Tensor,  # [nodes]
+        values: Tensor,
+        weights: Tensor | None,
+        child_weights: Tensor | None,
+        nodes: Tensor,
+        rows: Tensor,
+        options: AggregateOptions,
+    ) -> Tensor:
+        """Gradient for values, [B]; for mean, sum and logsumexp."""
+
+    def advantages(self, values: Tensor, nodes: Tensor, rows: Tensor, options: AdvantageOptions) -> Tensor:
+        """[nodes] from node values [nodes]; 0 for roots, without a value and with nothing to compare it with."""
+
+    def propagate(
+        self,
+        scale: Tensor,  # [nodes] f32 or f64
+        shift: Tensor,  # [nodes] like scale
+        nodes: Tensor,
+        rows: Tensor,
+        initial: float | Tensor,  # f64 [] where only a kernel may read it
+        low: float | Tensor,
+        high: float | Tensor,
+    ) -> Tensor:
+        """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
+
+    def propagate_backward(
+        self,
+        grad: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        nodes: Tensor,
+        rows: Tensor,
+        initial: float | Tensor,
+        low: float | Tensor,
+        high: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
+
+    def spread(
+        self,
+        values: Tensor,
+        nodes: Tensor,
+        rows: Tensor,
+        extents: Tensor,
+        mask: Tensor | None,
+        place: Place,
+        count: int,
+        row_values: Tensor | None = None,
+    ) -> Tensor:
+        """Node values to flat tokens [count]; row_values [B]: added on every token of a row that gets credit."""
+
+    def collect(
+        self, tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, place: Place
+    ) -> Tensor:
+        """Transpose of spread: flat tokens to node values [nodes], summed."""
+
+    def unfold(
+        self, unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, count: int
+    ) -> Tensor:
+        """Values of unique tokens to flat tokens [count]; 0 outside of the sequences and where masked."""
+
+    def fold(
+        self,
+        tokens: Tensor,
+        nodes: Tensor,
+        rows: Tensor,
+        extents: Tensor,
+        mask: Tensor | None,
+        op: TokenOp,
+        unique: int,
+    ) -> Tensor:
+        """Flat tokens to unique tokens [unique]: sum, mean or first of the valid ones, 0 where there is none."""
+
+    def node_of_token(self, nodes: Tensor, rows: Tensor, extents: Tensor, count: int) -> Tensor:
+        """i32 [count]: each token's node, -1 outside of the sequences."""
+
+    def unique_of_token(self, nodes: Tensor, rows: Tensor, extents: Tensor, count: int) -> Tensor:
+        """i64 [count]: each token's unique token, -1 outside of the sequences."""
+
+    def layout(self, tokens: Tensor, nodes: Tensor, rows: Tensor, unique: int) -> tuple[Tensor, ...]:
+        """i64 [unique] each: token id, position, parent (-1: none), end of the subtree, sequences, flat index."""
+
+
+class PrefixTreeHostKernels(PrefixTreeKernels, Protocol):
+    """The same on the CPU, where packings are planned."""
+
+    def bins(self, nodes: Tensor, rows: Tensor, max_tokens: int, by_rows: bool) -> tuple[Tensor, int]:
+        """(bin of each row i64 [B], bins); or bins = -1 - b where row b is longer than max_tokens."""
+
+    def blocks(self, tout: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """kv blocks of each q block: counts i32 [n], indices i32 [n, n] of partial ones, then of full ones."""
