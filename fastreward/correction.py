@@ -294,12 +294,12 @@ def plan(formula: Formula) -> Plan:
 def sequence_mask_plan(unscored: bool, on_device: tuple[str, ...] = ()) -> Program:
     """DeepSeek-V3.2's off-policy sequence mask: 1 where kept, per sequence."""
     graph = Graph(on_device=on_device)
-    levels = {"logprob": Level.TOKEN, "rollout_logprob": Level.TOKEN, "advantage": Level.ROW}
+    levels = {"logprob": Level.TOKEN, "rollout_logprob": Level.TOKEN, "advantage": Level.SEQUENCE}
     t = Terms(graph, levels)
     gap = t.rollout_logprob - t.logprob
     if unscored:
         gap = where(gap == gap, gap, 0.0)
-    advantage = graph.input("advantage", Level.ROW)
+    advantage = graph.input("advantage", Level.SEQUENCE)
     keep = (advantage >= 0.0) | (seq_mean(gap) <= graph.parameter("threshold"))
     return program([_one(keep)], [])
 

@@ -142,7 +142,7 @@ class Loss:
     #: What the formula was when this was made, with the values that its function reads from outside. "" of the
     #: package's own, which read nothing, and of one made inside another loss, as part of whose formula it counts.
     _digest: str = field(init=False, repr=False)
-    #: ROW: the loss reads advantages, weights or extras where only what is per sequence may be (group_sum).
+    #: SEQUENCE: the loss reads advantages, weights or extras where only what is per sequence may be (group_sum).
     _highest: Level = field(init=False, default=Level.TOKEN, repr=False)
     _plans: dict[tuple[Any, ...], Plan] = field(init=False, default_factory=dict, repr=False)
     _gradient_plans: dict[tuple[Any, ...], GradientPlan | None] = field(init=False, default_factory=dict, repr=False)
@@ -228,7 +228,7 @@ class Loss:
             if self._is_scalar(name):
                 values[name] = graph.parameter(name)
             elif isinstance(value, Tensor):
-                values[name] = graph.input(f"parameter.{name}", Level.ROW if value.ndim else Level.BATCH)
+                values[name] = graph.input(f"parameter.{name}", Level.SEQUENCE if value.ndim else Level.BATCH)
             else:
                 values[name] = value
         return values
@@ -241,7 +241,7 @@ class Loss:
         """`_traced`, where what may be per sequence is so, if only such a formula can be traced."""
         digest = self._traced()
         if digest.startswith(_FAILED):
-            object.__setattr__(self, "_highest", Level.ROW)
+            object.__setattr__(self, "_highest", Level.SEQUENCE)
             lower = self._traced()
             if not lower.startswith(_FAILED):
                 return lower

@@ -50,8 +50,8 @@ def _summed(node: Node, x: Node, arg: Node) -> Node:
     level = node.level
     if level == Level.TOKEN and arg.level < Level.TOKEN:
         x = node.graph.reduce("seq_sum", x) if x.level == Level.TOKEN else x * node.graph.length(node.side)
-        level = Level.ROW
-    if level == Level.ROW and arg.level < Level.ROW:
+        level = Level.SEQUENCE
+    if level == Level.SEQUENCE and arg.level < Level.SEQUENCE:
         x = node.graph.reduce("batch_sum", _row(x, node))
     return x
 

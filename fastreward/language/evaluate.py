@@ -110,7 +110,7 @@ def _shaped(name: str, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _level(x: Tensor) -> Level:
-    return (Level.BATCH, Level.ROW, Level.TOKEN)[x.ndim]
+    return (Level.BATCH, Level.SEQUENCE, Level.TOKEN)[x.ndim]
 
 
 def _groups(node: Node, group_ids: Any, mask: Tensor) -> Tensor | None:

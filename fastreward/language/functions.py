@@ -217,7 +217,7 @@ def batch_sum(x: Value, graph: Graph | None = None) -> Node:
 def batch_mean(x: Node) -> Node:
     """Mean over the counted tokens of the batch; of what is per sequence, over its sequences with a counted token."""
     graph = _graph_of("batch_mean", x)
-    if x.level < Level.ROW:
+    if x.level < Level.SEQUENCE:
         return x
     count = batch_sum(graph.length(x.side)) if x.level == Level.TOKEN else batch_sum(1.0, graph)
     return batch_sum(x) / maximum(count, 1.0)

@@ -2,7 +2,7 @@
 
 Every node lives in one graph, which keeps equal nodes once (common subexpressions), folds constants and drops what has
 no effect while it is built. A node's level says how often it has a value: once (SCALAR: known before anything runs;
-BATCH: known on the device), once a sequence (ROW) or once a token (TOKEN).
+BATCH: known on the device), once a sequence (SEQUENCE) or once a token (TOKEN).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Level(IntEnum):
 
     SCALAR = 0
     BATCH = 1
-    ROW = 2
+    SEQUENCE = 2
     TOKEN = 3
 
 
@@ -206,7 +206,7 @@ class Node:
         return expression(self)
 
 
-_TOKEN, _ROW = Level.TOKEN, Level.ROW
+_TOKEN, _SEQUENCE = Level.TOKEN, Level.SEQUENCE
 #: Which operands of an operator are conditions; of the others none.
 _CONDITIONS: Final = {"where": [True, False, False], "and": [True, True], "or": [True, True], "not": [True]}
 _NUMBERS: Final = [[False] * arity for arity in range(4)]
@@ -286,8 +286,8 @@ class Graph:
             return self.call("where", length > 0.0, args[0] * length, 0.0) if op == "seq_sum" else args[0]
         if args and is_constant(args[0], 0.0):
             return args[0]
-        assert op == "seq_count" or args[0].level >= Level.ROW, f"{op} of a {args[0].level.name} node"
-        level = Level.BATCH if op.startswith("batch") and op != "batch_permute" else Level.ROW
+        assert op == "seq_count" or args[0].level >= Level.SEQUENCE, f"{op} of a {args[0].level.name} node"
+        level = Level.BATCH if op.startswith("batch") and op != "batch_permute" else Level.SEQUENCE
         key = (side,) if op == "seq_count" else ()
         return self._make(op, args, level, side=args[0].side if args else side, key=key)
 
@@ -323,7 +323,7 @@ class Graph:
             raise TypeError(
                 f"{origin()}: {op} mixes chosen and rejected tokens; reduce each side first, as in seq_sum(...)"
             )
-        return sides[0] if sides else max([a.side for a in args if a.level == _ROW], default=0)
+        return sides[0] if sides else max([a.side for a in args if a.level == _SEQUENCE], default=0)
 
     def _make(
         self,

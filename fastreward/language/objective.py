@@ -408,7 +408,7 @@ def _cached_pair(key: _Key, call: PairCall) -> Objective:
             f"{key.loss.definition.place}: expected a loss per pair, got one per token; reduce it, as in seq_sum(...)"
         )
     if call.weights:
-        value = value * graph.input("call.weights", Level.ROW)
+        value = value * graph.input("call.weights", Level.SEQUENCE)
     wanted = [t.chosen.logprob, t.rejected.logprob]
     _check_depends(key.loss, value, wanted)
     pairs = batch_sum(1.0, graph)

@@ -137,8 +137,8 @@ GROUP_REDUCTIONS: Final = (
     "group_sum_before",
     "group_sum_after",
 )
-#: Over all sequences: one BATCH value; but batch_permute(x, from, to), ROW, gives row j the x of the row i whose `from`
-#: has the same rank among all rows as `to` of row j (ascending; equal ones in the order of the rows).
+#: Over all sequences: one BATCH value; but batch_permute(x, from, to), SEQUENCE, gives sequence j the x of that i whose
+#: `from` has the same rank among all sequences as `to` of j (ascending; equal ones in the order of the batch).
 BATCH_REDUCTIONS: Final = ("batch_sum", "batch_max", "batch_min", "batch_permute")
 REDUCTIONS: Final = (*SEQ_REDUCTIONS, *GROUP_REDUCTIONS, *BATCH_REDUCTIONS)
 #: Arguments of these are not differentiated.

@@ -1,8 +1,8 @@
 """A loss as the backends receive it: a graph cut into passes over the tokens, with work per sequence between them.
 
 A pass reads the tokens once: it computes per-token nodes, reduces some of them over each sequence, and in the last pass
-stores the results. Between two passes the per-sequence (ROW) and whole-batch (BATCH) nodes are computed, among them
-reductions over groups and over the batch. A backend needs nothing but this page and the operators' table.
+stores the results. Between two passes the nodes per sequence (SEQUENCE) and for the batch (BATCH) are computed, among
+them reductions over groups and over the batch. A backend needs nothing but this page and the operators' table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class TokenStep:
     """One pass over the tokens of one side.
 
     body: TOKEN operators, arguments first; an argument of a lower level is one value for the whole sequence.
-    reduce: seq_* nodes over counted tokens, each one ROW value. store: (index of `Program.outputs`, node) pairs;
+    reduce: seq_* nodes over counted tokens, each one SEQUENCE value. store: (index of `Program.outputs`, node) pairs;
     tokens that are masked out get 0.
     """
 
@@ -37,8 +37,8 @@ class TokenStep:
         return tuple(n for n in used if n.op == "input" and n.level == Level.TOKEN)
 
     @property
-    def rows(self) -> tuple[Node, ...]:
-        """The ROW, BATCH and SCALAR nodes that the pass reads, constants among them."""
+    def given(self) -> tuple[Node, ...]:
+        """The SEQUENCE, BATCH and SCALAR nodes that the pass reads, constants among them."""
         below = (n for n in walk(self._roots, lambda n: n.level == Level.TOKEN) if n.level < Level.TOKEN)
         return tuple(below)
 
@@ -52,7 +52,7 @@ class Stage:
     """A pass over the tokens of each side, then nodes per sequence and for the batch, arguments first."""
 
     tokens: tuple[TokenStep, ...]
-    rows: tuple[Node, ...]
+    sequences: tuple[Node, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +60,9 @@ class Program:
     """What a backend runs.
 
     key: a hash of everything here. sides: sets of tokens (2 for preference losses). inputs: the tensors of a call in
-    order; TOKEN inputs as the tokens of their side, ROW [B], BATCH []. scalars: SCALAR nodes whose values are given at
-    each call, in order; constants are in the graph. prologue: ROW and BATCH nodes before the first pass. outputs:
-    tensors, TOKEN or ROW nodes, f32. batch: BATCH (or SCALAR) nodes, one f32 vector.
+    order; TOKEN inputs as the tokens of their side, SEQUENCE [B], BATCH []. scalars: SCALAR nodes whose values are
+    given at each call, in order; constants are in the graph. prologue: SEQUENCE and BATCH nodes before the first pass.
+    outputs: tensors, TOKEN or SEQUENCE nodes, f32. batch: BATCH (or SCALAR) nodes, one f32 vector.
     """
 
     key: str
@@ -77,12 +77,12 @@ class Program:
     @cached_property
     def groups(self) -> bool:
         """Whether the call has to say which sequences belong together."""
-        return any(n.op in GROUP_REDUCTIONS for n in self.rows)
+        return any(n.op in GROUP_REDUCTIONS for n in self.sequences)
 
     @cached_property
-    def rows(self) -> tuple[Node, ...]:
-        """All ROW and BATCH operators in the order in which they run, seq_* nodes left out."""
-        return (*self.prologue, *(n for stage in self.stages for n in stage.rows))
+    def sequences(self) -> tuple[Node, ...]:
+        """All SEQUENCE and BATCH operators in the order in which they run, seq_* nodes left out."""
+        return (*self.prologue, *(n for stage in self.stages for n in stage.sequences))
 
     def scalar_values(self, parameters: Mapping[str, float]) -> list[float]:
         """The values of `scalars`, in float64."""
@@ -104,7 +104,7 @@ class Program:
 
 
 def program(outputs: Sequence[Node], batch: Sequence[Node], sides: int = 1) -> Program:
-    """The program that computes `outputs` (TOKEN or ROW nodes) and `batch` (nodes of at most BATCH level)."""
+    """The program that computes `outputs` (TOKEN or SEQUENCE nodes) and `batch` (nodes of at most BATCH level)."""
     lowered = without_stop_gradient([*outputs, *batch], sides)
     tensors, totals = tuple(lowered[: len(outputs)]), tuple(lowered[len(outputs) :])
     nodes = list(walk(lowered))
@@ -114,11 +114,11 @@ def program(outputs: Sequence[Node], batch: Sequence[Node], sides: int = 1) -> P
     stages = tuple(
         Stage(
             tuple(s for side in range(sides) if (s := _token_step(nodes, place, tensors, k, k == last, side))),
-            tuple(n for n in nodes if _is_row_operator(n) and place[n.id] == k),
+            tuple(n for n in nodes if _is_sequence_operator(n) and place[n.id] == k),
         )
         for k in range(passes)
     )
-    prologue = tuple(n for n in nodes if _is_row_operator(n) and place[n.id] < 0)
+    prologue = tuple(n for n in nodes if _is_sequence_operator(n) and place[n.id] < 0)
     inputs = tuple(n for n in nodes if n.op == "input")
     return Program(
         _key(nodes, tensors, totals), sides, inputs, _scalars(nodes, lowered), prologue, stages, tensors, totals
@@ -155,8 +155,8 @@ def _in_pass(node: Node) -> bool:
     return node.level == Level.TOKEN or node.op in SEQ_REDUCTIONS
 
 
-def _is_row_operator(node: Node) -> bool:
-    return node.level in (Level.BATCH, Level.ROW) and node.op not in (*LEAVES, *SEQ_REDUCTIONS)
+def _is_sequence_operator(node: Node) -> bool:
+    return node.level in (Level.BATCH, Level.SEQUENCE) and node.op not in (*LEAVES, *SEQ_REDUCTIONS)
 
 
 def _places(nodes: Sequence[Node], outputs: Iterable[Node]) -> dict[int, int]:
@@ -229,9 +229,9 @@ def digest(roots: Sequence[Node]) -> str:
 class TokenPart:
     """A program whose last pass has no reductions, in two: what comes before it, and that pass alone.
 
-    before: its outputs (ROW) and batch values (BATCH) are what the pass reads of a row. token: one pass of TOKEN
-    operators whose inputs are those of the program, then `before`'s outputs and batch values as tokens. sources: for
-    each input of `token` its number among the program's inputs, or ~k for value k of `before`, outputs first.
+    before: its outputs (SEQUENCE) and batch values (BATCH) are what the pass reads of a sequence. token: one pass of
+    TOKEN operators whose inputs are those of the program, then `before`'s outputs and batch values as tokens. sources:
+    for each input of `token` its number among the program's inputs, or ~k for value k of `before`, outputs first.
     scalars: for each part the numbers of its scalars among the program's.
     """
 
@@ -246,18 +246,18 @@ def token_part(whole: Program) -> TokenPart:
     (step,) = whole.stages[-1].tokens
     assert not whole.batch
     assert all(n.op == "seq_count" for n in step.reduce)
-    rows = [n for n in step.rows if n.level == Level.ROW]
-    batch = [n for n in step.rows if n.level == Level.BATCH]
-    before = program(rows, batch)
+    sequences = [n for n in step.given if n.level == Level.SEQUENCE]
+    batch = [n for n in step.given if n.level == Level.BATCH]
+    before = program(sequences, batch)
     graph = Graph()
-    copy: dict[int, Node] = {n.id: graph.input(f"before {k}", Level.TOKEN) for k, n in enumerate((*rows, *batch))}
+    copy: dict[int, Node] = {n.id: graph.input(f"before {k}", Level.TOKEN) for k, n in enumerate((*sequences, *batch))}
     for node in walk(whole.outputs, lambda n: n.id not in copy):
         if node.id not in copy:
             args = [copy[a.id] for a in node.args]
             copy[node.id] = graph.call(node.op, *args) if args else _copy_leaf(graph, node)
     token = program([copy[n.id] for n in whole.outputs], [])
     numbers = {(n.name, n.level): k for k, n in enumerate(whole.inputs)}
-    numbers |= {(f"before {k}", Level.TOKEN): ~k for k in range(len(rows) + len(batch))}
+    numbers |= {(f"before {k}", Level.TOKEN): ~k for k in range(len(sequences) + len(batch))}
     sources = tuple(numbers[n.name, n.level] for n in token.inputs)
     places = {_formula(n): k for k, n in enumerate(whole.scalars)}
     of_before, of_token = (tuple(places[_formula(n)] for n in p.scalars) for p in (before, token))

@@ -25,11 +25,13 @@ def source(loss: Loss, backend: str, **options: Any) -> str:
     given = traced.graph.inputs()
     if isinstance(traced, PairTerms):
         sides = tuple(_levels(given, side, Level.TOKEN, "logprob") for side in (0, 1))
-        extras = _levels(given, 0, Level.ROW)
+        extras = _levels(given, 0, Level.SEQUENCE)
         options = {"aggregation": "mean", **options}
         objective = pair_objective(loss, PairCall((sides[0], sides[1]), extras, **options))
     else:
-        names = dict((*_levels(given, 0, Level.TOKEN), *_levels(given, 0, Level.ROW), *_levels(given, 0, Level.BATCH)))
+        names = dict(
+            (*_levels(given, 0, Level.TOKEN), *_levels(given, 0, Level.SEQUENCE), *_levels(given, 0, Level.BATCH))
+        )
         for term in ("logprob", "old_logprob", "advantage"):
             names.setdefault(term, Level.TOKEN)
         names |= {"ref_logprob": Level.TOKEN} if options.get("kl") else {}

@@ -33,7 +33,7 @@ _PER_TOKEN: Final = ("logprob", "old_logprob", "ref_logprob", "rollout_logprob",
 TERMS: Final = tuple(_SOURCES)
 PAIR_TERMS: Final = tuple(_PAIR_SOURCES)
 SIDES: Final = ("chosen", "rejected")
-_PER: Final = {Level.TOKEN: "token", Level.ROW: "sequence", Level.BATCH: "batch"}
+_PER: Final = {Level.TOKEN: "token", Level.SEQUENCE: "sequence", Level.BATCH: "batch"}
 #: Metrics of every policy loss that the losses themselves report.
 CLIP_FRACTIONS: Final = ("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual")
 
@@ -77,7 +77,7 @@ class _Inputs:
 
     def extra(self, name: str, per: Literal["token", "sequence", "batch"] = "token") -> Node:
         """What the caller passes as extra={name: tensor}: a constant per token, per sequence or for the whole batch."""
-        levels = {"token": Level.TOKEN, "sequence": Level.ROW, "batch": Level.BATCH}
+        levels = {"token": Level.TOKEN, "sequence": Level.SEQUENCE, "batch": Level.BATCH}
         if per not in levels:
             raise ValueError(f"{origin()}: extra: per: expected 'token', 'sequence' or 'batch', got {per!r}")
         return self._input(name, levels[per])

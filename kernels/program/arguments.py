@@ -26,7 +26,7 @@ _BACK: Final = {
     "counter": "i32 [1], zero before and after",
 }
 _KINDS: Final = ("input", *_FRONT, "scalar", "output", *_BACK)
-_INPUTS: Final = {Level.TOKEN: "f32, as the tokens", Level.ROW: "f32 [B]", Level.BATCH: "f32 []"}
+_INPUTS: Final = {Level.TOKEN: "f32, as the tokens", Level.SEQUENCE: "f32 [B]", Level.BATCH: "f32 []"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Arguments:
 
     def output(self, index: int, level: Level) -> str:
         """Name of the pointer to an output, per token or per sequence."""
-        return self._add(f"output_{index}_ptr", "output", index, f"{_INPUTS[max(level, Level.ROW)]}, out")
+        return self._add(f"output_{index}_ptr", "output", index, f"{_INPUTS[max(level, Level.SEQUENCE)]}, out")
 
     def plain(self, *kinds: str) -> None:
         """Arguments of which there is one."""

@@ -43,10 +43,10 @@ class Formulas:
         return f"{name} = tl.full([], {name}, {'tl.int32) != 0' if node.boolean else f'{dtype})'}"
 
     def given(self, node: Node, arguments: Arguments, row: str, ok: str) -> str:
-        """The line that loads a ROW or BATCH node, or computes it where that is done wherever it is read."""
+        """The line that loads a SEQUENCE or BATCH node, or computes it where that is done wherever it is read."""
         name = self.names[node.id]
         if node.op == "input":
-            at = f" + {row}, mask={ok}, other=0.0" if node.level == Level.ROW else ""
+            at = f" + {row}, mask={ok}, other=0.0" if node.level == Level.SEQUENCE else ""
             return f"{name} = tl.load({arguments.pointer(node)}{at}).to(tl.float64)"
         if self.layout.inlined(node):
             return self.line(node, double=True)
@@ -57,7 +57,7 @@ class Formulas:
         return f"{name} = {self.column(node, arguments, row, ok)}"
 
     def column(self, node: Node, arguments: Arguments, row: str, ok: str) -> str:
-        """The expression that loads a ROW node from its column; what groups reduce to is there by group."""
+        """The expression that loads a SEQUENCE node from its column; what groups reduce to is there by group."""
         arguments.plain("columns")
         if node.op in BY_GROUP:
             arguments.plain("groups")
@@ -79,7 +79,7 @@ class Formulas:
     def token_function(self, name: str, roots: Iterable[Node], given: Iterable[Node]) -> tuple[list[str], list[Node]]:
         """A function from values of one token, in f32, to `roots`; its source and the nodes that are its parameters.
 
-        given: nodes that are not computed in it besides TOKEN inputs: ROW, BATCH and SCALAR ones.
+        given: nodes that are not computed in it besides TOKEN inputs: SEQUENCE, BATCH and SCALAR ones.
         """
         wanted = unique(roots)
         known = {n.id for n in given}

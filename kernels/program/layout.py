@@ -56,7 +56,7 @@ class RowWork:
 class TokenWork:
     """A pass over the tokens of a side. sums, most, least: its reductions, in the order of their columns.
 
-    given: the ROW and BATCH nodes that it reads, and what they are computed from where that is done in the pass.
+    given: the SEQUENCE and BATCH nodes that it reads, and what they are computed from where that is done in the pass.
     """
 
     step: TokenStep
@@ -85,7 +85,7 @@ class Layout:
         self.values: dict[int, int] = {}
         self._last = len(program.stages) - 1
         self._home: dict[int, int] = {}  # stage of everything that is computed once; -1: a launched prologue
-        self._time: dict[int, int] = {}  # sweep that computes a ROW operator, or that a reduction follows
+        self._time: dict[int, int] = {}  # sweep that computes a SEQUENCE operator, or that a reduction follows
         self._work: defaultdict[int, RowWork] = defaultdict(RowWork)
         self._seen: set[tuple[int, ...]] = set()
         self._kept: set[tuple[int, int]] = set()
@@ -104,7 +104,7 @@ class Layout:
         return len(self.columns) + len(self.spare) + len(self.copies)
 
     def by_row(self, node: Node) -> int:
-        """The column where a ROW node is kept for reductions across rows."""
+        """The column where a SEQUENCE node is kept for reductions across rows."""
         return self.copies[node.id] if node.op in BY_GROUP else self.columns[node.id]
 
     def inlined(self, node: Node) -> bool:
@@ -112,7 +112,7 @@ class Layout:
         return node.id not in self._home
 
     def here(self, node: Node, stage: int, sweep: int) -> bool:
-        """Whether a ROW node that this sweep reads is computed in it, not loaded from a column."""
+        """Whether a SEQUENCE node that this sweep reads is computed in it, not loaded from a column."""
         if node.op in (*SEQ_REDUCTIONS, *ACROSS):
             return False
         home = (self._home.get(node.id), self._time.get(node.id))
@@ -130,14 +130,14 @@ class Layout:
         for k, stage in enumerate(program.stages):
             for n in (n for step in stage.tokens for n in step.reduce):
                 self._home[n.id] = k
-            self._time_rows(k, stage.rows)
+            self._time_rows(k, stage.sequences)
 
     def _time_rows(self, stage: int, rows: Iterable[Node]) -> None:
         for n in rows:
             self._home[n.id] = stage
             if n.op in ACROSS:
                 self._time[n.id] = max(self._in_column(a, stage) for a in n.args)
-            elif n.level == Level.ROW or n.op in TOTALS:
+            elif n.level == Level.SEQUENCE or n.op in TOTALS:
                 self._time[n.id] = max(self._ready(a, stage) for a in n.args)
             else:
                 self._time[n.id] = max([-1, *(self._time[a.id] for a in n.args if self._home.get(a.id) == stage)])
@@ -151,7 +151,7 @@ class Layout:
 
     def _in_column(self, node: Node, stage: int) -> int:
         """The sweep after which the node is in a column; -1: before the first."""
-        if node.level == Level.ROW and not self.inlined(node):
+        if node.level == Level.SEQUENCE and not self.inlined(node):
             own = self._home[node.id] == stage and node.op not in SEQ_REDUCTIONS
             return self._time[node.id] + (node.op in BY_GROUP) if own else -1
         return self._ready(node, stage)
@@ -167,7 +167,7 @@ class Layout:
     # ------------------------------------------------------------------------------------------------------ demands
     def _want_rows_of(self, work: TokenWork) -> None:
         found: dict[int, Node] = {}
-        for n in work.step.rows:
+        for n in work.step.given:
             self._in_tokens(n, found)
         work.given = [found[i] for i in sorted(found)]
 
@@ -244,7 +244,7 @@ class Layout:
             if a.op in ACROSS:
                 self._in_across(a)
             if a.op not in (*SEQ_REDUCTIONS, *_BY_ROW):
-                home = self._home.get(a.id, stage) if a.level == Level.ROW else stage
+                home = self._home.get(a.id, stage) if a.level == Level.SEQUENCE else stage
                 self._keep(a, home, self._ready(a, home))
 
     def _keep(self, node: Node, stage: int, sweep: int) -> None:
@@ -264,7 +264,7 @@ class Layout:
             self._in_batch(node, self._home[node.id])
 
     def _cost(self, node: Node) -> int:
-        if node.level < Level.ROW or node.op in (*LEAVES, *SEQ_REDUCTIONS, *ACROSS):
+        if node.level < Level.SEQUENCE or node.op in (*LEAVES, *SEQ_REDUCTIONS, *ACROSS):
             return 0
         return (_WORTH_KEEPING if node.op in OPS and OPS[node.op].costly else 1) + sum(self._cost(a) for a in node.args)
 

@@ -109,8 +109,8 @@ class _Writer:
         return [*before, *loop, *after]
 
     def _in_sweep(self, node: Node, sweep: int, known: set[int]) -> list[str]:
-        """The lines that load or compute a ROW node and what it needs; nothing that is `known` twice."""
-        if node.level < Level.ROW or node.id in known:
+        """The lines that load or compute a SEQUENCE node and what it needs; nothing that is `known` twice."""
+        if node.level < Level.SEQUENCE or node.id in known:
             return []
         known.add(node.id)
         if node.op == "input" or not self.layout.here(node, self.stage, sweep):

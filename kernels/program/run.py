@@ -139,7 +139,7 @@ def prepared(program: Program) -> Generated:
 
 def run(
     program: Program,
-    inputs: Sequence[Tensor],  # one per program.inputs, contiguous f32: TOKEN like the tokens, ROW [B], BATCH []
+    inputs: Sequence[Tensor],  # one per program.inputs, contiguous f32: TOKEN like the tokens, SEQUENCE [B], BATCH []
     sides: Sequence[Tokens],
     scalars: Sequence[float],  # values of program.scalars
     groups: Tensor | None,  # i64 [B], numbers 0 .. G - 1 in any order

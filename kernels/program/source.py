@@ -117,7 +117,7 @@ class Module:
         if not roots:
             return []
         text, parameters = self.formulas.token_function(
-            function, roots, (n for n in work.step.rows if n.op != "constant")
+            function, roots, (n for n in work.step.given if n.op != "constant")
         )
         self.add(text)
         loaded, passed = [], []
@@ -131,7 +131,7 @@ class Module:
                 loaded.append(f"{name} = tl.load({arguments.pointer(n)} + {at})")
             else:
                 name = name if n.boolean else f"{name}.to(tl.float32)"
-                name = wide.format(name) if n.level == Level.ROW else name
+                name = wide.format(name) if n.level == Level.SEQUENCE else name
             passed.append(name)
         results = ", ".join(self.formulas.value(n) for n in roots)
         return [*loaded, *wrapped(f"{results} = {function}(", passed, ")")]

@@ -95,16 +95,16 @@ def test_keys_tell_programs_apart() -> None:
         outputs = [x * y + value, minimum(x, y)]
         return program(outputs[::-1] if swap else outputs, [], 2).key
 
-    keys = [key(), key(Level.ROW), key(name="z"), key(value=3.0), key(side=1), key(swap=True)]
+    keys = [key(), key(Level.SEQUENCE), key(name="z"), key(value=3.0), key(side=1), key(swap=True)]
     assert len(set(keys)) == len(keys)
     assert key() == keys[0]
 
 
 def test_a_rows_product_is_computed_once_a_row() -> None:
     graph = Graph()
-    token, a, b = graph.input("x", Level.TOKEN), graph.input("a", Level.ROW), graph.input("b", Level.ROW)
+    token, a, b = graph.input("x", Level.TOKEN), graph.input("a", Level.SEQUENCE), graph.input("b", Level.SEQUENCE)
     product = (token * a) * b
-    assert {n.level for n in product.args} == {Level.TOKEN, Level.ROW}
+    assert {n.level for n in product.args} == {Level.TOKEN, Level.SEQUENCE}
 
 
 def test_ppos_derivative_is_the_hand_written_one() -> None:

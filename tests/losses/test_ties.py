@@ -180,7 +180,7 @@ def test_cumulative_sums_take_equal_keys_in_the_order_of_the_rows(backend: str, 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_per_sequence_is_nan_where_a_log_prob_is(backend: str) -> None:
     """An illegal label, which a GPU does not look for, gives NaN: not the gradient that its sequence has everywhere."""
-    levels = (("logprob", Level.TOKEN), ("old_logprob", Level.TOKEN), ("advantage", Level.ROW))
+    levels = (("logprob", Level.TOKEN), ("old_logprob", Level.TOKEN), ("advantage", Level.SEQUENCE))
     gradient = token_gradient(losses.reinforce(), PolicyCall(levels, "token-sum"))
     assert gradient is not None
     given = {"logprob": torch.tensor([[-1.0, torch.nan, -2.0]]), "advantage": torch.tensor([3.0])}

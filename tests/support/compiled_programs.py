@@ -37,7 +37,7 @@ def backward(rows: int, width: int, packed: bool) -> None:
 def logits(dtype: torch.dtype, entropy: bool, vocab: int = 151936) -> None:
     gradient = checks.logits_gradient(losses.ppo(dual_clip=3.0), entropy=entropy, advantage=Level.TOKEN)
     x, tokens = torch.zeros(6, vocab, dtype=dtype), Tokens((2, 3), torch.ones(2, 3, dtype=torch.bool))
-    own = {Level.TOKEN: (2, 3), Level.ROW: (2,), Level.BATCH: ()}
+    own = {Level.TOKEN: (2, 3), Level.SEQUENCE: (2,), Level.BATCH: ()}
     inputs = [None if n.name in ("logprob", "entropy") else torch.zeros(own[n.level]) for n in gradient.program.inputs]
     scalars, labels = [0.5] * len(gradient.program.scalars), torch.zeros(6, dtype=torch.long)
     given = (inputs, tokens, scalars, None, torch.ones(()), x, gradient.gradients, entropy)

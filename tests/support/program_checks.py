@@ -40,7 +40,7 @@ MASKS = {
     "int64": torch.int64,
     "float32": torch.float32,
 }
-_T, _R, _B = Level.TOKEN, Level.ROW, Level.BATCH
+_T, _R, _B = Level.TOKEN, Level.SEQUENCE, Level.BATCH
 
 
 # ------------------------------------------------------------------------------------------------------------ programs

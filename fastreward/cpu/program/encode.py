@@ -140,7 +140,7 @@ class _Places:
 
     def of(self, node: Node) -> int:
         """The place of a value that exists already, or of a scalar."""
-        if node.level == Level.ROW:
+        if node.level == Level.SEQUENCE:
             return ~self.columns[node.id]
         number = self.numbers.setdefault(node.id, len(self.numbers))
         if node.op == "constant":
@@ -150,7 +150,7 @@ class _Places:
 
     def new(self, node: Node) -> int:
         """A place for a value that is about to be computed."""
-        if node.level == Level.ROW:
+        if node.level == Level.SEQUENCE:
             if not self._free:
                 self._free.append(self.column_count)
                 self.column_count += 1
@@ -160,7 +160,7 @@ class _Places:
     def release(self, time: int, nodes: Iterable[Node]) -> None:
         """Frees the columns of `nodes` that nobody reads after `time`."""
         for node in {n.id: n for n in nodes}.values():
-            if node.level == Level.ROW and self._last.get(node.id, -1) <= time:
+            if node.level == Level.SEQUENCE and self._last.get(node.id, -1) <= time:
                 self._free.append(self.columns[node.id])
 
 
@@ -178,8 +178,8 @@ def _timeline(program: Program) -> list[tuple[Node | TokenStep, Sequence[Node]]]
     """Everything that is done with values per row, in order, and what it reads."""
     steps: list[tuple[Node | TokenStep, Sequence[Node]]] = [(n, n.args) for n in program.prologue]
     for stage in program.stages:
-        steps += [(step, step.rows) for step in stage.tokens]
-        steps += [(n, n.args) for n in stage.rows]
+        steps += [(step, step.given) for step in stage.tokens]
+        steps += [(n, n.args) for n in stage.sequences]
     return steps
 
 
@@ -212,11 +212,11 @@ def _encode(by_key: ByKey) -> _core.Program:
 
     def tokens(step: TokenStep) -> tuple[Any, ...]:
         code = _StepCode(step, places, input_numbers, contract).code()
-        places.release(next(clock), step.rows)
+        places.release(next(clock), step.given)
         return code
 
     prologue = [row(n) for n in program.prologue]
-    stages = [([tokens(step) for step in stage.tokens], [row(n) for n in stage.rows]) for stage in program.stages]
+    stages = [([tokens(step) for step in stage.tokens], [row(n) for n in stage.sequences]) for stage in program.stages]
     scalars = [places.of(n) for n in program.scalars]
     outputs = [_TOKEN_OUTPUT if n.level == Level.TOKEN else places.of(n) for n in program.outputs]
     batch = [places.of(n) for n in program.batch]

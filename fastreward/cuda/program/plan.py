@@ -61,7 +61,7 @@ class Plan:
         self.program = program
         anywhere = _computed_anywhere(program.prologue)
         before = tuple(n for n in program.prologue if n.id not in anywhere)
-        passes = (Launch(f"program_pass_{k}", s.tokens, s.rows) for k, s in enumerate(program.stages, 1))
+        passes = (Launch(f"program_pass_{k}", s.tokens, s.sequences) for k, s in enumerate(program.stages, 1))
         self.launches = (*([Launch("program_rows", (), before)] if before else []), *passes)
         self.ready = dict(_times(self.launches))
         self.columns: dict[int, int] = {}
@@ -75,7 +75,7 @@ class Plan:
                 continue
             if node.level == Level.BATCH and any(launch != ready[0] for launch, _ in users):
                 self.totals[node.id] = len(self.totals)
-            if node.level == Level.ROW and any(time != ready for time in users):
+            if node.level == Level.SEQUENCE and any(time != ready for time in users):
                 waiting[node.id] = node
         for _, node in sorted(waiting.items()):
             if not self._is_cheap(node, waiting):
@@ -85,7 +85,7 @@ class Plan:
             self._keep(node, None)
             for a in node.args:
                 self._keep(a, self.ready.get(a.id, self.loop(node)))
-        self.permutation = len(self.columns) if any(n.op == "batch_permute" for n in program.rows) else None
+        self.permutation = len(self.columns) if any(n.op == "batch_permute" for n in program.sequences) else None
 
     @property
     def width(self) -> int:
@@ -132,7 +132,7 @@ class Plan:
         """Each node that something reads, and when."""
         users: dict[int, tuple[Node, list[Time]]] = {}
         for k, launch in enumerate(self.launches):
-            read = [(n, (k, -1)) for step in launch.steps for n in step.rows]
+            read = [(n, (k, -1)) for step in launch.steps for n in step.given]
             for node in launch.nodes:
                 batch = node.level == Level.BATCH and node.op not in OVER_BATCH
                 time = self.ready[node.id] if batch else self.loop(node)

@@ -66,7 +66,7 @@ class RowWork:
         """Whether a loop, or a later phase of this launch, reads a batch operator."""
         own = self._plan.ready[node.id]
         readers = [n for n in self._launch.nodes if any(a.id == node.id for a in n.args)]
-        later = any(n.level == Level.ROW or n.op in OVER_BATCH or self._plan.ready[n.id] > own for n in readers)
+        later = any(n.level == Level.SEQUENCE or n.op in OVER_BATCH or self._plan.ready[n.id] > own for n in readers)
         return later or any(n.id == node.id for n in self._source.program.outputs)
 
     # ------------------------------------------------------------------------------------------------------- one phase

@@ -27,7 +27,7 @@ from fastreward.language.show import expression
 
 _SIDES: Final = ("chosen", "rejected")
 
-_OFTEN: Final = {Level.TOKEN: "one per token", Level.ROW: "one per sequence", Level.BATCH: "one"}
+_OFTEN: Final = {Level.TOKEN: "one per token", Level.SEQUENCE: "one per sequence", Level.BATCH: "one"}
 
 #: What a member of the argument struct is filled with, and which one of its kind.
 Content = Literal["input", "scalar", "output", "batch", "side", "sums", "columns", "totals", "groups", "counter"]
@@ -57,7 +57,7 @@ class Source:
         found = [Member("input", i, f"const float* {self.name(n)};") for i, n in enumerate(p.inputs)]
         found += [Member("scalar", i, f"double {self.name(n)};") for i, n in enumerate(p.scalars)]
         found += [
-            Member("output", i, f"float* out{i};  // {_OFTEN[max(n.level, Level.ROW)]}: {self.name.label(n)}")
+            Member("output", i, f"float* out{i};  // {_OFTEN[max(n.level, Level.SEQUENCE)]}: {self.name.label(n)}")
             for i, n in enumerate(p.outputs)
         ]
         found.append(Member("batch", 0, f"float* results;  // [{len(p.batch)}]"))
@@ -131,7 +131,7 @@ using namespace fastreward;
         if node.id in self._scalars:
             return truth(node, f"a.{self.name(node)}"), False
         if node.op == "input":
-            assert node.level < Level.ROW or row
+            assert node.level < Level.SEQUENCE or row
             return f"double({self._element(node)})", True
         return None
 
@@ -149,7 +149,7 @@ using namespace fastreward;
 
     def _element(self, node: Node) -> str:
         """An input per sequence, or of the batch."""
-        return f"a.{self.name(node)}[{'row' if node.level == Level.ROW else 0}]"
+        return f"a.{self.name(node)}[{'row' if node.level == Level.SEQUENCE else 0}]"
 
     # ------------------------------------------------------------------------------------------- passes over the tokens
     def _launch(self, k: int) -> tuple[str, str]:
@@ -195,7 +195,7 @@ using namespace fastreward;
 
     def pass_text(self, k: int, step: TokenStep) -> str:
         """What program.cuh's run_unit takes: types and functions of a pass."""
-        rows, reduce = [n for n in step.rows if n.op != "constant"], in_order(step.reduce)
+        rows, reduce = [n for n in step.given if n.op != "constant"], in_order(step.reduce)
         inputs = ", ".join(f"a.{self.name(n)}[i]" for n in step.inputs)
         stores = [f"a.out{i}[i] = y.out{i};" for i, _ in step.store]
         lines = [

@@ -23,7 +23,7 @@ from fastreward.language.ops import OPS
 from fastreward.language.program import program
 from fastreward.reference import program as reference
 
-T, R, B = Level.TOKEN, Level.ROW, Level.BATCH
+T, R, B = Level.TOKEN, Level.SEQUENCE, Level.BATCH
 INF, NAN = torch.inf, torch.nan
 SPECIAL = (NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 0.3, -2.5, 88.0, -88.0, 3e38, -3e38, 1e-30, 2.0)
 
@@ -157,7 +157,7 @@ class TestNumbers:
     def test_rows_meet_nan(self) -> None:
         """A sequence's NaN is the extreme of its group and of the batch, wherever its row stands."""
         g = Graph()
-        r = g.input("r", Level.ROW)
+        r = g.input("r", Level.SEQUENCE)
         ops = ("group_max", "group_min", "group_sum", "batch_max", "batch_min")
         p = program([g.reduce(op, r) for op in ops[:3]], [g.reduce(op, r) for op in ops[3:]])
         groups = torch.tensor([0, 1, 2] * 7)

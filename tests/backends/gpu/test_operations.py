@@ -310,7 +310,7 @@ def _calls(backend: Callable[[str], ModuleType]) -> dict[str, Callable[[], tuple
 
     def run_logits(x: Tensor, entropy: bool, packed: bool) -> tuple[Tensor, ...]:
         gradient, out = gradients[entropy], torch.empty_like(x)
-        shape = {Level.TOKEN: (9,) if packed else (3, 3), Level.ROW: (3,), Level.BATCH: ()}
+        shape = {Level.TOKEN: (9,) if packed else (3, 3), Level.SEQUENCE: (3,), Level.BATCH: ()}
         inputs = [
             None if n.name in ("logprob", "entropy") else ones[: math.prod(shape[n.level])].reshape(shape[n.level])
             for n in gradient.program.inputs

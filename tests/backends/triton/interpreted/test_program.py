@@ -152,7 +152,7 @@ def test_backward(packed: bool) -> None:
 def test_reductions_of_groups_of_any_number_and_size() -> None:
     """Groups within one step and over several, a group's result reduced again, equal and NaN keys, ranks with NaN."""
     g = Graph()
-    x, key, other = (g.input(n, Level.ROW) for n in ("x", "key", "other"))
+    x, key, other = (g.input(n, Level.SEQUENCE) for n in ("x", "key", "other"))
     total, top, low = (g.reduce(f"group_{op}", x) for op in ("sum", "max", "min"))
     again = g.reduce("group_sum", total)
     outputs = [total, top, low, again, g.reduce("group_sum_before", total, key), g.reduce("group_sum_after", x, key)]
@@ -171,7 +171,7 @@ def test_reductions_of_groups_of_any_number_and_size() -> None:
 
 def test_a_nan_that_counts_is_seen_and_infinities_are_kept() -> None:
     g = Graph()
-    x, r = g.input("x", Level.TOKEN), g.input("r", Level.ROW)
+    x, r = g.input("x", Level.TOKEN), g.input("r", Level.SEQUENCE)
     rows = [f.seq_max(x), f.seq_min(x), f.seq_sum(x), f.exp(r), f.log(f.abs(r)), 1.0 / r, r / r, f.logsigmoid(r)]
     rows += [f.tanh(r), f.sign(f.where(r == r, r, -3.0)), f.clip(r, -1.0, 1.0)]
     tokens = [f.exp(x), f.log(x), f.log1p(x), f.expm1(x), f.tanh(x), f.sigmoid(x), f.logsigmoid(x), 1.0 / x]
@@ -191,7 +191,7 @@ def test_a_nan_that_counts_is_seen_and_infinities_are_kept() -> None:
 def test_bits() -> None:
     """A row gives the same bits alone, in another place, packed, with more padding; so does what its sum gives."""
     g = Graph()
-    x, r = g.input("x", Level.TOKEN), g.input("r", Level.ROW)
+    x, r = g.input("x", Level.TOKEN), g.input("r", Level.SEQUENCE)
     ratio = f.exp(f.seq_mean(x))
     built = lowered([x * f.clip(ratio, 0.5, r), ratio], [])
     values, scale = torch.randn(5, 1300), torch.rand(5) + 1.0
