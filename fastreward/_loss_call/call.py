@@ -60,14 +60,14 @@ class Call:
 
         NaN is looked for where the loss or a metric has become NaN, and in advantages per sequence always.
         """
-        numbers = metrics.floats()
-        if not numbers["token_count"]:
+        numbers = metrics.values_tensor.tolist()
+        if not numbers[metrics.names.index("token_count")]:
             if not self.may_be_empty and torch.Size(self.tokens.shape).numel():
                 raise ValueError(f"mask: expected at least one counted token, got an all-zero mask; {NO_TOKEN}")
             return
         advantages = self.constants.get("advantages")
-        row_is_nan = advantages is not None and advantages.shape != self.tokens.shape and advantages.isnan().any()
-        if row_is_nan or loss.isnan() or any(map(math.isnan, numbers.values())):
+        rows = () if advantages is None or advantages.shape == self.tokens.shape else (advantages.sum().item(),)
+        if any(map(math.isnan, (loss.item(), *numbers, *rows))):  # a sum is NaN where there is one, if not only there
             for argument, x in {**self.constants, **computed()}.items():
                 if x is not None:
                     check_numbers(argument, x.detach(), self.tokens)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastreward._arguments.numbers import read
 from fastreward._arguments.tokens import Tokens
 from fastreward._arguments.transforms import batched
-from fastreward._runtime.custom_op import custom_op
+from fastreward._runtime.custom_op import custom_op, plain
 from fastreward._runtime.dispatch import implementation
 from fastreward.language.objective import Gradient, Objective, TokenGradient
 
@@ -186,37 +186,56 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    others: tuple[Any, ...] = ([None] * ctx.constants, *[None] * (_ARGUMENTS - 3))
+    others = ([None] * ctx.constants, *[None] * (_ARGUMENTS - 3))
+    return (*_gradients(ctx, _OBJECTIVES[ctx.objective], grad_loss, ctx.needs_input_grad[:2]), *others)
+
+
+def _gradients(ctx: Any, o: Objective, grad_loss: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients for `first` and `second`, of what `_kept` has saved."""
+    grads: list[Tensor | None] = [None, None]
     if grad_loss is None:
-        return (None, None, *others)
+        return grads
     # create_graph=True: what is saved is the gradient, a constant to autograd; the op refuses to be differentiated.
     direct = not torch.is_grad_enabled() and not batched(grad_loss)
-    o = _OBJECTIVES[ctx.objective]
     saved, saved_second, weight, mask, second_mask, cu_seqlens, second_cu_seqlens, first, second = ctx.saved_tensors
     weight = None if o.row_weight is None else weight
     pair = o.program.sides == 2
     places = (
-        (first, mask, cu_seqlens),
-        (second, second_mask, second_cu_seqlens) if pair else (second, mask, cu_seqlens),
+        (saved, first, mask, cu_seqlens),
+        (saved_second, second, second_mask if pair else mask, second_cu_seqlens if pair else cu_seqlens),
     )
-    grads: list[Tensor | None] = [None, None]
-    for k, (g, values) in enumerate(zip(o.gradients, (saved, saved_second), strict=True)):
-        if not ctx.needs_input_grad[k]:
+    for k, (g, needed, (values, like, counted, bounds)) in enumerate(zip(o.gradients, needs, places, strict=True)):
+        if g is None or not needed:
             continue
-        like, counted, bounds = places[k]
-        if g is None:
-            grads[k] = None
-        elif direct and type(values) is Tensor and values.device.type == "cpu":
+        if direct and type(values) is Tensor and values.is_cpu:
             # Not through the custom op, whose output may not be its input: an upstream gradient of 1 costs nothing.
             tokens = Tokens(tuple(like.shape), counted, bounds)
             grads[k] = _scaled(values, weight, grad_loss, tokens, g.per_token, ctx.backend)
         else:
             grads[k] = _objective_backward(values, weight, grad_loss, like, counted, bounds, g.per_token, ctx.backend)
-    return (*grads, *others)
+    return grads
 
 
 _objective.register_autograd(_backward, setup_context=_setup_context)
 _objective_backward.refuse_double_backward()
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss that has been computed, and the gradient that was computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: list[Tensor], o: Objective, backend: str, kept: Sequence[Any], *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*kept, *inputs)
+        ctx.objective, ctx.backend = o, backend
+        return loss[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None, None, None, None, *_gradients(ctx, ctx.objective, grads[0], ctx.needs_input_grad[4:]))
+
+
+#: `_WithGradient.apply` without what it does for transforms, none of which is at work in a plain call.
+_with_gradient: Final[Any] = super(torch.autograd.Function, _WithGradient).apply
 
 
 def evaluate(
@@ -230,10 +249,19 @@ def evaluate(
     numbers: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [] with its gradient, metrics [M], token or pair losses or [0]) of a registered objective."""
+    """(loss [] with its gradient, metrics [M], token or pair losses, if asked for) of a registered objective."""
     a, b = sides[0], sides[-1] if len(sides) == 2 else Tokens(())
-    result = _objective(
-        first, second, tensors, a.mask, b.mask, a.cu_seqlens, b.cu_seqlens, groups, parameters, numbers, objective,
-        backend,
-    )  # fmt: skip
-    return result[0], result[1].detach(), result[5].detach()
+    given = (a.mask, b.mask, a.cu_seqlens, b.cu_seqlens)
+    if not plain((first, second, numbers, groups, *given, *tensors)):
+        result = _objective(first, second, tensors, *given, groups, parameters, numbers, objective, backend)
+        return result[0], result[1].detach(), result[5].detach()
+    o, trained = _OBJECTIVES[objective], [x for x in (first, second) if x is not None and x.requires_grad]
+    first_value, second_value = (x.detach() if x is not None and x.requires_grad else x for x in (first, second))
+    outputs, batch = run(o, first_value, second_value, tensors, sides, groups, read(parameters, numbers), backend)
+    loss, metrics = batch[0].clone(), batch[1:]
+    token_loss = metrics if o.token_loss is None else outputs[o.token_loss]
+    if trained and torch.is_grad_enabled():
+        saved = [None if g is None else outputs[g.output] for g in o.gradients]
+        weight = None if o.row_weight is None else outputs[o.row_weight]
+        loss = _with_gradient([loss], o, backend, (*saved, weight, *given), first, second)
+    return loss, metrics, token_loss

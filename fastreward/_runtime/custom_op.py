@@ -8,8 +8,9 @@ an input or another output).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -31,9 +32,20 @@ class CustomOp:
         _LIBRARY.impl(name, _batched(name, mutates_args), "FuncTorchBatched")  # type: ignore[no-untyped-call]
         self._name = f"fastreward::{name}"
         self._overload = getattr(torch.ops.fastreward, name).default
+        self._function, self._node = function, None
+        types = [str(argument.type) for argument in self._overload._schema.arguments]
+        self._places = [k for k, of in enumerate(types) if of in ("Tensor", "Optional[Tensor]")]
+        self._lists = [k for k, of in enumerate(types) if of == "List[Tensor]"]
 
     def __call__(self, *args: Any) -> Any:
-        return self._overload(*args)
+        tensors = [args[k] for k in self._places]
+        for k in self._lists:
+            tensors += args[k]
+        if not plain(tensors):
+            return self._overload(*args)
+        if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors):
+            return self._function(*args)
+        return self._overload(*args) if self._node is None else _recorded(self._node, self._function, args)
 
     def register_fake(self, function: Callable[..., Any]) -> None:
         """Shapes and dtypes of the outputs, for tracing."""
@@ -45,20 +57,19 @@ class CustomOp:
         Gradients flow to arguments that are tensors; tensors in lists are constants.
         """
         name, overload = self._name.removeprefix("fastreward::"), self._overload
-        function, level = (
-            _autograd_function(base, name, overload, backward, setup_context)
-            for base in (torch.autograd.Function, torch.autograd.function._SingleLevelFunction)
-        )
+        function = _autograd_function(name, backward, setup_context)
+        # That of torch's base class, which has one level of derivatives and does not look for torch.func's.
+        self._node = node = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
         def forward(keyset: Any, *args: Any) -> Any:
-            tensors = [x for x in args if isinstance(x, Tensor)]
+            below = partial(_below_autograd, overload, keyset)
             if torch._C._are_functorch_transforms_active():  # called once for each level of torch.func's transforms
                 with enable_single_level_autograd_function():
-                    return level.apply(keyset, args, *tensors)
-            differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+                    return _recorded(node, partial(_at_next_level, below), args)
+            differentiated = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
             if differentiated or forward_ad._current_level >= 0:
-                return function.apply(keyset, args, *tensors)
-            return _below_autograd(overload, keyset, args)
+                return _recorded(function.apply, below, args)
+            return below(*args)
 
         _LIBRARY.impl(name, forward, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
@@ -67,37 +78,77 @@ class CustomOp:
         self.register_autograd(refuse_double_backward, setup_context=lambda ctx, inputs, output: None)
 
 
-def _below_autograd(overload: Any, keyset: Any, args: Sequence[Any]) -> Any:
+# ------------------------------------------------------------------------------------------- without the dispatcher
+def _key_set(*names: str) -> int:
+    bits = 0
+    for name in names:
+        bits |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr()
+    return bits
+
+
+#: What the dispatcher sees in a thread where no mode, tracer or transform is at work, and in dense tensors.
+_KEYS: Final = _key_set("BackendSelect", "ADInplaceOrView")
+_KEYS_OF_TENSORS: Final = _KEYS | _key_set(
+    *(f"{prefix}{device}" for prefix in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA"))
+)
+
+
+def plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the dispatcher would do nothing but run the kernels on `tensors` as they are, and record the gradient.
+
+    That costs some 50 us a call, so a plain call does without. No mode, tracer, transform or profiler wants to see the
+    ops of this thread, and no tensor is a subclass, a wrapper or a lazy negation.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled():
+        return False
+    if torch._C._dispatch_tls_local_include_set().raw_repr() & ~_KEYS or forward_ad._current_level >= 0:
+        return False
+    keys = 0
+    for x in tensors:
+        if x is not None:
+            if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+                return False
+            keys |= torch._C._dispatch_keys(x).raw_repr()
+    return not keys & ~_KEYS_OF_TENSORS
+
+
+# ----------------------------------------------------------------------------------------------------------- autograd
+def _recorded(node: Callable[..., Any], run: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """`run(*args)` as a node of the graph."""
+    places = [k for k, x in enumerate(args) if isinstance(x, Tensor)]
+    return node(run, args, places, *[args[k] for k in places])
+
+
+def _below_autograd(overload: Any, keyset: Any, *args: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-def _autograd_function(
-    base: Any, name: str, overload: Any, backward_of: Callable[..., Any], setup_context: Callable[..., Any]
-) -> Any:
-    class Op(base):  # type: ignore[misc]
+def _at_next_level(below: Callable[..., Any], *args: Any) -> Any:
+    """Derivatives that are off at this level of torch.func's transforms may be on at the next."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return below(*args)
+
+
+def _autograd_function(name: str, backward_of: Callable[..., Any], setup_context: Callable[..., Any]) -> Any:
+    class Op(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *_: Tensor) -> Any:
-            if base is torch.autograd.Function:
-                output = _below_autograd(overload, keyset, args)
-            else:  # derivatives that are off at this level may be on at the next
-                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                    output = _below_autograd(overload, keyset, args)
+        def forward(ctx: Any, run: Callable[..., Any], args: Sequence[Any], places: list[int], *_: Tensor) -> Any:
+            output = run(*args)
             setup_context(ctx, args, output)
-            ctx._places = [k for k, x in enumerate(args) if isinstance(x, Tensor)]
-            ctx._count = len(args)
+            ctx._places, ctx._count = places, len(args)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             own = ctx.needs_input_grad
-            needs = dict(zip(ctx._places, own[2:], strict=True))
+            needs = dict(zip(ctx._places, own[3:], strict=True))
             ctx.needs_input_grad = tuple(needs.get(k, False) for k in range(ctx._count))  # by argument of the op
             try:
                 found = backward_of(ctx, *grads)
             finally:
                 ctx.needs_input_grad = own
-            return (None, None, *(found[k] for k in ctx._places))
+            return (None, None, None, *(found[k] for k in ctx._places))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:  # called where an input has a tangent

@@ -113,6 +113,7 @@ def implementation(operation: str, name: str) -> object:
     return _load(module(operation, name))
 
 
+@cache
 def module(operation: str, name: str) -> str:
     """The name of that module."""
     if name == "reference" and operation == "logits_policy_loss":

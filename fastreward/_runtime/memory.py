@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,8 @@ _LARGE = 8 << 20  # bytes; below, malloc keeps what is freed
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """An uninitialised contiguous tensor."""
-    count = torch.Size(shape).numel()
-    if torch.device(device).type != "cpu" or count * dtype.itemsize < _LARGE:
+    count = math.prod(shape)
+    if count * dtype.itemsize < _LARGE or torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     from fastreward import _core
 

@@ -1,0 +1,114 @@
+"""A plain call goes around the dispatcher; whoever wants to see the ops still does, and the numbers are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastreward
+
+
+class _Ops(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _policy(x: Tensor) -> Tensor:
+    torch.manual_seed(1)
+    old, advantages, mask = -torch.rand(x.shape), torch.randn(x.shape[0]), torch.rand(x.shape) > 0.3
+    return fastreward.policy_loss(x, old, advantages, mask).loss
+
+
+def _preference(x: Tensor) -> Tensor:
+    torch.manual_seed(1)
+    refs = {f"ref_{side}_logprobs": -torch.rand(x.shape) for side in ("chosen", "rejected")}
+    return fastreward.preference_loss(x, x.flip(0), **refs).loss
+
+
+def _stats(x: Tensor) -> Tensor:
+    return fastreward.token_logprobs(x, torch.zeros(x.shape[0], dtype=torch.int64)).logprobs.sum()
+
+
+_CALLS = pytest.mark.parametrize("call", [_policy, _preference, _stats])
+
+
+def _gradient(call: Callable[[Tensor], Tensor], around: AbstractContextManager[Any] | None = None) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    x = (-torch.rand(6, 5)).requires_grad_()
+    if around is None:
+        loss = call(x)
+    else:
+        with around:
+            loss = call(x)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+@_CALLS
+@pytest.mark.parametrize("mode", [_Ops, _Functions])
+def test_modes_see_the_op_and_the_same_numbers(call: Callable[[Tensor], Tensor], mode: Any) -> None:
+    listening = mode()
+    through_the_op, direct = _gradient(call, listening), _gradient(call)
+    assert any("fastreward" in name for name in listening.seen)
+    assert all(torch.equal(a, b) for a, b in zip(through_the_op, direct, strict=True))
+
+
+@_CALLS
+def test_profiles_show_the_op(call: Callable[[Tensor], Tensor]) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        _gradient(call)
+    assert any(event.key.startswith("fastreward::") for event in profile.key_averages())
+
+
+@_CALLS
+@pytest.mark.filterwarnings("ignore")
+def test_traces_hold_the_op(call: Callable[[Tensor], Tensor]) -> None:
+    with torch.no_grad():
+        graph = torch.jit.trace(call, (-torch.rand(6, 5),), check_trace=False).graph
+    assert "fastreward::" in str(graph)
+
+
+def test_a_lazy_negation_is_read_as_what_it_stands_for() -> None:
+    plain = -torch.rand(4, 5)
+    lazy = torch.complex(plain, -plain).conj().imag
+    assert lazy.is_neg()
+    assert torch.equal(lazy, plain)
+    old, advantages = -torch.rand(4, 5), torch.randn(4)
+    a, b = (fastreward.policy_loss(x, old, advantages).loss for x in (plain, lazy.contiguous()))
+    assert torch.equal(a, b)
+
+
+@_CALLS
+def test_a_subclass_sees_the_op(call: Callable[[Tensor], Tensor]) -> None:
+    seen: list[str] = []
+
+    class Named(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    call((-torch.rand(6, 5)).as_subclass(Named))
+    assert any("fastreward" in name for name in seen)
