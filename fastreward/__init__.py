@@ -1,4 +1,26 @@
-"""fastreward: compiled kernels for RL training of language models, between the rollouts and the optimizer."""
+"""Compiled kernels for RL training of language models: what is computed between the rollouts and the optimizer.
+
+Log-probs of tokens, with entropy and more (a `TokenStats`):
+    token_logprobs            from logits
+    linear_token_logprobs     from hidden states and LM head, without the logits
+Losses, with their gradient in the same pass (a `PolicyLoss`):
+    policy_loss               from log-probs: PPO, CISPO, GSPO, ... (`losses`), or one of your own (`losses.define`)
+    logits_policy_loss        from logits
+    linear_policy_loss        from hidden states and LM head
+    preference_loss           from the log-probs of chosen and rejected responses: DPO, SimPO, ...
+Advantages and weights:
+    group_advantages          rewards against those of the same group
+    whiten                    to mean 0 and variance 1
+    correction_weights        for what the inference engine sampled with slightly other probabilities
+    off_policy_sequence_mask  sequences to drop
+    PrefixTree                rollouts that share prefixes: credit for each token, and batches without repetition
+Published methods, each in one call:
+    recipes                   `fastreward recipes` lists them
+Trainers:
+    patch.trl                 TRL scores through fastreward; patch.undo takes it back
+
+`backend` chooses where a call runs, `BackendError` says why it can't. `fastreward doctor` shows what is here.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,37 @@
 """Losses, each written once in one small language and run fused on every backend.
 
-`define` makes a loss of a function over terms; the functions below are what it is written with. The field's losses are
-here under the field's names, each returning a loss to pass to `policy_loss`, `logits_policy_loss` or `preference_loss`.
+A loss is called with its parameters and passed on: `policy_loss(..., loss=losses.ppo(0.2, 0.28))`. `print` shows its
+formula and derivative, `help(losses.ppo)` what it computes and where that was read.
+
+Over log-probs, for `policy_loss`, `logits_policy_loss` and `linear_policy_loss`:
+    ppo                           the clipped ratio, with dual clip and upper bound
+    sapo                          a soft gate instead of the clip
+    clip_cov, kl_cov              the few tokens of large covariance left out, or pulled back (`cov_mask` selects them)
+    tw_grpo                       tokens weighted by importance (`tw_grpo_importance`)
+    stable_reinforce, visurf      a bounded ratio and no outliers; given answers among the rollouts
+    psr, nsr, w_reinforce         right answers alone, wrong ones alone, both with weights
+    reinforce, gpg, sft, raft     the log-prob times the advantage, or without one
+    cispo, dispo                  the clipped ratio as a constant weight of the log-prob
+    dppo_tv, dppo_kl, vespo, dro  bounds on a divergence; a gate on the sequence's ratio; a quadratic pull
+    sdpo, sdpo_topk               distillation from a teacher, on the sampled token or over k ids
+    verifree, jepo, laser         reference answers; a bound on their likelihood; the model rates itself
+    gspo, gspo_token, gmpo        one ratio for each sequence
+    real, pacs, brain, gdro       the rewards of a group as labels, probabilities or ranks
+Over pairs, for `preference_loss`:
+    dpo                           with its variants: hinge, IPO, EXO, NCA, APO, AOT, robust, f-divergences, ...
+    cdpo, cream, dno              soft labels
+    rpo, simpo, sppo, gpo         with a likelihood term; without reference; regressions
+    mm_dpo, mah_dpo               a margin that scales beta; several rewards
+    tgdpo, treg                   token rewards (`ld_dpo_weights`: LD-DPO's token weights)
+
+To write one, `define` makes a loss of a function over `Terms` (or `PairTerms`), with these:
+    exp, log, clip, where, maximum, sigmoid, ...           operators, under NumPy's names
+    seq_sum seq_mean seq_max seq_min                       over a sequence's tokens
+    group_sum group_mean group_max group_min group_size    over the sequences of a group
+    group_sum_others group_cumsum group_logsumexp
+    batch_sum batch_mean batch_max batch_min batch_match   over the batch
+    kl                                                     an estimate of the KL to the reference
+    stop_gradient                                          a constant for the derivative
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 from checkout import ROOT
 
+import fastreward
 from fastreward import bench, losses, recipes
 from fastreward._runtime.layout import METRICS, PAIR_METRICS
 
@@ -79,6 +80,12 @@ def test_every_method_is_listed() -> None:
     names = [name for name in losses.__all__ if isinstance(getattr(losses, name), losses.Definition)]
     assert not [name for name in names if f"| `{name}(" not in page]
     assert not [name for name in recipes.RECIPES if f"| `{name}` |" not in page]
+
+
+def test_help_begins_with_what_is_there() -> None:
+    assert not [name for name in fastreward.__all__ if not re.search(rf"\b{name}\b", fastreward.__doc__ or "")]
+    names = [name for name in losses.__all__ if isinstance(getattr(losses, name), losses.Definition)]
+    assert not [name for name in names if not re.search(rf"\b{name}\b", losses.__doc__ or "")]
 
 
 def test_every_metric_is_described() -> None:
