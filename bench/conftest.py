@@ -17,7 +17,7 @@ _ROUNDS = 5
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastreward")
-    group.addoption("--full", action="store_true", help="the design's sizes instead of the quick ones")
+    group.addoption("--full", action="store_true", help="the operations' own sizes instead of the quick ones")
     group.addoption("--rows", type=int, help="first dimension")
     group.addoption("--vocab", type=int, help="vocabulary, where there is one")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"))

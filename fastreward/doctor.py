@@ -58,12 +58,13 @@ def status(operation: str, backend: dispatch.Backend) -> str:
 
 def _cuda_state(operation: str) -> str:
     """How the CUDA C++ kernels of an operation come into being here, and what is known of them."""
-    if _has_module() and not dispatch.generated(operation):
+    generated = dispatch.generated(operation)
+    if _has_module() and not generated:
         made = "compiled"
     elif _cupy() is not None:
         made = "compiled at first use"
     else:
-        return "not compiled, and no CuPy to do it at first use"
+        return f"not compiled, needs CuPy{' at first use' if generated else ' or nvcc'}"
     passed = dispatch.CUDA_PASSED_ON.get(operation)
     return f"{made}, passed on {passed}" if passed else f"{made}, never passed on hardware"
 
@@ -149,13 +150,13 @@ def _driver() -> str:
 
 
 def _cuda_route() -> str:
-    """How the CUDA C++ kernels get here: the module that nvcc built, CuPy at first use, or not at all."""
-    if _has_module():
-        return "built by nvcc (fastreward._cuda)"
+    """How the CUDA C++ kernels get here: built by nvcc at installation, compiled by CuPy at first use, or not."""
     cupy = _cupy()
-    if cupy is not None:
-        return f"compiled at first use by CuPy {cupy} (NVRTC)"
-    return "not built, and no CuPy to compile them at first use"
+    by_cupy = f"compiled at first use by CuPy {cupy} (NVRTC)"
+    without = "compiled at first use by CuPy, which is not installed"
+    if _has_module():
+        return f"built by nvcc at installation; those of losses are {without if cupy is None else by_cupy}"
+    return f"not built at installation; {without if cupy is None else by_cupy}"
 
 
 def _has_module() -> bool:

@@ -1,7 +1,8 @@
 """The benchmark engine behind `fastreward bench` and the pytest-benchmark files in bench/.
 
 Each operation's file names its cases and builds them: inputs, contenders, truth, bytes and promises. `engine` gates
-and times them, `memory` measures peak memory in a fresh process, `targets` judges, `report` prints.
+and times them, `memory` measures peak memory in a fresh process, `targets` judges the promises
+(docs/benchmarks.md says what they are), `report` prints.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Operation(Protocol):
 
     CASES: tuple[str, ...]
     DTYPES: tuple[str, ...]
-    SHAPE: tuple[int, ...]  # the size that design section 7 speaks of
+    SHAPE: tuple[int, ...]  # the size that its promises are about
     QUICK: tuple[int, ...]
 
     def build(self, case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Case:
@@ -55,7 +56,7 @@ def operation(name: str) -> Operation:
 
 
 def shape_of(name: str, quick: bool, rows: int | None, vocab: int | None) -> tuple[int, ...]:
-    """The shape to run: the design's or the quick one, with rows and, where there is one, vocabulary as asked."""
+    """The shape to run: the operation's own or the quick one, with as many rows and ids of a vocabulary as asked."""
     module = operation(name)
     shape = list(module.QUICK if quick else module.SHAPE)
     if rows is not None:

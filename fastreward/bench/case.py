@@ -1,4 +1,4 @@
-"""What a benchmark is made of: a case (one operation at one size), its contenders, its targets."""
+"""What a benchmark is made of: a case (one operation at one size), its contenders, its promises."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One promise of design section 7, for one case at one size on one kind of device."""
+    """A promise: a bound that fastreward was written to keep for one case, at its own size, on one kind of device."""
 
     kind: Literal["speedup", "share", "ratio", "memory", "first_call", "per_token"]
     bound: float

@@ -113,7 +113,7 @@ class Probe:
         copy = 2 * self.source.nbytes / min(medians[name] for name in self.writes)
         read = self.source.nbytes / min(medians[name] for name in self.reads)
         flops = self.flops / min(medians[name] for name in self.products) if self.products else inf
-        return Bandwidth(read if self.device == "cpu" else copy, copy, flops)  # a GPU's one limit is the copy (design)
+        return Bandwidth(read if self.device == "cpu" else copy, copy, flops)  # a GPU has one limit: the copy
 
 
 def run(case: Case, device: str, settings: Settings, step: Callable[[str], None]) -> Outcome:

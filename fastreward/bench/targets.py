@@ -1,4 +1,4 @@
-"""Judges a timed case by the promises of design section 7."""
+"""Judges a timed case by its promises."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Verdict:
     met: bool | None
 
 
-def judge(outcome: Outcome, device: str, at_design_size: bool) -> list[Verdict]:
+def judge(outcome: Outcome, device: str, at_own_size: bool) -> list[Verdict]:
     """A verdict per promise; a promise holds for its own size and device only."""
     chosen = [t for t in outcome.case.targets if t.device == device]
-    if not at_design_size:
+    if not at_own_size:
         return [Verdict(t, "another size", None) for t in chosen]
     return [_judge(outcome, target) for target in chosen]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from rich.table import Column, Table
+from rich.table import Table
 
 
 class PatchRefused(RuntimeError):
@@ -17,7 +17,7 @@ class PatchRefused(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of a report."""
+    """One line of a report: of `target` it is now `what` that runs, and `why`."""
 
     target: str
     what: str
@@ -34,25 +34,23 @@ class Report:
     kept: list[Entry] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"fastreward in {self.trainer} {self.version}"]
-        for mark, entries in (("replaced", self.replaced), ("kept", self.kept)):
-            lines += [f"  {mark}  {e.target}: {e.what}{f' ({e.why})' if e.why else ''}" for e in entries]
+        lines = [f"{self._title}; `fastreward.patch.undo()` takes it out"]
+        lines += [f"  replaced  {e.target} -> {e.what}: {e.why}" for e in self.replaced]
+        lines += [f"  kept      {e.target}: {e.what}, because {e.why}" for e in self.kept]
         return "\n".join(lines)
 
     def __rich__(self) -> Table:
-        title = f"fastreward in {self.trainer} {self.version}"
-        table = Table(
-            "",
-            Column("target", overflow="fold"),
-            Column("now", overflow="fold"),
-            "why",
-            title=title,
-            title_justify="left",
-        )
+        table = Table("", title=self._title, title_justify="left")
+        for heading in ("what", "now served by", "why"):
+            table.add_column(heading, overflow="fold")
         for mark, entries in (("replaced", self.replaced), ("kept", self.kept)):
             for entry in entries:
                 table.add_row(mark, entry.target, entry.what, entry.why)
         return table
+
+    @property
+    def _title(self) -> str:
+        return f"fastreward in {self.trainer} {self.version}"
 
 
 @dataclass(slots=True)

@@ -32,7 +32,7 @@ class Timing:
     def __str__(self) -> str:
         if self.ours_ms is None:
             return f"fastreward could not run here: {self.problem}"
-        return f"fastreward {self.ours_ms:.3f} ms, TRL {self.stock_ms:.3f} ms (forward + backward, {self.sample})"
+        return f"fastreward took {self.ours_ms:.3f} ms, TRL {self.stock_ms:.3f} ms (forward + backward, {self.sample})"
 
 
 def linear_head(

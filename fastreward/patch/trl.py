@@ -145,7 +145,9 @@ class _Head:
             # Partitioned again between forward and backward: only TRL's function gathers it in its backward.
             return self._say("an LM head partitioned by DeepSpeed ZeRO-3", "only TRL gathers it again in the backward")
         if hidden.dtype not in LOGITS_DTYPES or weight.dtype not in LOGITS_DTYPES:
-            return self._say(f"an LM head in {weight.dtype} on {hidden.dtype}", "fastreward takes f32, bf16 and f16")
+            return self._say(
+                f"an LM head in {weight.dtype} on {hidden.dtype}", "fastreward takes float32, bfloat16 and float16"
+            )
         return False
 
     def _say(self, what: str, why: str) -> bool:
@@ -305,7 +307,7 @@ def _choose(head: _Head, logits: _Logits, report: Report) -> tuple[Serves, Serve
     """Where fastreward serves: always on the CPU; on CUDA where it is the faster of the two. Says so in the report."""
     if not torch.cuda.is_available():
         report.kept.append(
-            Entry("devices other than the CPU", "TRL's own kernels", "torch sees no CUDA device to time on")
+            Entry("models on a GPU", "TRL's own kernels", "torch sees no GPU here to time fastreward on")
         )
         return _on("cpu"), _on("cpu")
     head.serves = logits.serves = _on("cpu", "cuda")
@@ -334,35 +336,39 @@ def _describe(report: Report, logits: _Logits, exact: bool) -> None:
         Entry(
             f"trl.trainer.utils.{_KERNEL}",
             "fastreward.linear_token_logprobs",
-            "log-probs and entropies of the GRPO, RLOO, DPO, KTO, SFT and async GRPO trainers",
+            "the log-probs and entropies of the GRPO, RLOO, DPO, KTO, SFT and async GRPO trainers",
         )
     )
-    add(Entry(f"trl.trainer.utils.{_COMPACT}", "true on the CPU", "rows without a label skip the projection"))
+    add(Entry(f"trl.trainer.utils.{_COMPACT}", "also true on the CPU", "rows without a label skip the LM head"))
     for stock in logits.stock.values():
         places = sorted(f"{module.__name__}.{bound}" for module, bound in bindings("trl", stock))
-        why = "one pass over the logits; modules imported later get it too"
+        why = "one pass over the logits, for modules that are imported later too"
         add(Entry(", ".join(places), "fastreward.token_logprobs", why))
     keep(
         Entry(
             "trl.trainer.utils.nanstd and group advantages",
             "TRL's own",
-            "ddof, eps, NaN and singletons exactly as TRL's",
+            "what eps, ddof, NaN and groups of one give is for TRL to say",
         )
     )
-    keep(Entry("policy losses and metrics", "TRL's own", "a second copy of a loss drifts from the first"))
-    keep(Entry("trl.kernels.*", "TRL's own", "public names, and the fallback for what fastreward does not serve"))
+    keep(Entry("policy losses and metrics", "TRL's own", "a second copy of a loss would drift from TRL's"))
+    keep(Entry("trl.kernels.*", "TRL's own", "these names are public, and serve what fastreward does not take"))
     keep(
         Entry(
-            "DistillationTrainer's divergence", "TRL's own", "it scores against a teacher's distribution, not a label"
+            "DistillationTrainer's divergence",
+            "TRL's own",
+            "it compares with a teacher's distribution, not with labels",
         )
     )
-    keep(Entry("float64 logits", "TRL's own", "fastreward takes f32, bf16 and f16"))
+    keep(Entry("float64 logits", "TRL's own", "fastreward takes float32, bfloat16 and float16"))
     keep(
         Entry(
             "an index or row_mask that broadcasts, a temperature with a gradient, tensor subclasses",
             "TRL's own",
-            "its torch code takes whatever torch broadcasts",
+            "TRL's torch code takes whatever torch does",
         )
     )
     if exact:
-        keep(Entry("bf16 and f16 logits", "torch's log_softmax", "exact=True: bit for bit what TRL gives"))
+        keep(
+            Entry("bfloat16 and float16 logits", "torch's log_softmax", "exact=True asks for TRL's results bit for bit")
+        )

@@ -68,7 +68,7 @@ def linear_logits(
 
 
 def gather_minus_logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
-    """The obvious log-prob: what design section 7 compiles. logits [N, V], labels [N]."""
+    """The obvious log-prob, which the benchmark compiles. logits [N, V], labels [N]."""
     return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 

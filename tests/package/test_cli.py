@@ -285,7 +285,7 @@ def test_limit_is_bytes_over_bandwidth() -> None:
     assert read.written == 2 * 4
 
 
-def test_targets_are_judged_at_the_design_size_only() -> None:
+def test_promises_are_judged_at_the_own_size_only() -> None:
     x = torch.zeros(4)
     case = _case([], x)
     case.targets = (

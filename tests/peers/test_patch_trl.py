@@ -104,7 +104,7 @@ def test_training_gives_the_same_numbers(
     report = patch.trl()
     patched = run()
     assert patch.status() == {"trl": report}
-    assert "replaced  trl.trainer.utils._ChunkedLogProbFunction: fastreward.linear_token_logprobs" in str(report)
+    assert "replaced  trl.trainer.utils._ChunkedLogProbFunction -> fastreward.linear_token_logprobs: " in str(report)
     assert len(stock) == len(patched) == steps
     for before, after in zip(stock, patched, strict=True):
         assert after.completions == before.completions, "the rollouts must be the same for a comparison"

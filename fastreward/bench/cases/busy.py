@@ -1,7 +1,7 @@
 """A busy machine: calls on two threads beside the same on one, idle and with busy processes on the same two cores.
 
 Where people train, other processes work: data loaders, rollouts, the trainer itself. Two threads must then never take
-much longer than one (design, section 6). A case's name says what is called and how many processes are busy beside it.
+much longer than one. A case's name says what is called and how many processes are busy beside it.
 The calls are those of the other operations' benchmarks, at the sizes at which waiting would show; each comes after a
 short rest. Peers run in between, as torch's own operations do in training: their threads may still be spinning.
 """

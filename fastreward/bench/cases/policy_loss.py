@@ -77,7 +77,7 @@ def _surprise(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -
 
 @dataclass(frozen=True)
 class Written:
-    """One loss: ours, plain torch's, verl's (function of core_algos, its arguments; or none) and the targets."""
+    """One loss: ours, plain torch's, verl's (function of core_algos, its arguments; or none), promises."""
 
     loss: losses.Loss
     plain: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
