@@ -30,12 +30,13 @@ from fastreward import losses
 from fastreward._loss_call.results import PolicyLoss
 from fastreward._runtime.dispatch import backend
 from fastreward._runtime.errors import BackendError
+from fastreward._runtime.logprobs import TokenStats
 from fastreward.correction import correction_weights, off_policy_sequence_mask
 from fastreward.group import group_advantages
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.linear_policy_loss import linear_policy_loss
 from fastreward.logits_policy_loss import logits_policy_loss
-from fastreward.logprobs import TokenStats, token_logprobs
+from fastreward.logprobs import token_logprobs
 from fastreward.policy_loss import policy_loss
 from fastreward.preference_loss import preference_loss
 from fastreward.whiten import whiten

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,21 +51,7 @@ def _group_advantages(
 
 
 @_group_advantages.register_fake
-def _(
-    rewards: Tensor,
-    group_index: Tensor | None,
-    group_size: int,
-    lengths: Tensor | None,
-    component_weights: Tensor | None,
-    center_values: Tensor | None,
-    scale_values: Tensor | None,
-    modes: str,
-    ddof: int,
-    eps: float,
-    given_eps: Tensor | None,
-    eps_inside: bool,
-    backend: str,
-) -> Tensor:
+def _(rewards: Tensor, *_: Any) -> Tensor:
     return rewards.new_empty((rewards.shape[0],), dtype=torch.float32)
 
 

@@ -28,17 +28,18 @@ from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.layout import FLAG, VALUES
-from fastreward._runtime.precomputed_grad import deliver
-from fastreward.linear_logprobs import (
-    _check_head,
-    _compute_dtype,
-    _Head,
-    _HeadGradients,
-    _inverse,
-    _rows_of,
-    _scaling,
-    linear_token_logprobs,
+from fastreward._runtime.lm_head import (
+    Head,
+    HeadGradients,
+    check_head,
+    compute_dtype_of,
+    fake_gradients,
+    inverse_temperature,
+    rows_of,
+    scaling,
 )
+from fastreward._runtime.precomputed_grad import deliver
+from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.losses import Loss
 from fastreward.policy_loss import loss_of
 
@@ -76,9 +77,9 @@ def _linear_policy_gradient(
     chosen = gradient_program(gradient)
     tile = [rows, weight.shape[0]]
     factor, cap = joined(logit_scale, given_scale, backend), joined(softcap, given_softcap, backend)
-    head = _Head(hidden, weight, bias, factor, cap, tile, compute_dtype, backward=True)
-    grads = _HeadGradients(head, needs)
-    inverse = _inverse(temperature, temperature_scalar)
+    head = Head(hidden, weight, bias, factor, cap, tile, compute_dtype, backward=True)
+    grads = HeadGradients(head, needs)
+    inverse = inverse_temperature(temperature, temperature_scalar)
     kernels, engine = implementation("logprobs", backend), implementation("program", backend)
     tokens = Tokens((hidden.shape[0],), None, cu_seqlens)
     scalars = chosen.program.scalar_values(dict(zip(chosen.parameters, read(parameters, numbers), strict=True)))
@@ -87,7 +88,7 @@ def _linear_policy_gradient(
     inputs = [seen[name] if name in seen else next(rest) for name, _ in chosen.inputs]
     flags, whole = FLAG["entropy"] if chosen.entropy else 0, slice(0, weight.shape[0])
     for part in head.row_chunks():
-        logits, scale = head.logits(part, whole), _rows_of(inverse, part)
+        logits, scale = head.logits(part, whole), rows_of(inverse, part)
         values, _, _ = kernels.forward(logits, labels[part], scale, None, None, None, None, flags)
         for name, x in seen.items():
             x[part] = values[_ROW_OF[name]]
@@ -104,38 +105,15 @@ def _linear_policy_gradient(
 
 @_linear_policy_gradient.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    temperature: Tensor | None,
-    temperature_scalar: float,
-    logit_scale: float,
-    given_scale: Tensor | None,
-    softcap: float,
-    given_softcap: Tensor | None,
-    rows: int,
-    compute_dtype: torch.dtype,
-    tensors: list[Tensor],
-    cu_seqlens: Tensor,
-    groups: Tensor | None,
-    parameters: list[float],
-    numbers: Tensor | None,
-    gradient: str,
-    needs: list[bool],
-    applied: Tensor,
-    backend: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def grad(needed: bool, x: Tensor | None) -> Tensor:
-        if not needed or x is None:
-            return hidden.new_empty((0,))
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    gradient, needs = others[-4:-2]
 
     def per_token(wanted: bool) -> Tensor:
         return hidden.new_empty((hidden.shape[0] if wanted else 0,), dtype=torch.float32)
 
     entropy = per_token(gradient_program(gradient).entropy)
-    return grad(needs[0], hidden), grad(needs[1], weight), grad(needs[2], bias), per_token(True), entropy
+    return (*fake_gradients(hidden, weight, bias, needs), per_token(True), entropy)
 
 
 # ------------------------------------------------------------------------------------------------- public function
@@ -189,8 +167,8 @@ def linear_policy_loss(
     Raises:
         TypeError, ValueError: as policy_loss and linear_token_logprobs.
     """
-    _check_head(hidden, weight, bias, labels)
-    factor, cap = _scaling(logit_scale, softcap, hidden)
+    check_head(hidden, weight, bias, labels)
+    factor, cap = scaling(logit_scale, softcap, hidden)
     if chunk_size is not None and check.whole("chunk_size", chunk_size, "tokens at a time") < 1:
         raise ValueError(f"chunk_size: expected a positive number of tokens, got {chunk_size}")
     if not torch.compiler.is_compiling():  # which would make a constant of a number that nothing reads
@@ -251,7 +229,7 @@ def linear_policy_loss(
             *split(factor),
             *split(cap),
             chunk_size or _rows_at_a_time(hidden.device, weight.shape[0]),
-            _compute_dtype(hidden),
+            compute_dtype_of(hidden),
             [packed.tensor(x) for x in call.gradient_tensors],
             packed.bounds,
             call.groups,

@@ -148,9 +148,9 @@ def _write_gradient(
     inputs = [None if name in ("logprob", "entropy") else next(rest) for name, _ in chosen.inputs]
     if block.gap:
         tokens, inputs = _with_gaps(block, tokens, chosen, inputs, labels)
-        inverse = inverse if temperature is None else _spread(block, temperature.reciprocal())
+        inverse = inverse if temperature is None else block.per_row(temperature.reciprocal())
     logprobs, entropy = implementation("logits_policy_loss", backend).run(
-        chosen.program, block.matrix(logits), _spread(block, labels), inverse, inputs, tokens, scalars, groups, scale,
+        chosen.program, block.matrix(logits), block.per_row(labels), inverse, inputs, tokens, scalars, groups, scale,
         block.matrix(out), chosen.gradients, chosen.entropy,
     )  # fmt: skip
     if block.gap:
@@ -159,24 +159,18 @@ def _write_gradient(
     return logprobs.reshape(-1), entropy.reshape(-1)
 
 
-def _spread(block: logit_rows.RowBlock, x: Tensor) -> Tensor:
-    spread = block.spread(x)
-    assert spread is not None
-    return spread
-
-
 def _with_gaps(
     block: logit_rows.RowBlock, tokens: Tokens, chosen: Any, inputs: list[Tensor | None], labels: Tensor
 ) -> tuple[Tokens, list[Tensor | None]]:
     """Padded rows with alien ones between them, as packed sequences whose last positions are masked out."""
-    step, rows = block.length + block.gap, _spread(block, labels).shape[0]
+    step, rows = block.length + block.gap, block.per_row(labels).shape[0]
     bounds = (torch.arange(tokens.rows + 1, device=labels.device) * step).clamp(max=rows)
     mask = torch.ones(labels.shape, dtype=torch.bool, device=labels.device) if tokens.mask is None else tokens.mask != 0
     spread = [
-        x if x is None or node.level < 3 else block.spread(x.reshape(-1))
+        x if x is None or node.level < 3 else block.per_row(x.reshape(-1))
         for node, x in zip(chosen.program.inputs, inputs, strict=True)
     ]
-    return Tokens((rows,), _spread(block, mask.reshape(-1)), bounds), spread
+    return Tokens((rows,), block.per_row(mask.reshape(-1)), bounds), spread
 
 
 # ------------------------------------------------------------------------------------------------- public function

@@ -37,10 +37,10 @@ class RowBlock:
         return part.as_strided((rows, vocab), (part.stride(1), 1))
 
     @overload
-    def spread(self, x: Tensor) -> Tensor: ...
+    def per_row(self, x: Tensor) -> Tensor: ...
     @overload
-    def spread(self, x: Tensor | None) -> Tensor | None: ...
-    def spread(self, x: Tensor | None) -> Tensor | None:
+    def per_row(self, x: Tensor | None) -> Tensor | None: ...
+    def per_row(self, x: Tensor | None) -> Tensor | None:
         """Per-row data [N, ...] of the batch to [rows, ...]; zeros in the gaps."""
         if x is None or (not self.gap and self.count == x.shape[0]):
             return x

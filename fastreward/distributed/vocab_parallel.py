@@ -12,6 +12,7 @@ from fastreward._arguments import check
 from fastreward._arguments.transforms import refuse_double_backward, transformed
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.layout import STATE, flags_of
+from fastreward._runtime.logprobs import initial_state, merge
 from fastreward._runtime.memory import empty_like
 
 if TYPE_CHECKING:
@@ -83,40 +84,6 @@ class _Sharded(torch.autograd.Function):
             rows, local, ctx.inverse, mask, None, None, None, values, none, grads[0].contiguous(), None, grad
         )
         return grad, None, None, None, None
-
-
-def initial_state(count: int, device: torch.device) -> Tensor:
-    """The state of `count` rows before the first column, f64 [N, 8]."""
-    state = torch.zeros((count, len(STATE)), dtype=torch.float64, device=device)
-    state[:, STATE.index("max")] = -torch.inf
-    state[:, STATE.index("label_logit")] = torch.nan
-    return state
-
-
-def merge(states: list[Tensor], inverse: float | Tensor) -> Tensor:
-    """One state [N, 8] from those of consecutive slices, in their order."""
-    stacked = torch.stack(states)  # [ranks, N, 8]
-    peaks, sums, weighted, squares, logits, labels, argmax, ranks = stacked.unbind(-1)
-    peak = peaks.amax(0)
-    base = torch.where(peak == -torch.inf, 0.0, peak)
-    shift = torch.where(peaks == -torch.inf, 0.0, (peaks - base) * inverse)
-    scale = torch.where(peaks == -torch.inf, 0.0, shift.exp())
-    first = (peaks == peak).to(torch.int8).argmax(0, keepdim=True)
-    seen = ~labels.isnan()
-    label = torch.where(seen.any(0), torch.where(seen, labels, -torch.inf).amax(0), torch.nan)
-    return torch.stack(
-        [
-            peak,
-            (scale * sums).sum(0),
-            (scale * (weighted + shift * sums)).sum(0),
-            (scale * scale * squares).sum(0),
-            logits.sum(0),
-            label,
-            argmax.gather(0, first).squeeze(0),
-            ranks.sum(0),
-        ],
-        -1,
-    )
 
 
 def _label_logits(rows: Tensor, local: Tensor, group: ProcessGroup) -> Tensor:

@@ -22,7 +22,7 @@ from fastreward.prefix_tree.tree import PrefixTree
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from fastreward.logprobs import TokenStats
+    from fastreward._runtime.logprobs import TokenStats
 
 By = Literal["group", "row"]
 

@@ -14,12 +14,7 @@ from fastreward._arguments.transforms import refuse_double_backward
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import select
 from fastreward._runtime.layout import VALUES, flags_of
-from fastreward.logprobs import (
-    TokenStats,
-    _token_logprobs,
-    _token_logprobs_backward,
-    _token_logprobs_backward_,
-)
+from fastreward._runtime.logprobs import TokenStats, token_logprobs, token_logprobs_backward, token_logprobs_backward_
 
 if TYPE_CHECKING:
     from fastreward.prefix_tree.packed import PackedTree
@@ -43,7 +38,7 @@ def _packed_token_logprobs(
 ) -> tuple[Tensor, Tensor]:  # values f32 [8, P], log-probs of the further children f32 [E]
     divisor = joined(temperature, given_temperature, backend)
     given = (*_per_row(divisor, labels), mask, None, None, None, flags, inplace_backward, backend)
-    values, _, _ = _token_logprobs(logits, labels, *given)
+    values, _, _ = token_logprobs(logits, labels, *given)
     if rows.shape[0] == 0:
         return values, values.new_empty(0)
     # Relative to the first child's log-prob: a logsumexp that is rounded to f32 costs large logits their last digits.
@@ -75,7 +70,7 @@ def _packed_backward(
 ) -> Tensor:
     divisor = joined(temperature, given_temperature, backend)
     row_data = _row_data(labels, mask, values, grad_values, grad_extra, rows, divisor)
-    grad: Tensor = _token_logprobs_backward(logits, *row_data, backend)
+    grad: Tensor = token_logprobs_backward(logits, *row_data, backend)
     _add_further(grad, rows, ids, grad_extra, divisor)
     return grad
 
@@ -104,7 +99,7 @@ def _packed_backward_(
 ) -> None:
     divisor = joined(temperature, given_temperature, backend)
     row_data = _row_data(labels, mask, values, grad_values, grad_extra, rows, divisor)
-    _token_logprobs_backward_(logits, *row_data, backend)
+    token_logprobs_backward_(logits, *row_data, backend)
     _add_further(logits, rows, ids, grad_extra, divisor)
 
 

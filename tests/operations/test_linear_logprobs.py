@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastreward as fr
 from fastreward import linear_logprobs
-from fastreward.linear_logprobs import _chunks
+from fastreward._runtime import lm_head
 from fastreward.reference.logprobs import token_logprobs as truth_of
 
 OUTPUTS = ("logprobs", "entropy", "logsumexp", "label_logit", "mean_logit", "log_sum_sq_probs", "max_logprob")
@@ -96,7 +96,7 @@ def test_equals_float64_truth(backend: str, chunk_size: int | None, options: dic
 def test_more_of_everything_than_a_tile(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 rows and 64 columns, sums of 8 products: gradients are added up over all of them."""
     monkeypatch.setattr(linear_logprobs, "_CPU_TILE", (16, 64))
-    monkeypatch.setattr(linear_logprobs, "_CPU_SUM", 8)
+    monkeypatch.setattr(lm_head, "_CPU_SUM", 8)
     rows = 45
     hidden = torch.randn(rows, H).to(dtype).requires_grad_()
     weight = (torch.randn(V, H) * 0.5).to(dtype).requires_grad_()
@@ -277,11 +277,11 @@ def test_never_more_than_one_tile_of_logits(dtype: torch.dtype, options: dict[st
 def test_no_chunk_is_a_sliver() -> None:
     """A GEMM of a few rows adds in another order than one of many."""
     for total in (1, 16, 1025, 15_361, 40_000):
-        sizes = [chunk.stop - chunk.start for chunk in _chunks(total, 1024)]
+        sizes = [chunk.stop - chunk.start for chunk in lm_head._chunks(total, 1024)]
         assert sum(sizes) == total
         assert max(sizes) <= 1024
         assert min(sizes) >= min(total, 16)
-    assert not list(_chunks(0, 1024))
+    assert not list(lm_head._chunks(0, 1024))
 
 
 def test_autocast_runs_the_gemms_in_its_dtype() -> None:
