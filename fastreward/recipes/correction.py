@@ -11,10 +11,12 @@ from typing import TypedDict, Unpack
 
 from torch import Tensor
 
-from fastreward import PolicyLoss, correction_weights, losses, policy_loss
-from fastreward import off_policy_sequence_mask as _sequence_mask
+from fastreward import losses
 from fastreward._arguments.options import Aggregation
-from fastreward._loss_call.results import Metrics
+from fastreward._loss_call.results import Metrics, PolicyLoss
+from fastreward.correction import correction_weights
+from fastreward.correction import off_policy_sequence_mask as _sequence_mask
+from fastreward.policy_loss import policy_loss
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.options import PolicyOptions, add_kl, weigh_also
 

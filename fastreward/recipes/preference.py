@@ -12,8 +12,10 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from fastreward import PolicyLoss, losses, preference_loss
+from fastreward import losses
+from fastreward._loss_call.results import PolicyLoss
 from fastreward.losses.preference import FDivergence
+from fastreward.preference_loss import preference_loss
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.options import PairOptions
 

@@ -12,8 +12,11 @@ from typing import Unpack
 
 from torch import Tensor
 
-from fastreward import PolicyLoss, group_advantages, losses, policy_loss
+from fastreward import losses
 from fastreward._arguments.options import Aggregation
+from fastreward._loss_call.results import PolicyLoss
+from fastreward.group import group_advantages
+from fastreward.policy_loss import policy_loss
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.options import PolicyOptions, add_extra, scored
 

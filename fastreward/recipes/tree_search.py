@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastreward import PrefixTree
 from fastreward._arguments import check
 from fastreward._arguments.options import TreeOp
+from fastreward.prefix_tree.tree import PrefixTree
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.tree import (
     group_of,

@@ -15,7 +15,7 @@ import torch
 
 import fastreward as fr
 from fastreward import losses, recipes
-from fastreward.recipes import RECIPES, Recipe, correction, policy, preference, sequence
+from fastreward.recipes import RECIPES, Recipe, correction, preference, ratio, score, sequence
 from fastreward.recipes._catalogue import registry
 from fastreward.recipes._catalogue.registry import FAMILIES, NOTATION, VERIFIED, by_family
 from fastreward.recipes._shared import options
@@ -38,7 +38,7 @@ def run_example(recipe: Recipe) -> dict[str, Any]:
 def losses_used(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[losses.Loss]:
     """The losses that the recipe passes to an operation while its example runs."""
     seen: list[losses.Loss] = []
-    for module in (correction, policy, preference, sequence):
+    for module in (correction, preference, ratio, score, sequence):
         for name, operation in CALLED.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, recorder(operation, seen))

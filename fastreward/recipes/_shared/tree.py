@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward import PrefixTree, group_advantages
-from fastreward import whiten as _whiten
 from fastreward._arguments import check
 from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.options import Place
+from fastreward.group import group_advantages
+from fastreward.prefix_tree.tree import PrefixTree
+from fastreward.whiten import whiten
 
 
 def rewards_of(tree: PrefixTree, rewards: Tensor) -> Tensor:
@@ -141,4 +142,4 @@ def whitened(advantages: Tensor, counted: Tensor, rewards: Tensor) -> Tensor:
     """Zero mean and unit variance over the counted tokens; as they are (0) where no sequence was scored."""
     if check.values_checked(rewards) and bool(rewards.isnan().all()):
         return advantages
-    return _whiten(advantages, counted)
+    return whiten(advantages, counted)
