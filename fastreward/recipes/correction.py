@@ -7,211 +7,130 @@ return what it returns, (weights, keep, metrics), for `policy_loss(..., weights=
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 from torch import Tensor
 
 from fastreward import losses
 from fastreward._arguments.options import Aggregation
-from fastreward._loss_call.results import Metrics, PolicyLoss
-from fastreward.correction import correction_weights
+from fastreward._loss_call.results import PolicyLoss
 from fastreward.correction import off_policy_sequence_mask as _sequence_mask
 from fastreward.policy_loss import policy_loss
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.options import PolicyOptions, add_kl, weigh_also
+from fastreward.recipes._shared.factory import Correction as Correction
+from fastreward.recipes._shared.factory import Rule, Threshold, correction_recipe
+from fastreward.recipes._shared.options import CorrectionOptions, PolicyOptions, add_kl, weigh_also
 
-Correction = tuple[Tensor, Tensor, Metrics]
-Threshold = float | tuple[float, float]
+__all__ = ["deepseek_v3_2", "geo_rs", "icepop", "k3_rs", "mis", "off_policy_sequence_mask", "seq_mis", "seq_tis", "tis"]
 
 _TIS = "Yao et al. 2025, fengyao.notion.site/off-policy-rl"
 _MIS = "Liu et al. 2025, richardli.xyz/rl-collapse"
 _VERL = "verl RolloutCorrectionConfig"
 
 
-class CorrectionOptions(TypedDict, total=False):
-    """Keyword options of `fastreward.correction_weights`, which describes them."""
-
-    batch_normalize: bool
-    log_ratio_clamp: float | None
-    unscored: bool
-    cu_seqlens: Tensor | None
-
-
 # ------------------------------------------------------------------------------------------------- importance weights
-@recipe(
-    "correction",
+@correction_recipe(
     "TIS (truncated importance sampling), per token",
     _TIS,
-    "code",
-    f"{_VERL}.decoupled_token_is, rollout_corr_helper.py; TRL token_truncate",
+    code=f"{_VERL}.decoupled_token_is, rollout_corr_helper.py; TRL token_truncate",
 )
 def tis(
-    old_logprobs: Tensor,
-    rollout_logprobs: Tensor,
-    mask: Tensor | None = None,
-    *,
-    high: float = 2.0,
-    reject: Mapping[str, Threshold] | None = None,
-    **options: Unpack[CorrectionOptions],
-) -> Correction:
+    *, high: float = 2.0, reject: Mapping[str, Threshold] | None = None, **options: Unpack[CorrectionOptions]
+) -> Rule:
     """weights = min(w, high) per token.
 
     high: verl's; TRL has 3.0.
     """
-    return correction_weights(
-        old_logprobs, rollout_logprobs, mask, mode="truncate", level="token", high=high, reject=reject, **options
-    )
+    return {"mode": "truncate", "level": "token", "high": high, "reject": reject}
 
 
-@recipe(
-    "correction",
+@correction_recipe(
     "TIS (truncated importance sampling), per sequence",
     _MIS,
-    "code",
-    f"{_VERL}.decoupled_seq_is, rollout_corr_helper.py; TRL sequence_truncate",
+    code=f"{_VERL}.decoupled_seq_is, rollout_corr_helper.py; TRL sequence_truncate",
 )
 def seq_tis(
-    old_logprobs: Tensor,
-    rollout_logprobs: Tensor,
-    mask: Tensor | None = None,
-    *,
-    high: float = 2.0,
-    reject: Mapping[str, Threshold] | None = None,
-    **options: Unpack[CorrectionOptions],
-) -> Correction:
+    *, high: float = 2.0, reject: Mapping[str, Threshold] | None = None, **options: Unpack[CorrectionOptions]
+) -> Rule:
     """weights = min(product of w over the sequence, high).
 
     high: verl's; TRL has 3.0.
     """
-    return correction_weights(
-        old_logprobs, rollout_logprobs, mask, mode="truncate", level="sequence", high=high, reject=reject, **options
-    )
+    return {"mode": "truncate", "level": "sequence", "high": high, "reject": reject}
 
 
-@recipe(
-    "correction",
+@correction_recipe(
     "MIS (masked importance sampling), per token",
     _MIS,
-    "code",
-    "TRL grpo_trainer.py (token_mask), which leaves the tokens in the mean",
+    code="TRL grpo_trainer.py (token_mask), which leaves the tokens in the mean",
 )
 def mis(
-    old_logprobs: Tensor,
-    rollout_logprobs: Tensor,
-    mask: Tensor | None = None,
     *,
     low: float | None = None,
     high: float | None = 3.0,
     reject: Mapping[str, Threshold] | None = None,
     **options: Unpack[CorrectionOptions],
-) -> Correction:
+) -> Rule:
     """weights = w where low <= w <= high, per token; the others are dropped.
 
     keep leaves them out of the mean; to leave them in as zeros, as TRL does, do not pass it on. high: TRL's.
     """
-    return correction_weights(
-        old_logprobs, rollout_logprobs, mask, mode="mask", level="token", low=low, high=high, reject=reject, **options
-    )
+    return {"mode": "mask", "level": "token", "low": low, "high": high, "reject": reject}
 
 
-@recipe(
-    "correction",
-    "MIS (masked importance sampling), per sequence",
-    _MIS,
-    "code",
-    f"{_VERL}.decoupled_seq_is_rs, rollout_corr_helper.py",
+@correction_recipe(
+    "MIS (masked importance sampling), per sequence", _MIS, code=f"{_VERL}.decoupled_seq_is_rs, rollout_corr_helper.py"
 )
-def seq_mis(
-    old_logprobs: Tensor,
-    rollout_logprobs: Tensor,
-    mask: Tensor | None = None,
-    *,
-    high: float = 2.0,
-    bounds: Threshold = (0.5, 2.0),
-    **options: Unpack[CorrectionOptions],
-) -> Correction:
+def seq_mis(*, high: float = 2.0, bounds: Threshold = (0.5, 2.0), **options: Unpack[CorrectionOptions]) -> Rule:
     """weights = min(product of w over the sequence, high); sequences with that product outside bounds are dropped."""
-    reject = {"seq_sum_k1": bounds}
-    return correction_weights(
-        old_logprobs, rollout_logprobs, mask, mode="truncate", level="sequence", high=high, reject=reject, **options
-    )
+    return {"mode": "truncate", "level": "sequence", "high": high, "reject": {"seq_sum_k1": bounds}}
 
 
-@recipe(
-    "correction",
-    "IcePop (Ring-1T)",
-    "arXiv 2510.18855",
-    "code",
-    f"{_VERL}.decoupled_token_icepop, rollout_corr_helper.py",
+@correction_recipe(
+    "IcePop (Ring-1T)", "arXiv 2510.18855", code=f"{_VERL}.decoupled_token_icepop, rollout_corr_helper.py"
 )
 def icepop(
-    old_logprobs: Tensor,
-    rollout_logprobs: Tensor,
-    mask: Tensor | None = None,
     *,
     low: float = 0.5,
     high: float = 5.0,
     reject: Mapping[str, Threshold] | None = None,
     **options: Unpack[CorrectionOptions],
-) -> Correction:
+) -> Rule:
     """weights = w where low <= w <= high, else 0, per token; every token stays in the mean."""
-    return correction_weights(
-        old_logprobs, rollout_logprobs, mask, mode="icepop", level="token", low=low, high=high, reject=reject, **options
-    )
+    return {"mode": "icepop", "level": "token", "low": low, "high": high, "reject": reject}
 
 
 # ----------------------------------------------------------------------------------------------------------- rejection
-@recipe(
-    "correction",
+@correction_recipe(
     "Rejection by the geometric mean of ratios (geo-RS)",
     _MIS,
-    "code",
-    f"{_VERL}.decoupled_geo_rs, rollout_corr_helper.py",
+    code=f"{_VERL}.decoupled_geo_rs, rollout_corr_helper.py",
     settings={"bounds": (0.8, 1.25)},
 )
-def geo_rs(
-    old_logprobs: Tensor,
-    rollout_logprobs: Tensor,
-    mask: Tensor | None = None,
-    *,
-    bounds: Threshold = (0.999, 1.001),
-    **options: Unpack[CorrectionOptions],
-) -> Correction:
+def geo_rs(*, bounds: Threshold = (0.999, 1.001), **options: Unpack[CorrectionOptions]) -> Rule:
     """Sequences whose geometric mean of w is outside bounds are dropped; weights are 1.
 
     The example's bounds suit its noise.
     """
-    return correction_weights(
-        old_logprobs, rollout_logprobs, mask, mode=None, reject={"seq_mean_k1": bounds}, **options
-    )
+    return {"mode": None, "reject": {"seq_mean_k1": bounds}}
 
 
-@recipe(
-    "correction",
+@correction_recipe(
     "Rejection by the k3 estimate of the divergence (k3-RS)",
     _MIS,
-    "code",
-    f"{_VERL}.decoupled_k3_rs, rollout_corr_helper.py",
+    code=f"{_VERL}.decoupled_k3_rs, rollout_corr_helper.py",
 )
-def k3_rs(
-    old_logprobs: Tensor,
-    rollout_logprobs: Tensor,
-    mask: Tensor | None = None,
-    *,
-    bound: float = 0.01,
-    **options: Unpack[CorrectionOptions],
-) -> Correction:
+def k3_rs(*, bound: float = 0.01, **options: Unpack[CorrectionOptions]) -> Rule:
     """Sequences whose mean of w - 1 - log w is above bound are dropped; weights are 1."""
-    return correction_weights(old_logprobs, rollout_logprobs, mask, mode=None, reject={"seq_mean_k3": bound}, **options)
+    return {"mode": None, "reject": {"seq_mean_k3": bound}}
 
 
 @recipe(
-    "correction",
     "DeepSeek-V3.2's off-policy sequence mask",
     "arXiv 2512.02556",
-    "code",
-    "TRL grpo_trainer.py `get_off_policy_mask`",
+    code="TRL grpo_trainer.py `get_off_policy_mask`",
     settings={"threshold": 0.5},
+    returns="mask",
 )
 def off_policy_sequence_mask(
     logprobs: Tensor,
@@ -234,12 +153,11 @@ def off_policy_sequence_mask(
 
 
 @recipe(
-    "correction",
     "DeepSeek-V3.2's loss: GRPO with an unbiased KL and the off-policy sequence mask",
     "arXiv 2512.02556",
-    "code",
-    "TRL grpo_trainer.py `_compute_loss` (off_policy_mask_threshold, use_bias_correction_kl)",
-    definition=losses.ppo,
+    code="TRL grpo_trainer.py `_compute_loss` (off_policy_mask_threshold, use_bias_correction_kl)",
+    returns="loss",
+    build=losses.ppo,
     passes=("rollout_logprobs", "ref_logprobs"),
     settings={"threshold": 0.5},
 )

@@ -7,257 +7,151 @@ A response whose reward is NaN was not scored, and is left out.
 
 from __future__ import annotations
 
-from typing import Final, Unpack
+from typing import Unpack
 
 from torch import Tensor
 
 from fastreward import losses
 from fastreward._arguments.options import Aggregation
 from fastreward._loss_call.results import PolicyLoss
+from fastreward.losses import Loss
 from fastreward.policy_loss import policy_loss
-from fastreward.recipes._catalogue.registry import Verified, recipe
-from fastreward.recipes._shared.options import (
-    PolicyOptions,
-    add_extra,
-    add_kl,
-    counted,
-    keep_also,
-    per_token,
-    scored,
-)
+from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.factory import policy_recipe, reward_recipe
+from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_extra, counted, per_token
+
+__all__ = [
+    "bnpo_loss", "clip_cov", "dapo", "dr_grpo_loss", "dual_clip_ppo", "grpo_loss", "intellect_2", "kl_cov",
+    "lite_ppo_loss", "nsr", "ppo", "psr", "sapo", "stable_reinforce", "tw_grpo", "visurf", "w_reinforce",
+]  # fmt: skip
 
 _VANILLA = "verl core_algos.py `compute_policy_loss_vanilla`"
 _TRL = "TRL grpo_trainer.py `_compute_loss`"
 
 
 # ---------------------------------------------------------------------------------------------- PPO's clipped surrogate
-@recipe("token", "PPO (proximal policy optimization)", "arXiv 1707.06347", "code", _VANILLA, definition=losses.ppo)
-def ppo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+@policy_recipe("PPO (proximal policy optimization)", "arXiv 1707.06347", code=_VANILLA)
+def ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, **options: Unpack[LossOptions]) -> Loss:
     """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)).
 
     Advantages: per token, from generalised advantage estimation; or any other.
     """
-    loss = losses.ppo(clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.ppo(clip_low, clip_high)
 
 
-@recipe("token", "Dual-clip PPO", "arXiv 1912.09729", "code", _VANILLA, definition=losses.ppo)
+@policy_recipe("Dual-clip PPO", "arXiv 1912.09729", code=_VANILLA)
 def dual_clip_ppo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float = 3.0,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0, **options: Unpack[LossOptions]
+) -> Loss:
     """min(PPO's loss, -A dual_clip) where A < 0, else PPO's loss.
 
     Without it the loss of a token with A < 0 has no upper bound as its ratio grows. 3.0 is verl's clip_ratio_c.
     """
-    loss = losses.ppo(clip_low, clip_high, dual_clip)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.ppo(clip_low, clip_high, dual_clip)
 
 
-@recipe(
-    "token",
+@policy_recipe(
     "GRPO's loss (group relative policy optimization)",
     "arXiv 2402.03300",
-    "code",
-    f'{_TRL} (loss_type "grpo"), {_VANILLA}',
-    definition=losses.ppo,
+    code=f'{_TRL} (loss_type "grpo"), {_VANILLA}',
+    aggregation="seq-mean-token-mean",
+    kl=("k3", 0.04),
     passes=("ref_logprobs",),
 )
-def grpo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    aggregation: Aggregation = "seq-mean-token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def grpo_loss(*, clip_low: float = 0.2, clip_high: float = 0.2, **options: Unpack[LossOptions]) -> Loss:
     """PPO's loss + kl_coef k3, mean over each response, then over responses.
 
     k3 = exp(ref_lp - lp) - (ref_lp - lp) - 1, where ref_logprobs is passed; kl_coef is then 0.04, DeepSeekMath's,
     unless given. Advantages: (reward - group mean) / (group std + eps), `group_advantages(rewards, ...)`; the name
     `grpo` is kept for these.
     """
-    add_kl(options, "k3", 0.04)
-    loss = losses.ppo(clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.ppo(clip_low, clip_high)
 
 
-@recipe(
-    "token",
-    "DAPO (decoupled clip and dynamic sampling)",
-    "arXiv 2503.14476",
-    "code",
-    f'{_VANILLA}, {_TRL} (loss_type "dapo")',
-    definition=losses.ppo,
+@policy_recipe(
+    "DAPO (decoupled clip and dynamic sampling)", "arXiv 2503.14476", code=f'{_VANILLA}, {_TRL} (loss_type "dapo")'
 )
-def dapo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def dapo(*, clip_low: float = 0.2, clip_high: float = 0.28, **options: Unpack[LossOptions]) -> Loss:
     """max(-A r, -A clip(r, 1 - 0.2, 1 + 0.28)), mean over all tokens.
 
     Clip-higher, no KL. Advantages: GRPO's, `group_advantages(rewards, ...)`, of rewards with the overlong penalty.
     Groups whose rewards are all equal are sampled anew, or left out: keep=... For gradient accumulation and data
     parallelism pass the tokens of the whole step as normalizer.
     """
-    loss = losses.ppo(clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.ppo(clip_low, clip_high)
 
 
-@recipe(
-    "token",
+@policy_recipe(
     "Dr. GRPO's loss (GRPO done right)",
     "arXiv 2503.20783",
-    "code",
-    f'{_TRL} (loss_type "dr_grpo"), verl core_algos.py `agg_loss`',
-    definition=losses.ppo,
+    code=f'{_TRL} (loss_type "dr_grpo"), verl core_algos.py `agg_loss`',
+    aggregation="seq-mean-token-sum-norm",
     advantages='scale="none"',
 )
-def dr_grpo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    aggregation: Aggregation = "seq-mean-token-sum-norm",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def dr_grpo_loss(*, clip_low: float = 0.2, clip_high: float = 0.2, **options: Unpack[LossOptions]) -> Loss:
     """PPO's loss, summed over all tokens, divided by a constant: responses * T.
 
     T is the padded length; for TRL's constant pass normalizer=responses * max_completion_length. Advantages: reward -
     group mean, `group_advantages(rewards, ..., scale="none")`; the name `dr_grpo` is kept for these.
     """
-    loss = losses.ppo(clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.ppo(clip_low, clip_high)
 
 
-@recipe(
-    "token",
+@policy_recipe(
     "The aggregation that TRL calls bnpo",
     "arXiv 2506.02864",
-    "code",
-    f'{_TRL} (loss_type "bnpo"); the paper\'s own method is an advantage',
-    definition=losses.ppo,
+    code=f'{_TRL} (loss_type "bnpo"); the paper\'s own method is an advantage',
 )
-def bnpo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def bnpo_loss(*, clip_low: float = 0.2, clip_high: float = 0.2, **options: Unpack[LossOptions]) -> Loss:
     """PPO's loss, mean over the tokens of this micro-batch.
 
     TRL and ms-swift call this aggregation so; it differs from DAPO's where a step has several micro-batches. BNPO
     itself normalises rewards by a Beta distribution: an advantage, for which the name `bnpo` is kept.
     """
-    loss = losses.ppo(clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.ppo(clip_low, clip_high)
 
 
-@recipe(
-    "token",
+@policy_recipe(
     "Lite PPO's loss (Tricks or Traps)",
     "arXiv 2508.08221",
-    "code",
-    'ROLL functionals.py, TRL grpo_trainer.py (scale_rewards "batch")',
-    definition=losses.ppo,
+    code='ROLL functionals.py, TRL grpo_trainer.py (scale_rewards "batch")',
     advantages='scale="batch-std"',
 )
-def lite_ppo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def lite_ppo_loss(*, clip_low: float = 0.2, clip_high: float = 0.2, **options: Unpack[LossOptions]) -> Loss:
     """PPO's loss, mean over all tokens, on advantages scaled over the batch.
 
     Advantages: (reward - group mean) / (batch std + eps), `group_advantages(rewards, ..., scale="batch-std")`; the name
     `lite_ppo` is kept for these.
     """
-    loss = losses.ppo(clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.ppo(clip_low, clip_high)
 
 
-@recipe(
-    "token",
+@policy_recipe(
     "INTELLECT-2's two-sided clip",
     "arXiv 2505.07291",
-    "code",
-    f"{_TRL} (delta)",
-    definition=losses.ppo,
+    code=f"{_TRL} (delta)",
+    aggregation="seq-mean-token-mean",
+    kl=("k3", 0.001),
     passes=("ref_logprobs",),
 )
 def intellect_2(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    delta: float = 4.0,
-    aggregation: Aggregation = "seq-mean-token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    *, clip_low: float = 0.2, clip_high: float = 0.2, delta: float = 4.0, **options: Unpack[LossOptions]
+) -> Loss:
     """max(-A min(r, delta), -A clip(r, 1 - clip_low, 1 + clip_high)) + kl_coef k3.
 
     The ratio's own upper bound keeps tokens with A < 0 from huge losses. k3 is there where ref_logprobs is passed;
     kl_coef is then 0.001 unless given (delta and kl_coef as TRL's documentation quotes the paper's section 4.1).
     Advantages: GRPO's, `group_advantages(rewards, ...)`.
     """
-    add_kl(options, "k3", 0.001)
-    loss = losses.ppo(clip_low, clip_high, delta=delta)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.ppo(clip_low, clip_high, delta=delta)
 
 
 # -------------------------------------------------------------------------------------- PPO's surrogate, tokens weighed
 @recipe(
-    "token",
     "Clip-Cov (The Entropy Mechanism)",
     "arXiv 2505.22617",
-    "code",
-    "verl core_algos.py `compute_policy_loss_clip_cov`",
-    definition=losses.clip_cov,
+    code="verl core_algos.py `compute_policy_loss_clip_cov`",
+    build=losses.clip_cov,
 )
 def clip_cov(
     logprobs: Tensor,
@@ -296,13 +190,10 @@ def clip_cov(
 
 
 @recipe(
-    "token",
     "KL-Cov (The Entropy Mechanism)",
     "arXiv 2505.22617",
-    "code",
-    "verl core_algos.py `compute_policy_loss_kl_cov`",
-    definition=losses.kl_cov,
-    fixed={"kl_coef": 1.0},
+    code="verl core_algos.py `compute_policy_loss_kl_cov`",
+    build=losses.kl_cov,
 )
 def kl_cov(
     logprobs: Tensor,
@@ -334,12 +225,10 @@ def kl_cov(
 
 
 @recipe(
-    "token",
     "TW-GRPO (token-weighted GRPO, focused thinking)",
     "arXiv 2505.24718",
-    "code",
-    "longmalongma/TW-GRPO grpo_trainer.py",
-    definition=losses.tw_grpo,
+    code="longmalongma/TW-GRPO grpo_trainer.py",
+    build=losses.tw_grpo,
     advantages="eps=1e-4",
 )
 def tw_grpo(
@@ -366,43 +255,32 @@ def tw_grpo(
     return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
 
 
-@recipe(
-    "token",
+@policy_recipe(
     "StableReinforce (R1-Reward)",
     "arXiv 2505.02835",
-    "code",
-    "yfzhang114/r1_reward openrlhf/models/loss.py, replay_buffer.py; the paper's filter where the two differ",
-    definition=losses.stable_reinforce,
+    code="yfzhang114/r1_reward openrlhf/models/loss.py, replay_buffer.py; the paper's filter where the two differ",
 )
 def stable_reinforce(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     pre_clip: float = 1000.0,
     advantage_filter: str | None = "paper",
-    aggregation: Aggregation = "seq-mean-token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    **options: Unpack[LossOptions],
+) -> Loss:
     """PPO's loss on clip(r, 1 / pre_clip, pre_clip) and whitened advantages, outliers beyond 3 sigma set to 0.
 
     advantage_filter: "paper" |z| <= 3; "code" the released filter, which compares z with the raw mean +- 3; None: no
     whitening. Advantages: as REINFORCE++ has them before its own whitening.
     """
-    loss = losses.stable_reinforce(clip_low, clip_high, pre_clip, advantage_filter)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.stable_reinforce(clip_low, clip_high, pre_clip, advantage_filter)
 
 
 @recipe(
-    "token",
     "ViSurf (supervised and reinforcement learning in one step)",
     "arXiv 2510.10606",
-    "reconstructed",
-    "the abstract; no code or full text read",
-    definition=losses.visurf,
+    reconstructed="the abstract; no code or full text read",
+    build=losses.visurf,
 )
 def visurf(
     logprobs: Tensor,
@@ -427,98 +305,47 @@ def visurf(
 
 
 # --------------------------------------------------------------------------------------------- right and wrong answers
-_RLVR: Final[tuple[str, Verified, str]] = ("arXiv 2506.01347", "code", "TianHongZXY/RLVR-Decomposed core_algos.py")
+_RLVR = "TianHongZXY/RLVR-Decomposed core_algos.py"
 
 
-@recipe("token", "PSR (positive sample reinforcement)", *_RLVR, definition=losses.psr)
-def psr(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    rewards: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+@reward_recipe("PSR (positive sample reinforcement)", "arXiv 2506.01347", code=_RLVR, keep=lambda rewards: rewards > 0)
+def psr(*, clip_low: float = 0.2, clip_high: float = 0.2, **options: Unpack[LossOptions]) -> Loss:
     """PPO's loss with A = R on the right answers; the wrong ones are dropped.
 
     rewards [B]: 1 for right, 0 for wrong; they take the place of advantages, there is no baseline.
     """
-    rewards = scored(options, rewards, logprobs)
-    keep_also(options, rewards > 0, logprobs)
-    loss = losses.psr(clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.psr(clip_low, clip_high)
 
 
-@recipe("token", "NSR (negative sample reinforcement)", *_RLVR, definition=losses.nsr)
-def nsr(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    rewards: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+@reward_recipe("NSR (negative sample reinforcement)", "arXiv 2506.01347", code=_RLVR, keep=lambda rewards: rewards <= 0)
+def nsr(*, clip_low: float = 0.2, clip_high: float = 0.2, **options: Unpack[LossOptions]) -> Loss:
     """PPO's loss with A = R - 1 on the wrong answers; the right ones are dropped.
 
     rewards [B]: 1 for right, 0 for wrong; they take the place of advantages, there is no baseline.
     """
-    rewards = scored(options, rewards, logprobs)
-    keep_also(options, rewards <= 0, logprobs)
-    loss = losses.nsr(clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.nsr(clip_low, clip_high)
 
 
-@recipe("token", "W-REINFORCE (weighted PSR and NSR)", *_RLVR, definition=losses.w_reinforce)
+@reward_recipe("W-REINFORCE (weighted PSR and NSR)", "arXiv 2506.01347", code=_RLVR)
 def w_reinforce(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    rewards: Tensor,
-    mask: Tensor | None = None,
-    *,
-    positive_weight: float = 0.1,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    *, positive_weight: float = 0.1, clip_low: float = 0.2, clip_high: float = 0.2, **options: Unpack[LossOptions]
+) -> Loss:
     """PPO's loss with A = positive_weight R on right answers, -1 on wrong ones.
 
     rewards [B]: 1 for right, 0 for wrong; they take the place of advantages, there is no baseline.
     """
-    rewards = scored(options, rewards, logprobs)
-    loss = losses.w_reinforce(positive_weight, clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.w_reinforce(positive_weight, clip_low, clip_high)
 
 
 # ---------------------------------------------------------------------------------------------------------- a soft clip
-@recipe(
-    "token",
+@policy_recipe(
     "SAPO (soft adaptive policy optimization)",
     "arXiv 2511.20347",
-    "code",
-    f'verl core_algos.py `compute_policy_loss_sapo`, {_TRL} (loss_type "sapo")',
-    definition=losses.sapo,
+    code=f'verl core_algos.py `compute_policy_loss_sapo`, {_TRL} (loss_type "sapo")',
 )
-def sapo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    tau_pos: float = 1.0,
-    tau_neg: float = 1.05,
-    aggregation: Aggregation = "seq-mean-token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def sapo(*, tau_pos: float = 1.0, tau_neg: float = 1.05, **options: Unpack[LossOptions]) -> Loss:
     """-A sigmoid(tau (r - 1)) 4 / tau, tau = tau_pos where A > 0, else tau_neg.
 
     A soft gate in the place of the clip. Advantages: GRPO's, `group_advantages(rewards, ...)`.
     """
-    loss = losses.sapo(tau_pos, tau_neg)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.sapo(tau_pos, tau_neg)

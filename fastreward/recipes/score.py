@@ -7,203 +7,134 @@ A response whose reward is NaN was not scored, and is left out.
 
 from __future__ import annotations
 
-from typing import Final, Unpack
+from typing import Unpack
 
 from torch import Tensor
 
 from fastreward import losses
 from fastreward._arguments.options import Aggregation
 from fastreward._loss_call.results import PolicyLoss
+from fastreward.losses import Loss
 from fastreward.policy_loss import policy_loss
-from fastreward.recipes._catalogue.registry import Verified, recipe
-from fastreward.recipes._shared.options import PolicyOptions, add_extra, keep_also, scored
+from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.factory import policy_recipe
+from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_extra, keep_also, scored
+
+__all__ = [
+    "cispo", "dispo", "dppo_kl", "dppo_tv", "dro", "gpg_loss", "raft", "reinforce", "sdpo", "sdpo_topk", "sft",
+    "vespo",
+]  # fmt: skip
 
 _TRL = "TRL grpo_trainer.py `_compute_loss`"
 
 
-@recipe(
-    "token",
+@policy_recipe(
     "CISPO (MiniMax-M1)",
     "arXiv 2506.13585",
-    "code",
-    f'verl core_algos.py `compute_policy_loss_cispo`, {_TRL} (loss_type "cispo")',
-    definition=losses.cispo,
+    code=f'verl core_algos.py `compute_policy_loss_cispo`, {_TRL} (loss_type "cispo")',
 )
 def cispo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    convention: str = "verl",
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    *, clip_low: float = 0.2, clip_high: float = 0.2, convention: str = "verl", **options: Unpack[LossOptions]
+) -> Loss:
     """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A lp: the weight is clipped, no token loses its gradient.
 
     The paper's own runs set clip_low to 1, no lower bound. convention: "verl" as above; "trl" r <= clip_high (ScaleRL,
     arXiv 2510.13786, recommends 5.0); "tinker" r in [clip_low, clip_high]. Advantages: GRPO's,
     `group_advantages(rewards, ...)`.
     """
-    loss = losses.cispo(clip_low, clip_high, convention)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.cispo(clip_low, clip_high, convention)
 
 
-@recipe(
-    "token",
+@policy_recipe(
     "DISPO (CISPO with bounds by the sign of A)",
     "arXiv 2602.00983",
-    "note",
-    "two independent notes that agree; no code is released",
-    definition=losses.dispo,
+    note="two independent notes that agree; no code is released",
 )
 def dispo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
     *,
     pos_low: float = 0.2,
     pos_high: float = 10.0,
     neg_low: float = 1.0,
     neg_high: float = 100.0,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    **options: Unpack[LossOptions],
+) -> Loss:
     """-sg(clip(r, 1 - low, 1 + high)) A lp, (low, high) by the sign of A.
 
     Advantages: GRPO's, `group_advantages(rewards, ...)`, of rewards with DAPO's overlong penalty; groups whose rewards
     are all equal are sampled anew, or left out: keep=...
     """
-    loss = losses.dispo(pos_low, pos_high, neg_low, neg_high)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.dispo(pos_low, pos_high, neg_low, neg_high)
 
 
-@recipe(
-    "token",
+@policy_recipe(
     "DPPO (divergence PPO) with the binary total variation",
     "arXiv 2602.04879",
-    "code",
-    "verl core_algos.py `compute_policy_loss_dppo_tv`, sail-sg/Stable-RL core_algos.py",
-    definition=losses.dppo_tv,
+    code="verl core_algos.py `compute_policy_loss_dppo_tv`, sail-sg/Stable-RL core_algos.py",
 )
-def dppo_tv(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    low: float = 0.2,
-    high: float = 0.2,
-    cap: float = 20.0,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def dppo_tv(*, low: float = 0.2, high: float = 0.2, cap: float = 20.0, **options: Unpack[LossOptions]) -> Loss:
     """-A sg(min(r, cap)) lp while p - q <= high (A > 0) or p - q >= -low (A <= 0), else 0.
 
     p, q: the token's new and old probability. The authors' own code has cap 10. Advantages: GRPO's,
     `group_advantages(rewards, ...)`.
     """
-    loss = losses.dppo_tv(low, high, cap)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.dppo_tv(low, high, cap)
 
 
-@recipe(
-    "token",
+@policy_recipe(
     "DPPO (divergence PPO) with the binary KL",
     "arXiv 2602.04879",
-    "code",
-    "verl core_algos.py `compute_policy_loss_dppo_kl`, sail-sg/Stable-RL core_algos.py",
-    definition=losses.dppo_kl,
+    code="verl core_algos.py `compute_policy_loss_dppo_kl`, sail-sg/Stable-RL core_algos.py",
 )
-def dppo_kl(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    low: float = 0.2,
-    high: float = 0.2,
-    cap: float = 20.0,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def dppo_kl(*, low: float = 0.2, high: float = 0.2, cap: float = 20.0, **options: Unpack[LossOptions]) -> Loss:
     """-A sg(min(r, cap)) lp while KL <= high or p <= q (A > 0), KL <= low or p >= q (A <= 0), else 0.
 
     KL = q log(q / p) + (1 - q) log((1 - q) / (1 - p)), p and q the token's new and old probability. Advantages: GRPO's,
     `group_advantages(rewards, ...)`.
     """
-    loss = losses.dppo_kl(low, high, cap)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.dppo_kl(low, high, cap)
 
 
-@recipe(
-    "token",
+@policy_recipe(
     "DRO (direct reward optimization), per token",
     "arXiv 2405.19107",
-    "code",
-    "verl core_algos.py `compute_policy_loss_dro`",
-    definition=losses.dro,
+    code="verl core_algos.py `compute_policy_loss_dro`",
     settings={"beta": 0.1},
 )
-def dro(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    beta: float,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def dro(*, beta: float, **options: Unpack[LossOptions]) -> Loss:
     """-(A lp - beta (lp - old_lp)^2 / 2).
 
     A quadratic pull to the old policy in the place of a clip. verl gives beta no default.
     """
-    loss = losses.dro(beta)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.dro(beta)
 
 
-@recipe(
-    "token",
+@policy_recipe(
     "VESPO (variational sequence-level soft policy optimization)",
     "arXiv 2602.10693",
-    "code",
-    "TRL grpo_trainer.py `get_gamma_weights`",
-    definition=losses.vespo,
+    code="TRL grpo_trainer.py `get_gamma_weights`",
 )
 def vespo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
     *,
     k_pos: float = 2.0,
     lambda_pos: float = 3.0,
     k_neg: float = 3.0,
     lambda_neg: float = 2.0,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    **options: Unpack[LossOptions],
+) -> Loss:
     """-sg(phi) A lp, phi = exp(lambda + k log W - lambda W), W the sequence's ratio.
 
     log W = sum of lp - old_lp over the sequence, and of the logarithms of weights= (rollout importance weights), where
     passed; (k, lambda) by the sign of A. Advantages: GRPO's, `group_advantages(rewards, ...)`.
     """
-    loss = losses.vespo(k_pos, lambda_pos, k_neg, lambda_neg)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.vespo(k_pos, lambda_pos, k_neg, lambda_neg)
 
 
 # ---------------------------------------------------------------------------------------------- log-prob times a weight
 @recipe(
-    "token",
     "REINFORCE",
     "Williams 1992, doi.org/10.1007/BF00992696",
-    "code",
-    "verl core_algos.py `compute_policy_loss_reinforce`",
-    definition=losses.reinforce,
+    code="verl core_algos.py `compute_policy_loss_reinforce`",
+    build=losses.reinforce,
 )
 def reinforce(
     logprobs: Tensor,
@@ -223,12 +154,10 @@ def reinforce(
 
 
 @recipe(
-    "token",
     "GPG's loss (group policy gradient)",
     "arXiv 2504.02546",
-    "code",
-    "AMAP-ML/GPG grpo_trainer.py, verl core_algos.py `compute_policy_loss_gpg`",
-    definition=losses.gpg,
+    code="AMAP-ML/GPG grpo_trainer.py, verl core_algos.py `compute_policy_loss_gpg`",
+    build=losses.gpg,
     advantages='scale="none"',
 )
 def gpg_loss(
@@ -250,12 +179,10 @@ def gpg_loss(
 
 
 @recipe(
-    "token",
     "SFT (supervised fine-tuning)",
     "common knowledge",
-    "code",
-    'TRL dpo_trainer.py `_compute_loss` (loss_type "sft")',
-    definition=losses.sft,
+    code='TRL dpo_trainer.py `_compute_loss` (loss_type "sft")',
+    build=losses.sft,
 )
 def sft(
     logprobs: Tensor,
@@ -269,12 +196,10 @@ def sft(
 
 
 @recipe(
-    "token",
     "RAFT (reward-ranked fine-tuning, best-of-n)",
     "arXiv 2304.06767",
-    "reconstructed",
-    "commonly known; no code or full text read",
-    definition=losses.raft,
+    reconstructed="commonly known; no code or full text read",
+    build=losses.raft,
 )
 def raft(
     logprobs: Tensor,
@@ -297,14 +222,10 @@ def raft(
 
 
 # ---------------------------------------------------------------------------------------------------- self-distillation
-_SDPO: Final[tuple[str, Verified, str]] = (
-    "arXiv 2601.20802",
-    "code",
-    "lasgroup/SDPO core_algos.py, TRL experimental/sdpo/loss_utils.py",
-)
+_SDPO = "lasgroup/SDPO core_algos.py, TRL experimental/sdpo/loss_utils.py"
 
 
-@recipe("token", "SDPO (self-distillation), sampled tokens", *_SDPO, definition=losses.sdpo)
+@recipe("SDPO (self-distillation), sampled tokens", "arXiv 2601.20802", code=_SDPO, build=losses.sdpo)
 def sdpo(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -325,7 +246,7 @@ def sdpo(
     return policy_loss(logprobs, old_logprobs, None, mask, loss=loss, aggregation=aggregation, **options)
 
 
-@recipe("token", "SDPO (self-distillation), k likeliest tokens", *_SDPO, definition=losses.sdpo_topk)
+@recipe("SDPO (self-distillation), k likeliest tokens", "arXiv 2601.20802", code=_SDPO, build=losses.sdpo_topk)
 def sdpo_topk(
     logprobs: Tensor,
     teacher_logprobs: Tensor,

@@ -16,133 +16,89 @@ from fastreward import losses
 from fastreward._arguments.options import Aggregation
 from fastreward._loss_call.results import PolicyLoss
 from fastreward.group import group_advantages
+from fastreward.losses import Loss
 from fastreward.policy_loss import policy_loss
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.options import PolicyOptions, add_extra, scored
+from fastreward.recipes._shared.factory import policy_recipe, reward_recipe
+from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_extra, scored
+
+__all__ = ["brain", "gdro", "gmpo", "gspo", "gspo_token", "jepo", "laser", "luspo", "pacs", "real", "verifree"]
 
 _TRL = "TRL grpo_trainer.py `_compute_loss`"
 
 
 # ----------------------------------------------------------------------------------------------------------- sequences
-@recipe(
-    "sequence",
+@policy_recipe(
     "GSPO (group sequence policy optimization)",
     "arXiv 2507.18071",
-    "code",
-    f'{_TRL} (importance_sampling_level "sequence"), OpenRLHF models/loss.py; widths from a note on the paper',
-    definition=losses.gspo,
+    code=f'{_TRL} (importance_sampling_level "sequence"), OpenRLHF models/loss.py; widths from a note on the paper',
 )
 def gspo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
     *,
     clip_low: float = 0.0003,
     clip_high: float = 0.0004,
     log_ratio_max: float | None = 10.0,
-    aggregation: Aggregation = "seq-mean-token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    **options: Unpack[LossOptions],
+) -> Loss:
     """max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)), s = exp(mean of d over the sequence).
 
     log s is at most log_ratio_max (verl; None: TRL, OpenRLHF). Advantages: GRPO's, `group_advantages(rewards, ...)`.
     """
-    loss = losses.gspo(clip_low, clip_high, log_ratio_max=log_ratio_max)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.gspo(clip_low, clip_high, log_ratio_max=log_ratio_max)
 
 
-@recipe(
-    "sequence",
+@policy_recipe(
     "GSPO-token",
     "arXiv 2507.18071",
-    "code",
-    'verl core_algos.py `compute_policy_loss_gspo`, ms-swift (importance_sampling_level "sequence_token")',
-    definition=losses.gspo_token,
+    code='verl core_algos.py `compute_policy_loss_gspo`, ms-swift (importance_sampling_level "sequence_token")',
 )
 def gspo_token(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
     *,
     clip_low: float = 0.0003,
     clip_high: float = 0.0004,
     log_ratio_max: float | None = 10.0,
-    aggregation: Aggregation = "seq-mean-token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    **options: Unpack[LossOptions],
+) -> Loss:
     """GSPO's loss per token, its ratio exp(lp - sg(lp) + sg(mean of d)).
 
     For advantages that differ within a sequence; with one per sequence, value and gradient are GSPO's.
     """
-    loss = losses.gspo_token(clip_low, clip_high, log_ratio_max=log_ratio_max)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.gspo_token(clip_low, clip_high, log_ratio_max=log_ratio_max)
 
 
-@recipe(
-    "sequence",
+@policy_recipe(
     "LUSPO (length-unbiased sequence policy optimization)",
     "arXiv 2602.05261",
-    "code",
-    f'{_TRL} (loss_type "luspo")',
-    definition=losses.gspo,
-    fixed={"log_ratio_max": None},
+    code=f'{_TRL} (loss_type "luspo")',
+    aggregation="seq-mean-token-sum",
 )
-def luspo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.0003,
-    clip_high: float = 0.0004,
-    aggregation: Aggregation = "seq-mean-token-sum",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def luspo(*, clip_low: float = 0.0003, clip_high: float = 0.0004, **options: Unpack[LossOptions]) -> Loss:
     """GSPO's loss of a sequence times its length L, mean over sequences.
 
     The clip widths are GSPO's: TRL gives none for LUSPO. Advantages: GRPO's, `group_advantages(rewards, ...)`.
     """
-    loss = losses.gspo(clip_low, clip_high, log_ratio_max=None)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.gspo(clip_low, clip_high, log_ratio_max=None)
 
 
-@recipe(
-    "sequence",
+@policy_recipe(
     "GMPO (geometric-mean policy optimization)",
     "arXiv 2507.20673",
-    "code",
-    "verl core_algos.py `compute_policy_loss_geo_mean`, TRL experimental/gmpo",
-    definition=losses.gmpo,
+    code="verl core_algos.py `compute_policy_loss_geo_mean`, TRL experimental/gmpo",
 )
-def gmpo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    clip_low: float = 0.4,
-    clip_high: float = 0.4,
-    aggregation: Aggregation = "seq-mean-token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def gmpo(*, clip_low: float = 0.4, clip_high: float = 0.4, **options: Unpack[LossOptions]) -> Loss:
     """-A exp(mean of c), c = min(d, u) where A > 0, max(d, u) where A < 0, u = clip(d, -clip_low, clip_high).
 
     weights= (rollout importance weights) multiply by their geometric mean over the sequence, as in verl. Advantages:
     GRPO's, `group_advantages(rewards, ...)`.
     """
-    loss = losses.gmpo(clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.gmpo(clip_low, clip_high)
 
 
 @recipe(
-    "sequence",
     "LaSeR's last-token term (self-rewarding)",
     "arXiv 2510.14943",
-    "code",
-    "RUCBM/LaSeR dp_actor.py, ray_trainer.py",
-    definition=losses.laser,
+    code="RUCBM/LaSeR dp_actor.py, ray_trainer.py",
+    build=losses.laser,
 )
 def laser(
     logprobs: Tensor,
@@ -172,12 +128,10 @@ def laser(
 
 # ----------------------------------------------------------------------------------------- likelihood of a given answer
 @recipe(
-    "sequence",
     "VeriFree (reinforcing general reasoners without verifiers)",
     "arXiv 2505.21493",
-    "code",
-    "sail-sg/VeriFree verifree.py",
-    definition=losses.verifree,
+    code="sail-sg/VeriFree verifree.py",
+    build=losses.verifree,
     passes=("group_ids",),
 )
 def verifree(
@@ -198,11 +152,7 @@ def verifree(
     group_size. old_logprobs go into the metrics alone.
     """
     advantages = group_advantages(
-        rewards,
-        options.get("group_ids"),
-        group_size=options.get("group_size"),
-        center="leave-one-out",
-        scale="none",
+        rewards, options.get("group_ids"), group_size=options.get("group_size"), center="leave-one-out", scale="none"
     )
     add_extra(options, answer=answer, reward=scored(options, rewards, logprobs))
     loss = losses.verifree()
@@ -210,12 +160,10 @@ def verifree(
 
 
 @recipe(
-    "sequence",
     "JEPO (Jensen's evidence lower bound policy optimization)",
     "arXiv 2503.19618",
-    "paper",
-    "arXiv 2602.03979, which restates it (equations 2 to 11)",
-    definition=losses.jepo,
+    paper="arXiv 2602.03979, which restates it (equations 2 to 11)",
+    build=losses.jepo,
     passes=("group_ids",),
 )
 def jepo(
@@ -239,105 +187,64 @@ def jepo(
 
 
 # -------------------------------------------------------------------------------------------------- rewards as labels
-@recipe(
-    "sequence",
+@reward_recipe(
     "REAL (rewards as labels)",
     "arXiv 2602.05630",
-    "code",
-    'ms-swift grpo_trainer.py (loss_type "real"); the variant "bce" is reconstructed from the abstract',
-    definition=losses.real,
+    code='ms-swift grpo_trainer.py (loss_type "real"); the variant "bce" is reconstructed from the abstract',
     passes=("group_ids",),
 )
-def real(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    rewards: Tensor,
-    mask: Tensor | None = None,
-    *,
-    tau: float = 0.5,
-    variant: str = "anchor",
-    aggregation: Aggregation = "group-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def real(*, tau: float = 0.5, variant: str = "anchor", **options: Unpack[LossOptions]) -> Loss:
     """log(1 + sum_right exp(-s / tau)) + log(1 + sum_wrong exp(s / tau)) per group, s = mean of d.
 
     The mean is over the sequence. rewards [B]: positive for right answers, else 0 or below (so group-centred ones do as
     well). A group of one class has loss 0 and counts in the mean over groups. variant "bce": each sequence's own
     softplus(-s / tau) or softplus(s / tau).
     """
-    loss = losses.real(tau, variant)
-    rewards = scored(options, rewards, logprobs)
-    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.real(tau, variant)
 
 
-@recipe(
-    "sequence",
+@reward_recipe(
     "PACS (implicit actor-critic coupling)",
     "arXiv 2509.02522",
-    "code",
-    "ritzz-ai/PACS pacs_core_algos.py",
-    definition=losses.pacs,
+    code="ritzz-ai/PACS pacs_core_algos.py",
     passes=("group_ids",),
 )
 def pacs(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    rewards: Tensor,
-    mask: Tensor | None = None,
     *,
     beta: float = 1.0,
     method: str = "sum",
     center: str = "leave-one-out",
     balanced: bool = True,
-    aggregation: Aggregation = "seq-mean-token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    **options: Unpack[LossOptions],
+) -> Loss:
     """Cross-entropy of R in {0, 1} with the logit psi - mean psi of the group's others, psi = beta sum of d.
 
     The gradient goes through that baseline too. method "mean": psi = beta mean of lp; center "std": (psi - mean) / std,
     "none": psi. balanced: in a group with both labels each weighs n / (2 n_label). rewards [B]: the labels.
     """
-    loss = losses.pacs(beta, method, center, balanced)
-    rewards = scored(options, rewards, logprobs)
-    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.pacs(beta, method, center, balanced)
 
 
-@recipe(
-    "sequence",
+@reward_recipe(
     "BRAIn (Bayesian reward-conditioned amortized inference)",
     "arXiv 2402.02479",
-    "reconstructed",
-    "the abstract and its special case, DPO-sft; no code or equation read",
-    definition=losses.brain,
+    reconstructed="the abstract and its special case, DPO-sft; no code or equation read",
     passes=("group_ids",),
 )
-def brain(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    rewards: Tensor,
-    mask: Tensor | None = None,
-    *,
-    gamma: float = 1.0,
-    aggregation: Aggregation = "group-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def brain(*, gamma: float = 1.0, **options: Unpack[LossOptions]) -> Loss:
     """-sum_i alpha_i log softmax_i(sum of d), alpha = sg(softmax_i(R_i / gamma + sum of ref_lp - old_lp)), per group.
 
     old_logprobs: of the proposal that wrote the responses. ref_logprobs: of the prior; not passed, the proposal is the
     prior. rewards [B].
     """
-    loss = losses.brain(gamma)
-    rewards = scored(options, rewards, logprobs)
-    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.brain(gamma)
 
 
 @recipe(
-    "sequence",
     "GDRO (group-level direct reward optimization)",
     "arXiv 2601.02036",
-    "note",
-    "a note on the paper, which is on diffusion models; its form for log-ratios is ours",
-    definition=losses.gdro,
+    note="a note on the paper, which is on diffusion models; its form for log-ratios is ours",
+    build=losses.gdro,
     passes=("ref_logprobs", "group_ids"),
 )
 def gdro(

@@ -40,16 +40,18 @@ from fastreward.recipes._shared.tree import (
     whitened,
 )
 
+__all__ = [
+    "arpo_branch", "at2po", "portool", "rose", "slate", "spo_tree", "tempo", "tree_grpo", "treepo", "treepo_segment",
+    "treerpo", "tvm",
+]  # fmt: skip
+
 
 # ---------------------------------------------------------------------------------------------------- trees of tokens
 @recipe(
-    "tree",
     "TEMPO (tree-estimated mean prefix value for policy optimization)",
     "arXiv 2509.18314",
-    "note",
-    "an overview and a review that quote the paper; ddof and eps of the std are our guess",
+    note="an overview and a review that quote the paper; ddof and eps of the std are our guess",
     passes=("group_ids",),
-    returns="advantages",
 )
 def tempo(
     tokens: Tensor | PrefixTree,
@@ -101,11 +103,9 @@ def _tree_of(
 
 
 @recipe(
-    "tree",
     "TVM's targets (token-supervised value models)",
     "arXiv 2407.12863",
-    "reconstructed",
-    "the abstract; the definition is the common one",
+    reconstructed="the abstract; the definition is the common one",
     returns="values",
 )
 def tvm(tree: PrefixTree, rewards: Tensor) -> Tensor:
@@ -119,13 +119,10 @@ def tvm(tree: PrefixTree, rewards: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------------------- trees of steps, segments
 @recipe(
-    "tree",
     "SPO-tree (segment policy optimization)",
     "arXiv 2505.23564",
-    "code",
-    "AIFrameResearch/SPO hybrid_inference_strategy.py, tree_episode_generator.py",
+    code="AIFrameResearch/SPO hybrid_inference_strategy.py, tree_episode_generator.py",
     passes=("old_logprobs",),
-    returns="advantages",
 )
 def spo_tree(
     tree: PrefixTree,
@@ -162,20 +159,12 @@ def spo_tree(
 
 
 @recipe(
-    "tree",
     "TreeRPO (tree relative policy optimization)",
     "arXiv 2506.05183",
-    "note",
-    "notes on the paper; ddof and eps of the std are our guess",
-    returns="advantages",
+    note="notes on the paper; ddof and eps of the std are our guess",
 )
 def treerpo(
-    tree: PrefixTree,
-    rewards: Tensor,
-    *,
-    scale: Literal["std", "none"] = "std",
-    ddof: int = 1,
-    eps: float = 1e-6,
+    tree: PrefixTree, rewards: Tensor, *, scale: Literal["std", "none"] = "std", ddof: int = 1, eps: float = 1e-6
 ) -> Tensor:
     """A = (V(n) - mean) / (std + eps) over the siblings, V the mean of the children's; an only child gets 0.
 
@@ -188,12 +177,9 @@ def treerpo(
 
 
 @recipe(
-    "tree",
     "PORTool (tool-use training with a rewarded tree)",
     "arXiv 2510.26020",
-    "reconstructed",
-    "notes on the paper; what aggregates, the exponent of gamma, both weights and the std are our guess",
-    returns="advantages",
+    reconstructed="notes on the paper; what aggregates, the exponent of gamma, both weights and the std are our guess",
 )
 def portool(
     tree: PrefixTree,
@@ -235,13 +221,10 @@ def portool(
 
 
 @recipe(
-    "tree",
     "Tree-GRPO (tree-based group relative policy optimization)",
     "arXiv 2509.21240",
-    "code",
-    "AMAP-ML/Tree-GRPO core_algos.py, ray_trainer_ts.py",
+    code="AMAP-ML/Tree-GRPO core_algos.py, ray_trainer_ts.py",
     passes=("group_size=4",),
-    returns="advantages",
 )
 def tree_grpo(
     tree: PrefixTree,
@@ -274,13 +257,10 @@ _AT2PO_MODES: dict[str, Literal["td", "root", "td+root"]] = {
 
 
 @recipe(
-    "tree",
     "AT2PO (agentic turn-based policy optimization via tree search)",
     "arXiv 2601.04767",
-    "code",
-    "zzfoutofspace/ATPO vllm_rollout_with_tools_tree_offline.py",
+    code="zzfoutofspace/ATPO vllm_rollout_with_tools_tree_offline.py",
     passes=("entropy=node_entropy",),
-    returns="advantages",
 )
 def at2po(
     tree: PrefixTree,
@@ -321,14 +301,7 @@ def at2po(
     return node_tokens(tree, values, row_values=scored(leaves))
 
 
-@recipe(
-    "tree",
-    "SLATE (truncated step-level sampling)",
-    "arXiv 2602.23440",
-    "code",
-    "algoprog/SLATE step_level_algos.py",
-    returns="advantages",
-)
+@recipe("SLATE (truncated step-level sampling)", "arXiv 2602.23440", code="algoprog/SLATE step_level_algos.py")
 def slate(tree: PrefixTree, step_rewards: Tensor, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
     """A = (r - mean) / (std + eps) over the candidates that continue one prefix, r a step's own reward.
 
@@ -340,11 +313,9 @@ def slate(tree: PrefixTree, step_rewards: Tensor, *, ddof: int = 1, eps: float =
 
 
 @recipe(
-    "tree",
     "ARPO's branch decision (agentic reinforced policy optimization)",
     "arXiv 2507.19849",
-    "code",
-    "dongguanting/ARPO vllm_rollout_with_tools.py",
+    code="dongguanting/ARPO vllm_rollout_with_tools.py",
     returns="decision",
 )
 def arpo_branch(
@@ -379,20 +350,11 @@ def arpo_branch(
 
 # --------------------------------------------------------------------------------------------------------------- ROSE
 @recipe(
-    "tree",
     "ROSE (reinforced efficient reasoning via semantically diverse exploration)",
     "arXiv 2601.05053",
-    "code",
-    "ZiqiZhao1/ROSE-rl core_algos.py `compute_grpo_iterative_branching_outcome_advantage`",
-    returns="advantages",
+    code="ZiqiZhao1/ROSE-rl core_algos.py `compute_grpo_iterative_branching_outcome_advantage`",
 )
-def rose(
-    tree: PrefixTree,
-    rewards: Tensor,
-    *,
-    length_penalty: float = 0.0,
-    position_keyed: bool = False,
-) -> Tensor:
+def rose(tree: PrefixTree, rewards: Tensor, *, length_penalty: float = 0.0, position_keyed: bool = False) -> Tensor:
     """A = V(n) - V(p) on the segments between branch points, V the mean of R below; a response's last has R - V(p).
 
     length_penalty > 0: where R is not 0, A - |A| f behind the last point that the response shares with the shortest
@@ -449,14 +411,7 @@ def _length_factor(tree: PrefixTree, outcomes: Tensor, power: float, shared: Ten
 
 
 # ------------------------------------------------------------------------------------------------------------- TreePO
-@recipe(
-    "tree",
-    "TreePO, one advantage per response",
-    "arXiv 2508.17445",
-    "code",
-    "multimodal-art-projection/TreePO core_algos.py",
-    returns="advantages",
-)
+@recipe("TreePO, one advantage per response", "arXiv 2508.17445", code="multimodal-art-projection/TreePO core_algos.py")
 def treepo(
     tree: PrefixTree,
     rewards: Tensor,
@@ -491,20 +446,12 @@ def _from_root(tree: PrefixTree, node_values: Tensor) -> Tensor:
 
 
 @recipe(
-    "tree",
     "TreePO, advantages of segments",
     "arXiv 2508.17445",
-    "code",
-    "multimodal-art-projection/TreePO core_algos.py `compute_tree_rfpp_progress_outcome_advantage`",
-    returns="advantages",
+    code="multimodal-art-projection/TreePO core_algos.py `compute_tree_rfpp_progress_outcome_advantage`",
 )
 def treepo_segment(
-    tree: PrefixTree,
-    rewards: Tensor,
-    *,
-    eta: float | None = None,
-    sibling_norm: bool = False,
-    whiten: bool = True,
+    tree: PrefixTree, rewards: Tensor, *, eta: float | None = None, sibling_norm: bool = False, whiten: bool = True
 ) -> Tensor:
     """A = V(n) - V(p), V the mean of the children's, from R - mean V' over the response's nodes; V(root) = 0; whitened.
 

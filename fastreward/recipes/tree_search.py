@@ -25,16 +25,11 @@ from fastreward.recipes._shared.tree import (
     scored_count,
 )
 
+__all__ = ["diffusion_tree", "mcts_step_values", "propa", "rest_mcts", "tree_opo", "treerl"]
+
 
 # ------------------------------------------------------------------------------------------------------------- TreeRL
-@recipe(
-    "tree",
-    "TreeRL (on-policy tree search)",
-    "arXiv 2506.11902",
-    "code",
-    "THUDM/TreeRL tree_node.py, parallel_mcts.py",
-    returns="advantages",
-)
+@recipe("TreeRL (on-policy tree search)", "arXiv 2506.11902", code="THUDM/TreeRL tree_node.py, parallel_mcts.py")
 def treerl(
     tree: PrefixTree,
     rewards: Tensor,
@@ -121,12 +116,9 @@ def _flags(tree: PrefixTree, selected: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------------- MCTS
 @recipe(
-    "tree",
     "PROPA (process-level reasoning optimization with interleaved policy alignment)",
     "arXiv 2511.10279",
-    "code",
-    "YanbeiJiang/PROPA create_GRPO_train_intern.py for x; its normalisation is assumed to be ms-swift's GRPO",
-    returns="advantages",
+    code="YanbeiJiang/PROPA create_GRPO_train_intern.py for x; its normalisation is assumed to be ms-swift's GRPO",
 )
 def propa(
     tree: PrefixTree,
@@ -177,14 +169,7 @@ def _not_negative(x: Tensor, name: str) -> Tensor:
     return x
 
 
-@recipe(
-    "tree",
-    "ReST-MCTS* values",
-    "arXiv 2406.03816",
-    "code",
-    "THUDM/ReST-MCTS MCTS/base.py",
-    returns="values",
-)
+@recipe("ReST-MCTS* values", "arXiv 2406.03816", code="THUDM/ReST-MCTS MCTS/base.py", returns="values")
 def rest_mcts(tree: PrefixTree, rewards: Tensor) -> Tensor:
     """V(n) = max(0, V(p) + (1 - V(p)) h / m), V(root) = 0, h = 1 where a correct answer lies below, else -1.
 
@@ -206,20 +191,14 @@ def rest_mcts(tree: PrefixTree, rewards: Tensor) -> Tensor:
 
 
 @recipe(
-    "tree",
     "Step values from MCTS visits",
     "arXiv 2406.03816",
-    "code",
-    "THUDM/ReST-MCTS MCTS/mcts.py `back_propagate`; its PRM variant in MCTS/base.py",
+    code="THUDM/ReST-MCTS MCTS/mcts.py `back_propagate`; its PRM variant in MCTS/base.py",
     passes=("visits=node_visits",),
     returns="values",
 )
 def mcts_step_values(
-    tree: PrefixTree,
-    rewards: Tensor,
-    visits: Tensor | None = None,
-    *,
-    backup: Literal["mean", "max"] = "mean",
+    tree: PrefixTree, rewards: Tensor, visits: Tensor | None = None, *, backup: Literal["mean", "max"] = "mean"
 ) -> Tensor:
     """V(n) = mean of the children's V, weighted by their visits; at an end, R.
 
@@ -243,11 +222,9 @@ def mcts_step_values(
 
 
 @recipe(
-    "tree",
     "Diffusion tree sampling's soft backup (DTS)",
     "arXiv 2506.20701",
-    "note",
-    'notes on the paper; the form "sum" is a port\'s',
+    note='notes on the paper; the form "sum" is a port\'s',
     returns="node values",
 )
 def diffusion_tree(
@@ -265,19 +242,12 @@ def diffusion_tree(
 
 
 @recipe(
-    "tree",
     "Tree-OPO (off-policy Monte Carlo tree-guided advantage optimization)",
     "arXiv 2509.09284",
-    "note",
-    "notes on the paper; its details are unverified",
-    returns="advantages",
+    note="notes on the paper; its details are unverified",
 )
 def tree_opo(
-    tree: PrefixTree,
-    rewards: Tensor,
-    *,
-    baseline: Literal["mean", "max", "min"] = "mean",
-    prefix: Tensor | None = None,
+    tree: PrefixTree, rewards: Tensor, *, baseline: Literal["mean", "max", "min"] = "mean", prefix: Tensor | None = None
 ) -> Tensor:
     """A = R - V(the prefix that the response continues), V the mean, max or min of R below it.
 

@@ -18,7 +18,7 @@ from fastreward import losses, recipes
 from fastreward.recipes import RECIPES, Recipe, correction, preference, ratio, score, sequence
 from fastreward.recipes._catalogue import registry
 from fastreward.recipes._catalogue.registry import FAMILIES, NOTATION, VERIFIED, by_family
-from fastreward.recipes._shared import options
+from fastreward.recipes._shared import factory, options
 
 #: Names of advantages in the design: not to be taken by a loss.
 ADVANTAGES = {
@@ -38,7 +38,7 @@ def run_example(recipe: Recipe) -> dict[str, Any]:
 def losses_used(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[losses.Loss]:
     """The losses that the recipe passes to an operation while its example runs."""
     seen: list[losses.Loss] = []
-    for module in (correction, preference, ratio, score, sequence):
+    for module in (correction, factory, preference, ratio, score, sequence):
         for name, operation in CALLED.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, recorder(operation, seen))
@@ -80,8 +80,8 @@ def test_example_trains(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> N
 
 @every
 def test_example_over_a_tree_makes_what_is_declared(recipe: Recipe) -> None:
-    assert (recipe.returns is not None) == (recipe.family == "tree")
-    if recipe.returns is None:
+    assert (recipe.returns in ("advantages", "values", "node values", "decision")) == (recipe.family == "tree")
+    if recipe.family != "tree":
         return
     names = run_example(recipe)
     if recipe.returns == "decision":
@@ -217,7 +217,7 @@ def test_every_variant_of_dpo_has_a_recipe() -> None:
             | {"extra", "chosen_extra", "rejected_extra"},
         ),
         (
-            correction.CorrectionOptions,
+            options.CorrectionOptions,
             fr.correction_weights,
             {"old_logprobs", "rollout_logprobs", "mask", "mode", "level", "low", "high", "reject"},
         ),

@@ -5,10 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from fastreward.recipes._catalogue.registry import Recipe, Returns
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 #: name -> (how the example makes it, what it is), in the order of the program.
 _MADE: Final = {
@@ -75,20 +73,18 @@ _MADE_FOR: Final = {
         "tree": ("fr.PrefixTree.from_branches(parents, positions, lengths, group_ids, mask=mask)", ""),
     },
 }
-#: What a recipe returns -> (names for it, what a loss is then made with; "" where it is the loss).
+#: What a recipe returns -> (names for it, the lines that make a loss of it).
+_LOSS: Final = "loss = fr.policy_loss(logprobs, old_logprobs, advantages, mask).loss"
+_WITH: Final = "result = fr.policy_loss(logprobs, old_logprobs, advantages, mask, {})"
 _RETURNED: Final = {
-    "PolicyLoss": ("result", ""),
-    "Correction": ("weights, keep, metrics", "weights=weights, keep=keep"),
-    "Tensor": ("keep", "keep=keep"),
+    "loss": ("result", ()),
+    "weights": ("weights, keep, metrics", (_WITH.format("weights=weights, keep=keep"),)),
+    "mask": ("keep", (_WITH.format("keep=keep"),)),
+    "advantages": ("advantages", (_LOSS,)),
+    "values": ("values", ("loss = (predicted - values).square()[mask].mean()",)),
+    "node values": ("node_values", ("advantages = tree.to_tokens(tree.advantages(node_values))", _LOSS)),
+    "decision": ("branch", ('print("branch:", branch.tolist())', _LOSS)),
 }
-#: The same of recipes over prefix trees: (the name, what follows).
-_TREE_RETURNED: Final[dict[Returns, tuple[str, str]]] = {
-    "advantages": ("advantages", ""),
-    "values": ("values", "loss = (predicted - values).square()[mask].mean()"),
-    "node values": ("node_values", "advantages = tree.to_tokens(tree.advantages(node_values))"),
-    "decision": ("branch", 'print("branch:", branch.tolist())'),
-}
-_POLICY_LOSS: Final = "loss = fr.policy_loss(logprobs, old_logprobs, advantages, mask).loss"
 _HEAD: Final = """import torch
 import fastreward as fr
 from fastreward import recipes
@@ -96,36 +92,27 @@ from fastreward import recipes
 torch.manual_seed(0)"""
 
 
-def example(recipe: Recipe) -> str:
-    """The program."""
-    if recipe.returns is not None:
-        return _tree_example(recipe, recipe.returns)
-    names, made_with = _RETURNED[str(recipe.function.__annotations__["return"])]
-    lines = [_wrapped(f"{names} = recipes.{recipe.name}(", _arguments(recipe))]
-    if made_with:
-        lines.append(f"result = fr.policy_loss(logprobs, old_logprobs, advantages, mask, {made_with})")
-    trained = "chosen_logprobs" if recipe.family == "preference" else "logprobs"
-    lines += ["result.loss.backward()", f"print(result.loss.item(), {trained}.grad.abs().sum().item())"]
-    return "\n".join([_HEAD, *_set_up("\n".join(lines), recipe), "", *lines]) + "\n"
+def example(
+    function: Callable[..., Any], returns: str, advantages: str, passes: tuple[str, ...], settings: Mapping[str, Any]
+) -> str:
+    """The program for a recipe: its function, and the fields of its registration."""
+    arguments, name = _arguments(function, passes, settings), function.__name__
+    names, following = _RETURNED[returns]
+    lines = [_wrapped(f"{names} = recipes.{name}(", arguments), *following]
+    loss = "loss" if any(line.startswith("loss = ") for line in following) else "result.loss"
+    trained = "predicted" if returns == "values" else arguments[0] if returns == "loss" else "logprobs"
+    lines += [f"{loss}.backward()", f"print({loss}.item(), {trained}.grad.abs().sum().item())"]
+    return "\n".join([_HEAD, *_set_up("\n".join(lines), name, advantages), "", *lines]) + "\n"
 
 
-def _tree_example(recipe: Recipe, returns: Returns) -> str:
-    name, next_line = _TREE_RETURNED[returns]
-    lines = [_wrapped(f"{name} = recipes.{recipe.name}(", _arguments(recipe)), *filter(None, [next_line])]
-    lines += [] if returns == "values" else [_POLICY_LOSS]
-    trained = "predicted" if returns == "values" else "logprobs"
-    lines += ["loss.backward()", f"print(loss.item(), {trained}.grad.abs().sum().item())"]
-    return "\n".join([_HEAD, *_set_up("\n".join(lines), recipe), "", *lines]) + "\n"
-
-
-def _arguments(recipe: Recipe) -> list[str]:
+def _arguments(function: Callable[..., Any], passes: tuple[str, ...], settings: Mapping[str, Any]) -> list[str]:
     """Every required argument and the mask, then what the recipe's registration adds."""
     found = []
-    for p in inspect.signature(recipe.function).parameters.values():
+    for p in inspect.signature(function).parameters.values():
         if p.kind is p.POSITIONAL_OR_KEYWORD and (p.default is p.empty or p.name == "mask"):
             found.append(p.name)
-    found += [item if "=" in item else f"{item}={item}" for item in recipe.passes]
-    return found + [f"{name}={value!r}" for name, value in recipe.settings.items()]
+    found += [item if "=" in item else f"{item}={item}" for item in passes]
+    return found + [f"{name}={value!r}" for name, value in settings.items()]
 
 
 def _wrapped(start: str, arguments: list[str]) -> str:
@@ -136,14 +123,14 @@ def _wrapped(start: str, arguments: list[str]) -> str:
     return f"{start}\n{textwrap.fill(text, 108, initial_indent=indent, subsequent_indent=indent)}\n)"
 
 
-def _set_up(program: str, recipe: Recipe) -> list[str]:
+def _set_up(program: str, name: str, advantages: str) -> list[str]:
     """The lines that make what the program names, and what these name in turn."""
-    other = _MADE_FOR.get(recipe.name, {})
-    made = {**{name: line for name, line in other.items() if name not in _MADE}, **_MADE, **other}
+    other = _MADE_FOR.get(name, {})
+    made = {**{used: line for used, line in other.items() if used not in _MADE}, **_MADE, **other}
     lines: list[str] = []
-    for name, (code, comment) in reversed(made.items()):
-        if re.search(rf"\b{name}\b", program) and not re.search(rf"^{name} = ", program, re.MULTILINE):
-            code = code.replace("{advantages}", f", {recipe.advantages}" if recipe.advantages else "")
+    for used, (code, comment) in reversed(made.items()):
+        if re.search(rf"\b{used}\b", program) and not re.search(rf"^{used} = ", program, re.MULTILINE):
+            code = code.replace("{advantages}", f", {advantages}" if advantages else "")
             program += "\n" + code
-            lines.append(f"{name} = {code}" + (f"  # {comment}" if comment else ""))
+            lines.append(f"{used} = {code}" + (f"  # {comment}" if comment else ""))
     return lines[::-1]

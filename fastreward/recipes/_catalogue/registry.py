@@ -9,11 +9,12 @@ from typing import Any, Final, Literal, ParamSpec, TypeVar
 
 from fastreward._arguments.arrays import accepts_arrays
 from fastreward.losses import Definition, Loss
+from fastreward.recipes._catalogue.example import example
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Family = Literal["token", "sequence", "preference", "correction", "tree"]
-Returns = Literal["advantages", "values", "node values", "decision"]
+Returns = Literal["loss", "advantages", "values", "node values", "decision", "weights", "mask"]
 Verified = Literal["code", "paper", "note", "reconstructed"]
 
 FAMILIES: Final[dict[Family, str]] = {
@@ -22,6 +23,26 @@ FAMILIES: Final[dict[Family, str]] = {
     "preference": "Preference",
     "correction": "Correction of the rollout policy",
     "tree": "Prefix trees",
+}
+#: The family of the recipes in a file, and what they return unless they say so.
+_OF_FILE: Final[dict[str, tuple[Family, Returns]]] = {
+    "ratio": ("token", "loss"),
+    "score": ("token", "loss"),
+    "sequence": ("sequence", "loss"),
+    "preference": ("preference", "loss"),
+    "correction": ("correction", "weights"),
+    "tree": ("tree", "advantages"),
+    "tree_search": ("tree", "advantages"),
+}
+#: What recipes return, under the headings of the list and in their order.
+RETURNS: Final[dict[Returns, str]] = {
+    "loss": "Losses",
+    "advantages": "Advantages per token",
+    "values": "Values",
+    "node values": "Values",
+    "weights": "Weights and masks",
+    "mask": "Weights and masks",
+    "decision": "Decisions of a sampler",
 }
 #: What the formulas' letters stand for.
 NOTATION: Final[dict[Family, str]] = {
@@ -51,11 +72,11 @@ RECIPES: Final[dict[str, Recipe]] = {}
 class Recipe:
     """A recipe and what is known of it.
 
-    source: "arXiv <id>", or author, title and address. where: the code or text in which the formula was read.
-    definition: the loss it is made of (None: it only makes weights); fixed: that loss's parameters that the recipe sets
-    beside those of its own that have the same name. advantages: options of group_advantages that the method needs, as
-    they are written in the example. passes, settings: what the example passes beyond the required arguments and the
-    mask, by the names of `_example`, and with these values. returns: what a recipe over prefix trees makes.
+    source: "arXiv <id>", or author, title and address. where: the code or text in which the formula was read. returns:
+    what a call gives, one of RETURNS. build: what makes its loss, of those of its options that have the same name
+    (None: it has no loss). advantages: options of group_advantages that the method needs, as they are written in the
+    example. passes, settings: what the example passes beyond the required arguments and the mask, by the example's
+    names, and with these values.
     """
 
     function: Callable[..., Any]
@@ -64,12 +85,11 @@ class Recipe:
     source: str
     verified: Verified
     where: str
-    definition: Definition[Any] | None = None
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    returns: Returns
+    build: Callable[..., Loss] | None = None
     advantages: str = ""
     passes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    returns: Returns | None = None
 
     @property
     def name(self) -> str:
@@ -110,31 +130,38 @@ class Recipe:
         """The operation that **options go to."""
         return _OPERATIONS.get(str(self.function.__annotations__.get("options")))
 
+    @property
+    def definition(self) -> Definition[Any] | None:
+        """The loss it is made of, with any parameters."""
+        loss = self.loss()
+        return None if loss is None else loss.definition
+
     def loss(self) -> Loss | None:
         """The loss with the recipe's own parameters, for `print`."""
-        if self.definition is None:
+        if self.build is None:
             return None
         parameters = inspect.signature(self.function).parameters
         own = {name: p.default for name, p in parameters.items() if p.default is not p.empty} | dict(self.settings)
-        known = inspect.signature(self.definition).parameters
-        return self.definition(**{k: v for k, v in (own | dict(self.fixed)).items() if k in known})
+        known = {n: p for n, p in inspect.signature(self.build).parameters.items() if p.kind is not p.VAR_KEYWORD}
+        return self.build(**{n: own.get(n) for n, p in known.items() if n in own or p.default is p.empty})
 
     def example(self) -> str:
         """A program that runs as it is."""
-        from fastreward.recipes._catalogue.example import example
-
-        return example(self)
+        return example(self.function, self.returns, self.advantages, self.passes, self.settings)
 
 
-def recipe(
-    family: Family, title: str, source: str, verified: Verified, where: str, **rest: Any
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Registers a function as a recipe (fields of Recipe); it then takes NumPy and CuPy arrays too."""
+def recipe(title: str, source: str, **facts: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Registers a function as a recipe of its file's family; it then takes NumPy and CuPy arrays too.
+
+    facts: where the formula was read, as code=, paper=, note= or reconstructed=; and other fields of Recipe.
+    """
+    ((verified, where),) = [(kind, facts.pop(kind)) for kind in VERIFIED if kind in facts]
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
-        wrapped = accepts_arrays(function)
-        RECIPES[function.__name__] = Recipe(wrapped, family, title, source, verified, where, **rest)
-        return wrapped
+        family, returns = _OF_FILE[function.__module__.rpartition(".")[2]]
+        known = Recipe(accepts_arrays(function), family, title, source, verified, where, **{"returns": returns} | facts)
+        RECIPES[function.__name__] = known
+        return known.function
 
     return register
 

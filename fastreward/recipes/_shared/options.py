@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.groups import GroupIds
-from fastreward._arguments.options import KL, Empty, PairAggregation
+from fastreward._arguments.options import KL, Aggregation, Empty, PairAggregation
 from fastreward._arguments.tokens import broadcast_to_tokens
 
 
@@ -33,6 +33,12 @@ class PolicyOptions(TypedDict, total=False):
     return_token_loss: bool
 
 
+class LossOptions(PolicyOptions, total=False):
+    """The same and the aggregation, for which a recipe has a default of its own."""
+
+    aggregation: Aggregation
+
+
 class PairOptions(TypedDict, total=False):
     """Those of `fastreward.preference_loss`, which describes them."""
 
@@ -48,6 +54,15 @@ class PairOptions(TypedDict, total=False):
     rejected_cu_seqlens: Tensor | None
     empty: Empty
     return_pair_loss: bool
+
+
+class CorrectionOptions(TypedDict, total=False):
+    """Those of `fastreward.correction_weights`, which describes them."""
+
+    batch_normalize: bool
+    log_ratio_clamp: float | None
+    unscored: bool
+    cu_seqlens: Tensor | None
 
 
 def per_token(x: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
