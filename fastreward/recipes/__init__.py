@@ -9,8 +9,12 @@ torch.compile compiles call the operation itself, with a loss that was made outs
 # ruff: noqa: F403 (each file's __all__ says what it publishes)
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastreward.recipes import correction, preference, ratio, score, sequence, tree, tree_search
 from fastreward.recipes._catalogue.registry import RECIPES, Recipe
+from fastreward.recipes._catalogue.registry import hint as _hint
+from fastreward.recipes._catalogue.registry import names_by_returns as _names_by_returns
 from fastreward.recipes.correction import *
 from fastreward.recipes.preference import *
 from fastreward.recipes.ratio import *
@@ -27,3 +31,10 @@ __all__ += score.__all__
 __all__ += sequence.__all__
 __all__ += tree.__all__
 __all__ += tree_search.__all__
+
+__doc__ = f"{__doc__}\nBy what they return:\n\n{_names_by_returns()}\n"
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        raise AttributeError(f"module 'fastreward.recipes' has no attribute {name!r}; {_hint(name)}")

@@ -17,6 +17,7 @@ from checkout import ROOT
 
 from fastreward import recipes
 from fastreward.recipes import RECIPES, Recipe
+from fastreward.recipes._catalogue.registry import RETURNS, by_returns, names_by_returns
 
 every = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 #: Calls, and for each what mypy says of it: "" nothing.
@@ -96,3 +97,19 @@ def test_a_term_may_be_passed_by_name() -> None:
     x, term = -torch.rand(2, 3), torch.tensor([0.2, 0.7])
     by_place, by_name = recipes.cream(x, 2 * x, x, x, term), recipes.cream(x, 2 * x, x, x, consistency=term)
     assert torch.equal(by_place.loss, by_name.loss)
+
+
+# --------------------------------------------------------------------------------------------------------- the grouping
+def test_the_help_lists_every_recipe_by_what_it_returns() -> None:
+    text, listed = pydoc.render_doc(recipes, renderer=pydoc.plaintext), by_returns()
+    assert sorted(r.name for of in listed.values() for members in of.values() for r in members) == sorted(RECIPES)
+    assert all(listed.values())
+    assert list(listed) == list(dict.fromkeys(RETURNS.values()))
+    for line in names_by_returns().splitlines():
+        assert line.strip() in text
+
+
+@pytest.mark.parametrize(("written", "near"), [("grop", "grpo_loss"), ("cisop", "cispo"), ("qqqqqq", "lists all")])
+def test_an_unknown_name_is_told_the_nearest(written: str, near: str) -> None:
+    with pytest.raises(AttributeError, match=f"no attribute '{written}'.*{near}"):
+        getattr(recipes, written)

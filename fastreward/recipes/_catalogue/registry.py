@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Final, Literal, ParamSpec, TypeVar
 
 from fastreward._arguments.arrays import accepts_arrays
@@ -169,3 +172,27 @@ def recipe(title: str, source: str, **facts: Any) -> Callable[[Callable[P, R]], 
 def by_family() -> dict[Family, list[Recipe]]:
     """The recipes of each family, in the order of their file."""
     return {family: [r for r in RECIPES.values() if r.family == family] for family in FAMILIES}
+
+
+def by_returns() -> dict[str, dict[Family, list[Recipe]]]:
+    """The recipes under each heading of RETURNS, by family."""
+    found: dict[str, dict[Family, list[Recipe]]] = {heading: {} for heading in RETURNS.values()}
+    for family, recipes in by_family().items():
+        for r in recipes:
+            found[RETURNS[r.returns]].setdefault(family, []).append(r)
+    return found
+
+
+def names_by_returns() -> str:
+    """Their names under each heading, for a docstring."""
+    listed = ((heading, ", ".join(r.name for r in chain(*of.values()))) for heading, of in by_returns().items())
+    return "\n".join(textwrap.fill(f"{heading}: {names}.", 100, subsequent_indent="    ") for heading, names in listed)
+
+
+def hint(name: str) -> str:
+    """The recipes whose names are nearest, for a message."""
+    short = {full.removesuffix("_loss"): full for full in RECIPES}
+    near = [full for full in RECIPES if name in full.split("_")] + [
+        short[close] for close in difflib.get_close_matches(name, short, 3)
+    ]
+    return f"did you mean {', '.join(dict.fromkeys(near))}?" if near else "`fastreward recipes` lists all"

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import textwrap
 
 from rich.console import Console
 from rich.table import Table
 
-from fastreward.recipes._catalogue.registry import FAMILIES, NOTATION, RECIPES, VERIFIED, Recipe, by_family
+from fastreward.recipes._catalogue.registry import (
+    FAMILIES,
+    NOTATION,
+    RECIPES,
+    VERIFIED,
+    Family,
+    Recipe,
+    by_family,
+    by_returns,
+    hint,
+)
 
 _COLOURS = {"code": "green", "paper": "green", "note": "yellow", "reconstructed": "red"}
 
@@ -18,26 +27,27 @@ def find(name: str) -> Recipe:
     wanted = name.lower().replace("-", "_").replace(" ", "_").replace(".", "_")
     if wanted in RECIPES:
         return RECIPES[wanted]
-    near = [*(n for n in RECIPES if wanted and wanted in n.split("_")), *difflib.get_close_matches(wanted, RECIPES, 3)]
-    hint = f"did you mean {', '.join(dict.fromkeys(near))}?" if near else "`fastreward recipes` lists all"
-    raise ValueError(f"no recipe {name!r}; {hint}")
+    raise ValueError(f"no recipe {name!r}; {hint(wanted)}")
 
 
 def show_all(console: Console) -> None:
-    """One table for each family."""
-    for family, recipes in by_family().items():
-        table = Table(
-            title=FAMILIES[family], title_justify="left", caption=_plain(NOTATION[family]), caption_justify="left"
-        )
-        table.add_column("recipe", no_wrap=True)
-        table.add_column("formula", ratio=1)
-        table.add_column("paper")
-        table.add_column("verified", no_wrap=True)
-        for r in recipes:
-            sure = f"[{_COLOURS[r.verified]}]{VERIFIED[r.verified][0]}[/]"
-            table.add_row(r.name, _plain(r.summary), _plain(r.source), sure)
-        console.print(table)
+    """One table for each family, by what the recipes return."""
+    for heading, families in by_returns().items():
+        for family, recipes in families.items():
+            console.print(_table(f"{heading}: {FAMILIES[family]}", family, recipes))
     console.print("`fastreward recipes NAME` explains one, with its gradient and an example.", highlight=False)
+
+
+def _table(title: str, family: Family, recipes: list[Recipe]) -> Table:
+    table = Table(title=title, title_justify="left", caption=_plain(NOTATION[family]), caption_justify="left")
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("formula", ratio=1)
+    table.add_column("paper")
+    table.add_column("verified", no_wrap=True)
+    for r in recipes:
+        sure = f"[{_COLOURS[r.verified]}]{VERIFIED[r.verified][0]}[/]"
+        table.add_row(r.name, _plain(r.summary), _plain(r.source), sure)
+    return table
 
 
 def explain(console: Console, recipe: Recipe) -> None:
