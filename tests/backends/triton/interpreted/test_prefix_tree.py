@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,8 @@ import prefix_tree_raw_checks as checks
 import pytest
 import torch
 from criterion import MASK_DTYPES
-from fastreward.kernels import _prefix_tree_aggregate, _prefix_tree_parents, _prefix_tree_values
 from fastreward.kernels import prefix_tree as kernels
+from fastreward.kernels.prefix_tree import parents
 from torch import Tensor
 
 import fastreward as fr
@@ -55,7 +56,7 @@ def test_empty_batches() -> None:
 @pytest.mark.parametrize("bits", [1, 4])
 def test_collisions_of_hashes_cost_sharing_alone(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a few bits of each hash nearly all prefixes collide, and every row still finds its own tokens."""
-    monkeypatch.setattr(_prefix_tree_parents, "KEY_BITS", bits)
+    monkeypatch.setattr(parents, "KEY_BITS", bits)
     missed = 0
     for seed in range(4):
         batch = checks.token_batch(seed)
@@ -121,8 +122,8 @@ def test_values_of_branches() -> None:
 
 def test_groups_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group's bits are the same whatever comes before it, and with more nodes than a program takes at a time."""
-    for module in (_prefix_tree_aggregate, _prefix_tree_values):
-        monkeypatch.setattr(module, "LANES", 16)
+    for function in (kernels.aggregate, kernels.advantages):
+        monkeypatch.setattr(sys.modules[function.__module__], "LANES", 16)
     r = checks.random.Random(1)
     base = [r.randrange(50) for _ in range(9)]
     rows = [base[: r.randint(0, 9)] + [r.randrange(50) for _ in range(4)] for _ in range(40)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import program_checks as checks
 import pytest
 import torch
-from fastreward.kernels import _launch, _program_module, program
+from fastreward.kernels import program
+from fastreward.kernels._shared.launch import mask_bytes
+from fastreward.kernels.program.module import load
 from fastreward.kernels.program.source import generate
 
 from fastreward import losses
@@ -21,6 +24,8 @@ from fastreward.language.program import program as lowered
 from fastreward.reference import program as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what lies under the mask
+
+PROGRAM_RUN = sys.modules[program.run.__module__]
 
 #: Rows that are short, shared by programs, one token, packed and long, none, empty, shared by many programs.
 LAYOUTS = [
@@ -39,7 +44,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What no kernel has written is seen, and so is a counter that is left standing."""
     empty = torch.empty
     counters: list[torch.Tensor] = []
-    counter = program.arrival_counter
+    counter = PROGRAM_RUN.arrival_counter
 
     def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
         made = empty(*shape, **options)
@@ -50,7 +55,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return counters[-1]
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(program, "arrival_counter", kept)
+    monkeypatch.setattr(PROGRAM_RUN, "arrival_counter", kept)
     yield
     assert all(int(c) == 0 for c in counters)
 
@@ -85,13 +90,13 @@ def test_launches() -> None:
 
 def test_a_counter_belongs_to_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """One for all its launches, and none where no launch has a last program: a kept one may lie in a graph's memory."""
-    made, fresh = [], program.arrival_counter
+    made, fresh = [], PROGRAM_RUN.arrival_counter
 
     def counted(x: torch.Tensor) -> torch.Tensor:
         made.append(fresh(x))
         return made[-1]
 
-    monkeypatch.setattr(program, "arrival_counter", counted)
+    monkeypatch.setattr(PROGRAM_RUN, "arrival_counter", counted)
     named = checks.PROGRAMS["jepo"]()
     assert len(generate(named.program).launches) == 2
     for _ in range(2):
@@ -103,16 +108,16 @@ def test_masks_are_bytes() -> None:
     """One type for the compiler: those of one byte are looked at as they are, others converted."""
     for dtype in (torch.bool, torch.uint8, torch.int8):
         mask = torch.tensor([0, 1, 1], dtype=dtype)
-        assert _launch.mask_bytes(mask).data_ptr() == mask.data_ptr()
+        assert mask_bytes(mask).data_ptr() == mask.data_ptr()
     for mask in (
         torch.tensor([0, 1 << 40, -1]),
         torch.tensor([-0.0, 0.25, torch.inf]),
         torch.tensor([False, True, True]),
     ):
-        found = _launch.mask_bytes(mask)
+        found = mask_bytes(mask)
         assert found.dtype == torch.uint8
         assert (found != 0).tolist() == [False, True, True]
-    assert _launch.mask_bytes(None) is None
+    assert mask_bytes(None) is None
 
 
 def test_prologue() -> None:
@@ -225,7 +230,7 @@ def test_bounds_that_lie_are_not_followed() -> None:
 
 def test_parameters_and_shapes_generate_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTREWARD_CACHE", str(tmp_path))
-    _program_module.load.cache_clear()
+    load.cache_clear()
     calls = ((0.1, 3, 9, False, "none"), (0.3, 7, 40, True, "int64"), (0.2, 2, 4, False, "bool"))
     for clip, rows, width, packed, mask in calls:
         named = checks.policy(losses.ppo(clip_low=clip, dual_clip=3.0), Level.TOKEN, deferred=True)
@@ -233,13 +238,13 @@ def test_parameters_and_shapes_generate_nothing_anew(tmp_path: Path, monkeypatch
     (kept,) = (tmp_path / "triton").glob("*.py")
     assert kept.read_text() == generate(named.program).source
     kept.write_text("raise RuntimeError('not what was generated')")
-    _program_module.load.cache_clear()
+    load.cache_clear()
     checks.check_run(program, "cpu", named, checks.make_call(named, 3, 9))
-    _program_module.load.cache_clear()
+    load.cache_clear()
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("FASTREWARD_CACHE", str(tmp_path / "file"))
     with pytest.raises(RuntimeError, match="set FASTREWARD_CACHE to a folder"):
-        _program_module.load("program", "x = 1\n")
+        load("program", "x = 1\n")
