@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkout import ROOT
+from rich.console import Console
 from typer.testing import CliRunner
 
 import fastreward
@@ -22,6 +23,7 @@ from fastreward.bench import OPERATIONS as BENCHED
 from fastreward.bench import engine, memory, report, roofline, targets
 from fastreward.bench.case import PEERS, Case, Contender, Target, Timing
 from fastreward.bench.cases import whiten as bench_whiten
+from fastreward.bench.run import Result
 from fastreward.cli import app
 from fastreward.cpu import group as cpu_group
 from fastreward.cpu import whiten as cpu_whiten
@@ -298,6 +300,15 @@ def test_promises_are_judged_at_the_own_size_only() -> None:
     assert [v.met for v in targets.judge(outcome, "cpu", True)] == [True, False, None]
     assert [v.met for v in targets.judge(outcome, "cpu", False)] == [None, None, None]
     assert targets.judge(outcome, "cuda", True) == []
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.5, False), (1.0, False), (2.0, True)])
+def test_a_share_above_the_limit_is_explained(share: float, told: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    case = _case([], torch.zeros(4))
+    outcome = engine.Outcome(case, [Timing("fastreward", 0.0, 0.0, [1.0])], roofline.Bandwidth(1.0, 1.0), 1)
+    outcome.ours.samples[0] = outcome.limit / share
+    report.print_case(Console(width=300), Result(outcome, []))
+    assert ("above 100 %" in capsys.readouterr().out) == told
 
 
 def test_version() -> None:
