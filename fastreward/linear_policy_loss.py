@@ -9,7 +9,7 @@ way: `linear_token_logprobs`, `policy_loss` and their backwards.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from fastreward._arguments.numbers import Number, joined, may_differ_from_0, num
 from fastreward._arguments.options import KL, Aggregation, Empty
 from fastreward._arguments.tokens import Tokens
 from fastreward._arguments.transforms import transformed
-from fastreward._loss_call.call import Call, prepare
+from fastreward._loss_call.call import Call, PolicyArguments, checked_loss, finish, prepare
 from fastreward._loss_call.op import evaluate, gradient_program
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime.custom_op import custom_op
@@ -40,12 +40,12 @@ from fastreward._runtime.lm_head import (
 )
 from fastreward._runtime.precomputed_grad import deliver
 from fastreward.linear_logprobs import linear_token_logprobs
-from fastreward.losses import Loss
-from fastreward.policy_loss import loss_of
+from fastreward.losses import Loss, ppo
 
 #: Logits that exist at a time, as elements: on a GPU enough rows to keep the GEMMs at full rate.
 _CPU_LOGITS: Final = 1 << 26
 _GPU_LOGITS: Final = 1 << 29
+_DEFAULT_LOSS: Final = ppo()
 _ROW_OF: Final = {"logprob": VALUES.index("logprobs"), "entropy": VALUES.index("entropy")}
 
 
@@ -173,37 +173,30 @@ def linear_policy_loss(
         raise ValueError(f"chunk_size: expected a positive number of tokens, got {chunk_size}")
     if not torch.compiler.is_compiling():  # which would make a constant of a number that nothing reads
         number("scale", scale, hidden, check.positive)
-    options: dict[str, Any] = {
-        "loss": loss,
-        "aggregation": aggregation,
-        "normalizer": normalizer,
-        "ref_logprobs": ref_logprobs,
-        "rollout_logprobs": rollout_logprobs,
-        "kl": kl,
-        "kl_coef": kl_coef,
-        "entropy_coef": entropy_coef,
-        "weights": weights,
-        "keep": keep,
-        "group_ids": group_ids,
-        "group_size": group_size,
-        "cu_seqlens": cu_seqlens,
-        "extra": extra,
-        "empty": empty,
-    }
     backend = select("linear_policy_loss", hidden)
-    wants_entropy = may_differ_from_0(entropy_coef) or (loss is not None and loss.asks("entropy"))
-    call = prepare(
-        "labels",
-        labels,
-        old_logprobs,
-        advantages,
-        mask,
-        entropy=wants_entropy,
+    given = PolicyArguments(
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        loss=checked_loss(loss, _DEFAULT_LOSS),
+        aggregation=aggregation,
+        normalizer=normalizer,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        kl=kl,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        weights=weights,
+        keep=keep,
+        group_ids=group_ids,
+        group_size=group_size,
+        cu_seqlens=cu_seqlens,
+        extra=extra,
+        empty=empty,
         token_loss=return_token_loss,
-        backend=backend,
-        from_logits=True,
-        **options,
     )
+    wants_entropy = may_differ_from_0(entropy_coef) or given.loss.asks("entropy")
+    call = prepare("labels", labels, given, entropy=wants_entropy, backend=backend, from_logits=True)
     counted = call.tokens.mask
     scalar, per_token = temperatures(temperature, labels, counted)
     if check.values_checked(hidden, labels):
@@ -216,7 +209,7 @@ def linear_policy_loss(
             mask=counted, outputs=("logprobs", "entropy") if wants_entropy else ("logprobs",),
         )  # fmt: skip
         entropy = stats.entropy if wants_entropy else None
-        return loss_of(call, stats.logprobs, entropy, backend, {"hidden": stats.logprobs}, return_token_loss)
+        return finish(call, stats.logprobs, entropy, backend, {"hidden": stats.logprobs})
     packed, applied = _Packed(call, labels), single("scale", scale, hidden, check.positive)
     with torch.no_grad():
         *grads, logprobs, entropy = _linear_policy_gradient(
@@ -243,7 +236,7 @@ def linear_policy_loss(
         total, values, token_loss = evaluate(
             call.objective,
             logprobs,
-            entropy if call.entropy else None,
+            entropy if wants_entropy else None,
             [packed.tensor(x) for x in call.tensors],
             [Tokens((logprobs.shape[0],), None, packed.bounds)],
             call.groups,

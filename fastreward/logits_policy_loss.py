@@ -8,7 +8,7 @@ statistics and a pass for the gradient: `token_logprobs`, `policy_loss` and thei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fastreward._arguments.numbers import Number, may_differ_from_0, number, rea
 from fastreward._arguments.options import KL, Aggregation, Empty
 from fastreward._arguments.tokens import Tokens
 from fastreward._arguments.transforms import transformed
-from fastreward._loss_call.call import Call, prepare
+from fastreward._loss_call.call import Call, PolicyArguments, checked_loss, finish, prepare
 from fastreward._loss_call.op import evaluate, gradient_program
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime import logit_rows
@@ -29,8 +29,9 @@ from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.precomputed_grad import deliver
 from fastreward.logprobs import token_logprobs
-from fastreward.losses import Loss
-from fastreward.policy_loss import loss_of
+from fastreward.losses import Loss, ppo
+
+_DEFAULT_LOSS: Final = ppo()
 
 
 # ------------------------------------------------------------------------------------------------------ custom ops
@@ -231,37 +232,30 @@ def logits_policy_loss(
             raise ValueError("inplace: not available under torch.compile")
     if not torch.compiler.is_compiling():  # which would make a constant of a number that nothing reads
         number("scale", scale, logits, check.positive)
-    options: dict[str, Any] = {
-        "loss": loss,
-        "aggregation": aggregation,
-        "normalizer": normalizer,
-        "ref_logprobs": ref_logprobs,
-        "rollout_logprobs": rollout_logprobs,
-        "kl": kl,
-        "kl_coef": kl_coef,
-        "entropy_coef": entropy_coef,
-        "weights": weights,
-        "keep": keep,
-        "group_ids": group_ids,
-        "group_size": group_size,
-        "cu_seqlens": cu_seqlens,
-        "extra": extra,
-        "empty": empty,
-    }
     backend = select("logits_policy_loss", logits)
-    wants_entropy = may_differ_from_0(entropy_coef) or (loss is not None and loss.asks("entropy"))
-    call = prepare(
-        "labels",
-        labels,
-        old_logprobs,
-        advantages,
-        mask,
-        entropy=wants_entropy,
+    given = PolicyArguments(
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        loss=checked_loss(loss, _DEFAULT_LOSS),
+        aggregation=aggregation,
+        normalizer=normalizer,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        kl=kl,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        weights=weights,
+        keep=keep,
+        group_ids=group_ids,
+        group_size=group_size,
+        cu_seqlens=cu_seqlens,
+        extra=extra,
+        empty=empty,
         token_loss=return_token_loss,
-        backend=backend,
-        from_logits=True,
-        **options,
     )
+    wants_entropy = may_differ_from_0(entropy_coef) or given.loss.asks("entropy")
+    call = prepare("labels", labels, given, entropy=wants_entropy, backend=backend, from_logits=True)
     scalar, per_token = temperatures(temperature, labels, call.tokens.mask)
     wanted = logits.requires_grad and torch.is_grad_enabled()
     fused = call.gradient is not None and wanted and backend != "reference" and not transformed()
@@ -273,11 +267,11 @@ def logits_policy_loss(
         )
         entropy = stats.entropy if wants_entropy else None
         on = select("policy_loss", logits)
-        return loss_of(call, stats.logprobs, entropy, on, {"logits": stats.logprobs}, return_token_loss)
+        return finish(call, stats.logprobs, entropy, on, {"logits": stats.logprobs})
     if check.values_checked(logits, labels):
         check_token_ids("labels", labels, logits.shape[-1], call.tokens.mask)
     applied = single("scale", scale, logits, check.positive)
-    return _fused(logits, labels, scalar, per_token, call, applied, inplace, return_token_loss, backend)
+    return _fused(logits, labels, scalar, per_token, call, wants_entropy, applied, inplace, backend)
 
 
 def _one_block(logits: Tensor, inplace: bool) -> bool:
@@ -290,9 +284,9 @@ def _fused(
     scalar: float,
     per_token: Tensor | None,
     call: Call,
+    entropy_read: bool,
     applied: Tensor,
     inplace: bool,
-    return_token_loss: bool,
     backend: str,
 ) -> PolicyLoss:
     args = (
@@ -308,7 +302,7 @@ def _fused(
         shaped = [x.reshape(labels.shape) if x.numel() or not labels.numel() else None for x in (logprobs, entropy)]
         first = shaped[0]
         assert first is not None
-        second = shaped[1] if call.entropy else None
+        second = shaped[1] if entropy_read else None
         total, values, token_loss = evaluate(
             call.objective, first, second, call.tensors, [call.tokens], call.groups, call.parameters, call.numbers,
             backend,
@@ -317,4 +311,4 @@ def _fused(
     if check.values_checked(logits):
         call.check_results(total, metrics, lambda: {"logits": first})
     delivered = deliver("logits_policy_loss", total, applied, backend, [grad], [logits])
-    return PolicyLoss(delivered, metrics, token_loss if return_token_loss else None)
+    return PolicyLoss(delivered, metrics, token_loss if call.token_loss else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.numbers import Number, may_differ_from_0
 from fastreward._arguments.options import KL, Aggregation, Empty
-from fastreward._loss_call.call import Call, prepare
-from fastreward._loss_call.op import evaluate
+from fastreward._loss_call.call import PolicyArguments, checked_loss, finish, prepare
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime.dispatch import select
-from fastreward.losses import Loss
+from fastreward.losses import Loss, ppo
+
+_DEFAULT_LOSS: Final = ppo()
 
 
 @accepts_arrays
@@ -111,20 +113,17 @@ def policy_loss(
                 'trains nothing); take it from token_logprobs(..., outputs=("logprobs", "entropy")) without .detach()'
             )
     backend = select("policy_loss", logprobs)
-    call = prepare(
-        "logprobs",
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        loss=loss,
+    given = PolicyArguments(
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        loss=checked_loss(loss, _DEFAULT_LOSS),
         aggregation=aggregation,
         normalizer=normalizer,
         ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs,
         kl=kl,
         kl_coef=kl_coef,
-        entropy=entropy is not None,
         entropy_coef=entropy_coef,
         weights=weights,
         keep=keep,
@@ -134,36 +133,9 @@ def policy_loss(
         extra=extra,
         empty=empty,
         token_loss=return_token_loss,
-        backend=backend,
     )
-    named = {"logprobs": logprobs, "entropy": entropy}
-    return loss_of(call, logprobs, entropy, backend, named, return_token_loss)
-
-
-def loss_of(
-    call: Call,
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    backend: str,
-    named: Mapping[str, Tensor | None],
-    return_token_loss: bool,
-) -> PolicyLoss:
-    """The loss of a checked call. named: what log-probs and entropy are called where they are NaN."""
-    total, values, token_loss = evaluate(
-        call.objective,
-        logprobs.contiguous(),
-        None if entropy is None else entropy.contiguous(),
-        call.tensors,
-        [call.tokens],
-        call.groups,
-        call.parameters,
-        call.numbers,
-        backend,
-    )
-    metrics = Metrics(values, call.metrics)
-    if check.values_checked(logprobs):
-        call.check_results(total.detach(), metrics, lambda: named)
-    return PolicyLoss(total, metrics, token_loss if return_token_loss else None)
+    call = prepare("logprobs", logprobs, given, entropy=entropy is not None, backend=backend)
+    return finish(call, logprobs, entropy, backend, {"logprobs": logprobs, "entropy": entropy})
 
 
 __all__ = ["Metrics", "PolicyLoss", "policy_loss"]

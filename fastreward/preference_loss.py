@@ -17,8 +17,9 @@ from fastreward._arguments.options import EMPTY, PAIR_AGGREGATIONS, Empty, PairA
 from fastreward._arguments.tokens import Tokens, token_bounds
 from fastreward._loss_call.call import (
     NO_TOKEN,
+    check_extra,
     check_numbers,
-    how_to_make,
+    checked_loss,
     level_of,
     on_device,
     parameter,
@@ -26,6 +27,7 @@ from fastreward._loss_call.call import (
 from fastreward._loss_call.op import evaluate
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime.dispatch import select
+from fastreward.language.graph import Level
 from fastreward.language.objective import CALL_PARAMETERS
 from fastreward.losses import Loss, dpo
 
@@ -88,7 +90,7 @@ def preference_loss(
             whose gradient is zero; on the CPU (on a GPU with FASTREWARD_DEBUG=1) also for a NaN where a mask is set
             that made the loss or a metric NaN, and where no pair counts without empty="zero" or `normalizer`.
     """
-    loss = _loss(loss)
+    loss = checked_loss(loss, _DEFAULT_LOSS)
     check.choice("empty", empty, EMPTY)
     chosen_logprobs = check.floats("chosen_logprobs", chosen_logprobs)
     rejected_logprobs = check.floats("rejected_logprobs", rejected_logprobs)
@@ -103,7 +105,7 @@ def preference_loss(
     check.same_device("rejected_logprobs", rejected_logprobs, "chosen_logprobs", chosen_logprobs)
     given: dict[tuple[str, int], Tensor] = {}
     arguments: dict[tuple[str, int], str] = {}
-    levels: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([("logprob", 3)], [("logprob", 3)])
+    levels = ([("logprob", Level.TOKEN)], [("logprob", Level.TOKEN)])
     for k, (like, ref, weight, extras) in enumerate(
         (
             (chosen_logprobs, ref_chosen_logprobs, chosen_weights, chosen_extra),
@@ -116,7 +118,7 @@ def preference_loss(
             ("weight", f"{side}_weights", weight),
         ]
         for name, x in (extras or {}).items():
-            _check_extra(f"{side}_extra[{name!r}]", name)
+            check_extra(f"{side}_extra[{name!r}]", name, _TERMS)
             named.append((name, f"{side}_extra[{name!r}]", x))
         for term, argument, x in named:
             if x is not None:
@@ -125,12 +127,12 @@ def preference_loss(
                 levels[k].append((term, level_of(given[term, k], like)))
     pair_levels = []
     for name, x in (extra or {}).items():
-        _check_extra(f"extra[{name!r}]", name)
+        check_extra(f"extra[{name!r}]", name, _TERMS)
         if (name, 0) in given or (name, 1) in given:
             raise ValueError(f"extra[{name!r}]: chosen_extra or rejected_extra has one of the same name; rename one")
         arguments[name, 0] = f"extra[{name!r}]"
         given[name, 0] = _per_pair(arguments[name, 0], x, chosen_logprobs, pairs)
-        pair_levels.append((name, 2 if given[name, 0].ndim else 1))
+        pair_levels.append((name, Level.SEQUENCE if given[name, 0].ndim else Level.BATCH))
     scalars = loss.scalars
     numbers = {name: number(name, scalars[name], chosen_logprobs, anything) for name in sorted(scalars)}
     backend = select("preference_loss", chosen_logprobs)
@@ -179,16 +181,6 @@ def preference_loss(
     return PolicyLoss(total, metrics, pair_loss if return_pair_loss else None)
 
 
-def _loss(loss: Any) -> Loss:
-    if loss is None:
-        return _DEFAULT_LOSS
-    if not isinstance(loss, Loss):
-        raise TypeError(f"loss: expected a loss such as losses.dpo(), got {type(loss).__name__}{how_to_make(loss)}")
-    if not loss.definition.pairs:
-        raise TypeError(f"loss: {loss.name} is a policy loss; it goes to policy_loss")
-    return loss
-
-
 def _check_results(
     loss: Tensor,
     metrics: Mapping[str, float],
@@ -214,11 +206,6 @@ def _side(side: str, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | Non
         raise ValueError(f"{name}: expected [P, T], or [N] with {side}_cu_seqlens, got shape {list(like.shape)}")
     counted = check.mask(mask, name, like, f"{side}_mask")
     return Tokens(tuple(like.shape), counted, bounds)
-
-
-def _check_extra(argument: str, name: str) -> None:
-    if name in _TERMS:
-        raise ValueError(f"{argument}: {name!r} is a term of its own; pass it by its argument")
 
 
 def _per_pair(name: str, x: object, like: Tensor, pairs: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""Arguments of the policy losses: checked, and brought to what the op takes."""
+"""Arguments of the policy losses: checked, brought to what the op takes, and what is made of its results."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, get_args
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -22,21 +22,53 @@ from fastreward._arguments.numbers import (
     single,
     size,
 )
-from fastreward._arguments.options import AGGREGATIONS, EMPTY, KL, Aggregation, Empty
+from fastreward._arguments.options import AGGREGATIONS, EMPTY, KL, KLS, Aggregation, Empty
 from fastreward._arguments.tokens import Tokens, broadcast_to_tokens, token_bounds
-from fastreward._loss_call.results import Metrics
-from fastreward.language.define import Definition
-from fastreward.losses import Loss, ppo
+from fastreward._loss_call.op import evaluate
+from fastreward._loss_call.results import Metrics, PolicyLoss
+from fastreward.language.define import Definition, Loss
+from fastreward.language.graph import Level
 
-_TOKEN, _ROW, _BATCH = 3, 2, 1  # losses._graph.Level, as numbers that Dynamo takes for constants
-_DEFAULT_LOSS: Final = ppo()
-_TERMS: Final = ("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "advantage", "entropy", "weight")
+_TERMS: Final = {
+    "logprob": "logprobs",
+    "old_logprob": "old_logprobs",
+    "advantage": "advantages",
+    "ref_logprob": "ref_logprobs",
+    "rollout_logprob": "rollout_logprobs",
+    "weight": "weights",
+    "entropy": "entropy",
+}
 
 #: What one can do about a batch in which nothing counts.
 NO_TOKEN: Final = 'pass empty="zero" where a micro-batch may be empty (or normalizer=...)'
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class PolicyArguments:
+    """The arguments that `policy_loss`, `logits_policy_loss` and `linear_policy_loss` share, as they were given."""
+
+    old_logprobs: Tensor | None
+    advantages: Tensor | None
+    mask: Tensor | None
+    loss: Loss
+    aggregation: Aggregation | None
+    normalizer: Number | None
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    kl: KL | None
+    kl_coef: Number
+    entropy_coef: Number
+    weights: Tensor | None
+    keep: Tensor | None
+    group_ids: GroupIds | None
+    group_size: int | None
+    cu_seqlens: Tensor | None
+    extra: Mapping[str, Tensor] | None
+    empty: Empty
+    token_loss: bool
+
+
+@dataclass(slots=True)
 class Call:
     """A checked call. tensors: what the objective reads besides the differentiable ones, in its order."""
 
@@ -47,9 +79,9 @@ class Call:
     parameters: list[float]
     numbers: Tensor | None
     metrics: tuple[str, ...]
-    constants: dict[str, Tensor]  # by argument
+    terms: dict[str, Tensor]  # the constants by term
     may_be_empty: bool
-    entropy: bool
+    token_loss: bool
     gradient: str | None  # of the gradient token by token, for logits_policy_loss
     gradient_tensors: list[Tensor]
 
@@ -62,13 +94,15 @@ class Call:
         """
         numbers = metrics.values_tensor.tolist()
         if not numbers[metrics.names.index("token_count")]:
-            if not self.may_be_empty and torch.Size(self.tokens.shape).numel():
+            if not self.may_be_empty and 0 not in self.tokens.shape:
                 raise ValueError(f"mask: expected at least one counted token, got an all-zero mask; {NO_TOKEN}")
             return
-        advantages = self.constants.get("advantages")
-        rows = () if advantages is None or advantages.shape == self.tokens.shape else (advantages.sum().item(),)
-        if any(map(math.isnan, (loss.item(), *numbers, *rows))):  # a sum is NaN where there is one, if not only there
-            for argument, x in {**self.constants, **computed()}.items():
+        advantages = self.terms.get("advantage")
+        if advantages is not None and advantages.shape != self.tokens.shape:
+            numbers.append(advantages.sum().item())  # NaN where there is one, if not only there
+        if any(map(math.isnan, numbers)) or math.isnan(loss.item()):
+            constants = {_argument(term): x for term, x in self.terms.items()}
+            for argument, x in {**constants, **computed()}.items():
                 if x is not None:
                     check_numbers(argument, x.detach(), self.tokens)
 
@@ -76,114 +110,94 @@ class Call:
 def prepare(
     name: str,
     like: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor | None,
-    mask: Tensor | None,
+    given: PolicyArguments,
     *,
-    loss: Loss | None,
-    aggregation: Aggregation | None,
-    normalizer: Number | None,
-    ref_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    kl: KL | None,
-    kl_coef: Number,
     entropy: bool,
-    entropy_coef: Number,
-    weights: Tensor | None,
-    keep: Tensor | None,
-    group_ids: GroupIds | None,
-    group_size: int | None,
-    cu_seqlens: Tensor | None,
-    extra: Mapping[str, Tensor] | None,
-    empty: Empty,
-    token_loss: bool,
     backend: str,
     from_logits: bool = False,
 ) -> Call:
     """`like`: in the tokens' shape and on their device, called `name` in messages. entropy: whether it is given."""
-    loss = _loss(loss)
-    chosen: str = loss.aggregation if aggregation is None else aggregation
-    check.choice("aggregation", chosen, AGGREGATIONS)
-    check.choice("empty", empty, EMPTY)
-    _check_kl(kl, kl_coef, ref_logprobs, old_logprobs)
-    bounds = token_bounds(cu_seqlens, like, name)
-    if bounds is None and like.ndim != 2:
-        raise ValueError(f"{name}: expected [B, T], or [N] with cu_seqlens, got shape {list(like.shape)}")
-    tokens = Tokens(tuple(like.shape), _with_keep(check.mask(mask, name, like), keep, like, bounds, name), bounds)
-    for term in extra or {}:
-        if term in _TERMS:
-            raise ValueError(f"extra[{term!r}]: {term!r} is a term of its own; pass it by its argument")
-    given: dict[str, Tensor] = {}
-    arguments: dict[str, Tensor] = {}
-    for term, argument, x, read in (
-        ("old_logprob", "old_logprobs", old_logprobs, _per_token),
-        ("advantage", "advantages", advantages, _advantages),
-        ("ref_logprob", "ref_logprobs", ref_logprobs, _per_token),
-        ("rollout_logprob", "rollout_logprobs", rollout_logprobs, _per_token),
-        ("weight", "weights", weights, _weights),
-        *((term, f"extra[{term!r}]", x, on_device) for term, x in (extra or {}).items()),
-    ):
-        if x is not None:
-            given[term] = read(argument, x, like, tokens.rows, name)
-            arguments[argument] = given[term]
-    levels = [(term, level_of(x, like)) for term, x in given.items()]
-    levels += [("logprob", _TOKEN), *([("entropy", _TOKEN)] if entropy else [])]
-    packed = bounds is not None
-    named: dict[str, Number] = {
-        "call.width": 0.0 if packed else size(like.shape[1], like),
-        "call.kl_coef": number("kl_coef", kl_coef, like, check.finite),
-        "call.entropy_coef": number("entropy_coef", entropy_coef, like, check.finite),
-    }
-    scalars = loss.scalars
-    named |= {term: number(term, scalars[term], like, anything) for term in sorted(scalars)}
-    ready = parameters(named, backend)
-    given |= {f"parameter.{term}": x for term, x in ready.inputs.items()}
-    formula = (tuple(levels), chosen, normalizer is not None, packed, kl, may_differ_from_0(entropy_coef))
+    loss = given.loss
+    aggregation: str = loss.aggregation if given.aggregation is None else given.aggregation
+    check.choice("aggregation", aggregation, AGGREGATIONS)
+    check.choice("empty", given.empty, EMPTY)
+    _check_kl(given)
+    tokens = _checked_tokens(name, like, given)
+    terms = _checked_terms(name, like, given, tokens.rows)
+    packed = tokens.cu_seqlens is not None
+    ready = parameters(_numbers(like, given, packed), backend)
+    levels = [(term, level_of(x, like)) for term, x in terms.items()]
+    levels += [("logprob", Level.TOKEN), ("entropy", Level.TOKEN)] if entropy else [("logprob", Level.TOKEN)]
+    bonus = may_differ_from_0(given.entropy_coef)
+    formula = (tuple(levels), aggregation, given.normalizer is not None, packed, given.kl, bonus)
     unknown = tuple(ready.inputs)
     # On a GPU the aggregation's weights are known only when all tokens have been seen.
-    objective, inputs, metrics, grouped = loss.policy_plan(*formula, token_loss, backend != "cpu", unknown)
+    objective, inputs, metrics, grouped = loss.policy_plan(*formula, given.token_loss, backend != "cpu", unknown)
     gradient = loss.gradient_plan(*formula, False, False, unknown) if from_logits else None
-    unread = [f"extra[{term!r}]" for term in extra or {} if not loss.asks(term)]
-    unread += ["rollout_logprobs"] if rollout_logprobs is not None and not loss.asks("rollout_logprob") else []
-    if unread:
-        raise ValueError(f"{unread[0]}: {loss.name} does not read it; it reads {loss.reading()}")
-    if grouped and group_ids is None and group_size is None:
-        what = f"aggregation {chosen!r} is" if chosen != loss.aggregation else f"{loss.name} is a loss"
+    _check_read(given)
+    if grouped and given.group_ids is None and given.group_size is None:
+        what = f"aggregation {aggregation!r} is" if aggregation != loss.aggregation else f"{loss.name} is a loss"
         raise ValueError(f"group_ids: {what} over groups; pass group_ids=... or group_size=...")
+    tensors = {**terms, **{f"parameter.{term}": x for term, x in ready.inputs.items()}}
     for term, value in loss.tensors.items():
-        given[f"parameter.{term}"] = parameter(f"{loss.name}: {term}", value, like, tokens.rows, name)
-    if normalizer is not None:
-        given["call.normalizer"] = single("normalizer", normalizer, like, check.positive)
-    if bounds is not None:
-        given["call.width"] = (bounds.diff().max() if tokens.rows else bounds.new_zeros(())).float()
+        tensors[f"parameter.{term}"] = parameter(f"{loss.name}: {term}", value, like, tokens.rows, name)
+    if given.normalizer is not None:
+        tensors["call.normalizer"] = single("normalizer", given.normalizer, like, check.positive)
+    if tokens.cu_seqlens is not None:
+        tensors["call.width"] = _longest(tokens.cu_seqlens)
     return Call(
         objective,
-        [given[term] for term, _ in inputs],
+        [tensors[term] for term, _ in inputs],
         tokens,
-        numbered_groups(group_ids, group_size, tokens.rows, like),
+        numbered_groups(given.group_ids, given.group_size, tokens.rows, like),
         ready.known,
         ready.numbers,
         metrics,
-        arguments,
-        normalizer is not None or empty == "zero",
-        entropy,
+        terms,
+        given.normalizer is not None or given.empty == "zero",
+        given.token_loss,
         None if gradient is None else gradient[0],
-        [] if gradient is None else [given[term] for term, _ in gradient[1] if term not in ("logprob", "entropy")],
+        [] if gradient is None else [tensors[term] for term, _ in gradient[1] if term not in ("logprob", "entropy")],
     )
 
 
+def finish(
+    call: Call, logprobs: Tensor, entropy: Tensor | None, backend: str, named: Mapping[str, Tensor | None]
+) -> PolicyLoss:
+    """The loss of a checked call. named: what log-probs and entropy are called where they are NaN."""
+    total, values, token_loss = evaluate(
+        call.objective,
+        logprobs.contiguous(),
+        None if entropy is None else entropy.contiguous(),
+        call.tensors,
+        [call.tokens],
+        call.groups,
+        call.parameters,
+        call.numbers,
+        backend,
+    )
+    metrics = Metrics(values, call.metrics)
+    if check.values_checked(logprobs):
+        call.check_results(total.detach(), metrics, lambda: named)
+    return PolicyLoss(total, metrics, token_loss if call.token_loss else None)
+
+
 # ------------------------------------------------------------------------------------------------------------ checks
-def _loss(loss: Any) -> Loss:
+def checked_loss(loss: object, default: Loss) -> Loss:
+    """`loss`, or the default in its place; over pairs, or none, as the default is."""
     if loss is None:
-        return _DEFAULT_LOSS
+        return default
     if not isinstance(loss, Loss):
-        raise TypeError(f"loss: expected a loss such as losses.ppo(), got {type(loss).__name__}{how_to_make(loss)}")
-    if loss.definition.pairs:
-        raise TypeError(f"loss: {loss.name} is a loss over pairs; it goes to preference_loss")
+        example, hint = f"losses.{default.name}()", _how_to_make(loss)
+        raise TypeError(f"loss: expected a loss such as {example}, got {type(loss).__name__}{hint}")
+    if loss.definition.pairs != default.definition.pairs:
+        pairs = loss.definition.pairs
+        kind, place = ("a loss over pairs", "preference_loss") if pairs else ("a policy loss", "policy_loss")
+        raise TypeError(f"loss: {loss.name} is {kind}; it goes to {place}")
     return loss
 
 
-def how_to_make(loss: object) -> str:
+def _how_to_make(loss: object) -> str:
     """What is missing to make a loss of it, for a message."""
     if isinstance(loss, Definition):
         return f"; call it: {loss.name}()"
@@ -192,22 +206,92 @@ def how_to_make(loss: object) -> str:
     return f"; write losses.{loss}()" if isinstance(loss, str) else ""
 
 
-def _check_kl(kl: str | None, kl_coef: Number, ref_logprobs: Tensor | None, old_logprobs: Tensor | None) -> None:
+def _check_kl(given: PolicyArguments) -> None:
+    kl = given.kl
     if kl is not None:
-        check.choice("kl", kl, get_args(KL))
-        if ref_logprobs is None:
+        check.choice("kl", kl, KLS)
+        if given.ref_logprobs is None:
             raise ValueError(f"ref_logprobs: needed for kl={kl!r}")
-        if kl == "k3-corrected" and old_logprobs is None:
+        if kl == "k3-corrected" and given.old_logprobs is None:
             raise ValueError("old_logprobs: needed for kl='k3-corrected'")
-    elif may_differ_from_0(kl_coef):
-        raise ValueError(f"kl: expected one of {', '.join(map(repr, get_args(KL)))} where kl_coef is not 0, got None")
+    elif may_differ_from_0(given.kl_coef):
+        raise ValueError(f"kl: expected one of {', '.join(map(repr, KLS))} where kl_coef is not 0, got None")
 
 
-def _per_token(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
+def _check_read(given: PolicyArguments) -> None:
+    """That the loss reads what is given for it alone."""
+    loss, only = given.loss, list(given.extra or {})
+    if given.rollout_logprobs is not None:
+        only.append("rollout_logprob")
+    for term in only:
+        if not loss.asks(term):
+            raise ValueError(f"{_argument(term)}: {loss.name} does not read it; it reads {loss.reading()}")
+
+
+def _checked_tokens(name: str, like: Tensor, given: PolicyArguments) -> Tokens:
+    bounds = token_bounds(given.cu_seqlens, like, name)
+    if bounds is None and like.ndim != 2:
+        raise ValueError(f"{name}: expected [B, T], or [N] with cu_seqlens, got shape {list(like.shape)}")
+    mask = check.mask(given.mask, name, like)
+    return Tokens(tuple(like.shape), _with_keep(mask, given.keep, like, bounds, name), bounds)
+
+
+def _checked_terms(name: str, like: Tensor, given: PolicyArguments, rows: int) -> dict[str, Tensor]:
+    """The constants of a call by term, f32 and contiguous."""
+    terms: dict[str, Tensor] = {}
+    if given.old_logprobs is not None:
+        terms["old_logprob"] = _per_token("old_logprobs", given.old_logprobs, like, name)
+    if given.advantages is not None:
+        terms["advantage"] = _advantages("advantages", given.advantages, like, rows, name)
+    if given.ref_logprobs is not None:
+        terms["ref_logprob"] = _per_token("ref_logprobs", given.ref_logprobs, like, name)
+    if given.rollout_logprobs is not None:
+        terms["rollout_logprob"] = _per_token("rollout_logprobs", given.rollout_logprobs, like, name)
+    if given.weights is not None:
+        terms["weight"] = _weights("weights", given.weights, like, rows, name)
+    for term, x in (given.extra or {}).items():
+        check_extra(f"extra[{term!r}]", term, _TERMS)
+        if x is not None:
+            terms[term] = on_device(f"extra[{term!r}]", x, like, rows, name)
+    return terms
+
+
+def _argument(term: str) -> str:
+    return _TERMS.get(term, f"extra[{term!r}]")
+
+
+def _numbers(like: Tensor, given: PolicyArguments, packed: bool) -> dict[str, Number]:
+    """The numbers of a call by name, in the order of an objective's parameters."""
+    scalars = given.loss.scalars
+    named: dict[str, Number] = {
+        "call.width": 0.0 if packed else size(like.shape[1], like),
+        "call.kl_coef": number("kl_coef", given.kl_coef, like, check.finite),
+        "call.entropy_coef": number("entropy_coef", given.entropy_coef, like, check.finite),
+    }
+    for term in sorted(scalars):
+        named[term] = number(term, scalars[term], like, anything)
+    return named
+
+
+def _longest(bounds: Tensor) -> Tensor:
+    return (bounds.diff().max() if bounds.shape[0] > 1 else bounds.new_zeros(())).float()
+
+
+def check_extra(argument: str, term: str, own: Collection[str]) -> None:
+    """That an extra has no name of a term that has an argument of its own."""
+    if term in own:
+        raise ValueError(f"{argument}: {term!r} is a term of its own; pass it by its argument")
+
+
+def _constant(name: str, x: Tensor, like: Tensor, reference: str) -> Tensor:
+    check.same_device(name, x, reference, like)
+    return check.constant(name, x).contiguous()
+
+
+def _per_token(name: str, x: object, like: Tensor, reference: str) -> Tensor:
     tensor = check.floats(name, x)
     check.shape(name, tensor, like.shape, f"as {reference}")
-    check.same_device(name, tensor, reference, like)
-    return check.constant(name, tensor).contiguous()
+    return _constant(name, tensor, like, reference)
 
 
 def _weights(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
@@ -216,8 +300,7 @@ def _weights(name: str, x: object, like: Tensor, rows: int, reference: str) -> T
         check.shape(name, tensor, (rows,), "one per sequence")
     else:
         check.shape(name, tensor, like.shape, f"as {reference}")
-    check.same_device(name, tensor, reference, like)
-    return check.constant(name, tensor).contiguous()
+    return _constant(name, tensor, like, reference)
 
 
 def _advantages(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
@@ -227,8 +310,7 @@ def _advantages(name: str, x: object, like: Tensor, rows: int, reference: str) -
             f"{name}: expected shape {list(like.shape)} (one per token) or [{rows}] (one per sequence), "
             f"got {list(tensor.shape)}"
         )
-    check.same_device(name, tensor, reference, like)
-    return check.constant(name, tensor).contiguous()
+    return _constant(name, tensor, like, reference)
 
 
 def on_device(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
@@ -241,8 +323,7 @@ def on_device(name: str, x: object, like: Tensor, rows: int, reference: str) -> 
             f"{name}: expected shape {list(like.shape)} (one per token), [{rows}] (one per sequence) or [], "
             f"got {list(tensor.shape)}"
         )
-    check.same_device(name, tensor, reference, like)
-    return check.constant(name, tensor).contiguous()
+    return _constant(name, tensor, like, reference)
 
 
 def parameter(name: str, x: Tensor, like: Tensor, rows: int, reference: str) -> Tensor:
@@ -251,15 +332,14 @@ def parameter(name: str, x: Tensor, like: Tensor, rows: int, reference: str) -> 
         return single(name, x, like, anything)
     tensor = check.reals(name, x)
     check.shape(name, tensor, (rows,), "one per sequence")
-    check.same_device(name, tensor, reference, like)
-    return check.constant(name, tensor).contiguous()
+    return _constant(name, tensor, like, reference)
 
 
-def level_of(x: Tensor, like: Tensor) -> int:
+def level_of(x: Tensor, like: Tensor) -> Level:
     """How often `x` has a value, beside tokens like `like`."""
     if x.shape == like.shape:
-        return _TOKEN
-    return _ROW if x.ndim else _BATCH
+        return Level.TOKEN
+    return Level.SEQUENCE if x.ndim else Level.BATCH
 
 
 def check_numbers(name: str, x: Tensor, tokens: Tokens) -> None:
@@ -277,7 +357,7 @@ def _with_keep(
 ) -> Tensor | None:
     """The mask, less what `keep` drops; contiguous."""
     if keep is None:
-        return None if mask is None else mask.contiguous()
+        return mask
     kept = check.constant("keep", check.tensor("keep", keep)) != 0
     check.same_device("keep", keep, name, like)
     sequences = like.shape[0] if bounds is None else bounds.shape[0] - 1
