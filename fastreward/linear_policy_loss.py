@@ -233,7 +233,7 @@ def linear_policy_loss(
             applied,
             backend,
         )
-        total, values, token_loss = evaluate(
+        found = evaluate(
             call.objective,
             logprobs,
             entropy if wants_entropy else None,
@@ -244,16 +244,15 @@ def linear_policy_loss(
             call.numbers,
             backend,
         )
-    metrics = Metrics(values, call.metrics)
     if check.values_checked(hidden):
-        call.check_results(total, metrics, lambda: {"hidden": packed.spread(logprobs).reshape(labels.shape)})
+        call.check_results(found, lambda: {"hidden": packed.spread(logprobs).reshape(labels.shape)})
     grads[0] = packed.spread(grads[0]).reshape(hidden.shape) if needs[0] else grads[0]
     wanted = [(x, grad) for x, grad, needed in zip(inputs, grads, needs, strict=True) if x is not None and needed]
     delivered = deliver(
-        "linear_policy_loss", total, applied, backend, [grad for _, grad in wanted], [x for x, _ in wanted]
+        "linear_policy_loss", found.loss, applied, backend, [grad for _, grad in wanted], [x for x, _ in wanted]
     )
-    kept = packed.spread(token_loss).reshape(labels.shape) if return_token_loss else None
-    return PolicyLoss(delivered, metrics, kept)
+    kept = packed.spread(found.token_loss).reshape(labels.shape) if return_token_loss else None
+    return PolicyLoss(delivered, Metrics(found.metrics, call.metrics), kept)
 
 
 class _Packed:

@@ -303,12 +303,11 @@ def _fused(
         first = shaped[0]
         assert first is not None
         second = shaped[1] if entropy_read else None
-        total, values, token_loss = evaluate(
+        found = evaluate(
             call.objective, first, second, call.tensors, [call.tokens], call.groups, call.parameters, call.numbers,
             backend,
         )  # fmt: skip
-    metrics = Metrics(values, call.metrics)
     if check.values_checked(logits):
-        call.check_results(total, metrics, lambda: {"logits": first})
-    delivered = deliver("logits_policy_loss", total, applied, backend, [grad], [logits])
-    return PolicyLoss(delivered, metrics, token_loss if call.token_loss else None)
+        call.check_results(found, lambda: {"logits": first})
+    delivered = deliver("logits_policy_loss", found.loss, applied, backend, [grad], [logits])
+    return PolicyLoss(delivered, Metrics(found.metrics, call.metrics), found.token_loss if call.token_loss else None)

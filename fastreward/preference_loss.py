@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from fastreward._arguments import check
@@ -161,7 +160,7 @@ def preference_loss(
         given["call.weights", 0] = _per_pair("weights", weights, chosen_logprobs, pairs)
     if normalizer is not None:
         given["call.normalizer", 0] = single("normalizer", normalizer, chosen_logprobs, check.positive)
-    total, values, pair_loss = evaluate(
+    found = evaluate(
         objective,
         chosen_logprobs.contiguous(),
         rejected_logprobs.contiguous(),
@@ -172,29 +171,28 @@ def preference_loss(
         ready.numbers,
         backend,
     )
-    metrics = Metrics(values, names)
     if check.values_checked(chosen_logprobs):
         inspected = {"chosen_logprobs": (chosen_logprobs, 0), "rejected_logprobs": (rejected_logprobs, 1)}
         inspected |= {argument: (given[key], key[1]) for key, argument in arguments.items()}
         may_be_empty = normalizer is not None or empty == "zero"
-        _check_results(total.detach(), metrics.floats(), inspected, sides, may_be_empty)
-    return PolicyLoss(total, metrics, pair_loss if return_pair_loss else None)
+        _check_results(found.numbers(), names, inspected, sides, may_be_empty)
+    return PolicyLoss(found.loss, Metrics(found.metrics, names), found.token_loss if return_pair_loss else None)
 
 
 def _check_results(
-    loss: Tensor,
-    metrics: Mapping[str, float],
+    numbers: list[float],
+    metrics: tuple[str, ...],
     inspected: Mapping[str, tuple[Tensor, int]],
     sides: tuple[Tokens, Tokens],
     may_be_empty: bool,
 ) -> None:
     """That a pair counted, and that no argument, by name with its side, is NaN where its tokens do."""
-    if not metrics["pair_count"]:
-        if not may_be_empty and sides[0].rows and any(torch.Size(side.shape).numel() for side in sides):
+    if not numbers[1 + metrics.index("pair_count")]:
+        if not may_be_empty and sides[0].rows and any(0 not in side.shape for side in sides):
             raise ValueError(
                 f"chosen_mask, rejected_mask: expected at least one counted token, got all-zero masks; {NO_TOKEN}"
             )
-    elif loss.isnan() or any(map(math.isnan, metrics.values())):
+    elif any(map(math.isnan, numbers)):
         for argument, (x, side) in inspected.items():
             check_numbers(argument, x.detach(), sides[side])
 

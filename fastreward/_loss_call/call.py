@@ -24,7 +24,7 @@ from fastreward._arguments.numbers import (
 )
 from fastreward._arguments.options import AGGREGATIONS, EMPTY, KL, KLS, Aggregation, Empty
 from fastreward._arguments.tokens import Tokens, broadcast_to_tokens, token_bounds
-from fastreward._loss_call.op import evaluate
+from fastreward._loss_call.op import Evaluation, evaluate
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward.language.define import Definition, Loss
 from fastreward.language.graph import Level
@@ -85,22 +85,20 @@ class Call:
     gradient: str | None  # of the gradient token by token, for logits_policy_loss
     gradient_tensors: list[Tensor]
 
-    def check_results(
-        self, loss: Tensor, metrics: Metrics, computed: Callable[[], Mapping[str, Tensor | None]]
-    ) -> None:
+    def check_results(self, found: Evaluation, computed: Callable[[], Mapping[str, Tensor | None]]) -> None:
         """That something counted, and that no argument is NaN where it does. computed: log-probs and entropy by name.
 
         NaN is looked for where the loss or a metric has become NaN, and in advantages per sequence always.
         """
-        numbers = metrics.values_tensor.tolist()
-        if not numbers[metrics.names.index("token_count")]:
+        numbers = found.numbers()
+        if not numbers[1 + self.metrics.index("token_count")]:
             if not self.may_be_empty and 0 not in self.tokens.shape:
                 raise ValueError(f"mask: expected at least one counted token, got an all-zero mask; {NO_TOKEN}")
             return
         advantages = self.terms.get("advantage")
         if advantages is not None and advantages.shape != self.tokens.shape:
-            numbers.append(advantages.sum().item())  # NaN where there is one, if not only there
-        if any(map(math.isnan, numbers)) or math.isnan(loss.item()):
+            numbers = [*numbers, advantages.sum().item()]  # NaN where there is one, if not only there
+        if any(map(math.isnan, numbers)):
             constants = {_argument(term): x for term, x in self.terms.items()}
             for argument, x in {**constants, **computed()}.items():
                 if x is not None:
@@ -165,7 +163,7 @@ def finish(
     call: Call, logprobs: Tensor, entropy: Tensor | None, backend: str, named: Mapping[str, Tensor | None]
 ) -> PolicyLoss:
     """The loss of a checked call. named: what log-probs and entropy are called where they are NaN."""
-    total, values, token_loss = evaluate(
+    found = evaluate(
         call.objective,
         logprobs.contiguous(),
         None if entropy is None else entropy.contiguous(),
@@ -176,10 +174,9 @@ def finish(
         call.numbers,
         backend,
     )
-    metrics = Metrics(values, call.metrics)
     if check.values_checked(logprobs):
-        call.check_results(total.detach(), metrics, lambda: named)
-    return PolicyLoss(total, metrics, token_loss if call.token_loss else None)
+        call.check_results(found, lambda: named)
+    return PolicyLoss(found.loss, Metrics(found.metrics, call.metrics), found.token_loss if call.token_loss else None)
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

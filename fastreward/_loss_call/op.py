@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -220,6 +220,22 @@ _objective.register_autograd(_backward, setup_context=_setup_context)
 _objective_backward.refuse_double_backward()
 
 
+class Evaluation(NamedTuple):
+    """loss [] with its gradient; metrics [M]; token_loss: of tokens or pairs, if that was asked for.
+
+    known: the loss and the metrics as numbers, where nothing has to be waited for.
+    """
+
+    loss: Tensor
+    metrics: Tensor
+    token_loss: Tensor
+    known: list[float] | None
+
+    def numbers(self) -> list[float]:
+        """The loss and the metrics."""
+        return [self.loss.detach().item(), *self.metrics.tolist()] if self.known is None else self.known
+
+
 class _WithGradient(torch.autograd.Function):
     """A loss that has been computed, and the gradient that was computed with it."""
 
@@ -248,20 +264,21 @@ def evaluate(
     parameters: list[float],
     numbers: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [] with its gradient, metrics [M], token or pair losses, if asked for) of a registered objective."""
+) -> Evaluation:
+    """The value of a registered objective, and its gradient for autograd."""
     a, b = sides[0], sides[-1] if len(sides) == 2 else Tokens(())
     given = (a.mask, b.mask, a.cu_seqlens, b.cu_seqlens)
     if not plain((first, second, numbers, groups, *given, *tensors)):
         result = _objective(first, second, tensors, *given, groups, parameters, numbers, objective, backend)
-        return result[0], result[1].detach(), result[5].detach()
+        return Evaluation(result[0], result[1].detach(), result[5].detach(), None)
     o, trained = _OBJECTIVES[objective], [x for x in (first, second) if x is not None and x.requires_grad]
     first_value, second_value = (x.detach() if x is not None and x.requires_grad else x for x in (first, second))
     outputs, batch = run(o, first_value, second_value, tensors, sides, groups, read(parameters, numbers), backend)
-    loss, metrics = batch[0].clone(), batch[1:]
-    token_loss = metrics if o.token_loss is None else outputs[o.token_loss]
+    known = batch.tolist() if batch.is_cpu else None
+    loss = batch[0].clone() if known is None else torch.scalar_tensor(known[0], dtype=torch.float32)
+    token_loss = batch if o.token_loss is None else outputs[o.token_loss]
     if trained and torch.is_grad_enabled():
         saved = [None if g is None else outputs[g.output] for g in o.gradients]
         weight = None if o.row_weight is None else outputs[o.row_weight]
         loss = _with_gradient([loss], o, backend, (*saved, weight, *given), first, second)
-    return loss, metrics, token_loss
+    return Evaluation(loss, batch[1:], token_loss, known)

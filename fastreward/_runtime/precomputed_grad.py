@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastreward._arguments.transforms import batched, refuse_double_backward, refuse_vmap
 from fastreward._runtime import logit_rows
-from fastreward._runtime.custom_op import custom_op
+from fastreward._runtime.custom_op import custom_op, plain
 from fastreward._runtime.dispatch import implementation
 
 
@@ -41,7 +41,8 @@ class _Deliver(torch.autograd.Function):
                 f"{ctx.name}: its gradient exists once and has been handed over; call it again for another backward"
             )
         wanted = upstream.detach().float().reshape(())
-        for grad in grads:
+        as_expected = plain((wanted, ctx.applied)) and wanted.is_cpu and wanted.item() == ctx.applied.item()
+        for grad in () if as_expected else grads:
             _rescale_(grad, wanted, ctx.applied, ctx.backend)
         return (None, None, None, None, None, *grads)
 

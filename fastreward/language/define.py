@@ -142,6 +142,8 @@ class Loss:
     #: What the formula was when this was made, with the values that its function reads from outside. "" of the
     #: package's own, which read nothing, and of one made inside another loss, as part of whose formula it counts.
     _digest: str = field(init=False, repr=False)
+    #: Names of the parameters that are numbers at run time.
+    _numeric: tuple[str, ...] = field(init=False, repr=False)
     #: SEQUENCE: the loss reads advantages, weights or extras where only what is per sequence may be (group_sum).
     _highest: Level = field(init=False, default=Level.TOKEN, repr=False)
     _plans: dict[tuple[Any, ...], Plan] = field(init=False, default_factory=dict, repr=False)
@@ -150,6 +152,7 @@ class Loss:
     def __post_init__(self) -> None:
         alone = not (self.definition.own or getattr(_TRACING, "now", False))
         token, digest, fixed = self.definition.options.token, self._traced_first() if alone else "", self._fixed
+        object.__setattr__(self, "_numeric", tuple(k for k in self.parameters if self._is_scalar(k)))
         object.__setattr__(self, "_digest", digest)
         object.__setattr__(self, "structure", (token, digest, fixed))
         object.__setattr__(self, "formula", f"{token} {digest} {fixed}")
@@ -189,7 +192,7 @@ class Loss:
     @property
     def scalars(self) -> dict[str, float]:
         """Parameters that are numbers at run time: changing them compiles nothing."""
-        return {k: float(v) for k, v in self.parameters.items() if self._is_scalar(k)}
+        return {k: float(self.parameters[k]) for k in self._numeric}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
