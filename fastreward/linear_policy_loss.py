@@ -105,10 +105,8 @@ def _linear_policy_gradient(
 
 @_linear_policy_gradient.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, gradient: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradient, needs = others[-4:-2]
-
     def per_token(wanted: bool) -> Tensor:
         return hidden.new_empty((hidden.shape[0] if wanted else 0,), dtype=torch.float32)
 

@@ -57,21 +57,7 @@ def _logits_gradient(
 
 
 @_logits_gradient.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    temperature: Tensor | None,
-    temperature_scalar: float,
-    tensors: list[Tensor],
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    groups: Tensor | None,
-    parameters: list[float],
-    numbers: Tensor | None,
-    gradient: str,
-    scale: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, labels: Tensor, gradient: str) -> tuple[Tensor, Tensor, Tensor]:
     def new() -> Tensor:
         return logits.new_empty(labels.shape, dtype=torch.float32)
 
@@ -102,21 +88,7 @@ def _logits_gradient_(
 
 
 @_logits_gradient_.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    temperature: Tensor | None,
-    temperature_scalar: float,
-    tensors: list[Tensor],
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    groups: Tensor | None,
-    parameters: list[float],
-    numbers: Tensor | None,
-    gradient: str,
-    scale: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, labels: Tensor, gradient: str) -> tuple[Tensor, Tensor]:
     def new(count: int) -> Tensor:
         return logits.new_empty((count,), dtype=torch.float32)
 

@@ -88,21 +88,10 @@ def _objective(
 
 @_objective.register_fake
 def _(
-    first: Tensor,
-    second: Tensor | None,
-    tensors: list[Tensor],
-    mask: Tensor | None,
-    second_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    second_cu_seqlens: Tensor | None,
-    groups: Tensor | None,
-    parameters: list[float],
-    numbers: Tensor | None,  # f64 [parameters]: instead of them, where the host does not know them all
-    objective: str,
-    backend: str,
+    first: Tensor, second: Tensor | None, cu_seqlens: Tensor | None, second_cu_seqlens: Tensor | None, objective: str
 ) -> tuple[Tensor, ...]:
     o = _OBJECTIVES[objective]
-    sides = _sides(o, first, second, mask, second_mask, cu_seqlens, second_cu_seqlens)
+    sides = _sides(o, first, second, None, None, cu_seqlens, second_cu_seqlens)
     new, rows = first.new_empty, sides[0].rows
 
     def kept(k: int, g: Gradient | None) -> Tensor:
@@ -149,16 +138,7 @@ def _objective_backward(
 
 
 @_objective_backward.register_fake
-def _(
-    saved: Tensor,
-    row_weight: Tensor | None,
-    grad_loss: Tensor,
-    like: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    per_token: bool,
-    backend: str,
-) -> Tensor:
+def _(like: Tensor) -> Tensor:
     return torch.empty_like(like)
 
 

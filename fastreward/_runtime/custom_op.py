@@ -8,6 +8,7 @@ an input or another output).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
@@ -48,8 +49,13 @@ class CustomOp:
         return self._overload(*args) if self._node is None else _recorded(self._node, self._function, args)
 
     def register_fake(self, function: Callable[..., Any]) -> None:
-        """Shapes and dtypes of the outputs, for tracing."""
-        torch.library.register_fake(self._name, function, lib=_LIBRARY)
+        """Shapes and dtypes of the outputs, for tracing: a function of those arguments that it names, or of *all."""
+        names, own = [x.name for x in self._overload._schema.arguments], inspect.signature(function).parameters
+        if any(x.kind is x.VAR_POSITIONAL for x in own.values()):
+            torch.library.register_fake(self._name, function, lib=_LIBRARY)
+        else:
+            places = [names.index(name) for name in own]
+            torch.library.register_fake(self._name, lambda *args: function(*(args[k] for k in places)), lib=_LIBRARY)
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
         """The backward, and what it saves: functions of (ctx, *grads) and of (ctx, inputs, output), as torch has them.

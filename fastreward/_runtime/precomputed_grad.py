@@ -60,5 +60,5 @@ def _rescale_(grad: Tensor, upstream: Tensor, applied: Tensor, backend: str) -> 
 
 
 @_rescale_.register_fake
-def _(*_: Any) -> None:
+def _() -> None:
     return None
