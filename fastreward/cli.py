@@ -156,7 +156,9 @@ def bench(
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="A method to explain; all are listed when none is named.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table of methods.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of methods of docs/methods.md.")
+    ] = False,
 ) -> None:
     """List the published methods with their sources, or explain one: formula, gradient, how sure, an example."""
     from fastreward.recipes._catalogue import show as room

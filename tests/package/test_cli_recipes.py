@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fastreward.cli import app
 from fastreward.recipes import RECIPES
-from fastreward.recipes._catalogue.registry import FAMILIES, NOTATION, VERIFIED
+from fastreward.recipes._catalogue.registry import FAMILIES, NOTATION, VERIFIED, by_returns
 
 _RUNNER = CliRunner()
 
@@ -87,7 +87,11 @@ def test_markdown() -> None:
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert lines[0].startswith("| recipe | formula |")
-    assert len(lines) == 2 + len(FAMILIES) + len(RECIPES)
+    titles = [
+        f"| **{h}: {FAMILIES[family]}** | {NOTATION[family]} |" for h, of in by_returns().items() for family in of
+    ]
+    assert [line for line in lines if line.startswith("| **")] == [f"{title} | |" for title in titles]
+    assert len(lines) == 2 + len(titles) + len(RECIPES)
     for line in lines:
         assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
     for recipe in RECIPES.values():

@@ -1,4 +1,4 @@
-"""Recipes on paper: the list, the explanation of one, and the README's table."""
+"""Recipes on paper: the list, the explanation of one, and the table in docs/methods.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from fastreward.recipes._catalogue.registry import (
     VERIFIED,
     Family,
     Recipe,
-    by_family,
     by_returns,
     hint,
 )
@@ -74,14 +73,18 @@ def explain(console: Console, recipe: Recipe) -> None:
 
 
 def markdown() -> str:
-    """The README's table of methods."""
+    """The table of methods in docs/methods.md, in the order of the list."""
     lines = ["| recipe | formula | paper | verified |", "|---|---|---|---|"]
-    for family, recipes in by_family().items():
-        lines.append(f"| **{FAMILIES[family]}** | {NOTATION[family]} | | |")
-        for r in recipes:
-            source = r.source if r.url is None else f"[{r.source.removeprefix('arXiv ')}]({r.url})"
-            lines.append(f"| `{r.name}` | {_cell(r.summary)} | {source} | {VERIFIED[r.verified][0]} |")
+    for heading, families in by_returns().items():
+        for family, recipes in families.items():
+            lines += [f"| **{heading}: {FAMILIES[family]}** | {NOTATION[family]} | | |", *map(_row, recipes)]
     return "\n".join(lines) + "\n"
+
+
+def _row(recipe: Recipe) -> str:
+    source = recipe.source.removeprefix("arXiv ")
+    source = recipe.source if recipe.url is None else f"[{source}]({recipe.url})"
+    return f"| `{recipe.name}` | {_cell(recipe.summary)} | {source} | {VERIFIED[recipe.verified][0]} |"
 
 
 def _plain(text: str) -> str:
