@@ -104,8 +104,8 @@ class RecordingTrainer(TreeGRPOTrainer):
         if self.difference is None:
             with torch.no_grad():
                 stock = GRPOTrainer._get_per_token_logps_and_entropies(self, *args, **kwargs)
-            counted = found[0] != 0  # TRL's padding is not 0
-            self.difference = float((found[0].detach() - stock[0])[counted].abs().max())
+            valid = found[0] != 0  # TRL's padding is not 0
+            self.difference = float((found[0].detach() - stock[0])[valid].abs().max())
         return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

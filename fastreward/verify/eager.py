@@ -31,13 +31,13 @@ def token_logprobs(
     logp = z.log_softmax(-1)
     p = logp.exp()
     label = z.gather(-1, labels.unsqueeze(-1))
-    counted = z if kept is None else z.masked_fill(~kept, 0.0)
+    inside = z if kept is None else z.masked_fill(~kept, 0.0)
     out = {
         "logprobs": logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1),
         "entropy": -(p * logp.masked_fill(p == 0, 0.0)).sum(-1),
         "logsumexp": z.logsumexp(-1),
         "label_logit": label.squeeze(-1),
-        "mean_logit": counted.sum(-1) / (logits.shape[-1] if kept is None else kept.sum(-1)),
+        "mean_logit": inside.sum(-1) / (logits.shape[-1] if kept is None else kept.sum(-1)),
         "log_sum_sq_probs": (p * p).sum(-1).log(),
         "max_logprob": logp.amax(-1),
         "argmax": z.argmax(-1),
@@ -108,10 +108,10 @@ def policy_loss(
     group_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, token loss [B, T] and a few metrics of the PPO family (log-ratio clamped to +-20), in the input dtype."""
-    counted = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
+    valid = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
 
     def clean(x: Tensor) -> Tensor:
-        return x.masked_fill(~counted, 0.0)
+        return x.masked_fill(~valid, 0.0)
 
     lp = clean(logprobs)
     adv = clean(advantages.unsqueeze(-1).expand_as(lp) if advantages.ndim == 1 else advantages)
@@ -129,14 +129,14 @@ def policy_loss(
         token = token + kl_coef * _kl(kl, gap, ratio)
     if entropy is not None:
         token = token - entropy_coef * clean(entropy)
-    token = token * counted
-    count = counted.sum().clamp(min=1)
+    token = token * valid
+    count = valid.sum().clamp(min=1)
     metrics = {
-        "kl_old_k1": (-log_ratio * counted).sum() / count,
-        "kl_old_k3": ((ratio - log_ratio - 1) * counted).sum() / count,
-        "ratio_mean": (ratio * counted).sum() / count,
+        "kl_old_k1": (-log_ratio * valid).sum() / count,
+        "kl_old_k3": ((ratio - log_ratio - 1) * valid).sum() / count,
+        "ratio_mean": (ratio * valid).sum() / count,
     }
-    return _aggregate(token, counted, aggregation, normalizer, group_ids), token, metrics
+    return _aggregate(token, valid, aggregation, normalizer, group_ids), token, metrics
 
 
 def _kl(kind: str, gap: Tensor, ratio: Tensor) -> Tensor:
@@ -148,9 +148,9 @@ def _kl(kind: str, gap: Tensor, ratio: Tensor) -> Tensor:
 
 
 def _aggregate(
-    token: Tensor, counted: Tensor, aggregation: str, normalizer: float | None, group_ids: Tensor | None
+    token: Tensor, valid: Tensor, aggregation: str, normalizer: float | None, group_ids: Tensor | None
 ) -> Tensor:
-    lengths = counted.sum(-1)
+    lengths = valid.sum(-1)
     sequences = (lengths > 0).sum()
     rows = token.sum(-1)
     if aggregation in ("seq-mean-token-mean", "group-mean"):
@@ -252,13 +252,13 @@ def _center(v: Tensor, rows: list[int], center: str | Tensor, lengths: Tensor | 
 def whiten(
     x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, ddof: int = 1, eps: float = 1e-8
 ) -> Tensor:
-    """(x - mean) * rsqrt(var + eps) over the counted positions, 0 elsewhere, in the dtype of x."""
-    counted = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-    count = counted.sum()
-    mean = torch.where(counted, x, 0.0).sum() / count
-    variance = (torch.where(counted, x - mean, 0.0) ** 2).sum() / (count - ddof)
+    """(x - mean) * rsqrt(var + eps) over the valid positions, 0 elsewhere, in the dtype of x."""
+    valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    count = valid.sum()
+    mean = torch.where(valid, x, 0.0).sum() / count
+    variance = (torch.where(valid, x - mean, 0.0) ** 2).sum() / (count - ddof)
     white = (x - mean) * torch.rsqrt(variance + eps)
-    return torch.where(counted, white if shift_mean else white + mean, 0.0)
+    return torch.where(valid, white if shift_mean else white + mean, 0.0)
 
 
 # -------------------------------------------------------------------------------------------------- prefix trees

@@ -22,7 +22,7 @@ SHAPE = (2048, 151_936)
 QUICK = (64, 8192)
 
 _WITHOUT_ENTROPY = f"{OURS} (no entropy)"
-_TRL_SEQUENCES = 8  # TRL hands [B, T, V] over, verl [N, V]
+_TRL_SEQUENCES = 8  # TRL takes [B, T, V], verl [N, V]
 #: Peers answer in the logits' dtype: entropies near 12 in bf16 are up to 0.4 nat off.
 _PEER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -35,7 +35,7 @@ def _data(dtype: torch.dtype, shape: tuple[int, int], device: str) -> tuple[Tens
     """logits [N, V], labels [N], upstream gradient [N]; kept for the next case of the same size."""
     generator = torch.Generator(device=device).manual_seed(0)
     logits = torch.empty(shape, dtype=dtype, device=device)
-    for start in range(0, shape[0], 64):  # in blocks: no float32 twin of a bf16 matrix
+    for start in range(0, shape[0], 64):  # in blocks: no float32 copy of a bf16 matrix
         block = logits[start : start + 64]
         block.copy_(torch.randn(block.shape, generator=generator, device=device) * 2)
     labels = torch.randint(0, shape[1], shape[:1], generator=generator, device=device)

@@ -109,7 +109,7 @@ def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "packed, one advantage per sequence", base | {
         "packed": True, "advantages": base["advantages"][:, 0].clone(), "aggregation": "seq-mean-token-mean",
     }  # fmt: skip
-    yield "nothing counted, normalizer", base | {"mask": torch.zeros(shape), "normalizer": 10.0}
+    yield "no valid token, normalizer", base | {"mask": torch.zeros(shape), "normalizer": 10.0}
 
 
 def _leaves(inputs: Mapping[str, Any], double: bool = False) -> Tensors:

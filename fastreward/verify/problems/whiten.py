@@ -42,8 +42,8 @@ def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "large mean, small spread", {"x": 1e4 + 1e-2 * x, "mask": mask}
     yield "NaN under the mask", {"x": x.masked_fill(~mask, torch.nan), "mask": mask}
     yield "constant", {"x": torch.full(shape, 3.0), "mask": mask, "shift_mean": False}
-    yield "two counted positions", {"x": x, "mask": torch.arange(x.numel()).view(shape) < 2}
-    yield "one counted position, ddof 0", {"x": x, "mask": torch.arange(x.numel()).view(shape) < 1, "ddof": 0}
+    yield "two valid positions", {"x": x, "mask": torch.arange(x.numel()).view(shape) < 2}
+    yield "one valid position, ddof 0", {"x": x, "mask": torch.arange(x.numel()).view(shape) < 1, "ddof": 0}
     yield "one dimension", {"x": x.flatten()[:1000].clone()}
     yield "in place", {"x": x, "mask": mask, "inplace": True}
 
