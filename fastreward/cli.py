@@ -239,7 +239,7 @@ def _operation(name: str, known: tuple[str, ...]) -> str:
 
 
 def _check_output(option: str, path: Path | None, *, picture: bool = False) -> None:
-    """Before any work, whose result would be lost."""
+    """Refuse a file that can't be written before any work is done."""
     from fastreward._arguments import check
 
     try:
@@ -279,7 +279,7 @@ def _print_json(facts: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, facts: dict[str, Any]) -> None:
-    """All of it or what was there before, whenever the process is stopped."""
+    """Write a file at once: whenever the process is stopped, it has the new contents or the old ones."""
     half = path.with_name(f"{path.name}.part")
     half.write_text(json.dumps(facts, indent=1) + "\n")
     half.replace(path)

@@ -1,4 +1,4 @@
-"""What is on this machine, and which backend serves which operation: `fastreward doctor`."""
+"""Report on this machine, and on which backend serves which operation: `fastreward doctor`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def status(operation: str, backend: dispatch.Backend) -> str:
 
 
 def _cuda_state(operation: str) -> str:
-    """How the CUDA C++ kernels of an operation come into being here, and what is known of them."""
+    """State of an operation's CUDA C++ kernels: how they are compiled here, and on which hardware they have passed."""
     generated = dispatch.generated(operation)
     if _has_module() and not generated:
         made = "compiled"
@@ -150,7 +150,7 @@ def _driver() -> str:
 
 
 def _cuda_route() -> str:
-    """How the CUDA C++ kernels get here: built by nvcc at installation, compiled by CuPy at first use, or not."""
+    """Origin of the CUDA C++ kernels: nvcc at installation, CuPy at first use, or none."""
     cupy = _cupy()
     by_cupy = f"compiled at first use by CuPy {cupy} (NVRTC)"
     without = "compiled at first use by CuPy, which is not installed"

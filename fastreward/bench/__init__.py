@@ -36,7 +36,7 @@ WITH_VOCABULARY = (
 
 
 class Operation(Protocol):
-    """What an operation's file gives."""
+    """The contents of an operation's file."""
 
     CASES: tuple[str, ...]
     DTYPES: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What a benchmark is made of: a case (one operation at one size), its contenders, its promises."""
+"""The parts of a benchmark: a case (one operation at one size), its contenders, its promises."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Case:
 
 @dataclass(slots=True)
 class Timing:
-    """What was measured of one contender; seconds and bytes."""
+    """Measurements of one contender, in seconds and bytes."""
 
     name: str
     error: float

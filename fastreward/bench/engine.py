@@ -26,7 +26,7 @@ _L2_FLUSH = 512 << 20  # also long enough on the device for the host to queue th
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How long and how often: the budget is for one case's timed rounds."""
+    """Length and number of the timed rounds; the budget is for one case."""
 
     seconds: float = 20.0
     min_rounds: int = 3
@@ -232,7 +232,7 @@ def _last_of(call: Callable[[], Any], times: int) -> Any:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """As timeit does: a collection that falls into a call takes 0.1 s, and is due to all that was made before."""
+    """Turn the garbage collector off, as timeit does: a collection takes 0.1 s, and is not this call's doing."""
     gc.disable()
     try:
         yield

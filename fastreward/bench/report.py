@@ -99,7 +99,7 @@ def _verdict(verdict: Verdict) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured on, when, and with which fastreward."""
+    """Facts about the run: machine, date, and which fastreward."""
     from fastreward import doctor
 
     facts: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""How many bytes an operation cannot avoid moving, and how many flops: the formulas behind every share of the limit.
+"""The bytes that an operation cannot avoid moving, and its flops: the formulas behind every share of the limit.
 
 A limit is never a data sheet's: `Traffic.seconds` divides by what was measured in the same run.
 """

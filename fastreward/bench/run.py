@@ -17,7 +17,7 @@ from fastreward.bench.engine import Outcome, Settings, run
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run."""
+    """A choice of cases to run."""
 
     operations: tuple[str, ...]
     device: str = "cpu"

@@ -26,7 +26,7 @@ class Entry:
 
 @dataclass(slots=True)
 class Report:
-    """What a patch replaced and what it left alone. `rich.print(report)` shows it as a table."""
+    """A patch's account of what it replaced and what it kept. `rich.print(report)` shows it as a table."""
 
     trainer: str
     version: str

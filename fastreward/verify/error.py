@@ -1,4 +1,4 @@
-"""How far a result is from the truth."""
+"""Distance of a result from the truth."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Plan:
-    """What runs where, and what does not and why."""
+    """Problems by backend, and the reasons where there is none to run."""
 
     problems: list[tuple[Problem, list[tuple[dispatch.Backend, str]]]] = field(default_factory=list)
     skipped: dict[tuple[str, str], str] = field(default_factory=dict)  # (operation, backend) -> why
@@ -203,7 +203,7 @@ def _kind(finding: Finding) -> tuple[str, str, str, str, bool]:
 
 
 def _worst(findings: Sequence[Finding]) -> list[tuple[Finding, int]]:
-    """Of each kind the finding furthest beyond torch's error (failures first), with the kind's count."""
+    """For each kind the finding furthest beyond torch's error (failures first), with the kind's count."""
     kinds: dict[tuple[str, str, str, str, bool], list[Finding]] = {}
     for finding in findings:
         kinds.setdefault(_kind(finding), []).append(finding)

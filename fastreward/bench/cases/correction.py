@@ -66,7 +66,7 @@ def _ours(case: str, old: Tensor, rollout: Tensor, mask: Tensor) -> Weights:
 
 
 def _plain(case: str, old: Tensor, rollout: Tensor, mask: Tensor) -> Weights:
-    """As one writes it down, without the metrics that the others compute."""
+    """The obvious form, without the metrics that the others compute."""
     log_ratio = old - rollout
     if case == "tis":
         return log_ratio.clamp(-20.0, 20.0).exp().clamp(max=2.0) * mask, mask.clone()
@@ -91,7 +91,7 @@ def _verl(case: str, data: tuple[Tensor, Tensor, Tensor]) -> Contender:
 
 
 def _error(truth: Weights, mask: Tensor, result: Weights) -> float:
-    """Of the weights; infinite where other sequences are kept."""
+    """Error of the weights; infinite where other sequences are kept."""
     if not torch.equal(result[1].bool() & mask, truth[1]):
         return torch.inf
     return distance(result[0] * mask, truth[0])

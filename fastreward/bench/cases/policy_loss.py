@@ -193,7 +193,7 @@ def _truth(written: Written, logprobs: Tensor, old: Tensor, advantages: Tensor, 
 
 
 def _error(expected: Tensors, result: Tensors) -> float:
-    """Of the loss, and of the gradient away from the clip's edges, where float32 may fall on the other side."""
+    """Error of the loss, and of the gradient away from the clip's edges, where float32 may fall on the other side."""
     loss, grad = expected
     close = (result[1] - grad).abs() <= 1e-4 * grad.abs().max()
     if float(close.double().mean()) < 1 - 1e-5:

@@ -74,7 +74,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
 
 
 def _dpo(chosen: Tensor, rejected: Tensor, ref_c: Tensor, ref_r: Tensor, mask_c: Tensor, mask_r: Tensor) -> Tensor:
-    """As TRL has it: log-probs of masked tokens are set to 0, then summed."""
+    """TRL's form: log-probs of masked tokens are set to 0, then summed."""
 
     def total(x: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, x, 0.0).sum(-1)

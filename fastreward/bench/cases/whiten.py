@@ -65,5 +65,5 @@ def _verl(x: Tensor, mask: Tensor) -> Contender:
 
 
 def _error(truth: Tensor, mask: Tensor, result: Tensor) -> float:
-    """On the valid positions: verl leaves what it computed in the others."""
+    """Error at the valid positions; verl leaves what it computed in the others."""
     return distance(result[mask], truth[mask])
