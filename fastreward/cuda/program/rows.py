@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from fastreward.cuda.program.expressions import (
     Block,
@@ -18,20 +17,18 @@ from fastreward.cuda.program.expressions import (
     wrapped,
 )
 from fastreward.cuda.program.plan import ACROSS, OVER_BATCH
+from fastreward.cuda.program.values import Values
 from fastreward.language.graph import Level, Node
 from fastreward.language.ops import GROUP_REDUCTIONS
 from fastreward.language.program import TokenStep
-
-if TYPE_CHECKING:
-    from fastreward.cuda.program.source import Source
 
 
 class RowWork:
     """Writes `finish_...`, which the block that arrives last in launch `k` calls."""
 
-    def __init__(self, source: Source, k: int) -> None:
-        self._source, self._plan, self._k = source, source.plan, k
-        self._launch = source.plan.launches[k]
+    def __init__(self, values: Values, k: int) -> None:
+        self._values, self._plan, self._k = values, values.plan, k
+        self._launch = values.plan.launches[k]
         self._slots = self._places_in_shared_memory()
 
     def text(self) -> str:
@@ -42,7 +39,7 @@ class RowWork:
         head = ["const i64 rows = a.side0.rows;"]
         if self._slots:
             nodes = {n.id: n for n in self._launch.nodes}
-            head += self._source.name.listed("batch", (self._source.name.label(nodes[i]) for i in self._slots))
+            head += self._values.name.listed("batch", (self._values.name.label(nodes[i]) for i in self._slots))
             head.append(f"__shared__ double batch[{len(self._slots)}];")
         if any(n.op in GROUP_REDUCTIONS for n in self._launch.nodes):
             head += ["Groups groups = a.groups;", "find_groups(groups);"]
@@ -67,7 +64,7 @@ class RowWork:
         own = self._plan.ready[node.id]
         readers = [n for n in self._launch.nodes if any(a.id == node.id for a in n.args)]
         later = any(n.level == Level.SEQUENCE or n.op in OVER_BATCH or self._plan.ready[n.id] > own for n in readers)
-        return later or any(n.id == node.id for n in self._source.program.outputs)
+        return later or any(n.id == node.id for n in self._values.program.outputs)
 
     # ------------------------------------------------------------------------------------------------------- one phase
     def _given(self, q: int, row: bool) -> Given:
@@ -77,7 +74,7 @@ class RowWork:
             ready = self._plan.ready.get(node.id)
             if ready is not None and node.id in self._slots and ready <= (self._k, q):
                 return truth(node, f"batch[{self._slots[node.id]}]"), False
-            return self._source.kept(node, (self._k, q)) or self._source.leaf(node, "double", row=row)
+            return self._values.kept(node, (self._k, q)) or self._values.leaf(node, "double", row=row)
 
         return given
 
@@ -88,13 +85,13 @@ class RowWork:
         operators = [n for n in own if n.op not in OVER_BATCH]
         shared = [(f"batch[{self._slots[n.id]}]", n) for n in operators if n.id in self._slots]
         totals = [(f"a.totals[{plan.totals[n.id]}]", n) for n in own if n.id in plan.totals]
-        outputs = enumerate(self._source.program.batch)
+        outputs = enumerate(self._values.program.batch)
         results = [(f"a.results[{i}]", n) for i, n in outputs if plan.output_time(n) == time]
         fresh, there = {n.id for n in operators}, self._given(q, row=False)
         block = Block(
             "double",
             lambda n: None if n.id in fresh else there(n),
-            self._source.name,
+            self._values.name,
             [n for _, n in (*shared, *totals, *results)],
         )
         lines = [f"{target} = {block.value(n)};" for target, n in (*shared, *totals)]
@@ -135,7 +132,7 @@ class RowWork:
         # In the graph's order, so that nothing lives longer than it must.
         tasks = [(n.args[0], joined(f"sums[{i}]", n, "{}")) for i, n in enumerate(batch)]
         tasks += [(n, f"a.columns[{plan.columns[n.id]} * rows + row] = {{}};") for n in plan.stores.get(time, [])]
-        outputs = ((i, n) for i, n in enumerate(self._source.program.outputs) if n.level < Level.TOKEN)
+        outputs = ((i, n) for i, n in enumerate(self._values.program.outputs) if n.level < Level.TOKEN)
         tasks += [(n, f"a.out{i}[row] = float({{}});") for i, n in outputs if plan.output_time(n) == time]
         tasks.sort(key=lambda task: task[0].id)
         if not tasks:
@@ -145,7 +142,7 @@ class RowWork:
         block = Block(
             "double",
             lambda n: (reduced[n.id], False) if n.id in reduced else there(n),
-            self._source.name,
+            self._values.name,
             [n for n, _ in tasks],
         )
         for n, statement in tasks:
@@ -158,7 +155,7 @@ class RowWork:
         return self._launch.steps if q == 0 else ()
 
     def _array(self, step: TokenStep) -> str:
-        return f"tokens{step.side}" if self._source.program.sides == 2 else "tokens"
+        return f"tokens{step.side}" if self._values.program.sides == 2 else "tokens"
 
     def _reduced(self, step: TokenStep) -> Iterator[tuple[Node, str]]:
         for i, n in enumerate(in_order(step.reduce)):
@@ -169,7 +166,7 @@ class RowWork:
         for step in self._steps(q):
             array = self._array(step)
             if f"{array}[" in body:
-                reduced = f"{self._source.pass_name(self._k, step)}::Reduced"
+                reduced = f"{self._values.pass_name(self._k, step)}::Reduced"
                 yield f"double {array}[{reduced}::ROOM];"
                 yield f"{reduced}::over_units(a.side{step.side}, a.sums{step.side}, row, {array});"
 
@@ -184,7 +181,7 @@ class RowWork:
             call = f"add_members<{members}>(groups, {x}, {key}, {out});"
         else:
             call = f"over_groups<Reductions<{kinds([node])}>>(groups, {', '.join(columns)});"
-        return [f"// {self._source.name(node)}", call]
+        return [f"// {self._values.name(node)}", call]
 
 
 def _as_f32(node: Node, block: Block) -> str:
