@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final, Literal
 
+from fastreward.language.gpu_plan import KINDS, kind_of
 from fastreward.language.graph import Node, walk
 from fastreward.language.ops import ATOM, OPS
 
@@ -119,20 +120,10 @@ def truth(node: Node, text: str) -> str:
     return f"({text} != 0.)" if node.boolean else text
 
 
-def kind_of(node: Node) -> Literal["sum", "max", "min"]:
-    """What a reduction is; a count is a sum."""
-    return "max" if node.op.endswith("_max") else "min" if node.op.endswith("_min") else "sum"
-
-
-def in_order(nodes: Iterable[Node]) -> list[Node]:
-    """Sums, then maxima, then minima, as program.cuh's Reductions wants them."""
-    return sorted(nodes, key=lambda n: _KINDS.index(kind_of(n)))
-
-
 def kinds(nodes: Iterable[Node]) -> str:
-    """The arguments of Reductions for these."""
+    """The arguments of program.cuh's Reductions for these."""
     count = Counter(map(kind_of, nodes))
-    return ", ".join(str(count[kind]) for kind in _KINDS)
+    return ", ".join(str(count[kind]) for kind in KINDS)
 
 
 def joined(target: str, node: Node, x: str) -> str:
@@ -162,6 +153,3 @@ def _parts(line: str) -> list[str]:
 def indented(lines: Iterable[str]) -> list[str]:
     """One level further in."""
     return [f"  {line}" for line in lines]
-
-
-_KINDS: Final = ("sum", "max", "min")

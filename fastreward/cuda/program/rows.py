@@ -8,7 +8,6 @@ from fastreward.cuda.program.expressions import (
     Block,
     Given,
     function,
-    in_order,
     indented,
     joined,
     kinds,
@@ -16,8 +15,8 @@ from fastreward.cuda.program.expressions import (
     truth,
     wrapped,
 )
-from fastreward.cuda.program.plan import ACROSS, OVER_BATCH
 from fastreward.cuda.program.values import Values
+from fastreward.language.gpu_plan import OVER_BATCH, in_order
 from fastreward.language.graph import Level, Node
 from fastreward.language.ops import GROUP_REDUCTIONS
 from fastreward.language.program import TokenStep
@@ -43,19 +42,16 @@ class RowWork:
             head.append(f"__shared__ double batch[{len(self._slots)}];")
         if any(n.op in GROUP_REDUCTIONS for n in self._launch.nodes):
             head += ["Groups groups = a.groups;", "find_groups(groups);"]
-        lines = function(f"void {self._launch.finish}(const Arguments& a, double* room)", [*head, *body])
+        lines = function(f"void {self._values.finish(self._k)}(const Arguments& a, double* room)", [*head, *body])
         return wrapped("\n".join([*lines, "", ""]))
 
     def widest(self) -> int:
         """The most that one phase reduces over the batch."""
-        return max(len(self._over_batch(q)) for q in range(self._plan.phases(self._k)))
-
-    def _over_batch(self, q: int) -> list[Node]:
-        return in_order(n for n in self._plan.reductions((self._k, q)) if n.op in OVER_BATCH)
+        return max(len(self._plan.over_batch((self._k, q))) for q in range(self._plan.phases(self._k)))
 
     def _places_in_shared_memory(self) -> dict[int, int]:
         """Where batch values lie that others read; a phase's reductions one after the other."""
-        nodes = [n for q in range(self._plan.phases(self._k)) for n in self._over_batch(q)]
+        nodes = [n for q in range(self._plan.phases(self._k)) for n in self._plan.over_batch((self._k, q))]
         nodes += [n for n in self._launch.nodes if n.level == Level.BATCH and n.op not in OVER_BATCH and self._read(n)]
         return {n.id: i for i, n in enumerate(nodes)}
 
@@ -81,12 +77,11 @@ class RowWork:
     def _batch(self, q: int) -> list[str]:
         """Batch values: computed by one thread, left where others find them."""
         plan, time = self._plan, (self._k, q)
-        own = [n for n in self._launch.nodes if n.level == Level.BATCH and plan.ready[n.id] == time]
+        own = plan.batch(time)
         operators = [n for n in own if n.op not in OVER_BATCH]
         shared = [(f"batch[{self._slots[n.id]}]", n) for n in operators if n.id in self._slots]
         totals = [(f"a.totals[{plan.totals[n.id]}]", n) for n in own if n.id in plan.totals]
-        outputs = enumerate(self._values.program.batch)
-        results = [(f"a.results[{i}]", n) for i, n in outputs if plan.output_time(n) == time]
+        results = [(f"a.results[{i}]", n) for i, n in plan.results(time)]
         fresh, there = {n.id for n in operators}, self._given(q, row=False)
         block = Block(
             "double",
@@ -107,8 +102,8 @@ class RowWork:
 
     def _loop(self, q: int) -> list[str]:
         """The loop over the sequences, then the reductions that it has fed."""
-        batch = self._over_batch(q)
-        across = [n for n in self._plan.reductions((self._k, q)) if n.op in ACROSS]
+        batch = self._plan.over_batch((self._k, q))
+        across = self._plan.across((self._k, q))
         lines = self._sequences(q, batch)
         if batch:
             lines = [
@@ -132,8 +127,7 @@ class RowWork:
         # In the graph's order, so that nothing lives longer than it must.
         tasks = [(n.args[0], joined(f"sums[{i}]", n, "{}")) for i, n in enumerate(batch)]
         tasks += [(n, f"a.columns[{plan.columns[n.id]} * rows + row] = {{}};") for n in plan.stores.get(time, [])]
-        outputs = ((i, n) for i, n in enumerate(self._values.program.outputs) if n.level < Level.TOKEN)
-        tasks += [(n, f"a.out{i}[row] = float({{}});") for i, n in outputs if plan.output_time(n) == time]
+        tasks += [(n, f"a.out{i}[row] = float({{}});") for i, n in plan.outputs(time)]
         tasks.sort(key=lambda task: task[0].id)
         if not tasks:
             return []

@@ -9,7 +9,6 @@ from typing import Final, Literal
 from fastreward.cuda.program.expressions import (
     Block,
     function,
-    in_order,
     indented,
     joined,
     kinds,
@@ -17,6 +16,7 @@ from fastreward.cuda.program.expressions import (
 )
 from fastreward.cuda.program.rows import RowWork
 from fastreward.cuda.program.values import Values
+from fastreward.language.gpu_plan import Launch, in_order
 from fastreward.language.graph import Level, Node
 from fastreward.language.program import Program, TokenStep
 from fastreward.language.show import expression
@@ -121,12 +121,12 @@ using namespace fastreward;
         launch, work = self.plan.launches[k], RowWork(self.values, k)
         passes, finish = [self.pass_text(k, step) for step in launch.steps], work.text()
         room = max(1, work.widest(), *(len(step.reduce) for step in launch.steps))
-        bounds = f"__launch_bounds__(THREADS, {launch.resident})"
+        bounds = f"__launch_bounds__(THREADS, {_resident(launch)})"
         entry = [
-            f'extern "C" __global__ void {bounds} {launch.kernel}(const Arguments a) {{',
+            f'extern "C" __global__ void {bounds} {self.values.kernel(k)}(const Arguments a) {{',
             f"  __shared__ double room[WARPS * {room}];",
             *indented(self._units(k)),
-            *([f"  if (last_block(a.counter)) {launch.finish}(a, room);"] if finish else []),
+            *([f"  if (last_block(a.counter)) {self.values.finish(k)}(a, room);"] if finish else []),
             "}",
         ]
         return "".join(passes) + finish, "\n".join([*entry, "", ""])
@@ -205,6 +205,12 @@ using namespace fastreward;
             block.lines.append(joined(f"sums[{i}]", n, x))
         values = [f"float({block.value(n)})" if n.boolean else block.value(n) for _, n in step.store]
         return [*block.lines, f"return {{{', '.join(values)}}};"]
+
+
+def _resident(launch: Launch) -> int:
+    """Blocks that are to fit on a multiprocessor: the more a thread holds, the fewer (64, 80 or 128 registers)."""
+    most = max(len(launch.nodes), *(len(step.body) + 2 * len(step.reduce) for step in launch.steps), 0)
+    return 4 if most <= 40 else 3 if most <= 80 else 2
 
 
 def _struct(name: str, members: list[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Final
 
 from fastreward.cuda.program.expressions import Real, literal, truth
 from fastreward.cuda.program.names import Names
-from fastreward.cuda.program.plan import ACROSS, Plan, Time
+from fastreward.language.gpu_plan import Launch, Plan, Time
 from fastreward.language.graph import Level, Node
 from fastreward.language.program import Program, TokenStep
 
@@ -20,10 +20,18 @@ class Values:
         self.program, self.plan, self.name = program, Plan(program), Names(program)
         self._scalars = {n.id for n in program.scalars}
 
+    def kernel(self, k: int) -> str:
+        """The kernel of launch k."""
+        return f"program_{_name(self.plan.launches[k])}"
+
+    def finish(self, k: int) -> str:
+        """Its function for the last block."""
+        return f"finish_{_name(self.plan.launches[k])}"
+
     def pass_name(self, k: int, step: TokenStep) -> str:
         """The struct of a pass over the tokens of one side."""
         side = _SIDES[step.side] if self.program.sides == 2 else ""
-        return f"{self.plan.launches[k].name.title().replace('_', '')}{side}"
+        return f"{_name(self.plan.launches[k]).title().replace('_', '')}{side}"
 
     def leaf(self, node: Node, real: Real, *, row: bool) -> tuple[str, bool] | None:
         """Constants, scalars and, per sequence where a row is at hand, inputs."""
@@ -40,16 +48,15 @@ class Values:
 
     def kept(self, node: Node, time: Time) -> tuple[str, bool] | None:
         """What an earlier phase or launch has left."""
-        plan, ready = self.plan, self.plan.ready.get(node.id)
-        if ready is None or ready > time:
-            return None
-        if node.level == Level.BATCH:
-            return (truth(node, f"a.totals[{plan.totals[node.id]}]"), True) if ready[0] < time[0] else None
-        fresh = ready == time and node.op not in ACROSS
-        if fresh or node.id not in plan.columns:
-            return None
-        return truth(node, f"a.columns[{plan.columns[node.id]} * rows + row]"), True
+        total, column = self.plan.total(node, time), self.plan.column(node, time)
+        if total is not None:
+            return truth(node, f"a.totals[{total}]"), True
+        return None if column is None else (truth(node, f"a.columns[{column} * rows + row]"), True)
 
     def element(self, node: Node) -> str:
         """An input per sequence, or of the batch."""
         return f"a.{self.name(node)}[{'row' if node.level == Level.SEQUENCE else 0}]"
+
+
+def _name(launch: Launch) -> str:
+    return f"pass_{launch.number}" if launch.number else "rows"
