@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from fastreward.language.gpu_plan import BY_GROUP, Plan, Time
 from fastreward.language.graph import Level, Node, walk
-from fastreward.language.ops import LEAVES, OPS
+from fastreward.language.ops import ATOM, LEAVES
 from fastreward.language.program import Program, TokenStep
+from fastreward.language.render import operator
 
 from .arguments import Arguments
 from .names import names
@@ -119,10 +120,7 @@ class Formulas:
         if node.op == "outside":
             sides = ((sign, a, text) for sign, a, text in zip("<>", node.args[1:], args[1:], strict=True))
             return " | ".join(f"({_of_pair(node.args[0], a, f'{args[0]} {sign} {text}')})" for sign, a, text in sides)
-        spec = OPS[node.op]
-        if spec.symbol is not None:
-            return f"{args[0]} {spec.symbol} {args[1]}" if spec.arity == 2 else f"{spec.symbol}{args[0]}"
-        return spec.triton.format(*args) if spec.triton else f"{node.op}({', '.join(args)})"
+        return operator(node.op, [(text, ATOM) for text in args], "triton")[0]
 
     def _extreme(self, node: Node, x: str, y: str) -> str:
         """A NaN of either side comes out; of a constant there is none."""
