@@ -26,7 +26,7 @@ from fastreward._loss_call.call import (
 from fastreward._loss_call.op import evaluate
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime.dispatch import select
-from fastreward.language.graph import Level
+from fastreward.language.node import Level
 from fastreward.language.objective import CALL_PARAMETERS
 from fastreward.losses import Loss, dpo
 

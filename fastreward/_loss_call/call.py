@@ -27,7 +27,7 @@ from fastreward._arguments.tokens import Tokens, broadcast_to_tokens, token_boun
 from fastreward._loss_call.op import Evaluation, evaluate
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward.language.define import Definition, Loss
-from fastreward.language.graph import Level
+from fastreward.language.node import Level
 
 _TERMS: Final = {
     "logprob": "logprobs",

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
-from fastreward.language.graph import Graph, Level, Node, described, origin
+from fastreward.language.graph import Graph
+from fastreward.language.messages import described, origin
+from fastreward.language.node import Level, Node
 from fastreward.language.parameters import kind, kinds, parameter, same
 from fastreward.language.terms import PairTerms, Terms, asked
 from fastreward.language.travel import Options, by_name, carrier, named, names_outside, options_of, place

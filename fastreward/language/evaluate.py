@@ -12,7 +12,8 @@ from torch import Tensor
 from fastreward._arguments.arrays import as_tensor
 from fastreward._arguments.groups import factorize
 from fastreward.language.define import Loss
-from fastreward.language.graph import Graph, Level, Node, walk
+from fastreward.language.graph import Graph
+from fastreward.language.node import Level, Node, walk
 from fastreward.language.objective import inputs_asked
 from fastreward.language.terms import PAIR_TERMS, TERMS, PairTerms, Terms
 from fastreward.reference.program import Values

@@ -2,84 +2,24 @@
 
 from __future__ import annotations
 
-from fastreward.language.graph import Graph, Level, Node, described, origin
+from types import FunctionType
 
-Value = Node | float
-
-
-def _call(op: str, *args: Value) -> Node:
-    return _graph_of(op, *args).call(op, *args)
-
-
-def _graph_of(name: str, *args: Value) -> Graph:
-    for x in args:
-        if isinstance(x, Node):
-            return x.graph
-    raise TypeError(
-        f"{origin()}: {name}: expected a term of the loss (t.logprob, ...), got {', '.join(map(described, args))}"
-    )
+from fastreward.language.messages import FUNCTIONS, described, origin
+from fastreward.language.node import Level, Node, Nodes
+from fastreward.language.ops import *  # noqa: F403
+from fastreward.language.ops import Value, call, exp, graph_of, log, maximum, minimum, stop_gradient, where
 
 
-# ------------------------------------------------------------------------------------------------------- elementwise
-def exp(x: Value) -> Node:
-    """e^x."""
-    return _call("exp", x)
-
-
-def expm1(x: Value) -> Node:
-    """e^x - 1, accurate near 0."""
-    return _call("expm1", x)
-
-
-def log(x: Value) -> Node:
-    """Natural logarithm: -inf at 0, NaN below."""
-    return _call("log", x)
-
-
-def log1p(x: Value) -> Node:
-    """log(1 + x), accurate near 0."""
-    return _call("log1p", x)
-
-
-def sqrt(x: Value) -> Node:
-    """Square root."""
-    return _call("sqrt", x)
-
-
-def tanh(x: Value) -> Node:
-    """Hyperbolic tangent."""
-    return _call("tanh", x)
-
-
-def sigmoid(x: Value) -> Node:
-    """1 / (1 + e^-x)."""
-    return _call("sigmoid", x)
-
-
-def logsigmoid(x: Value) -> Node:
-    """log(sigmoid(x)) without overflow."""
-    return _call("logsigmoid", x)
-
-
+# ------------------------------------------------------------------------------------------ made of the operators
 def softplus(x: Value) -> Node:
     """log(1 + e^x) without overflow."""
-    graph = _graph_of("softplus", x)
+    graph = graph_of("softplus", x)
     return -graph.call("logsigmoid", graph.call("neg", x))
 
 
 def relu(x: Value) -> Node:
     """max(x, 0); gradient 1 at 0."""
-    return _call("maximum", x, 0.0)
-
-
-def abs(x: Value) -> Node:
-    """|x|; gradient 0 at 0."""
-    return _call("abs", x)
-
-
-def sign(x: Value) -> Node:
-    """-1, 0 or 1; gradient 0."""
-    return _call("sign", x)
+    return call("maximum", x, 0.0)
 
 
 def clip(x: Value, low: Value | None = None, high: Value | None = None) -> Node:
@@ -88,58 +28,38 @@ def clip(x: Value, low: Value | None = None, high: Value | None = None) -> Node:
         raise TypeError(f"{origin()}: clip: expected a lower or an upper bound")
     if low is None:
         return minimum(x, 0.0 if high is None else high)
-    return maximum(x, low) if high is None else _call("clip", x, low, high)
-
-
-def minimum(x: Value, y: Value) -> Node:
-    """The smaller; the gradient goes to x where they are equal."""
-    return _call("minimum", x, y)
-
-
-def maximum(x: Value, y: Value) -> Node:
-    """The larger; the gradient goes to x where they are equal."""
-    return _call("maximum", x, y)
-
-
-def where(condition: Value, x: Value, y: Value) -> Node:
-    """x where the condition holds (is not 0), else y; both are computed."""
-    return _call("where", condition, x, y)
-
-
-def stop_gradient(x: Value) -> Node:
-    """x as a constant."""
-    return _call("stop_gradient", x)
+    return maximum(x, low) if high is None else call("clip", x, low, high)
 
 
 # -------------------------------------------------------------------------------------- over the tokens of a sequence
 # What is the same for all tokens of a sequence may be given too: its mean is itself, its sum is length times it.
 def seq_sum(x: Node) -> Node:
     """Sum over the counted tokens."""
-    graph = _graph_of("seq_sum", x)
+    graph = graph_of("seq_sum", x)
     return graph.reduce("seq_sum", _number(x)) if x.level == Level.TOKEN else x * graph.length(x.side)
 
 
 def seq_mean(x: Node) -> Node:
     """Mean over the counted tokens; 0 where there are none."""
-    graph = _graph_of("seq_mean", x)
+    graph = graph_of("seq_mean", x)
     return seq_sum(x) / maximum(graph.length(x.side), 1.0) if x.level == Level.TOKEN else x
 
 
 def seq_max(x: Node) -> Node:
     """Largest over the counted tokens, -inf where there are none; the gradient is shared among equals."""
-    graph = _graph_of("seq_max", x)
+    graph = graph_of("seq_max", x)
     return graph.reduce("seq_max", _number(x)) if x.level == Level.TOKEN else x
 
 
 def seq_min(x: Node) -> Node:
     """Smallest over the counted tokens, inf where there are none; the gradient is shared among equals."""
-    graph = _graph_of("seq_min", x)
+    graph = graph_of("seq_min", x)
     return graph.reduce("seq_min", _number(x)) if x.level == Level.TOKEN else x
 
 
 # ----------------------------------------------------------------------------------- over the sequences of the group
 # Sequences without a counted token do not count.
-def group_sum(x: Value, graph: Graph | None = None) -> Node:
+def group_sum(x: Value, graph: Nodes | None = None) -> Node:
     """Sum over the sequences of the own group."""
     x, counted = _rows("group_sum", x, graph)
     return x.graph.reduce("group_sum", where(counted, x, 0.0))
@@ -148,7 +68,7 @@ def group_sum(x: Value, graph: Graph | None = None) -> Node:
 def group_size(t: object) -> Node:
     """Sequences of the own group; `t`: the loss's terms."""
     graph = getattr(t, "graph", None)
-    if not isinstance(graph, Graph):
+    if not isinstance(graph, Nodes):
         raise TypeError(f"{origin()}: group_size: expected the loss's terms, as in group_size(t), got {described(t)}")
     return group_sum(1.0, graph)
 
@@ -206,7 +126,7 @@ def group_logsumexp(x: Node, *, by: Node | None = None, reverse: bool = False, o
 
 
 # ------------------------------------------------------------------------------------------------ over the whole batch
-def batch_sum(x: Value, graph: Graph | None = None) -> Node:
+def batch_sum(x: Value, graph: Nodes | None = None) -> Node:
     """Sum over the counted tokens of the batch; of what is per sequence, over its sequences with a counted token."""
     if isinstance(x, Node) and x.level == Level.TOKEN:
         return batch_sum(seq_sum(x))
@@ -216,7 +136,7 @@ def batch_sum(x: Value, graph: Graph | None = None) -> Node:
 
 def batch_mean(x: Node) -> Node:
     """Mean over the counted tokens of the batch; of what is per sequence, over its sequences with a counted token."""
-    graph = _graph_of("batch_mean", x)
+    graph = graph_of("batch_mean", x)
     if x.level < Level.SEQUENCE:
         return x
     count = batch_sum(graph.length(x.side)) if x.level == Level.TOKEN else batch_sum(1.0, graph)
@@ -246,10 +166,16 @@ def _number(x: Node) -> Node:
     return where(x, 1.0, 0.0) if x.boolean else x
 
 
-def _rows(name: str, x: Value, graph: Graph | None = None) -> tuple[Node, Node]:
+def _rows(name: str, x: Value, graph: Nodes | None = None) -> tuple[Node, Node]:
     """`x` as a node, and whether a sequence counts."""
-    graph = _graph_of(name, x) if graph is None or isinstance(x, Node) else graph
+    graph = graph_of(name, x) if graph is None or isinstance(x, Node) else graph
     node = graph.node(x)
     if node.level == Level.TOKEN:
         node.fail(f"{name} takes what is per sequence, got a per-token term; reduce it first, as in seq_mean(...)")
     return _number(node), graph.counted()
+
+
+_own = {name for name, x in vars().items() if isinstance(x, FunctionType) and x.__module__ == __name__}
+FUNCTIONS.update(name for name in _own if not name.startswith("_"))
+# Not as a statement: type checkers take a list that they can't read for an empty one.
+vars()["__all__"] = sorted(FUNCTIONS)

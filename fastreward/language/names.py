@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from fastreward.language.graph import Level, Node, walk
+from fastreward.language.formula import expression
+from fastreward.language.node import Level, Node, walk
 from fastreward.language.ops import REDUCTIONS
 from fastreward.language.program import Program
-from fastreward.language.show import expression
 
 _SIDES = ("chosen_", "rejected_")
 _LONGEST = 36  # what would be longer is numbered

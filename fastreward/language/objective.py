@@ -29,7 +29,8 @@ from fastreward.language.functions import (
     stop_gradient,
     where,
 )
-from fastreward.language.graph import Graph, Level, Node, walk
+from fastreward.language.graph import Graph
+from fastreward.language.node import Level, Node, walk
 from fastreward.language.ops import SEQ_REDUCTIONS
 from fastreward.language.program import Program, program, without_stop_gradient
 from fastreward.language.terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, SIDES, PairTerms, Terms, measured
@@ -424,7 +425,7 @@ def _cached_pair(key: _Key, call: PairCall) -> Objective:
     found = gradients(total, wanted)
     given = [x for x in found if x is not None]
     total, value, *rest = without_stop_gradient([total, value, *given, *metrics.values()], 2)
-    graph, metrics = total.graph, dict(zip(metrics, rest[len(given) :], strict=True))
+    lowered, metrics = total.graph, dict(zip(metrics, rest[len(given) :], strict=True))
     remaining = iter(rest)
     for g in (None if x is None else _nonzero(next(remaining)) for x in found):
         if g is None:
@@ -432,11 +433,11 @@ def _cached_pair(key: _Key, call: PairCall) -> Objective:
             continue
         per_token = g.level == Level.TOKEN
         kept.append(Gradient(len(outputs), per_token))
-        outputs.append(g if per_token else where(graph.counted(), g, 0.0))
+        outputs.append(g if per_token else where(lowered.counted(), g, 0.0))
     pair_loss = None
     if call.pair_loss:
         pair_loss = len(outputs)
-        outputs.append(where(graph.counted(), value, 0.0))
+        outputs.append(where(lowered.counted(), value, 0.0))
     built = program(outputs, [total, *metrics.values()], sides=2)
     names, sources = _parameters(key.loss), _sources(built, wanted)
     return Objective(built, names, sources, tuple(metrics), (kept[0], kept[1]), pair_loss, None)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import as_tensor
-from fastreward.language.graph import Node, described, python_number
+from fastreward.language.messages import described, python_number
+from fastreward.language.node import Node
 from fastreward.language.terms import PairTerms, Terms
 
 #: What a parameter can be: types, most special first, and words.

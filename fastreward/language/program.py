@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fastreward.language.graph import Graph, Level, Node, walk
+from fastreward.language.graph import Graph
+from fastreward.language.node import Level, Node, walk
 from fastreward.language.ops import GROUP_REDUCTIONS, LEAVES, OPS, REDUCTIONS, SEQ_REDUCTIONS
 
 
@@ -95,7 +96,7 @@ class Program:
                 assert node.value is not None
                 values[node.id] = node.value
             else:
-                values[node.id] = float(OPS[node.op].python(*(values[a.id] for a in node.args)))
+                values[node.id] = float(OPS[node.op].value(*(values[a.id] for a in node.args)))
         return [values[n.id] for n in self.scalars]
 
     @cached_property

@@ -6,7 +6,7 @@ import importlib
 from typing import Any, Final
 
 from fastreward.language.define import Loss
-from fastreward.language.graph import Level
+from fastreward.language.node import Level
 from fastreward.language.objective import PairCall, PolicyCall, pair_objective, policy_objective
 from fastreward.language.terms import PairTerms
 

@@ -8,7 +8,9 @@ from typing import Final, Literal, NoReturn
 
 from fastreward._runtime.layout import METRICS, PAIR_METRICS
 from fastreward.language.functions import batch_mean, batch_sum, clip, exp, where
-from fastreward.language.graph import Graph, Level, Node, origin
+from fastreward.language.graph import Graph
+from fastreward.language.messages import origin
+from fastreward.language.node import Level, Node
 
 #: The log-ratio is clamped to +- this before t.ratio exponentiates it (verl's and OpenRLHF's bound).
 LOG_RATIO_CLAMP: Final = 20.0

@@ -24,7 +24,8 @@ from fastreward.language.functions import (
     sqrt,
     where,
 )
-from fastreward.language.graph import Graph, Level, Node
+from fastreward.language.graph import Graph
+from fastreward.language.node import Level, Node
 from fastreward.language.program import Program, program
 from fastreward.language.terms import Terms, measured
 

@@ -39,7 +39,7 @@ from fastreward.language.functions import (
     stop_gradient,
     where,
 )
-from fastreward.language.graph import Node
+from fastreward.language.node import Node
 from fastreward.language.terms import PairTerms, Side
 from fastreward.losses._rules import PAIR_RULES, RULES, Rule, apply, check_pair
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastreward.language.define import define
 from fastreward.language.functions import clip, exp, expm1, log, minimum, seq_sum, stop_gradient, where
-from fastreward.language.graph import Level, Node
+from fastreward.language.node import Level, Node
 from fastreward.language.terms import LOG_RATIO_CLAMP, Terms
 from fastreward.losses._rules import RULES, Rule, apply, check
 from fastreward.losses.token import clamped_ratio

@@ -31,7 +31,7 @@ from fastreward.language.functions import (
     stop_gradient,
     where,
 )
-from fastreward.language.graph import Node
+from fastreward.language.node import Node
 from fastreward.language.terms import LOG_RATIO_CLAMP, Terms
 from fastreward.losses._rules import RULES, apply, check
 from fastreward.losses.token import clipped_surrogate

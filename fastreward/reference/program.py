@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
+#: The operators, by name.
+ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
     "sub": torch.sub,
     "mul": torch.mul,
@@ -111,7 +112,7 @@ class Values:
 
     def _elementwise(self, node: Any, args: Sequence[Tensor]) -> Tensor:
         """The operator; what does not count keeps its value and gets no gradient, where autograd's 0 * inf is NaN."""
-        operator = _ELEMENTWISE[node.op]
+        operator = ELEMENTWISE[node.op]
         if node.level < 2 or not any(x.requires_grad for x in args):
             result: Tensor = operator(*args)
             return result

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from fastreward.language.graph import Level, Node
+from fastreward.language.node import Level, Node
 from fastreward.language.program import Program
 
 #: Kinds of which a kernel has one at most, and what is said of them; before the numbers and outputs, and after.

@@ -16,7 +16,7 @@ import fastreward as fr
 from fastreward import losses, recipes
 from fastreward._arguments.options import Aggregation
 from fastreward.language.define import Definition, Loss
-from fastreward.language.graph import Level
+from fastreward.language.node import Level
 from fastreward.language.terms import TERMS
 
 ROWS, WIDTH, VOCAB, HIDDEN = 6, 7, 5, 3

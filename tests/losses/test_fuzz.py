@@ -18,7 +18,7 @@ from torch import Tensor
 import fastreward
 from fastreward import losses
 from fastreward._arguments.options import KL, Aggregation
-from fastreward.language.graph import walk
+from fastreward.language.node import walk
 from fastreward.losses import Node
 from fastreward.reference.policy_loss import _kl as kl_estimate
 from fastreward.reference.policy_loss import aggregate

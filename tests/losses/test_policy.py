@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastreward
 from fastreward.language.define import Definition, Loss, define
-from fastreward.language.graph import Node
+from fastreward.language.node import Node
 from fastreward.language.objective import kl
 from fastreward.language.terms import Terms
 from fastreward.losses import score, selection, sequence, token

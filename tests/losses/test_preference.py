@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastreward
 from fastreward.language.define import Loss
-from fastreward.language.graph import Node
+from fastreward.language.node import Node
 from fastreward.losses import PairTerms, define, preference
 from fastreward.preference_loss import preference_loss
 

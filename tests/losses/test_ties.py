@@ -10,7 +10,7 @@ import fastreward as fr
 from fastreward import losses
 from fastreward._arguments.tokens import Tokens
 from fastreward._runtime.dispatch import implementation
-from fastreward.language.graph import Level
+from fastreward.language.node import Level
 from fastreward.language.objective import PolicyCall, token_gradient
 from fastreward.language.ops import OPS
 

@@ -18,7 +18,7 @@ from fastreward.kernels.program.source import generate
 
 from fastreward import losses
 from fastreward._arguments.tokens import Tokens
-from fastreward.language.graph import Level
+from fastreward.language.node import Level
 
 ALIGNED, PACKED, SHORT, SHORT_ODD = (64, 2048, False), (64, 2048, True), (64, 100, False), (64, 15, False)
 

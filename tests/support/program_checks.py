@@ -18,7 +18,8 @@ from torch import Tensor
 from fastreward import losses
 from fastreward._arguments.tokens import Tokens
 from fastreward.language import functions as f
-from fastreward.language.graph import Graph, Level, Node
+from fastreward.language.graph import Graph
+from fastreward.language.node import Level, Node
 from fastreward.language.objective import (
     Objective,
     PairCall,

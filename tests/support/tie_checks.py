@@ -8,7 +8,7 @@ import torch
 
 import fastreward as fr
 from fastreward import losses
-from fastreward.language.graph import Node
+from fastreward.language.node import Node
 from fastreward.losses import abs, clip, maximum, minimum, relu, sign, where
 
 BELOW, TIE, ABOVE = (-1.0, -0.5), (-1.0, -1.0), (-1.0, -2.0)  # (x, y) of a token

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from fastreward.language import names as shared
-from fastreward.language.graph import Node
+from fastreward.language.node import Node
 from fastreward.language.ops import words
 from fastreward.language.program import Program
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastreward._arguments.tokens import Tokens
 from fastreward.cuda._launch import Member, countable, counter, launch_text, multiprocessors, pack
 from fastreward.cuda.program.source import Content, Source
-from fastreward.language.graph import Level
+from fastreward.language.node import Level
 from fastreward.language.program import Program
 
 _BACKWARD: Final = '#include "cuda/program_backward.cuh"\n'
@@ -28,14 +28,14 @@ class Kernels:
 
     def __init__(self, program: Program) -> None:
         self.program, self.source = program, Source(program)
-        plan = self.source.plan
+        launches, plan = self.source.plan.launches, self.source.plan
         self.text = self.source.text
-        self.names = tuple(self.source.values.kernel(k) for k in range(len(plan.launches)))
+        self.names = tuple(launch.kernel for launch in launches)
         self.members = tuple((m.content, m.index) for m in self.source.members)
         self.columns, self.totals = plan.width, len(plan.totals)
         #: The most that a pass reduces, by side.
         self.sums = [
-            max((len(s.reduce) for launch in plan.launches for s in launch.steps if s.side == side), default=0)
+            max((len(s.reduce) for launch in launches for s in launch.steps if s.side == side), default=0)
             for side in range(program.sides)
         ]
 

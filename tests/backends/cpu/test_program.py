@@ -18,7 +18,8 @@ from fastreward import _core
 from fastreward._arguments.tokens import Tokens
 from fastreward.cpu import logits_policy_loss, logprobs
 from fastreward.cpu import program as cpu
-from fastreward.language.graph import Graph, Level
+from fastreward.language.graph import Graph
+from fastreward.language.node import Level
 from fastreward.language.ops import OPS
 from fastreward.language.program import program
 from fastreward.reference import program as reference
@@ -46,7 +47,7 @@ def values_of(op: str, levels: tuple[Level, ...], grid: Tensor) -> tuple[Tensor,
     columns = {f"x{k}": grid[:, k].contiguous() for k in range(grid.shape[1])}
     rows = [columns[n.name or ""].unsqueeze(1) if n.level == T else columns[n.name or ""] for n in p.inputs]
     (got,), _ = cpu.run(p, rows, [Tokens((len(grid), 1))], [], None)
-    want = torch.tensor([float(OPS[op].python(*row)) for row in grid.tolist()], dtype=torch.float64)
+    want = torch.tensor([float(OPS[op].value(*row)) for row in grid.tolist()], dtype=torch.float64)
     return got.squeeze(1), want
 
 

@@ -22,7 +22,7 @@ from emulation import Emulator
 from fastreward import losses
 from fastreward._arguments.tokens import Tokens
 from fastreward.cuda import logits_policy_loss, program
-from fastreward.language.graph import Level
+from fastreward.language.node import Level
 
 pytestmark = [
     pytest.mark.slow,

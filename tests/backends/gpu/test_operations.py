@@ -22,7 +22,7 @@ import fastreward as fr
 import fastreward.cuda
 from fastreward import losses
 from fastreward._arguments.tokens import Tokens
-from fastreward.language.graph import Level
+from fastreward.language.node import Level
 
 pytestmark = [
     pytest.mark.gpu,

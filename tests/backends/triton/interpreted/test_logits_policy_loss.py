@@ -10,7 +10,7 @@ from fastreward.kernels import logits_policy_loss, logprobs
 
 from fastreward import losses
 from fastreward._arguments.tokens import Tokens
-from fastreward.language.graph import Level
+from fastreward.language.node import Level
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what lies under the mask
 

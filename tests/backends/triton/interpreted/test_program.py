@@ -18,7 +18,8 @@ from fastreward.kernels.program.source import generate
 from fastreward import losses
 from fastreward._arguments.tokens import Tokens
 from fastreward.language import functions as f
-from fastreward.language.graph import Graph, Level
+from fastreward.language.graph import Graph
+from fastreward.language.node import Level
 from fastreward.language.program import Program
 from fastreward.language.program import program as lowered
 from fastreward.reference import program as reference
