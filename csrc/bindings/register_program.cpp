@@ -33,7 +33,7 @@ std::vector<RowInstruction> row_instructions(const RowCode& code) {
   return out;
 }
 
-// The arrays behind a ProgramCode. Instructions come from fastreward/cpu/program/run.py, which is trusted to number operands
+// The arrays behind a ProgramCode. Instructions come from fastreward/cpu/program/encode.py, which is trusted to number operands
 // and places as it declares them.
 class Program {
  public:
@@ -180,7 +180,7 @@ void spread(const TokensCode& tokens, Address row_values, double factor, Address
   FASTREWARD_DISPATCH(program_spread)(side, values, static_cast<float>(factor), to, threads);
 }
 
-#define FASTREWARD_NAME(name) #name,
+#define FASTREWARD_NAME(name, ...) #name,
 pybind11::dict numbered(const std::vector<const char*>& names) {
   pybind11::dict out;
   int number = 0;
@@ -192,7 +192,7 @@ pybind11::dict numbered(const std::vector<const char*>& names) {
 
 void register_program(pybind11::module_& m) {
   namespace py = pybind11;
-  py::class_<Program>(m, "Program", "Instructions of a program of the loss language, made by fastreward/cpu/program/run.py.")
+  py::class_<Program>(m, "Program", "Instructions of a program of the loss language, made by fastreward/cpu/program/encode.py.")
       .def(py::init<int, int, int, const std::vector<std::pair<int, double>>&, std::vector<int>,
                     const std::vector<std::pair<int, int>>&, const RowCode&, const std::vector<StageCode>&,
                     std::vector<int>, std::vector<int>>(),

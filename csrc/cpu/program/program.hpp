@@ -7,6 +7,20 @@
 #include "cpu/common/isa.hpp"
 #include "cpu/common/mask.hpp"
 
+// Operators of one number: name, value of a vector `a` of f32 (cpu/simd/), value of a double `x` (rows.cpp).
+#define FASTREWARD_UNARY(X)             \
+  X(neg, -a, -x)                        \
+  X(abs, abs(a), std::fabs(x))          \
+  X(sign, sign(a), sign_of(x))          \
+  X(sqrt, sqrt(a), std::sqrt(x))        \
+  X(exp, exp(a), std::exp(x))           \
+  X(expm1, expm1(a), std::expm1(x))     \
+  X(log, log(a), log_of(x))             \
+  X(log1p, log1p(a), std::log1p(x))     \
+  X(tanh, tanh(a), std::tanh(x))        \
+  X(sigmoid, sigmoid(a), sigmoid_of(x)) \
+  X(logsigmoid, logsigmoid(a), logsigmoid_of(x))
+
 // Operators of a machine whose accumulator a is a tile of tokens (eight vectors, in registers). Their names are what the
 // Python side says. x, y, z are the instruction's operands; what an elementwise name means is in fastreward/language/ops.py.
 // Those up to `maximum` may start from operand w instead of a (of two arguments: not from a row's value), those up to
@@ -28,8 +42,7 @@
 //   sum, least, most           adds a to sum, minimum, maximum x; extremes: to minimum x and maximum y
 //   sum_extremes               the same to sum x, minimum y, maximum z, for an a that is never -inf
 #define FASTREWARD_TOKEN_OPERATORS(X)                                                                            \
-  X(load)                                                                                                        \
-  X(neg) X(abs) X(sign) X(sqrt) X(exp) X(exp_bounded) X(expm1) X(log) X(log1p) X(tanh) X(sigmoid) X(logsigmoid)  \
+  X(load) X(exp_bounded) FASTREWARD_UNARY(X)                                                                     \
   X(add) X(sub) X(from) X(mul) X(div) X(over) X(minimum) X(maximum)                                              \
   X(fma) X(fms) X(fnma) X(add_product) X(sub_product) X(clip) X(where) X(where_not)                              \
   X(minimum_where) X(maximum_where)                                                                              \
@@ -42,7 +55,7 @@
 #define FASTREWARD_MASK_OPERATORS(X) X(and) X(or) X(not) X(count)
 // Operators on columns [rows] and on single numbers, float64; conditions are 0 and 1.
 #define FASTREWARD_ROW_OPERATORS(X)                                                              \
-  X(neg) X(abs) X(sign) X(sqrt) X(exp) X(expm1) X(log) X(log1p) X(tanh) X(sigmoid) X(logsigmoid) \
+  FASTREWARD_UNARY(X)                                                                            \
   X(add) X(sub) X(mul) X(div) X(minimum) X(maximum) X(clip) X(where)                             \
   X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(and) X(or) X(not) X(outside)                             \
   X(group_sum) X(group_max) X(group_min) X(group_sum_before) X(group_sum_after)                  \
@@ -50,7 +63,7 @@
 
 namespace fastreward {
 
-#define FASTREWARD_ENUMERATOR(name) k_##name,
+#define FASTREWARD_ENUMERATOR(name, ...) k_##name,
 enum class TokenOp : int { FASTREWARD_TOKEN_OPERATORS(FASTREWARD_ENUMERATOR) };
 enum class MaskOp : int { FASTREWARD_MASK_OPERATORS(FASTREWARD_ENUMERATOR) };
 enum class RowOp : int { FASTREWARD_ROW_OPERATORS(FASTREWARD_ENUMERATOR) };

@@ -186,18 +186,10 @@ void permute(const RowInstruction& i, const RowValues& values) {
 }
 
 void run(const RowInstruction& i, const RowValues& values, const RowGroups& groups) {
+#define CASE(name, tile, number) \
+  case RowOp::k_##name: return unary(i, values, [](double x) { return number; });
   switch (i.op) {
-    case RowOp::k_neg: return unary(i, values, [](double x) { return -x; });
-    case RowOp::k_abs: return unary(i, values, [](double x) { return std::fabs(x); });
-    case RowOp::k_sign: return unary(i, values, sign_of);
-    case RowOp::k_sqrt: return unary(i, values, [](double x) { return std::sqrt(x); });
-    case RowOp::k_exp: return unary(i, values, [](double x) { return std::exp(x); });
-    case RowOp::k_expm1: return unary(i, values, [](double x) { return std::expm1(x); });
-    case RowOp::k_log: return unary(i, values, log_of);
-    case RowOp::k_log1p: return unary(i, values, [](double x) { return std::log1p(x); });
-    case RowOp::k_tanh: return unary(i, values, [](double x) { return std::tanh(x); });
-    case RowOp::k_sigmoid: return unary(i, values, sigmoid_of);
-    case RowOp::k_logsigmoid: return unary(i, values, logsigmoid_of);
+    FASTREWARD_UNARY(CASE)
     case RowOp::k_add: return binary(i, values, [](double x, double y) { return x + y; });
     case RowOp::k_sub: return binary(i, values, [](double x, double y) { return x - y; });
     case RowOp::k_mul: return binary(i, values, [](double x, double y) { return x * y; });

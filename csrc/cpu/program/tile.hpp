@@ -1,4 +1,4 @@
-// What the token operators of programs are made of. For csrc/cpu/program_{values,masks,reductions}.cpp only.
+// What the token operators of programs are made of. For csrc/cpu/program/{values,masks,reductions}.cpp only.
 //
 // A tile of eight vectors passes through the instructions in registers: each operator ends in a jump to the next one with
 // the tile as its arguments, which the calling convention keeps in vector registers. So an operator costs its arithmetic

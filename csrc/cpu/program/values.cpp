@@ -1,4 +1,4 @@
-// Token operators that make values of values (list: program.hpp; how they work: program_tile.hpp).
+// Token operators that make values of values (list: program.hpp; how they work: tile.hpp).
 #include "cpu/program/tile.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
@@ -10,23 +10,13 @@ void keep(FASTREWARD_TILE) {
   NEXT_EACH(f);
 }
 
-#define UNARY(Name, expression)                 \
-  struct Name {                                 \
+#define UNARY(name, expression, ...)            \
+  struct Unary_##name {                         \
     static F32 of(F32 a) { return expression; } \
   };
-UNARY(Load, a)
-UNARY(Neg, -a)
-UNARY(Abs, abs(a))
-UNARY(Sign, sign(a))
-UNARY(Sqrt, sqrt(a))
-UNARY(Exp, exp(a))
-UNARY(ExpBounded, exp_bounded(a))
-UNARY(Expm1, expm1(a))
-UNARY(Log, log(a))
-UNARY(Log1p, log1p(a))
-UNARY(Tanh, tanh(a))
-UNARY(Sigmoid, sigmoid(a))
-UNARY(LogSigmoid, logsigmoid(a))
+UNARY(load, a)
+UNARY(exp_bounded, exp_bounded(a))
+FASTREWARD_UNARY(UNARY)
 template <class Op, class W, class K>
 void unary(FASTREWARD_TILE) {
   const auto f = [](F32 a, int) INLINE { return Op::of(a); };
@@ -112,20 +102,12 @@ Operator clip_of(Variant v) {
 }  // namespace
 
 Operator value_operator(TokenOp op, Variant v) {
+#define CASE(name, ...) \
+  case TokenOp::k_##name: return unary_of<Unary_##name>(v);
   switch (op) {
-    case TokenOp::k_load: return unary_of<Load>(v);
-    case TokenOp::k_neg: return unary_of<Neg>(v);
-    case TokenOp::k_abs: return unary_of<Abs>(v);
-    case TokenOp::k_sign: return unary_of<Sign>(v);
-    case TokenOp::k_sqrt: return unary_of<Sqrt>(v);
-    case TokenOp::k_exp: return unary_of<Exp>(v);
-    case TokenOp::k_exp_bounded: return unary_of<ExpBounded>(v);
-    case TokenOp::k_expm1: return unary_of<Expm1>(v);
-    case TokenOp::k_log: return unary_of<Log>(v);
-    case TokenOp::k_log1p: return unary_of<Log1p>(v);
-    case TokenOp::k_tanh: return unary_of<Tanh>(v);
-    case TokenOp::k_sigmoid: return unary_of<Sigmoid>(v);
-    case TokenOp::k_logsigmoid: return unary_of<LogSigmoid>(v);
+    CASE(load)
+    CASE(exp_bounded)
+    FASTREWARD_UNARY(CASE)
     case TokenOp::k_add: return binary_of<Add>(v);
     case TokenOp::k_sub: return binary_of<Sub>(v);
     case TokenOp::k_from: return binary_of<SubFrom>(v);

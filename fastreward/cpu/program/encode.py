@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from fastreward import _core
 from fastreward.cpu.program.schedule import COMPARISONS, LOGIC, Form, Schedule, Selection, Value, looks_for_extremes
-from fastreward.language.graph import Level, Node
+from fastreward.language.node import Level, Node
 from fastreward.language.program import Program, TokenStep
 
 _TOKEN_OPERATORS: Final = _core.program_token_operators()

@@ -12,7 +12,7 @@ from fastreward._arguments.tokens import Tokens
 from fastreward._runtime.memory import empty
 from fastreward.cpu._pointers import address, mask_arguments
 from fastreward.cpu.program.encode import encode
-from fastreward.language.graph import Level
+from fastreward.language.node import Level
 from fastreward.language.program import Program
 
 

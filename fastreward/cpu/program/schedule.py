@@ -6,12 +6,12 @@ where it has just been made as far as that goes, and what is needed again later 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from fastreward.language.graph import Level, Node, is_constant
-from fastreward.language.ops import REDUCTIONS
+from fastreward.language.node import Level, Node, is_constant, walk
+from fastreward.language.ops import OPS, REDUCTIONS
 from fastreward.language.program import Program, TokenStep
 
 _BOUNDED: Final = 87.0  # |x| up to which exp_bounded may be used
@@ -21,9 +21,7 @@ LOGIC: Final = ("and", "or", "not")
 _EXTREMES: Final = tuple(op for op in REDUCTIONS if op.endswith(("_max", "_min")))
 # Operators that may start from memory (of one argument: from a row's value too), and those that may keep their result
 # as well (csrc/cpu/program/program.hpp).
-_STARTING_ANYWHERE: Final = (
-    *("neg", "abs", "sign", "sqrt", "exp", "exp_bounded", "expm1", "log", "log1p", "tanh", "sigmoid", "logsigmoid"),
-)
+_STARTING_ANYWHERE: Final = ("exp_bounded", *(op for op, row in OPS.items() if row.arity == 1 and not row.boolean))
 _STARTING: Final = (*_STARTING_ANYWHERE, "add", "sub", "from", "mul", "div", "over", "minimum", "maximum")
 _KEEPING: Final = (
     *("load", *_STARTING),
@@ -65,7 +63,9 @@ class Selection:
                 self.sums.append((n, _as_number(n.args[0])))
         self.stores = [(i, _as_number(n)) for i, n in step.store]
         roots = [x for _, x in (*self.counts, *self.sums, *self.stores)]
-        self.body = [n for n in _walk(roots) if n.level == Level.TOKEN and n.op != "input"]
+        self.body = [
+            n for n in walk(roots, lambda n: n.level == Level.TOKEN) if n.level == Level.TOKEN and n.op != "input"
+        ]
         self.readers: dict[Hashable, int] = {}
         for a in (*(a for n in self.body for a in n.args), *roots):
             self.nodes[a.id] = a
@@ -183,19 +183,6 @@ def looks_for_extremes(program: Program) -> bool:
     return any(n.op in COMPARISONS and any(a.op in _EXTREMES for a in n.args) for n in body)
 
 
-def _walk(roots: Iterable[Node]) -> list[Node]:
-    """Token nodes under `roots`, arguments first."""
-    seen: dict[int, Node] = {}
-    waiting = list(roots)
-    while waiting:
-        node = waiting.pop()
-        if node.id not in seen:
-            seen[node.id] = node
-            if node.level == Level.TOKEN:
-                waiting.extend(node.args)
-    return [seen[i] for i in sorted(seen)]
-
-
 def _as_number(node: Node) -> Node:
     return node.graph.call("where", node, 1.0, 0.0) if node.boolean else node
 
@@ -299,7 +286,7 @@ class Schedule:
         return endings
 
     def _advance(self) -> None:
-        """Whatever needs no other accumulator first; then what changes it; else loads one."""
+        """Emit instructions that preserve the accumulator, then one that overwrites it, else a load."""
         ready = [v for v in self._waiting if all(a in self._made for a in v.args)]
         logic = [v for v in ready if v.op in LOGIC]
         for v in logic:
