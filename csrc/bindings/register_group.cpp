@@ -3,17 +3,13 @@
 #include <cstdint>
 #include <memory>
 
+#include "bindings/addresses.hpp"
 #include "bindings/registry.hpp"
 #include "cpu/common/number_integers.hpp"
 #include "cpu/group.hpp"
 
 namespace fastreward {
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Sets p.groups; labels that are no positions in [0, rows) are numbered into `numbered` first.
 void find_groups(GroupProblem& p, std::unique_ptr<std::int64_t[]>& numbered) {
@@ -31,23 +27,22 @@ void find_groups(GroupProblem& p, std::unique_ptr<std::int64_t[]>& numbered) {
   p.group_index = numbered.get();
 }
 
-void group_advantages(std::uintptr_t rewards, bool rewards_f64, std::int64_t rows, std::int64_t components,
-                      std::uintptr_t group_index, std::int64_t group_size, std::uintptr_t lengths,
-                      std::uintptr_t component_weights, std::uintptr_t center_values, std::uintptr_t scale_values,
-                      int center, int scale, int ddof, double eps, bool eps_inside, int singleton, int normalize,
-                      std::uintptr_t advantages, int threads) {
+void group_advantages(Address rewards, bool rewards_f64, std::int64_t rows, std::int64_t components,
+                      Address group_index, std::int64_t group_size, Address lengths, Address component_weights,
+                      Address center_values, Address scale_values, int center, int scale, int ddof, double eps,
+                      bool eps_inside, int singleton, int normalize, Address advantages, int threads) {
   if (rows == 0) return;
   GroupProblem p;
   p.rows = rows;
   p.components = components;
-  p.rewards = pointer<const void>(rewards);
+  p.rewards = at<const void>(rewards);
   p.rewards_f64 = rewards_f64;
-  p.group_index = pointer<const std::int64_t>(group_index);
+  p.group_index = at<const std::int64_t>(group_index);
   p.group_size = group_size;
-  p.lengths = pointer<const float>(lengths);
-  p.component_weights = pointer<const float>(component_weights);
-  p.center_values = pointer<const float>(center_values);
-  p.scale_values = pointer<const float>(scale_values);
+  p.lengths = at<const float>(lengths);
+  p.component_weights = at<const float>(component_weights);
+  p.center_values = at<const float>(center_values);
+  p.scale_values = at<const float>(scale_values);
   p.center = static_cast<Center>(center);
   p.scale = static_cast<Scale>(scale);
   p.singleton = static_cast<Singleton>(singleton);
@@ -55,7 +50,7 @@ void group_advantages(std::uintptr_t rewards, bool rewards_f64, std::int64_t row
   p.ddof = ddof;
   p.eps = eps;
   p.eps_inside = eps_inside;
-  p.advantages = pointer<float>(advantages);
+  p.advantages = at<float>(advantages);
   p.threads = threads;
   std::unique_ptr<std::int64_t[]> numbered;
   find_groups(p, numbered);
@@ -78,8 +73,8 @@ bool compares_by_value(PyObject* label) {
 // labels[i] -> index[i], equal labels the same number, 0, 1, ... in first-seen order. False where a label was met that
 // is not known to compare by value, unless all have been `looked_at`. The dict is Python's own: a string's hash is kept
 // in the string, so that one pass over a batch of uids costs little more than its cache misses.
-bool number_labels(const pybind11::list& labels, std::uintptr_t index, bool looked_at) {
-  auto* const out = pointer<std::int64_t>(index);
+bool number_labels(const pybind11::list& labels, Address index, bool looked_at) {
+  auto* const out = at<std::int64_t>(index);
   const pybind11::dict seen;
   std::int64_t groups = 0;
   const Py_ssize_t count = PyList_GET_SIZE(labels.ptr());

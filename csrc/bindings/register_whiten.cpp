@@ -3,23 +3,24 @@
 #include <memory>
 #include <tuple>
 
+#include "bindings/addresses.hpp"
 #include "bindings/registry.hpp"
 #include "cpu/whiten.hpp"
 
 namespace fastreward {
 namespace {
 
-WhitenInput input_of(std::uintptr_t x, std::uintptr_t mask, int mask_kind, std::int64_t rows, std::int64_t columns) {
+WhitenInput input_of(Address x, Address mask, int mask_kind, std::int64_t rows, std::int64_t columns) {
   WhitenInput in;
-  in.x = reinterpret_cast<const float*>(x);
-  in.mask = {reinterpret_cast<const void*>(mask), static_cast<MaskKind>(mask_kind)};
+  in.x = at<const float>(x);
+  in.mask = {at<const void>(mask), static_cast<MaskKind>(mask_kind)};
   in.rows = rows;
   in.columns = columns;
   return in;
 }
 
-std::tuple<double, double, double> whiten_statistics(std::uintptr_t x, std::uintptr_t mask, int mask_kind,
-                                                     std::int64_t rows, std::int64_t columns, int threads) {
+std::tuple<double, double, double> whiten_statistics(Address x, Address mask, int mask_kind, std::int64_t rows,
+                                                     std::int64_t columns, int threads) {
   Moments m;
   {
     const pybind11::gil_scoped_release release;
@@ -30,10 +31,10 @@ std::tuple<double, double, double> whiten_statistics(std::uintptr_t x, std::uint
   return {m.count, m.mean, m.m2};
 }
 
-void whiten_apply(std::uintptr_t x, std::uintptr_t mask, int mask_kind, std::int64_t rows, std::int64_t columns,
-                  double shift, double scale, double offset, std::uintptr_t out, int threads) {
+void whiten_apply(Address x, Address mask, int mask_kind, std::int64_t rows, std::int64_t columns,
+                  double shift, double scale, double offset, Address out, int threads) {
   FASTREWARD_DISPATCH(whiten_apply)
-  (input_of(x, mask, mask_kind, rows, columns), {shift, scale, offset}, reinterpret_cast<float*>(out), threads);
+  (input_of(x, mask, mask_kind, rows, columns), {shift, scale, offset}, at<float>(out), threads);
 }
 
 }  // namespace
