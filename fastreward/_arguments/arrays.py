@@ -60,7 +60,7 @@ def _check_writable(out: Any) -> None:
 
 def array_kind(x: object) -> Kind | None:
     """ "numpy" or "cupy" for a numeric array, None for all else (object arrays of group ids stay what they are)."""
-    if type(x).__name__ not in ("ndarray", "memmap"):
+    if type(x) is torch.Tensor or type(x).__name__ not in ("ndarray", "memmap"):
         return None
     dtype = cast(Any, x).dtype
     if dtype.kind not in "fiub" or dtype.itemsize > 8:

@@ -51,8 +51,19 @@ def check_own_memory(logits: Tensor) -> None:
 def check_token_ids(name: str, ids: Tensor, vocab: int, mask: Tensor | None) -> None:
     """All of `ids` [..., or ..., k] that are not masked out lie in the vocabulary."""
     ids = ids.long()  # a narrow dtype may not hold V
+    if _all_below(ids, vocab):  # one pass finds whether, several where
+        return
     good = (ids >= 0) & (ids < vocab) | _masked_out(mask, ids)
     check.every(name, good, ids, f"integers in [0, {vocab}), the vocabulary of logits")
+
+
+def _all_below(ids: Tensor, limit: int) -> bool:
+    """Whether ids that have an address lie in [0, limit)."""
+    if type(ids) is not Tensor or transformed() or not ids.is_cpu or not ids.is_contiguous():
+        return False
+    from fastreward import _core
+
+    return _core.ids_below(ids.data_ptr(), ids.numel(), limit)
 
 
 def temperatures(temperature: Number, labels: Tensor, mask: Tensor | None) -> tuple[float, Tensor | None]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastreward._runtime.memory import empty_like, empty_strided
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RowBlock:
     """Rows `start` .. `start + count` of the batch as one matrix: runs of `length` rows, `gap` alien rows between."""
 
@@ -29,8 +29,10 @@ class RowBlock:
 
     def matrix(self, x: Tensor) -> Tensor:
         """[rows, V] on the memory of x [..., V]: the tensor that was split, or one of the same shape and strides."""
-        part = x[self.index]
+        part = x[self.index] if self.index else x
         if not self.gap:
+            if part.ndim == 2:
+                return part
             return part.reshape(-1, part.shape[-1]) if part.numel() else part.new_empty(0, part.shape[-1])
         pieces, length, vocab = part.shape
         rows = pieces * (length + self.gap) - self.gap
@@ -72,7 +74,7 @@ def like(x: Tensor, blocks: list[RowBlock], *, fake: bool = False) -> Tensor:
 
 def _split(x: Tensor, index: tuple[int, ...], start: int, gaps: bool) -> list[RowBlock]:
     count = math.prod(x.shape[:-1])  # numel() would make numbers of torch.compile's symbols
-    if x.ndim <= 2 or count == 0 or _collapses(x):
+    if x.ndim <= 2 or count == 0 or x.is_contiguous() or _collapses(x):
         return [RowBlock(index, start, count, max(count, 1), 0)]
     if gaps and x.ndim == 3 and not index:
         _, length, vocab = x.shape

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastreward import _core
 from fastreward._runtime.layout import INDICES, VALUES
+from fastreward.cpu._pointers import address
 
 _DTYPES = {torch.float32: _core.DType.f32, torch.bfloat16: _core.DType.bf16, torch.float16: _core.DType.f16}
 
@@ -58,7 +59,7 @@ def backward(
         rows,
         values.data_ptr(),
         grad_values.data_ptr(),
-        _address(grad_ids),
+        address(grad_ids),
         grad_logits.data_ptr(),
         grad_logits.stride(0),
         inv_softcap,
@@ -79,7 +80,7 @@ def fold(
     rows, alive = _rows(logits, labels, inv_temperature, None, None, None, None)
     threshold = None if label_logits is None else label_logits.float().contiguous()
     merged = state.contiguous()
-    _core.logprobs_fold(rows, vocab_start, flags, _address(threshold), merged.data_ptr())
+    _core.logprobs_fold(rows, vocab_start, flags, address(threshold), merged.data_ptr())
     if merged is not state:
         state.copy_(merged)
     del alive
@@ -93,7 +94,7 @@ def finish(state: Tensor, inv_temperature: float | Tensor, vocab_size: int, flag
     indices = torch.empty((len(INDICES), n), dtype=torch.int64, device="cpu")
     scale, stride, scalar = _inv_temperature(inv_temperature)
     _core.logprobs_finish(
-        state.data_ptr(), _address(scale), stride, scalar, n, vocab_size, flags, values.data_ptr(), indices.data_ptr()
+        state.data_ptr(), address(scale), stride, scalar, n, vocab_size, flags, values.data_ptr(), indices.data_ptr()
     )
     return values, indices
 
@@ -119,12 +120,16 @@ def _rows(
     rows.rows, rows.columns = logits.shape
     rows.row_stride = logits.stride(0)
     rows.labels = labels.data_ptr()
-    rows.inv_temperature, rows.inv_temperature_stride, rows.inv_temperature_scalar = _address(scale), stride, scalar
-    rows.mask = _address(mask)
+    if scale is None:
+        rows.inv_temperature_scalar = scalar
+    else:
+        rows.inv_temperature, rows.inv_temperature_stride = scale.data_ptr(), stride
+    if mask is not None:
+        rows.mask = mask.data_ptr()
     if keep_mask is not None:
         rows.keep_mask, rows.keep_mask_stride = keep_mask.data_ptr(), keep_mask.stride(0)
     if keep_ids is not None:
-        rows.keep_ids, rows.keep_ids_stride = _address(keep_ids) or rows.labels, keep_ids.stride(0)
+        rows.keep_ids, rows.keep_ids_stride = address(keep_ids) or rows.labels, keep_ids.stride(0)
         rows.keep_count = keep_ids.shape[1]
     if token_ids is not None:
         rows.token_ids, rows.token_ids_stride = token_ids.data_ptr(), token_ids.stride(0)
@@ -144,7 +149,3 @@ def _inv_temperature(inv_temperature: float | Tensor) -> tuple[Tensor | None, in
 def _unit_columns(x: Tensor | None) -> Tensor | None:
     """`x` [N, k] with unit column stride; the row stride stays what it is (0 when expanded)."""
     return x if x is None or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
