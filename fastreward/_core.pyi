@@ -242,7 +242,7 @@ def prefix_tree_propagate_backward(
     grad_shift: int,
     threads: int,
 ) -> None: ...
-def prefix_tree_spread(
+def prefix_tree_broadcast_to_tokens(
     forest: Forest,
     extents: int,
     mask: int,
@@ -257,10 +257,10 @@ def prefix_tree_spread(
 def prefix_tree_collect(
     forest: Forest, extents: int, mask: int, kind: int, place: int, f64: bool, tokens: int, values: int, threads: int
 ) -> None: ...
-def prefix_tree_unfold(
+def prefix_tree_gather(
     forest: Forest, extents: int, mask: int, kind: int, f64: bool, unique: int, tokens: int, threads: int
 ) -> None: ...
-def prefix_tree_fold(
+def prefix_tree_scatter_reduce(
     forest: Forest, extents: int, mask: int, kind: int, op: int, f64: bool, tokens: int, unique: int, threads: int
 ) -> None: ...
 def prefix_tree_node_of_token(forest: Forest, extents: int, out: int, threads: int) -> None: ...

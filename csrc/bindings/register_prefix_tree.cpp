@@ -209,17 +209,17 @@ TokenSpan span_of(Address extents, Address mask, int kind) {
   return {pointer<const std::int64_t>(extents), mask_view(mask, kind)};
 }
 
-void spread(const ForestArguments& f, Address extents, Address mask, int kind, int place, bool f64, Address values,
-            Address row_values, Address tokens, int threads) {
+void broadcast_to_tokens(const ForestArguments& f, Address extents, Address mask, int kind, int place, bool f64,
+                         Address values, Address row_values, Address tokens, int threads) {
   const TokenSpan span = span_of(extents, mask, kind);
   if (f64)
-    FASTREWARD_DISPATCH(prefix_tree_spread_f64)(forest_of(f), span, static_cast<TreePlace>(place),
-                                                pointer<const double>(values), pointer<const double>(row_values),
-                                                pointer<double>(tokens), threads);
+    FASTREWARD_DISPATCH(prefix_tree_broadcast_to_tokens_f64)(forest_of(f), span, static_cast<TreePlace>(place),
+                                                             pointer<const double>(values), pointer<const double>(row_values),
+                                                             pointer<double>(tokens), threads);
   else
-    FASTREWARD_DISPATCH(prefix_tree_spread_f32)(forest_of(f), span, static_cast<TreePlace>(place),
-                                                pointer<const float>(values), pointer<const float>(row_values),
-                                                pointer<float>(tokens), threads);
+    FASTREWARD_DISPATCH(prefix_tree_broadcast_to_tokens_f32)(forest_of(f), span, static_cast<TreePlace>(place),
+                                                             pointer<const float>(values), pointer<const float>(row_values),
+                                                             pointer<float>(tokens), threads);
 }
 
 void collect(const ForestArguments& f, Address extents, Address mask, int kind, int place, bool f64, Address tokens,
@@ -233,26 +233,26 @@ void collect(const ForestArguments& f, Address extents, Address mask, int kind, 
                                                 pointer<const float>(tokens), pointer<float>(values), threads);
 }
 
-void unfold(const ForestArguments& f, Address extents, Address mask, int kind, bool f64, Address unique, Address tokens,
+void gather(const ForestArguments& f, Address extents, Address mask, int kind, bool f64, Address unique, Address tokens,
             int threads) {
   const TokenSpan span = span_of(extents, mask, kind);
   if (f64)
-    FASTREWARD_DISPATCH(prefix_tree_unfold_f64)(forest_of(f), span, pointer<const double>(unique),
+    FASTREWARD_DISPATCH(prefix_tree_gather_f64)(forest_of(f), span, pointer<const double>(unique),
                                                 pointer<double>(tokens), threads);
   else
-    FASTREWARD_DISPATCH(prefix_tree_unfold_f32)(forest_of(f), span, pointer<const float>(unique),
+    FASTREWARD_DISPATCH(prefix_tree_gather_f32)(forest_of(f), span, pointer<const float>(unique),
                                                 pointer<float>(tokens), threads);
 }
 
-void fold(const ForestArguments& f, Address extents, Address mask, int kind, int op, bool f64, Address tokens,
-          Address unique, int threads) {
+void scatter_reduce(const ForestArguments& f, Address extents, Address mask, int kind, int op, bool f64, Address tokens,
+                    Address unique, int threads) {
   const TokenSpan span = span_of(extents, mask, kind);
   if (f64)
-    FASTREWARD_DISPATCH(prefix_tree_fold_f64)(forest_of(f), span, static_cast<TokenOp>(op),
-                                              pointer<const double>(tokens), pointer<double>(unique), threads);
+    FASTREWARD_DISPATCH(prefix_tree_scatter_reduce_f64)(forest_of(f), span, static_cast<TokenOp>(op),
+                                                        pointer<const double>(tokens), pointer<double>(unique), threads);
   else
-    FASTREWARD_DISPATCH(prefix_tree_fold_f32)(forest_of(f), span, static_cast<TokenOp>(op),
-                                              pointer<const float>(tokens), pointer<float>(unique), threads);
+    FASTREWARD_DISPATCH(prefix_tree_scatter_reduce_f32)(forest_of(f), span, static_cast<TokenOp>(op),
+                                                        pointer<const float>(tokens), pointer<float>(unique), threads);
 }
 
 void node_of_token(const ForestArguments& f, Address extents, Address out, int threads) {
@@ -307,10 +307,10 @@ void register_prefix_tree(pybind11::module_& m) {
   m.def("prefix_tree_advantages", &advantages, Released());
   m.def("prefix_tree_propagate", &propagate, Released());
   m.def("prefix_tree_propagate_backward", &propagate_backward, Released());
-  m.def("prefix_tree_spread", &spread, Released());
+  m.def("prefix_tree_broadcast_to_tokens", &broadcast_to_tokens, Released());
   m.def("prefix_tree_collect", &collect, Released());
-  m.def("prefix_tree_unfold", &unfold, Released());
-  m.def("prefix_tree_fold", &fold, Released());
+  m.def("prefix_tree_gather", &gather, Released());
+  m.def("prefix_tree_scatter_reduce", &scatter_reduce, Released());
   m.def("prefix_tree_node_of_token", &node_of_token, Released());
   m.def("prefix_tree_unique_of_token", &unique_of_token, Released());
   m.def("prefix_tree_layout", &layout, Released());

@@ -215,7 +215,7 @@ class PrefixTreeKernels(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
 
-    def spread(
+    def broadcast_to_tokens(
         self,
         values: Tensor,
         nodes: Tensor,
@@ -231,14 +231,14 @@ class PrefixTreeKernels(Protocol):
     def collect(
         self, tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, place: Place
     ) -> Tensor:
-        """Transpose of spread: flat tokens to node values [nodes], summed."""
+        """Transpose of broadcast_to_tokens: flat tokens to node values [nodes], summed."""
 
-    def unfold(
+    def gather(
         self, unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, count: int
     ) -> Tensor:
         """Values of unique tokens to flat tokens [count]; 0 outside of the sequences and where masked."""
 
-    def fold(
+    def scatter_reduce(
         self,
         tokens: Tensor,
         nodes: Tensor,

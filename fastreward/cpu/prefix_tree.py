@@ -191,7 +191,7 @@ def propagate_backward(
     return grad_scale, grad_shift
 
 
-def spread(
+def broadcast_to_tokens(
     values: Tensor,
     nodes: Tensor,
     rows: Tensor,
@@ -207,34 +207,36 @@ def spread(
     """
     out = empty((count,), values.dtype)
     where = (address(extents), *mask_arguments(mask), PLACES.index(place))
-    _core.prefix_tree_spread(_forest(nodes, rows), *where, *_floats(values), address(row_values), *_out(out))
+    _core.prefix_tree_broadcast_to_tokens(
+        _forest(nodes, rows), *where, *_floats(values), address(row_values), *_out(out)
+    )
     return out
 
 
 def collect(tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, place: Place) -> Tensor:
-    """The transpose of spread: flat tokens to node values [nodes], summed."""
+    """The transpose of broadcast_to_tokens: flat tokens to node values [nodes], summed."""
     out = tokens.new_empty(nodes.shape[1])
     where = (address(extents), *mask_arguments(mask), PLACES.index(place))
     _core.prefix_tree_collect(_forest(nodes, rows), *where, *_floats(tokens), *_out(out))
     return out
 
 
-def unfold(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, count: int) -> Tensor:
+def gather(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, count: int) -> Tensor:
     """Values of unique tokens to flat tokens [count]; 0 outside of the sequences and where masked."""
     out = empty((count,), unique.dtype)
-    _core.prefix_tree_unfold(
+    _core.prefix_tree_gather(
         _forest(nodes, rows), address(extents), *mask_arguments(mask), *_floats(unique), *_out(out)
     )
     return out
 
 
-def fold(
+def scatter_reduce(
     tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, op: TokenOp, unique: int
 ) -> Tensor:
     """Flat tokens to unique tokens [unique]: sum, mean or first of those that count, 0 where none does."""
     out = empty((unique,), tokens.dtype)
     forest = _forest(nodes, rows)
-    _core.prefix_tree_fold(
+    _core.prefix_tree_scatter_reduce(
         forest, address(extents), *mask_arguments(mask), TOKEN_OPS.index(op), *_floats(tokens), *_out(out)
     )
     return out

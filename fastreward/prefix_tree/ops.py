@@ -283,8 +283,8 @@ propagate.register_autograd(_propagate_gradient, setup_context=_propagate_contex
 
 
 # ------------------------------------------------------------------------------------------------ nodes and tokens
-@custom_op("prefix_tree_spread")
-def spread(
+@custom_op("prefix_tree_broadcast_to_tokens")
+def broadcast_to_tokens(
     values: Tensor,  # [nodes] f32 or f64
     row_values: Tensor | None,  # [B], a constant; NaN: the row gets nothing
     nodes: Tensor,
@@ -295,11 +295,13 @@ def spread(
     count: int,
     backend: str,
 ) -> Tensor:  # [count]
-    out: Tensor = _kernels(backend).spread(values, nodes, rows, extents, mask, _place(place), count, row_values)
+    out: Tensor = _kernels(backend).broadcast_to_tokens(
+        values, nodes, rows, extents, mask, _place(place), count, row_values
+    )
     return out
 
 
-@spread.register_fake
+@broadcast_to_tokens.register_fake
 def _(
     values: Tensor,
     row_values: Tensor | None,
@@ -334,12 +336,12 @@ def _place(name: str) -> Place:
     return next(p for p in PLACES if p == name)
 
 
-def _spread_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _broadcast_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:6])
     ctx.place, ctx.backend = inputs[6], inputs[-1]
 
 
-def _spread_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _broadcast_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     values, row_values, *forest, extents, mask = ctx.saved_tensors
     if row_values is not None:
         absent = row_values.isnan().repeat_interleave(extents.diff(), output_size=grad.shape[0])
@@ -348,12 +350,12 @@ def _spread_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.where(values.isnan(), 0.0, collected), *[None] * 8
 
 
-spread.register_autograd(_spread_gradient, setup_context=_spread_context)
+broadcast_to_tokens.register_autograd(_broadcast_gradient, setup_context=_broadcast_context)
 
 
 # ----------------------------------------------------------------------------------------- unique tokens and tokens
-@custom_op("prefix_tree_unfold")
-def unfold(
+@custom_op("prefix_tree_gather")
+def gather(
     unique: Tensor,  # [U] f32 or f64
     nodes: Tensor,
     rows: Tensor,
@@ -362,17 +364,17 @@ def unfold(
     count: int,
     backend: str,
 ) -> Tensor:  # [count]
-    out: Tensor = _kernels(backend).unfold(unique, nodes, rows, extents, mask, count)
+    out: Tensor = _kernels(backend).gather(unique, nodes, rows, extents, mask, count)
     return out
 
 
-@unfold.register_fake
+@gather.register_fake
 def _(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Any, count: int, backend: str) -> Tensor:
     return unique.new_empty((count,))
 
 
-@custom_op("prefix_tree_fold")
-def fold(
+@custom_op("prefix_tree_scatter_reduce")
+def scatter_reduce(
     tokens: Tensor,  # flat f32 or f64
     nodes: Tensor,
     rows: Tensor,
@@ -383,44 +385,44 @@ def fold(
     backend: str,
 ) -> Tensor:  # [unique]
     name = next(o for o in TOKEN_OPS if o == op)
-    out: Tensor = _kernels(backend).fold(tokens, nodes, rows, extents, mask, name, unique)
+    out: Tensor = _kernels(backend).scatter_reduce(tokens, nodes, rows, extents, mask, name, unique)
     return out
 
 
-@fold.register_fake
+@scatter_reduce.register_fake
 def _(
     tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Any, op: str, unique: int, backend: str
 ) -> Tensor:
     return tokens.new_empty((unique,))
 
 
-def _unfold_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:5])
     ctx.unique, ctx.backend = inputs[0].shape[0], inputs[-1]
 
 
-def _unfold_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return fold(grad.contiguous(), *ctx.saved_tensors, "sum", ctx.unique, ctx.backend), *[None] * 6
+def _gather_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return scatter_reduce(grad.contiguous(), *ctx.saved_tensors, "sum", ctx.unique, ctx.backend), *[None] * 6
 
 
-unfold.register_autograd(_unfold_gradient, setup_context=_unfold_context)
+gather.register_autograd(_gather_gradient, setup_context=_gather_context)
 
 
-def _fold_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:5])
     ctx.op, ctx.unique, ctx.backend, ctx.count = inputs[5], inputs[6], inputs[7], inputs[0].shape[0]
 
 
-def _fold_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.op == "first":
         raise NotImplementedError("from_tokens: op='first' has no gradient; use 'sum' or 'mean'")
     if ctx.op == "mean":
         ones = grad.new_ones(ctx.count)
-        grad = grad / fold(ones, *ctx.saved_tensors, "sum", ctx.unique, ctx.backend).clamp(min=1)
-    return unfold(grad.contiguous(), *ctx.saved_tensors, ctx.count, ctx.backend), *[None] * 7
+        grad = grad / scatter_reduce(ones, *ctx.saved_tensors, "sum", ctx.unique, ctx.backend).clamp(min=1)
+    return gather(grad.contiguous(), *ctx.saved_tensors, ctx.count, ctx.backend), *[None] * 7
 
 
-fold.register_autograd(_fold_gradient, setup_context=_fold_context)
+scatter_reduce.register_autograd(_scatter_gradient, setup_context=_scatter_context)
 
 
 # --------------------------------------------------------------------------------------------------------- constants

@@ -464,17 +464,17 @@ class PrefixTree:
             else self._constant("row_values", self._per_row("row_values", row_values), values)
         )
         if place == "broadcast" or self._sequences.one_to_one:
-            return self._spread(values, added, place)
+            return self._broadcast(values, added, place)
         # A step is one place in flat memory, and may be many tokens.
         ends = self._sequences.ends_of_steps(place)
         if added is None:
-            return torch.where(ends, self._spread(values, None, "broadcast"), 0.0)
-        elsewhere = self._spread(torch.zeros_like(values), added, "broadcast")
-        return torch.where(ends, self._spread(values, added, "broadcast"), elsewhere)
+            return torch.where(ends, self._broadcast(values, None, "broadcast"), 0.0)
+        elsewhere = self._broadcast(torch.zeros_like(values), added, "broadcast")
+        return torch.where(ends, self._broadcast(values, added, "broadcast"), elsewhere)
 
-    def _spread(self, values: Tensor, row_values: Tensor | None, place: Place) -> Tensor:
+    def _broadcast(self, values: Tensor, row_values: Tensor | None, place: Place) -> Tensor:
         s = self._sequences
-        flat = ops.spread(
+        flat = ops.broadcast_to_tokens(
             values, row_values, self._nodes, self._rows, s.extents, s.credit, place, self._flat, self._backend
         )
         return s.credited(flat)
@@ -495,7 +495,9 @@ class PrefixTree:
         self._check_tokens("token_values", token_values)
         s = self._sequences
         flat = self._to_flat(self._floats("token_values", token_values))
-        out: Tensor = ops.fold(flat, self._nodes, self._rows, s.extents, s.credit, op, self._unique, self._backend)
+        out: Tensor = ops.scatter_reduce(
+            flat, self._nodes, self._rows, s.extents, s.credit, op, self._unique, self._backend
+        )
         return out
 
     @accepts_arrays
@@ -508,7 +510,7 @@ class PrefixTree:
         check.shape("unique_values", check.tensor("unique_values", unique_values), (self._unique,), "num_tokens")
         s = self._sequences
         unique = self._floats("unique_values", unique_values)
-        return s.credited(ops.unfold(unique, self._nodes, self._rows, s.extents, s.credit, self._flat, self._backend))
+        return s.credited(ops.gather(unique, self._nodes, self._rows, s.extents, s.credit, self._flat, self._backend))
 
     def pack(self, max_tokens: int | None = None, *, by: Literal["group", "row"] = "group") -> PackedTree:
         """The layout for training: every unique token once (see PackedTree).

@@ -488,7 +488,7 @@ def propagate_backward(
 
 
 # ------------------------------------------------------------------------------------------------ nodes and tokens
-def spread(
+def broadcast_to_tokens(
     values: Tensor,
     nodes: Tensor,
     rows: Tensor,
@@ -516,7 +516,7 @@ def spread(
 
 
 def collect(tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, place: str) -> Tensor:
-    """The transpose of spread: flat tokens to node values [nodes], summed."""
+    """The transpose of broadcast_to_tokens: flat tokens to node values [nodes], summed."""
     out = [0.0] * nodes.shape[1]
     t = tokens.tolist()
     for i, n, _ in _places(_Forest(nodes, rows), mask, place):
@@ -542,7 +542,7 @@ def _counted(forest: _Forest, mask: Tensor | None) -> Iterator[tuple[int, int, i
 
 
 # ----------------------------------------------------------------------------------------- unique tokens and tokens
-def unfold(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, count: int) -> Tensor:
+def gather(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, count: int) -> Tensor:
     """Values of unique tokens to flat tokens [count]; 0 outside of the sequences and where masked."""
     forest = _Forest(nodes, rows)
     out = [0.0] * count
@@ -552,7 +552,7 @@ def unfold(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: T
     return _doubles(out).to(unique)
 
 
-def fold(
+def scatter_reduce(
     tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, op: str, unique: int
 ) -> Tensor:
     """Flat tokens to unique tokens [unique]: sum, mean or first of those that count, 0 where none does."""

@@ -2,7 +2,7 @@
 
 `parents.py` finds which row each row branches off (`branches.py` does so for given branches),
 `records.py` and `nodes.py` number the nodes that follow from it; `aggregate.py`
-and `values.py` compute on nodes, `tokens.py` and `folds.py` between nodes and
+and `values.py` compute on nodes, `tokens.py` and `scatter.py` between nodes and
 tokens. Numbers are the CPU backend's; places behind the nodes are empty: no parent, no tokens, no sequences.
 """
 
@@ -18,7 +18,7 @@ from fastreward._runtime.layout import NODES, ROWS
 from .._shared.launch import OPTIONS, on_device_of
 from .aggregate import aggregate, aggregate_backward
 from .branches import parents_of_branches
-from .folds import collect, fold, layout
+from .scatter import collect, scatter_reduce, layout
 from .forest import (
     CHILDREN,
     COUNT,
@@ -39,7 +39,7 @@ from .forest import (
 )
 from .nodes import numbered
 from .parents import parents_of_tokens
-from .tokens import lengths, node_of_token, spread, starts, unfold, unique_of_token
+from .tokens import broadcast_to_tokens, gather, lengths, node_of_token, starts, unique_of_token
 from .values import advantages, propagate, propagate_backward
 
 __all__ = [
@@ -48,15 +48,15 @@ __all__ = [
     "aggregate_backward",
     "build",
     "collect",
-    "fold",
+    "scatter_reduce",
     "layout",
     "lengths",
     "node_of_token",
     "propagate",
     "propagate_backward",
-    "spread",
+    "broadcast_to_tokens",
     "starts",
-    "unfold",
+    "gather",
     "unique_of_token",
 ]
 

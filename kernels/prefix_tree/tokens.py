@@ -170,7 +170,7 @@ def starts(mask: Tensor, extents: Tensor) -> Tensor:
     return out
 
 
-def spread(
+def broadcast_to_tokens(
     values: Tensor,
     nodes: Tensor,
     rows: Tensor,
@@ -188,7 +188,7 @@ def spread(
     return _to_tokens(PLACES.index(place), values, nodes, rows, extents, mask, out, row_values)
 
 
-def unfold(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, count: int) -> Tensor:
+def gather(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, count: int) -> Tensor:
     """Values of unique tokens to flat tokens [count]; 0 outside of the sequences and where masked."""
     out = torch.empty(count, dtype=unique.dtype, device=unique.device)
     return _to_tokens(UNIQUE.value, unique, nodes, rows, extents, mask, out)

@@ -69,11 +69,11 @@ def token_cases(dtype: torch.dtype, everything: bool) -> dict[str, Callable[[], 
 
     def both_ways() -> None:
         for place in PLACES if everything else PLACES[:1]:
-            prefix_tree.spread(nodes, *forest, extents, mask, place, B * T, rows)
+            prefix_tree.broadcast_to_tokens(nodes, *forest, extents, mask, place, B * T, rows)
             prefix_tree.collect(tokens, *forest, extents, mask, place)
-        prefix_tree.unfold(tokens, *forest, extents, None, B * T)
+        prefix_tree.gather(tokens, *forest, extents, None, B * T)
         for op in TOKEN_OPS if everything else TOKEN_OPS[1:]:
-            prefix_tree.fold(tokens, *forest, extents, mask, op, B * T)
+            prefix_tree.scatter_reduce(tokens, *forest, extents, mask, op, B * T)
 
     def numbers() -> None:
         prefix_tree.node_of_token(*forest, extents, B * T)

@@ -259,18 +259,18 @@ def check_tokens(f: Forests, mask: Tensor | None) -> None:
     unique, tokens = f.random(f.unique), f.random(flat)
     for place in PLACES:
         values = f.partly(f.random(f.nodes))
-        got = f.module.spread(f.padded(values, f.places), *here, place, flat)
-        f.same(got, cpu.spread(values, *there, place, flat), place)
+        got = f.module.broadcast_to_tokens(f.padded(values, f.places), *here, place, flat)
+        f.same(got, cpu.broadcast_to_tokens(values, *there, place, flat), place)
         own = f.partly(f.random(len(f.batch.lengths)))
-        got = f.module.spread(f.padded(values, f.places), *here, place, flat, own.to(f.device))
-        f.same(got, cpu.spread(values, *there, place, flat, own), f"{place}, values of rows")
+        got = f.module.broadcast_to_tokens(f.padded(values, f.places), *here, place, flat, own.to(f.device))
+        f.same(got, cpu.broadcast_to_tokens(values, *there, place, flat, own), f"{place}, values of rows")
         got = f.module.collect(tokens.to(f.device), *here, place)
         f.same(got, cpu.collect(tokens, *there, place), f"collect, {place}")
     room = max(flat, f.unique)
-    f.same(f.module.unfold(f.padded(unique, room), *here, flat), cpu.unfold(unique, *there, flat), "unfold")
+    f.same(f.module.gather(f.padded(unique, room), *here, flat), cpu.gather(unique, *there, flat), "gather")
     for op in TOKEN_OPS:
-        got = f.module.fold(tokens.to(f.device), *here, op, room)
-        f.same(got, cpu.fold(tokens, *there, op, f.unique), f"fold, {op}")
+        got = f.module.scatter_reduce(tokens.to(f.device), *here, op, room)
+        f.same(got, cpu.scatter_reduce(tokens, *there, op, f.unique), f"scatter_reduce, {op}")
 
 
 def check_numbers(f: Forests) -> None:

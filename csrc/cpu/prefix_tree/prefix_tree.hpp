@@ -178,23 +178,23 @@ FASTREWARD_DECLARE(
 
     // values [size] (plus row_values [rows], or nullptr) -> tokens, 0 where there is no credit; and its transpose. A node
     // that is NaN adds nothing, a row that is NaN gets 0.
-    void prefix_tree_spread_f32(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const float* values,
-                                const float* row_values, float* tokens, int threads);
-    void prefix_tree_spread_f64(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const double* values,
-                                const double* row_values, double* tokens, int threads);
+    void prefix_tree_broadcast_to_tokens_f32(const PrefixForest& forest, const TokenSpan& span, TreePlace place,
+                                             const float* values, const float* row_values, float* tokens, int threads);
+    void prefix_tree_broadcast_to_tokens_f64(const PrefixForest& forest, const TokenSpan& span, TreePlace place,
+                                             const double* values, const double* row_values, double* tokens, int threads);
     void prefix_tree_collect_f32(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const float* tokens,
                                  float* values, int threads);
     void prefix_tree_collect_f64(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const double* tokens,
                                  double* values, int threads);
     // unique [forest.tokens] -> tokens, 0 where there is no credit; and its transpose (or mean, or first)
-    void prefix_tree_unfold_f32(const PrefixForest& forest, const TokenSpan& span, const float* unique,
+    void prefix_tree_gather_f32(const PrefixForest& forest, const TokenSpan& span, const float* unique,
                                 float* tokens, int threads);
-    void prefix_tree_unfold_f64(const PrefixForest& forest, const TokenSpan& span, const double* unique,
+    void prefix_tree_gather_f64(const PrefixForest& forest, const TokenSpan& span, const double* unique,
                                 double* tokens, int threads);
-    void prefix_tree_fold_f32(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const float* tokens,
-                              float* unique, int threads);
-    void prefix_tree_fold_f64(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const double* tokens,
-                              double* unique, int threads);
+    void prefix_tree_scatter_reduce_f32(const PrefixForest& forest, const TokenSpan& span, TokenOp op,
+                                        const float* tokens, float* unique, int threads);
+    void prefix_tree_scatter_reduce_f64(const PrefixForest& forest, const TokenSpan& span, TokenOp op,
+                                        const double* tokens, double* unique, int threads);
     // Node of each token, -1 outside of the sequences; and each token's unique token, the same.
     void prefix_tree_node_of_token(const PrefixForest& forest, const TokenSpan& span, std::int32_t* out, int threads);
     void prefix_tree_unique_of_token(const PrefixForest& forest, const TokenSpan& span, std::int64_t* out, int threads);

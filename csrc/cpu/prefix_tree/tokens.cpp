@@ -141,8 +141,8 @@ void write_tokens(const PrefixForest& forest, const TokenSpan& span, Out none, O
 // A node's value and the row's own on every token, or the node's on one of them alone. NaN is what is not there: a node
 // adds nothing, a row gets nothing.
 template <class T>
-void spread(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* values, const T* row_values,
-            T* tokens, int threads) {
+void broadcast_to_tokens(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* values,
+                         const T* row_values, T* tokens, int threads) {
   const auto own = [&](std::int64_t row) {
     return row_values == nullptr || std::isnan(row_values[row]) ? T(0) : row_values[row];
   };
@@ -187,8 +187,8 @@ void collect(const PrefixForest& forest, const TokenSpan& span, TreePlace place,
 
 // Sums, or means over the sequences that count a token, of n tokens of a node's edge.
 template <class T>
-void fold_block(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens, std::int64_t node,
-                std::int64_t offset, int n, T* unique) {
+void reduce_block(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens, std::int64_t node,
+                  std::int64_t offset, int n, T* unique) {
   const std::int64_t* const order = forest.field(kRowOrder) + forest.field(kNodeRowBegin)[node];
   const std::int64_t* const starts = forest.field(kRowStart);
   const std::int64_t position = forest.field(kNodeEdgeStart)[node] + offset;
@@ -210,8 +210,8 @@ void fold_block(const PrefixForest& forest, const TokenSpan& span, TokenOp op, c
 
 // The value of the first row that counts a token. `order` is no order of rows: one that ends here comes before others.
 template <class T>
-void fold_first(const PrefixForest& forest, const TokenSpan& span, const T* tokens, std::int64_t node,
-                std::int64_t offset, int n, T* unique) {
+void reduce_first(const PrefixForest& forest, const TokenSpan& span, const T* tokens, std::int64_t node,
+                  std::int64_t offset, int n, T* unique) {
   const std::int64_t* const order = forest.field(kRowOrder) + forest.field(kNodeRowBegin)[node];
   const std::int64_t position = forest.field(kNodeEdgeStart)[node] + offset;
   std::int64_t first[kBlock];
@@ -228,7 +228,7 @@ void fold_first(const PrefixForest& forest, const TokenSpan& span, const T* toke
 
 // Where the first of its sequences alone decides.
 template <class T>
-void fold_copy(const TokenSpan& span, const T* tokens, std::int64_t begin, int n, T* unique) {
+void reduce_copy(const TokenSpan& span, const T* tokens, std::int64_t begin, int n, T* unique) {
   std::uint8_t buffer[kBlock];
   const std::uint8_t* const bytes = mask_block(span.mask, begin, n, buffer);
   if (bytes == nullptr)
@@ -238,7 +238,8 @@ void fold_copy(const TokenSpan& span, const T* tokens, std::int64_t begin, int n
 }
 
 template <class T>
-void fold(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens, T* unique, int threads) {
+void scatter_reduce(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens, T* unique,
+                    int threads) {
   for_shares(forest.size, forest, span, threads, [&](std::int64_t node) {
     const std::int64_t length = forest.field(kNodeEdgeLength)[node];
     T* const out = unique + forest.field(kNodeTokenBegin)[node];
@@ -247,17 +248,17 @@ void fold(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T
     for (std::int64_t offset = 0; offset < length; offset += kBlock) {
       const int n = static_cast<int>(std::min<std::int64_t>(kBlock, length - offset));
       if (one)
-        fold_copy(span, tokens, begin + offset, n, out + offset);
+        reduce_copy(span, tokens, begin + offset, n, out + offset);
       else if (op == TokenOp::first)
-        fold_first(forest, span, tokens, node, offset, n, out + offset);
+        reduce_first(forest, span, tokens, node, offset, n, out + offset);
       else
-        fold_block(forest, span, op, tokens, node, offset, n, out + offset);
+        reduce_block(forest, span, op, tokens, node, offset, n, out + offset);
     }
   });
 }
 
 template <class T>
-void unfold(const PrefixForest& forest, const TokenSpan& span, const T* unique, T* tokens, int threads) {
+void gather(const PrefixForest& forest, const TokenSpan& span, const T* unique, T* tokens, int threads) {
   write_tokens(forest, span, T(0), tokens, threads,
                [&](std::int64_t node, std::int64_t) { return Copy<T>{unique + forest.field(kNodeTokenBegin)[node]}; });
 }
@@ -282,21 +283,21 @@ void prefix_tree_unique_of_token(const PrefixForest& forest, const TokenSpan& sp
 }
 
 #define FASTREWARD_TREE_TOKENS(T, suffix)                                                                           \
-  void prefix_tree_spread_##suffix(const PrefixForest& forest, const TokenSpan& span, TreePlace place,              \
-                                   const T* values, const T* row_values, T* tokens, int threads) {                  \
-    spread(forest, span, place, values, row_values, tokens, threads);                                               \
+  void prefix_tree_broadcast_to_tokens_##suffix(const PrefixForest& forest, const TokenSpan& span, TreePlace place, \
+                                                const T* values, const T* row_values, T* tokens, int threads) {     \
+    broadcast_to_tokens(forest, span, place, values, row_values, tokens, threads);                                  \
   }                                                                                                                 \
   void prefix_tree_collect_##suffix(const PrefixForest& forest, const TokenSpan& span, TreePlace place,             \
                                     const T* tokens, T* values, int threads) {                                      \
     collect(forest, span, place, tokens, values, threads);                                                          \
   }                                                                                                                 \
-  void prefix_tree_unfold_##suffix(const PrefixForest& forest, const TokenSpan& span, const T* unique, T* tokens,   \
+  void prefix_tree_gather_##suffix(const PrefixForest& forest, const TokenSpan& span, const T* unique, T* tokens,   \
                                    int threads) {                                                                   \
-    unfold(forest, span, unique, tokens, threads);                                                                  \
+    gather(forest, span, unique, tokens, threads);                                                                  \
   }                                                                                                                 \
-  void prefix_tree_fold_##suffix(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens,    \
-                                 T* unique, int threads) {                                                          \
-    fold(forest, span, op, tokens, unique, threads);                                                                \
+  void prefix_tree_scatter_reduce_##suffix(const PrefixForest& forest, const TokenSpan& span, TokenOp op,           \
+                                           const T* tokens, T* unique, int threads) {                               \
+    scatter_reduce(forest, span, op, tokens, unique, threads);                                                      \
   }
 FASTREWARD_TREE_TOKENS(float, f32)
 FASTREWARD_TREE_TOKENS(double, f64)

@@ -90,9 +90,7 @@ def test_at_size(rows: int, columns: int, size: int) -> None:
 
 
 def test_collisions_of_hashes_cost_sharing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastreward.kernels import _prefix_tree_parents
-
-    monkeypatch.setattr(_prefix_tree_parents, "KEY_BITS", 5)
+    monkeypatch.setattr("fastreward.kernels.prefix_tree.parents.KEY_BITS", 5)
     r = random.Random(0)
     rows = checks.rows_of_tokens(r, 300, 40, 2)
     batch = checks.batch_of(rows, [i % 3 for i in range(300)], r, padded=False)

@@ -24,7 +24,8 @@ KERNELS = {
     *("_records_kernel", "_runs_kernel", "_below_kernel", "_columns_kernel", "_numbers_kernel", "_nodes_kernel"),
     *("_links_kernel", "_sequences_kernel", "children_kernel", "_aggregate_backward_kernel"),
     *("_advantages_kernel", "_siblings_kernel", "_propagate_kernel", "_passed_kernel"),
-    *("_tokens_kernel", "_fold_kernel", "_edges_kernel", "_layout_kernel", "_starts_kernel", "_lengths_kernel"),
+    *("_tokens_kernel", "_scatter_reduce_kernel", "_edges_kernel", "_layout_kernel"),
+    *("_starts_kernel", "_lengths_kernel"),
 }
 
 

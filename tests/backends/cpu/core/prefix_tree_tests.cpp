@@ -467,17 +467,21 @@ template <class T>
 struct TokenFunctions;
 template <>
 struct TokenFunctions<float> {
-  decltype(&fr::baseline::prefix_tree_spread_f32) spread = FASTREWARD_DISPATCH(prefix_tree_spread_f32);
+  decltype(&fr::baseline::prefix_tree_broadcast_to_tokens_f32) broadcast =
+      FASTREWARD_DISPATCH(prefix_tree_broadcast_to_tokens_f32);
   decltype(&fr::baseline::prefix_tree_collect_f32) collect = FASTREWARD_DISPATCH(prefix_tree_collect_f32);
-  decltype(&fr::baseline::prefix_tree_unfold_f32) unfold = FASTREWARD_DISPATCH(prefix_tree_unfold_f32);
-  decltype(&fr::baseline::prefix_tree_fold_f32) fold = FASTREWARD_DISPATCH(prefix_tree_fold_f32);
+  decltype(&fr::baseline::prefix_tree_gather_f32) gather = FASTREWARD_DISPATCH(prefix_tree_gather_f32);
+  decltype(&fr::baseline::prefix_tree_scatter_reduce_f32) scatter_reduce =
+      FASTREWARD_DISPATCH(prefix_tree_scatter_reduce_f32);
 };
 template <>
 struct TokenFunctions<double> {
-  decltype(&fr::baseline::prefix_tree_spread_f64) spread = FASTREWARD_DISPATCH(prefix_tree_spread_f64);
+  decltype(&fr::baseline::prefix_tree_broadcast_to_tokens_f64) broadcast =
+      FASTREWARD_DISPATCH(prefix_tree_broadcast_to_tokens_f64);
   decltype(&fr::baseline::prefix_tree_collect_f64) collect = FASTREWARD_DISPATCH(prefix_tree_collect_f64);
-  decltype(&fr::baseline::prefix_tree_unfold_f64) unfold = FASTREWARD_DISPATCH(prefix_tree_unfold_f64);
-  decltype(&fr::baseline::prefix_tree_fold_f64) fold = FASTREWARD_DISPATCH(prefix_tree_fold_f64);
+  decltype(&fr::baseline::prefix_tree_gather_f64) gather = FASTREWARD_DISPATCH(prefix_tree_gather_f64);
+  decltype(&fr::baseline::prefix_tree_scatter_reduce_f64) scatter_reduce =
+      FASTREWARD_DISPATCH(prefix_tree_scatter_reduce_f64);
 };
 
 template <class T>
@@ -505,7 +509,7 @@ void check_tokens(const Forest& forest, const Expected& expected, const Batch& b
     };
     std::vector<T> out(tokens.size(), T(-9)), wanted(tokens.size(), T(0)), found(values.size(), T(-9));
     Doubles sums(values.size(), 0.0);
-    call.spread(forest.view, span, place, values.data(), nullptr, out.data(), threads);
+    call.broadcast(forest.view, span, place, values.data(), nullptr, out.data(), threads);
     call.collect(forest.view, span, place, tokens.data(), found.data(), threads);
     each([&](std::size_t i, std::int64_t node, std::size_t, std::int64_t position) {
       if (!counts(i) || !there(node, position)) return;
@@ -516,7 +520,7 @@ void check_tokens(const Forest& forest, const Expected& expected, const Batch& b
     for (std::size_t n = 0; n < sums.size(); ++n) CHECK_NEAR(static_cast<double>(found[n]), sums[n], tolerance);
     std::vector<T> own(at(batch.rows));
     for (std::size_t b = 0; b < own.size(); ++b) own[b] = T(0.5) * static_cast<T>(b) - T(1);
-    call.spread(forest.view, span, place, values.data(), own.data(), out.data(), threads);
+    call.broadcast(forest.view, span, place, values.data(), own.data(), out.data(), threads);
     for (std::int64_t b = 0; b < batch.rows; ++b)
       for (std::size_t k = 0; k < expected.node_of[at(b)].size(); ++k) {
         const std::size_t i = at(batch.starts[at(b)]) + k;
@@ -529,7 +533,7 @@ void check_tokens(const Forest& forest, const Expected& expected, const Batch& b
   std::vector<T> out(tokens.size(), T(-9)), wanted(tokens.size(), T(0)), first(unique.size(), T(0));
   std::vector<int> counted(unique.size(), 0);
   Doubles sums(unique.size(), 0.0);
-  call.unfold(forest.view, span, unique.data(), out.data(), threads);
+  call.gather(forest.view, span, unique.data(), out.data(), threads);
   each([&](std::size_t i, std::int64_t, std::size_t u, std::int64_t) {
     if (!counts(i)) return;
     wanted[i] = unique[u];
@@ -538,14 +542,14 @@ void check_tokens(const Forest& forest, const Expected& expected, const Batch& b
   });
   CHECK(out == wanted);
   for (const auto op : {fr::TokenOp::sum, fr::TokenOp::mean, fr::TokenOp::first}) {
-    std::vector<T> folded(unique.size(), T(-9));
-    call.fold(forest.view, span, op, tokens.data(), folded.data(), threads);
-    for (std::size_t u = 0; u < folded.size(); ++u) {
+    std::vector<T> reduced(unique.size(), T(-9));
+    call.scatter_reduce(forest.view, span, op, tokens.data(), reduced.data(), threads);
+    for (std::size_t u = 0; u < reduced.size(); ++u) {
       const double mean = sums[u] / std::max(counted[u], 1);
       const double want = op == fr::TokenOp::sum    ? sums[u]
                           : op == fr::TokenOp::mean ? mean
                                                     : static_cast<double>(first[u]);
-      CHECK_NEAR(static_cast<double>(folded[u]), want, tolerance);
+      CHECK_NEAR(static_cast<double>(reduced[u]), want, tolerance);
     }
   }
 

@@ -48,7 +48,8 @@ def test_empty_batches() -> None:
     none = torch.zeros(0, dtype=torch.long)
     nodes, rows, sizes = kernels.build(none, None, None, none, none, none, False, True)
     assert (nodes.shape, rows.shape, sizes.tolist()) == ((len(NODES), 0), (4, 0), [0, 0, 0])
-    assert kernels.spread(torch.zeros(0), nodes, rows, torch.zeros(1).long(), None, "broadcast", 0).shape == (0,)
+    extents = torch.zeros(1).long()
+    assert kernels.broadcast_to_tokens(torch.zeros(0), nodes, rows, extents, None, "broadcast", 0).shape == (0,)
     assert kernels.aggregate(torch.zeros(0), None, None, nodes, rows, checks.AggregateOptions()).shape == (0,)
     checks.check_build(kernels, "cpu", checks.batch_of([[], [], []], [3, 1, 3], checks.random.Random(0), padded=False))
 

@@ -35,11 +35,11 @@ from .forest import (
 from .tokens import ENDS, UNIQUE
 
 # --------------------------------------------------------------------------------------------------------- config
-SEQUENCES, FOLDED = 4, 256  # fold: sequences at a time, unique tokens of a program
+SEQUENCES, UNIQUES = 4, 256  # scatter_reduce: sequences at a time, unique tokens of a program
 NODES, EDGE = 8, 128  # collect: nodes of a program, unique tokens of each at a time
 BLOCK = 512  # layout: unique tokens of a program
 WARPS = 4
-MAXNREG = 168  # of fold; stated, because ptxas otherwise spills a scalar or two for more occupancy
+MAXNREG = 168  # of scatter_reduce; stated, because ptxas otherwise spills a scalar or two for more occupancy
 
 _SUM, _MEAN, _FIRST = (tl.constexpr(i) for i in range(len(TOKEN_OPS)))
 
@@ -59,20 +59,20 @@ def _unique_lanes(nodes, stride, unique, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["stride", "B", "count", "places"])
-def _fold_kernel(
+def _scatter_reduce_kernel(
     tokens,  # f32 or f64 [count]
     mask,  # u8 [count]
     nodes,  # i64 [F, stride]
     rows,  # i64 [4, B]
     out,  # f32 or f64 [places]: unique tokens, or nodes
     stride, B, count, places,
-    OP: tl.constexpr, OF: tl.constexpr, HAS_MASK: tl.constexpr, SEQUENCES: tl.constexpr, FOLDED: tl.constexpr,
+    OP: tl.constexpr, OF: tl.constexpr, HAS_MASK: tl.constexpr, SEQUENCES: tl.constexpr, UNIQUES: tl.constexpr,
 ):  # fmt: skip
     """A lane sums what the sequences of a node have at one position: each unique token, or a node's first or last."""
     if OF == UNIQUE:
-        u, n, place, ok = _unique_lanes(nodes, stride, places, FOLDED)
+        u, n, place, ok = _unique_lanes(nodes, stride, places, UNIQUES)
     else:
-        u = tl.program_id(0).to(tl.int64) * FOLDED + tl.arange(0, FOLDED)
+        u = tl.program_id(0).to(tl.int64) * UNIQUES + tl.arange(0, UNIQUES)
         n = u
         ok = (u < places) & (field(nodes, stride, EDGE_LENGTH, n, u < places) > 0)
         place = tl.zeros_like(u)
@@ -80,8 +80,8 @@ def _fold_kernel(
             place += field(nodes, stride, EDGE_LENGTH, n, ok) - 1
     position = field(nodes, stride, EDGE_START, n, ok) + place
     begin, many = field(nodes, stride, ROW_BEGIN, n, ok), field(nodes, stride, COUNT, n, ok)
-    total = tl.zeros([FOLDED], tl.float64)
-    counted = tl.zeros([FOLDED], tl.int32)
+    total = tl.zeros([UNIQUES], tl.float64)
+    counted = tl.zeros([UNIQUES], tl.int32)
     earliest = tl.zeros_like(u) + B
     for j in range(0, tl.max(many, axis=0), SEQUENCES):
         k = j + tl.arange(0, SEQUENCES)[:, None]
@@ -155,22 +155,22 @@ def _layout_kernel(
 
 
 # --------------------------------------------------------------------------------------------------------- launch
-def fold(
+def scatter_reduce(
     tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, op: TokenOp, unique: int
 ) -> Tensor:
     """Flat tokens to unique tokens [unique]: sum, mean or first of those that count, 0 where none does."""
     out = torch.empty(unique, dtype=tokens.dtype, device=tokens.device)
-    return _fold(tokens, nodes, rows, mask, TOKEN_OPS.index(op), UNIQUE.value, out)
+    return _reduce(tokens, nodes, rows, mask, TOKEN_OPS.index(op), UNIQUE.value, out)
 
 
 def collect(tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, place: Place) -> Tensor:
-    """The transpose of spread: flat tokens to node values [nodes], summed."""
+    """The transpose of broadcast_to_tokens: flat tokens to node values [nodes], summed."""
     count = nodes.shape[1]
     out = torch.empty(count, dtype=tokens.dtype, device=tokens.device)
     if place != "broadcast":
-        return _fold(tokens, nodes, rows, mask, _SUM.value, PLACES.index(place), out)
+        return _reduce(tokens, nodes, rows, mask, _SUM.value, PLACES.index(place), out)
     unique = torch.empty(tokens.shape[0], dtype=torch.float64, device=tokens.device)
-    _fold(tokens, nodes, rows, mask, _SUM.value, UNIQUE.value, unique)
+    _reduce(tokens, nodes, rows, mask, _SUM.value, UNIQUE.value, unique)
     if count:
         with on_device_of(out):
             _edges_kernel[(triton.cdiv(count, NODES),)](
@@ -180,15 +180,15 @@ def collect(tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: 
     return out
 
 
-def _fold(tokens: Tensor, nodes: Tensor, rows: Tensor, mask: Tensor | None, op: int, of: int, out: Tensor) -> Tensor:
+def _reduce(tokens: Tensor, nodes: Tensor, rows: Tensor, mask: Tensor | None, op: int, of: int, out: Tensor) -> Tensor:
     places = out.shape[0]
     if places == 0 or nodes.shape[1] == 0:
         return out
     rules: dict[str, Any] = {"OP": op, "OF": of, "HAS_MASK": mask is not None}
     with on_device_of(out):
-        _fold_kernel[(triton.cdiv(places, FOLDED),)](
+        _scatter_reduce_kernel[(triton.cdiv(places, UNIQUES),)](
             tokens, mask_bytes(mask), nodes, rows, out, nodes.stride(0), rows.shape[1], tokens.shape[0], places,
-            **rules, SEQUENCES=SEQUENCES, FOLDED=FOLDED,
+            **rules, SEQUENCES=SEQUENCES, UNIQUES=UNIQUES,
             num_warps=WARPS, maxnreg=MAXNREG, **OPTIONS,
         )  # fmt: skip
     return out
