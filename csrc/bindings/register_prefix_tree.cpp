@@ -1,9 +1,10 @@
-// fastreward._core.prefix_tree_*: addresses to csrc/cpu/prefix_tree/prefix_tree.hpp, with the scratch memory that it asks for.
+// fastreward._core.prefix_tree_*: addresses to cpu/prefix_tree/prefix_tree.hpp, with the scratch memory that it asks for.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <tuple>
 
+#include "bindings/addresses.hpp"
 #include "bindings/registry.hpp"
 #include "cpu/common/number_integers.hpp"
 #include "cpu/prefix_tree/prefix_tree.hpp"
@@ -11,29 +12,22 @@
 namespace fastreward {
 namespace {
 
-using Address = std::uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 template <class T>
 std::unique_ptr<T[]> scratch(std::int64_t count) {
   return std::unique_ptr<T[]>(new T[static_cast<std::size_t>(std::max<std::int64_t>(count, 1))]);
 }
 
-MaskView mask_view(Address data, int kind) { return {pointer<const void>(data), static_cast<MaskKind>(kind)}; }
+MaskView mask_view(Address data, int kind) { return {at<const void>(data), static_cast<MaskKind>(kind)}; }
 
 // (nodes, capacity, size, rows_data, rows, unique tokens)
 using ForestArguments = std::tuple<Address, std::int64_t, std::int64_t, Address, std::int64_t, std::int64_t>;
 
 PrefixForest forest_of(const ForestArguments& a) {
   PrefixForest f;
-  f.nodes = pointer<std::int64_t>(std::get<0>(a));
+  f.nodes = at<std::int64_t>(std::get<0>(a));
   f.capacity = std::get<1>(a);
   f.size = std::get<2>(a);
-  f.rows_data = pointer<std::int64_t>(std::get<3>(a));
+  f.rows_data = at<std::int64_t>(std::get<3>(a));
   f.rows = std::get<4>(a);
   f.tokens = std::get<5>(a);
   return f;
@@ -41,14 +35,13 @@ PrefixForest forest_of(const ForestArguments& a) {
 
 // ------------------------------------------------------------------------------------------------------------- build
 void lengths(Address mask, int kind, Address extents, Address starts, std::int64_t rows, Address out, int threads) {
-  FASTREWARD_DISPATCH(prefix_tree_lengths)(mask_view(mask, kind), pointer<const std::int64_t>(extents),
-                                           pointer<const std::int64_t>(starts), rows, pointer<std::int64_t>(out),
-                                           threads);
+  FASTREWARD_DISPATCH(prefix_tree_lengths)(mask_view(mask, kind), at<const std::int64_t>(extents),
+                                           at<const std::int64_t>(starts), rows, at<std::int64_t>(out), threads);
 }
 
 void starts(Address mask, int kind, Address extents, std::int64_t rows, Address out, int threads) {
-  FASTREWARD_DISPATCH(prefix_tree_starts)(mask_view(mask, kind), pointer<const std::int64_t>(extents), rows,
-                                          pointer<std::int64_t>(out), threads);
+  FASTREWARD_DISPATCH(prefix_tree_starts)(mask_view(mask, kind), at<const std::int64_t>(extents), rows,
+                                          at<std::int64_t>(out), threads);
 }
 
 // A forest that has grown and waits to be numbered, once its caller has memory of the right size.
@@ -58,14 +51,14 @@ class Growth {
   Growth(Address tokens, bool tokens_i64, Address parent_row, Address branch_position, Address group,
          bool ordered_groups, Address rows_data, std::int64_t rows, bool compress, int threads) {
     forest_.rows = rows;
-    forest_.rows_data = pointer<std::int64_t>(rows_data);
-    input_.tokens = pointer<const void>(tokens);
+    forest_.rows_data = at<std::int64_t>(rows_data);
+    input_.tokens = at<const void>(tokens);
     input_.tokens_i64 = tokens_i64;
-    input_.parent_row = pointer<const std::int64_t>(parent_row);
-    input_.branch_position = pointer<const std::int64_t>(branch_position);
+    input_.parent_row = at<const std::int64_t>(parent_row);
+    input_.branch_position = at<const std::int64_t>(branch_position);
     input_.compress = compress;
     input_.threads = threads;
-    number_groups(pointer<const std::int64_t>(group), ordered_groups);
+    number_groups(at<const std::int64_t>(group), ordered_groups);
     std::int64_t slots = 0;
     for (std::int64_t g = 0; g < forest_.groups; ++g) slots += prefix_tree_slots(sizes_[g]);
     const std::int64_t nodes = 2 * rows + forest_.groups;
@@ -86,7 +79,7 @@ class Growth {
   std::int64_t tokens() const { return forest_.tokens; }
 
   void number(Address nodes, std::int64_t capacity) {
-    forest_.nodes = pointer<std::int64_t>(nodes);
+    forest_.nodes = at<std::int64_t>(nodes);
     forest_.capacity = capacity;
     FASTREWARD_DISPATCH(prefix_tree_number)(input_, forest_, views());
   }
@@ -129,6 +122,16 @@ class Growth {
   std::unique_ptr<std::int32_t[]> slots_;
 };
 
+// The kernel of a dtype; `T` is float or double in its arguments.
+#define FASTREWARD_TREE_CALL(name, f64, ...)                   \
+  if (f64) {                                                   \
+    using T = double;                                          \
+    FASTREWARD_DISPATCH(prefix_tree_##name##_f64)(__VA_ARGS__); \
+  } else {                                                     \
+    using T = float;                                           \
+    FASTREWARD_DISPATCH(prefix_tree_##name##_f32)(__VA_ARGS__); \
+  }
+
 // ------------------------------------------------------------------------------------------------------------ values
 AggregateOptions options_of(int op, bool over_children, bool mean_form, double scale, double discount) {
   return {static_cast<TreeOp>(op), over_children, mean_form, scale, discount};
@@ -139,14 +142,8 @@ void aggregate(const ForestArguments& f, int op, bool over_children, bool mean_f
   const PrefixForest forest = forest_of(f);
   const AggregateOptions o = options_of(op, over_children, mean_form, scale, discount);
   const auto memory = scratch<double>(2 * forest.size);
-  if (f64)
-    FASTREWARD_DISPATCH(prefix_tree_aggregate_f64)(forest, o, pointer<const double>(values),
-                                                   pointer<const double>(weights), pointer<const double>(child_weights),
-                                                   memory.get(), pointer<double>(out), threads);
-  else
-    FASTREWARD_DISPATCH(prefix_tree_aggregate_f32)(forest, o, pointer<const float>(values),
-                                                   pointer<const float>(weights), pointer<const float>(child_weights),
-                                                   memory.get(), pointer<float>(out), threads);
+  FASTREWARD_TREE_CALL(aggregate, f64, forest, o, at<const T>(values), at<const T>(weights), at<const T>(child_weights),
+                       memory.get(), at<T>(out), threads)
 }
 
 void aggregate_backward(const ForestArguments& f, int op, bool over_children, bool mean_form, double scale,
@@ -155,14 +152,8 @@ void aggregate_backward(const ForestArguments& f, int op, bool over_children, bo
   const PrefixForest forest = forest_of(f);
   const AggregateOptions o = options_of(op, over_children, mean_form, scale, discount);
   const auto memory = scratch<double>(3 * forest.size);
-  if (f64)
-    FASTREWARD_DISPATCH(prefix_tree_aggregate_backward_f64)(
-        forest, o, pointer<const double>(values), pointer<const double>(weights), pointer<const double>(child_weights),
-        pointer<const double>(grad), memory.get(), pointer<double>(grad_values), threads);
-  else
-    FASTREWARD_DISPATCH(prefix_tree_aggregate_backward_f32)(
-        forest, o, pointer<const float>(values), pointer<const float>(weights), pointer<const float>(child_weights),
-        pointer<const float>(grad), memory.get(), pointer<float>(grad_values), threads);
+  FASTREWARD_TREE_CALL(aggregate_backward, f64, forest, o, at<const T>(values), at<const T>(weights),
+                       at<const T>(child_weights), at<const T>(grad), memory.get(), at<T>(grad_values), threads)
 }
 
 void advantages(const ForestArguments& f, int mode, bool scale_std, bool singleton_raw, int ddof, double eps, bool f64,
@@ -170,119 +161,84 @@ void advantages(const ForestArguments& f, int mode, bool scale_std, bool singlet
   const PrefixForest forest = forest_of(f);
   const AdvantageOptions o = {static_cast<TreeMode>(mode), scale_std, singleton_raw, ddof, eps};
   const auto memory = scratch<double>(3 * forest.size);
-  if (f64)
-    FASTREWARD_DISPATCH(prefix_tree_advantages_f64)(forest, o, pointer<const double>(values), memory.get(),
-                                                    pointer<double>(out), threads);
-  else
-    FASTREWARD_DISPATCH(prefix_tree_advantages_f32)(forest, o, pointer<const float>(values), memory.get(),
-                                                    pointer<float>(out), threads);
+  FASTREWARD_TREE_CALL(advantages, f64, forest, o, at<const T>(values), memory.get(), at<T>(out), threads)
 }
 
 void propagate(const ForestArguments& f, double initial, double low, double high, bool f64, Address scale,
                Address shift, Address out, int threads) {
   const PrefixForest forest = forest_of(f);
   const auto memory = scratch<double>(forest.size);
-  if (f64)
-    FASTREWARD_DISPATCH(prefix_tree_propagate_f64)(forest, pointer<const double>(scale), pointer<const double>(shift),
-                                                   initial, low, high, memory.get(), pointer<double>(out), threads);
-  else
-    FASTREWARD_DISPATCH(prefix_tree_propagate_f32)(forest, pointer<const float>(scale), pointer<const float>(shift),
-                                                   initial, low, high, memory.get(), pointer<float>(out), threads);
+  FASTREWARD_TREE_CALL(propagate, f64, forest, at<const T>(scale), at<const T>(shift), initial, low, high, memory.get(),
+                       at<T>(out), threads)
 }
 
 void propagate_backward(const ForestArguments& f, double initial, double low, double high, bool f64, Address scale,
                         Address shift, Address grad, Address grad_scale, Address grad_shift, int threads) {
   const PrefixForest forest = forest_of(f);
   const auto memory = scratch<double>(2 * forest.size);
-  if (f64)
-    FASTREWARD_DISPATCH(prefix_tree_propagate_backward_f64)(
-        forest, pointer<const double>(scale), pointer<const double>(shift), initial, low, high,
-        pointer<const double>(grad), memory.get(), pointer<double>(grad_scale), pointer<double>(grad_shift), threads);
-  else
-    FASTREWARD_DISPATCH(prefix_tree_propagate_backward_f32)(
-        forest, pointer<const float>(scale), pointer<const float>(shift), initial, low, high,
-        pointer<const float>(grad), memory.get(), pointer<float>(grad_scale), pointer<float>(grad_shift), threads);
+  FASTREWARD_TREE_CALL(propagate_backward, f64, forest, at<const T>(scale), at<const T>(shift), initial, low, high,
+                       at<const T>(grad), memory.get(), at<T>(grad_scale), at<T>(grad_shift), threads)
 }
 
 // ------------------------------------------------------------------------------------------------------------ tokens
 TokenSpan span_of(Address extents, Address mask, int kind) {
-  return {pointer<const std::int64_t>(extents), mask_view(mask, kind)};
+  return {at<const std::int64_t>(extents), mask_view(mask, kind)};
 }
 
 void broadcast_to_tokens(const ForestArguments& f, Address extents, Address mask, int kind, int place, bool f64,
                          Address values, Address row_values, Address tokens, int threads) {
-  const TokenSpan span = span_of(extents, mask, kind);
-  if (f64)
-    FASTREWARD_DISPATCH(prefix_tree_broadcast_to_tokens_f64)(forest_of(f), span, static_cast<TreePlace>(place),
-                                                             pointer<const double>(values), pointer<const double>(row_values),
-                                                             pointer<double>(tokens), threads);
-  else
-    FASTREWARD_DISPATCH(prefix_tree_broadcast_to_tokens_f32)(forest_of(f), span, static_cast<TreePlace>(place),
-                                                             pointer<const float>(values), pointer<const float>(row_values),
-                                                             pointer<float>(tokens), threads);
+  FASTREWARD_TREE_CALL(broadcast_to_tokens, f64, forest_of(f), span_of(extents, mask, kind),
+                       static_cast<TreePlace>(place), at<const T>(values), at<const T>(row_values), at<T>(tokens),
+                       threads)
 }
 
 void collect(const ForestArguments& f, Address extents, Address mask, int kind, int place, bool f64, Address tokens,
              Address values, int threads) {
-  const TokenSpan span = span_of(extents, mask, kind);
-  if (f64)
-    FASTREWARD_DISPATCH(prefix_tree_collect_f64)(forest_of(f), span, static_cast<TreePlace>(place),
-                                                pointer<const double>(tokens), pointer<double>(values), threads);
-  else
-    FASTREWARD_DISPATCH(prefix_tree_collect_f32)(forest_of(f), span, static_cast<TreePlace>(place),
-                                                pointer<const float>(tokens), pointer<float>(values), threads);
+  FASTREWARD_TREE_CALL(collect, f64, forest_of(f), span_of(extents, mask, kind), static_cast<TreePlace>(place),
+                       at<const T>(tokens), at<T>(values), threads)
 }
 
 void gather(const ForestArguments& f, Address extents, Address mask, int kind, bool f64, Address unique, Address tokens,
             int threads) {
-  const TokenSpan span = span_of(extents, mask, kind);
-  if (f64)
-    FASTREWARD_DISPATCH(prefix_tree_gather_f64)(forest_of(f), span, pointer<const double>(unique),
-                                                pointer<double>(tokens), threads);
-  else
-    FASTREWARD_DISPATCH(prefix_tree_gather_f32)(forest_of(f), span, pointer<const float>(unique),
-                                                pointer<float>(tokens), threads);
+  FASTREWARD_TREE_CALL(gather, f64, forest_of(f), span_of(extents, mask, kind), at<const T>(unique), at<T>(tokens),
+                       threads)
 }
 
 void scatter_reduce(const ForestArguments& f, Address extents, Address mask, int kind, int op, bool f64, Address tokens,
                     Address unique, int threads) {
-  const TokenSpan span = span_of(extents, mask, kind);
-  if (f64)
-    FASTREWARD_DISPATCH(prefix_tree_scatter_reduce_f64)(forest_of(f), span, static_cast<TokenOp>(op),
-                                                        pointer<const double>(tokens), pointer<double>(unique), threads);
-  else
-    FASTREWARD_DISPATCH(prefix_tree_scatter_reduce_f32)(forest_of(f), span, static_cast<TokenOp>(op),
-                                                        pointer<const float>(tokens), pointer<float>(unique), threads);
+  FASTREWARD_TREE_CALL(scatter_reduce, f64, forest_of(f), span_of(extents, mask, kind), static_cast<TokenOp>(op),
+                       at<const T>(tokens), at<T>(unique), threads)
 }
 
+#undef FASTREWARD_TREE_CALL
+
 void node_of_token(const ForestArguments& f, Address extents, Address out, int threads) {
-  FASTREWARD_DISPATCH(prefix_tree_node_of_token)(forest_of(f), span_of(extents, 0, 0), pointer<std::int32_t>(out),
-                                                 threads);
+  FASTREWARD_DISPATCH(prefix_tree_node_of_token)(forest_of(f), span_of(extents, 0, 0), at<std::int32_t>(out), threads);
 }
 
 void unique_of_token(const ForestArguments& f, Address extents, Address out, int threads) {
-  FASTREWARD_DISPATCH(prefix_tree_unique_of_token)(forest_of(f), span_of(extents, 0, 0), pointer<std::int64_t>(out),
+  FASTREWARD_DISPATCH(prefix_tree_unique_of_token)(forest_of(f), span_of(extents, 0, 0), at<std::int64_t>(out),
                                                    threads);
 }
 
 // -------------------------------------------------------------------------------------------------------------- pack
 void layout(const ForestArguments& f, Address tokens, bool tokens_i64, Address token_ids, Address position_ids,
             Address parent, Address tout, Address multiplicity, Address source, int threads) {
-  FASTREWARD_DISPATCH(prefix_tree_layout)(forest_of(f), pointer<const void>(tokens), tokens_i64,
-                                          pointer<std::int64_t>(token_ids), pointer<std::int64_t>(position_ids),
-                                          pointer<std::int64_t>(parent), pointer<std::int64_t>(tout),
-                                          pointer<std::int64_t>(multiplicity), pointer<std::int64_t>(source), threads);
+  FASTREWARD_DISPATCH(prefix_tree_layout)(forest_of(f), at<const void>(tokens), tokens_i64, at<std::int64_t>(token_ids),
+                                          at<std::int64_t>(position_ids), at<std::int64_t>(parent),
+                                          at<std::int64_t>(tout), at<std::int64_t>(multiplicity),
+                                          at<std::int64_t>(source), threads);
 }
 
 std::int64_t bins(const ForestArguments& f, std::int64_t max_tokens, bool by_rows, Address out) {
-  return FASTREWARD_DISPATCH(prefix_tree_bins)(forest_of(f), max_tokens, by_rows, pointer<std::int64_t>(out));
+  return FASTREWARD_DISPATCH(prefix_tree_bins)(forest_of(f), max_tokens, by_rows, at<std::int64_t>(out));
 }
 
 void blocks(Address tout, std::int64_t tokens, std::int64_t block, Address counts, Address indices, Address full_counts,
             Address full_indices) {
-  FASTREWARD_DISPATCH(prefix_tree_blocks)(pointer<const std::int64_t>(tout), tokens, block,
-                                          {pointer<std::int32_t>(counts), pointer<std::int32_t>(indices),
-                                           pointer<std::int32_t>(full_counts), pointer<std::int32_t>(full_indices)});
+  const BlockLists lists = {at<std::int32_t>(counts), at<std::int32_t>(indices), at<std::int32_t>(full_counts),
+                            at<std::int32_t>(full_indices)};
+  FASTREWARD_DISPATCH(prefix_tree_blocks)(at<const std::int64_t>(tout), tokens, block, lists);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""CPU backend of `prefix_tree`: tensors to pointers for csrc/cpu/prefix_tree*.cpp. Inputs are validated already."""
+"""CPU backend of `prefix_tree`: tensors to pointers for csrc/cpu/prefix_tree/. Inputs are validated already."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _Forest = tuple[int, int, int, int, int, int]
 
 
 def lengths(mask: Tensor, extents: Tensor, starts: Tensor | None) -> Tensor:
-    """Tokens from each row's start to its last counted one, i64 [B]; extents i64 [B + 1], starts i64 [B]."""
+    """Tokens from each row's start to its last valid one, i64 [B]; extents i64 [B + 1], starts i64 [B]."""
     out = extents.new_empty(extents.shape[0] - 1)
     _core.prefix_tree_lengths(
         *mask_arguments(mask), address(extents), address(starts), len(out), address(out), torch.get_num_threads()
@@ -33,7 +33,7 @@ def lengths(mask: Tensor, extents: Tensor, starts: Tensor | None) -> Tensor:
 
 
 def starts(mask: Tensor, extents: Tensor) -> Tensor:
-    """Flat index of each row's first counted token, i64 [B]; where its extent begins if there is none."""
+    """Flat index of each row's first valid token, i64 [B]; where its extent begins if there is none."""
     out = extents.new_empty(extents.shape[0] - 1)
     _core.prefix_tree_starts(*mask_arguments(mask), address(extents), len(out), address(out), torch.get_num_threads())
     return out
@@ -82,16 +82,8 @@ def aggregate(
 ) -> Tensor:
     """[nodes], the dtype of values."""
     out = values.new_empty(nodes.shape[1])
-    _core.prefix_tree_aggregate(
-        _forest(nodes, rows),
-        *_aggregation(options),
-        values.dtype == torch.float64,
-        address(values),
-        address(weights),
-        address(child_weights),
-        address(out),
-        torch.get_num_threads(),
-    )
+    given = (*_floats(values), address(weights), address(child_weights))
+    _core.prefix_tree_aggregate(_forest(nodes, rows), *_aggregation(options), *given, *_out(out))
     return out
 
 
@@ -106,35 +98,17 @@ def aggregate_backward(
 ) -> Tensor:
     """Gradient for values, [B]; for mean, sum and logsumexp."""
     out = torch.empty_like(values)
-    _core.prefix_tree_aggregate_backward(
-        _forest(nodes, rows),
-        *_aggregation(options),
-        values.dtype == torch.float64,
-        address(values),
-        address(weights),
-        address(child_weights),
-        address(grad),
-        address(out),
-        torch.get_num_threads(),
-    )
+    given = (*_floats(values), address(weights), address(child_weights), address(grad))
+    _core.prefix_tree_aggregate_backward(_forest(nodes, rows), *_aggregation(options), *given, *_out(out))
     return out
 
 
 def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: AdvantageOptions) -> Tensor:
     """[nodes] from node values [nodes]; 0 for roots, without a value and with nothing to compare it with."""
     out = torch.empty_like(values)
-    _core.prefix_tree_advantages(
-        _forest(nodes, rows),
-        TREE_MODES.index(options.mode),
-        options.scale == "std",
-        options.singleton == "raw",
-        options.ddof,
-        float(options.eps),
-        values.dtype == torch.float64,
-        address(values),
-        address(out),
-        torch.get_num_threads(),
-    )
+    flags = (TREE_MODES.index(options.mode), options.scale == "std", options.singleton == "raw")
+    forest = _forest(nodes, rows)
+    _core.prefix_tree_advantages(forest, *flags, options.ddof, float(options.eps), *_floats(values), *_out(out))
     return out
 
 
@@ -149,17 +123,8 @@ def propagate(
 ) -> Tensor:
     """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
     out = torch.empty_like(scale)
-    _core.prefix_tree_propagate(
-        _forest(nodes, rows),
-        float(initial),
-        float(low),
-        float(high),
-        scale.dtype == torch.float64,
-        address(scale),
-        address(shift),
-        address(out),
-        torch.get_num_threads(),
-    )
+    rules = (float(initial), float(low), float(high))
+    _core.prefix_tree_propagate(_forest(nodes, rows), *rules, *_floats(scale), address(shift), *_out(out))
     return out
 
 
@@ -175,19 +140,10 @@ def propagate_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     grad_scale, grad_shift = torch.empty_like(scale), torch.empty_like(scale)
-    _core.prefix_tree_propagate_backward(
-        _forest(nodes, rows),
-        float(initial),
-        float(low),
-        float(high),
-        scale.dtype == torch.float64,
-        address(scale),
-        address(shift),
-        address(grad),
-        address(grad_scale),
-        address(grad_shift),
-        torch.get_num_threads(),
-    )
+    rules = (float(initial), float(low), float(high))
+    grads = (address(grad), address(grad_scale), address(grad_shift))
+    forest, threads = _forest(nodes, rows), torch.get_num_threads()
+    _core.prefix_tree_propagate_backward(forest, *rules, *_floats(scale), address(shift), *grads, threads)
     return grad_scale, grad_shift
 
 
@@ -258,20 +214,12 @@ def unique_of_token(nodes: Tensor, rows: Tensor, extents: Tensor, count: int) ->
 
 def layout(tokens: Tensor, nodes: Tensor, rows: Tensor, unique: int) -> tuple[Tensor, ...]:
     """i64 [unique] each: token id, position, parent (-1: none), end of the subtree, sequences, flat index."""
-    ids, positions, parent, tout, multiplicity, source = (empty((unique,), torch.int64) for _ in range(6))
-    _core.prefix_tree_layout(
-        _forest(nodes, rows, unique),
-        address(tokens),
-        tokens.dtype == torch.int64,
-        address(ids),
-        address(positions),
-        address(parent),
-        address(tout),
-        address(multiplicity),
-        address(source),
-        torch.get_num_threads(),
-    )
-    return ids, positions, parent, tout, multiplicity, source
+    out = tuple(empty((unique,), torch.int64) for _ in range(6))
+    ids, positions, parent, tout, multiplicity, source = map(address, out)
+    given, threads = (address(tokens), tokens.dtype == torch.int64), torch.get_num_threads()
+    forest = _forest(nodes, rows, unique)
+    _core.prefix_tree_layout(forest, *given, ids, positions, parent, tout, multiplicity, source, threads)
+    return out
 
 
 def bins(nodes: Tensor, rows: Tensor, max_tokens: int, by_rows: bool) -> tuple[Tensor, int]:
@@ -285,15 +233,8 @@ def blocks(tout: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = -(-tout.shape[0] // block)
     counts, full_counts = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
     indices, full_indices = torch.zeros((n, n), dtype=torch.int32), torch.zeros((n, n), dtype=torch.int32)
-    _core.prefix_tree_blocks(
-        address(tout),
-        tout.shape[0],
-        block,
-        address(counts),
-        address(indices),
-        address(full_counts),
-        address(full_indices),
-    )
+    lists = (address(counts), address(indices), address(full_counts), address(full_indices))
+    _core.prefix_tree_blocks(address(tout), tout.shape[0], block, *lists)
     return counts, indices, full_counts, full_indices
 
 

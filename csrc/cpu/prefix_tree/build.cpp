@@ -20,46 +20,6 @@ constexpr std::int64_t kNodes = 1 << 10;  // a thread's share, at least
 constexpr std::int32_t kNone = -1;
 
 // ------------------------------------------------------------------------------------------------- rows and groups
-template <class T>
-std::int64_t last_counted(const T* mask, std::int64_t begin, std::int64_t end) {
-  constexpr std::int64_t kChunk = 64;
-  for (; end - begin >= kChunk; end -= kChunk) {
-    bool any = false;
-    for (std::int64_t i = 1; i <= kChunk; ++i) any |= mask[end - i] != T(0);
-    if (any) break;
-  }
-  while (end > begin && mask[end - 1] == T(0)) --end;
-  return end;
-}
-
-template <class T>
-std::int64_t first_counted(const T* mask, std::int64_t begin, std::int64_t end) {
-  const T* const found = std::find_if(mask + begin, mask + end, [](T x) { return x != T(0); });
-  return found == mask + end ? begin : found - mask;
-}
-
-// f(typed mask pointer)
-template <class F>
-std::int64_t with_mask(const MaskView& mask, F&& f) {
-  switch (mask.kind) {
-    case MaskKind::bytes: return f(static_cast<const std::uint8_t*>(mask.data));
-    case MaskKind::i32: return f(static_cast<const std::int32_t*>(mask.data));
-    case MaskKind::i64: return f(static_cast<const std::int64_t*>(mask.data));
-    case MaskKind::f32: return f(static_cast<const float*>(mask.data));
-    case MaskKind::none: break;
-  }
-  return 0;
-}
-
-// f(row) for all rows, of whose masks the ends are read.
-template <class F>
-void for_rows(const std::int64_t* extents, std::int64_t rows, int threads, const F& f) {
-  const std::int64_t least = kTokens * rows / (extents[rows] + 1);
-  parallel_ranges(threads, rows, grain_of(rows, least), [&](std::int64_t begin, std::int64_t end, int) {
-    for (std::int64_t row = begin; row < end; ++row) f(row);
-  });
-}
-
 // f(group) for all groups, at least `least` of them at a time.
 template <class F>
 void for_groups(const PrefixForest& forest, int threads, std::int64_t least, const F& f) {
@@ -378,21 +338,6 @@ void order_rows(const PrefixForest& forest, const PrefixTreeScratch& s, std::int
 }  // namespace
 
 // --------------------------------------------------------------------------------------------------------- launchers
-void prefix_tree_lengths(const MaskView& mask, const std::int64_t* extents, const std::int64_t* starts,
-                         std::int64_t rows, std::int64_t* lengths, int threads) {
-  for_rows(extents, rows, threads, [&](std::int64_t b) {
-    const std::int64_t begin = starts == nullptr ? extents[b] : starts[b];
-    lengths[b] = with_mask(mask, [&](auto* m) { return last_counted(m, begin, extents[b + 1]); }) - begin;
-  });
-}
-
-void prefix_tree_starts(const MaskView& mask, const std::int64_t* extents, std::int64_t rows, std::int64_t* starts,
-                        int threads) {
-  for_rows(extents, rows, threads, [&](std::int64_t b) {
-    starts[b] = with_mask(mask, [&](auto* m) { return first_counted(m, extents[b], extents[b + 1]); });
-  });
-}
-
 bool prefix_tree_grow(const PrefixTreeInput& input, PrefixForest& forest, const PrefixTreeScratch& s) {
   sort_rows(input, forest, s);
   // token_sizes doubles as the groups' offsets into the hash tables until a group is grown.

@@ -12,7 +12,8 @@
 
 namespace fastreward {
 
-// Fields of a node, i64 each; field f of node n lies at nodes[f * capacity + n] (fastreward/_runtime/layout.py has the names).
+// Fields of a node, i64 each; field f of node n lies at nodes[f * capacity + n]. fastreward/_runtime/layout.py has the
+// same names.
 enum NodeField : int {
   kNodeParent = 0,      // -1 for a root
   kNodeDepth,           // nodes above it, 0 for a root
@@ -132,10 +133,10 @@ inline std::int64_t prefix_tree_slots(std::int64_t rows_of_group) {
 }  // namespace fastreward
 
 FASTREWARD_DECLARE(
-    // lengths[b] = last counted position of row b + 1 - starts[b]; starts nullptr: rows begin at their extents
+    // lengths[b] = last valid position of row b + 1 - starts[b]; starts nullptr: rows begin at their extents
     void prefix_tree_lengths(const MaskView& mask, const std::int64_t* extents, const std::int64_t* starts,
                              std::int64_t rows, std::int64_t* lengths, int threads);
-    // starts[b] = first counted position of row b (its extent's begin where there is none)
+    // starts[b] = first valid position of row b (its extent's begin where there is none)
     void prefix_tree_starts(const MaskView& mask, const std::int64_t* extents, std::int64_t rows, std::int64_t* starts,
                             int threads);
     // Builds into scratch and counts: forest.size and forest.tokens. False: parent_row has a cycle.
@@ -176,8 +177,8 @@ FASTREWARD_DECLARE(
                                             double initial, double low, double high, const double* grad,
                                             double* scratch, double* grad_scale, double* grad_shift, int threads);
 
-    // values [size] (plus row_values [rows], or nullptr) -> tokens, 0 where there is no credit; and its transpose. A node
-    // that is NaN adds nothing, a row that is NaN gets 0.
+    // values [size] (plus row_values [rows], or nullptr) -> tokens, 0 where there is no credit; and its transpose.
+    // A node that is NaN adds nothing, a row that is NaN gets 0.
     void prefix_tree_broadcast_to_tokens_f32(const PrefixForest& forest, const TokenSpan& span, TreePlace place,
                                              const float* values, const float* row_values, float* tokens, int threads);
     void prefix_tree_broadcast_to_tokens_f64(const PrefixForest& forest, const TokenSpan& span, TreePlace place,

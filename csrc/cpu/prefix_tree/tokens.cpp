@@ -159,7 +159,7 @@ void broadcast_to_tokens(const PrefixForest& forest, const TokenSpan& span, Tree
   });
 }
 
-// Sum over the counted tokens of every row that passes through a node.
+// Sum over the credited tokens of every row that passes through a node.
 template <class T>
 void collect(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* tokens, T* values,
              int threads) {
