@@ -49,7 +49,7 @@ def _lengths_kernel(
     count,
     SCAN: tl.constexpr,
 ):  # fmt: skip
-    """One row, from its end down to the last counted position."""
+    """One row, from its end down to the last valid position."""
     row = tl.program_id(0)
     begin = tl.minimum(tl.maximum(tl.load(starts + row), 0), count)
     end = tl.minimum(tl.load(extents + row + 1), count)
@@ -58,8 +58,8 @@ def _lengths_kernel(
     while end > last:
         at = end - 1 - lanes
         inside = at >= begin
-        counted = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-        last = tl.max(tl.where(counted, at + 1, begin), axis=0)
+        valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
+        last = tl.max(tl.where(valid, at + 1, begin), axis=0)
         end -= SCAN
     tl.store(out + row, last - begin)
 
@@ -72,7 +72,7 @@ def _starts_kernel(
     count,
     SCAN: tl.constexpr,
 ):  # fmt: skip
-    """One row, up to the first counted position."""
+    """One row, up to the first valid position."""
     row = tl.program_id(0)
     begin = tl.minimum(tl.maximum(tl.load(extents + row), 0), count)
     end = tl.minimum(tl.load(extents + row + 1), count)
@@ -81,8 +81,8 @@ def _starts_kernel(
     while t < first:
         at = t + lanes
         inside = at < end
-        counted = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-        first = tl.min(tl.where(counted, at, end), axis=0)
+        valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
+        first = tl.min(tl.where(valid, at, end), axis=0)
         t += SCAN
     tl.store(out + row, tl.where(first < end, first, begin))
 
@@ -146,7 +146,7 @@ def _tokens_kernel(
 
 # --------------------------------------------------------------------------------------------------------- launch
 def lengths(mask: Tensor, extents: Tensor, starts: Tensor | None) -> Tensor:
-    """Tokens from each row's start to its last counted one, i64 [B]; extents i64 [B + 1], starts i64 [B]."""
+    """Tokens from each row's start to its last valid one, i64 [B]; extents i64 [B + 1], starts i64 [B]."""
     count = extents.shape[0] - 1
     out = torch.empty(count, dtype=torch.int64, device=extents.device)
     if count:
@@ -159,7 +159,7 @@ def lengths(mask: Tensor, extents: Tensor, starts: Tensor | None) -> Tensor:
 
 
 def starts(mask: Tensor, extents: Tensor) -> Tensor:
-    """Flat index of each row's first counted token, i64 [B]; where its extent begins if there is none."""
+    """Flat index of each row's first valid token, i64 [B]; where its extent begins if there is none."""
     count = extents.shape[0] - 1
     out = torch.empty(count, dtype=torch.int64, device=extents.device)
     if count:
