@@ -12,6 +12,7 @@ import fastreward
 from fastreward import PrefixTree
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.bench.cases._rollouts import rollouts
 
 _FLAT = "flat batch"
 _HIDDEN, _LAYERS, _VOCAB = 256, 4, 512
@@ -55,8 +56,6 @@ def packed_loss(model: Any, packed: Any, mask: Tensor, old_logprobs: Tensor, adv
 
 def training_case(case: str, shape: tuple[int, ...], group: int, share: float, device: str) -> Case:
     """Loss and gradients of every parameter; the limit is the GEMMs of the unique tokens."""
-    from fastreward.bench.cases.prefix_tree import rollouts
-
     rows, length = min(shape[0], _ROWS), min(shape[1], _TOKENS)
     data = rollouts(rows, length, group, share, device)
     tokens = data.tokens % _VOCAB

@@ -6,12 +6,9 @@ an earlier sequence. SHAPE has 3.1M tokens; `--rows 512` has 786K and `--rows 64
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +18,8 @@ from fastreward import PrefixTree
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, PEERS, Case, Contender, Target
 from fastreward.bench.cases import _areal
+from fastreward.bench.cases._rollouts import Edges, Rollouts, rollouts
+from fastreward.bench.cases._tree_training import training_case
 from fastreward.verify.error import distance
 
 CASES = (
@@ -36,25 +35,6 @@ QUICK = (128, 192)
 _ALONE = f"{OURS}, one thread"
 _DICT = "Python dict trie"
 _AREAL = "areal"
-_VOCAB = 150_000
-
-Edges = Counter[tuple[int, int, int]]  # (tokens before it, tokens, sequences) of every node but the roots
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """What a case works on, and the tree that it must find."""
-
-    tokens: Tensor  # [B, T] i64
-    mask: Tensor  # [B, T] bool: one turn of four, each of 32 tokens, is a tool's
-    group_ids: Tensor  # [B]
-    rewards: Tensor  # [B]
-    edges: Edges
-
-    @property
-    def unique(self) -> int:
-        """Unique tokens."""
-        return sum(length * times for (_, length, _), times in self.edges.items())
 
 
 def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Case:
@@ -64,37 +44,6 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         return _train(case, shape, device)
     data = rollouts(shape[0], shape[1], int(group[1:]), int(share) / 100, device)
     return {"build": _build, "credit": _credit, "pack": _pack}[what](case, shape, data)
-
-
-def rollouts(rows: int, length: int, group: int, share: float, device: str) -> Rollouts:
-    """Groups of `group` rows that split in two `log2(group)` times; `share` of the tokens is saved."""
-    group = min(group, rows & -rows)  # where that does not divide the rows, a smaller one that does
-    levels = int(math.log2(group))
-    # With splits evenly over the first `reach` of a row, the saved share is reach * (1 - (G - 1) / (levels * G)).
-    reach = min(1.0, share / (1 - (group - 1) / (levels * group))) if levels else 0.0
-    cuts = [round(length * reach * k / max(levels, 1)) for k in range(levels + 1)] + [length]
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(group, _VOCAB, (rows, length), generator=generator)
-    place = torch.arange(rows) % group
-    edges: Edges = Counter()
-    for level, (begin, end) in enumerate(pairwise(cuts)):
-        size = group >> level  # rows that still go together
-        leader = torch.arange(rows) - place % size
-        tokens[:, begin:end] = tokens[leader, begin:end]
-        if end > begin:
-            tokens[:, begin] = place // size  # siblings differ at once, and never by chance alone
-            counts = Counter(leader.tolist())
-            edges.update((begin, end - begin, count) for count in counts.values())
-    turn = torch.arange(length) // 32
-    group_ids = torch.arange(rows) // group
-    tokens[:, 0] = group + group_ids  # areal knows no groups: they must not share a first token
-    return Rollouts(
-        tokens.to(device),
-        (turn % 4 != 1).expand(rows, length).contiguous().to(device),
-        group_ids.to(device),
-        torch.rand(rows, generator=generator).to(device),
-        edges,
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- build
@@ -184,12 +133,12 @@ def _areal_contender(data: Rollouts) -> Contender:
 # ------------------------------------------------------------------------------------------------------------ credit
 def _credit(case: str, shape: tuple[int, ...], data: Rollouts) -> Case:
     tree = PrefixTree(data.tokens, data.mask, data.group_ids)
-    truth = _gathered(tree, data.rewards.double())
+    gathered = _gathered(tree, data.mask)
+    truth = gathered(data.rewards.double())
 
     def ours() -> Tensor:
         return tree.to_tokens(tree.advantages(tree.aggregate(data.rewards)))
 
-    node = tree.node_of_token.long()
     built = Case(
         operation="prefix_tree",
         name=case,
@@ -205,20 +154,23 @@ def _credit(case: str, shape: tuple[int, ...], data: Rollouts) -> Case:
     if data.tokens.device.type == "cpu":
         built.contenders.append(Contender(_ALONE, partial(alone, ours)))
     # The tree's arrays given, what is left is gather and scatter; on this many tokens that is memory's time.
-    built.contenders.append(Contender("torch eager", partial(_gathered, tree, data.rewards, node), tolerance=1e-3))
+    built.contenders.append(Contender("torch eager", partial(gathered, data.rewards), tolerance=1e-3))
     return _without_peers(built)
 
 
-def _gathered(tree: PrefixTree, rewards: Tensor, node: Tensor | None = None) -> Tensor:
+def _gathered(tree: PrefixTree, mask: Tensor) -> Callable[[Tensor], Tensor]:
     """Mean below each node by sums over prefix intervals, minus the parent's, gathered: plain torch, given the tree."""
-    node = tree.node_of_token.long() if node is None else node
-    order, begin = tree._row_field("order"), tree._node_field("row_begin")
-    sums = torch.nn.functional.pad(rewards[order].cumsum(0), (1, 0))
-    mean = (sums[begin + tree.count] - sums[begin]) / tree.count.clamp(min=1)
-    td = torch.where(tree.parent >= 0, mean - mean[tree.parent.clamp(min=0)], 0.0)
-    mask = tree._sequences.credit
-    assert mask is not None
-    return torch.where(mask.view(tree.shape) & (node >= 0), td[node.clamp(min=0)], 0.0)
+    node = tree.node_of_token.long()
+    leaf, order = tree.leaf.sort(stable=True)
+    begin = torch.searchsorted(leaf, tree.tin)  # of each node's sequences in `order`
+
+    def credit(rewards: Tensor) -> Tensor:
+        sums = torch.nn.functional.pad(rewards[order].cumsum(0), (1, 0))
+        mean = (sums[begin + tree.count] - sums[begin]) / tree.count.clamp(min=1)
+        td = torch.where(tree.parent >= 0, mean - mean[tree.parent.clamp(min=0)], 0.0)
+        return torch.where(mask & (node >= 0), td[node.clamp(min=0)], 0.0)
+
+    return credit
 
 
 # -------------------------------------------------------------------------------------------------------------- pack
@@ -275,7 +227,5 @@ def _without_peers(case: Case) -> Case:
 # ------------------------------------------------------------------------------------------------------------- train
 def _train(case: str, shape: tuple[int, ...], device: str) -> Case:
     """A small Qwen2, one step of PPO's loss: on the unique tokens, and on the batch as it is."""
-    from fastreward.bench.cases._tree_training import training_case
-
     _, group, share = case.split("-")
     return _without_peers(training_case(case, shape, int(group[1:]), int(share) / 100, device))

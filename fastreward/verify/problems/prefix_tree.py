@@ -155,7 +155,7 @@ def _finish(
     call: _Call, tree: PrefixTree, operations: _Operations, inputs: Mapping[str, Any], *, double: bool = False
 ) -> Tensors:
     """Results and gradients of a call; values per node and unique token as long as the tree's arrays are."""
-    nodes, unique = len(tree.parent), tree._unique
+    nodes, unique = len(tree.parent), len(tree.from_tokens(inputs["of_tokens"]))
     leaves = {
         name: leaf(inputs[name][:end], double)
         for name, end in (
