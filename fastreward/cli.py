@@ -201,14 +201,14 @@ def plot_tree(
     """
     from fastreward._arguments import check
     from fastreward._arguments.options import TREE_MODES, TREE_OPS
-    from fastreward.prefix_tree import plot, rollouts
+    from fastreward.prefix_tree import rollouts
 
     _check_output("--out", out, picture=True)
     try:
         check.choice("--op", op, TREE_OPS)
         check.choice("--mode", mode, TREE_MODES)
         table = rollouts.example() if file is None else rollouts.read(file)
-        tree, drawn = plot.save(
+        tree, drawn = rollouts.save(
             out,
             table,
             group=group,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastreward._arguments import check
-
-if TYPE_CHECKING:
-    from fastreward.prefix_tree.packed import PackedTree
+from fastreward.prefix_tree.layout import PackedLayout
+from fastreward.prefix_tree.sequences import rows_of_tokens
 
 
 @dataclass
@@ -32,12 +31,12 @@ class TrieNode:
     nodes: list[TrieNode] = field(default_factory=list, repr=False)
 
 
-def areal_tries(packed: PackedTree, node_class: type[Any] | None) -> list[Any]:
+def areal_tries(packed: PackedLayout, node_class: type[Any] | None) -> list[Any]:
     """See PackedTree.to_areal."""
     return [_areal_trie(part, k, node_class or TrieNode) for k, part in enumerate(packed.bins())]
 
 
-def _areal_trie(part: PackedTree, tree_id: int, node_class: type[Any]) -> Any:
+def _areal_trie(part: PackedLayout, tree_id: int, node_class: type[Any]) -> Any:
     tree = part.tree
     if tree.num_groups > 1:
         raise ValueError(
@@ -46,8 +45,8 @@ def _areal_trie(part: PackedTree, tree_id: int, node_class: type[Any]) -> Any:
         )
     start = _insertion_starts(part)
     names = ("parent", "edge_length", "token_begin", "row_begin", "count")
-    parent, length, begin, row_begin, count = (tree._node_field(name).tolist() for name in names)
-    order, rows, ids = tree._row_field("order").tolist(), part.rows.tolist(), part.token_ids.tolist()
+    parent, length, begin, row_begin, count = (tree.forest.node(name).tolist() for name in names)
+    order, rows, ids = tree.forest.row("order").tolist(), part.rows.tolist(), part.token_ids.tolist()
     nodes: list[Any] = [node_class(tree_id=tree_id)]
     for n in range(1, tree.num_nodes):
         above = nodes[parent[n]]
@@ -71,7 +70,7 @@ def _areal_trie(part: PackedTree, tree_id: int, node_class: type[Any]) -> Any:
     return root
 
 
-def _insertion_starts(part: PackedTree) -> list[int]:
+def _insertion_starts(part: PackedLayout) -> list[int]:
     """Per node: its first token's number where tokens are numbered as the rows bring them, one row after the other."""
     tree = part.tree
     first, at, size = tree.first_row, tree.edge_start, tree.edge_length
@@ -81,7 +80,7 @@ def _insertion_starts(part: PackedTree) -> list[int]:
     return starts
 
 
-def trl_row(packed: PackedTree, advantages: Tensor, old_logprobs: Tensor | None) -> dict[str, Tensor]:
+def trl_row(packed: PackedLayout, advantages: Tensor, old_logprobs: Tensor | None) -> dict[str, Tensor]:
     """See PackedTree.trl_row."""
     if packed.num_bins > 1:
         raise ValueError(f"trl_row: expected one bin, got {packed.num_bins}; take them apart with .bins()")
@@ -91,12 +90,11 @@ def trl_row(packed: PackedTree, advantages: Tensor, old_logprobs: Tensor | None)
         check.shape("advantages", advantages, (tree.num_rows,), "one per sequence, or as tokens")
         advantages = advantages.unsqueeze(1).expand(tree.shape)
     check.shape("advantages", advantages, tree.shape, "one per sequence, or as tokens")
-    mask = tree._sequences.credit
+    mask = tree.forest.sequences.credit
     trained = packed.predicting_index >= 0
     if mask is not None:
         trained = trained & (mask.view(tree.shape) != 0)
-    rows = torch.arange(tree.num_rows, device=place.device)
-    row_of_token = rows.repeat_interleave(tree._sequences.extents.diff(), output_size=place.numel()).view(tree.shape)
+    row_of_token = rows_of_tokens(tree.forest.sequences.extents, place.numel()).view(tree.shape)
     fields = {
         "input_ids": packed.token_ids,
         "position_ids": packed.position_ids,

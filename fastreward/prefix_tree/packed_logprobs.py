@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +12,11 @@ from fastreward._arguments.logits import LOGITS_DTYPES, check_own_memory, check_
 from fastreward._arguments.numbers import Number, joined, number, split
 from fastreward._arguments.transforms import refuse_double_backward
 from fastreward._runtime.custom_op import custom_op
-from fastreward._runtime.dispatch import select
+from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.layout import VALUES, flags_of
-from fastreward._runtime.logprobs import TokenStats, token_logprobs, token_logprobs_backward, token_logprobs_backward_
-
-if TYPE_CHECKING:
-    from fastreward.prefix_tree.packed import PackedTree
+from fastreward._runtime.logprobs import TokenStats
+from fastreward._runtime.memory import empty_like
+from fastreward.prefix_tree.layout import PackedLayout
 
 OUTPUTS = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs")
 _LOGPROB, _LOGSUMEXP = VALUES.index("logprobs"), VALUES.index("logsumexp")
@@ -37,8 +36,8 @@ def _packed_token_logprobs(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # values f32 [8, P], log-probs of the further children f32 [E]
     divisor = joined(temperature, given_temperature, backend)
-    given = (*_per_row(divisor, labels), mask, None, None, None, flags, inplace_backward, backend)
-    values, _, _ = token_logprobs(logits, labels, *given)
+    kernels, inverse = implementation("logprobs", backend), _inverse(divisor, labels)
+    values, _, _ = kernels.forward(logits, labels, inverse, mask, None, None, None, flags)
     if rows.shape[0] == 0:
         return values, values.new_empty(0)
     # Relative to the first child's log-prob: a logsumexp that is rounded to f32 costs large logits their last digits.
@@ -68,10 +67,9 @@ def _packed_backward(
     given_temperature: Tensor | None,
     backend: str,
 ) -> Tensor:
-    divisor = joined(temperature, given_temperature, backend)
-    row_data = _row_data(labels, mask, values, grad_values, grad_extra, rows, divisor)
-    grad: Tensor = token_logprobs_backward(logits, *row_data, backend)
-    _add_further(grad, rows, ids, grad_extra, divisor)
+    grad = empty_like(logits)
+    row_data = (labels, mask, rows, ids, values, grad_values, grad_extra)
+    _write_gradient(logits, *row_data, joined(temperature, given_temperature, backend), grad, backend)
     return grad
 
 
@@ -97,10 +95,9 @@ def _packed_backward_(
     given_temperature: Tensor | None,
     backend: str,
 ) -> None:
-    divisor = joined(temperature, given_temperature, backend)
-    row_data = _row_data(labels, mask, values, grad_values, grad_extra, rows, divisor)
-    token_logprobs_backward_(logits, *row_data, backend)
-    _add_further(logits, rows, ids, grad_extra, divisor)
+    row_data = (labels, mask, rows, ids, values, grad_values, grad_extra)
+    _write_gradient(logits, *row_data, joined(temperature, given_temperature, backend), logits, backend)
+    torch.autograd.graph.increment_version(logits)
 
 
 @_packed_backward_.register_fake
@@ -108,36 +105,38 @@ def _(*_: Any) -> None:
     return None
 
 
-def _row_data(
+def _write_gradient(
+    logits: Tensor,
     labels: Tensor,
     mask: Tensor,
+    rows: Tensor,
+    ids: Tensor,
     values: Tensor,
     grad_values: Tensor,
     grad_extra: Tensor,
-    rows: Tensor,
     temperature: Number,
-) -> tuple[Any, ...]:
-    """What the backward of token_logprobs takes beside the logits.
+    grad: Tensor,
+    backend: str,
+) -> None:
+    """That of token_logprobs, and of the further children.
 
     A further child's log-prob is its logit minus the row's logsumexp: what flows into the logsumexp is added up.
+    Siblings differ in their first token, so that no place of the logits is written twice.
     """
-    none = values.new_empty((labels.shape[0], 0))
     upstream = grad_values.contiguous()
     if rows.shape[0]:
         upstream = upstream.clone()
         upstream[_LOGSUMEXP].index_put_((rows,), -grad_extra, accumulate=True)
-    return labels, *_per_row(temperature, labels), mask, None, None, None, values, none, upstream, none
-
-
-def _per_row(temperature: Number, labels: Tensor) -> tuple[Tensor | None, float]:
-    """A temperature as token_logprobs takes it: of each row where only a kernel may read it, else of all."""
-    return (temperature.repeat(labels.shape[0]), 1.0) if isinstance(temperature, Tensor) else (None, temperature)
-
-
-def _add_further(grad: Tensor, rows: Tensor, ids: Tensor, grad_extra: Tensor, temperature: Number) -> None:
-    """And into the logits: siblings differ in their first token, so that no place is written twice."""
+    none, inverse = values.new_empty((labels.shape[0], 0)), _inverse(temperature, labels)
+    row_data = (labels, inverse, mask, None, None, None, values.contiguous(), none)
+    implementation("logprobs", backend).backward(logits, *row_data, upstream, None, grad)
     if rows.shape[0]:
         grad[rows, ids] = (grad[rows, ids].double() + grad_extra.double() / temperature).to(grad.dtype)
+
+
+def _inverse(temperature: Number, labels: Tensor) -> Tensor | float:
+    """1 / temperature as the kernels take it: of each row where only a kernel may read it, else of all."""
+    return temperature.repeat(labels.shape[0]).reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -164,9 +163,14 @@ _packed_token_logprobs.register_autograd(_backward, setup_context=_setup_context
 
 
 def packed_token_logprobs(
-    packed: PackedTree, logits: Tensor, temperature: Number, outputs: tuple[str, ...], inplace_backward: bool
+    packed: PackedLayout,
+    further: Tensor,
+    logits: Tensor,
+    temperature: Number,
+    outputs: tuple[str, ...],
+    inplace_backward: bool,
 ) -> TokenStats:
-    """See PackedTree.token_logprobs."""
+    """See PackedTree.token_logprobs; `further` as `further_children` gives them."""
     check.names("outputs", outputs, OUTPUTS)
     check.dtype("logits", check.tensor("logits", logits), LOGITS_DTYPES)
     if logits.ndim == 3 and logits.shape[0] == 1:
@@ -180,32 +184,36 @@ def packed_token_logprobs(
     if inplace_backward:
         check_own_memory(logits)
     temperature, given_temperature = split(number("temperature", temperature, logits, check.positive))
-    labels, mask, rows, ids = _children(packed)
+    labels, mask, rows, ids = _children(packed, further)
     if check.values_checked(logits):
         check_token_ids("token_ids", packed.token_ids, logits.shape[-1], packed.parent >= 0)
     flags = flags_of(outputs)
     backend = select("logprobs", logits)
-    values, further = _packed_token_logprobs(
+    values, others = _packed_token_logprobs(
         logits, labels, mask, rows, ids, temperature, given_temperature, flags, inplace_backward, backend
     )
-    return TokenStats(**{name: _of_tokens(packed, name, values, further) for name in outputs})
+    return TokenStats(**{name: _of_tokens(packed, name, values, further, others) for name in outputs})
 
 
-def _children(packed: PackedTree) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def further_children(packed: PackedLayout) -> Tensor:
+    """Tokens with credit that do not stand right behind their parent: its second, third, ... children."""
+    return (packed.credited & (packed.parent >= 0) & (packed.parent != packed.tin - 1)).nonzero().squeeze(1)
+
+
+def _children(packed: PackedLayout, further: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(next token of each row, whether the row is read, rows and tokens of the further children)."""
     counts = packed.credited & (packed.parent >= 0)
     direct = torch.nn.functional.pad(packed.parent == packed.tin - 1, (0, 1))[1:]  # of the row before the token
     labels = torch.where(direct, packed.token_ids.roll(-1), 0)
     nowhere = len(packed)
     read = counts.new_zeros(nowhere + 1).index_fill_(0, torch.where(counts, packed.parent, nowhere), True)[:nowhere]
-    further = packed._further
     return labels, read, packed.parent[further], packed.token_ids[further]
 
 
-def _of_tokens(packed: PackedTree, name: str, values: Tensor, further: Tensor) -> Tensor:
-    """A row's statistic for the tokens that follow it; a further child's log-prob is its own."""
+def _of_tokens(packed: PackedLayout, name: str, values: Tensor, further: Tensor, others: Tensor) -> Tensor:
+    """A row's statistic for the tokens that follow it; a further child's log-prob is its own, one of `others`."""
     counts = packed.credited & (packed.parent >= 0)
     x = values[VALUES.index(name), packed.parent.clamp(min=0)]
     if name == "logprobs" and further.shape[0]:
-        x = x.index_put((packed._further,), further)
+        x = x.index_put((further,), others)
     return torch.where(counts, x, 0.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,22 +12,18 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import as_tensor
-from fastreward.prefix_tree.views import Forest, TreeStatistics, node_numbers, number, row_names, shortened, statistics
+from fastreward.prefix_tree.operations import TreeOperations
+from fastreward.prefix_tree.views import HostForest, node_numbers, number, row_names, shortened, statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
 
-    from fastreward._arguments.options import TreeMode, TreeOp
-    from fastreward.prefix_tree.rollouts import Rollouts
-    from fastreward.prefix_tree.tree import PrefixTree
-
 Decode = Callable[[list[int]], str]
 
 _NEGATIVE, _NEUTRAL, _POSITIVE = "#c4452f", "#b4bdc6", "#2467b3"
 _INK, _FAINT = "#22303c", "#5c6b78"
-_TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10, "color": _INK, "parse_math": False}
-_NO_GLYPH = "Glyph .* missing from"  # matplotlib's warning of a letter that it draws as a box
+NO_GLYPH = "Glyph .* missing from"  # matplotlib's warning of a letter that it draws as a box
 _FONT = 7.5  # points
 _DIGIT, _LETTER = 0.64 * _FONT, 0.54 * _FONT  # points that one is wide, on average
 _HINTING = 0.06  # how much wider a text may get when the picture is saved with other dots per inch
@@ -52,7 +47,7 @@ class _Node:
 
 
 def plot(
-    tree: PrefixTree,
+    tree: TreeOperations,
     values: Tensor | None = None,
     advantages: Tensor | None = None,
     *,
@@ -81,7 +76,7 @@ def plot(
         ModuleNotFoundError: matplotlib is not installed.
     """
     check.require_matplotlib()
-    forest = Forest(tree)
+    forest = HostForest(tree)
     first, last = forest.extent(group)
     if last - first > max_nodes:
         raise ValueError(
@@ -96,77 +91,21 @@ def plot(
     node_colours = _draw_nodes(ax, nodes)
     _draw_scale(ax, node_colours, "value")
     _draw_scale(ax, edge_colours, "advantage")
-    which = "" if tree.num_groups == 1 else f"group {group}: "
-    ax.set_title(f"{which}{_title(statistics(tree, group))}", **_TITLE)
+    write_title(ax, tree, group, None if tree.num_groups == 1 else str(group))
     _draw_ends(ax, nodes, ends)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_NO_GLYPH)
+        warnings.filterwarnings("ignore", message=NO_GLYPH)
         ax.figure.get_figure(root=True).draw_without_rendering()  # only now the axes have their size, and texts theirs
         _write(ax, [*_value_labels(nodes), *_advantage_labels(nodes), *_token_labels(ax, nodes, forest, decode)])
     return ax
 
 
-def save(
-    path: Path,
-    rollouts: Rollouts,
-    *,
-    group: str | None = None,
-    op: TreeOp = "mean",
-    mode: TreeMode = "td",
-    decode: Decode | None = None,
-    max_nodes: int = 400,
-) -> tuple[PrefixTree, int]:
-    """Draws a group of rollouts, the first by default, into a file; the tree, and the group's number.
-
-    Raises:
-        ValueError: what PrefixTree, its methods and `plot` raise; a group that is not there; a file that can't be
-            written, or of another kind than .png, .svg and .pdf.
-    """
-    check.output_file("path", path, picture=True)
-    names = rollouts.group_names
-    if not names:
-        raise ValueError("no sequences to draw")
-    if group is not None and group not in names:
-        raise ValueError(f"group: expected one of {shortened(names, separator=', ')}, got {group!r}")
-    number_of_group = 0 if group is None else names.index(group)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tree = rollouts.tree()
-    values = tree.aggregate(rollouts.rewards, op)
-    advantages = tree.advantages(values, mode)
-    with matplotlib.rc_context({"text.hinting": "none"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_NO_GLYPH)
-        ax = plot(
-            tree,
-            values,
-            advantages,
-            rewards=rollouts.rewards,
-            group=number_of_group,
-            decode=decode,
-            max_nodes=max_nodes,
-        )
-        which = "" if len(names) == 1 else f"group {names[number_of_group]}: "
-        title = _title(statistics(tree, number_of_group))
-        ax.set_title(f"{which}{title}\nvalue: {op} of the rewards, advantage: {mode}", **_TITLE)
-        figure = ax.figure.get_figure(root=True)
-        try:
-            figure.savefig(path, dpi=130)
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror or error}") from error
-        finally:
-            pyplot.close(figure)
-    return tree, number_of_group
-
-
 # ------------------------------------------------------------------------------------------------------------ layout
-def _given(tree: PrefixTree, name: str, values: Tensor | None) -> list[float] | None:
+def _given(tree: TreeOperations, name: str, values: Tensor | None) -> list[float] | None:
     return None if values is None else node_numbers(tree, name, values)
 
 
-def _rewards(tree: PrefixTree, rewards: Tensor | None) -> list[float] | None:
+def _rewards(tree: TreeOperations, rewards: Tensor | None) -> list[float] | None:
     if rewards is None:
         return None
     given = as_tensor(rewards)
@@ -176,7 +115,7 @@ def _rewards(tree: PrefixTree, rewards: Tensor | None) -> list[float] | None:
 
 
 def _nodes(
-    forest: Forest, first: int, last: int, values: list[float] | None, advantages: list[float] | None
+    forest: HostForest, first: int, last: int, values: list[float] | None, advantages: list[float] | None
 ) -> dict[int, _Node]:
     """The group's nodes by number, in pre-order: each node where sequences end gets a line, from the top down."""
     field = {name: column[first:last].tolist() for name, column in forest.nodes.items()}
@@ -316,14 +255,17 @@ def _draw_scale(ax: Axes, colours: ScalarMappable | None, name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ labels
-def _title(s: TreeStatistics) -> str:
-    return (
-        f"{number(s.sequences, 'sequence')}, {number(s.tokens, 'token')}, {s.unique_tokens:,} unique "
-        f"({s.saved:.1%} saved), {number(s.branch_points, 'branch point')}"
+def write_title(ax: Axes, tree: TreeOperations, group: int, name: str | None, below: str = "") -> None:
+    """What the group is made of, behind its name."""
+    s, which = statistics(tree, group), "" if name is None else f"group {name}: "
+    title = (
+        f"{which}{number(s.sequences, 'sequence')}, {number(s.tokens, 'token')}, {s.unique_tokens:,} unique "
+        f"({s.saved:.1%} saved), {number(s.branch_points, 'branch point')}{below}"
     )
+    ax.set_title(title, loc="left", fontsize=10, color=_INK, parse_math=False)
 
 
-def _end_labels(forest: Forest, nodes: dict[int, _Node], rewards: list[float] | None) -> dict[int, str]:
+def _end_labels(forest: HostForest, nodes: dict[int, _Node], rewards: list[float] | None) -> dict[int, str]:
     labels = {}
     for n, node in nodes.items():
         if node.slot is not None:
@@ -387,7 +329,7 @@ def _advantage_labels(nodes: dict[int, _Node]) -> list[_Label]:
     return labels
 
 
-def _token_labels(ax: Axes, nodes: dict[int, _Node], forest: Forest, decode: Decode | None) -> list[_Label]:
+def _token_labels(ax: Axes, nodes: dict[int, _Node], forest: HostForest, decode: Decode | None) -> list[_Label]:
     """The tokens on the straight part of each edge, left of its node's value; where a leaf's don't fit, behind it."""
     longest, right = _longest(nodes), ax.get_xlim()[1]
     points = ax.get_window_extent().width * 72 / ax.figure.dpi / (right - ax.get_xlim()[0])  # of a token

@@ -1,9 +1,10 @@
-"""Rollouts in files: token ids, rewards and groups as JSON, NumPy or torch wrote them."""
+"""Rollouts in files: token ids, rewards and groups as JSON, NumPy or torch wrote them, and pictures of their trees."""
 
 from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -14,7 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastreward._arguments import check
+from fastreward._arguments.options import TreeMode, TreeOp
+from fastreward.prefix_tree import plot
 from fastreward.prefix_tree.tree import PrefixTree
+from fastreward.prefix_tree.views import shortened
 
 SUFFIXES = (".json", ".jsonl", ".npz", ".pt")
 #: Keys of a table (one entry for each sequence under each key) and of a record (one sequence).
@@ -107,6 +112,60 @@ def decoder(folder: Path) -> Callable[[list[int]], str]:
             raise ValueError(f"{folder}: the tokenizer can't decode {tokens}: {error}") from error
 
     return decode
+
+
+def save(
+    path: Path,
+    rollouts: Rollouts,
+    *,
+    group: str | None = None,
+    op: TreeOp = "mean",
+    mode: TreeMode = "td",
+    decode: Callable[[list[int]], str] | None = None,
+    max_nodes: int = 400,
+) -> tuple[PrefixTree, int]:
+    """Draws a group of rollouts, the first by default, into a file; the tree, and the group's number.
+
+    Raises:
+        ValueError: what PrefixTree and its methods raise; a group that is not there; a file that can't be written, or
+            of another kind than .png, .svg and .pdf.
+    """
+    check.output_file("path", path, picture=True)
+    names = rollouts.group_names
+    if not names:
+        raise ValueError("no sequences to draw")
+    if group is not None and group not in names:
+        raise ValueError(f"group: expected one of {shortened(names, separator=', ')}, got {group!r}")
+    number_of_group = 0 if group is None else names.index(group)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tree = rollouts.tree()
+    values = tree.aggregate(rollouts.rewards, op)
+    advantages = tree.advantages(values, mode)
+    with matplotlib.rc_context({"text.hinting": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=plot.NO_GLYPH)
+        ax = plot.plot(
+            tree,
+            values,
+            advantages,
+            rewards=rollouts.rewards,
+            group=number_of_group,
+            decode=decode,
+            max_nodes=max_nodes,
+        )
+        name = None if len(names) == 1 else names[number_of_group]
+        plot.write_title(ax, tree, number_of_group, name, f"\nvalue: {op} of the rewards, advantage: {mode}")
+        figure = ax.figure.get_figure(root=True)
+        try:
+            figure.savefig(path, dpi=130)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror or error}") from error
+        finally:
+            pyplot.close(figure)
+    return tree, number_of_group
 
 
 # ------------------------------------------------------------------------------------------------------------- files

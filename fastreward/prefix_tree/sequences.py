@@ -15,21 +15,25 @@ from fastreward._arguments.arrays import array_kind, as_tensor
 from fastreward._arguments.groups import GroupIds, factorize, group_labels
 from fastreward._arguments.options import Place
 from fastreward._arguments.tokens import token_bounds
-from fastreward.prefix_tree import ops
+from fastreward._runtime.dispatch import implementation
 
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
     """B sequences, each inside of its row's extent [extents[b], extents[b + 1]) of a flat memory.
 
+    A sequence begins with its row, or with the first nonzero position of `first`. It has `lengths` tokens, or ends with
+    the last nonzero position of `last`, or with its row.
+
     place: for each token of the caller where it lies in the flat memory, None where the two are the same.
     """
 
     shape: tuple[int, ...]  # of the caller's tokens
-    starts: Tensor  # [B] i64, flat
-    lengths: Tensor  # [B] i64
     extents: Tensor  # [B + 1] i64
     group: Tensor  # [B] i64
+    first: Tensor | None = None  # flat mask
+    last: Tensor | None = None  # flat mask
+    lengths: Tensor | None = None  # [B] i64
     credit: Tensor | None = None  # flat mask
     tokens: Tensor | None = None  # flat, i64 or i32
     parent_row: Tensor | None = None  # [B] i64
@@ -93,29 +97,19 @@ def token_sequences(
     """Sequences of tokens [B, T], or [N] with cu_seqlens."""
     check.integers("tokens", tokens)
     extents = _extents(tokens, cu_seqlens)
-    count = extents.shape[0] - 1
-    mask = check.mask(mask, "tokens", tokens)
-    attention_mask = check.mask(attention_mask, "tokens", tokens, name="attention_mask")
-    starts = extents[:-1].contiguous()
-    if attention_mask is not None:
-        starts = ops.starts(attention_mask.reshape(-1), extents, backend)
-    span = attention_mask if attention_mask is not None else mask
-    if lengths is not None:
-        ends = _lengths(lengths, starts, extents)
-    elif span is not None:
-        ends = ops.lengths(span.reshape(-1), extents, starts, backend)
-    else:
-        ends = extents.diff()
+    credit = _flat(check.mask(mask, "tokens", tokens))
+    attended = _flat(check.mask(attention_mask, "tokens", tokens, name="attention_mask"))
     if tokens.dtype not in (torch.int32, torch.int64):
         tokens = tokens.to(torch.int64 if tokens.dtype in (torch.uint32, torch.uint64) else torch.int32)
     made = Sequences(
         tuple(tokens.shape),
-        starts,
-        ends,
         extents,
-        groups_of(group_ids, group_size, count, tokens.device),
-        None if mask is None else mask.reshape(-1),
-        tokens.contiguous().reshape(-1),
+        groups_of(group_ids, group_size, extents.shape[0] - 1, tokens.device),
+        first=attended,
+        last=credit if attended is None else attended,
+        lengths=None if lengths is None else _lengths(lengths, extents, attended, backend),
+        credit=credit,
+        tokens=tokens.contiguous().reshape(-1),
         flat=tokens.numel(),
     )
     if not ignore_masked:
@@ -125,15 +119,19 @@ def token_sequences(
     return _without_masked(made)
 
 
+def _flat(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.reshape(-1)
+
+
 def _without_masked(s: Sequences) -> Sequences:
-    """The counted tokens of each sequence moved to the front of its row, in their order; the others behind them."""
+    """The credited tokens of each sequence moved to the front of its row, in their order; the others behind them."""
     assert s.credit is not None
     assert s.tokens is not None
-    row = torch.repeat_interleave(
-        torch.arange(s.starts.shape[0], device=s.starts.device), s.extents.diff(), output_size=s.flat
-    )
-    at = torch.arange(s.flat, device=row.device)
-    kept = (s.credit != 0) & (at >= s.starts[row]) & (at < (s.starts + s.lengths)[row])
+    row, at = rows_of_tokens(s.extents, s.flat), torch.arange(s.flat, device=s.extents.device)
+    starts, ends = (s.extents[:-1], s.extents[1:]) if s.first is None else _span(s.first, s.extents)
+    if s.lengths is not None:
+        ends = starts + s.lengths
+    kept = (s.credit != 0) & (at >= starts[row]) & (at < ends[row])
     before = torch.cat([row.new_zeros(1), kept.cumsum(0)])  # kept tokens before each place
     counts = before[s.extents[1:]] - before[s.extents[:-1]]
     begin = s.extents[:-1][row]
@@ -142,16 +140,23 @@ def _without_masked(s: Sequences) -> Sequences:
     tokens = torch.empty_like(s.tokens).scatter_(0, place, s.tokens)
     return Sequences(
         s.shape,
-        s.extents[:-1].contiguous(),
-        counts,
         s.extents,
         s.group,
-        None,
-        tokens,
+        lengths=counts,
+        tokens=tokens,
         place=place.reshape(s.shape),
         flat=s.flat,
         packable=False,
     )
+
+
+def _span(mask: Tensor, extents: Tensor) -> tuple[Tensor, Tensor]:
+    """[B] each: where the nonzero positions of a flat mask begin and end in each row; the row's begin without any."""
+    seen = (mask != 0).cumsum(0)
+    before, begins = torch.nn.functional.pad(seen, (1, 0))[extents], extents[:-1]
+    some = before[1:] > before[:-1]
+    first, last = torch.searchsorted(seen, before[:-1], right=True), torch.searchsorted(seen, before[1:])
+    return torch.where(some, first, begins), torch.where(some, last + 1, begins)
 
 
 # ------------------------------------------------------------------------------------------------- paths and branches
@@ -181,21 +186,20 @@ def path_sequences(
         first = torch.arange(count, device=paths.device).unsqueeze(1) * steps
         place = torch.where(segment_ids >= 0, segment_ids.long() + first, -1)
     named = "path_ids" if place is None else "segment_ids"
-    counted = check.mask(as_tensor(mask), named, torch.empty(shape, device=paths.device))
+    credit = check.mask(as_tensor(mask), named, torch.empty(shape, device=paths.device))
     extents = torch.arange(count + 1, device=paths.device) * steps
     return Sequences(
         shape,
-        extents[:-1].contiguous(),
-        lengths,
         extents,
         groups_of(group_ids, group_size, count, paths.device),
-        counted.reshape(-1) if counted is not None and place is None else None,
-        paths.contiguous().reshape(-1),
+        lengths=lengths,
+        credit=_flat(credit) if place is None else None,
+        tokens=paths.contiguous().reshape(-1),
         place=place,
         flat=count * steps,
         packable=False,
         one_to_one=place is None,
-        shown=None if place is None else counted,
+        shown=None if place is None else credit,
     ), paths
 
 
@@ -256,14 +260,12 @@ def branch_sequences(
     extents = torch.arange(count + 1, device=parent.device) * columns
     if check.values_checked(length):
         check.every("lengths", length <= columns, length, f"at most {columns}, the columns of mask")
-    counted = None if mask is None else check.mask(mask, "mask", mask)
     return Sequences(
         (count, columns),
-        extents[:-1].contiguous(),
-        length,
         extents,
         group,
-        None if counted is None else counted.reshape(-1),
+        lengths=length.contiguous(),
+        credit=None if mask is None else _flat(check.mask(mask, "mask", mask)),
         parent_row=parent.contiguous(),
         branch_position=position.contiguous(),
         flat=count * columns,
@@ -300,14 +302,21 @@ def _extents(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.arange(tokens.shape[0] + 1, device=tokens.device) * tokens.shape[1]
 
 
-def _lengths(lengths: Tensor | Sequence[int], starts: Tensor, extents: Tensor) -> Tensor:
+def _lengths(lengths: Tensor | Sequence[int], extents: Tensor, first: Tensor | None, backend: str) -> Tensor:
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, device=starts.device)
+        lengths = torch.as_tensor(lengths, device=extents.device)
     check.integers("lengths", lengths)
-    check.shape("lengths", lengths, starts.shape, "one per sequence")
-    check.same_device("lengths", lengths, "tokens", starts)
+    check.shape("lengths", lengths, (extents.shape[0] - 1,), "one per sequence")
+    check.same_device("lengths", lengths, "tokens", extents)
     length = lengths.long().contiguous()
     if check.values_checked(length):
+        starts = extents[:-1] if first is None else implementation("prefix_tree", backend).starts(first, extents)
         good = (length >= 0) & (length <= extents[1:] - starts)
         check.every("lengths", good, length, "at most the row's tokens")
     return length
+
+
+def rows_of_tokens(extents: Tensor, flat: int) -> Tensor:
+    """i64 [flat]: the row that each token of the flat memory belongs to."""
+    rows = torch.arange(extents.shape[0] - 1, device=extents.device)
+    return rows.repeat_interleave(extents.diff(), output_size=flat)

@@ -18,11 +18,10 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.arrays import as_tensor
 from fastreward._runtime.layout import NODES
+from fastreward.prefix_tree.operations import TreeOperations
 
 if TYPE_CHECKING:
     import networkx
-
-    from fastreward.prefix_tree.tree import PrefixTree
 
 #: A drawing of more nodes than this is no help to anyone.
 _MOST_DRAWN = 200
@@ -96,9 +95,9 @@ class TreeStatistics:
         return lines
 
 
-def statistics(tree: PrefixTree, group: int | None = None) -> TreeStatistics:
+def statistics(tree: TreeOperations, group: int | None = None) -> TreeStatistics:
     """Statistics of a tree, or of one group: the groups are numbered as they come in the batch."""
-    forest = Forest(tree)
+    forest = HostForest(tree)
     first, last = (0, forest.size) if group is None else forest.extent(group)
     node = {name: column[first:last] for name, column in forest.nodes.items()}
     rows = forest.order if group is None else forest.order[slice(*forest.places(first))]
@@ -125,7 +124,7 @@ def statistics(tree: PrefixTree, group: int | None = None) -> TreeStatistics:
 
 
 # ---------------------------------------------------------------------------------------------------------- networkx
-def to_networkx(tree: PrefixTree, node_values: dict[str, Tensor]) -> networkx.DiGraph:
+def to_networkx(tree: TreeOperations, node_values: dict[str, Tensor]) -> networkx.DiGraph:
     """A graph with an edge from each node to each of its children.
 
     Attributes of a node: the fields of _layout.NODES (parent -1 for a root), `rows` (its sequences), `tokens` (those of
@@ -133,7 +132,7 @@ def to_networkx(tree: PrefixTree, node_values: dict[str, Tensor]) -> networkx.Di
     """
     import networkx
 
-    forest = Forest(tree)
+    forest = HostForest(tree)
     fields = {name: column.tolist() for name, column in forest.nodes.items()}
     for name, values in node_values.items():
         if name in (*NODES, "rows", "tokens"):
@@ -149,18 +148,18 @@ def to_networkx(tree: PrefixTree, node_values: dict[str, Tensor]) -> networkx.Di
     return graph
 
 
-def node_numbers(tree: PrefixTree, name: str, values: Tensor) -> list[float]:
+def node_numbers(tree: TreeOperations, name: str, values: Tensor) -> list[float]:
     """Values [nodes] as floats, without the empty places behind the last node."""
     given = as_tensor(values)
-    check.shape(name, check.tensor(name, given), (tree._nodes.shape[1],), "one per node")
+    check.shape(name, check.tensor(name, given), tree.parent.shape, "one per node")
     numbers: list[float] = given.detach()[: tree.num_nodes].double().tolist()
     return numbers
 
 
 # ----------------------------------------------------------------------------------------------------------- drawing
-def drawing(tree: PrefixTree) -> str:
+def drawing(tree: TreeOperations) -> str:
     """A small tree with a line for each node; the statistics of a larger one."""
-    forest = Forest(tree)
+    forest = HostForest(tree)
     if forest.size > _MOST_DRAWN:
         return (
             f"{statistics(tree)}\n"
@@ -184,7 +183,7 @@ def _summary(s: TreeStatistics) -> str:
     )
 
 
-def _line(forest: Forest, n: int) -> str:
+def _line(forest: HostForest, n: int) -> str:
     line = f"#{n} {_edge(forest, n)}, count {forest.count(n)}: {row_names(forest.rows(n))}"
     ending = forest.ending(n)
     if not ending or not forest.children(n):  # all of a leaf's sequences end there
@@ -192,7 +191,7 @@ def _line(forest: Forest, n: int) -> str:
     return f"{line}; {row_names(ending)} end{'s' if len(ending) == 1 else ''} here"
 
 
-def _edge(forest: Forest, n: int) -> str:
+def _edge(forest: HostForest, n: int) -> str:
     """The tokens of a node: `[12 7 9]`, `[12 7 4 ... 8 9] (31 tokens)`, or only how many there are."""
     if int(forest.nodes["parent"][n]) < 0:
         return "root"
@@ -236,15 +235,14 @@ def _plain(thing: RenderableType, width: int) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ forest
-class Forest:
+class HostForest:
     """A tree's arrays on the CPU, without the empty places that they have behind the last node on a GPU."""
 
-    def __init__(self, tree: PrefixTree) -> None:
+    def __init__(self, tree: TreeOperations) -> None:
         self.size = tree.num_nodes
-        self.nodes = {name: tree._node_field(name)[: self.size].cpu() for name in NODES}
-        self.leaf, self.order = tree.leaf.cpu(), tree._row_field("order").cpu()
-        self.start, self.length = tree._row_field("start").cpu(), tree.lengths.cpu()
-        tokens = tree._sequences.tokens
+        self.nodes = {name: tree.forest.node(name)[: self.size].cpu() for name in NODES}
+        self.leaf, self.order, self.start, self.length = tree.forest.rows.cpu()
+        tokens = tree.forest.sequences.tokens
         self._tokens = None if tokens is None else tokens.cpu()
 
     def extent(self, group: int) -> tuple[int, int]:

@@ -23,8 +23,8 @@ LABELS = torch.tensor([7, 7, 8, 8])
 
 
 def same(tree: PrefixTree, want: PrefixTree) -> None:
-    assert torch.equal(tree._nodes, want._nodes)
-    assert torch.equal(tree._rows[:2], want._rows[:2])
+    assert torch.equal(tree.forest.nodes, want.forest.nodes)
+    assert torch.equal(tree.forest.rows[:2], want.forest.rows[:2])
 
 
 # --------------------------------------------------------------------------------------------------------------- ids

@@ -309,12 +309,12 @@ def test_rows_that_nobody_needs_are_not_read() -> None:
 
 
 def test_op_is_well_behaved() -> None:
-    from fastreward.prefix_tree.packed_logprobs import _children, _packed_token_logprobs
+    from fastreward.prefix_tree.packed_logprobs import _children, _packed_token_logprobs, further_children
 
     tokens, mask, group_ids = random_batch(1)
     packed = PrefixTree(tokens, mask, group_ids).pack()
     logits = torch.randn(len(packed), VOCAB, requires_grad=True)
-    labels, read, rows, ids = _children(packed)
+    labels, read, rows, ids = _children(packed, further_children(packed))
     assert len(rows) > 0
     args = (logits, labels, read, rows, ids, 1.0, None, 0, False, "cpu")
     torch.library.opcheck(_packed_token_logprobs._overload, args)
@@ -416,7 +416,7 @@ def test_training_on_the_tree_is_training_on_the_batch(
     training: Any, max_tokens: int | None, bins: int, loss: fr.losses.Loss
 ) -> None:
     """Loss and every parameter's gradient to 1e-5; the tokens that the packing saves are counted."""
-    from fastreward.bench.cases.prefix_tree import rollouts
+    from fastreward.bench.cases._rollouts import rollouts
 
     data = rollouts(16, 48, 8, 0.6, "cpu")
     tokens, mask = data.tokens % 512, data.mask.clone()
@@ -470,7 +470,7 @@ def test_flex_attention_sees_what_the_sequences_see(training: Any) -> None:
     transformers = pytest.importorskip("transformers")
     from torch.nn.attention.flex_attention import flex_attention
 
-    from fastreward.bench.cases.prefix_tree import rollouts
+    from fastreward.bench.cases._rollouts import rollouts
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, scaling: float, **_: Any) -> Any:
         """As torch writes it out; transformers would compile it."""

@@ -362,7 +362,7 @@ def test_packed_tokens_are_the_padded_ones() -> None:
         assert packed.shape == (15,)
         for name in ("node_of_token", "unique_of_token"):
             assert torch.equal(getattr(packed, name), getattr(tree, name)[keep])
-        assert torch.equal(packed._nodes, tree._nodes)
+        assert torch.equal(packed.forest.nodes, tree.forest.nodes)
         assert torch.equal(packed.leaf, tree.leaf)
         x = torch.randn(tokens.shape)
         assert torch.equal(packed.from_tokens(x[keep]), tree.from_tokens(x))
@@ -594,7 +594,7 @@ def everything(tree: PrefixTree) -> list[Tensor]:
     g = torch.Generator().manual_seed(1)
     rows = torch.randn(tree.num_rows, generator=g, requires_grad=True)
     tokens = torch.randn(tree.shape, generator=g)
-    out = [tree._nodes, tree._rows, tree.node_of_token, tree.unique_of_token]
+    out = [tree.forest.nodes, tree.forest.rows, tree.node_of_token, tree.unique_of_token]
     for op in ("mean", "logsumexp", "max"):
         for over in ("sequences", "children"):
             values = tree.aggregate(rows if op != "max" else rows.detach(), op, over=over)
@@ -799,8 +799,8 @@ def test_steps_have_no_unique_tokens() -> None:
 # ------------------------------------------------------------------------------------------- torch.library, compile
 def test_opcheck() -> None:
     tree = PrefixTree(torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 0]]), torch.tensor([[1, 0, 1], [1, 1, 1], [1, 1, 0]]))
-    s, ops = tree._sequences, torch.ops.fastreward
-    forest = (tree._nodes, tree._rows)
+    s, ops = tree.forest.sequences, torch.ops.fastreward
+    forest = (tree.forest.nodes, tree.forest.rows)
     place = (*forest, s.extents, s.credit)
     rows, nodes, one = torch.randn(3), torch.randn(tree.num_nodes), torch.ones((), dtype=torch.float64)
     flat, unique = torch.randn(9), torch.randn(tree.num_tokens)
@@ -808,10 +808,8 @@ def test_opcheck() -> None:
     def check(op: Any, *args: Any) -> None:
         torch.library.opcheck(op, args)
 
-    build = (s.tokens, None, None, s.starts, s.lengths, s.group, False, True, "cpu")
-    check(ops.prefix_tree_starts, s.credit, s.extents, "cpu")
-    check(ops.prefix_tree_lengths, s.credit, s.extents, s.starts, "cpu")
-    check(ops.prefix_tree_build, *build)
+    for span in ((None, s.credit, None), (s.credit, s.credit, None), (None, None, tree.lengths), (None, None, None)):
+        check(ops.prefix_tree_build, s.tokens, None, None, s.extents, *span, s.group, False, True, "cpu")
     for modes in ("mean|sequences|", "sum|children|", "logsumexp|children|normalized"):
         grad_rows = rows.clone().requires_grad_()
         check(ops.prefix_tree_aggregate, grad_rows, rows.abs(), nodes.abs(), *forest, modes, 2.0, 1.0, None, one, "cpu")

@@ -51,7 +51,7 @@ def _with_empty_places(tree: PrefixTree) -> PrefixTree:
     size, room = tree.num_nodes, 5
     behind = torch.zeros((len(NODES), room), dtype=torch.int64)
     behind[NODES.index("parent")] = -1
-    tree._nodes = torch.cat([tree._nodes, behind], 1)
+    tree.forest.nodes = torch.cat([tree.forest.nodes, behind], 1)
     tree.__dict__["num_nodes"] = size
     return tree
 
@@ -214,14 +214,14 @@ def test_a_deep_tree_is_drawn_without_wrapping() -> None:
 @pytest.mark.parametrize("room", [False, True])
 def test_networkx(room: bool) -> None:
     tree = _with_empty_places(_tree()) if room else _tree()
-    value = torch.arange(tree._nodes.shape[1], dtype=torch.float32) / 4
+    value = torch.arange(tree.forest.nodes.shape[1], dtype=torch.float32) / 4
     graph = tree.to_networkx(value=value, twice=(2 * value).double().requires_grad_())
     assert isinstance(graph, networkx.DiGraph)
     assert sorted(graph.edges) == [(0, 1), (1, 2), (1, 3), (4, 5), (5, 6)]
     assert list(graph.nodes) == list(range(7))
     for n, attributes in graph.nodes(data=True):
         assert set(attributes) == {*NODES, "rows", "tokens", "value", "twice"}
-        assert {name: attributes[name] for name in NODES} == {name: int(tree._node_field(name)[n]) for name in NODES}
+        assert {name: attributes[name] for name in NODES} == {name: int(tree.forest.node(name)[n]) for name in NODES}
         assert (attributes["value"], attributes["twice"]) == (n / 4, n / 2)
         assert type(attributes["value"]) is float
     assert [graph.nodes[n]["tokens"] for n in graph] == [[], [1, 2], [3, 4], [5], [], [7, 8], [9]]

@@ -140,8 +140,8 @@ def same_tree(tree: PrefixTree, truth: PrefixTree, what: object = "") -> None:
         assert got.dtype == want.dtype
         assert torch.equal(got, want), f"{name}: {got.tolist()}, expected {want.tolist()} of {what}"
     assert (tree.num_nodes, tree.num_groups, tree.num_tokens) == (truth.num_nodes, truth.num_groups, truth.num_tokens)
-    assert torch.equal(tree._nodes, truth._nodes), what  # and what has no public name
-    assert torch.equal(tree._rows, truth._rows), what
+    assert torch.equal(tree.forest.nodes, truth.forest.nodes), what  # and what has no public name
+    assert torch.equal(tree.forest.rows, truth.forest.rows), what
     for n in range(0, tree.num_nodes, 3):
         assert torch.equal(tree.rows_of(n), truth.rows_of(n)), (n, what)
 

@@ -135,7 +135,7 @@ def beside_tokens(tree: PrefixTree, row_values: Tensor) -> Tensor:
     """[B] in a shape that broadcasts against the tokens."""
     if len(tree.shape) == 2:
         return row_values.unsqueeze(1)
-    return row_values.repeat_interleave(tree._sequences.extents.diff(), output_size=tree.shape[0])
+    return row_values.repeat_interleave(tree.forest.sequences.extents.diff(), output_size=tree.shape[0])
 
 
 def whitened(advantages: Tensor, counted: Tensor, rewards: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ def _public(backend: str, **given: Any) -> list[Tensor]:
         credit = tree.to_tokens(tree.advantages(values.detach()), row_values=rewards.detach(), place="start")
         tree.to_tokens(tree.propagate(values, 0.25, initial=1.0, high=0.5)).square().sum().backward()
         folded = tree.from_tokens(credit, "mean")
-        count = int(tree._sizes[0])
+        count = int(tree.forest.sizes[0])
         assert rewards.grad is not None
         fields = [tree.parent, tree.depth, tree.count, tree.tout, tree.is_branch, values.detach()]
         return [x[:count] for x in fields] + [tree.leaf, tree.node_of_token, credit, folded, rewards.grad]
