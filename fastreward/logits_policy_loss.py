@@ -22,12 +22,13 @@ from fastreward._arguments.options import KL, Aggregation, Empty
 from fastreward._arguments.tokens import Tokens
 from fastreward._arguments.transforms import transformed
 from fastreward._loss_call.call import Call, PolicyArguments, checked_loss, finish, prepare
-from fastreward._loss_call.op import evaluate, gradient_program
+from fastreward._loss_call.op import evaluate
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime import logit_rows
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.precomputed_grad import deliver
+from fastreward.language.objective import gradient_program
 from fastreward.logprobs import token_logprobs
 from fastreward.losses import Loss, ppo
 

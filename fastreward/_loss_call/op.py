@@ -13,30 +13,9 @@ from fastreward._arguments.tokens import Tokens
 from fastreward._arguments.transforms import batched
 from fastreward._runtime.custom_op import custom_op, plain
 from fastreward._runtime.dispatch import implementation
-from fastreward.language.objective import Gradient, Objective, TokenGradient
-
-#: What has been built in this process, by key: an op's arguments are tensors, numbers and strings.
-_OBJECTIVES: Final[dict[str, Objective]] = {}
-_GRADIENTS: Final[dict[str, TokenGradient]] = {}
+from fastreward.language.objective import Gradient, Objective, registered_objective
 
 _ARGUMENTS: Final = 12  # of the op below
-
-
-def register(objective: Objective) -> str:
-    """The name under which the op below finds the objective."""
-    _OBJECTIVES[objective.key] = objective
-    return objective.key
-
-
-def register_gradient(gradient: TokenGradient) -> str:
-    """The name under which `gradient_program` finds it."""
-    _GRADIENTS[gradient.key] = gradient
-    return gradient.key
-
-
-def gradient_program(key: str) -> TokenGradient:
-    """A registered gradient."""
-    return _GRADIENTS[key]
 
 
 def run(
@@ -75,7 +54,7 @@ def _objective(
     objective: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    o = _OBJECTIVES[objective]
+    o = registered_objective(objective)
     sides = _sides(o, first, second, mask, second_mask, cu_seqlens, second_cu_seqlens)
     tensors_out, batch = run(o, first, second, tensors, sides, groups, read(parameters, numbers), backend)
 
@@ -90,7 +69,7 @@ def _objective(
 def _(
     first: Tensor, second: Tensor | None, cu_seqlens: Tensor | None, second_cu_seqlens: Tensor | None, objective: str
 ) -> tuple[Tensor, ...]:
-    o = _OBJECTIVES[objective]
+    o = registered_objective(objective)
     sides = _sides(o, first, second, None, None, cu_seqlens, second_cu_seqlens)
     new, rows = first.new_empty, sides[0].rows
 
@@ -167,7 +146,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     others = ([None] * ctx.constants, *[None] * (_ARGUMENTS - 3))
-    return (*_gradients(ctx, _OBJECTIVES[ctx.objective], grad_loss, ctx.needs_input_grad[:2]), *others)
+    return (*_gradients(ctx, registered_objective(ctx.objective), grad_loss, ctx.needs_input_grad[:2]), *others)
 
 
 def _gradients(ctx: Any, o: Objective, grad_loss: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -251,7 +230,7 @@ def evaluate(
     if not plain((first, second, numbers, groups, *given, *tensors)):
         result = _objective(first, second, tensors, *given, groups, parameters, numbers, objective, backend)
         return Evaluation(result[0], result[1].detach(), result[5].detach(), None)
-    o, trained = _OBJECTIVES[objective], [x for x in (first, second) if x is not None and x.requires_grad]
+    o, trained = registered_objective(objective), [x for x in (first, second) if x is not None and x.requires_grad]
     first_value, second_value = (x.detach() if x is not None and x.requires_grad else x for x in (first, second))
     outputs, batch = run(o, first_value, second_value, tensors, sides, groups, read(parameters, numbers), backend)
     known = batch.tolist() if batch.is_cpu else None

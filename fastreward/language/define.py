@@ -345,8 +345,7 @@ class Loss:
 
     def _policy_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
-            from fastreward._loss_call.op import register
-            from fastreward.language.objective import PolicyCall, policy_objective
+            from fastreward.language.objective import PolicyCall, policy_objective, register
 
             o = policy_objective(self, PolicyCall(*call))
             self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
@@ -354,8 +353,7 @@ class Loss:
 
     def _gradient_plan(self, _: str, *call: Any) -> GradientPlan | None:
         if call not in self._gradient_plans:
-            from fastreward._loss_call.op import register_gradient
-            from fastreward.language.objective import PolicyCall, token_gradient
+            from fastreward.language.objective import PolicyCall, register_gradient, token_gradient
 
             gradient = token_gradient(self, PolicyCall(*call))
             plan = None if gradient is None else (register_gradient(gradient), gradient.inputs)
@@ -364,8 +362,7 @@ class Loss:
 
     def _pair_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
-            from fastreward._loss_call.op import register
-            from fastreward.language.objective import PairCall, pair_objective
+            from fastreward.language.objective import PairCall, pair_objective, register
 
             o = pair_objective(self, PairCall(*call))
             self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)

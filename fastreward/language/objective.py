@@ -80,6 +80,33 @@ class Objective:
         return tuple((n.name or "", n.side) for n, source in nodes if source < 0)
 
 
+#: What has been built in this process, by key: an op's arguments are tensors, numbers and strings.
+_OBJECTIVES: Final[dict[str, Objective]] = {}
+_GRADIENTS: Final[dict[str, TokenGradient]] = {}
+
+
+def register(objective: Objective) -> str:
+    """The name under which an op finds the objective."""
+    _OBJECTIVES[objective.key] = objective
+    return objective.key
+
+
+def registered_objective(key: str) -> Objective:
+    """A registered objective."""
+    return _OBJECTIVES[key]
+
+
+def register_gradient(gradient: TokenGradient) -> str:
+    """The name under which `gradient_program` finds it."""
+    _GRADIENTS[gradient.key] = gradient
+    return gradient.key
+
+
+def gradient_program(key: str) -> TokenGradient:
+    """A registered gradient."""
+    return _GRADIENTS[key]
+
+
 @dataclass(frozen=True)
 class PolicyCall:
     """What decides the formula of a `policy_loss` call besides the loss. levels: the terms passed, by name.
