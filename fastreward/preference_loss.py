@@ -28,9 +28,11 @@ from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime.dispatch import select
 from fastreward.language.node import Level
 from fastreward.language.objective import CALL_PARAMETERS
+from fastreward.language.terms import PAIR_TERMS, SIDES
 from fastreward.losses import Loss, dpo
 
-_TERMS: Final = ("logprob", "ref_logprob", "weight")
+#: Names of arguments and f32 tensors, by term and side.
+_Terms = dict[tuple[str, int], tuple[str, Tensor]]
 _DEFAULT_LOSS: Final = dpo()
 
 
@@ -102,36 +104,19 @@ def preference_loss(
     if sides[1].rows != pairs:
         raise ValueError(f"rejected_logprobs: expected {pairs} sequences, as many as chosen, got {sides[1].rows}")
     check.same_device("rejected_logprobs", rejected_logprobs, "chosen_logprobs", chosen_logprobs)
-    given: dict[tuple[str, int], Tensor] = {}
-    arguments: dict[tuple[str, int], str] = {}
-    levels = ([("logprob", Level.TOKEN)], [("logprob", Level.TOKEN)])
-    for k, (like, ref, weight, extras) in enumerate(
-        (
-            (chosen_logprobs, ref_chosen_logprobs, chosen_weights, chosen_extra),
-            (rejected_logprobs, ref_rejected_logprobs, rejected_weights, rejected_extra),
-        )
-    ):
-        side = ("chosen", "rejected")[k]
-        named: list[tuple[str, str, Any]] = [
-            ("ref_logprob", f"ref_{side}_logprobs", ref),
-            ("weight", f"{side}_weights", weight),
+    likes = (chosen_logprobs, rejected_logprobs)
+    terms = _side_terms(0, likes[0], pairs, ref_chosen_logprobs, chosen_weights, chosen_extra)
+    terms |= _side_terms(1, likes[1], pairs, ref_rejected_logprobs, rejected_weights, rejected_extra)
+    levels = [
+        [
+            ("logprob", Level.TOKEN),
+            *[(term, level_of(x, likes[k])) for (term, own), (_, x) in terms.items() if own == k],
         ]
-        for name, x in (extras or {}).items():
-            check_extra(f"{side}_extra[{name!r}]", name, _TERMS)
-            named.append((name, f"{side}_extra[{name!r}]", x))
-        for term, argument, x in named:
-            if x is not None:
-                arguments[term, k] = argument
-                given[term, k] = on_device(argument, x, like, pairs, f"{side}_logprobs")
-                levels[k].append((term, level_of(given[term, k], like)))
-    pair_levels = []
-    for name, x in (extra or {}).items():
-        check_extra(f"extra[{name!r}]", name, _TERMS)
-        if (name, 0) in given or (name, 1) in given:
-            raise ValueError(f"extra[{name!r}]: chosen_extra or rejected_extra has one of the same name; rename one")
-        arguments[name, 0] = f"extra[{name!r}]"
-        given[name, 0] = _per_pair(arguments[name, 0], x, chosen_logprobs, pairs)
-        pair_levels.append((name, Level.SEQUENCE if given[name, 0].ndim else Level.BATCH))
+        for k in (0, 1)
+    ]
+    of_pairs = _pair_terms(extra, terms, chosen_logprobs, pairs)
+    terms |= of_pairs
+    given = {key: x for key, (_, x) in terms.items()}
     scalars = loss.scalars
     numbers = {name: number(name, scalars[name], chosen_logprobs, anything) for name in sorted(scalars)}
     backend = select("preference_loss", chosen_logprobs)
@@ -139,15 +124,15 @@ def preference_loss(
     given |= {(f"parameter.{name}", 0): x for name, x in ready.inputs.items()}
     objective, inputs, names, grouped = loss.pair_plan(
         (tuple(levels[0]), tuple(levels[1])),
-        tuple(pair_levels),
+        tuple([(term, Level.SEQUENCE if x.ndim else Level.BATCH) for (term, _), (_, x) in of_pairs.items()]),
         aggregation,
         normalizer is not None,
         weights is not None,
         return_pair_loss,
         tuple(ready.inputs),
     )
-    for key, argument in arguments.items():
-        if key[0] != "ref_logprob" and not loss.asks(*key):
+    for (term, side), (argument, _) in terms.items():
+        if term != "ref_logprob" and not loss.asks(term, side):
             raise ValueError(f"{argument}: {loss.name} does not read it; it reads {loss.reading()}")
     if grouped and group_ids is None:
         what = "aggregation 'group-mean' is" if aggregation == "group-mean" else f"{loss.name} is a loss"
@@ -173,7 +158,7 @@ def preference_loss(
     )
     if check.values_checked(chosen_logprobs):
         inspected = {"chosen_logprobs": (chosen_logprobs, 0), "rejected_logprobs": (rejected_logprobs, 1)}
-        inspected |= {argument: (given[key], key[1]) for key, argument in arguments.items()}
+        inspected |= {argument: (x, side) for (_, side), (argument, x) in terms.items()}
         may_be_empty = normalizer is not None or empty == "zero"
         _check_results(found.numbers(), names, inspected, sides, may_be_empty)
     return PolicyLoss(found.loss, Metrics(found.metrics, names), found.token_loss if return_pair_loss else None)
@@ -204,6 +189,38 @@ def _side(side: str, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | Non
         raise ValueError(f"{name}: expected [P, T], or [N] with {side}_cu_seqlens, got shape {list(like.shape)}")
     counted = check.mask(mask, name, like, f"{side}_mask")
     return Tokens(tuple(like.shape), counted, bounds)
+
+
+def _side_terms(
+    k: int, like: Tensor, pairs: int, ref: object, weights: object, extra: Mapping[str, Tensor] | None
+) -> _Terms:
+    """The constants of side k."""
+    side = SIDES[k]
+    named: dict[str, tuple[str, Any]] = {
+        "ref_logprob": (f"ref_{side}_logprobs", ref),
+        "weight": (f"{side}_weights", weights),
+    }
+    for term, x in (extra or {}).items():
+        argument = f"{side}_extra[{term!r}]"
+        check_extra(argument, term, PAIR_TERMS)
+        named[term] = argument, x
+    return {
+        (term, k): (argument, on_device(argument, x, like, pairs, f"{side}_logprobs"))
+        for term, (argument, x) in named.items()
+        if x is not None
+    }
+
+
+def _pair_terms(extra: Mapping[str, Tensor] | None, sides: _Terms, like: Tensor, pairs: int) -> _Terms:
+    """The constants of the pairs, of which side 0 stands for both."""
+    terms: _Terms = {}
+    for term, x in (extra or {}).items():
+        argument = f"extra[{term!r}]"
+        check_extra(argument, term, PAIR_TERMS)
+        if (term, 0) in sides or (term, 1) in sides:
+            raise ValueError(f"{argument}: chosen_extra or rejected_extra has one of the same name; rename one")
+        terms[term, 0] = argument, _per_pair(argument, x, like, pairs)
+    return terms
 
 
 def _per_pair(name: str, x: object, like: Tensor, pairs: int) -> Tensor:
