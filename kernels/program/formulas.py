@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from fastreward.language.node import Level, Node
-from fastreward.language.ops import OPS
-from fastreward.language.program import Program
+from fastreward.language.gpu_plan import BY_GROUP, Plan, Time
+from fastreward.language.node import Level, Node, walk
+from fastreward.language.ops import ATOM, LEAVES
+from fastreward.language.program import Program, TokenStep
+from fastreward.language.render import operator
 
 from .arguments import Arguments
-from .layout import BY_GROUP, Layout
 from .names import names
 
 
@@ -18,7 +19,7 @@ class Formulas:
     """A program's nodes as source, by their names and places."""
 
     def __init__(self, program: Program) -> None:
-        self.program, self.names, self.layout = program, names(program), Layout(program)
+        self.program, self.names, self.plan = program, names(program), Plan(program, in_columns=True)
 
     def arguments(self) -> Arguments:
         """Those of a function that is about to be written."""
@@ -42,39 +43,54 @@ class Formulas:
         name = self.names[node.id]
         return f"{name} = tl.full([], {name}, {'tl.int32) != 0' if node.boolean else f'{dtype})'}"
 
-    def given(self, node: Node, arguments: Arguments, row: str, ok: str) -> str:
-        """The line that loads a SEQUENCE or BATCH node, or computes it where that is done wherever it is read."""
+    def computed(self, node: Node, time: Time) -> bool:
+        """Whether what runs at `time` computes the node: it is neither an input nor kept from before."""
+        kept = self.plan.column(node, time) is not None or self.plan.total(node, time) is not None
+        return not kept and node.op not in LEAVES
+
+    def needed(self, nodes: Iterable[Node], time: Time) -> list[Node]:
+        """The SEQUENCE and BATCH nodes that lines for `nodes` name, arguments first."""
+        found = walk(nodes, lambda n: self.computed(n, time))
+        return sorted((n for n in found if n.level in (Level.SEQUENCE, Level.BATCH)), key=lambda n: n.id)
+
+    def given(self, node: Node, arguments: Arguments, time: Time, row: str, ok: str) -> str:
+        """The line that loads a SEQUENCE or BATCH node, or computes it where it is not kept."""
         name = self.names[node.id]
         if node.op == "input":
             at = f" + {row}, mask={ok}, other=0.0" if node.level == Level.SEQUENCE else ""
             return f"{name} = tl.load({arguments.pointer(node)}{at}).to(tl.float64)"
-        if self.layout.inlined(node):
+        if self.computed(node, time):
             return self.line(node, double=True)
         if node.level == Level.BATCH:
             arguments.plain("values")
-            loaded = f"tl.load(values + {self.layout.values[node.id]}){' != 0.0' if node.boolean else ''}"
+            loaded = f"tl.load(values + {self.plan.totals[node.id]}){' != 0.0' if node.boolean else ''}"
             return f"{name} = {_of_batch(node, loaded)}"
-        return f"{name} = {self.column(node, arguments, row, ok)}"
+        return f"{name} = {self._column(node, arguments, row, ok)}"
 
-    def column(self, node: Node, arguments: Arguments, row: str, ok: str) -> str:
+    def _column(self, node: Node, arguments: Arguments, row: str, ok: str) -> str:
         """The expression that loads a SEQUENCE node from its column; what groups reduce to is there by group."""
         arguments.plain("columns")
         if node.op in BY_GROUP:
             arguments.plain("groups")
             row = f"tl.load(groups + {row}, mask={ok}, other=0)"
-        return f"column(columns, {row}, {ok}, B, {self.layout.columns[node.id]}){' != 0.0' if node.boolean else ''}"
+        return f"column(columns, {row}, {ok}, B, {self.plan.columns[node.id]}){' != 0.0' if node.boolean else ''}"
 
-    def all_given(self, nodes: Iterable[Node], arguments: Arguments, row: str, ok: str) -> list[str]:
+    def all_given(self, nodes: Iterable[Node], arguments: Arguments, time: Time, row: str, ok: str) -> list[str]:
         """The lines of `given` for nodes in order, after those of the numbers that they need."""
         nodes = list(nodes)
-        read = {a.id: a for n in nodes if self.layout.inlined(n) for a in n.args if a.level == Level.SCALAR}
+        read = {a.id: a for n in nodes if self.computed(n, time) for a in n.args if a.level == Level.SCALAR}
         scalars = [a for a in read.values() if a.op != "constant"]
         for a in scalars:
             arguments.scalar(a)
         return [
             *(self.scalar(a, "tl.float64") for a in scalars),
-            *(self.given(n, arguments, row, ok) for n in nodes),
+            *(self.given(n, arguments, time, row, ok) for n in nodes),
         ]
+
+    def pass_given(self, step: TokenStep, launch: int, arguments: Arguments, ok: str) -> list[str]:
+        """The lines before a pass's loop: what its tokens read of their row and the batch."""
+        start = (launch, -1)
+        return self.all_given(self.needed(step.given, start), arguments, start, "row", ok)
 
     def token_function(self, name: str, roots: Iterable[Node], given: Iterable[Node]) -> tuple[list[str], list[Node]]:
         """A function from values of one token, in f32, to `roots`; its source and the nodes that are its parameters.
@@ -104,10 +120,7 @@ class Formulas:
         if node.op == "outside":
             sides = ((sign, a, text) for sign, a, text in zip("<>", node.args[1:], args[1:], strict=True))
             return " | ".join(f"({_of_pair(node.args[0], a, f'{args[0]} {sign} {text}')})" for sign, a, text in sides)
-        spec = OPS[node.op]
-        if spec.symbol is not None:
-            return f"{args[0]} {spec.symbol} {args[1]}" if spec.arity == 2 else f"{spec.symbol}{args[0]}"
-        return spec.triton.format(*args) if spec.triton else f"{node.op}({', '.join(args)})"
+        return operator(node.op, [(text, ATOM) for text in args], "triton")[0]
 
     def _extreme(self, node: Node, x: str, y: str) -> str:
         """A NaN of either side comes out; of a constant there is none."""

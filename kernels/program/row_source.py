@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from fastreward.language.gpu_plan import ACROSS, OVER_BATCH, Time
 from fastreward.language.node import Level, Node
-from fastreward.language.ops import LEAVES
 
 from .arguments import Arguments, wrapped
 from .formulas import Formulas
-from .layout import ACROSS, TOTALS, RowWork, Sweep
 
 _GROUP = {
     "group_sum": "SUM",
@@ -25,33 +26,60 @@ _BATCH = {
 }
 
 
-def row_function(formulas: Formulas, stage: int, work: RowWork) -> tuple[list[str], Arguments]:
-    """The function `rows_<stage + 1>`, and its arguments."""
-    return _Writer(formulas, stage, work).function()
+@dataclass(frozen=True)
+class RowFunction:
+    """The function `rows_<number>`; sweeps: loops over the sequences in it."""
+
+    text: list[str]
+    arguments: Arguments
+    sweeps: int
+
+
+def row_function(formulas: Formulas, launch: int) -> RowFunction | None:
+    """The function for the work per sequence of a launch; None where there is none."""
+    return _Writer(formulas, launch).function()
 
 
 class _Writer:
-    def __init__(self, formulas: Formulas, stage: int, work: RowWork) -> None:
-        self.formulas, self.names, self.layout = formulas, formulas.names, formulas.layout
-        self.stage, self.work = stage, work
+    def __init__(self, formulas: Formulas, launch: int) -> None:
+        self.formulas, self.names, self.plan = formulas, formulas.names, formulas.plan
+        self.launch = launch
         self.arguments = formulas.arguments()
         self._scalars: dict[int, Node] = {}
 
-    def function(self) -> tuple[list[str], Arguments]:
-        body = [line for n in self.work.given for line in (self._batch_line(n), *self._batch_store(n))]
-        body += [line for i, n in self.work.batch if n.level < Level.BATCH for line in self._batch_store(n, i)]
-        for step in sorted({*self.work.sweeps, *self.work.between}):
-            if step in self.work.sweeps:
-                body += self._sweep(step, self.work.sweeps[step])
-            body += [line for n in self.work.between.get(step, []) for line in self._between(n)]
+    def function(self) -> RowFunction | None:
+        body = [line for n in self._given() for line in (self._batch_line(n), *self._batch_store(n))]
+        body += [line for i, n in self._results() if n.level < Level.BATCH for line in self._batch_store(n, i)]
+        sweeps = 0
+        for phase in range(-1, self.plan.phases(self.launch)):
+            sweep = self._sweep(phase)
+            sweeps += bool(sweep)
+            body += sweep
+            following = [*self.plan.across((self.launch, phase)), *self.plan.batch((self.launch, phase + 1))]
+            body += [line for n in sorted(following, key=lambda n: n.id) for line in self._between(n)]
+        if not body:
+            return None
         scalars = [self.formulas.scalar(n, "tl.float64") for n in self._scalars.values()]
-        names = [a.name for a in self.arguments.ordered()]
-        return [
+        names, number = [a.name for a in self.arguments.ordered()], self.plan.launches[self.launch].number
+        lines = [
             "@triton.jit",
-            *wrapped(f"def rows_{self.stage + 1}(", [*names, "B", "BLOCK_ROWS: tl.constexpr"], "):"),
-            f'    """Work per sequence after pass {self.stage + 1}, in f64."""',
+            *wrapped(f"def rows_{number}(", [*names, "B", "BLOCK_ROWS: tl.constexpr"], "):"),
+            f'    """Work per sequence after pass {number}, in f64."""',
             *(f"    {line}" for line in (*scalars, *body)),
-        ], self.arguments
+        ]
+        return RowFunction(lines, self.arguments, sweeps)
+
+    def _results(self) -> list[tuple[int, Node]]:
+        times = ((self.launch, phase) for phase in range(self.plan.phases(self.launch)))
+        return [result for time in times for result in self.plan.results(time)]
+
+    def _given(self) -> list[Node]:
+        """The BATCH nodes that the launch reads and does not compute in its phases."""
+        found: dict[int, Node] = {}
+        for time in ((self.launch, phase) for phase in range(self.plan.phases(self.launch))):
+            found |= {n.id: n for n in self.formulas.needed(self.plan.roots(time), time)}
+        own = {n.id for n in self.plan.launches[self.launch].nodes}
+        return [n for i, n in sorted(found.items()) if n.level == Level.BATCH and i not in own]
 
     # ---------------------------------------------------------------------------------------------------- operands
     def _value(self, node: Node) -> str:
@@ -75,72 +103,70 @@ class _Writer:
 
     def _batch_line(self, node: Node) -> str:
         """A BATCH node that is there before the first sweep."""
-        if self.layout.inlined(node) and node.op not in LEAVES:
+        start = (self.launch, -1)
+        if self.formulas.computed(node, start):
             return self._compute(node)
-        return self.formulas.given(node, self.arguments, "row", "ok")
+        return self.formulas.given(node, self.arguments, start, "row", "ok")
 
     def _batch_store(self, node: Node, only: int | None = None) -> list[str]:
         """What there is one of for the batch is stored as soon as it is known, so that it takes no registers."""
-        places = [i for i, n in self.work.batch if n.id == node.id and only in (None, i)]
+        places = [i for i, n in self._results() if n.id == node.id and only in (None, i)]
         if places:
             self.arguments.plain("batch")
         return [f"tl.store(batch + {i}, {self._number(node)})" for i in places]
 
     # ------------------------------------------------------------------------------------------------------- sweeps
-    def _sweep(self, number: int, sweep: Sweep) -> list[str]:
+    def _sweep(self, phase: int) -> list[str]:
+        """The loop over the sequences of a phase, and the reductions that it feeds; [] where it has nothing to do."""
         before, after, inside = [], [], []
         known: set[int] = set()
-        for n in sweep.reduce:
+        time = (self.launch, phase)
+        for n in self.plan.over_batch(time):
             lanes, (nothing, combine, reduce) = f"{self.names[n.id]}_lanes", _BATCH[n.op]
             before.append(f"{lanes} = tl.full([BLOCK_ROWS], {nothing}, tl.float64)")
-            inside += self._in_sweep(n.args[0], number, known)
+            inside += self._in_sweep(n.args[0], time, known)
             x = f"tl.where(ok, {self._value(n.args[0])}, {nothing})"
             inside.append(combine.format(lanes, x))
             after.append(f"{self.names[n.id]} = {reduce.format(lanes)}")
-        for n in sweep.keep:
-            inside += self._in_sweep(n, number, known)
-            inside.append(f"store_column(columns, row, ok, B, {self._number(n)}, {self.layout.by_row(n)})")
+        for n in self.plan.stores.get(time, []):
+            inside += self._in_sweep(n, time, known)
+            inside.append(f"store_column(columns, row, ok, B, {self._number(n)}, {self.plan.argument(n)})")
             self.arguments.plain("columns")
-        for i, n in sweep.outputs:
-            inside += self._in_sweep(n, number, known)
+        for i, n in self.plan.outputs(time):
+            inside += self._in_sweep(n, time, known)
             inside.append(f"tl.store({self.arguments.output(i, n.level)} + row, {self._number(n)}, mask=ok)")
+        if not inside:
+            return []
         opening = ["row = tl.cast(b, tl.int64) + tl.arange(0, BLOCK_ROWS)", "ok = row < B"]
         loop = ["for b in range(0, B, BLOCK_ROWS):", *(f"    {line}" for line in (*opening, *inside))]
         return [*before, *loop, *after]
 
-    def _in_sweep(self, node: Node, sweep: int, known: set[int]) -> list[str]:
+    def _in_sweep(self, node: Node, time: Time, known: set[int]) -> list[str]:
         """The lines that load or compute a SEQUENCE node and what it needs; nothing that is `known` twice."""
         if node.level < Level.SEQUENCE or node.id in known:
             return []
         known.add(node.id)
-        if node.op == "input" or not self.layout.here(node, self.stage, sweep):
-            return [self._load(node)]
-        lines = [line for a in node.args for line in self._in_sweep(a, sweep, known)]
+        if not self.formulas.computed(node, time):
+            return [self.formulas.given(node, self.arguments, time, "row", "ok")]
+        lines = [line for a in node.args for line in self._in_sweep(a, time, known)]
         return [*lines, self._compute(node)]
-
-    def _load(self, node: Node) -> str:
-        if node.op == "input":
-            loaded = f"tl.load({self.arguments.pointer(node)} + row, mask=ok, other=0.0).to(tl.float64)"
-        else:
-            loaded = self.formulas.column(node, self.arguments, "row", "ok")
-        return f"{self.names[node.id]} = {loaded}"
 
     # ----------------------------------------------------------------------------------------------- between sweeps
     def _between(self, node: Node) -> list[str]:
         if node.op in ACROSS:
             return [f"{self._across(node)}  # {self.names[node.id]}"]
-        lines = [] if node.op in TOTALS else [self._compute(node)]
-        if node.id in self.layout.values:
+        lines = [] if node.op in OVER_BATCH else [self._compute(node)]
+        if node.id in self.plan.totals:
             self.arguments.plain("values")
-            lines.append(f"tl.store(values + {self.layout.values[node.id]}, {self._number(node)})")
+            lines.append(f"tl.store(values + {self.plan.totals[node.id]}, {self._number(node)})")
         return [*lines, *self._batch_store(node)]
 
     def _across(self, node: Node) -> str:
         self.arguments.plain("columns")
-        at = [self.layout.by_row(a) for a in node.args]
-        target = self.layout.columns[node.id]
+        at = [self.plan.argument(a) for a in node.args]
+        target = self.plan.columns[node.id]
         if node.op == "batch_permute":
-            return f"batch_permute(columns, B, {', '.join(map(str, at))}, {self.layout.spare[node.id]}, {target})"
+            return f"batch_permute(columns, B, {', '.join(map(str, at))}, {self.plan.permutation}, {target})"
         self.arguments.plain("order", "starts", "groups")
         call = "group_reduce" if _GROUP[node.op] in ("SUM", "MAX", "MIN") else "group_select"
         key = f"{at[-1]}, " if call == "group_select" else ""  # of no meaning for the others

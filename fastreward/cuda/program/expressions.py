@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final, Literal
 
+from fastreward.language.gpu_plan import KINDS, kind_of
 from fastreward.language.node import Node, walk
-from fastreward.language.ops import ATOM, OPS
+from fastreward.language.ops import ATOM, PREFIX
+from fastreward.language.render import Part, operator
 
 Real = Literal["float", "double"]
 #: C++ for a node that is there already, and whether reading it costs something; None for one that is to be computed.
@@ -64,7 +66,7 @@ class Block:
     ) -> None:
         self.lines: list[str] = []
         self._real, self._given, self._name = real, given, name
-        self._texts: dict[int, tuple[str, int]] = {}  # and how tightly they bind
+        self._texts: dict[int, Part] = {}
         roots = list(roots)
         computed = (n for n in walk(roots, self._to_compute) if self._to_compute(n))
         self._uses = Counter([a.id for n in computed for a in n.args] + [n.id for n in roots])
@@ -79,38 +81,21 @@ class Block:
     def _to_compute(self, node: Node) -> bool:
         return self._given(node) is None
 
-    def _write(self, node: Node) -> tuple[str, int]:
+    def _write(self, node: Node) -> Part:
         there = self._given(node)
         if there is not None:
             text, once = there
             name_it = once and self._uses[node.id] > 1
-            binding = 6 if text.startswith("-") else ATOM
+            binding = PREFIX if text.startswith("-") else ATOM
         else:
-            text, binding = self._operator(node)
+            parts = [self._texts[a.id] for a in node.args]
+            text, binding = operator(node.op, parts, "cuda", f="f" if self._real == "float" else "", real=self._real)
             name_it = self._uses[node.id] > 1 or len(text) > _WIDE
         if not name_it:
             return text, binding
         name = self._name(node)
         self.lines.append(f"const {'bool' if node.boolean else self._real} {name} = {text};")
         return name, ATOM
-
-    def _operator(self, node: Node) -> tuple[str, int]:
-        spec, parts = OPS[node.op], [self._texts[a.id] for a in node.args]
-        if spec.symbol is not None:
-            symbol, binding = spec.cuda or spec.symbol, spec.binds
-            if spec.arity == 1:
-                return f"{symbol}{_wrapped(parts[0], binding + 1)}", binding
-            # Operands of && and || get parentheses if they are && or || themselves: compilers warn, readers stumble.
-            left, right = {1: (3, 3), 2: (3, 3), 3: (4, 4)}.get(binding, (binding, binding + 1))
-            return f"{_wrapped(parts[0], left)} {symbol} {_wrapped(parts[1], right)}", binding
-        call = spec.cuda or f"{node.op}({', '.join(f'{{{k}}}' for k in range(spec.arity))})"
-        f = "f" if self._real == "float" else ""
-        return call.format(*(text for text, _ in parts), f=f, real=self._real), ATOM
-
-
-def _wrapped(part: tuple[str, int], least: int) -> str:
-    text, binding = part
-    return text if binding >= least else f"({text})"
 
 
 # ------------------------------------------------------------------------------------------------------------- text
@@ -119,20 +104,10 @@ def truth(node: Node, text: str) -> str:
     return f"({text} != 0.)" if node.boolean else text
 
 
-def kind_of(node: Node) -> Literal["sum", "max", "min"]:
-    """What a reduction is; a count is a sum."""
-    return "max" if node.op.endswith("_max") else "min" if node.op.endswith("_min") else "sum"
-
-
-def in_order(nodes: Iterable[Node]) -> list[Node]:
-    """Sums, then maxima, then minima, as program.cuh's Reductions wants them."""
-    return sorted(nodes, key=lambda n: _KINDS.index(kind_of(n)))
-
-
 def kinds(nodes: Iterable[Node]) -> str:
-    """The arguments of Reductions for these."""
+    """The arguments of program.cuh's Reductions for these."""
     count = Counter(map(kind_of, nodes))
-    return ", ".join(str(count[kind]) for kind in _KINDS)
+    return ", ".join(str(count[kind]) for kind in KINDS)
 
 
 def joined(target: str, node: Node, x: str) -> str:
@@ -162,6 +137,3 @@ def _parts(line: str) -> list[str]:
 def indented(lines: Iterable[str]) -> list[str]:
     """One level further in."""
     return [f"  {line}" for line in lines]
-
-
-_KINDS: Final = ("sum", "max", "min")

@@ -40,7 +40,7 @@ def logits_source(source: Source, gradients: Sequence[str], entropy: bool, shape
     launch = source.plan.launches[-1]
     (step,) = launch.steps
     assert all(n.level == Level.TOKEN for n in source.program.outputs), "a gradient per token is wanted"
-    name = source.pass_name(source.plan.last, step)
+    name = source.values.pass_name(source.plan.last, step)
     given = ", ".join(n.name if n.name in _TERMS else f"a.{source.name(n)}[i]" for n in step.inputs)
     outputs = dict(zip(gradients, (f"y.out{i}" for i in range(len(step.store))), strict=True))
     by_logprob, by_entropy = (outputs.get(name, "0.f") for name in _TERMS)

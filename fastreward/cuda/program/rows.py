@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from fastreward.cuda.program.expressions import (
     Block,
     Given,
     function,
-    in_order,
     indented,
     joined,
     kinds,
@@ -17,21 +15,19 @@ from fastreward.cuda.program.expressions import (
     truth,
     wrapped,
 )
-from fastreward.cuda.program.plan import ACROSS, OVER_BATCH
+from fastreward.cuda.program.values import Values
+from fastreward.language.gpu_plan import OVER_BATCH, in_order
 from fastreward.language.node import Level, Node
 from fastreward.language.ops import GROUP_REDUCTIONS
 from fastreward.language.program import TokenStep
-
-if TYPE_CHECKING:
-    from fastreward.cuda.program.source import Source
 
 
 class RowWork:
     """Writes `finish_...`, which the block that arrives last in launch `k` calls."""
 
-    def __init__(self, source: Source, k: int) -> None:
-        self._source, self._plan, self._k = source, source.plan, k
-        self._launch = source.plan.launches[k]
+    def __init__(self, values: Values, k: int) -> None:
+        self._values, self._plan, self._k = values, values.plan, k
+        self._launch = values.plan.launches[k]
         self._slots = self._places_in_shared_memory()
 
     def text(self) -> str:
@@ -42,23 +38,20 @@ class RowWork:
         head = ["const i64 rows = a.side0.rows;"]
         if self._slots:
             nodes = {n.id: n for n in self._launch.nodes}
-            head += self._source.name.listed("batch", (self._source.name.label(nodes[i]) for i in self._slots))
+            head += self._values.name.listed("batch", (self._values.name.label(nodes[i]) for i in self._slots))
             head.append(f"__shared__ double batch[{len(self._slots)}];")
         if any(n.op in GROUP_REDUCTIONS for n in self._launch.nodes):
             head += ["Groups groups = a.groups;", "find_groups(groups);"]
-        lines = function(f"void {self._launch.finish}(const Arguments& a, double* room)", [*head, *body])
+        lines = function(f"void {self._values.finish(self._k)}(const Arguments& a, double* room)", [*head, *body])
         return wrapped("\n".join([*lines, "", ""]))
 
     def widest(self) -> int:
         """The most that one phase reduces over the batch."""
-        return max(len(self._over_batch(q)) for q in range(self._plan.phases(self._k)))
-
-    def _over_batch(self, q: int) -> list[Node]:
-        return in_order(n for n in self._plan.reductions((self._k, q)) if n.op in OVER_BATCH)
+        return max(len(self._plan.over_batch((self._k, q))) for q in range(self._plan.phases(self._k)))
 
     def _places_in_shared_memory(self) -> dict[int, int]:
         """Where batch values lie that others read; a phase's reductions one after the other."""
-        nodes = [n for q in range(self._plan.phases(self._k)) for n in self._over_batch(q)]
+        nodes = [n for q in range(self._plan.phases(self._k)) for n in self._plan.over_batch((self._k, q))]
         nodes += [n for n in self._launch.nodes if n.level == Level.BATCH and n.op not in OVER_BATCH and self._read(n)]
         return {n.id: i for i, n in enumerate(nodes)}
 
@@ -67,7 +60,7 @@ class RowWork:
         own = self._plan.ready[node.id]
         readers = [n for n in self._launch.nodes if any(a.id == node.id for a in n.args)]
         later = any(n.level == Level.SEQUENCE or n.op in OVER_BATCH or self._plan.ready[n.id] > own for n in readers)
-        return later or any(n.id == node.id for n in self._source.program.outputs)
+        return later or any(n.id == node.id for n in self._values.program.outputs)
 
     # ------------------------------------------------------------------------------------------------------- one phase
     def _given(self, q: int, row: bool) -> Given:
@@ -77,24 +70,23 @@ class RowWork:
             ready = self._plan.ready.get(node.id)
             if ready is not None and node.id in self._slots and ready <= (self._k, q):
                 return truth(node, f"batch[{self._slots[node.id]}]"), False
-            return self._source.kept(node, (self._k, q)) or self._source.leaf(node, "double", row=row)
+            return self._values.kept(node, (self._k, q)) or self._values.leaf(node, "double", row=row)
 
         return given
 
     def _batch(self, q: int) -> list[str]:
         """Batch values: computed by one thread, left where others find them."""
         plan, time = self._plan, (self._k, q)
-        own = [n for n in self._launch.nodes if n.level == Level.BATCH and plan.ready[n.id] == time]
+        own = plan.batch(time)
         operators = [n for n in own if n.op not in OVER_BATCH]
         shared = [(f"batch[{self._slots[n.id]}]", n) for n in operators if n.id in self._slots]
         totals = [(f"a.totals[{plan.totals[n.id]}]", n) for n in own if n.id in plan.totals]
-        outputs = enumerate(self._source.program.batch)
-        results = [(f"a.results[{i}]", n) for i, n in outputs if plan.output_time(n) == time]
+        results = [(f"a.results[{i}]", n) for i, n in plan.results(time)]
         fresh, there = {n.id for n in operators}, self._given(q, row=False)
         block = Block(
             "double",
             lambda n: None if n.id in fresh else there(n),
-            self._source.name,
+            self._values.name,
             [n for _, n in (*shared, *totals, *results)],
         )
         lines = [f"{target} = {block.value(n)};" for target, n in (*shared, *totals)]
@@ -110,8 +102,8 @@ class RowWork:
 
     def _loop(self, q: int) -> list[str]:
         """The loop over the sequences, then the reductions that it has fed."""
-        batch = self._over_batch(q)
-        across = [n for n in self._plan.reductions((self._k, q)) if n.op in ACROSS]
+        batch = self._plan.over_batch((self._k, q))
+        across = self._plan.across((self._k, q))
         lines = self._sequences(q, batch)
         if batch:
             lines = [
@@ -135,8 +127,7 @@ class RowWork:
         # In the graph's order, so that nothing lives longer than it must.
         tasks = [(n.args[0], joined(f"sums[{i}]", n, "{}")) for i, n in enumerate(batch)]
         tasks += [(n, f"a.columns[{plan.columns[n.id]} * rows + row] = {{}};") for n in plan.stores.get(time, [])]
-        outputs = ((i, n) for i, n in enumerate(self._source.program.outputs) if n.level < Level.TOKEN)
-        tasks += [(n, f"a.out{i}[row] = float({{}});") for i, n in outputs if plan.output_time(n) == time]
+        tasks += [(n, f"a.out{i}[row] = float({{}});") for i, n in plan.outputs(time)]
         tasks.sort(key=lambda task: task[0].id)
         if not tasks:
             return []
@@ -145,7 +136,7 @@ class RowWork:
         block = Block(
             "double",
             lambda n: (reduced[n.id], False) if n.id in reduced else there(n),
-            self._source.name,
+            self._values.name,
             [n for n, _ in tasks],
         )
         for n, statement in tasks:
@@ -158,7 +149,7 @@ class RowWork:
         return self._launch.steps if q == 0 else ()
 
     def _array(self, step: TokenStep) -> str:
-        return f"tokens{step.side}" if self._source.program.sides == 2 else "tokens"
+        return f"tokens{step.side}" if self._values.program.sides == 2 else "tokens"
 
     def _reduced(self, step: TokenStep) -> Iterator[tuple[Node, str]]:
         for i, n in enumerate(in_order(step.reduce)):
@@ -169,7 +160,7 @@ class RowWork:
         for step in self._steps(q):
             array = self._array(step)
             if f"{array}[" in body:
-                reduced = f"{self._source.pass_name(self._k, step)}::Reduced"
+                reduced = f"{self._values.pass_name(self._k, step)}::Reduced"
                 yield f"double {array}[{reduced}::ROOM];"
                 yield f"{reduced}::over_units(a.side{step.side}, a.sums{step.side}, row, {array});"
 
@@ -184,7 +175,7 @@ class RowWork:
             call = f"add_members<{members}>(groups, {x}, {key}, {out});"
         else:
             call = f"over_groups<Reductions<{kinds([node])}>>(groups, {', '.join(columns)});"
-        return [f"// {self._source.name(node)}", call]
+        return [f"// {self._values.name(node)}", call]
 
 
 def _as_f32(node: Node, block: Block) -> str:

@@ -28,14 +28,14 @@ class Kernels:
 
     def __init__(self, program: Program) -> None:
         self.program, self.source = program, Source(program)
-        launches, plan = self.source.plan.launches, self.source.plan
+        plan = self.source.plan
         self.text = self.source.text
-        self.names = tuple(launch.kernel for launch in launches)
+        self.names = tuple(self.source.values.kernel(k) for k in range(len(plan.launches)))
         self.members = tuple((m.content, m.index) for m in self.source.members)
         self.columns, self.totals = plan.width, len(plan.totals)
         #: The most that a pass reduces, by side.
         self.sums = [
-            max((len(s.reduce) for launch in launches for s in launch.steps if s.side == side), default=0)
+            max((len(s.reduce) for launch in plan.launches for s in launch.steps if s.side == side), default=0)
             for side in range(program.sides)
         ]
 

@@ -8,24 +8,18 @@ from typing import Final, Literal
 
 from fastreward.cuda.program.expressions import (
     Block,
-    Real,
     function,
-    in_order,
     indented,
     joined,
     kinds,
-    literal,
-    truth,
     wrapped,
 )
-from fastreward.cuda.program.names import Names
-from fastreward.cuda.program.plan import ACROSS, Plan, Time
 from fastreward.cuda.program.rows import RowWork
+from fastreward.cuda.program.values import Values
 from fastreward.language.formula import expression
+from fastreward.language.gpu_plan import Launch, in_order
 from fastreward.language.node import Level, Node
 from fastreward.language.program import Program, TokenStep
-
-_SIDES: Final = ("chosen", "rejected")
 
 _OFTEN: Final = {Level.TOKEN: "one per token", Level.SEQUENCE: "one per sequence", Level.BATCH: "one"}
 
@@ -46,8 +40,8 @@ class Source:
     """The text of a program's kernels, and the struct that they take."""
 
     def __init__(self, program: Program) -> None:
-        self.program, self.plan, self.name = program, Plan(program), Names(program)
-        self._scalars = {n.id for n in program.scalars}
+        self.program, self.values = program, Values(program)
+        self.plan, self.name = self.values.plan, self.values.name
         self._kernels = [self._launch(k) for k in range(len(self.plan.launches))]
 
     @property
@@ -121,48 +115,18 @@ using namespace fastreward;
 
 {"".join(entry for _, entry in self._kernels)}"""
 
-    # ---------------------------------------------------------------------------------------------- values there
-    def leaf(self, node: Node, real: Real, *, row: bool) -> tuple[str, bool] | None:
-        """Constants, scalars and, per sequence where a row is at hand, inputs."""
-        if node.op == "constant":
-            assert node.value is not None
-            yes = "true" if node.value else "false"
-            return (yes if node.boolean else literal(node.value, real)), False
-        if node.id in self._scalars:
-            return truth(node, f"a.{self.name(node)}"), False
-        if node.op == "input":
-            assert node.level < Level.SEQUENCE or row
-            return f"double({self._element(node)})", True
-        return None
-
-    def kept(self, node: Node, time: Time) -> tuple[str, bool] | None:
-        """What an earlier phase or launch has left."""
-        plan, ready = self.plan, self.plan.ready.get(node.id)
-        if ready is None or ready > time:
-            return None
-        if node.level == Level.BATCH:
-            return (truth(node, f"a.totals[{plan.totals[node.id]}]"), True) if ready[0] < time[0] else None
-        fresh = ready == time and node.op not in ACROSS
-        if fresh or node.id not in plan.columns:
-            return None
-        return truth(node, f"a.columns[{plan.columns[node.id]} * rows + row]"), True
-
-    def _element(self, node: Node) -> str:
-        """An input per sequence, or of the batch."""
-        return f"a.{self.name(node)}[{'row' if node.level == Level.SEQUENCE else 0}]"
-
     # ------------------------------------------------------------------------------------------- passes over the tokens
     def _launch(self, k: int) -> tuple[str, str]:
         """(device functions, entry) of launch k."""
-        launch, work = self.plan.launches[k], RowWork(self, k)
+        launch, work = self.plan.launches[k], RowWork(self.values, k)
         passes, finish = [self.pass_text(k, step) for step in launch.steps], work.text()
         room = max(1, work.widest(), *(len(step.reduce) for step in launch.steps))
-        bounds = f"__launch_bounds__(THREADS, {launch.resident})"
+        bounds = f"__launch_bounds__(THREADS, {_resident(launch)})"
         entry = [
-            f'extern "C" __global__ void {bounds} {launch.kernel}(const Arguments a) {{',
+            f'extern "C" __global__ void {bounds} {self.values.kernel(k)}(const Arguments a) {{',
             f"  __shared__ double room[WARPS * {room}];",
             *indented(self._units(k)),
-            *([f"  if (last_block(a.counter)) {launch.finish}(a, room);"] if finish else []),
+            *([f"  if (last_block(a.counter)) {self.values.finish(k)}(a, room);"] if finish else []),
             "}",
         ]
         return "".join(passes) + finish, "\n".join([*entry, "", ""])
@@ -170,7 +134,7 @@ using namespace fastreward;
     def _units(self, k: int) -> list[str]:
         """The loop in which a block takes units: those of one side, or of both in a row."""
         steps = self.plan.launches[k].steps
-        names = [self.pass_name(k, step) for step in steps]
+        names = [self.values.pass_name(k, step) for step in steps]
         if not steps:
             return []
         if len(steps) == 1:
@@ -188,18 +152,13 @@ using namespace fastreward;
             "}",
         ]
 
-    def pass_name(self, k: int, step: TokenStep) -> str:
-        """The struct of a pass over the tokens of one side."""
-        side = _SIDES[step.side].title() if self.program.sides == 2 else ""
-        return f"{self.plan.launches[k].name.title().replace('_', '')}{side}"
-
     def pass_text(self, k: int, step: TokenStep) -> str:
         """What program.cuh's run_unit takes: types and functions of a pass."""
         rows, reduce = [n for n in step.given if n.op != "constant"], in_order(step.reduce)
         inputs = ", ".join(f"a.{self.name(n)}[i]" for n in step.inputs)
         stores = [f"a.out{i}[i] = y.out{i};" for i, _ in step.store]
         lines = [
-            f"struct {self.pass_name(k, step)} {{",
+            f"struct {self.values.pass_name(k, step)} {{",
             *indented(self.name.listed("reductions, in sums and tokens", map(self.name.label, reduce))),
             f"  using Reduced = Reductions<{kinds(reduce)}>;",
             _struct("Row", [f"{'bool' if n.boolean else 'float'} {self.name(n)};" for n in rows]),
@@ -220,12 +179,11 @@ using namespace fastreward;
 
     def _row_lines(self, k: int, nodes: list[Node]) -> list[str]:
         """What tokens read of their row, from f64."""
-        block = Block(
-            "double", lambda n: self.kept(n, (k, -1)) or self.leaf(n, "double", row=True), self.name, nodes
-        )  # fmt: skip
+        there = self.values
+        block = Block("double", lambda n: there.kept(n, (k, -1)) or there.leaf(n, "double", row=True), self.name, nodes)
         values = []
         for n in nodes:
-            value = self._element(n) if n.op == "input" else block.value(n)
+            value = self.values.element(n) if n.op == "input" else block.value(n)
             values.append(value if n.op == "input" or n.boolean else f"float({value})")
         lines = [*block.lines, f"return {{{', '.join(values)}}};"]
         return [*(["const i64 rows = a.side0.rows;"] if any("* rows" in line for line in lines) else []), *lines]
@@ -235,7 +193,7 @@ using namespace fastreward;
 
         def given(n: Node) -> tuple[str, bool] | None:
             if n.op == "constant":
-                return self.leaf(n, "float", row=False)
+                return self.values.leaf(n, "float", row=False)
             if n.level < Level.TOKEN:
                 return f"row.{self.name(n)}", False
             return (f"x.{self.name(n)}", False) if n.op == "input" else None
@@ -247,6 +205,12 @@ using namespace fastreward;
             block.lines.append(joined(f"sums[{i}]", n, x))
         values = [f"float({block.value(n)})" if n.boolean else block.value(n) for _, n in step.store]
         return [*block.lines, f"return {{{', '.join(values)}}};"]
+
+
+def _resident(launch: Launch) -> int:
+    """Blocks that are to fit on a multiprocessor: the more a thread holds, the fewer (64, 80 or 128 registers)."""
+    most = max(len(launch.nodes), *(len(step.body) + 2 * len(step.reduce) for step in launch.steps), 0)
+    return 4 if most <= 40 else 3 if most <= 80 else 2
 
 
 def _struct(name: str, members: list[str]) -> str:
