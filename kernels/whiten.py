@@ -1,4 +1,4 @@
-"""Masked whitening: (x - mean) * rsqrt(var + eps) over the counted positions, 0 elsewhere.
+"""Masked whitening: (x - mean) * rsqrt(var + eps) over the valid positions, 0 elsewhere.
 
 Fused: one launch takes count, mean and the sum of squared deviations in one read of x (every tile is centred on its own
 mean in registers, tiles and programs are merged pairwise-exactly, never E[x^2] - E[x]^2); its last program to arrive
@@ -39,19 +39,19 @@ def _tile(vec: int) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------------------------- kernel
 @triton.jit
-def _load_counted(x, mask, at, n, HAS_MASK: tl.constexpr):
-    """(x f32, 0 where not counted; counted i1) at positions `at`."""
-    counted = at < n
-    value = tl.load(x + at, mask=counted, other=0.0).to(tl.float32)
+def _load_valid(x, mask, at, n, HAS_MASK: tl.constexpr):
+    """(x f32, 0 where not valid; valid i1) at positions `at`."""
+    valid = at < n
+    value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     if HAS_MASK:
-        counted = counted & (tl.load(mask + at, mask=counted, other=0) != 0)
-    return tl.where(counted, value, 0.0), counted
+        valid = valid & (tl.load(mask + at, mask=valid, other=0) != 0)
+    return tl.where(valid, value, 0.0), valid
 
 
 @triton.jit(do_not_specialize=["units"])
 def _statistics_kernel(
     x,  # [n], any float dtype
-    mask,  # [n], any dtype, nonzero = counted
+    mask,  # [n], any dtype, nonzero = valid
     partial,  # f64 [3, PROGRAMS], scratch
     counter,  # i32 [1], zero before and after
     statistics,  # f64 [3], out: count, mean, sum of squared deviations
@@ -70,12 +70,12 @@ def _statistics_kernel(
     m2 = tl.full([], 0.0, tl.float64)
     for tile in range(program, tl.cdiv(n, BLOCK), programs):
         at = tl.cast(tile, tl.int64) * BLOCK + lane_columns(STEPS, LANES, VEC)
-        value, counted = _load_counted(x, mask, at, n, HAS_MASK)
-        k = sum_all(counted.to(tl.int32)).to(tl.float64)
+        value, valid = _load_valid(x, mask, at, n, HAS_MASK)
+        k = sum_all(valid.to(tl.int32)).to(tl.float64)
         if k > 0.0:
             value64 = value.to(tl.float64)
             tile_mean = sum_all(value64) * inverse64(k)
-            off = tl.where(counted, value64 - tile_mean, 0.0)
+            off = tl.where(valid, value64 - tile_mean, 0.0)
             delta = tile_mean - mean
             share = k * inverse64(count + k)
             m2 += sum_all(off * off) + delta * delta * count * share
@@ -123,7 +123,7 @@ def _statistics_kernel(
 @triton.jit(do_not_specialize=["units"])
 def _apply_kernel(
     x,  # [n]
-    mask,  # [n], any dtype, nonzero = counted
+    mask,  # [n], any dtype, nonzero = valid
     affine,  # f64 [3]
     out,  # [n], may be x
     units,  # n = units * VEC
@@ -132,18 +132,18 @@ def _apply_kernel(
     """(x - affine[0]) * affine[1] + affine[2]: 8 + m bytes a position. The mean is subtracted in two f32 parts."""
     n = units * VEC
     at = tl.program_id(0).to(tl.int64) * (STEPS * LANES * VEC) + lane_columns(STEPS, LANES, VEC)
-    value, counted = _load_counted(x, mask, at, n, HAS_MASK)
+    value, valid = _load_valid(x, mask, at, n, HAS_MASK)
     mean = tl.load(affine)
     high = mean.to(tl.float32)
     low = (mean - high.to(tl.float64)).to(tl.float32)
     white = (value - high - low) * tl.load(affine + 1).to(tl.float32) + tl.load(affine + 2).to(tl.float32)
-    tl.store(out + at, tl.where(counted, white, 0.0).to(out.dtype.element_ty), mask=at < n)
+    tl.store(out + at, tl.where(valid, white, 0.0).to(out.dtype.element_ty), mask=at < n)
 
 
 # --------------------------------------------------------------------------------------------------------- launch
 def forward(
     x: Tensor,  # any shape, contiguous
-    mask: Tensor | None,  # like x, any dtype, nonzero = counted
+    mask: Tensor | None,  # like x, any dtype, nonzero = valid
     shift_mean: bool,
     ddof: int,
     eps: float,
@@ -157,7 +157,7 @@ def forward(
 
 
 def statistics(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(count, mean, sum of squared deviations) of the counted positions, f64 [3]; 0 where nothing is counted."""
+    """(count, mean, sum of squared deviations) of the valid positions, f64 [3]; 0 where none is valid."""
     if not x.numel():
         return torch.zeros(3, dtype=torch.float64, device=x.device)
     return _reduce(x, mask, None, True, 0, 0.0)
@@ -165,11 +165,11 @@ def statistics(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def apply(
     x: Tensor,  # any shape, contiguous
-    mask: Tensor | None,  # like x, any dtype, nonzero = counted
+    mask: Tensor | None,  # like x, any dtype, nonzero = valid
     affine: Tensor,  # f64 [3]
     out: Tensor,  # like x; may be x
 ) -> None:
-    """(x - affine[0]) * affine[1] + affine[2] on the counted positions, 0 elsewhere."""
+    """(x - affine[0]) * affine[1] + affine[2] on the valid positions, 0 elsewhere."""
     n = x.numel()
     if n:
         vec = math.gcd(n, 4)

@@ -1,6 +1,6 @@
 // The fixed part of the kernels that run a loss: what fastreward/cuda/program/source.py generates stands on this.
 //
-// A program reads the tokens in one or more passes. A pass is one launch: it computes every counted token's values in
+// A program reads the tokens in one or more passes. A pass is one launch: it computes every valid token's values in
 // registers, stores what the program gives per token and adds up what it reduces over sequences; the block that
 // finishes last then does all work per sequence, per group and for the batch. No host sync, no order left to chance.
 //
@@ -121,7 +121,7 @@ __device__ __forceinline__ unsigned nonzero_tokens(const Unit& unit, const void*
 }
 
 // The same for the tokens that count.
-__device__ __forceinline__ unsigned counted_tokens(const Side& s, const Unit& unit) {
+__device__ __forceinline__ unsigned valid_tokens(const Side& s, const Unit& unit) {
   switch (int(s.mask_kind)) {
     case MASK_BYTE: return nonzero_tokens<unsigned char>(unit, s.mask);
     case MASK_I32: return nonzero_tokens<int>(unit, s.mask);
@@ -185,12 +185,12 @@ struct Reductions {
 
 // ---------------------------------------------------------------------------------------------- a pass over the tokens
 // `Pass` is generated. Its types: Reduced (a Reductions), Row (what a token reads that is the row's), Input (what it
-// reads of its own), Output; its functions: row, load, token (values of one counted token, joined to `sums`), store.
+// reads of its own), Output; its functions: row, load, token (values of one valid token, joined to `sums`), store.
 template <class Pass, class Arguments>
 __device__ __forceinline__ void run_unit(const Arguments& a, const Side& side, i64 u, double* sums, double* room) {
   const Unit unit = unit_of(side, u);
   if (unit.begin >= unit.end) return;  // nobody asks for its sums
-  const unsigned counted = counted_tokens(side, unit);
+  const unsigned valid = valid_tokens(side, unit);
   const typename Pass::Row row = Pass::row(a, unit.row);
   float mine[Pass::Reduced::ROOM];
   Pass::Reduced::start(mine);
@@ -200,13 +200,13 @@ __device__ __forceinline__ void run_unit(const Arguments& a, const Side& side, i
     typename Pass::Input x[UNROLL];
 #pragma unroll
     for (int v = 0; v < UNROLL; ++v)
-      if (counted >> (k + v) & 1u) x[v] = Pass::load(a, first + v * THREADS);
+      if (valid >> (k + v) & 1u) x[v] = Pass::load(a, first + v * THREADS);
 #pragma unroll
     for (int v = 0; v < UNROLL; ++v) {
       const i64 i = first + v * THREADS;
       if (i >= unit.end) break;
       typename Pass::Output y = {};
-      if (counted >> (k + v) & 1u) y = Pass::token(row, x[v], mine);
+      if (valid >> (k + v) & 1u) y = Pass::token(row, x[v], mine);
       Pass::store(a, i, y);
     }
   }

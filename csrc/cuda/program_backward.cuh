@@ -53,11 +53,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) program_spread(const Sprea
     const Unit unit = unit_of(a.side, u);
     if (unit.begin >= unit.end) continue;
     const float kept = a.row_values[unit.row], value = kept == 0.f ? 0.f : kept * grad;
-    const unsigned counted = counted_tokens(a.side, unit);
+    const unsigned valid = valid_tokens(a.side, unit);
 #pragma unroll
     for (int k = 0; k < PER_THREAD; ++k) {
       const i64 i = unit.begin + k * THREADS + int(threadIdx.x);
-      if (i < unit.end) a.out[i] = counted >> k & 1u ? value : 0.f;
+      if (i < unit.end) a.out[i] = valid >> k & 1u ? value : 0.f;
     }
   }
 }

@@ -1,4 +1,4 @@
-// Masked whitening: mean and variance over the counted positions, and their application.
+// Masked whitening: mean and variance over the valid positions, and their application.
 //
 // Fused: mask, mean and squared deviations in one sweep (two-pass within a chunk that stays in registers, Chan's merge
 // between chunks: never E[x^2] - E[x]^2), and the last block turns them into the shift and scale that the second launch
@@ -51,14 +51,14 @@ __device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
 
 __device__ __forceinline__ void chunk_moments(const StatisticsArguments& a, i64 chunk, double* shared) {
   float x[PER_THREAD];
-  unsigned counted = 0u;
+  unsigned valid = 0u;
   double n = 0., sum = 0.;
 #pragma unroll
   for (int k = 0; k < PER_THREAD; ++k) {
     const i64 i = chunk * CHUNK + k * THREADS + int(threadIdx.x);
     const bool here = i < a.count && counts(a.mask, int(a.mask_kind), i);
     x[k] = here ? a.x[i] : 0.f;
-    counted |= unsigned(here) << k;
+    valid |= unsigned(here) << k;
     n += here;
     sum += x[k];
   }
@@ -68,7 +68,7 @@ __device__ __forceinline__ void chunk_moments(const StatisticsArguments& a, i64 
   double squares = 0.;
 #pragma unroll
   for (int k = 0; k < PER_THREAD; ++k) {
-    const double d = counted >> k & 1u ? x[k] - mean : 0.;
+    const double d = valid >> k & 1u ? x[k] - mean : 0.;
     squares += d * d;
   }
   squares = block_sum<THREADS>(squares, shared);
@@ -118,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) whiten_apply(const ApplyAr
   for (int k = 0; k < PER_THREAD; ++k) {
     const i64 i = begin + k * THREADS;
     if (i >= a.count) break;
-    const bool counted = counts(a.mask, int(a.mask_kind), i);
-    a.out[i] = counted ? float((a.x[i] - shift) * scale + back) : 0.f;
+    const bool valid = counts(a.mask, int(a.mask_kind), i);
+    a.out[i] = valid ? float((a.x[i] - shift) * scale + back) : 0.f;
   }
 }
 

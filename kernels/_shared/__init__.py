@@ -1,1 +1,1 @@
-"""What the Triton kernels of several operations share."""
+"""Device functions and launch helpers that the Triton kernels of several operations share."""

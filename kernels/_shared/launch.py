@@ -1,4 +1,4 @@
-"""What every launcher of this room needs: the right device, counters for the last program to arrive, arguments."""
+"""Helpers of every launcher: the right device, a counter for the last program to arrive, arguments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def arrival_counter(x: Tensor) -> Tensor:
 
 
 def mask_bytes(mask: Tensor | None) -> Tensor | None:
-    """A mask as u8, nonzero = counted: a kernel is compiled once for it, not once for each type that masks come in.
+    """A mask as u8, nonzero = valid: a kernel is compiled once for it, not once for each type that masks come in.
 
     Types of one byte are only called by another name; others are converted, in one more launch.
     """

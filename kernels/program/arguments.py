@@ -12,7 +12,7 @@ from fastreward.language.program import Program
 
 #: Kinds of which a kernel has one at most, and what is said of them; before the numbers and outputs, and after.
 _FRONT: Final = {
-    "mask": "u8 like the tokens, nonzero = counted",
+    "mask": "u8 like the tokens, nonzero = valid",
     "cu_seqlens": "i64 [B + 1]",
     "row_of_token": "i64 [N], read where PACKED",
     "order": "i64 [B], sequences sorted by group",

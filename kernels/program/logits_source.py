@@ -66,9 +66,9 @@ V = vocab_units * VEC
 scale = tl.load(grad_scale)
 for index in range(tl.program_id(0), N, tl.num_programs(0)):
     token = tl.cast(index, tl.int64)
-    counted = tl.full([], 1, tl.int1)
+    valid = tl.full([], 1, tl.int1)
     if HAS_MASK:
-        counted = tl.load(mask + token) != 0
+        valid = tl.load(mask + token) != 0
     grad_row = grad_logits + token * grad_units * GRAD_UNIT
     own_logprob = tl.full([], 0.0, tl.float32)
     own_entropy = tl.full([], 0.0, tl.float32)
@@ -76,7 +76,7 @@ for index in range(tl.program_id(0), N, tl.num_programs(0)):
     g_entropy = tl.full([], 0.0, tl.float32)""".splitlines()
 
 _ROW = """\
-    if counted:
+    if valid:
         logits_row = logits + token * logits_units * LOGITS_UNIT
         inverse64 = inverse_temperature(inv_t, inv_t_stride, token, HAS_INV_T)
         label = tl.load(labels + token)

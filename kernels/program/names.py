@@ -14,7 +14,7 @@ _TAKEN = """
     most_of store_partial is_last NOTHING column store_column largest smallest merge_chunks group_reduce
     group_select batch_permute SUM MAX MIN OTHERS BEFORE AFTER mask cu_seqlens batch columns values order starts
     groups counter N B T row_units chunks chunk program programs PACKED HAS_MASK ROWS STEPS LANES VEC BLOCK_ROWS
-    TILE row row_ok start tokens extent offsets t0 t at inside counted b logits logits_units labels inv_t
+    TILE row row_ok start tokens extent offsets t0 t at inside valid b logits logits_units labels inv_t
     inv_t_stride row_of_token grad_scale logprobs entropies grad_logits grad_units vocab_units V HAS_INV_T
     LOGITS_UNIT GRAD_UNIT index token statistics store_gradient zero_row inverse_temperature own_logprob own_entropy
     g_logprob g_entropy scale label logits_row grad_row inverse64 top top_logprob

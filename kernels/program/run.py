@@ -103,7 +103,7 @@ def _scale_kernel(
 def _spread_kernel(
     row_values,  # f32 [B]
     grad_loss,  # f32 []
-    mask,  # u8 like out, nonzero = counted
+    mask,  # u8 like out, nonzero = valid
     cu_seqlens,  # i64 [B + 1]
     out,  # f32 [B, T] or [N]
     N, row_units, B, chunks,  # T = row_units * VEC
@@ -123,11 +123,11 @@ def _spread_kernel(
     for t0 in range((program % chunks) * TILE, tl.max(extent, axis=0), chunks * TILE):
         t = t0 + offsets
         inside = before(t, extent, row_ok, T, PACKED)
-        counted = before(t, tokens, row_ok, T, PACKED)
+        valid = before(t, tokens, row_ok, T, PACKED)
         at = wide(start) + t
         if HAS_MASK:
-            counted = counted & (tl.load(mask + at, mask=inside, other=0) != 0)
-        tl.store(out + at, tl.where(counted, value, 0.0), mask=inside)
+            valid = valid & (tl.load(mask + at, mask=inside, other=0) != 0)
+        tl.store(out + at, tl.where(valid, value, 0.0), mask=inside)
 
 
 # --------------------------------------------------------------------------------------------------------- launch
@@ -247,7 +247,7 @@ def spread(
     grad_loss: Tensor,  # f32 []
     tokens: Tokens,
 ) -> Tensor:
-    """The row's value times grad_loss on counted tokens, 0 elsewhere: f32 in tokens.shape."""
+    """The row's value times grad_loss on valid tokens, 0 elsewhere: f32 in tokens.shape."""
     out = torch.empty(tokens.shape, dtype=torch.float32, device=row_values.device)
     sizes, flavour, programs = geometry(tokens)
     mask = mask_bytes(tokens.mask)

@@ -205,10 +205,10 @@ class Module:
             lanes = f"{self.names[n.id]}_lanes"
             x = self.formulas.value(n.args[0]) if n.args else ""
             calls = {
-                "seq_count": f"count({lanes}, counted)",
-                "seq_sum": f"add({lanes}, {x}, counted)",
-                "seq_max": f"most({lanes}, {x}, counted)",
-                "seq_min": f"most({lanes}, -{x}, counted)",
+                "seq_count": f"count({lanes}, valid)",
+                "seq_sum": f"add({lanes}, {x}, valid)",
+                "seq_max": f"most({lanes}, {x}, valid)",
+                "seq_min": f"most({lanes}, -{x}, valid)",
             }
             lines.append(f"{lanes} = {calls[n.op]}")
         return lines
@@ -216,7 +216,7 @@ class Module:
     def _stored(self, step: TokenStep, arguments: Arguments) -> list[str]:
         lines = []
         for i, n in step.store:
-            value = f"tl.where(counted, {self.formulas.number(n)}, 0.0)"
+            value = f"tl.where(valid, {self.formulas.number(n)}, 0.0)"
             lines.append(f"tl.store({arguments.output(i, n.level)} + at, {value}, mask=inside)")
         return lines
 
@@ -272,9 +272,9 @@ for t0 in range((program % chunks) * TILE, tl.max(extent, axis=0), chunks * TILE
     t = t0 + offsets
     at = wide(start) + t
     inside = before(t, extent, row_ok, T, PACKED)
-    counted = before(t, tokens, row_ok, T, PACKED)
+    valid = before(t, tokens, row_ok, T, PACKED)
     if HAS_MASK:
-        counted = counted & (tl.load(mask + at, mask=inside, other=0) != 0)""".splitlines()
+        valid = valid & (tl.load(mask + at, mask=inside, other=0) != 0)""".splitlines()
 
 
 def decorated(name: str, signature: list[str], sizes: Sequence[str], constants: Sequence[str]) -> list[str]:

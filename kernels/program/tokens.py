@@ -57,21 +57,21 @@ def wide(x):
 
 # ---------------------------------------------------------------------------------------- running sums, [ROWS, LANES]
 @triton.jit
-def add(lane, x, counted):
+def add(lane, x, valid):
     """Running sums plus what counts of x [ROWS, STEPS, LANES, VEC], in the type of the sums."""
-    return lane + tl.sum(tl.sum(tl.where(counted, x, 0.0).to(lane.dtype), axis=3), axis=1)
+    return lane + tl.sum(tl.sum(tl.where(valid, x, 0.0).to(lane.dtype), axis=3), axis=1)
 
 
 @triton.jit
-def count(lane, counted):
+def count(lane, valid):
     """Running counts, i32."""
-    return lane + tl.sum(tl.sum(counted.to(tl.int32), axis=3), axis=1)
+    return lane + tl.sum(tl.sum(valid.to(tl.int32), axis=3), axis=1)
 
 
 @triton.jit
-def most(lane, x, counted):
+def most(lane, x, valid):
     """Running maxima of what counts, i32 as `ordered` has them."""
-    return tl.maximum(lane, tl.max(tl.max(_ordered(tl.where(counted, x, NEG_INF)), axis=3), axis=1))
+    return tl.maximum(lane, tl.max(tl.max(_ordered(tl.where(valid, x, NEG_INF)), axis=3), axis=1))
 
 
 @triton.jit

@@ -100,7 +100,7 @@ class Block:
 
 # ------------------------------------------------------------------------------------------------------------- text
 def truth(node: Node, text: str) -> str:
-    """What was stored as a number, as what it is."""
+    """Read a stored float back as a bool where the node is one."""
     return f"({text} != 0.)" if node.boolean else text
 
 

@@ -117,7 +117,7 @@ def scale(saved: Tensor, row_weight: Tensor | None, grad_loss: Tensor, tokens: T
 
 
 def spread(row_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
-    """row_values[row] * grad_loss on counted tokens, 0 elsewhere: f32 in the tokens' shape."""
+    """row_values[row] * grad_loss on valid tokens, 0 elsewhere: f32 in the tokens' shape."""
     out = torch.empty(tokens.shape, dtype=torch.float32, device=row_values.device)
     side, units = _layout(tokens)
     arguments = pack(row_values, grad_loss, *side, out)

@@ -189,7 +189,7 @@ using namespace fastreward;
         return [*(["const i64 rows = a.side0.rows;"] if any("* rows" in line for line in lines) else []), *lines]
 
     def _token_lines(self, step: TokenStep, reduce: list[Node]) -> list[str]:
-        """One counted token, in f32."""
+        """One valid token, in f32."""
 
         def given(n: Node) -> tuple[str, bool] | None:
             if n.op == "constant":
