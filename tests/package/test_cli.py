@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import fastreward
-from fastreward import doctor, verify
+from fastreward import doctor
 from fastreward._arguments import check
 from fastreward._runtime import dispatch
 from fastreward._runtime.dispatch import BACKENDS, OPERATIONS
@@ -27,7 +27,7 @@ from fastreward.bench.run import Result
 from fastreward.cli import app
 from fastreward.cpu import group as cpu_group
 from fastreward.cpu import whiten as cpu_whiten
-from fastreward.verify import error
+from fastreward.verify import error, run
 
 _RUNNER = CliRunner()
 
@@ -151,9 +151,9 @@ def test_verify_knows_its_names() -> None:
 
 
 def test_a_wrong_gradient_is_found() -> None:
-    finding = verify.Finding("logprobs", "cpu", "cpu", "p", "float32", "grad of logits", 3e-6, 1e-6)
+    finding = run.Finding("logprobs", "cpu", "cpu", "p", "float32", "grad of logits", 3e-6, 1e-6)
     assert not finding.ok
-    assert verify.Finding("logprobs", "cpu", "cpu", "p", "float32", "grad of logits", 1.9e-6, 1e-6).ok
+    assert run.Finding("logprobs", "cpu", "cpu", "p", "float32", "grad of logits", 1.9e-6, 1e-6).ok
 
 
 def test_distance() -> None:
