@@ -7,6 +7,8 @@ has to know how many groups there are. All in f64, members in order: the same ca
 
 Bytes: 8 to 12 a reward and 4 an advantage, once from memory and twice more from L1; at a few thousand rewards the
 launch is the cost. Labels add a torch.sort; several components a combining pass; batch-std one program over the batch.
+
+Raw function: `forward`.
 """
 
 from __future__ import annotations

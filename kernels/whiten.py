@@ -6,6 +6,8 @@ finishes them on the device; one launch applies them. No host sync. Tiles belong
 results are merged in program order: the same call gives the same bits.
 
 Bytes, m = bytes per mask element: statistics 4 + m a position, apply 8 + m; together 12 + 2m.
+
+Raw functions: `forward`; `statistics` and `apply`, between which ranks merge their statistics.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Programs of the loss language in Triton."""
+"""Programs of the loss language in Triton.
+
+Raw functions: `run`; `scale` and `spread`, the backward of what it saved. `source` is the text of a program's kernels.
+"""
 
 from .run import run, scale, source, spread
 
