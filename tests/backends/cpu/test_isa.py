@@ -30,20 +30,10 @@ def in_use(isa: str) -> str:
 def test_numbers_on_lower_instruction_sets(isa: str) -> None:
     if in_use(isa) != isa:
         pytest.skip(f"this machine has no {isa}")
-    files = [
-        str(ROOT / "tests" / "operations" / f"test_{name}.py")
-        for name in (
-            "logprobs",
-            "policy_loss",
-            "preference_loss",
-            "logits_policy_loss",
-            "group",
-            "whiten",
-            "prefix_tree",
-        )
-    ]
-    chosen = "cpu and (Numbers or numbers)"
-    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files)
+    names = ("logprobs", "policy_loss", "preference_loss", "logits_policy_loss", "group", "whiten")
+    files = [f"operations/test_{name}.py" for name in names] + ["prefix_tree/test_prefix_tree.py"]
+    paths = [str(ROOT / "tests" / file) for file in files]
+    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu and (Numbers or numbers)", *paths)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

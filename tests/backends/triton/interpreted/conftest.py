@@ -1,4 +1,7 @@
-"""These tests need Triton's interpreter: test_interpret.py beside this folder runs them in a process of their own."""
+"""The Triton kernels' numerics without a GPU: collected where TRITON_INTERPRET=1, by a pytest run of their own.
+
+Triton reads the variable when it is imported, and then it holds for the whole process. `make test` runs both.
+"""
 
 from __future__ import annotations
 
