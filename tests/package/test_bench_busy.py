@@ -114,6 +114,7 @@ def test_cases_are_those_of_other_benchmarks() -> None:
     assert [t.text for t in tree.targets] == ["<= 1.5x the time of fastreward, one thread"]
 
 
+@pytest.mark.slow
 def test_small_calls_are_every_operation_s_beside_the_eager_form(tmp_path: Path) -> None:
     figures = tmp_path / "bench.json"
     result = CliRunner().invoke(app, ["bench", "small_calls", "--quick", "--seconds", "0.01", "--json", str(figures)])

@@ -168,6 +168,7 @@ def test_distance() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- bench
+@pytest.mark.slow
 def test_bench_writes_json_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastreward.bench.peers.compiled", lambda function: function)  # compiling is tested below
     figures, picture = tmp_path / "bench.json", tmp_path / "bench.png"
