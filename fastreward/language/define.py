@@ -18,10 +18,25 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
+from fastreward.language.evaluate import evaluate
 from fastreward.language.graph import Graph
 from fastreward.language.messages import described, origin
 from fastreward.language.node import Level, Node
+from fastreward.language.objective import (
+    PolicyCall,
+    inputs_asked,
+    policy_objective,
+    reading,
+    register,
+    register_gradient,
+    terms_read,
+    token_gradient,
+)
+from fastreward.language.pair_objective import PairCall, pair_objective
 from fastreward.language.parameters import kind, kinds, parameter, same
+from fastreward.language.program import digest
+from fastreward.language.show import show
+from fastreward.language.source import source
 from fastreward.language.terms import PairTerms, Terms, asked
 from fastreward.language.travel import Options, by_name, carrier, named, names_outside, options_of, place
 
@@ -187,6 +202,16 @@ class Loss:
         return self.definition.name
 
     @property
+    def pairs(self) -> bool:
+        """Whether it is over chosen and rejected sequences, for `preference_loss`."""
+        return self.definition.pairs
+
+    @property
+    def place(self) -> str:
+        """Where its function is, for messages."""
+        return self.definition.place
+
+    @property
     def aggregation(self) -> str:
         """How the published method turns token losses into one number; what `aggregation=None` means."""
         return self.definition.aggregation
@@ -268,8 +293,6 @@ class Loss:
 
     def _traced_with(self, present: bool | frozenset[str]) -> tuple[str, frozenset[str]]:
         """(digest where these terms are there, those that were asked for)."""
-        from fastreward.language.program import digest
-
         t = self.terms(present)
         try:
             value = self._result(t, self._symbolic(t.graph))
@@ -292,7 +315,7 @@ class Loss:
             result = self.definition.function(t, **values)
         finally:
             _TRACING.now = outer
-        place = self.definition.place
+        place = self.place
         if not isinstance(result, Node | Real):
             raise TypeError(f"{place}: expected the loss to return a term, got {described(result)}")
         node: Node = t.graph.node(result)
@@ -329,32 +352,22 @@ class Loss:
 
     # Dynamo takes what these return for constants, anew where an argument is another one: so `formula` is one.
     def _reads(self, _: str, term: str) -> bool:
-        from fastreward.language.objective import terms_read
-
         return term in terms_read(self)
 
     def _asks(self, _: str, term: str, sides: tuple[int, ...]) -> bool:
-        from fastreward.language.objective import inputs_asked
-
         return any(name == term and side in sides for name, _, side in inputs_asked(self))
 
     def _reading(self, _: str) -> str:
-        from fastreward.language.objective import reading
-
         return reading(self)
 
     def _policy_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
-            from fastreward.language.objective import PolicyCall, policy_objective, register
-
             o = policy_objective(self, PolicyCall(*call))
             self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
         return self._plans[call]
 
     def _gradient_plan(self, _: str, *call: Any) -> GradientPlan | None:
         if call not in self._gradient_plans:
-            from fastreward.language.objective import PolicyCall, register_gradient, token_gradient
-
             gradient = token_gradient(self, PolicyCall(*call))
             plan = None if gradient is None else (register_gradient(gradient), gradient.inputs)
             self._gradient_plans[call] = plan
@@ -362,15 +375,13 @@ class Loss:
 
     def _pair_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
-            from fastreward.language.objective import PairCall, pair_objective, register
-
             o = pair_objective(self, PairCall(*call))
             self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
         return self._plans[call]
 
     def terms(self, optional: bool | Collection[str] = True) -> Terms | PairTerms:
         """Terms on a fresh graph, where everything that the loss reads is there; optional: of what t.has(...) is so."""
-        if self.definition.pairs:
+        if self.pairs:
             return PairTerms(Graph(sides=2), optional=optional, highest=self._highest)
         return Terms(Graph(), optional=optional, highest=self._highest)
 
@@ -383,19 +394,13 @@ class Loss:
         a gradient get one. Raises ValueError for a term that the loss reads and that is not there, for an array that
         is no term and that it does not read, and for wrong shapes.
         """
-        from fastreward.language.evaluate import evaluate
-
         return evaluate(self, mask, group_ids, arrays)
 
     def source(self, backend: Literal["triton", "cuda"], **options: Any) -> str:
         """The kernel that `backend` runs for this loss where every term that it can read is passed, as text."""
-        from fastreward.language.source import source
-
         return source(self, backend, **options)
 
     def __str__(self) -> str:
-        from fastreward.language.show import show
-
         return show(self)
 
 

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from fastreward._arguments.arrays import as_tensor
 from fastreward._arguments.groups import factorize
-from fastreward.language.define import Loss
 from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node, walk
 from fastreward.language.objective import inputs_asked
 from fastreward.language.terms import PAIR_TERMS, TERMS, PairTerms, Terms
+from fastreward.language.traced import TracedLoss
 from fastreward.reference.program import Values
 
 _SIDES = ("chosen_", "rejected_")
 
 
 def evaluate(
-    loss: Loss, mask: Any, group_ids: Any, arrays: Mapping[str, Any], dtype: torch.dtype = torch.float64
+    loss: TracedLoss, mask: Any, group_ids: Any, arrays: Mapping[str, Any], dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """See Loss.evaluate; in another dtype it is what plain torch would give."""
     tensors = {name: torch.as_tensor(as_tensor(x), dtype=dtype) for name, x in arrays.items()}
@@ -38,7 +38,7 @@ def evaluate(
         named[term] = x.reshape(-1, 1) if lifted else x
     _check_names(loss, named)
     levels = [{n: _level(x) for (n, side), x in named.items() if side == wanted} for wanted in (0, 1)]
-    t = PairTerms(Graph(2), levels[0], (levels[0], levels[1])) if loss.definition.pairs else Terms(Graph(), levels[0])
+    t = PairTerms(Graph(2), levels[0], (levels[0], levels[1])) if loss.pairs else Terms(Graph(), levels[0])
     value = loss.trace(t)
     for name, x in loss.tensors.items():
         if x.ndim and len(x) != len(masks[0]):
@@ -55,39 +55,39 @@ def evaluate(
     return rows.reshape(()) if numbers else rows
 
 
-def _check_names(loss: Loss, named: Iterable[tuple[str, int]]) -> None:
+def _check_names(loss: TracedLoss, named: Iterable[tuple[str, int]]) -> None:
     """Refuses what is neither a term nor read by the loss."""
-    known = PAIR_TERMS if loss.definition.pairs else TERMS
+    known = PAIR_TERMS if loss.pairs else TERMS
     asked = {name for name, _, _ in inputs_asked(loss)}
     for name, side in named:
         if name not in known and name not in asked:
-            argument = f"{_SIDES[side]}{name}" if loss.definition.pairs and side else name
+            argument = f"{_SIDES[side]}{name}" if loss.pairs and side else name
             near = difflib.get_close_matches(name, {*known, *asked}, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(f"{argument}: {loss.name} does not read it{hint}; it reads {loss.reading()}")
 
 
-def _split(loss: Loss, name: str) -> tuple[str, int]:
+def _split(loss: TracedLoss, name: str) -> tuple[str, int]:
     """(term, side) of the argument `chosen_logprob`, or of `logprob`."""
-    if loss.definition.pairs:
+    if loss.pairs:
         for side, prefix in enumerate(_SIDES):
             if name.startswith(prefix):
                 return name.removeprefix(prefix), side
     return name, 0
 
 
-def _per_token(loss: Loss, term: str, side: int) -> bool:
+def _per_token(loss: TracedLoss, term: str, side: int) -> bool:
     """Whether the loss reads this term once per token, or not at all."""
     levels = [level for name, level, of in inputs_asked(loss) if (name, of) == (term, side)]
     return max(levels, default=Level.TOKEN) == Level.TOKEN
 
 
-def _masks(loss: Loss, mask: Any, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], list[bool]]:
+def _masks(loss: TracedLoss, mask: Any, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], list[bool]]:
     """The counted tokens of each side, bool [B, T], everything where none are given.
 
     And of each side whether it has one token a sequence because neither a mask nor any [B, T] says otherwise.
     """
-    sides = 2 if loss.definition.pairs else 1
+    sides = 2 if loss.pairs else 1
     given: Sequence[Any] = mask if isinstance(mask, tuple | list) and sides == 2 else [mask] * sides
     masks: list[Tensor | None] = [None if m is None else torch.as_tensor(as_tensor(m)) != 0 for m in given]
     for m in masks:

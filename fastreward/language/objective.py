@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Final, get_args
 
-from fastreward._arguments.options import KL, Aggregation, PairAggregation
-from fastreward._runtime.layout import METRICS, PAIR_METRICS
-from fastreward.language.define import Loss
+from fastreward._arguments.options import KL, Aggregation
+from fastreward._runtime.layout import METRICS
 from fastreward.language.derivative import gradients
 from fastreward.language.functions import (
     abs,
@@ -33,7 +32,8 @@ from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node, walk
 from fastreward.language.ops import SEQ_REDUCTIONS
 from fastreward.language.program import Program, program, without_stop_gradient
-from fastreward.language.terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, SIDES, PairTerms, Terms, measured
+from fastreward.language.terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, SIDES, Terms, measured
+from fastreward.language.traced import TracedLoss
 
 #: Parameters of a call that are not the loss's own; their values come before its.
 CALL_PARAMETERS: Final = ("call.width", "call.kl_coef", "call.entropy_coef")
@@ -152,48 +152,48 @@ def kl(t: Terms, kind: KL = "k3", *, clamp: float | None = LOG_RATIO_CLAMP, valu
 
 
 # ------------------------------------------------------------------------------------------------------ policy losses
-def policy_objective(loss: Loss, call: PolicyCall) -> Objective:
+def policy_objective(loss: TracedLoss, call: PolicyCall) -> Objective:
     """The objective of `loss` under `call`; kept, as tracing takes milliseconds."""
-    return _cached_policy(_Key(loss), call)
+    return _cached_policy(Key(loss), call)
 
 
-class _Key:
+class Key:
     """A loss as a cache's key: equal when the formulas are."""
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: TracedLoss) -> None:
         self.loss, self.structure = loss, loss.structure
 
     def __hash__(self) -> int:
         return hash(self.structure)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.structure == other.structure
+        return isinstance(other, Key) and self.structure == other.structure
 
 
-def terms_read(loss: Loss) -> frozenset[str]:
+def terms_read(loss: TracedLoss) -> frozenset[str]:
     """Names of the terms and extras that the loss depends on where a call passes them, of pairs on either side."""
-    return _cached_terms(_Key(loss))[0]
+    return _cached_terms(Key(loss))[0]
 
 
-def inputs_asked(loss: Loss) -> frozenset[tuple[str, Level, int]]:
+def inputs_asked(loss: TracedLoss) -> frozenset[tuple[str, Level, int]]:
     """(name, level, side) of all that tracing asks for, be it passed or where something else is not.
 
     Also of what is only reported, or simplified away (as in x - x).
     """
-    return _cached_terms(_Key(loss))[1]
+    return _cached_terms(Key(loss))[1]
 
 
-def reading(loss: Loss) -> str:
+def reading(loss: TracedLoss) -> str:
     """`inputs_asked` as the loss writes them, for messages."""
     texts = {
-        f"{SIDES[side]}.{name}" if loss.definition.pairs and (side or level == Level.TOKEN) else name
+        f"{SIDES[side]}.{name}" if loss.pairs and (side or level == Level.TOKEN) else name
         for name, level, side in inputs_asked(loss)
     }
     return ", ".join(sorted(texts)) or "nothing"
 
 
 @lru_cache(maxsize=512)
-def _cached_terms(key: _Key) -> tuple[frozenset[str], frozenset[tuple[str, Level, int]]]:
+def _cached_terms(key: Key) -> tuple[frozenset[str], frozenset[tuple[str, Level, int]]]:
     with_all, with_least = key.loss.terms(), key.loss.terms(optional=False)
     read = {n.name for n in walk([key.loss.trace(with_all)]) if n.op == "input" and n.name is not None}
     with suppress(Exception):  # a loss may refuse such a call
@@ -203,7 +203,7 @@ def _cached_terms(key: _Key) -> tuple[frozenset[str], frozenset[tuple[str, Level
 
 
 @lru_cache(maxsize=512)
-def _cached_policy(key: _Key, call: PolicyCall) -> Objective:
+def _cached_policy(key: Key, call: PolicyCall) -> Objective:
     t, total, wanted, weight, value = _traced(key.loss, call)
     metrics = _policy_metrics(t, dict(call.levels))
     if call.deferred and value.level == Level.TOKEN:
@@ -215,7 +215,7 @@ def _cached_policy(key: _Key, call: PolicyCall) -> Objective:
     return _assemble(key.loss, total, wanted, found, weight, value, call.token_loss, metrics, weighted=True)
 
 
-def _traced(loss: Loss, call: PolicyCall) -> tuple[Terms, Node, list[Node], Node, Node]:
+def _traced(loss: TracedLoss, call: PolicyCall) -> tuple[Terms, Node, list[Node], Node, Node]:
     """(terms, total loss, differentiable inputs, the rows' weights, loss per token or row)."""
     levels = dict(call.levels)
     t = Terms(Graph(on_device=call.on_device), levels)
@@ -230,7 +230,7 @@ def _traced(loss: Loss, call: PolicyCall) -> tuple[Terms, Node, list[Node], Node
     weight = _row_weight(t.graph, call)
     total = t.graph.reduce("batch_sum", _weighted(weight, value))
     wanted = [t.logprob, *([t.entropy] if "entropy" in levels else [])]
-    _check_depends(loss, surrogate, wanted)
+    check_depends(loss, surrogate, wanted)
     return t, total, wanted, weight, value
 
 
@@ -255,15 +255,15 @@ class TokenGradient:
         return f"{self.program.key} {self.parameters} {self.gradients} {self.entropy}"
 
 
-def token_gradient(loss: Loss, call: PolicyCall) -> TokenGradient | None:
+def token_gradient(loss: TracedLoss, call: PolicyCall) -> TokenGradient | None:
     """The gradient of an objective token by token; None where it needs sums over log-probs of other tokens first."""
-    return _cached_gradient(_Key(loss), call)
+    return _cached_gradient(Key(loss), call)
 
 
 @lru_cache(maxsize=512)
-def _cached_gradient(key: _Key, call: PolicyCall) -> TokenGradient | None:
+def _cached_gradient(key: Key, call: PolicyCall) -> TokenGradient | None:
     _, total, wanted, *_ = _traced(key.loss, call)
-    given = zip(wanted, map(_nonzero, gradients(total, wanted)), strict=True)
+    given = zip(wanted, map(nonzero, gradients(total, wanted)), strict=True)
     found = {x.name or "": g for x, g in given if g is not None}
     names = {x.name for x in wanted}
     for node in walk(found.values()):
@@ -275,7 +275,7 @@ def _cached_gradient(key: _Key, call: PolicyCall) -> TokenGradient | None:
     outputs = [g if g.level == Level.TOKEN else _per_token(g) for g in without_stop_gradient(list(found.values()))]
     built = program(outputs, [])
     inputs = tuple((n.name or "", n.side) for n in built.inputs)
-    return TokenGradient(built, _parameters(key.loss), inputs, tuple(found), "entropy" in names)
+    return TokenGradient(built, parameters(key.loss), inputs, tuple(found), "entropy" in names)
 
 
 def _weighted(weight: Node, value: Node) -> Node:
@@ -307,19 +307,19 @@ def _row_weight(graph: Graph, call: PolicyCall) -> Node:
     return 1.0 / denominator
 
 
-def _check_depends(loss: Loss, value: Node, wanted: Sequence[Node]) -> None:
+def check_depends(loss: TracedLoss, value: Node, wanted: Sequence[Node]) -> None:
     """Refuses a loss that no parameter of the model can change, before anything runs."""
-    if any(_nonzero(g) is not None for g in gradients(value, wanted)):
+    if any(nonzero(g) is not None for g in gradients(value, wanted)):
         return
     names = " and ".join(dict.fromkeys(x.name or "" for x in wanted))
     here = {n.id for n in walk([value])}
     why = "every use is inside stop_gradient, a comparison or sign()"
     if not any(x.id in here for x in wanted):
         why = f"the loss does not depend on {names}"
-    raise ValueError(f"{loss.definition.place}: its gradient for {names} is zero everywhere: {why}")
+    raise ValueError(f"{loss.place}: its gradient for {names} is zero everywhere: {why}")
 
 
-def _nonzero(gradient: Node | None) -> Node | None:
+def nonzero(gradient: Node | None) -> Node | None:
     """A gradient, unless it is known to be zero before anything runs."""
     return None if gradient is not None and gradient.op == "constant" and gradient.value == 0.0 else gradient
 
@@ -349,7 +349,7 @@ def _policy_metrics(t: Terms, levels: Mapping[str, Level]) -> dict[str, Node]:
 
 
 def _assemble(
-    loss: Loss,
+    loss: TracedLoss,
     total: Node,
     wanted: Sequence[Node],
     found: Sequence[Node | None],
@@ -373,7 +373,7 @@ def _assemble(
 
     graph = total.graph
     kept: list[Gradient | None] = []
-    for g in (None if x is None else _nonzero(next(remaining)) for x in found):
+    for g in (None if x is None else nonzero(next(remaining)) for x in found):
         if g is None:
             kept.append(None)
         elif g.level == Level.TOKEN:
@@ -385,15 +385,17 @@ def _assemble(
     row_weight = add(where(graph.counted(), weight, 0.0)) if not weighted else None
     built = program(outputs, [total, *metrics.values()], graph.sides)
     first, second = (*kept, None)[:2]
-    names, sources = _parameters(loss), _sources(built, wanted)
-    return Objective(built, names, sources, tuple(metrics), (first, second), token_loss, row_weight)
+    names, places = parameters(loss), sources(built, wanted)
+    return Objective(built, names, places, tuple(metrics), (first, second), token_loss, row_weight)
 
 
-def _parameters(loss: Loss) -> tuple[str, ...]:
+def parameters(loss: TracedLoss) -> tuple[str, ...]:
+    """Names of the numbers of a call, in order."""
     return (*CALL_PARAMETERS, *sorted(loss.scalars))
 
 
-def _sources(built: Program, wanted: Sequence[Node]) -> tuple[int, ...]:
+def sources(built: Program, wanted: Sequence[Node]) -> tuple[int, ...]:
+    """Which differentiable tensor each input of the program is, -1: none."""
     places = {(x.name, x.side): k for k, x in enumerate(wanted)}
     return tuple(places.get((n.name, n.side), -1) for n in built.inputs)
 
@@ -402,95 +404,3 @@ def _per_token(value: Node) -> Node:
     """What is the same for all tokens of a sequence, at each of them (NaN where its log-prob is)."""
     logprob = value.graph.input("logprob", Level.TOKEN)
     return where(logprob == logprob, value, float("nan"))
-
-
-# -------------------------------------------------------------------------------------------------- preference losses
-@dataclass(frozen=True)
-class PairCall:
-    """What decides the formula of a `preference_loss` call besides the loss. Levels: of each side, and of the pair.
-
-    on_device: names of numbers that only a kernel may read.
-    """
-
-    sides: tuple[tuple[tuple[str, Level], ...], tuple[tuple[str, Level], ...]]
-    levels: tuple[tuple[str, Level], ...]
-    aggregation: PairAggregation
-    normalizer: bool = False
-    weights: bool = False
-    pair_loss: bool = False
-    on_device: tuple[str, ...] = ()
-
-
-def pair_objective(loss: Loss, call: PairCall) -> Objective:
-    """The objective of `loss` under `call`; kept, as tracing takes milliseconds."""
-    return _cached_pair(_Key(loss), call)
-
-
-@lru_cache(maxsize=512)
-def _cached_pair(key: _Key, call: PairCall) -> Objective:
-    graph = Graph(2, call.on_device)
-    t = PairTerms(graph, dict(call.levels), (dict(call.sides[0]), dict(call.sides[1])))
-    value = key.loss.trace(t)
-    if value.level == Level.TOKEN:
-        raise ValueError(
-            f"{key.loss.definition.place}: expected a loss per pair, got one per token; reduce it, as in seq_sum(...)"
-        )
-    if call.weights:
-        value = value * graph.input("call.weights", Level.SEQUENCE)
-    wanted = [t.chosen.logprob, t.rejected.logprob]
-    _check_depends(key.loss, value, wanted)
-    pairs = batch_sum(1.0, graph)
-    groups = group_sum(1.0, graph) if call.aggregation == "group-mean" else graph.constant(1.0)
-    denominator = {"mean": pairs, "sum": graph.constant(1.0)}.get(call.aggregation)
-    if denominator is None:
-        denominator = batch_sum(1.0 / groups)
-    denominator = graph.input("call.normalizer", Level.BATCH) if call.normalizer else maximum(denominator, 1.0)
-    total = batch_sum(value / maximum(groups, 1.0) / denominator)
-    metrics = _pair_metrics(t)
-    outputs: list[Node] = []
-    kept: list[Gradient | None] = []
-    found = gradients(total, wanted)
-    given = [x for x in found if x is not None]
-    total, value, *rest = without_stop_gradient([total, value, *given, *metrics.values()], 2)
-    lowered, metrics = total.graph, dict(zip(metrics, rest[len(given) :], strict=True))
-    remaining = iter(rest)
-    for g in (None if x is None else _nonzero(next(remaining)) for x in found):
-        if g is None:
-            kept.append(None)
-            continue
-        per_token = g.level == Level.TOKEN
-        kept.append(Gradient(len(outputs), per_token))
-        outputs.append(g if per_token else where(lowered.counted(), g, 0.0))
-    pair_loss = None
-    if call.pair_loss:
-        pair_loss = len(outputs)
-        outputs.append(where(lowered.counted(), value, 0.0))
-    built = program(outputs, [total, *metrics.values()], sides=2)
-    names, sources = _parameters(key.loss), _sources(built, wanted)
-    return Objective(built, names, sources, tuple(metrics), (kept[0], kept[1]), pair_loss, None)
-
-
-def _pair_metrics(t: PairTerms) -> dict[str, Node]:
-    graph = t.graph
-    values = {
-        "pair_count": batch_sum(1.0, graph),
-        "chosen_logprob": measured(batch_mean(seq_sum(t.chosen.logprob))),
-        "rejected_logprob": measured(batch_mean(seq_sum(t.rejected.logprob))),
-        "chosen_tokens": graph.reduce("batch_sum", graph.length(0)),
-        "rejected_tokens": graph.reduce("batch_sum", graph.length(1)),
-    }
-    assert tuple(values) == PAIR_METRICS
-    return {**values, **{name: x for name, x in t.reports.items() if name not in values}}
-
-
-__all__ = [
-    "Gradient",
-    "Objective",
-    "PairCall",
-    "PolicyCall",
-    "TokenGradient",
-    "kl",
-    "pair_objective",
-    "policy_objective",
-    "token_gradient",
-]

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from fastreward.language.derivative import gradients
 from fastreward.language.formula import expression
 from fastreward.language.node import Node, walk
 from fastreward.language.terms import PairTerms, Terms, asked
-
-if TYPE_CHECKING:
-    from fastreward.language.define import Loss
+from fastreward.language.traced import TracedLoss
 
 
-def show(loss: Loss) -> str:
+def show(loss: TracedLoss) -> str:
     """The loss, its reports and its derivative, as assignments."""
     t = loss.terms()
     value = loss.trace(t)

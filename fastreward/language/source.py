@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Final
+from typing import Any
 
-from fastreward.language.define import Loss
+from fastreward._runtime.dispatch import module
 from fastreward.language.node import Level
-from fastreward.language.objective import PairCall, PolicyCall, pair_objective, policy_objective
+from fastreward.language.objective import PolicyCall, policy_objective
+from fastreward.language.pair_objective import PairCall, pair_objective
 from fastreward.language.terms import PairTerms
+from fastreward.language.traced import TracedLoss
 
-_GENERATORS: Final = {"triton": "fastreward.kernels.program.source", "cuda": "fastreward.cuda.program.source"}
 
-
-def source(loss: Loss, backend: str, **options: Any) -> str:
+def source(loss: TracedLoss, backend: str, **options: Any) -> str:
     """The generated source for a call that passes every term the loss reads, per token (extras as the loss says).
 
     options: fields of PolicyCall or PairCall, such as aggregation="seq-mean-token-mean" or kl="k3".
     """
-    if backend not in _GENERATORS:
+    if backend not in ("triton", "cuda"):
         raise ValueError(f"backend: expected 'triton' or 'cuda' (the cpu backend interprets), got {backend!r}")
     traced = loss.terms()
     loss.trace(traced)
@@ -38,7 +38,7 @@ def source(loss: Loss, backend: str, **options: Any) -> str:
         names |= {"entropy": Level.TOKEN} if options.get("entropy_bonus") else {}
         options = {"aggregation": loss.aggregation, "deferred": True, **options}
         objective = policy_objective(loss, PolicyCall(tuple(names.items()), **options))
-    text: str = importlib.import_module(_GENERATORS[backend]).source(objective.program)
+    text: str = importlib.import_module(f"{module('program', backend)}.source").source(objective.program)
     return text
 
 

@@ -22,13 +22,12 @@ from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node
 from fastreward.language.objective import (
     Objective,
-    PairCall,
     PolicyCall,
     TokenGradient,
-    pair_objective,
     policy_objective,
     token_gradient,
 )
+from fastreward.language.pair_objective import PairCall, pair_objective
 from fastreward.language.program import Program, program
 from fastreward.reference import logprobs as reference_logprobs
 from fastreward.reference import program as reference
