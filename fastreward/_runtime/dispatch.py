@@ -170,8 +170,6 @@ def _by_hand() -> Backend | None:
     """What the innermost block of this thread has chosen; of any thread, where this one is in none."""
     if not _chosen_by_hand:
         return None
-    if not _chosen_by_hand:
-        return None
     choices = list(_chosen_by_hand)  # other threads come and go
     if not torch.compiler.is_compiling():
         thread = threading.get_ident()

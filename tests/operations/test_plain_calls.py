@@ -92,11 +92,11 @@ def test_traces_hold_the_op(call: Callable[[Tensor], Tensor]) -> None:
 
 def test_a_lazy_negation_is_read_as_what_it_stands_for() -> None:
     plain = -torch.rand(4, 5)
-    lazy = torch.complex(plain, -plain).conj().imag
+    lazy = torch._neg_view(-plain)
     assert lazy.is_neg()
-    assert torch.equal(lazy, plain)
+    assert lazy.is_contiguous()
     old, advantages = -torch.rand(4, 5), torch.randn(4)
-    a, b = (fastreward.policy_loss(x, old, advantages).loss for x in (plain, lazy.contiguous()))
+    a, b = (fastreward.policy_loss(x, old, advantages).loss for x in (plain, lazy))
     assert torch.equal(a, b)
 
 
