@@ -12,6 +12,7 @@ from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.numbers import Number, joined, number, split
 from fastreward._arguments.transforms import transformed
+from fastreward._runtime.addresses import count_valid
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.memory import empty_like
@@ -121,7 +122,7 @@ def whiten(
     if process_group is not None:
         return _whiten_across(source, mask, shift_mean, ddof, eps, process_group, out, backend)
     if check.values_checked(x):
-        _check_counted(x.numel() if mask is None else check.counted(mask), ddof)
+        _check_counted(x.numel() if mask is None else count_valid(mask), ddof)
         if backend != "cpu":  # which finds it in the statistics
             check.counted_finite("x", source, mask)
     if out is None:

@@ -168,16 +168,6 @@ def mask(x: Tensor | None, reference: str, like: Tensor, name: str = "mask") -> 
     return (x if x.dtype in _MASK_DTYPES else x != 0).contiguous()
 
 
-def counted(mask: Tensor) -> int:
-    """How many positions count, of a mask as `mask` returns it. (torch's own count waits for its threads.)"""
-    if mask.device.type != "cpu" or transformed():  # a tensor of torch.func's has no address
-        return int(mask.count_nonzero())
-    from fastreward import _core
-    from fastreward.cpu._pointers import mask_arguments
-
-    return _core.mask_count(*mask_arguments(mask), mask.numel(), torch.get_num_threads())
-
-
 def same_device(name: str, x: Tensor, reference: str, like: Tensor) -> None:
     """`x` lives where `like` does."""
     if x.device != like.device:

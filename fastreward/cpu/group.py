@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastreward import _core
 from fastreward._arguments.options import NORMALIZES, GroupOptions
-from fastreward.cpu._pointers import address
+from fastreward._runtime.addresses import address
 
 
 def forward(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastreward import _core
+from fastreward._runtime.addresses import address
 from fastreward._runtime.layout import INDICES, VALUES
-from fastreward.cpu._pointers import address
 
 _DTYPES = {torch.float32: _core.DType.f32, torch.bfloat16: _core.DType.bf16, torch.float16: _core.DType.f16}
 

@@ -16,9 +16,9 @@ from fastreward._arguments.options import (
     Place,
     TokenOp,
 )
+from fastreward._runtime.addresses import address, mask_arguments
 from fastreward._runtime.layout import NODES, ROWS
 from fastreward._runtime.memory import empty
-from fastreward.cpu._pointers import address, mask_arguments
 
 _Forest = tuple[int, int, int, int, int, int]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastreward import _core
 from fastreward._arguments import check
-from fastreward.cpu._pointers import address, mask_arguments
+from fastreward._runtime.addresses import address, mask_arguments
 
 
 def forward(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: float, out: Tensor) -> None:

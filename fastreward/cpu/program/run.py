@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastreward import _core
 from fastreward._arguments.tokens import Tokens
+from fastreward._runtime.addresses import address, mask_arguments
 from fastreward._runtime.memory import empty
-from fastreward.cpu._pointers import address, mask_arguments
 from fastreward.cpu.program.encode import encode
 from fastreward.language.node import Level
 from fastreward.language.program import Program
