@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from fastreward._arguments.logits import (
     check_own_memory,
     check_token_ids,
     ids_of_tokens,
-    kept_tokens,
+    kept_set,
     row_mask,
     temperatures,
 )
@@ -38,9 +39,10 @@ def token_logprobs(
     mask: Tensor | None = None,
     outputs: tuple[str, ...] = ("logprobs",),
     token_ids: Tensor | None = None,
-    keep: Tensor | None = None,
+    kept_tokens: Tensor | None = None,
     process_group: ProcessGroup | None = None,
     inplace_backward: bool = False,
+    keep: Tensor | None = None,
 ) -> TokenStats:
     """Log-prob of each label under softmax(logits / temperature), and the row's other statistics, in one pass.
 
@@ -53,19 +55,20 @@ def token_logprobs(
             log_sum_sq_probs (log of the sum of squared probabilities), max_logprob, argmax (first of equals), rank
             (number of tokens above the label; 0 = top), id_logprobs ([..., K], needs token_ids).
         token_ids: integers [K] or [..., K] in [0, V), whose log-probs id_logprobs gives.
-        keep: the tokens that sampling kept (top-k, top-p): bool [..., V], or ids [..., k] in [0, V), unique in a row,
-            negative = padding (anything where masked out). Probabilities are renormalised over them; with ids only
+        kept_tokens: the tokens that sampling kept (top-k, top-p): bool [..., V], or ids [..., k] in [0, V), unique in a
+            row, negative = padding (anything where masked out). Probabilities are renormalised over them; with ids only
             those logits are read.
         process_group: the logits are this rank's contiguous slice of the vocabulary, in rank order; labels, token_ids
             are global. Per token only the slice's statistics cross ranks (64 bytes), never a logit.
         inplace_backward: the backward overwrites `logits` with its gradient (no second [..., V] tensor). Only where
             nothing else needs the logits afterwards.
+        keep: the old name of kept_tokens, deprecated.
 
     Returns:
         TokenStats with the asked-for outputs, each [...] (id_logprobs [..., K]), float32 (argmax, rank int64).
         Gradients flow to logits through logprobs, entropy, logsumexp, log_sum_sq_probs and id_logprobs, together in one
         pass, but no second derivatives. A row of only -inf gives NaN, as torch, and so does one with NaN or +inf (whose
-        argmax is unspecified, whose logsumexp is NaN or +inf); a label outside `keep` has log-prob -inf.
+        argmax is unspecified, whose logsumexp is NaN or +inf); a label outside `kept_tokens` has log-prob -inf.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, label or name, before anything runs. Values are checked on
@@ -73,6 +76,11 @@ def token_logprobs(
             id gives NaN, and a kept id outside [0, V) counts as padding.
     """
     _check_names(outputs, token_ids)
+    if keep is not None:
+        if kept_tokens is not None:
+            raise ValueError("keep: is the old name of kept_tokens; pass kept_tokens alone")
+        warnings.warn("keep: is called kept_tokens now", DeprecationWarning, stacklevel=3)
+        kept_tokens = keep
     check_logits(logits, labels)
     if inplace_backward:
         check_own_memory(logits)
@@ -80,22 +88,22 @@ def token_logprobs(
     rows = row_mask(mask, labels)
     scalar, per_token = temperatures(temperature, labels, mask)
     vocab = logits.shape[-1]
-    keep_mask, keep_ids = kept_tokens(keep, logits)
+    keep_mask, keep_ids = kept_set(kept_tokens, logits)
     ids = None if token_ids is None else ids_of_tokens(token_ids, labels)
     flat = labels.reshape(-1).long()
     if process_group is not None:
         from fastreward.distributed.vocab_parallel import sharded_token_logprobs
 
-        if keep is not None or inplace_backward or token_ids is not None:
-            raise ValueError("process_group: keep, token_ids and inplace_backward are not supported with it")
+        if kept_tokens is not None or inplace_backward or token_ids is not None:
+            raise ValueError("process_group: kept_tokens, token_ids and inplace_backward are not supported with it")
         values, indices = sharded_token_logprobs(logits, flat, per_token, scalar, rows, outputs, process_group)
         return collect(outputs, values, indices, values.new_empty(0), lead)
     if check.values_checked(logits, labels):
         check_token_ids("labels", labels, vocab, mask)
         if token_ids is not None:
             check_token_ids("token_ids", token_ids, vocab, None if mask is None or token_ids.ndim == 1 else mask)
-        if keep is not None and keep_ids is not None:
-            check_kept_ids(keep, vocab, mask)
+        if kept_tokens is not None and keep_ids is not None:
+            check_kept_ids(kept_tokens, vocab, mask)
     backend = select("logprobs", logits)
     values, indices, id_logprobs = op(
         logits, flat, per_token, scalar, rows, keep_mask, keep_ids, ids, flags_of(outputs), inplace_backward, backend

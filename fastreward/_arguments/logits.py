@@ -91,38 +91,40 @@ def row_mask(mask: Tensor | None, labels: Tensor) -> Tensor | None:
     return None if rows is None else (rows if rows.dtype == torch.bool else rows != 0).reshape(-1)
 
 
-def kept_tokens(keep: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def kept_set(kept_tokens: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """(boolean mask, None), (None, ids [N, k]) or (None, None)."""
-    if keep is None:
+    if kept_tokens is None:
         return None, None
-    check.same_device("keep", check.tensor("keep", keep), "logits", logits)
-    if keep.dtype == torch.bool:
-        check.shape("keep", keep, logits.shape, "a boolean per logit")
-        return keep.contiguous(), None
-    if keep.dtype.is_floating_point or keep.dtype.is_complex:
-        name = str(keep.dtype).removeprefix("torch.")
-        raise TypeError(f"keep: expected a boolean mask [..., V] or integer ids [..., k], got dtype {name}")
-    if keep.ndim != logits.ndim or keep.shape[:-1] != logits.shape[:-1]:
+    check.same_device("kept_tokens", check.tensor("kept_tokens", kept_tokens), "logits", logits)
+    if kept_tokens.dtype == torch.bool:
+        check.shape("kept_tokens", kept_tokens, logits.shape, "a boolean per logit")
+        return kept_tokens.contiguous(), None
+    if kept_tokens.dtype.is_floating_point or kept_tokens.dtype.is_complex:
+        name = str(kept_tokens.dtype).removeprefix("torch.")
+        raise TypeError(f"kept_tokens: expected a boolean mask [..., V] or integer ids [..., k], got dtype {name}")
+    if kept_tokens.ndim != logits.ndim or kept_tokens.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
-            f"keep: expected a boolean [..., V] or ids [..., k] for logits {list(logits.shape)}, got {list(keep.shape)}"
+            f"kept_tokens: expected a boolean [..., V] or ids [..., k] for logits {list(logits.shape)}, "
+            f"got {list(kept_tokens.shape)}"
         )
-    if keep.shape[-1] == 0:
-        raise ValueError(f"keep: expected at least one id per token, got shape {list(keep.shape)}")
-    return None, keep.reshape(-1, keep.shape[-1]).long().contiguous()
+    if kept_tokens.shape[-1] == 0:
+        raise ValueError(f"kept_tokens: expected at least one id per token, got shape {list(kept_tokens.shape)}")
+    return None, kept_tokens.reshape(-1, kept_tokens.shape[-1]).long().contiguous()
 
 
 def check_kept_ids(ids: Tensor, vocab: int, mask: Tensor | None) -> None:
     """Kept ids [..., k] lie below V and are unique within a row, where it is not masked out."""
     ids, anything = ids.long(), _masked_out(mask, ids)
     below = f"ids below {vocab}, the vocabulary of logits (negative = padding)"
-    check.every("keep", (ids < vocab) | anything, ids, below)
+    check.every("kept_tokens", (ids < vocab) | anything, ids, below)
     ordered, place = ids.sort(dim=-1, stable=True)
     repeats = torch.zeros_like(ids, dtype=torch.bool)
     repeats[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     once = ~torch.zeros_like(repeats).scatter(-1, place, repeats) | anything
     if ids.shape[-1] == vocab and bool(((ids == 0) | (ids == 1)).all()):
-        check.every("keep", once, ids, f"a boolean mask [..., {vocab}] (keep.bool(); integers are ids of kept tokens)")
-    check.every("keep", once, ids, "ids unique within a row")
+        boolean = f"a boolean mask [..., {vocab}] (kept_tokens.bool(); integers are ids of kept tokens)"
+        check.every("kept_tokens", once, ids, boolean)
+    check.every("kept_tokens", once, ids, "ids unique within a row")
 
 
 def _masked_out(mask: Tensor | None, ids: Tensor) -> Tensor:

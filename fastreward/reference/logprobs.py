@@ -28,18 +28,18 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     token_ids: Tensor | None = None,
-    keep: Tensor | None = None,
+    kept_tokens: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Every output of `fastreward.token_logprobs`, in float64.
 
-    logits [..., V]; labels [...]; temperature a float or [...]; mask [...]; token_ids [K] or [..., K]; keep a boolean
-    [..., V] or ids [..., k] (negative = padding). Masked rows are 0 in every output.
+    logits [..., V]; labels [...]; temperature a float or [...]; mask [...]; token_ids [K] or [..., K]; kept_tokens a
+    boolean [..., V] or ids [..., k] (negative = padding). Masked rows are 0 in every output.
     """
     vocab = logits.shape[-1]
     scale = torch.as_tensor(temperature, dtype=torch.float64, device=logits.device)
     x = logits.double()
     z = x / (scale.unsqueeze(-1) if scale.ndim else scale)
-    kept = _kept_columns(keep, logits)
+    kept = _kept_columns(kept_tokens, logits)
     if kept is not None:
         x, z = x.masked_fill(~kept, -torch.inf), z.masked_fill(~kept, -torch.inf)
     peak = x.amax(-1)
@@ -79,13 +79,13 @@ def token_logprobs(
     return out
 
 
-def _kept_columns(keep: Tensor | None, logits: Tensor) -> Tensor | None:
-    if keep is None or keep.dtype == torch.bool:
-        return keep
+def _kept_columns(kept_tokens: Tensor | None, logits: Tensor) -> Tensor | None:
+    if kept_tokens is None or kept_tokens.dtype == torch.bool:
+        return kept_tokens
     vocab = logits.shape[-1]
-    inside = (keep >= 0) & (keep < vocab)
+    inside = (kept_tokens >= 0) & (kept_tokens < vocab)
     counts = torch.zeros(logits.shape, dtype=torch.int64, device=logits.device)
-    return counts.scatter_add(-1, keep.clamp(0, vocab - 1), inside.long()) > 0
+    return counts.scatter_add(-1, kept_tokens.clamp(0, vocab - 1), inside.long()) > 0
 
 
 def forward(
@@ -101,9 +101,9 @@ def forward(
     """Raw form of `token_logprobs`: values f32 [8, N], indices i64 [2, N], id_logprobs f32 [N, K]."""
     del flags  # computes everything, always
     ids = token_ids if token_ids is not None else labels.new_zeros((labels.shape[0], 0))
-    keep = keep_mask if keep_mask is not None else keep_ids
+    kept_tokens = keep_mask if keep_mask is not None else keep_ids
     temperature = 1.0 / torch.as_tensor(inv_temperature, dtype=torch.float64)
-    out = token_logprobs(logits, labels, temperature=temperature, mask=mask, token_ids=ids, keep=keep)
+    out = token_logprobs(logits, labels, temperature=temperature, mask=mask, token_ids=ids, kept_tokens=kept_tokens)
     values = torch.stack([out[name] for name in _VALUES]).float()
     return values, torch.stack([out["argmax"], out["rank"]]), out["id_logprobs"].float()
 

@@ -21,11 +21,11 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     token_ids: Tensor | None = None,
-    keep: Tensor | None = None,
+    kept_tokens: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Every output of fastreward.token_logprobs through log_softmax, in the dtype of logits [..., V]."""
     z = logits / (temperature.unsqueeze(-1).to(logits.dtype) if isinstance(temperature, Tensor) else temperature)
-    kept = _kept(keep, logits)
+    kept = _kept(kept_tokens, logits)
     if kept is not None:
         z = z.masked_fill(~kept, -torch.inf)
     logp = z.log_softmax(-1)
@@ -79,11 +79,11 @@ def logprobs_and_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - lse, entropy
 
 
-def _kept(keep: Tensor | None, logits: Tensor) -> Tensor | None:
-    if keep is None or keep.dtype == torch.bool:
-        return keep
+def _kept(kept_tokens: Tensor | None, logits: Tensor) -> Tensor | None:
+    if kept_tokens is None or kept_tokens.dtype == torch.bool:
+        return kept_tokens
     counts = torch.zeros(logits.shape, dtype=torch.int64, device=logits.device)
-    return counts.scatter_add(-1, keep.clamp(min=0), (keep >= 0).long()) > 0
+    return counts.scatter_add(-1, kept_tokens.clamp(min=0), (kept_tokens >= 0).long()) > 0
 
 
 # ------------------------------------------------------------------------------------------------ policy loss

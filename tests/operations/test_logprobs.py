@@ -58,13 +58,13 @@ def check(
         labels,
         temperature=temperature,
         mask=mask,
-        keep=keep,
+        kept_tokens=keep,
         token_ids=ids,
         outputs=ALL_OUTPUTS,
         inplace_backward=inplace,
     )
     exact = logits.detach().double().requires_grad_()
-    truth = truth_of(exact, labels, temperature=temperature, mask=mask, keep=keep, token_ids=ids)
+    truth = truth_of(exact, labels, temperature=temperature, mask=mask, kept_tokens=keep, token_ids=ids)
     boolean = keep if keep is None or keep.dtype == torch.bool else kept_mask(keep, logits)
     own = logits.detach().clone().requires_grad_()
     same = in_torch(own, labels, temperature, ids, boolean)
@@ -383,25 +383,34 @@ class TestMessages:
             (ValueError, r"temperature: expected a positive number, got 0", {"temperature": 0}),
             (ValueError, r"temperature: expected shape \[2, 3\]", {"temperature": torch.ones(3)}),
             (ValueError, r"mask: expected shape \[2, 3\]", {"mask": torch.ones(2)}),
-            (ValueError, r"keep: expected ids below 10.*got 10", {"keep": torch.full((2, 3, 1), 10)}),
+            (ValueError, r"kept_tokens: expected ids below 10.*got 10", {"kept_tokens": torch.full((2, 3, 1), 10)}),
             (
                 ValueError,
-                r"keep: expected ids unique within a row, got 4 at index \[1, 0, 2\]",
-                {"keep": torch.tensor([[[1, 2, 3]] * 3, [[4, 5, 4], [0, 1, 2], [0, 1, 2]]])},
+                r"kept_tokens: expected ids unique within a row, got 4 at index \[1, 0, 2\]",
+                {"kept_tokens": torch.tensor([[[1, 2, 3]] * 3, [[4, 5, 4], [0, 1, 2], [0, 1, 2]]])},
             ),
             (
                 ValueError,
-                r"keep: expected a boolean mask \[\.\.\., 10\] \(keep\.bool\(\); integers are ids of .*\), got 1",
-                {"keep": torch.ones(2, 3, 10).long()},
+                r"kept_tokens: expected a boolean mask \[\.\.\., 10\] "
+                r"\(kept_tokens\.bool\(\); integers are ids of .*\), got 1",
+                {"kept_tokens": torch.ones(2, 3, 10).long()},
             ),
-            (ValueError, r"keep: expected a boolean mask", {"keep": torch.eye(10)[:6].reshape(2, 3, 10).byte()}),
+            (
+                ValueError,
+                r"kept_tokens: expected a boolean mask",
+                {"kept_tokens": torch.eye(10)[:6].reshape(2, 3, 10).byte()},
+            ),
             (
                 TypeError,
-                r"keep: expected a boolean mask \[\.\.\., V\] or integer ids \[\.\.\., k\], got dtype float32",
-                {"keep": torch.ones(2, 3, 10)},
+                r"kept_tokens: expected a boolean mask \[\.\.\., V\] or integer ids \[\.\.\., k\], got dtype float32",
+                {"kept_tokens": torch.ones(2, 3, 10)},
             ),
-            (ValueError, r"keep: expected at least one id per token", {"keep": torch.zeros(2, 3, 0).long()}),
-            (TypeError, r"keep: expected a torch tensor", {"keep": [[0]]}),
+            (
+                ValueError,
+                r"kept_tokens: expected at least one id per token",
+                {"kept_tokens": torch.zeros(2, 3, 0).long()},
+            ),
+            (TypeError, r"kept_tokens: expected a torch tensor", {"kept_tokens": [[0]]}),
             (TypeError, r"token_ids: expected a torch tensor", {"token_ids": [0], "outputs": ("id_logprobs",)}),
             (TypeError, r"temperature: expected a positive number, got None", {"temperature": None}),
             (TypeError, r"outputs: expected a tuple of names, got None", {"outputs": None}),
@@ -508,7 +517,7 @@ def test_unchecked_ids_under_compile_touch_nothing_outside() -> None:
     """Traced code checks no values: a kept id that is no column counts as padding, as on a GPU."""
 
     def score(x: Tensor, keep: Tensor) -> Tensor:
-        return fr.token_logprobs(x, torch.tensor([1]), keep=keep, outputs=("logprobs", "mean_logit")).logprobs
+        return fr.token_logprobs(x, torch.tensor([1]), kept_tokens=keep, outputs=("logprobs", "mean_logit")).logprobs
 
     x = torch.randn(1, 10, requires_grad=True)
     got = torch.compile(score, backend="eager")(x, torch.tensor([[1, 50_000_000, 2]]))
@@ -547,3 +556,13 @@ def test_numpy_in_numpy_out() -> None:
     frozen = logits.numpy().copy()
     frozen.flags.writeable = False
     assert np.array_equal(fr.token_logprobs(frozen, labels.numpy()).logprobs, stats.logprobs)
+
+
+def test_the_old_name_of_kept_tokens() -> None:
+    logits, labels = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
+    ids = torch.tensor([[1, 5], [2, 4], [3, 0]])
+    with pytest.warns(DeprecationWarning, match="keep: is called kept_tokens now"):
+        old = fr.token_logprobs(logits, labels, keep=ids).logprobs
+    assert torch.equal(old, fr.token_logprobs(logits, labels, kept_tokens=ids).logprobs)
+    with pytest.raises(ValueError, match="keep: is the old name of kept_tokens"):
+        fr.token_logprobs(logits, labels, keep=ids, kept_tokens=ids)

@@ -95,8 +95,8 @@ def fused(name: str, packed: bool) -> Callable[[dict[str, Tensor]], tuple[Tensor
 
 CALLS: dict[str, Callable[[dict[str, Tensor]], tuple[Tensor, ...]]] = {
     "token_logprobs": token_logprobs,
-    "token_logprobs, kept ids": lambda d: token_logprobs(d, keep=d["keep_ids"]),
-    "token_logprobs, keep mask": lambda d: token_logprobs(d, keep=d["keep_mask"]),
+    "token_logprobs, kept ids": lambda d: token_logprobs(d, kept_tokens=d["keep_ids"]),
+    "token_logprobs, keep mask": lambda d: token_logprobs(d, kept_tokens=d["keep_mask"]),
     "token_logprobs, ids": with_ids,
     "linear_token_logprobs": linear,
     "logits_policy_loss": fused("logits", False),
@@ -147,15 +147,15 @@ def test_a_legal_neighbour_is_still_checked() -> None:
     for name, value, message in (
         ("labels", -100, "labels: expected integers"),
         ("temperature", 0.0, "temperature: expected positive"),
-        ("keep_ids", V, "keep: expected ids below"),
-        ("keep_ids", 1, "keep: expected ids unique"),
+        ("keep_ids", V, "kept_tokens: expected ids below"),
+        ("keep_ids", 1, "kept_tokens: expected ids unique"),
         ("token_ids", V, "token_ids: expected integers"),
     ):
         d = inputs()
         d[name][0, 2] = value
         with pytest.raises(ValueError, match=message):
             fr.token_logprobs(
-                d["logits"], d["labels"], temperature=d["temperature"], mask=MASK, keep=d["keep_ids"],
+                d["logits"], d["labels"], temperature=d["temperature"], mask=MASK, kept_tokens=d["keep_ids"],
                 token_ids=d["token_ids"], outputs=("id_logprobs",),
             )  # fmt: skip
 

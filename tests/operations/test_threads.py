@@ -53,7 +53,7 @@ def _operations() -> dict[str, Operation]:
     def kept() -> list[Tensor]:
         leaf = logits.clone().requires_grad_()
         keep = torch.cat([labels.unsqueeze(1), (labels.unsqueeze(1) + torch.arange(1, 9)) % vocabulary], 1)
-        fr.token_logprobs(leaf, labels, keep=keep).logprobs.sum().backward()
+        fr.token_logprobs(leaf, labels, kept_tokens=keep).logprobs.sum().backward()
         assert leaf.grad is not None
         return [leaf.grad]
 

@@ -138,7 +138,7 @@ ROWS = [
         "token_logprobs", "kept",
         lambda B, T: labelled(B, T) | {
             "temperature": torch.rand(B, T) + 0.1, "outputs": ("logprobs", "entropy", "id_logprobs", "rank"),
-            "token_ids": torch.arange(3), "keep": torch.rand(B, T, VOCAB) > 0.2, "inplace_backward": True,
+            "token_ids": torch.arange(3), "kept_tokens": torch.rand(B, T, VOCAB) > 0.2, "inplace_backward": True,
         },
     ),
     Row("linear_token_logprobs", "scaled", linear_scaled),

@@ -165,8 +165,8 @@ def check_messages(device: str) -> None:
     logits, labels = noise(2, 3, 10).to(device), torch.tensor([[0, 1, 2], [3, 10, 4]], device=device)
     with pytest.raises(ValueError, match=r"labels: expected integers in \[0, 10\).*got 10 at index \[1, 1\]"):
         fr.token_logprobs(logits, labels)
-    with pytest.raises(ValueError, match=r"keep: expected ids below 10.*got 11 at index \[0, 0, 1\]"):
-        fr.token_logprobs(logits, labels.clamp(max=9), keep=torch.tensor([3, 11], device=device).expand(2, 3, 2))
+    with pytest.raises(ValueError, match=r"kept_tokens: expected ids below 10.*got 11 at index \[0, 0, 1\]"):
+        fr.token_logprobs(logits, labels.clamp(max=9), kept_tokens=torch.tensor([3, 11], device=device).expand(2, 3, 2))
     tokens = noise(2, 3).to(device)
     advantages = torch.tensor([[1.0, 2.0, torch.nan], [1.0, torch.nan, 3.0]], device=device)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]], device=device)

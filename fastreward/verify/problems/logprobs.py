@@ -62,11 +62,14 @@ def _inputs(dtype: torch.dtype, seed: int, quick: bool) -> Iterator[tuple[str, d
     dead[1, 2:4] = -torch.inf
     yield "rows of only -inf", {"logits": dead, "labels": labels}
     kept = coin(*batch, vocab, p=0.3)
-    yield "kept mask", {"logits": x, "labels": labels, "keep": kept.scatter(-1, labels.unsqueeze(-1), True)}
-    yield "kept mask without some labels, -inf too", {"logits": holes, "labels": labels, "keep": kept | coin(*batch, 1)}
+    yield "kept mask", {"logits": x, "labels": labels, "kept_tokens": kept.scatter(-1, labels.unsqueeze(-1), True)}
+    yield (
+        "kept mask without some labels, -inf too",
+        {"logits": holes, "labels": labels, "kept_tokens": kept | coin(*batch, 1)},
+    )
     ids = torch.stack([torch.randperm(vocab, generator=generator)[:20] for _ in range(15)]).view(*batch, 20)
     ids[0, :, 12:] = -1
-    yield "kept ids, padded", {"logits": x, "labels": ids[..., 3].clone(), "keep": ids, "temperature": per_token}
+    yield "kept ids, padded", {"logits": x, "labels": ids[..., 3].clone(), "kept_tokens": ids, "temperature": per_token}
     several = integers(vocab, *batch, 4)
     several[..., 1] = several[..., 0]
     yield "id_logprobs, repeated ids", {"logits": x, "labels": labels, "token_ids": several}
@@ -94,7 +97,7 @@ def _ragged(rows: int, columns: int) -> Tensor:
 
 
 def _options(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in inputs.items() if k in ("temperature", "mask", "token_ids", "keep")}
+    return {k: v for k, v in inputs.items() if k in ("temperature", "mask", "token_ids", "kept_tokens")}
 
 
 def _ours(seed: int, inputs: Mapping[str, Any]) -> Tensors:

@@ -472,11 +472,11 @@ class TestPublic:
         kept, sequence = torch.tensor([[1, 10**9], [2, -3]], device="cuda"), torch.ones(1, device="cuda")
         fr.token_logprobs(logits, labels)  # compiles
         fr.policy_loss(tokens, tokens.detach(), sequence, cu_seqlens=bounds).loss.backward()
-        fr.token_logprobs(logits, labels, keep=kept)
+        fr.token_logprobs(logits, labels, kept_tokens=kept)
         tokens.grad = None
         with no_sync():
             logprobs = fr.token_logprobs(logits, labels).logprobs
-            fr.token_logprobs(logits, labels, keep=kept)
+            fr.token_logprobs(logits, labels, kept_tokens=kept)
             fr.policy_loss(tokens, tokens.detach(), sequence, cu_seqlens=bounds).loss.backward()
         assert torch.isnan(logprobs).tolist() == [False, True]
         assert torch.allclose(tokens.grad, torch.full_like(tokens, -0.1))
