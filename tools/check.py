@@ -179,7 +179,7 @@ def main() -> int:
         **{line: process.wait() == 0 for line, process in linters.items()},
     }
     failed = [name for name, well in passed.items() if not well]
-    print(f"{'failed: ' + ', '.join(failed) if failed else 'all passed'}, in {time.time() - start:.0f} s")
+    print(f"{'failed: ' + ', '.join(failed) if failed else 'nothing failed'}, in {time.time() - start:.0f} s")
     return bool(failed)
 
 
