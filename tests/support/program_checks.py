@@ -27,6 +27,7 @@ from fastreward.language.objective import (
     policy_objective,
     token_gradient,
 )
+from fastreward.language.ops import OPS
 from fastreward.language.pair_objective import PairCall, pair_objective
 from fastreward.language.program import Program, program
 from fastreward.reference import logprobs as reference_logprobs
@@ -280,8 +281,8 @@ def check_functions(module: ModuleType, device: str, tolerance: float = 2e-6) ->
     x = torch.tensor([*far, *(-v for v in far), torch.nan])
     g = Graph()
     a, b = g.input("a", _T), g.input("b", _T)
-    unary = (f.exp, f.expm1, f.log, f.log1p, f.sqrt, f.tanh, f.sigmoid, f.logsigmoid, f.softplus, f.abs, f.sign, f.relu)
-    outputs = [*(fn(a) for fn in unary), f.minimum(a, b), f.maximum(a, b)]
+    table = [g.call(op, *(a, b)[: row.arity]) for op, row in OPS.items() if row.arity < 3 and row.symbol is None]
+    outputs = [*table, f.softplus(a), f.relu(a)]
     p = program(outputs, [])
     pairs = torch.cartesian_prod(x, x).T.contiguous()
     sides = [Tokens((1, pairs.shape[1]))]
