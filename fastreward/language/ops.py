@@ -211,6 +211,19 @@ def logsigmoid(x: Value) -> Node:
     return call("logsigmoid", x)
 
 
+@_function(
+    1,
+    lambda x: _log(-_expm1(x)) if x > -0.5 else _log1p(-_exp(x)),
+    lambda g, y, x: -g / expm1(-x),
+    triton="tl.where({0} > -0.5, log(-expm1({0})), log1p(-exp({0})))",
+    cuda="({0} > {real}(-0.5) ? log{f}(-expm1{f}({0})) : log1p{f}(-exp{f}({0})))",
+    costly=True,
+)
+def log1mexp(x: Value) -> Node:
+    """log(1 - e^x), of a log-prob that of the complement, accurate near 0 and far below; -inf at 0, NaN above."""
+    return call("log1mexp", x)
+
+
 @_function(1, math.fabs, lambda g, y, x: g * call("sign", x), triton="tl.abs({0})", cuda="fabs{f}({0})")
 def abs(x: Value) -> Node:
     """|x|; gradient 0 at 0."""

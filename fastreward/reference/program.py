@@ -26,6 +26,7 @@ ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     "expm1": torch.expm1,
     "log": torch.log,
     "log1p": torch.log1p,
+    "log1mexp": lambda x: torch.where(x > -0.5, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x))),
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "logsigmoid": torch.nn.functional.logsigmoid,

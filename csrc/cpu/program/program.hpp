@@ -18,6 +18,8 @@
   X(log, log(a), log_of(x))             \
   X(log1p, log1p(a), std::log1p(x))     \
   X(tanh, tanh(a), std::tanh(x))        \
+  X(log1mexp, select(a > f32(-0.5f), log(-expm1(a)), log1p(-exp(a))),            \
+    x > -0.5 ? log_of(-std::expm1(x)) : std::log1p(-std::exp(x)))                \
   X(sigmoid, sigmoid(a), sigmoid_of(x)) \
   X(logsigmoid, logsigmoid(a), logsigmoid_of(x))
 
