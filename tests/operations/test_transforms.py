@@ -127,7 +127,7 @@ def test_every_public_operation_has_a_row() -> None:
     methods = {
         f"{kind.__name__}.{name}"
         for kind in (fr.PrefixTree, packed.PackedTree)
-        for name, method in vars(kind).items()
+        for name, method in inspect.getmembers(kind)
         if hasattr(getattr(method, "__func__", method), "__wrapped__")  # takes arrays
     }
     assert functions | methods == set(OPERATIONS) | WITHOUT_TENSORS

@@ -93,13 +93,11 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-@pytest.mark.xfail(strict=False, reason="under way")
 def test_no_import_circle() -> None:
     found = circle(arrows())
     assert not found, " -> ".join(found)
 
 
-@pytest.mark.xfail(strict=False, reason="under way")
 def test_rooms_import_what_the_list_says() -> None:
     actual: dict[str, dict[str, str]] = {}
     for module, others in arrows().items():
@@ -129,7 +127,6 @@ def test_what_no_room_may_do() -> None:
     assert all("patch" not in allowed for name, allowed in listed().items() if name != "package")
 
 
-@pytest.mark.xfail(strict=False, reason="under way")
 def test_the_root_holds_public_operations() -> None:
     files = {path.name for path in (ROOT / "fastreward").glob("*.py")}
     assert not {name for name in files - {"__init__.py"} if name.startswith("_")}

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastreward
-from fastreward import PrefixTree
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
 from fastreward.bench.cases._rollouts import rollouts
+from fastreward.logprobs import token_logprobs
+from fastreward.policy_loss import policy_loss
+from fastreward.prefix_tree import PrefixTree
 
 _FLAT = "flat batch"
 _HIDDEN, _LAYERS, _VOCAB = 256, 4, 512
@@ -41,8 +42,8 @@ def small_model(attention: str = "sdpa", seed: int = 0) -> Any:
 def flat_loss(model: Any, tokens: Tensor, mask: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
     """PPO's loss of the batch [B, T] as a trainer computes it."""
     logits = model(input_ids=tokens).logits[:, :-1]
-    logprobs = fastreward.token_logprobs(logits, tokens[:, 1:], mask=mask[:, 1:]).logprobs
-    return fastreward.policy_loss(logprobs, old_logprobs[:, 1:], advantages[:, 1:], mask[:, 1:]).loss
+    logprobs = token_logprobs(logits, tokens[:, 1:], mask=mask[:, 1:]).logprobs
+    return policy_loss(logprobs, old_logprobs[:, 1:], advantages[:, 1:], mask[:, 1:]).loss
 
 
 def packed_loss(model: Any, packed: Any, mask: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def packed_loss(model: Any, packed: Any, mask: Tensor, old_logprobs: Tensor, adv
     inputs = {"input_ids": packed.token_ids[None], "position_ids": packed.position_ids[None]}
     logits = model(**inputs, attention_mask=attention).logits
     logprobs = packed.to_tokens(packed.token_logprobs(logits).logprobs)
-    return fastreward.policy_loss(logprobs[:, 1:], old_logprobs[:, 1:], advantages[:, 1:], mask[:, 1:]).loss
+    return policy_loss(logprobs[:, 1:], old_logprobs[:, 1:], advantages[:, 1:], mask[:, 1:]).loss
 
 
 def training_case(case: str, shape: tuple[int, ...], group: int, share: float, device: str) -> Case:
@@ -67,7 +68,7 @@ def training_case(case: str, shape: tuple[int, ...], group: int, share: float, d
         raise peers.Absent(f"needs transformers: {error}") from error
     with torch.no_grad():
         old = torch.zeros(tokens.shape, device=device)
-        old[:, 1:] = fastreward.token_logprobs(model(input_ids=tokens).logits[:, :-1], tokens[:, 1:]).logprobs
+        old[:, 1:] = token_logprobs(model(input_ids=tokens).logits[:, :-1], tokens[:, 1:]).logprobs
     truth = _step(model, partial(flat_loss, model, tokens, data.mask, old, advantages))
 
     def difference(result: tuple[Tensor, ...]) -> float:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward import PrefixTree
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, PEERS, Case, Contender, Target
 from fastreward.bench.cases import _areal
 from fastreward.bench.cases._rollouts import Edges, Rollouts, rollouts
 from fastreward.bench.cases._tree_training import training_case
+from fastreward.prefix_tree import PrefixTree
 from fastreward.verify.error import distance
 
 CASES = (

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastreward
-from fastreward import PrefixTree
 from fastreward._arguments.options import OVERS, PLACES, TOKEN_OPS, TREE_MODES, TREE_OPS
+from fastreward._runtime.dispatch import backend
+from fastreward.prefix_tree import PrefixTree
 from fastreward.verify import eager
 from fastreward.verify.problem import Problem, Tensors, gradients, leaf
 
@@ -176,13 +176,13 @@ def _run(call: _Call, inputs: Mapping[str, Any]) -> Tensors:
 
 
 def _truth(call: _Call, inputs: Mapping[str, Any]) -> Tensors:
-    with fastreward.backend("reference"):
+    with backend("reference"):
         tree = _tree(inputs)
     return _finish(call, tree, _methods(tree), inputs, double=True)
 
 
 def _torch(call: _Call, inputs: Mapping[str, Any]) -> Tensors:
-    with fastreward.backend("reference"):
+    with backend("reference"):
         tree = _tree(inputs)
     mask = inputs.get("mask")
     plain: _Operations = {
