@@ -113,3 +113,10 @@ def test_the_help_lists_every_recipe_by_what_it_returns() -> None:
 def test_an_unknown_name_is_told_the_nearest(written: str, near: str) -> None:
     with pytest.raises(AttributeError, match=f"no attribute '{written}'.*{near}"):
         getattr(recipes, written)
+
+
+def test_the_parameters_that_a_recipe_fixes_are_still_told_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match=r"read Recipe.loss\(\).parameters"):
+        assert recipes.RECIPES["robust_dpo"].fixed == {"variant": "robust"}
+    with pytest.warns(DeprecationWarning, match="Recipe.fixed"):
+        assert recipes.RECIPES["cispo"].fixed == {}

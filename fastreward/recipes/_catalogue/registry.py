@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -138,6 +139,16 @@ class Recipe:
         """The loss it is made of, with any parameters."""
         loss = self.loss()
         return None if loss is None else loss.definition
+
+    @property
+    def fixed(self) -> Mapping[str, Any]:
+        """The parameters of its loss that the recipe sets and its caller does not. Deprecated: read them off loss()."""
+        warnings.warn("Recipe.fixed: read Recipe.loss().parameters", DeprecationWarning, stacklevel=2)
+        loss = self.loss()
+        if loss is None:
+            return {}
+        own, default = inspect.signature(self.function).parameters, inspect.signature(loss.definition).parameters
+        return {k: v for k, v in loss.parameters.items() if k not in own and v != default[k].default}
 
     def loss(self) -> Loss | None:
         """The loss with the recipe's own parameters, for `print`."""
