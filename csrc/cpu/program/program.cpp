@@ -1,12 +1,12 @@
 // Programs of the loss language: the order of their parts, and what backward does with the gradients they saved.
 //
 // A program is a list of passes over the tokens (tokens.cpp, operators in operators.hpp), each followed by
-// work per row (rows.cpp). Everything that a pass needs of a row is known when it begins; the last pass stores the
+// work per row (sequences.cpp). Everything that a pass needs of a row is known when it begins; the last pass stores the
 // outputs, with the aggregation's weights already in them, so that backward with an upstream gradient of 1 is free.
 #include "cpu/program/program.hpp"
 
-#include "cpu/program/frame.hpp"
-#include "cpu/program/items.hpp"
+#include "cpu/program/registers.hpp"
+#include "cpu/program/chunks.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 namespace {

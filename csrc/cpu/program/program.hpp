@@ -7,7 +7,7 @@
 #include "cpu/common/isa.hpp"
 #include "cpu/common/mask.hpp"
 
-// Operators of one number: name, value of a vector `a` of f32 (cpu/simd/), value of a double `x` (rows.cpp).
+// Operators of one number: name, value of a vector `a` of f32 (cpu/simd/), value of a double `x` (sequences.cpp).
 #define FASTREWARD_UNARY(X)             \
   X(neg, -a, -x)                        \
   X(abs, abs(a), std::fabs(x))          \

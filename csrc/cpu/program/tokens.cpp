@@ -10,8 +10,8 @@
 #include <initializer_list>
 #include <limits>
 
-#include "cpu/program/frame.hpp"
-#include "cpu/program/items.hpp"
+#include "cpu/program/registers.hpp"
+#include "cpu/program/chunks.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 namespace {

@@ -1,5 +1,5 @@
 // Scratch and instructions of a pass for one thread; and programs without reductions for one token at a time.
-#include "cpu/program/frame.hpp"
+#include "cpu/program/registers.hpp"
 
 #include <cstring>
 

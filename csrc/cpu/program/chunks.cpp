@@ -1,5 +1,5 @@
 // The mask of a side's tokens, read once: bits for the passes, and how many tokens of a row count.
-#include "cpu/program/items.hpp"
+#include "cpu/program/chunks.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 namespace {
