@@ -16,41 +16,41 @@
 namespace fastreward {
 namespace {
 
-using RowCode = std::vector<std::array<int, 5>>;
-// side, operands, tile instructions, item instructions, reductions
+using SequenceCode = std::vector<std::array<int, 5>>;
+// side, operands, tile instructions, chunk instructions, reductions
 using StepCode = std::tuple<int, std::vector<std::array<int, 2>>, std::vector<std::array<int, 6>>,
                             std::vector<std::array<int, 4>>, std::vector<std::array<int, 2>>>;
-using StageCode = std::pair<std::vector<StepCode>, RowCode>;
+using StageCode = std::pair<std::vector<StepCode>, SequenceCode>;
 
 template <class T>
 Span<T> span(const std::vector<T>& v) {
   return {v.data(), static_cast<int>(v.size())};
 }
 
-std::vector<RowInstruction> row_instructions(const RowCode& code) {
-  std::vector<RowInstruction> out;
-  for (const auto& [op, result, a, b, c] : code) out.push_back({static_cast<RowOp>(op), result, a, b, c});
+std::vector<SequenceInstruction> sequence_instructions(const SequenceCode& code) {
+  std::vector<SequenceInstruction> out;
+  for (const auto& [op, result, a, b, c] : code) out.push_back({static_cast<SequenceOp>(op), result, a, b, c});
   return out;
 }
 
-// The arrays behind a ProgramCode. Instructions come from fastreward/cpu/program/encode.py, which is trusted to number operands
-// and places as it declares them.
+// The arrays behind a ProgramCode. Instructions come from fastreward/cpu/program/encode.py, which is trusted to number
+// operands and places as it declares them.
 class Program {
  public:
   Program(int sides, int numbers, int columns, const std::vector<std::pair<int, double>>& constants, std::vector<int> scalars,
-          const std::vector<std::pair<int, int>>& inputs, const RowCode& prologue, const std::vector<StageCode>& stages,
-          std::vector<int> outputs, std::vector<int> batch)
+          const std::vector<std::pair<int, int>>& inputs, const SequenceCode& prologue,
+          const std::vector<StageCode>& stages, std::vector<int> outputs, std::vector<int> batch)
       : scalars_(std::move(scalars)), outputs_(std::move(outputs)), batch_(std::move(batch)) {
     for (const auto& [number, value] : constants) constants_.push_back({number, value});
     for (const auto& [level, place] : inputs) inputs_.push_back({static_cast<InputLevel>(level), place});
-    prologue_ = row_instructions(prologue);
+    prologue_ = sequence_instructions(prologue);
     parts_.resize(stages.size());
     for (std::size_t i = 0; i < stages.size(); ++i) {
       Stage& own = parts_[i];
-      own.rows = row_instructions(stages[i].second);
+      own.sequences = sequence_instructions(stages[i].second);
       own.parts.resize(stages[i].first.size());
       for (std::size_t k = 0; k < own.parts.size(); ++k) own.tokens.push_back(step(stages[i].first[k], own.parts[k]));
-      stages_.push_back({span(own.tokens), span(own.rows)});
+      stages_.push_back({span(own.tokens), span(own.sequences)});
     }
     code_ = {sides,         numbers,         columns,       span(constants_), span(scalars_),
              span(inputs_), span(prologue_), span(stages_), span(outputs_),   span(batch_)};
@@ -64,28 +64,28 @@ class Program {
   struct Step {
     std::vector<TokenOperand> operands;
     std::vector<TokenInstruction> tile;
-    std::vector<MaskInstruction> item;
+    std::vector<MaskInstruction> chunk;
     std::vector<Reduction> reductions;
   };
   struct Stage {
     std::vector<Step> parts;
     std::vector<TokenStep> tokens;
-    std::vector<RowInstruction> rows;
+    std::vector<SequenceInstruction> sequences;
   };
 
   static TokenStep step(const StepCode& from, Step& own) {
-    const auto& [side, operands, tile, item, reductions] = from;
+    const auto& [side, operands, tile, chunk, reductions] = from;
     for (const auto& [kind, index] : operands) own.operands.push_back({static_cast<OperandKind>(kind), index});
     for (const auto& [op, w, x, y, z, k] : tile) own.tile.push_back({static_cast<TokenOp>(op), w, x, y, z, k});
-    for (const auto& [op, x, y, z] : item) own.item.push_back({static_cast<MaskOp>(op), x, y, z});
+    for (const auto& [op, x, y, z] : chunk) own.chunk.push_back({static_cast<MaskOp>(op), x, y, z});
     for (const auto& [kind, place] : reductions) own.reductions.push_back({static_cast<ReductionKind>(kind), place});
-    return {side, span(own.operands), span(own.tile), span(own.item), span(own.reductions)};
+    return {side, span(own.operands), span(own.tile), span(own.chunk), span(own.reductions)};
   }
 
   std::vector<Constant> constants_;
   std::vector<int> scalars_;
   std::vector<ProgramInput> inputs_;
-  std::vector<RowInstruction> prologue_;
+  std::vector<SequenceInstruction> prologue_;
   std::vector<Stage> parts_;
   std::vector<ProgramStage> stages_;
   std::vector<int> outputs_, batch_;
@@ -95,23 +95,24 @@ class Program {
 using TokensCode = std::tuple<std::int64_t, std::int64_t, Address, Address, int>;
 
 ProgramTokens tokens_of(const TokensCode& from) {
-  const auto& [rows, columns, cu_seqlens, mask, mask_kind] = from;
-  return {rows, columns, at<const std::int64_t>(cu_seqlens), {at<const void>(mask), static_cast<MaskKind>(mask_kind)}};
+  const auto& [sequences, columns, cu_seqlens, mask, mask_kind] = from;
+  const MaskView view{at<const void>(mask), static_cast<MaskKind>(mask_kind)};
+  return {sequences, columns, at<const std::int64_t>(cu_seqlens), view};
 }
 
 std::int64_t count_tokens(const ProgramTokens& tokens) {
-  return tokens.cu_seqlens != nullptr ? tokens.cu_seqlens[tokens.rows] : tokens.rows * tokens.columns;
+  return tokens.cu_seqlens != nullptr ? tokens.cu_seqlens[tokens.sequences] : tokens.sequences * tokens.columns;
 }
 
-// Whatever the instructions read or write is there: one per token, per row or for the batch.
-void check_tensors(const ProgramCall& call, std::int64_t rows) {
+// Whatever the instructions read or write is there: one per token, per sequence or for the batch.
+void check_tensors(const ProgramCall& call, std::int64_t sequences) {
   const ProgramCode& code = *call.code;
   const auto check = [](const char* name, const float* x, std::int64_t count) {
     required<const float>(name, reinterpret_cast<Address>(x), count);
   };
   for (int k = 0; k < code.inputs.size; ++k) {
     const InputLevel level = code.inputs[k].level;
-    if (level != InputLevel::token) check("inputs", call.inputs[k], level == InputLevel::row ? rows : 1);
+    if (level != InputLevel::token) check("inputs", call.inputs[k], level == InputLevel::sequence ? sequences : 1);
   }
   for (const ProgramStage& stage : code.stages)
     for (const TokenStep& step : stage.tokens)
@@ -121,16 +122,16 @@ void check_tensors(const ProgramCall& call, std::int64_t rows) {
         if (operand.kind == OperandKind::output) check("outputs", call.outputs[operand.index], count);
       }
   for (int k = 0; k < code.outputs.size; ++k)
-    if (code.outputs[k] != kTokenOutput) check("outputs", call.outputs[k], rows);
+    if (code.outputs[k] != kTokenOutput) check("outputs", call.outputs[k], sequences);
   check("batch", call.batch, code.batch.size);
 }
 
-std::int64_t count_groups(const std::int64_t* groups, std::int64_t rows) {
+std::int64_t count_groups(const std::int64_t* groups, std::int64_t sequences) {
   std::int64_t count = 0;
-  for (std::int64_t row = 0; groups != nullptr && row < rows; ++row) {
-    if (groups[row] < 0 || groups[row] >= rows)
-      throw std::invalid_argument("groups: expected numbers from 0 below " + std::to_string(rows));
-    if (groups[row] >= count) count = groups[row] + 1;
+  for (std::int64_t sequence = 0; groups != nullptr && sequence < sequences; ++sequence) {
+    if (groups[sequence] < 0 || groups[sequence] >= sequences)
+      throw std::invalid_argument("groups: expected numbers from 0 below " + std::to_string(sequences));
+    if (groups[sequence] >= count) count = groups[sequence] + 1;
   }
   return count;
 }
@@ -155,11 +156,11 @@ void run(const Program& program, const std::vector<TokensCode>& sides, const std
   call.inputs = sources.data();
   call.scalars = scalars.data();
   call.groups = at<const std::int64_t>(groups);
-  call.group_count = count_groups(call.groups, tokens[0].rows);
+  call.group_count = count_groups(call.groups, tokens[0].sequences);
   call.outputs = results.data();
   call.batch = at<float>(batch);
   call.threads = threads;
-  check_tensors(call, tokens[0].rows);
+  check_tensors(call, tokens[0].sequences);
   FASTREWARD_DISPATCH(program_run)(call);
 }
 
@@ -175,7 +176,7 @@ void scale(const TokensCode& tokens, Address saved, Address row_weight, double f
 void spread(const TokensCode& tokens, Address row_values, double factor, Address out, int threads) {
   const pybind11::gil_scoped_release unlocked;
   const ProgramTokens side = tokens_of(tokens);
-  const auto* values = required<const float>("row_values", row_values, side.rows);
+  const auto* values = required<const float>("row_values", row_values, side.sequences);
   auto* to = required<float>("out", out, count_tokens(side));
   FASTREWARD_DISPATCH(program_spread)(side, values, static_cast<float>(factor), to, threads);
 }
@@ -194,7 +195,7 @@ void register_program(pybind11::module_& m) {
   namespace py = pybind11;
   py::class_<Program>(m, "Program", "Instructions of a program of the loss language, made by fastreward/cpu/program/encode.py.")
       .def(py::init<int, int, int, const std::vector<std::pair<int, double>>&, std::vector<int>,
-                    const std::vector<std::pair<int, int>>&, const RowCode&, const std::vector<StageCode>&,
+                    const std::vector<std::pair<int, int>>&, const SequenceCode&, const std::vector<StageCode>&,
                     std::vector<int>, std::vector<int>>(),
            py::kw_only(), py::arg("sides"), py::arg("numbers"), py::arg("columns"), py::arg("constants"), py::arg("scalars"),
            py::arg("inputs"), py::arg("prologue"), py::arg("stages"), py::arg("outputs"), py::arg("batch"))
@@ -203,15 +204,15 @@ void register_program(pybind11::module_& m) {
   m.def("program_token_operators", [] { return numbered({FASTREWARD_TOKEN_OPERATORS(FASTREWARD_NAME)}); },
         "Numbers of the token operators, by name.");
   m.def("program_mask_operators", [] { return numbered({FASTREWARD_MASK_OPERATORS(FASTREWARD_NAME)}); },
-        "Numbers of the operators on an item's masks, by name.");
-  m.def("program_row_operators", [] { return numbered({FASTREWARD_ROW_OPERATORS(FASTREWARD_NAME)}); },
-        "Numbers of the row operators, by name.");
+        "Numbers of the operators on a chunk's masks, by name.");
+  m.def("program_sequence_operators", [] { return numbered({FASTREWARD_SEQUENCE_OPERATORS(FASTREWARD_NAME)}); },
+        "Numbers of the sequence operators, by name.");
   m.def("program_run", &run, py::kw_only(), py::arg("program"), py::arg("sides"), py::arg("inputs"),
         py::arg("scalars"), py::arg("groups"), py::arg("outputs"), py::arg("batch"), py::arg("threads"));
   m.def("program_scale", &scale, py::arg("tokens"), py::arg("saved"), py::arg("row_weight"), py::arg("factor"),
-        py::arg("out"), py::arg("threads"), "out = saved * row_weight[row] * factor; a 0 stays 0.");
+        py::arg("out"), py::arg("threads"), "out = saved * row_weight[sequence] * factor; a 0 stays 0.");
   m.def("program_spread", &spread, py::arg("tokens"), py::arg("row_values"), py::arg("factor"), py::arg("out"),
-        py::arg("threads"), "out = row_values[row] * factor on counted tokens, 0 elsewhere.");
+        py::arg("threads"), "out = row_values[sequence] * factor on valid tokens, 0 elsewhere.");
 }
 
 }  // namespace fastreward

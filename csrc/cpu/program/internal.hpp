@@ -28,32 +28,33 @@ class Buffer {
   T* data_;
 };
 
-// The values per row and for the batch, in float64.
-struct RowValues {
+// The values per sequence and for the batch, in float64.
+struct SequenceValues {
   double* numbers;  // [code.numbers]
-  double* columns;  // [code.columns, rows]
-  std::int64_t rows;
+  double* columns;  // [code.columns, sequences]
+  std::int64_t sequences;
 
-  bool is_column(RowPlace p) const { return p < 0; }
-  double* column(RowPlace p) const { return columns + static_cast<std::int64_t>(~p) * rows; }
-  double at(RowPlace p, std::int64_t row) const { return p < 0 ? column(p)[row] : numbers[p]; }
+  bool is_column(SequencePlace p) const { return p < 0; }
+  double* column(SequencePlace p) const { return columns + static_cast<std::int64_t>(~p) * sequences; }
+  double at(SequencePlace p, std::int64_t sequence) const { return p < 0 ? column(p)[sequence] : numbers[p]; }
 };
 
-// Groups of rows: each one's number.
-struct RowGroups {
-  const std::int64_t* of_row;
+// Groups of sequences: each one's number.
+struct SequenceGroups {
+  const std::int64_t* of_sequence;
   std::int64_t count;
 };
 
 // Runs the instructions in order.
-void run_rows(const Span<RowInstruction>& instructions, const RowValues& values, const RowGroups& groups);
+void run_sequences(const Span<SequenceInstruction>& instructions, const SequenceValues& values,
+                   const SequenceGroups& groups);
 
 // Runs one pass over the tokens of a side; its reductions go to columns of `values`.
-class Items;
-void run_tokens(const ProgramCall& call, const TokenStep& step, const Items& items, const RowValues& values);
+class Chunks;
+void run_tokens(const ProgramCall& call, const TokenStep& step, const Chunks& chunks, const SequenceValues& values);
 
-// A program of one pass without reductions and without values per row, run for one token at a time (by one thread). The
-// numbers are those that the token would have had among others.
+// A program of one pass without reductions and without values per sequence, run for one token at a time (by one
+// thread). The numbers are those that the token would have had among others.
 class TokenProgram {
  public:
   TokenProgram(const ProgramCode& code, const double* scalars);

@@ -62,7 +62,7 @@ template <class X, class Y>
 void sides(FASTREWARD_TILE) {
   const X x(i->x, t);
   const Y y(i->y, t);
-  const MaskResult below(t, i->z), above(t, i->z + kItemVectors * static_cast<std::int64_t>(sizeof(Word)));
+  const MaskResult below(t, i->z), above(t, i->z + kChunkVectors * static_cast<std::int64_t>(sizeof(Word)));
   const auto f = [&](F32 a, int k) INLINE {
     below.set(k, a < x[k]);
     above.set(k, a > y[k]);
@@ -119,7 +119,7 @@ void logic_not(FASTREWARD_TILE) {
 
 // What was changed was outside; a NaN is not.
 void clip_outside(FASTREWARD_TILE) {
-  const Row x(i->x, t), y(i->y, t);
+  const Sequence x(i->x, t), y(i->y, t);
   const MaskResult z(t, i->z);
   if (in_order(i)) {
     const auto f = [&](F32 a, int k) INLINE {
@@ -164,10 +164,10 @@ template <int kMasks, bool kMasked, bool kStreamed>
 void store_output(FASTREWARD_TILE) {
   float* x = reinterpret_cast<float*>(i->x + t->at);
   const Dropped<kMasks> dropped(i, t);
-  const Mask counted(t, 0);
+  const Mask valid(t, 0);
   const auto f = [&](F32 a, int k) INLINE {
     a = dropped.of(a, k);
-    const F32 kept = kMasked ? select(counted[k], a, f32(0.0f)) : a;
+    const F32 kept = kMasked ? select(valid[k], a, f32(0.0f)) : a;
     if (kStreamed) stream(x + k * kF32, kept);
     else store(x + k * kF32, kept);
     return a;
@@ -187,11 +187,11 @@ Operator compare_and_of(Variant v) {
   return table[number(v.x)];
 }
 Operator outside_of(Variant v) {
-  constexpr Operator table[3][3] = {BY_X(outside, Slot), BY_X(outside, Row), BY_X(outside, Far)};
+  constexpr Operator table[3][3] = {BY_X(outside, Slot), BY_X(outside, Sequence), BY_X(outside, Far)};
   return table[number(v.x)][number(v.y)];
 }
 Operator sides_of(Variant v) {
-  constexpr Operator table[3][3] = {BY_X(sides, Slot), BY_X(sides, Row), BY_X(sides, Far)};
+  constexpr Operator table[3][3] = {BY_X(sides, Slot), BY_X(sides, Sequence), BY_X(sides, Far)};
   return table[number(v.x)][number(v.y)];
 }
 Operator where_of(Variant v) {

@@ -6,15 +6,15 @@
 
 namespace fastreward::FASTREWARD_ISA::program {
 
-// Vectors and tokens of a tile; vectors and tiles of an item.
+// Vectors and tokens of a tile; vectors and tiles of a chunk.
 constexpr int kTileVectors = 8;
 constexpr int kTile = kTileVectors * simd::kF32;
-constexpr int kItem = static_cast<int>(kProgramItem);
-constexpr int kItemVectors = kItem / simd::kF32;
-constexpr int kItemTiles = kItem / kTile;
+constexpr int kChunk = static_cast<int>(kProgramChunk);
+constexpr int kChunkVectors = kChunk / simd::kF32;
+constexpr int kChunkTiles = kChunk / kTile;
 constexpr std::int64_t kTileBytes = kTile * 4;
 constexpr std::int64_t kTileWords = kTileVectors * sizeof(simd::Word);  // bytes of a tile's mask
-static_assert(kItem % kTile == 0 && kItemTiles <= 64, "a bit for each tile");
+static_assert(kChunk % kTile == 0 && kChunkTiles <= 64, "a bit for each tile");
 // Tiles whose terms are summed in float before they go to float64.
 constexpr int kRun = 8;
 
@@ -26,17 +26,17 @@ struct alignas(64) Accumulator {
   bool nan;  // an extreme has met one
 };
 
-// Where a tile lies. masks: its words of mask 0, in an item's masks; at: its place in the tensors, in bytes; ahead: that of
-// the tile that is to be fetched meanwhile.
+// Where a tile lies. masks: its words of mask 0, in a chunk's masks; at: its place in the tensors, in bytes; ahead:
+// that of the tile that is to be fetched meanwhile.
 struct Tile {
   char* masks;
   std::int64_t at, ahead;
 };
 
-// An instruction with its operands: the address of a tile of floats (slot), a vector of equal floats (row value), or an
-// Accumulator; for a tensor the address of its first element; for a mask its place in an item's masks, in bytes.
-// run(instruction, tile, a0 ... a7) goes on to the next one by itself, so that the accumulator stays in registers from one
-// instruction to the next; the last one is `finish`.
+// An instruction with its operands: the address of a tile of floats (slot), a vector of equal floats (sequence value),
+// or an Accumulator; for a tensor the address of its first element; for a mask its place in a chunk's masks, in bytes.
+// run(instruction, tile, a0 ... a7) goes on to the next one by itself, so that the accumulator stays in registers from
+// one instruction to the next; the last one is `finish`.
 struct Instruction;
 #define FASTREWARD_TILE                                                                                    \
   const Instruction *i, const Tile *t, simd::F32 a0, simd::F32 a1, simd::F32 a2, simd::F32 a3, simd::F32 a4, \
@@ -49,9 +49,9 @@ struct Instruction {
   char* k;
 };
 
-// How an operator is to be had: what its operands w, x and y are; whether it keeps its result in slot k; whether some tokens
-// of the tile may not count (their mask is number 0); whether an output goes past the caches.
-enum class Place { slot, row, tensor, none };
+// How an operator is to be had: what its operands w, x and y are; whether it keeps its result in slot k; whether some
+// tokens of the tile may not count (their mask is number 0); whether an output goes past the caches.
+enum class Place { slot, sequence, tensor, none };
 struct Variant {
   Place w = Place::none, x = Place::none, y = Place::none;
   bool keeps = false, masked = false, streamed = false;

@@ -23,10 +23,10 @@
   X(sigmoid, sigmoid(a), sigmoid_of(x)) \
   X(logsigmoid, logsigmoid(a), logsigmoid_of(x))
 
-// Operators of a machine whose accumulator a is a tile of tokens (eight vectors, in registers). Their names are what the
-// Python side says. x, y, z are the instruction's operands; what an elementwise name means is in fastreward/language/ops.py.
-// Those up to `maximum` may start from operand w instead of a (of two arguments: not from a row's value), those up to
-// `maximum_where` may keep their result in slot k.
+// Operators of a machine whose accumulator a is a tile of tokens (eight vectors, in registers). Their names are what
+// the Python side says. x, y, z are the instruction's operands; what an elementwise name means is in
+// fastreward/language/ops.py. Those up to `maximum` may start from operand w instead of a (of two arguments: not from a
+// sequence's value), those up to `maximum_where` may keep their result in slot k.
 //   load                       a = w
 //   keep, store                slot k = a; output x = a
 //   exp_bounded                exp where |a| <= 87 is known
@@ -52,11 +52,11 @@
   X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(lt_and) X(le_and) X(gt_and) X(ge_and) X(eq_and) X(ne_and)                \
   X(outside) X(sides) X(and) X(or) X(not)                                                                        \
   X(sum) X(least) X(most) X(extremes) X(sum_extremes)
-// Operators on the masks of a whole item, after its tiles: mask z of masks x, y; count adds the lanes of mask x that count
-// to sum z.
+// Operators on the masks of a whole chunk, after its tiles: mask z of masks x, y; count adds the lanes of mask x that
+// count to sum z.
 #define FASTREWARD_MASK_OPERATORS(X) X(and) X(or) X(not) X(count)
-// Operators on columns [rows] and on single numbers, float64; conditions are 0 and 1.
-#define FASTREWARD_ROW_OPERATORS(X)                                                              \
+// Operators on columns [sequences] and on single numbers, float64; conditions are 0 and 1.
+#define FASTREWARD_SEQUENCE_OPERATORS(X)                                                         \
   FASTREWARD_UNARY(X)                                                                            \
   X(add) X(sub) X(mul) X(div) X(minimum) X(maximum) X(clip) X(where)                             \
   X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(and) X(or) X(not) X(outside)                             \
@@ -68,11 +68,11 @@ namespace fastreward {
 #define FASTREWARD_ENUMERATOR(name, ...) k_##name,
 enum class TokenOp : int { FASTREWARD_TOKEN_OPERATORS(FASTREWARD_ENUMERATOR) };
 enum class MaskOp : int { FASTREWARD_MASK_OPERATORS(FASTREWARD_ENUMERATOR) };
-enum class RowOp : int { FASTREWARD_ROW_OPERATORS(FASTREWARD_ENUMERATOR) };
+enum class SequenceOp : int { FASTREWARD_SEQUENCE_OPERATORS(FASTREWARD_ENUMERATOR) };
 #undef FASTREWARD_ENUMERATOR
 
-// Tokens of a thread's unit of work and of the sums' structure: a sequence is cut into items of this many.
-constexpr std::int64_t kProgramItem = 2048;
+// Tokens of a thread's unit of work and of the sums' structure: a sequence is cut into chunks of this many.
+constexpr std::int64_t kProgramChunk = 2048;
 
 template <class T>
 struct Span {
@@ -84,17 +84,17 @@ struct Span {
   const T* end() const { return data + size; }
 };
 
-// Where a value per row or per batch lies: i >= 0: number i, i < 0: column ~i.
-using RowPlace = int;
+// Where a value per sequence or per batch lies: i >= 0: number i, i < 0: column ~i.
+using SequencePlace = int;
 
-struct RowInstruction {
-  RowOp op;
-  RowPlace out, a, b, c;
+struct SequenceInstruction {
+  SequenceOp op;
+  SequencePlace out, a, b, c;
 };
 
 // What an operand of a token instruction is. index: of the slot, mask, reduction, the call's inputs or outputs; or the
-// RowPlace of a value that is the same for all tokens of a row.
-enum class OperandKind : int { slot, mask, row_value, row_mask, input, output, reduction };
+// SequencePlace of a value that is the same for all tokens of a sequence.
+enum class OperandKind : int { slot, mask, sequence_value, sequence_mask, input, output, reduction };
 struct TokenOperand {
   OperandKind kind;
   int index;
@@ -114,26 +114,26 @@ struct MaskInstruction {
 enum class ReductionKind : int { sum, minimum, maximum, count, tokens };
 struct Reduction {
   ReductionKind kind;
-  RowPlace out;
+  SequencePlace out;
 };
 
 struct TokenStep {
   int side = 0;
   Span<TokenOperand> operands;
   Span<TokenInstruction> tile;
-  Span<MaskInstruction> item;
+  Span<MaskInstruction> chunk;
   Span<Reduction> reductions;
 };
 
 struct ProgramStage {
   Span<TokenStep> tokens;
-  Span<RowInstruction> rows;
+  Span<SequenceInstruction> sequences;
 };
 
-enum class InputLevel : int { batch = 1, row = 2, token = 3 };
+enum class InputLevel : int { batch = 1, sequence = 2, token = 3 };
 struct ProgramInput {
   InputLevel level;
-  RowPlace place;  // of a row's or the batch's
+  SequencePlace place;  // of a sequence's or the batch's
 };
 
 struct Constant {
@@ -141,25 +141,25 @@ struct Constant {
   double value;
 };
 
-// outputs: the place of a value per row; kTokenOutput: the last passes write it.
-constexpr RowPlace kTokenOutput = INT32_MAX;
+// outputs: the place of a value per sequence; kTokenOutput: the last passes write it.
+constexpr SequencePlace kTokenOutput = INT32_MAX;
 struct ProgramCode {
   int sides = 1;
   int numbers = 0, columns = 0;
   Span<Constant> constants;
   Span<int> scalars;  // the numbers that the call's scalars go to
   Span<ProgramInput> inputs;
-  Span<RowInstruction> prologue;
+  Span<SequenceInstruction> prologue;
   Span<ProgramStage> stages;
-  Span<RowPlace> outputs;
-  Span<RowPlace> batch;
+  Span<SequencePlace> outputs;
+  Span<SequencePlace> batch;
 };
 
-// Token arrays are [rows, columns] (padded), or [cu_seqlens[rows]] (packed; columns is not used).
+// Token arrays are [sequences, columns] (padded), or [cu_seqlens[sequences]] (packed; columns is not used).
 struct ProgramTokens {
-  std::int64_t rows = 0;
+  std::int64_t sequences = 0;
   std::int64_t columns = 0;
-  const std::int64_t* cu_seqlens = nullptr;  // [rows + 1]
+  const std::int64_t* cu_seqlens = nullptr;  // [sequences + 1]
   MaskView mask;
 };
 
@@ -168,7 +168,7 @@ struct ProgramCall {
   const ProgramTokens* sides = nullptr;
   const float* const* inputs = nullptr;   // one per code.inputs
   const double* scalars = nullptr;        // one per code.scalars
-  const std::int64_t* groups = nullptr;   // [rows], numbers in [0, group_count)
+  const std::int64_t* groups = nullptr;   // [sequences], numbers in [0, group_count)
   std::int64_t group_count = 0;
   float* const* outputs = nullptr;        // one per code.outputs
   float* batch = nullptr;                 // [code.batch]
@@ -179,9 +179,9 @@ struct ProgramCall {
 
 FASTREWARD_DECLARE(
     void program_run(const ::fastreward::ProgramCall& call);
-    // out = saved * row_weight[row] * factor; row_weight may be nullptr. A 0 in `saved` stays 0.
+    // out = saved * row_weight[sequence] * factor; row_weight may be nullptr. A 0 in `saved` stays 0.
     void program_scale(const ::fastreward::ProgramTokens& tokens, const float* saved, const float* row_weight,
                        float factor, float* out, int threads);
-    // out = row_values[row] * factor on counted tokens, 0 elsewhere
+    // out = row_values[sequence] * factor on valid tokens, 0 elsewhere
     void program_spread(const ::fastreward::ProgramTokens& tokens, const float* row_values, float factor, float* out,
                         int threads);)

@@ -9,9 +9,9 @@ struct Everything {
   explicit Everything(const Tile*) {}
   F32 of(F32 a, int, F32) const { return a; }
 };
-struct Counted {
+struct Valid {
   Mask words;
-  explicit Counted(const Tile* t) : words(t, 0) {}
+  explicit Valid(const Tile* t) : words(t, 0) {}
   F32 of(F32 a, int k, F32 neutral) const { return select(words[k], a, neutral); }
 };
 
@@ -30,7 +30,7 @@ template <class F>
 inline INLINE F32 fold(F32 a0, F32 a1, F32 a2, F32 a3, F32 a4, F32 a5, F32 a6, F32 a7) {
   return F::of(F::of(F::of(a0, a1), F::of(a2, a3)), F::of(F::of(a4, a5), F::of(a6, a7)));
 }
-#define COUNTED(neutral)                                                                                           \
+#define VALID(neutral)                                                                                             \
   tokens.of(a0, 0, neutral), tokens.of(a1, 1, neutral), tokens.of(a2, 2, neutral), tokens.of(a3, 3, neutral),      \
       tokens.of(a4, 4, neutral), tokens.of(a5, 5, neutral), tokens.of(a6, 6, neutral), tokens.of(a7, 7, neutral)
 
@@ -43,7 +43,7 @@ inline INLINE void add_to(char* accumulator, F32 x) {
 template <class Tokens>
 void sum_tile(FASTREWARD_TILE) {
   const Tokens tokens(t);
-  add_to<Addition>(i->x, fold<Addition>(COUNTED(f32(0.0f))));
+  add_to<Addition>(i->x, fold<Addition>(VALID(f32(0.0f))));
   NEXT;
 }
 
@@ -51,8 +51,8 @@ template <class Tokens>
 inline INLINE void add_extremes(char* least, char* most, const Tokens& tokens, F32 a0, F32 a1, F32 a2, F32 a3, F32 a4,
                                 F32 a5, F32 a6, F32 a7) {
   const float inf = __builtin_inff();
-  add_to<Least>(least, fold<Least>(COUNTED(f32(inf))));
-  add_to<Most>(most, fold<Most>(COUNTED(f32(-inf))));
+  add_to<Least>(least, fold<Least>(VALID(f32(inf))));
+  add_to<Most>(most, fold<Most>(VALID(f32(-inf))));
 }
 
 template <class Tokens>
@@ -60,14 +60,14 @@ inline INLINE bool any_nan(const Tokens& tokens, F32 a0, F32 a1, F32 a2, F32 a3,
   const auto of = [](F32 b0, F32 b1, F32 b2, F32 b3, F32 b4, F32 b5, F32 b6, F32 b7) INLINE {
     return any((unordered(b0, b1) | unordered(b2, b3)) | (unordered(b4, b5) | unordered(b6, b7)));
   };
-  return of(COUNTED(f32(0.0f)));
+  return of(VALID(f32(0.0f)));
 }
 
 template <class F, class Tokens>
 void extreme(FASTREWARD_TILE) {
   const Tokens tokens(t);
   const float inf = __builtin_inff();
-  add_to<F>(i->x, fold<F>(COUNTED(f32(F::kNeutral * inf))));
+  add_to<F>(i->x, fold<F>(VALID(f32(F::kNeutral * inf))));
   reinterpret_cast<Accumulator*>(i->x)->nan |= any_nan(tokens, a0, a1, a2, a3, a4, a5, a6, a7);
   NEXT;
 }
@@ -85,13 +85,13 @@ void extremes(FASTREWARD_TILE) {
 template <class Tokens>
 void sum_extremes(FASTREWARD_TILE) {
   const Tokens tokens(t);
-  add_to<Addition>(i->x, fold<Addition>(COUNTED(f32(0.0f))));
+  add_to<Addition>(i->x, fold<Addition>(VALID(f32(0.0f))));
   add_extremes(i->y, reinterpret_cast<char*>(i->z), tokens, a0, a1, a2, a3, a4, a5, a6, a7);
   NEXT;
 }
 
-#define BY_TOKENS(kernel) (v.masked ? &kernel<Counted> : &kernel<Everything>)
-#define EXTREME(F) (v.masked ? &extreme<F, Counted> : &extreme<F, Everything>)
+#define BY_TOKENS(kernel) (v.masked ? &kernel<Valid> : &kernel<Everything>)
+#define EXTREME(F) (v.masked ? &extreme<F, Valid> : &extreme<F, Everything>)
 
 }  // namespace
 

@@ -8,96 +8,97 @@ namespace {
 
 using namespace simd;
 
-bool is_row(OperandKind kind) { return kind == OperandKind::row_value || kind == OperandKind::row_mask; }
+bool is_sequence(OperandKind kind) { return kind == OperandKind::sequence_value || kind == OperandKind::sequence_mask; }
 
 }  // namespace
 
 // ----------------------------------------------------------------------------------------------------------- layout
-std::int64_t Frame::lines_of(OperandKind kind) {
+std::int64_t Registers::lines_of(OperandKind kind) {
   switch (kind) {
     case OperandKind::slot:
     case OperandKind::input:
     case OperandKind::output: return kTileBytes / static_cast<std::int64_t>(sizeof(Line));
     case OperandKind::reduction: return sizeof(Accumulator) / sizeof(Line);
-    case OperandKind::row_value: return 1;
+    case OperandKind::sequence_value: return 1;
     case OperandKind::mask:
-    case OperandKind::row_mask: return 0;
+    case OperandKind::sequence_mask: return 0;
   }
   return 0;
 }
 
-Frame::Sizes::Sizes(const TokenStep& step) {
+Registers::Sizes::Sizes(const TokenStep& step) {
   for (const TokenOperand& o : step.operands) {
     lines += lines_of(o.kind);
     if (o.kind == OperandKind::mask && o.index >= masks) masks = o.index + 1;
-    row_masks += o.kind == OperandKind::row_mask;
+    sequence_masks += o.kind == OperandKind::sequence_mask;
     inputs += o.kind == OperandKind::input;
     outputs += o.kind == OperandKind::output;
-    row_values += is_row(o.kind) && o.index < 0;
+    sequence_values += is_sequence(o.kind) && o.index < 0;
   }
 }
 
-Frame::Frame(const TokenStep& step, const float* const* inputs, float* const* outputs)
+Registers::Registers(const TokenStep& step, const float* const* inputs, float* const* outputs)
     : step_(step),
       inputs_(inputs),
       outputs_(outputs),
       sizes_(step),
       lines_(sizes_.lines),
-      masks_((1 + sizes_.masks + sizes_.row_masks) * kItemVectors),
+      masks_((1 + sizes_.masks + sizes_.sequence_masks) * kChunkVectors),
       at_(size()),
       mask_(size()),
       tensors_(sizes_.inputs + sizes_.outputs),
-      of_row_(sizes_.row_values) {
+      of_sequence_(sizes_.sequence_values) {
   Line* line = lines_.data();
   Tensor *input = tensors_.data(), *output = input + sizes_.inputs;
-  int row_masks = 0, rows = 0;
+  int sequence_masks = 0, sequences = 0;
   for (int k = 0; k < size(); ++k) {
     at_[k] = line->bytes;
     line += lines_of(kind(k));
-    mask_[k] = 1 + (kind(k) == OperandKind::row_mask ? sizes_.masks + row_masks++ : index(k));
-    if (is_row(kind(k)) && index(k) < 0) of_row_[rows++] = k;
+    mask_[k] = 1 + (kind(k) == OperandKind::sequence_mask ? sizes_.masks + sequence_masks++ : index(k));
+    if (is_sequence(kind(k)) && index(k) < 0) of_sequence_[sequences++] = k;
     if (!is_tensor(kind(k))) continue;
     std::memset(at_[k], 0, kTileBytes);
     *(kind(k) == OperandKind::input ? input++ : output++) = {tensor(k), reinterpret_cast<float*>(at_[k]), index(k)};
   }
 }
 
-char* Frame::tensor(int k) const {
+char* Registers::tensor(int k) const {
   if (inputs_ == nullptr) return nullptr;
   if (kind(k) == OperandKind::output) return reinterpret_cast<char*>(outputs_[index(k)]);
   return const_cast<char*>(reinterpret_cast<const char*>(inputs_[index(k)]));
 }
 
 // ----------------------------------------------------------------------------------------------------------- values
-void Frame::broadcast(int k, double value) {
-  if (kind(k) == OperandKind::row_value) {
+void Registers::broadcast(int k, double value) {
+  if (kind(k) == OperandKind::sequence_value) {
     store(reinterpret_cast<float*>(at_[k]), f32(static_cast<float>(value)));
     return;
   }
-  for (int v = 0; v < kItemVectors; ++v) mask(k)[v] = value != 0.0 ? kAllLanes : Word{0};
+  for (int v = 0; v < kChunkVectors; ++v) mask(k)[v] = value != 0.0 ? kAllLanes : Word{0};
 }
 
-void Frame::set_numbers(const double* numbers) {
+void Registers::set_numbers(const double* numbers) {
   for (int k = 0; k < size(); ++k)
-    if (is_row(kind(k)) && index(k) >= 0) broadcast(k, numbers[index(k)]);
+    if (is_sequence(kind(k)) && index(k) >= 0) broadcast(k, numbers[index(k)]);
 }
 
-void Frame::set_row(const RowValues& values, std::int64_t row) {
-  for (int n = 0; n < sizes_.row_values; ++n) broadcast(of_row_[n], values.at(index(of_row_[n]), row));
+void Registers::set_sequence(const SequenceValues& values, std::int64_t sequence) {
+  for (int n = 0; n < sizes_.sequence_values; ++n)
+    broadcast(of_sequence_[n], values.at(index(of_sequence_[n]), sequence));
 }
 
 // ----------------------------------------------------------------------------------------------------- instructions
-char* Frame::field(int k, bool copies) const {
+char* Registers::field(int k, bool copies) const {
   if (k < 0) return nullptr;
   if (is_tensor(kind(k)) && !copies) return tensor(k);
-  if (kind(k) != OperandKind::mask && kind(k) != OperandKind::row_mask) return at_[k];
-  return reinterpret_cast<char*>(mask_[k] * kItemVectors * static_cast<std::int64_t>(sizeof(Word)));
+  if (kind(k) != OperandKind::mask && kind(k) != OperandKind::sequence_mask) return at_[k];
+  return reinterpret_cast<char*>(mask_[k] * kChunkVectors * static_cast<std::int64_t>(sizeof(Word)));
 }
 
-Variant Frame::variant_of(const TokenInstruction& i, bool masked) const {
+Variant Registers::variant_of(const TokenInstruction& i, bool masked) const {
   const auto place = [&](int k) {
     if (k < 0) return Place::none;
-    if (kind(k) == OperandKind::row_value) return Place::row;
+    if (kind(k) == OperandKind::sequence_value) return Place::sequence;
     return is_tensor(kind(k)) ? Place::tensor : Place::slot;
   };
   Variant variant;
@@ -107,7 +108,7 @@ Variant Frame::variant_of(const TokenInstruction& i, bool masked) const {
   return variant;
 }
 
-Frame::Program Frame::link(bool masked, bool copies) const {
+Registers::Program Registers::link(bool masked, bool copies) const {
   const int size = step_.tile.size, wanted = copies ? 0 : sizes_.inputs;
   Program program{Buffer<Instruction>(size + wanted + 1)};
   Instruction* out = program.code.data();
@@ -127,7 +128,7 @@ Frame::Program Frame::link(bool masked, bool copies) const {
   return program;
 }
 
-void Frame::choose_stores(const Program& program, bool masked, std::int64_t place) const {
+void Registers::choose_stores(const Program& program, bool masked, std::int64_t place) const {
   Instruction* i = program.code.data();
   for (const TokenInstruction& from : step_.tile) {
     while (i->run == &fetch) ++i;
@@ -142,27 +143,27 @@ void Frame::choose_stores(const Program& program, bool masked, std::int64_t plac
 
 // -------------------------------------------------------------------------------------------------- single tokens
 struct TokenProgram::Linked {
-  explicit Linked(const TokenStep& step) : frame(step, nullptr, nullptr), program(frame.link(false, true)) {}
-  Frame frame;
-  Frame::Program program;
+  explicit Linked(const TokenStep& step) : registers(step, nullptr, nullptr), program(registers.link(false, true)) {}
+  Registers registers;
+  Registers::Program program;
 };
 
 TokenProgram::TokenProgram(const ProgramCode& code, const double* scalars)
     : code_(code), numbers_(code.numbers), linked_(new Linked(code.stages[0].tokens[0])) {
   for (const Constant& c : code.constants) numbers_[c.number] = c.value;
   for (int k = 0; k < code.scalars.size; ++k) numbers_[code.scalars[k]] = scalars[k];
-  linked_->frame.set_numbers(numbers_.data());
+  linked_->registers.set_numbers(numbers_.data());
 }
 
 TokenProgram::~TokenProgram() { delete linked_; }
 
 void TokenProgram::run(const float* const* inputs, float* outputs) {
-  const Frame& frame = linked_->frame;
-  for (const Tensor& x : frame.inputs()) *x.copy = *inputs[x.index];
-  frame.run(linked_->program, 0, 0, 0);
+  const Registers& registers = linked_->registers;
+  for (const Tensor& x : registers.inputs()) *x.copy = *inputs[x.index];
+  registers.run(linked_->program, 0, 0, 0);
   for (int k = 0; k < code_.outputs.size; ++k)
     if (code_.outputs[k] != kTokenOutput) outputs[k] = static_cast<float>(numbers_[code_.outputs[k]]);
-  for (const Tensor& x : frame.outputs()) outputs[x.index] = *x.copy;
+  for (const Tensor& x : registers.outputs()) outputs[x.index] = *x.copy;
 }
 
 }  // namespace fastreward::FASTREWARD_ISA::program

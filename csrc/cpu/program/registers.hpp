@@ -16,10 +16,11 @@ struct Tensor {
   int index;  // of the call's inputs or outputs
 };
 
-class Frame {
+class Registers {
  public:
-  // inputs, outputs: the call's, in which the operands of a direct program lie; a program of copies does not touch them.
-  Frame(const TokenStep& step, const float* const* inputs, float* const* outputs);
+  // inputs, outputs: the call's, in which the operands of a direct program lie; a program of copies does not touch
+  // them.
+  Registers(const TokenStep& step, const float* const* inputs, float* const* outputs);
 
   const TokenStep& step() const { return step_; }
   int size() const { return step_.operands.size; }
@@ -28,23 +29,24 @@ class Frame {
 
   Span<Tensor> inputs() const { return {tensors_.data(), sizes_.inputs}; }
   Span<Tensor> outputs() const { return {tensors_.data() + sizes_.inputs, sizes_.outputs}; }
-  // Of an operand: its mask, of an item; its accumulator.
-  simd::Word* mask(int k) const { return masks_.data() + mask_[k] * kItemVectors; }
+  // Of an operand: its mask, of a chunk; its accumulator.
+  simd::Word* mask(int k) const { return masks_.data() + mask_[k] * kChunkVectors; }
   Accumulator& accumulator(int k) const { return *reinterpret_cast<Accumulator*>(at_[k]); }
-  simd::Word* counted() const { return masks_.data(); }  // mask 0: the tokens of an item that count
+  simd::Word* valid() const { return masks_.data(); }  // mask 0: the tokens of a chunk that count
 
-  // Gives the operands that are the same for the whole batch, or for all tokens of a row, their values.
+  // Gives the operands that are the same for the whole batch, or for all tokens of a sequence, their values.
   void set_numbers(const double* numbers);
-  void set_row(const RowValues& values, std::int64_t row);
+  void set_sequence(const SequenceValues& values, std::int64_t sequence);
 
   // Instructions for tiles of which all tokens count (or not, masked), in the tensors themselves (or in copies).
   struct Program {
     Buffer<Instruction> code;
   };
   Program link(bool masked, bool copies) const;
-  // Chooses whether a direct program's outputs go past the caches, for an item that begins at `place` (in bytes).
+  // Chooses whether a direct program's outputs go past the caches, for a chunk that begins at `place` (in bytes).
   void choose_stores(const Program& program, bool masked, std::int64_t place) const;
-  // Runs a program on a tile: its number in the item, its place in the tensors, and that of the tile to fetch meanwhile.
+  // Runs a program on a tile: its number in the chunk, its place in the tensors, and that of the tile to fetch
+  // meanwhile.
   void run(const Program& program, int tile, std::int64_t at, std::int64_t ahead) const {
     const Tile where{reinterpret_cast<char*>(masks_.data()) + tile * kTileWords, at, ahead};
     const Instruction* i = program.code.data();
@@ -63,7 +65,8 @@ class Frame {
   };
   struct Sizes {
     std::int64_t lines = 0;
-    int masks = 0, row_masks = 0, inputs = 0, outputs = 0, row_values = 0;  // row_values: with masks, in columns
+    int masks = 0, sequence_masks = 0, inputs = 0, outputs = 0;
+    int sequence_values = 0;  // with masks, in columns
     explicit Sizes(const TokenStep& step);
   };
   static std::int64_t lines_of(OperandKind kind);
@@ -73,11 +76,11 @@ class Frame {
   float* const* outputs_;
   Sizes sizes_;
   Buffer<Line> lines_;
-  Buffer<simd::Word> masks_;   // [masks, item]
+  Buffer<simd::Word> masks_;   // [masks, chunk]
   Buffer<char*> at_;           // the scratch of each operand
   Buffer<std::int64_t> mask_;  // the number of each operand's mask
   Buffer<Tensor> tensors_;     // inputs, outputs
-  Buffer<int> of_row_;         // operands in columns
+  Buffer<int> of_sequence_;    // operands in columns
 };
 
 inline bool on_vectors(const char* p) { return reinterpret_cast<std::uintptr_t>(p) % (simd::kF32 * 4) == 0; }

@@ -1,11 +1,11 @@
 // What the token operators of programs are made of. For csrc/cpu/program/{values,masks,reductions}.cpp only.
 //
-// A tile of eight vectors passes through the instructions in registers: each operator ends in a jump to the next one with
-// the tile as its arguments, which the calling convention keeps in vector registers. So an operator costs its arithmetic
-// and little else, where one sweep over a block in L1 per operator costs a load, a store and a loop as well (measured:
-// nearly twice the time for the PPO loss). Masks are words of bits in memory, written and read one by one, since a wide
-// load of what narrow stores have just written has to wait for them: hence `volatile`, which keeps the compiler from
-// joining them.
+// A tile of eight vectors passes through the instructions in registers: each operator ends in a jump to the next one
+// with the tile as its arguments, which the calling convention keeps in vector registers. So an operator costs its
+// arithmetic and little else, where one sweep over a block in L1 per operator costs a load, a store and a loop as well
+// (measured: nearly twice the time for the PPO loss). Masks are words of bits in memory, written and read one by one,
+// since a wide load of what narrow stores have just written has to wait for them: hence `volatile`, which keeps the
+// compiler from joining them.
 #pragma once
 
 #include "cpu/program/operators.hpp"
@@ -32,9 +32,9 @@ struct Slot {
   Slot(const char* x, const Tile*) : p(reinterpret_cast<const float*>(x)) {}
   F32 operator[](int k) const { return load(p + k * kF32); }
 };
-struct Row {
+struct Sequence {
   F32 v;
-  Row(const char* x, const Tile*) : v(load(reinterpret_cast<const float*>(x))) {}
+  Sequence(const char* x, const Tile*) : v(load(reinterpret_cast<const float*>(x))) {}
   F32 operator[](int) const { return v; }
 };
 struct Far {
@@ -91,7 +91,7 @@ struct Kept {
   NEXT_EACH(all_)
 
 // --------------------------------------------------------------------------------------------------------- tables
-#define BY_X(kernel, ...) {&kernel<__VA_ARGS__, Slot>, &kernel<__VA_ARGS__, Row>, &kernel<__VA_ARGS__, Far>}
+#define BY_X(kernel, ...) {&kernel<__VA_ARGS__, Slot>, &kernel<__VA_ARGS__, Sequence>, &kernel<__VA_ARGS__, Far>}
 inline int number(Place place) { return static_cast<int>(place); }
 
 // ---------------------------------------------------------------------------------------------------------- bounds
@@ -106,7 +106,7 @@ BINARY(Maximum, maximum_of(a, x))
 inline F32 clipped(F32 a, F32 low, F32 high) { return max(low, min(high, a)); }
 inline F32 clipped_anyhow(F32 a, F32 low, F32 high) { return select(a < low, low, select(a > high, high, a)); }
 
-// Bounds of the rows.
+// Bounds of the sequences.
 inline bool in_order(const Instruction* i) {
   return !(*reinterpret_cast<const float*>(i->x) > *reinterpret_cast<const float*>(i->y));
 }

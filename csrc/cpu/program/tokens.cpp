@@ -1,11 +1,11 @@
 // One pass of a program over the tokens of a side.
 //
-// Threads take items of 2048 tokens; an item goes through the instructions tile by tile, in registers (see
-// operators.hpp). Lanes that do not count may hold anything: they are left out of sums and become 0 in outputs,
-// and tiles without a counted token are not even read. Conditions that are only counted are kept as bits until the end of
-// the item. Sums have a fixed structure: lane = position in the row
-// modulo the vector, float over a few tiles, float64 above that, items in order. Padding on the right adds exact zeros, and
-// the number of threads changes nothing.
+// Threads take chunks of 2048 tokens; a chunk goes through the instructions tile by tile, in registers (see
+// tile.hpp). Lanes that do not count may hold anything: they are left out of sums and become 0 in outputs,
+// and tiles without a valid token are not even read. Conditions that are only counted are kept as bits until the end of
+// the chunk. Sums have a fixed structure: lane = position in the sequence
+// modulo the vector, float over a few tiles, float64 above that, chunks in order. Padding on the right adds exact
+// zeros, and the number of threads changes nothing.
 #include <cstring>
 #include <initializer_list>
 #include <limits>
@@ -26,26 +26,28 @@ constexpr int kAhead = 512 / kTile;
 struct Pass {
   const ProgramCall& call;
   const TokenStep& step;
-  const RowValues& values;
-  const Items& items;
-  double* sums;  // [items, reductions]
+  const SequenceValues& values;
+  const Chunks& chunks;
+  double* sums;  // [chunks, reductions]
   bool large;    // the outputs
 };
 
 // -------------------------------------------------------------------------------------------- a thread's reductions
 class Totals {
  public:
-  explicit Totals(const Frame& frame) : totals_(frame.size()), pairs_(frame.step().tile.size) {
+  explicit Totals(const Registers& registers) : totals_(registers.size()), pairs_(registers.step().tile.size) {
     for (const bool sums : {true, false}) {
-      for (int k = 0; k < frame.size(); ++k) {
-        if (frame.kind(k) != OperandKind::reduction) continue;
-        const ReductionKind kind = frame.step().reductions[frame.index(k)].kind;
-        if ((kind == ReductionKind::sum) == sums) totals_[count_++] = {&frame.accumulator(k), kind, frame.index(k)};
+      for (int k = 0; k < registers.size(); ++k) {
+        if (registers.kind(k) != OperandKind::reduction) continue;
+        const ReductionKind kind = registers.step().reductions[registers.index(k)].kind;
+        if ((kind == ReductionKind::sum) == sums)
+          totals_[count_++] = {&registers.accumulator(k), kind, registers.index(k)};
       }
       if (sums) sum_count_ = count_;
     }
-    for (const TokenInstruction& i : frame.step().tile)
-      if (i.op == TokenOp::k_sum_extremes) pairs_[pair_count_++] = {frame.index(i.x), frame.index(i.y), frame.index(i.z)};
+    for (const TokenInstruction& i : registers.step().tile)
+      if (i.op == TokenOp::k_sum_extremes)
+        pairs_[pair_count_++] = {registers.index(i.x), registers.index(i.y), registers.index(i.z)};
   }
 
   void reset() {
@@ -109,85 +111,85 @@ class Worker {
  public:
   explicit Worker(const Pass& pass)
       : p_(pass),
-        frame_(pass.step, pass.call.inputs, pass.call.outputs),
-        totals_(frame_),
-        direct_(frame_.link(false, false)),
-        masked_(frame_.link(true, false)),
-        last_(frame_.link(true, true)) {
-    frame_.set_numbers(pass.values.numbers);
+        registers_(pass.step, pass.call.inputs, pass.call.outputs),
+        totals_(registers_),
+        direct_(registers_.link(false, false)),
+        masked_(registers_.link(true, false)),
+        last_(registers_.link(true, true)) {
+    registers_.set_numbers(pass.values.numbers);
   }
 
   void run(std::int64_t first, std::int64_t last) {
-    std::int64_t row = p_.items.row_of(first);
-    Item item = p_.items.item(first, row), next = item;
-    for (std::int64_t i = first; i < last; ++i, item = next) {
+    std::int64_t sequence = p_.chunks.sequence_of(first);
+    Chunk chunk = p_.chunks.chunk(first, sequence), next = chunk;
+    for (std::int64_t i = first; i < last; ++i, chunk = next) {
       next.end = 0;
       if (i + 1 < last) {
-        while (p_.items.first(row + 1) <= i + 1) ++row;
-        next = p_.items.item(i + 1, row);
+        while (p_.chunks.first(sequence + 1) <= i + 1) ++sequence;
+        next = p_.chunks.chunk(i + 1, sequence);
       }
       totals_.reset();
-      if (item.some == 0) write_zeros(item.begin, item.tokens);
-      else run_tiles(item, next);
-      totals_.write(p_.sums + item.number * p_.step.reductions.size);
+      if (chunk.some == 0) write_zeros(chunk.begin, chunk.tokens);
+      else run_tiles(chunk, next);
+      totals_.write(p_.sums + chunk.number * p_.step.reductions.size);
     }
   }
 
  private:
-  void run_tiles(const Item& item, const Item& next) {
-    if (item.row != row_) frame_.set_row(p_.values, row_ = item.row);
-    if (p_.large && phase_ != item.begin % kF32) choose_stores(item);
-    if (!item.full()) place_words(item);
-    for (int tile = 0; tile < item.end; ++tile) {
-      const std::int64_t at = item.place_of(tile);
-      if ((item.every >> tile & 1) != 0) frame_.run(direct_, tile, at, ahead_of(item, next, tile));
-      else if ((item.some >> tile & 1) == 0) write_zeros(item.begin + tile * kTile, kTile);
-      else if (item.tokens_of(tile) < kTile) run_last(item, tile);
-      else frame_.run(masked_, tile, at, ahead_of(item, next, tile));
+  void run_tiles(const Chunk& chunk, const Chunk& next) {
+    if (chunk.sequence != sequence_) registers_.set_sequence(p_.values, sequence_ = chunk.sequence);
+    if (p_.large && phase_ != chunk.begin % kF32) choose_stores(chunk);
+    if (!chunk.full()) place_words(chunk);
+    for (int tile = 0; tile < chunk.end; ++tile) {
+      const std::int64_t at = chunk.place_of(tile);
+      if ((chunk.every >> tile & 1) != 0) registers_.run(direct_, tile, at, ahead_of(chunk, next, tile));
+      else if ((chunk.some >> tile & 1) == 0) write_zeros(chunk.begin + tile * kTile, kTile);
+      else if (chunk.tokens_of(tile) < kTile) run_last(chunk, tile);
+      else registers_.run(masked_, tile, at, ahead_of(chunk, next, tile));
       if (tile % kRun == kRun - 1) totals_.flush();
     }
     totals_.flush();
-    const int done = item.end * kTile;
-    if (done < item.tokens) write_zeros(item.begin + done, item.tokens - done);
-    for (const MaskInstruction& i : p_.step.item) run_masks(i, item);
+    const int done = chunk.end * kTile;
+    if (done < chunk.tokens) write_zeros(chunk.begin + done, chunk.tokens - done);
+    for (const MaskInstruction& i : p_.step.chunk) run_masks(i, chunk);
   }
 
   // Mask 0: which tokens count.
-  void place_words(const Item& item) const {
-    Word* words = frame_.counted();
-    const int n = item.tiles * kTileVectors;
-    if (item.words != nullptr) {
-      std::memcpy(words, item.words, static_cast<std::size_t>(n) * sizeof(Word));
+  void place_words(const Chunk& chunk) const {
+    Word* words = registers_.valid();
+    const int n = chunk.tiles * kTileVectors;
+    if (chunk.words != nullptr) {
+      std::memcpy(words, chunk.words, static_cast<std::size_t>(n) * sizeof(Word));
       return;
     }
     for (int v = 0; v < n; ++v) {
-      const int left = item.tokens - v * kF32;
+      const int left = chunk.tokens - v * kF32;
       words[v] = left >= kF32 ? kAllLanes : left > 0 ? word(first32(left)) : Word{0};
     }
   }
 
   // Where the tile lies that will be read kAhead from now; this one where that will not be read.
-  static std::int64_t ahead_of(const Item& item, const Item& next, int tile) {
+  static std::int64_t ahead_of(const Chunk& chunk, const Chunk& next, int tile) {
     const int at = tile + kAhead;
-    if (at < item.end) return item.place_of(at);
-    const int later = at - item.tiles;
-    return later >= 0 && later < next.end ? next.place_of(later) : item.place_of(tile);
+    if (at < chunk.end) return chunk.place_of(at);
+    const int later = at - chunk.tiles;
+    return later >= 0 && later < next.end ? next.place_of(later) : chunk.place_of(tile);
   }
 
-  // Outputs go past the caches where an item's lie on whole vectors, which its place modulo the vector decides.
-  void choose_stores(const Item& item) {
-    phase_ = item.begin % kF32;
-    frame_.choose_stores(direct_, false, item.begin * 4);
-    frame_.choose_stores(masked_, true, item.begin * 4);
+  // Outputs go past the caches where a chunk's lie on whole vectors, which its place modulo the vector decides.
+  void choose_stores(const Chunk& chunk) {
+    phase_ = chunk.begin % kF32;
+    registers_.choose_stores(direct_, false, chunk.begin * 4);
+    registers_.choose_stores(masked_, true, chunk.begin * 4);
   }
 
-  // The tile at the end of a row: on copies, as nothing behind the row may be touched.
-  void run_last(const Item& item, int tile) const {
-    const std::int64_t at = item.place_of(tile);
-    const int tokens = item.tokens_of(tile);
-    for (const Tensor& x : frame_.inputs()) copy(reinterpret_cast<const float*>(x.base + at), tokens, x.copy);
-    frame_.run(last_, tile, 0, 0);
-    for (const Tensor& x : frame_.outputs()) copy(x.copy, tokens, reinterpret_cast<float*>(x.base + at));
+  // The tile at the end of a sequence: on copies, as nothing behind the sequence may be touched.
+  void run_last(const Chunk& chunk, int tile) const {
+    const std::int64_t at = chunk.place_of(tile);
+    const int tokens = chunk.tokens_of(tile);
+    for (const Tensor& x : registers_.inputs()) copy(reinterpret_cast<const float*>(x.base + at), tokens, x.copy);
+    registers_.run(last_, tile, 0, 0);
+    for (const Tensor& x : registers_.outputs()) copy(x.copy, tokens, reinterpret_cast<float*>(x.base + at));
   }
 
   static void copy(const float* from, int n, float* to) {
@@ -197,7 +199,7 @@ class Worker {
   }
 
   void write_zeros(std::int64_t begin, std::int64_t n) const {
-    for (const Tensor& x : frame_.outputs()) {
+    for (const Tensor& x : registers_.outputs()) {
       float* to = reinterpret_cast<float*>(x.base) + begin;
       std::int64_t i = 0;
       if (p_.large && on_vectors(reinterpret_cast<const char*>(to)))
@@ -207,28 +209,28 @@ class Worker {
     }
   }
 
-  void run_masks(const MaskInstruction& i, const Item& item) const {
-    const int n = item.tiles * kTileVectors;
-    const Word* x = frame_.mask(i.x);
+  void run_masks(const MaskInstruction& i, const Chunk& chunk) const {
+    const int n = chunk.tiles * kTileVectors;
+    const Word* x = registers_.mask(i.x);
     if (i.op == MaskOp::k_count) {
-      frame_.accumulator(i.z).count += count_lanes(x, item.full() ? x : frame_.counted(), n);
+      registers_.accumulator(i.z).count += count_lanes(x, chunk.full() ? x : registers_.valid(), n);
       return;
     }
-    Word* z = frame_.mask(i.z);
+    Word* z = registers_.mask(i.z);
     if (i.op == MaskOp::k_not) {
       for (int v = 0; v < n; ++v) z[v] = static_cast<Word>(x[v] ^ kAllLanes);
       return;
     }
-    const Word* y = frame_.mask(i.y);
+    const Word* y = registers_.mask(i.y);
     const bool both = i.op == MaskOp::k_and;
     for (int v = 0; v < n; ++v) z[v] = static_cast<Word>(both ? x[v] & y[v] : x[v] | y[v]);
   }
 
   const Pass& p_;
-  Frame frame_;
+  Registers registers_;
   Totals totals_;
-  Frame::Program direct_, masked_, last_;
-  std::int64_t row_ = -1, phase_ = -1;
+  Registers::Program direct_, masked_, last_;
+  std::int64_t sequence_ = -1, phase_ = -1;
 };
 
 double together(double x, double y, ReductionKind kind) {
@@ -237,17 +239,18 @@ double together(double x, double y, ReductionKind kind) {
   return x + y;
 }
 
-// From items to rows, in order.
-void fold(const Items& items, const TokenStep& step, const double* sums, const RowValues& values) {
+// From chunks to sequences, in order.
+void fold(const Chunks& chunks, const TokenStep& step, const double* sums, const SequenceValues& values) {
   for (int k = 0; k < step.reductions.size; ++k) {
     const ReductionKind kind = step.reductions[k].kind;
     double* column = values.column(step.reductions[k].out);
     const double neutral = kind == ReductionKind::minimum ? kInf : kind == ReductionKind::maximum ? -kInf : 0.0;
-    for (std::int64_t row = 0; row < values.rows; ++row) {
-      double x = kind == ReductionKind::tokens ? static_cast<double>(items.counted(row)) : neutral;
-      for (std::int64_t i = items.first(row); i < items.first(row + 1) && kind != ReductionKind::tokens; ++i)
+    for (std::int64_t sequence = 0; sequence < values.sequences; ++sequence) {
+      double x = kind == ReductionKind::tokens ? static_cast<double>(chunks.valid(sequence)) : neutral;
+      const std::int64_t end = kind == ReductionKind::tokens ? 0 : chunks.first(sequence + 1);
+      for (std::int64_t i = chunks.first(sequence); i < end; ++i)
         x = together(x, sums[i * step.reductions.size + k], kind);
-      column[row] = x;
+      column[sequence] = x;
     }
   }
 }
@@ -260,14 +263,14 @@ bool writes(const TokenStep& step) {
 
 }  // namespace
 
-void run_tokens(const ProgramCall& call, const TokenStep& step, const Items& items, const RowValues& values) {
-  const Buffer<double> sums(step.tile.size == 0 ? 0 : items.count() * step.reductions.size);
+void run_tokens(const ProgramCall& call, const TokenStep& step, const Chunks& chunks, const SequenceValues& values) {
+  const Buffer<double> sums(step.tile.size == 0 ? 0 : chunks.count() * step.reductions.size);
   if (step.tile.size > 0) {
-    const bool large = writes(step) && past_caches(items.tokens());
-    const Pass pass{call, step, values, items, sums.data(), large};
-    for_chunks(items, call.threads, [&] { return Worker(pass); });
+    const bool large = writes(step) && past_caches(chunks.tokens());
+    const Pass pass{call, step, values, chunks, sums.data(), large};
+    for_chunk_ranges(chunks, call.threads, [&] { return Worker(pass); });
   }
-  fold(items, step, sums.data(), values);
+  fold(chunks, step, sums.data(), values);
 }
 
 }  // namespace fastreward::FASTREWARD_ISA::program

@@ -54,10 +54,10 @@ void ternary(FASTREWARD_TILE) {
   NEXT_VALUE(Here, K, f);
 }
 
-// Bounds that are the rows', as most are.
+// Bounds that are the sequences', as most are.
 template <class K>
-void clip_rows(FASTREWARD_TILE) {
-  const Row x(i->x, t), y(i->y, t);
+void clip_sequences(FASTREWARD_TILE) {
+  const Sequence x(i->x, t), y(i->y, t);
   if (in_order(i)) {
     const auto f = [&](F32 a, int k) INLINE { return clipped(a, x[k], y[k]); };
     NEXT_VALUE(Here, K, f);
@@ -76,7 +76,7 @@ Operator unary_of(Variant v) {
   constexpr Operator table[4][2] = {{&unary<Op, Here, Nowhere>, &unary<Op, Here, Kept>},
                                     {&unary<Op, From<Slot>, Nowhere>, &unary<Op, From<Slot>, Kept>},
                                     {&unary<Op, From<Far>, Nowhere>, &unary<Op, From<Far>, Kept>},
-                                    {&unary<Op, From<Row>, Nowhere>, &unary<Op, From<Row>, Kept>}};
+                                    {&unary<Op, From<Sequence>, Nowhere>, &unary<Op, From<Sequence>, Kept>}};
   return table[start_of(v)][end_of(v)];
 }
 template <class Op>
@@ -90,13 +90,13 @@ Operator binary_of(Variant v) {
 template <class Op>
 Operator ternary_of(Variant v) {
   constexpr Operator table[2][3][3] = {
-      {BY_X(ternary, Op, Nowhere, Slot), BY_X(ternary, Op, Nowhere, Row), BY_X(ternary, Op, Nowhere, Far)},
-      {BY_X(ternary, Op, Kept, Slot), BY_X(ternary, Op, Kept, Row), BY_X(ternary, Op, Kept, Far)}};
+      {BY_X(ternary, Op, Nowhere, Slot), BY_X(ternary, Op, Nowhere, Sequence), BY_X(ternary, Op, Nowhere, Far)},
+      {BY_X(ternary, Op, Kept, Slot), BY_X(ternary, Op, Kept, Sequence), BY_X(ternary, Op, Kept, Far)}};
   return table[end_of(v)][number(v.x)][number(v.y)];
 }
 Operator clip_of(Variant v) {
-  if (v.x != Place::row || v.y != Place::row) return ternary_of<Clip>(v);
-  return v.keeps ? &clip_rows<Kept> : &clip_rows<Nowhere>;
+  if (v.x != Place::sequence || v.y != Place::sequence) return ternary_of<Clip>(v);
+  return v.keeps ? &clip_sequences<Kept> : &clip_sequences<Nowhere>;
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 """From programs of the loss language to the instructions of csrc/cpu/program/program.hpp: numbers for everything.
 
-Values per row get columns, tiles that are kept and masks get slots, all reused when their last reader is done.
+Values per sequence get columns, tiles that are kept and masks get slots, all reused when their last reader is done.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fastreward.language.program import Program, TokenStep
 
 _TOKEN_OPERATORS: Final = _core.program_token_operators()
 _MASK_OPERATORS: Final = _core.program_mask_operators()
-_ROW_OPERATORS: Final = _core.program_row_operators()
+_SEQUENCE_OPERATORS: Final = _core.program_sequence_operators()
 # csrc/cpu/program/program.hpp: OperandKind, ReductionKind, kTokenOutput
-_SLOT, _MASK, _ROW_VALUE, _ROW_MASK, _INPUT, _OUTPUT, _REDUCTION = range(7)
+_SLOT, _MASK, _SEQUENCE_VALUE, _SEQUENCE_MASK, _INPUT, _OUTPUT, _REDUCTION = range(7)
 _REDUCTION_KINDS: Final = {"seq_sum": 0, "seq_min": 1, "seq_max": 2, "count": 3, "seq_count": 4}
 _TOKEN_OUTPUT: Final = 2**31 - 1
 
@@ -54,13 +54,13 @@ class _StepCode:
         self._slots: dict[Hashable, tuple[int, int]] = {}
         self._number_reductions()
         self._last = {k: t for t, f in enumerate(schedule.forms) for k in (f.w, f.x, f.y, f.z)}
-        self._item_masks = {a for v in schedule.item for a in (*v.args, *v.made)}
-        self._item_masks |= {m.id for _, m in self._selection.counts}
+        self._chunk_masks = {a for v in schedule.chunk for a in (*v.args, *v.made)}
+        self._chunk_masks |= {m.id for _, m in self._selection.counts}
         self.tile = [self._instruction(t, f) for t, f in enumerate(schedule.forms)]
-        self.item = [self._mask_instruction(v) for v in schedule.item]
+        self.chunk = [self._mask_instruction(v) for v in schedule.chunk]
         for node, mask in self._selection.counts:
             x, z = self._operand(mask.id), self._operand(("reduction", node.id))
-            self.item.append((_MASK_OPERATORS["count"], x, -1, z))
+            self.chunk.append((_MASK_OPERATORS["count"], x, -1, z))
 
     def _number_reductions(self) -> None:
         counted = {n.id for n, _ in self._selection.counts}
@@ -71,14 +71,14 @@ class _StepCode:
 
     def code(self) -> tuple[Any, ...]:
         """What `_core.Program` takes for a step."""
-        return (self.step.side, self._operands.table, self.tile, self.item, self._reductions)
+        return (self.step.side, self._operands.table, self.tile, self.chunk, self._reductions)
 
     def _instruction(self, time: int, form: Form) -> tuple[int, ...]:
         made = form.z if _makes_mask(form.name) else None
         read = [form.w, form.x, form.y, None if made is not None else form.z]
         fields = [-1 if key is None else self._operand(key) for key in read]
         for key in {*read} - {None}:
-            if key in self._slots and self._last[key] == time and key not in self._item_masks:
+            if key in self._slots and self._last[key] == time and key not in self._chunk_masks:
                 kind, index = self._slots[key]
                 self._free[kind].append(index)
         if isinstance(made, tuple):
@@ -117,7 +117,7 @@ class _StepCode:
             return self._operands.get(_REDUCTION, self._reduction_at[index])
         node = self._selection.nodes[key]
         if node.level < Level.TOKEN:
-            return self._operands.get(_ROW_MASK if node.boolean else _ROW_VALUE, self._places.of(node))
+            return self._operands.get(_SEQUENCE_MASK if node.boolean else _SEQUENCE_VALUE, self._places.of(node))
         assert node.op == "input", node
         return self._operands.get(_INPUT, self._inputs[node.id])
 
@@ -126,9 +126,9 @@ def _makes_mask(name: str) -> bool:
     return name in (*COMPARISONS, *LOGIC, "outside", "sides", "clip_outside") or name.endswith("_and")
 
 
-# ------------------------------------------------------------------------------------------------- values per row
+# -------------------------------------------------------------------------------------------- values per sequence
 class _Places:
-    """RowPlaces: a number for each scalar or batch value, columns for rows, reused when the last reader is done."""
+    """SequencePlaces: a number per scalar or batch value, a column per value of the sequences, reused after its last reader."""
 
     def __init__(self, program: Program) -> None:
         self.numbers: dict[int, int] = {}
@@ -175,7 +175,7 @@ def _last_readings(program: Program) -> dict[int, int]:
 
 
 def _timeline(program: Program) -> list[tuple[Node | TokenStep, Sequence[Node]]]:
-    """Everything that is done with values per row, in order, and what it reads."""
+    """Everything that is done with values per sequence, in order, and what it reads."""
     steps: list[tuple[Node | TokenStep, Sequence[Node]]] = [(n, n.args) for n in program.prologue]
     for stage in program.stages:
         steps += [(step, step.given) for step in stage.tokens]
@@ -205,18 +205,20 @@ def _encode(by_key: ByKey) -> _core.Program:
     input_numbers = {n.id: i for i, n in enumerate(program.inputs)}
     clock, contract = iter(range(1 << 30)), not looks_for_extremes(program)
 
-    def row(node: Node) -> tuple[int, ...]:
+    def per_sequence(node: Node) -> tuple[int, ...]:
         args = [places.of(a) for a in node.args]
         places.release(next(clock), node.args)
-        return (_ROW_OPERATORS[node.op], places.new(node), *args, *[0] * (3 - len(args)))
+        return (_SEQUENCE_OPERATORS[node.op], places.new(node), *args, *[0] * (3 - len(args)))
 
     def tokens(step: TokenStep) -> tuple[Any, ...]:
         code = _StepCode(step, places, input_numbers, contract).code()
         places.release(next(clock), step.given)
         return code
 
-    prologue = [row(n) for n in program.prologue]
-    stages = [([tokens(step) for step in stage.tokens], [row(n) for n in stage.sequences]) for stage in program.stages]
+    prologue = [per_sequence(n) for n in program.prologue]
+    stages = [
+        ([tokens(s) for s in stage.tokens], [per_sequence(n) for n in stage.sequences]) for stage in program.stages
+    ]
     scalars = [places.of(n) for n in program.scalars]
     outputs = [_TOKEN_OUTPUT if n.level == Level.TOKEN else places.of(n) for n in program.outputs]
     batch = [places.of(n) for n in program.batch]

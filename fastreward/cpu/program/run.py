@@ -24,9 +24,9 @@ def run(
     groups: Tensor | None,  # [B] i64: numbers 0, 1, ... of the sequences' groups
 ) -> tuple[list[Tensor], Tensor]:
     """(outputs f32 as the tokens of their side or [B], batch values f32 [M]). Tokens in f32, all else in f64."""
-    rows = sides[0].rows
+    sequences = sides[0].rows
     outputs = [
-        empty(sides[n.side].shape if n.level == Level.TOKEN else (rows,), torch.float32) for n in program.outputs
+        empty(sides[n.side].shape if n.level == Level.TOKEN else (sequences,), torch.float32) for n in program.outputs
     ]
     batch = torch.empty(len(program.batch), dtype=torch.float32, device="cpu")
     _core.program_run(
@@ -71,6 +71,6 @@ def spread(row_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
 
 
 def _tokens(tokens: Tokens) -> tuple[int, int, int, int, int]:
-    """(rows, columns of the padded layout, cu_seqlens, mask, mask kind)."""
+    """(sequences, columns of the padded layout, cu_seqlens, mask, mask kind)."""
     columns = tokens.shape[1] if tokens.cu_seqlens is None else 0
     return (tokens.rows, columns, address(tokens.cu_seqlens), *mask_arguments(tokens.mask))

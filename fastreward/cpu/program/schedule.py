@@ -19,8 +19,8 @@ _BOUNDED: Final = 87.0  # |x| up to which exp_bounded may be used
 COMPARISONS: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}  # with arguments swapped
 LOGIC: Final = ("and", "or", "not")
 _EXTREMES: Final = tuple(op for op in REDUCTIONS if op.endswith(("_max", "_min")))
-# Operators that may start from memory (of one argument: from a row's value too), and those that may keep their result
-# as well (csrc/cpu/program/program.hpp).
+# Operators that may start from memory (of one argument: from a sequence's value too), and those that may keep their
+# result as well (csrc/cpu/program/program.hpp).
 _STARTING_ANYWHERE: Final = ("exp_bounded", *(op for op, row in OPS.items() if row.arity == 1 and not row.boolean))
 _STARTING: Final = (*_STARTING_ANYWHERE, "add", "sub", "from", "mul", "div", "over", "minimum", "maximum")
 _KEEPING: Final = (
@@ -79,7 +79,7 @@ class Selection:
         self.values.reverse()
 
     def _find_deferred(self) -> set[Hashable]:
-        """Masks made of masks that are only counted: bits that can wait for the end of the item."""
+        """Masks made of masks that are only counted: bits that can wait for the end of the chunk."""
         counted = {m.id for _, m in self.counts}
         waiting: set[Hashable] = set()
         readers: dict[Hashable, list[Node]] = {}
@@ -250,10 +250,10 @@ class Schedule:
     def __init__(self, selection: Selection) -> None:
         self.selection = s = selection
         self.forms: list[Form] = []
-        self.item: list[Value] = []
+        self.chunk: list[Value] = []
         self._waiting: list[Value] = []
         for v in s.values:
-            (self.item if v.op in LOGIC and v.made[0] in s.deferred else self._waiting).append(v)
+            (self.chunk if v.op in LOGIC and v.made[0] in s.deferred else self._waiting).append(v)
         self._made: set[Hashable] = {k for k, n in s.nodes.items() if n.op == "input" or n.level < Level.TOKEN}
         self._kept: set[Hashable] = set(self._made)
         self._acc: Hashable = None
@@ -340,14 +340,14 @@ class Schedule:
         self._acc = key
 
     def _choices(self, v: Value) -> list[Form]:
-        """Forms by what they load: a token's value rather than a row's."""
+        """Forms by what they load: a token's value rather than a sequence's."""
         return sorted(_forms(v), key=lambda f: -self.selection.nodes[f.acc].level)
 
 
-def _joined(forms: Sequence[Form], rows: Container[Hashable]) -> list[Form]:
+def _joined(forms: Sequence[Form], sequences: Container[Hashable]) -> list[Form]:
     """Several as one: what is loaded is computed with, what was computed is kept, both sides are compared.
 
-    rows: keys of values per row.
+    sequences: keys of values per sequence.
     """
     joined: list[Form] = []
     maker: Form | None = None  # of what the accumulator holds
@@ -356,7 +356,7 @@ def _joined(forms: Sequence[Form], rows: Container[Hashable]) -> list[Form]:
         if form.name == "keep" and maker is not None and maker.name in _KEEPING:
             maker.k = form.k
             continue
-        starting = _STARTING_ANYWHERE if last is not None and last.w in rows else _STARTING
+        starting = _STARTING_ANYWHERE if last is not None and last.w in sequences else _STARTING
         if last is not None and last.name == "load" and last.k is None and form.name in starting:
             form.w = last.w
             joined.pop()

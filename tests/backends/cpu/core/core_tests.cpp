@@ -316,7 +316,7 @@ CASE(logprobs_fold_in_slices) {
 
 // ------------------------------------------------------------------------------------------------------- programs
 // d = x - y; over = d > r; the output is d * r where not over, else 0. Reduced: the output's sum, d's extremes, how many are
-// over; over the rows: sums of groups, of members with a larger key, of the others, and of all, and a permutation.
+// over; over the sequences: sums of groups, of members with a larger key, of the others, and of all, and a permutation.
 struct ProgramProblem {
   std::vector<float> x, y, r;
   std::vector<std::uint8_t> mask;
@@ -326,25 +326,28 @@ struct ProgramProblem {
 fr::ProgramCode make_program() {
   using O = fr::OperandKind;
   using T = fr::TokenOp;
-  using R = fr::RowOp;
+  using R = fr::SequenceOp;
   // columns: 0 r, 1 sum, 2 least, 3 most, 4 over, 5 tokens, 6 group, 7 before, 8 others, 9 moved; numbers: 0 total
-  static const fr::TokenOperand operands[] = {{O::input, 0},     {O::input, 1},     {O::row_value, ~0}, {O::mask, 0},
-                                              {O::slot, 0},      {O::output, 0},    {O::reduction, 0},  {O::reduction, 1},
-                                              {O::reduction, 2}, {O::reduction, 3}};
+  static const fr::TokenOperand operands[] = {
+      {O::input, 0},  {O::input, 1},     {O::sequence_value, ~0}, {O::mask, 0},      {O::slot, 0},
+      {O::output, 0}, {O::reduction, 0}, {O::reduction, 1},       {O::reduction, 2}, {O::reduction, 3}};
   static const fr::TokenInstruction tile[] = {{T::k_sub, 0, 1, -1, -1, 4},           {T::k_extremes, -1, 7, 8, -1, -1},
                                               {T::k_gt, -1, 2, -1, 3, -1},           {T::k_mul, 4, 2, -1, -1, -1},
                                               {T::k_drop_store, -1, 5, -1, 3, -1}, {T::k_sum, -1, 6, -1, -1, -1}};
-  static const fr::MaskInstruction item[] = {{fr::MaskOp::k_count, 3, -1, 9}};
+  static const fr::MaskInstruction chunk[] = {{fr::MaskOp::k_count, 3, -1, 9}};
   using K = fr::ReductionKind;
   static const fr::Reduction reductions[] = {{K::sum, ~1}, {K::minimum, ~2}, {K::maximum, ~3}, {K::count, ~4}, {K::tokens, ~5}};
-  static const fr::TokenStep steps[] = {{0, {operands, 10}, {tile, 6}, {item, 1}, {reductions, 5}}};
-  static const fr::RowInstruction rows[] = {{R::k_group_sum, ~6, ~1, 0, 0},        {R::k_group_sum_before, ~7, ~1, ~0, 0},
-                                            {R::k_group_sum_others, ~8, ~1, 0, 0}, {R::k_batch_permute, ~9, ~1, ~0, ~4},
-                                            {R::k_batch_sum, 0, ~1, 0, 0}};
-  static const fr::ProgramStage stages[] = {{{steps, 1}, {rows, 5}}};
+  static const fr::TokenStep steps[] = {{0, {operands, 10}, {tile, 6}, {chunk, 1}, {reductions, 5}}};
+  static const fr::SequenceInstruction sequences[] = {
+      {R::k_group_sum, ~6, ~1, 0, 0},
+      {R::k_group_sum_before, ~7, ~1, ~0, 0},
+      {R::k_group_sum_others, ~8, ~1, 0, 0},
+      {R::k_batch_permute, ~9, ~1, ~0, ~4},
+      {R::k_batch_sum, 0, ~1, 0, 0}};
+  static const fr::ProgramStage stages[] = {{{steps, 1}, {sequences, 5}}};
   static const fr::ProgramInput inputs[] = {
-      {fr::InputLevel::token, 0}, {fr::InputLevel::token, 0}, {fr::InputLevel::row, ~0}};
-  static const fr::RowPlace outputs[] = {fr::kTokenOutput, ~1, ~2, ~3, ~4, ~5, ~6, ~7, ~8, ~9}, batch[] = {0};
+      {fr::InputLevel::token, 0}, {fr::InputLevel::token, 0}, {fr::InputLevel::sequence, ~0}};
+  static const fr::SequencePlace outputs[] = {fr::kTokenOutput, ~1, ~2, ~3, ~4, ~5, ~6, ~7, ~8, ~9}, batch[] = {0};
   fr::ProgramCode code;
   code.numbers = 1, code.columns = 10;
   code.inputs = {inputs, 3};
