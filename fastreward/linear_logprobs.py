@@ -1,7 +1,7 @@
 """Log-probs straight from hidden states and the LM head, tile by tile: the logits [N, V] never exist.
 
-The GEMMs are the vendor's; a tile of logits is folded into eight statistics per token while it is in cache, and in the
-backward it is recomputed and turned into its own gradient in place.
+The GEMMs are the vendor's; a tile of logits is accumulated into eight statistics per token while it is in cache, and
+in the backward it is recomputed and turned into its own gradient in place.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LABEL = STATE.index("label_logit")
 _RANK = STATE.index("rank")
 
 #: Tokens and vocabulary columns of a tile. On the CPU smaller tiles stay nearer to the core, but lose more in the GEMMs
-#: than the fold gains (measured down to 1024 x 2048). On a GPU a tile must keep the GEMM at full rate.
+#: than the statistics gain (measured down to 1024 x 2048). On a GPU a tile must keep the GEMM at full rate.
 _CPU_TILE = (1024, 16384)
 _GPU_TILE = (4096, 32768)
 
@@ -66,7 +66,7 @@ def _linear_token_logprobs(
     for columns in head.column_chunks():
         for rows in head.row_chunks():
             logits = head.logits(rows, columns)
-            kernels.fold(
+            kernels.accumulate(
                 logits, labels[rows], columns.start, rows_of(inverse, rows), state[rows], flags & ~FLAG["rank"], None
             )
     if flags & FLAG["rank"]:  # counting needs the label's logit first: a second pass over the tiles
@@ -76,7 +76,7 @@ def _linear_token_logprobs(
             for rows in head.row_chunks():
                 logits, threshold = head.logits(rows, columns), label_logits[rows]
                 scale = rows_of(inverse, rows)
-                kernels.fold(logits, labels[rows], columns.start, scale, counts[rows], FLAG["rank"], threshold)
+                kernels.accumulate(logits, labels[rows], columns.start, scale, counts[rows], FLAG["rank"], threshold)
         state[:, _RANK] = counts[:, _RANK]
     values, indices = kernels.finish(state, inverse, weight.shape[0], flags)
     return values, indices

@@ -85,7 +85,7 @@ if [ "$built" -eq 0 ]; then
   if "$python" -c 'import cupy' 2>/dev/null; then # the same .cu files, compiled by NVRTC
     (
       export FASTREWARD_CUDA_ROUTE=cupy
-      tests cupy 60 -k "cuda and (small_logprobs or small_illegal or small_fold or small_group or small_whiten)"
+      tests cupy 60 -k "cuda and (small_logprobs or small_illegal or small_accumulate or small_group or small_whiten)"
     ) &
   else
     skip cupy "CuPy is not installed"

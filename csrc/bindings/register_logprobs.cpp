@@ -39,18 +39,18 @@ void forward(LogprobsRows in, int flags, Address values, Address indices, Addres
   FASTREWARD_DISPATCH(logprobs_forward)(call);
 }
 
-void fold(LogprobsRows in, std::int64_t vocab_start, int flags, Address label_logits, Address state) {
+void accumulate(LogprobsRows in, std::int64_t vocab_start, int flags, Address label_logits, Address state) {
   const py::gil_scoped_release unlocked;
   check_rows(in);
   const auto scratch = scratch_for(in);
-  LogprobsFold call;
+  LogprobsAccumulate call;
   call.in = in;
   call.vocab_start = vocab_start;
   call.flags = flags;
   call.label_logits = at<const float>(label_logits);
   call.state = required<double>("state", state, in.rows);
   call.scratch = scratch.get();
-  FASTREWARD_DISPATCH(logprobs_fold)(call);
+  FASTREWARD_DISPATCH(logprobs_accumulate)(call);
 }
 
 void finish(Address state, Address inv_temperature, std::int64_t stride, double scalar, std::int64_t rows,
@@ -126,8 +126,8 @@ void register_logprobs(py::module_& m) {
       .def_readwrite("threads", &LogprobsRows::threads);
   m.def("logprobs_forward", &forward, py::arg("rows"), py::arg("flags"), py::arg("values"), py::arg("indices"),
         py::arg("id_logprobs"));
-  m.def("logprobs_fold", &fold, py::arg("rows"), py::arg("vocab_start"), py::arg("flags"), py::arg("label_logits"),
-        py::arg("state"));
+  m.def("logprobs_accumulate", &accumulate, py::arg("rows"), py::arg("vocab_start"), py::arg("flags"),
+        py::arg("label_logits"), py::arg("state"));
   m.def("logprobs_finish", &finish, py::arg("state"), py::arg("inv_temperature"), py::arg("inv_temperature_stride"),
         py::arg("inv_temperature_scalar"), py::arg("rows"), py::arg("vocab_size"), py::arg("flags"), py::arg("values"),
         py::arg("indices"));

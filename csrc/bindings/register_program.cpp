@@ -1,4 +1,4 @@
-// fastreward._core.Program, program_run, program_scale and program_spread: see csrc/cpu/program/program.hpp.
+// fastreward._core.Program and its program_* functions: see csrc/cpu/program/program.hpp.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -173,12 +173,12 @@ void scale(const TokensCode& tokens, Address saved, Address row_weight, double f
    required<float>("out", out, count), threads);
 }
 
-void spread(const TokensCode& tokens, Address row_values, double factor, Address out, int threads) {
+void broadcast_to_tokens(const TokensCode& tokens, Address sequence_values, double factor, Address out, int threads) {
   const pybind11::gil_scoped_release unlocked;
   const ProgramTokens side = tokens_of(tokens);
-  const auto* values = required<const float>("row_values", row_values, side.sequences);
+  const auto* values = required<const float>("sequence_values", sequence_values, side.sequences);
   auto* to = required<float>("out", out, count_tokens(side));
-  FASTREWARD_DISPATCH(program_spread)(side, values, static_cast<float>(factor), to, threads);
+  FASTREWARD_DISPATCH(program_broadcast_to_tokens)(side, values, static_cast<float>(factor), to, threads);
 }
 
 #define FASTREWARD_NAME(name, ...) #name,
@@ -211,8 +211,9 @@ void register_program(pybind11::module_& m) {
         py::arg("scalars"), py::arg("groups"), py::arg("outputs"), py::arg("batch"), py::arg("threads"));
   m.def("program_scale", &scale, py::arg("tokens"), py::arg("saved"), py::arg("row_weight"), py::arg("factor"),
         py::arg("out"), py::arg("threads"), "out = saved * row_weight[sequence] * factor; a 0 stays 0.");
-  m.def("program_spread", &spread, py::arg("tokens"), py::arg("row_values"), py::arg("factor"), py::arg("out"),
-        py::arg("threads"), "out = row_values[sequence] * factor on valid tokens, 0 elsewhere.");
+  m.def("program_broadcast_to_tokens", &broadcast_to_tokens, py::arg("tokens"), py::arg("sequence_values"),
+        py::arg("factor"), py::arg("out"), py::arg("threads"),
+        "out = sequence_values[sequence] * factor on valid tokens, 0 elsewhere.");
 }
 
 }  // namespace fastreward

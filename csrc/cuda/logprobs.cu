@@ -193,7 +193,7 @@ __device__ __forceinline__ void forward_row(const ForwardArguments& a) {
     if (LEVEL >= WITH_ENTROPY)
       state[ARGMAX] = double(column_of_peak<T>(row, keep, sum.at, float(sum.peak), vocab) + a.vocab_start);
     if (a.state)
-      fold_into(a.state + n * STATES, state, inv_t, int(a.flags));
+      merge_into(a.state + n * STATES, state, inv_t, int(a.flags));
     else
       write_row(out, state, inv_t, KEEP ? double(sum.kept) : double(a.vocab));
     peak_and_log_sum[0] = sum.peak, peak_and_log_sum[1] = log(sum.sum);

@@ -23,7 +23,7 @@ struct ForwardArguments {
   float* values;              // [VALUES, rows]
   i64* indices;               // [2, rows]
   float* id_logprobs;         // [rows, ids_count]
-  double* state;              // [rows, STATES]: fold into it instead of writing outputs; or null
+  double* state;              // [rows, STATES]: accumulate into it instead of writing outputs; or null
   i64 vocab_start;            // full column of this tile's first one (with `state`)
   const float* label_logits;  // [rows] or null: what `rank` compares with (with `state`)
   i64 flags;

@@ -1,5 +1,5 @@
 // Backward of every loss: what its forward kept per token, or per sequence, times the upstream gradient. One launch.
-// Bytes per token: scale reads the kept gradient (4) and writes one (4); spread reads the mask and writes 4.
+// Bytes per token: scale reads the kept gradient (4) and writes one (4); broadcast_to_tokens reads the mask, writes 4.
 #pragma once
 
 #include "cuda/program.cuh"
@@ -15,8 +15,8 @@ struct ScaleArguments {
   float* out;  // one per token
 };
 
-struct SpreadArguments {
-  const float* row_values;  // [rows]
+struct BroadcastArguments {
+  const float* sequence_values;  // [rows]
   const float* grad_loss;   // []
   Side side;
   float* out;  // one per token
@@ -47,12 +47,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) program_scale(const ScaleA
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) program_spread(const SpreadArguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS) program_broadcast_to_tokens(const BroadcastArguments a) {
   const float grad = a.grad_loss[0];
   for (i64 u = blockIdx.x; u < a.side.units; u += gridDim.x) {
     const Unit unit = unit_of(a.side, u);
     if (unit.begin >= unit.end) continue;
-    const float kept = a.row_values[unit.row], value = kept == 0.f ? 0.f : kept * grad;
+    const float kept = a.sequence_values[unit.row], value = kept == 0.f ? 0.f : kept * grad;
     const unsigned valid = valid_tokens(a.side, unit);
 #pragma unroll
     for (int k = 0; k < PER_THREAD; ++k) {

@@ -126,8 +126,8 @@ def _scaled(
 ) -> Tensor:
     kernels = implementation("program", backend)
     if not per_token:
-        spread: Tensor = kernels.spread(saved, grad_loss, tokens)
-        return spread
+        broadcast: Tensor = kernels.broadcast_to_tokens(saved, grad_loss, tokens)
+        return broadcast
     if backend == "cpu" and row_weight is None and float(grad_loss) == 1.0:
         return saved  # the loss itself was differentiated, and nothing has to be computed
     scaled: Tensor = kernels.scale(saved, row_weight, grad_loss, tokens)

@@ -50,7 +50,7 @@ class LogprobsKernels(Protocol):
     ) -> None:
         """Write every element of grad_logits: 0 in masked rows and in columns that are not kept."""
 
-    def fold(
+    def accumulate(
         self,
         logits: Tensor,  # [N, Vc]: columns vocab_start .. vocab_start + Vc of the full rows
         labels: Tensor,  # [N] i64, ids of the full vocabulary
@@ -114,8 +114,8 @@ class ProgramKernels(Protocol):
     def scale(self, saved: Tensor, row_weight: Tensor | None, grad_loss: Tensor, tokens: Tokens) -> Tensor:
         """saved * row_weight[row] * grad_loss, f32 like saved; a 0 stays 0."""
 
-    def spread(self, row_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
-        """row_values[row] * grad_loss on valid tokens, 0 elsewhere; f32 in tokens.shape."""
+    def broadcast_to_tokens(self, sequence_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
+        """sequence_values[row] * grad_loss on valid tokens, 0 elsewhere; f32 in tokens.shape."""
 
 
 class LogitsPolicyLossKernels(Protocol):

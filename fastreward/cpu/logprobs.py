@@ -67,7 +67,7 @@ def backward(
     del alive
 
 
-def fold(
+def accumulate(
     logits: Tensor,  # [N, Vc], columns vocab_start .. vocab_start + Vc of the full rows
     labels: Tensor,  # [N] i64, ids of the full vocabulary
     vocab_start: int,
@@ -80,7 +80,7 @@ def fold(
     rows, alive = _rows(logits, labels, inv_temperature, None, None, None, None)
     threshold = None if label_logits is None else label_logits.float().contiguous()
     merged = state.contiguous()
-    _core.logprobs_fold(rows, vocab_start, flags, address(threshold), merged.data_ptr())
+    _core.logprobs_accumulate(rows, vocab_start, flags, address(threshold), merged.data_ptr())
     if merged is not state:
         state.copy_(merged)
     del alive

@@ -43,7 +43,7 @@ def forward(
     return values, indices, id_logprobs
 
 
-def fold(
+def accumulate(
     logits: Tensor,
     labels: Tensor,
     vocab_start: int,

@@ -59,7 +59,7 @@ class _Sharded(torch.autograd.Function):
         kernels = implementation("logprobs", backend)
         state = initial_state(rows.shape[0], rows.device)
         local = labels - start
-        kernels.fold(rows, local, 0, inverse, state, flags, _label_logits(rows, local, group))
+        kernels.accumulate(rows, local, 0, inverse, state, flags, _label_logits(rows, local, group))
         state[:, STATE.index("argmax")] += start
         merged = merge(_gather(state, group), inverse)
         merged[:, STATE.index("sum_logit")] /= vocab

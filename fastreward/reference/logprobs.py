@@ -162,7 +162,7 @@ def _add_at(dz: Tensor, ids: Tensor, amount: Tensor, vocab: int) -> None:
     dz.scatter_add_(-1, ids.clamp(0, vocab - 1), torch.where(inside, amount, 0.0))
 
 
-def fold(
+def accumulate(
     logits: Tensor,
     labels: Tensor,
     vocab_start: int,

@@ -220,8 +220,8 @@ def scale(saved: Tensor, row_weight: Tensor | None, grad_loss: Tensor, tokens: A
     return rows.flat(torch.where(padded == 0, 0.0, padded * factor)).float()
 
 
-def spread(row_values: Tensor, grad_loss: Tensor, tokens: Any) -> Tensor:
-    """row_values of the token's row * grad_loss on counted tokens, 0 elsewhere; a 0 stays 0."""
-    rows = _Rows(tokens, [row_values])
-    values = torch.where(row_values == 0, 0.0, row_values.double() * grad_loss.double()).unsqueeze(-1)
+def broadcast_to_tokens(sequence_values: Tensor, grad_loss: Tensor, tokens: Any) -> Tensor:
+    """sequence_values of the token's row * grad_loss on counted tokens, 0 elsewhere; a 0 stays 0."""
+    rows = _Rows(tokens, [sequence_values])
+    values = torch.where(sequence_values == 0, 0.0, sequence_values.double() * grad_loss.double()).unsqueeze(-1)
     return rows.flat(torch.where(rows.counted, values, 0.0)).float()

@@ -1,4 +1,4 @@
-"""Log-probs and the other per-token statistics of a row of logits: forward, and fold of vocabulary slices.
+"""Log-probs and the other per-token statistics of a row of logits: forward, whole or by slices of the vocabulary.
 
 Fused: log-softmax, gather, entropy, mean, log-sum of squares, rank and argmax of a row in one read of its logits,
 where torch reads and writes [N, V] several times; their joint gradient is in backward.py. One program per row,
@@ -6,7 +6,7 @@ blocks of the row in a fixed order (_shared/softmax.py): a row's bits depend on 
 loads are issued before this block is folded, so that memory never waits for arithmetic.
 
 Bytes, with e = bytes per logit: forward e*V + 44 a row (+ one block of e*4096 for argmax, + V with a keep mask);
-kept ids: a 32-byte sector per id; fold: e*Vc + 128 a row; finish: 108 a row.
+kept ids: a 32-byte sector per id; accumulate: e*Vc + 128 a row; finish: 108 a row.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _forward_ids_kernel(
 
 
 @triton.jit(do_not_specialize=_FOLD_SIZES)
-def _fold_kernel(
+def _accumulate_kernel(
     logits, logits_units,  # [N, Vc], unit column stride, row stride logits_units * LOGITS_UNIT
     labels,  # i64 [N], in the whole vocabulary
     inv_t, inv_t_stride,  # f64 [N] (stride 0 allowed) or a number
@@ -345,7 +345,7 @@ def forward(
     return values, indices, id_logprobs
 
 
-def fold(
+def accumulate(
     logits: Tensor,  # [N, Vc], unit column stride
     labels: Tensor,  # [N] i64, in the whole vocabulary
     vocab_start: int,
@@ -362,7 +362,7 @@ def fold(
     vec = load_width(logits)
     units, unit = in_units(logits.stride(0), vec)
     with on_device_of(logits):
-        _fold_kernel[(n,)](
+        _accumulate_kernel[(n,)](
             logits, units, labels.contiguous(), inv_t, inv_t_stride, state, contiguous(label_logits),
             columns // vec, vocab_start,
             HAS_INV_T=has_inv_t, HAS_LABEL_LOGITS=label_logits is not None, LOGITS_UNIT=unit,

@@ -1,8 +1,9 @@
 """Programs of the loss language in Triton.
 
-Raw functions: `run`; `scale` and `spread`, the backward of what it saved. `source` is the text of a program's kernels.
+Raw functions: `run`; `scale` and `broadcast_to_tokens`, the backward of what it saved. `source` is the text of a
+program's kernels.
 """
 
-from .run import run, scale, source, spread
+from .run import broadcast_to_tokens, run, scale, source
 
-__all__ = ["run", "scale", "source", "spread"]
+__all__ = ["broadcast_to_tokens", "run", "scale", "source"]

@@ -1,4 +1,4 @@
-"""Runs loss programs: `run` launches generated kernels, `scale` and `spread` are the backward of what they saved.
+"""Runs loss programs: `run` launches generated kernels, `scale` and `broadcast_to_tokens` are their backward.
 
 Fused: all elementwise operators and reductions of a loss, its metrics and its derivative (source.py). A pass
 over the tokens is one launch, after a memset of the counter by which its last program knows itself; a loss whose
@@ -10,8 +10,8 @@ Sums over a sequence's tokens do, in their last bits: their order follows the ti
 that in another batch their f32 value differs about once in 1e8; what is then compared with a bound, such as GSPO's
 ratio, may end up on its other side. csrc/cpu and csrc/cuda cut a row into pieces of one size: no such exception there.
 
-Bytes a token: each pass 4 for each tensor that it reads, 1 for the mask, and 4 for each that it writes; scale 8, spread
-5. A mask of another type than bool, uint8 or int8 is converted first (mask_bytes).
+Bytes a token: each pass 4 for each tensor that it reads, 1 for the mask, and 4 for each that it writes; scale 8,
+broadcast_to_tokens 5. A mask of another type than bool, uint8 or int8 is converted first (mask_bytes).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .module import load
 from .source import Generated, Launch, generate, source
 from .tokens import before, row_bounds, tile_columns, wide
 
-__all__ = ["run", "scale", "source", "spread"]
+__all__ = ["broadcast_to_tokens", "run", "scale", "source"]
 
 # --------------------------------------------------------------------------------------------------------- config
 # A tile is [ROWS, STEPS, LANES, VEC] tokens: by the mean length 1 long row or 8 short ones, of 4 or 8 tokens a thread.
@@ -100,8 +100,8 @@ def _scale_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "row_units", "B", "chunks"])
-def _spread_kernel(
-    row_values,  # f32 [B]
+def _broadcast_to_tokens_kernel(
+    sequence_values,  # f32 [B]
     grad_loss,  # f32 []
     mask,  # u8 like out, nonzero = valid
     cu_seqlens,  # i64 [B + 1]
@@ -116,7 +116,7 @@ def _spread_kernel(
     row = (program // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_ok = row < B
     start, tokens, extent = row_bounds(cu_seqlens, row, row_ok, N, T, B, PACKED)
-    value = tl.load(row_values + row, mask=row_ok, other=0.0)
+    value = tl.load(sequence_values + row, mask=row_ok, other=0.0)
     value = wide(tl.where(value == 0.0, 0.0, value * tl.load(grad_loss)))
     TILE: tl.constexpr = STEPS * LANES * VEC
     offsets = tile_columns(STEPS, LANES, VEC)
@@ -242,18 +242,18 @@ def scale(
     return out
 
 
-def spread(
-    row_values: Tensor,  # f32 [B]
+def broadcast_to_tokens(
+    sequence_values: Tensor,  # f32 [B]
     grad_loss: Tensor,  # f32 []
     tokens: Tokens,
 ) -> Tensor:
     """The row's value times grad_loss on valid tokens, 0 elsewhere: f32 in tokens.shape."""
-    out = torch.empty(tokens.shape, dtype=torch.float32, device=row_values.device)
+    out = torch.empty(tokens.shape, dtype=torch.float32, device=sequence_values.device)
     sizes, flavour, programs = geometry(tokens)
     mask = mask_bytes(tokens.mask)
-    with on_device_of(row_values):
-        _spread_kernel[(programs,)](
-            row_values, grad_loss, mask, tokens.cu_seqlens, out, *sizes, **flavour,
+    with on_device_of(sequence_values):
+        _broadcast_to_tokens_kernel[(programs,)](
+            sequence_values, grad_loss, mask, tokens.cu_seqlens, out, *sizes, **flavour,
             HAS_MASK=mask is not None, **OPTIONS,
         )  # fmt: skip
     return out

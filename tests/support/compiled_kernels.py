@@ -41,7 +41,7 @@ def logprob_cases(everything: bool) -> dict[str, Any]:
     def slices() -> None:
         x, labels = torch.zeros(n, 4096, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.long)
         state = torch.zeros(n, 8, dtype=torch.float64)
-        logprobs.fold(x, labels, 0, 1.0, state, 31, torch.zeros(n))
+        logprobs.accumulate(x, labels, 0, 1.0, state, 31, torch.zeros(n))
         logprobs.finish(state, 1.0, 4096, 31)
 
     cases = {

@@ -31,7 +31,7 @@ def loss(name: str, rows: int, width: int, packed: bool) -> None:
 def backward(rows: int, width: int, packed: bool) -> None:
     (tokens,) = checks.make_call(checks.PROGRAMS["ppo"](), rows, width, packed=packed).sides
     program.scale(torch.zeros(tokens.shape), torch.zeros(rows), torch.ones(()), tokens)
-    program.spread(torch.zeros(rows), torch.ones(()), tokens)
+    program.broadcast_to_tokens(torch.zeros(rows), torch.ones(()), tokens)
 
 
 def logits(dtype: torch.dtype, entropy: bool, vocab: int = 151936) -> None:

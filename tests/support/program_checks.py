@@ -294,7 +294,7 @@ def check_functions(module: ModuleType, device: str, tolerance: float = 2e-6) ->
 
 
 def check_backward(module: ModuleType, device: str, call: Call, seed: int = 0) -> None:
-    """`scale` and `spread` on the call's first side."""
+    """`scale` and `broadcast_to_tokens` on the call's first side."""
     g = torch.Generator().manual_seed(seed)
     side, (_, on_device, *_) = call.sides[0], call.on(device)
     rows, grad = side.rows, torch.tensor(-1.7)
@@ -311,15 +311,15 @@ def check_backward(module: ModuleType, device: str, call: Call, seed: int = 0) -
     close(got, torch.where(saved == 0, 0.0, saved * (per_token * grad)), 0.0, 3e-7, "scale")
     got = module.scale(saved.to(device), None, grad.to(device), on_device[0])
     close(got, saved * grad, 0.0, 3e-7, "scale without weights")
-    got = module.spread(spread.to(device), grad.to(device), on_device[0])
-    close(got, torch.where(counted, _of_rows(spread, side) * grad, 0.0), 0.0, 3e-7, "spread")
+    got = module.broadcast_to_tokens(spread.to(device), grad.to(device), on_device[0])
+    close(got, torch.where(counted, _of_rows(spread, side) * grad, 0.0), 0.0, 3e-7, "broadcast_to_tokens")
 
 
 def check_overflow(module: ModuleType, device: str) -> None:
-    """An upstream gradient that has overflowed leaves a gradient of 0 at 0, in `scale` and in `spread`."""
+    """An upstream gradient that has overflowed leaves a gradient of 0 at 0, in `scale` and in `broadcast_to_tokens`."""
     overflowed, nothing = torch.tensor(torch.inf).to(device), torch.zeros(3, 5).to(device)
     assert not module.scale(nothing, None, overflowed, Tokens((3, 5))).any()
-    assert not module.spread(nothing[:, 0].contiguous(), overflowed, Tokens((3, 5))).any()
+    assert not module.broadcast_to_tokens(nothing[:, 0].contiguous(), overflowed, Tokens((3, 5))).any()
 
 
 def _of_rows(x: Tensor, side: Tokens) -> Tensor:

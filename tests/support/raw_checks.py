@@ -224,8 +224,8 @@ def check_logprobs_backward(
     close(out, want, 4e-6 * scale, 1e-6 + 1.01 * STEP[case.logits.dtype], "grad_logits")
 
 
-def check_fold(module: ModuleType, device: str, case: Logits, tile: int, *, known_labels: bool) -> None:
-    """Tiles of the vocabulary, folded in order, against the whole row."""
+def check_accumulate(module: ModuleType, device: str, case: Logits, tile: int, *, known_labels: bool) -> None:
+    """Tiles of the vocabulary, accumulated in order, against the whole row."""
     rows, vocab = case.logits.shape
     state = torch.zeros(rows, 8, dtype=torch.float64, device=device)
     state[:, 0], state[:, 5] = -torch.inf, torch.nan
@@ -233,7 +233,7 @@ def check_fold(module: ModuleType, device: str, case: Logits, tile: int, *, know
     thresholds = logits.float().gather(1, labels[:, None]).squeeze(1) if known_labels else None
     flags = EVERYTHING if known_labels else EVERYTHING & ~16
     for start in range(0, vocab, tile):
-        module.fold(logits[:, start : start + tile], labels, start, inv, state, flags, thresholds)
+        module.accumulate(logits[:, start : start + tile], labels, start, inv, state, flags, thresholds)
     values, indices = module.finish(state, inv, vocab, flags)
     want_values, want_indices, _ = reference_logprobs.forward(*case.arguments("cpu"), EVERYTHING)
     for row, name in enumerate(VALUES):

@@ -416,7 +416,7 @@ void logprobs_forward(const LogprobsForward& call) {
   });
 }
 
-void logprobs_fold(const LogprobsFold& call) {
+void logprobs_accumulate(const LogprobsAccumulate& call) {
   by_dtype(call.in.dtype, [&](auto type) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
     const auto begin = [&](std::int64_t index, State& state) {

@@ -76,7 +76,7 @@ struct LogprobsForward {
   double* block_maxima = nullptr;    // [logprobs_blocks(columns)]
 };
 
-struct LogprobsFold {
+struct LogprobsAccumulate {
   LogprobsRows in;  // a slice of the vocabulary; labels count from its full start
   std::int64_t vocab_start = 0;
   int flags = 0;
@@ -121,6 +121,6 @@ inline std::int64_t logprobs_blocks(std::int64_t columns) { return (columns + kL
 }  // namespace fastreward
 
 FASTREWARD_DECLARE(void logprobs_forward(const ::fastreward::LogprobsForward& call);
-                   void logprobs_fold(const ::fastreward::LogprobsFold& call);
+                   void logprobs_accumulate(const ::fastreward::LogprobsAccumulate& call);
                    void logprobs_finish(const ::fastreward::LogprobsFinish& call);
                    void logprobs_backward(const ::fastreward::LogprobsBackward& call);)

@@ -107,9 +107,9 @@ void program_scale(const ProgramTokens& t, const float* saved, const float* row_
   });
 }
 
-void program_spread(const ProgramTokens& t, const float* row_values, float factor, float* out, int threads) {
+void program_broadcast_to_tokens(const ProgramTokens& t, const float* values, float factor, float* out, int threads) {
   for_pieces(t, threads, [&](std::int64_t sequence, std::int64_t begin, int n, const std::uint8_t* bytes, bool large) {
-    const F32 zero = f32(0.0f), value = f32(row_values[sequence] == 0.0f ? 0.0f : row_values[sequence] * factor);
+    const F32 zero = f32(0.0f), value = f32(values[sequence] == 0.0f ? 0.0f : values[sequence] * factor);
     const auto whole = [&](int i) { return bytes == nullptr ? value : select(nonzero(bytes + i), value, zero); };
     write_piece(out + begin, n, large, whole, [&](int i) {
       return select(bytes == nullptr ? first32(n - i) : nonzero_n(bytes + i, n - i), value, zero);

@@ -182,6 +182,6 @@ FASTREWARD_DECLARE(
     // out = saved * row_weight[sequence] * factor; row_weight may be nullptr. A 0 in `saved` stays 0.
     void program_scale(const ::fastreward::ProgramTokens& tokens, const float* saved, const float* row_weight,
                        float factor, float* out, int threads);
-    // out = row_values[sequence] * factor on valid tokens, 0 elsewhere
-    void program_spread(const ::fastreward::ProgramTokens& tokens, const float* row_values, float factor, float* out,
-                        int threads);)
+    // out = values[sequence] * factor on valid tokens, 0 elsewhere
+    void program_broadcast_to_tokens(const ::fastreward::ProgramTokens& tokens, const float* values, float factor,
+                                     float* out, int threads);)

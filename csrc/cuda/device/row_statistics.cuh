@@ -186,7 +186,7 @@ __device__ __forceinline__ void write_zero_row(const RowOutput& out) {
 }
 
 // `slice` follows what `state` (global memory) already holds.
-__device__ __forceinline__ void fold_into(double* state, const double (&slice)[STATES], double inv_t, int flags) {
+__device__ __forceinline__ void merge_into(double* state, const double (&slice)[STATES], double inv_t, int flags) {
   const double old_peak = state[PEAK], peak = fmax(old_peak, slice[PEAK]);
   const double base = isinf(peak) && peak < 0. ? 0. : peak;
   const double d_old = fmax((old_peak - base) * inv_t, -1e30), d_new = fmax((slice[PEAK] - base) * inv_t, -1e30);

@@ -128,7 +128,7 @@ def _makes_mask(name: str) -> bool:
 
 # -------------------------------------------------------------------------------------------- values per sequence
 class _Places:
-    """SequencePlaces: a number per scalar or batch value, a column per value of the sequences, reused after its last reader."""
+    """SequencePlaces: a number for a scalar or batch value, else a column, free again after its last reader."""
 
     def __init__(self, program: Program) -> None:
         self.numbers: dict[int, int] = {}

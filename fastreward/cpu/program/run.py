@@ -61,11 +61,11 @@ def scale(
     return out
 
 
-def spread(row_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
-    """row_values [B] times grad_loss on counted tokens, 0 elsewhere; f32 in the tokens' shape."""
+def broadcast_to_tokens(sequence_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
+    """sequence_values [B] times grad_loss on counted tokens, 0 elsewhere; f32 in the tokens' shape."""
     out = empty(tokens.shape, torch.float32)
-    _core.program_spread(
-        _tokens(tokens), row_values.data_ptr(), float(grad_loss), out.data_ptr(), torch.get_num_threads()
+    _core.program_broadcast_to_tokens(
+        _tokens(tokens), sequence_values.data_ptr(), float(grad_loss), out.data_ptr(), torch.get_num_threads()
     )
     return out
 

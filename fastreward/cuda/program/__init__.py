@@ -1,5 +1,5 @@
 """Programs of the loss language in CUDA C++."""
 
-from fastreward.cuda.program.run import run, scale, spread
+from fastreward.cuda.program.run import broadcast_to_tokens, run, scale
 
-__all__ = ["run", "scale", "spread"]
+__all__ = ["broadcast_to_tokens", "run", "scale"]

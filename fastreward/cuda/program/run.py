@@ -116,12 +116,12 @@ def scale(saved: Tensor, row_weight: Tensor | None, grad_loss: Tensor, tokens: T
     return out
 
 
-def spread(row_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
-    """row_values[row] * grad_loss on valid tokens, 0 elsewhere: f32 in the tokens' shape."""
-    out = torch.empty(tokens.shape, dtype=torch.float32, device=row_values.device)
+def broadcast_to_tokens(sequence_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
+    """sequence_values[row] * grad_loss on valid tokens, 0 elsewhere: f32 in the tokens' shape."""
+    out = torch.empty(tokens.shape, dtype=torch.float32, device=sequence_values.device)
     side, units = _layout(tokens)
-    arguments = pack(row_values, grad_loss, *side, out)
-    launch_text(_BACKWARD, "program_spread", _grid(units, out.device), _THREADS, arguments, out.device)
+    arguments = pack(sequence_values, grad_loss, *side, out)
+    launch_text(_BACKWARD, "program_broadcast_to_tokens", _grid(units, out.device), _THREADS, arguments, out.device)
     return out
 
 

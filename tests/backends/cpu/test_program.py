@@ -270,10 +270,10 @@ class TestMissingTensors:
         with pytest.raises(ValueError, match="inputs: expected"):
             cpu.run(named.program, call.inputs[1:], call.sides, call.scalars, None)
 
-    def test_a_gradient_to_scale_or_spread(self) -> None:
+    def test_a_gradient_to_scale_or_broadcast(self) -> None:
         tokens, one = Tokens((2, 3)), torch.ones(())
-        with pytest.raises(ValueError, match="row_values: expected 2 values, got none"):
-            cpu.spread(torch.empty(0), one, tokens)
+        with pytest.raises(ValueError, match="sequence_values: expected 2 values, got none"):
+            cpu.broadcast_to_tokens(torch.empty(0), one, tokens)
         with pytest.raises(ValueError, match=r"(saved|out): expected 6 values, got none"):
             cpu.scale(torch.empty(0), None, one, tokens)
 

@@ -103,9 +103,9 @@ def test_logprobs_bits_and_illegal_labels(dtype: torch.dtype, emulator: Emulator
 
 @pytest.mark.parametrize("known_labels", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "infinities", "temperatures", "far_apart", "ties"])
-def test_logprobs_fold(kind: str, known_labels: bool, emulator: Emulator) -> None:
+def test_logprobs_accumulate(kind: str, known_labels: bool, emulator: Emulator) -> None:
     case = raw_checks.logits_case(kind, torch.bfloat16, 4, 1003)
-    raw_checks.check_fold(logprobs, "cpu", case, 300, known_labels=known_labels)
+    raw_checks.check_accumulate(logprobs, "cpu", case, 300, known_labels=known_labels)
 
 
 @pytest.mark.parametrize("contiguous", [False, True])

@@ -109,9 +109,9 @@ def test_small_illegal_labels(dtype: torch.dtype, backend: Callable[[str], Modul
 
 @pytest.mark.parametrize("known_labels", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "infinities", "temperatures", "far_apart", "ties"])
-def test_small_fold(kind: str, known_labels: bool, backend: Callable[[str], ModuleType]) -> None:
+def test_small_accumulate(kind: str, known_labels: bool, backend: Callable[[str], ModuleType]) -> None:
     case = raw_checks.logits_case(kind, torch.bfloat16, 4, 5003)
-    raw_checks.check_fold(backend("logprobs"), "cuda", case, 1300, known_labels=known_labels)
+    raw_checks.check_accumulate(backend("logprobs"), "cuda", case, 1300, known_labels=known_labels)
 
 
 def test_logprobs_beyond_32_bit_offsets(backend: Callable[[str], ModuleType]) -> None:

@@ -26,7 +26,7 @@ def test_every_kernel_compiles_for_every_architecture(kernels: list[dict[str, An
         "_forward_ids_kernel",
         "_backward_kernel",
         "_backward_ids_kernel",
-        "_fold_kernel",
+        "_accumulate_kernel",
         "_finish_kernel",
         "_normalize_kernel",
         "_statistics_kernel",
@@ -47,7 +47,7 @@ def test_logprobs_stream_in_16_byte_loads_without_barriers(kernels: list[dict[st
         kernel
         for kernel in kernels
         if kernel["case"].startswith("logprobs: ")
-        and kernel["kernel"] in ("_forward_kernel", "_backward_kernel", "_fold_kernel")
+        and kernel["kernel"] in ("_forward_kernel", "_backward_kernel", "_accumulate_kernel")
         and "odd" not in kernel["case"]
     ]
     assert {"sm_90 bf16", "sm_90 f32"} <= {f"sm_{k['sm']} {k['case'].split()[1].rstrip(',')}" for k in streaming}

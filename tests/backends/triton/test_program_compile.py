@@ -28,7 +28,7 @@ def test_every_case_compiles_for_every_architecture(kernels: list[dict[str, Any]
         assert {"tokens_1", "tokens_1_chosen", "tokens_1_rejected", "logits_gradient", "_rescale_kernel"} <= {
             kernel["kernel"] for kernel in own
         }
-    assert {"_scale_kernel", "_spread_kernel", "tokens_2"} <= {kernel["kernel"] for kernel in kernels}
+    assert {"_scale_kernel", "_broadcast_to_tokens_kernel", "tokens_2"} <= {kernel["kernel"] for kernel in kernels}
 
 
 def test_no_spills(kernels: list[dict[str, Any]]) -> None:

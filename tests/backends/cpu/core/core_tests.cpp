@@ -278,7 +278,7 @@ CASE(logprobs_bits_do_not_depend_on_threads) {
   CHECK(one.indices == three.indices);
 }
 
-CASE(logprobs_fold_in_slices) {
+CASE(logprobs_accumulated_in_slices) {
   const Problem p(3, 777, 0, 7);
   const fr::LogprobsRows whole = p.view(fr::DType::f32, 1);
   const Outputs expected = forward(whole, kAllFlags);
@@ -291,7 +291,7 @@ CASE(logprobs_fold_in_slices) {
     state[static_cast<std::size_t>(row * fr::kStateSize + fr::kStateLabel)] = std::nan("");
   }
   for (std::int64_t start = 0; start < p.columns; start += 100) {
-    fr::LogprobsFold call;
+    fr::LogprobsAccumulate call;
     call.in = whole;
     call.in.logits = p.f32.data() + start;
     call.in.columns = std::min<std::int64_t>(100, p.columns - start);
@@ -299,7 +299,7 @@ CASE(logprobs_fold_in_slices) {
     call.flags = kAllFlags;
     call.label_logits = thresholds.data();
     call.state = state.data();
-    FASTREWARD_DISPATCH(logprobs_fold)(call);
+    FASTREWARD_DISPATCH(logprobs_accumulate)(call);
   }
   std::vector<float> values(expected.values.size());
   std::vector<std::int64_t> indices(expected.indices.size());
@@ -425,13 +425,13 @@ void check_program(std::int64_t rows, std::int64_t width, bool packed, bool mask
   std::sort(sums.begin(), sums.end()), std::sort(moved.begin(), moved.end());
   CHECK(sums == moved);
 
-  std::vector<float> scaled(tokens), spread(tokens);
+  std::vector<float> scaled(tokens), broadcast(tokens);
   FASTREWARD_DISPATCH(program_scale)(side, outputs[0].data(), p.r.data(), 2.0f, scaled.data(), threads);
-  FASTREWARD_DISPATCH(program_spread)(side, p.r.data(), 2.0f, spread.data(), threads);
+  FASTREWARD_DISPATCH(program_broadcast_to_tokens)(side, p.r.data(), 2.0f, broadcast.data(), threads);
   for (std::size_t row = 0; row < p.r.size(); ++row)
     for (auto i = static_cast<std::size_t>(p.bounds[row]); i < static_cast<std::size_t>(p.bounds[row + 1]); ++i) {
       CHECK(scaled[i] == outputs[0][i] * (p.r[row] * 2.0f));
-      CHECK(spread[i] == (masked && p.mask[i] == 0 ? 0.0f : p.r[row] * 2.0f));
+      CHECK(broadcast[i] == (masked && p.mask[i] == 0 ? 0.0f : p.r[row] * 2.0f));
     }
 }
 

@@ -189,7 +189,7 @@ def test_fold_and_finish_in_slices() -> None:
     label_x = x.gather(1, labels.clamp(max=9099).unsqueeze(1)).squeeze(1).float()
     label_x[4] = torch.nan
     for start, stop in ((0, 3000), (3000, 7100), (7100, 9100)):
-        kernels.fold(x[:, start:stop], labels, start, inv, state, ALL, label_x)
+        kernels.accumulate(x[:, start:stop], labels, start, inv, state, ALL, label_x)
     values, indices = kernels.finish(state, inv, 9100, ALL)
     legal = labels.clamp(max=9099)
     check((values, indices), x, legal, 0.6, only=slice(4))
@@ -197,7 +197,7 @@ def test_fold_and_finish_in_slices() -> None:
     assert indices[1, 4] == 0
     whole = torch.zeros_like(state)
     whole[:, 0], whole[:, 5] = -torch.inf, torch.nan
-    kernels.fold(x, labels, 0, 0.6, whole, ALL, None)
+    kernels.accumulate(x, labels, 0, 0.6, whole, ALL, None)
     check(kernels.finish(whole, 0.6, 9100, ALL), x, legal, 0.6, only=slice(4))
 
 
