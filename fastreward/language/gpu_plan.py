@@ -19,7 +19,7 @@ from fastreward.language.program import Program, TokenStep
 #: Reductions with one value for the batch, and those that give each sequence a value from others' (their arguments and
 #: results lie in columns).
 OVER_BATCH: Final = ("batch_sum", "batch_max", "batch_min")
-ACROSS: Final = (*GROUP_REDUCTIONS, "batch_permute")
+CROSS_SEQUENCE: Final = (*GROUP_REDUCTIONS, "batch_permute")
 #: Of the latter, those with one value per group.
 BY_GROUP: Final = ("group_sum", "group_max", "group_min")
 #: (launch, phase): when a value is first there for the loop over the sequences.
@@ -97,7 +97,7 @@ class Plan:
     def loop(self, node: Node) -> Time:
         """When the loop over the sequences computes `node`, or adds to it; phase -1: before the first loop."""
         launch, phase = self.ready[node.id]
-        return launch, phase - (node.op in (*ACROSS, *OVER_BATCH))
+        return launch, phase - (node.op in (*CROSS_SEQUENCE, *OVER_BATCH))
 
     def phases(self, k: int) -> int:
         """Phases of launch k."""
@@ -108,9 +108,9 @@ class Plan:
         """Reductions over the batch that the loop of this phase feeds."""
         return in_order(n for n in self.launches[time[0]].nodes if n.op in OVER_BATCH and self.loop(n) == time)
 
-    def across(self, time: Time) -> list[Node]:
+    def cross_sequence(self, time: Time) -> list[Node]:
         """Reductions over groups and permutations that follow the loop of this phase."""
-        return [n for n in self.launches[time[0]].nodes if n.op in ACROSS and self.loop(n) == time]
+        return [n for n in self.launches[time[0]].nodes if n.op in CROSS_SEQUENCE and self.loop(n) == time]
 
     def batch(self, time: Time) -> list[Node]:
         """Batch values that are there when this phase begins, and were not before."""
@@ -136,7 +136,7 @@ class Plan:
         ready = self.ready.get(node.id)
         if ready is None or ready > time or node.level == Level.BATCH:
             return None
-        computed = ready == time and node.op not in ACROSS and not self._left_in_column(node)
+        computed = ready == time and node.op not in CROSS_SEQUENCE and not self._left_in_column(node)
         return None if computed else self.columns.get(node.id)
 
     def total(self, node: Node, time: Time) -> int | None:
@@ -145,7 +145,7 @@ class Plan:
         return None if ready is None or ready[0] >= time[0] else self.totals.get(node.id)
 
     def argument(self, node: Node) -> int:
-        """The column with one value per sequence of what a reduction ACROSS sequences takes."""
+        """The column that holds what a cross-sequence reduction reads, one value per sequence."""
         return self.copies[node.id] if node.id in self.copies else self.columns[node.id]
 
     # ------------------------------------------------------------------------------------------------------ planning
@@ -154,17 +154,17 @@ class Plan:
         launch = self.launches[k]
         phase = {n.id: 0 for step in launch.steps for n in step.reduce}
         for n in launch.nodes:
-            arguments = (self._stored(a, phase) if n.op in ACROSS else phase.get(a.id, 0) for a in n.args)
+            arguments = (self._stored(a, phase) if n.op in CROSS_SEQUENCE else phase.get(a.id, 0) for a in n.args)
             phase[n.id] = max(arguments, default=0) + (n.op in REDUCTIONS)
         self.ready |= {i: (k, p) for i, p in phase.items()}
 
     def _stored(self, node: Node, phase: dict[int, int]) -> int:
-        """The phase whose loop stores an argument of a reduction ACROSS; -1: it is in a column before the first."""
+        """The phase whose loop stores an argument of a cross-sequence reduction; -1: a column holds it already."""
         if not self.in_columns:
             return phase.get(node.id, 0)
         if self._left_in_column(node) or node.id in self.ready:
             return -1
-        return phase.get(node.id, 0) - (node.op in ACROSS and node.op not in BY_GROUP)
+        return phase.get(node.id, 0) - (node.op in CROSS_SEQUENCE and node.op not in BY_GROUP)
 
     def _left_in_column(self, node: Node) -> bool:
         return self.in_columns and node.op in SEQ_REDUCTIONS
@@ -190,19 +190,19 @@ class Plan:
         for _, node in sorted(waiting.items()):
             if self._cost(node, waiting) > most:
                 self._keep(node, self.ready[node.id])
-        across = [n for launch in self.launches for n in launch.nodes if n.op in ACROSS]
-        for node in sorted(across, key=self.loop):  # an argument that is there from the start: before its first use
+        cross_sequence = [n for launch in self.launches for n in launch.nodes if n.op in CROSS_SEQUENCE]
+        for node in sorted(cross_sequence, key=self.loop):  # an argument there from the start: before its first use
             self._keep(node, None)
             for a in node.args:
                 self._keep_argument(a, self.ready.get(a.id, self.loop(node)))
-        if any(n.op == "batch_permute" for n in across):
+        if any(n.op == "batch_permute" for n in cross_sequence):
             self.permutation = self.width
 
     def _keep(self, node: Node, time: Time | None) -> None:
         """A column for `node`; written at `time`, or by the reduction that computes it."""
         if node.id not in self.columns:
             self.columns[node.id] = self.width
-            if time is not None and node.op not in ACROSS:
+            if time is not None and node.op not in CROSS_SEQUENCE:
                 self.stores.setdefault(time, []).append(node)
 
     def _keep_argument(self, node: Node, time: Time) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastreward.language.gpu_plan import ACROSS, OVER_BATCH, Time
+from fastreward.language.gpu_plan import CROSS_SEQUENCE, OVER_BATCH, Time
 from fastreward.language.node import Level, Node
 
 from .arguments import Arguments, wrapped
@@ -55,7 +55,7 @@ class _Writer:
             sweep = self._sweep(phase)
             sweeps += bool(sweep)
             body += sweep
-            following = [*self.plan.across((self.launch, phase)), *self.plan.batch((self.launch, phase + 1))]
+            following = [*self.plan.cross_sequence((self.launch, phase)), *self.plan.batch((self.launch, phase + 1))]
             body += [line for n in sorted(following, key=lambda n: n.id) for line in self._between(n)]
         if not body:
             return None
@@ -153,15 +153,15 @@ class _Writer:
 
     # ----------------------------------------------------------------------------------------------- between sweeps
     def _between(self, node: Node) -> list[str]:
-        if node.op in ACROSS:
-            return [f"{self._across(node)}  # {self.names[node.id]}"]
+        if node.op in CROSS_SEQUENCE:
+            return [f"{self._cross_sequence(node)}  # {self.names[node.id]}"]
         lines = [] if node.op in OVER_BATCH else [self._compute(node)]
         if node.id in self.plan.totals:
             self.arguments.plain("values")
             lines.append(f"tl.store(values + {self.plan.totals[node.id]}, {self._number(node)})")
         return [*lines, *self._batch_store(node)]
 
-    def _across(self, node: Node) -> str:
+    def _cross_sequence(self, node: Node) -> str:
         self.arguments.plain("columns")
         at = [self.plan.argument(a) for a in node.args]
         target = self.plan.columns[node.id]

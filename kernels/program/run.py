@@ -50,7 +50,7 @@ MOST_CHUNKS = 64  # programs that may share a row
 LONG = 512  # mean tokens a row from which one row makes a tile
 BLOCK_ROWS = 128  # sequences that the last program takes at once
 REGISTERS = 128  # short rows: four programs an SM
-REGISTERS_ACROSS = 168  # work per sequence with reductions over groups or ranks: three
+CROSS_SEQUENCE_REGISTERS = 168  # work per sequence with reductions over groups or ranks: three
 
 
 def tiling(rows: int, tokens: int, longest: int) -> tuple[int, int]:
@@ -205,11 +205,13 @@ class Call:
         tokens = None if launch.side is None else self.sides[launch.side]
         given = [self.argument(a, tokens) for a in launch.arguments]
         if tokens is None:
-            kernel[(1,)](*given, self.rows, BLOCK_ROWS=BLOCK_ROWS, num_warps=WARPS, maxnreg=REGISTERS_ACROSS, **OPTIONS)
+            kernel[(1,)](
+                *given, self.rows, BLOCK_ROWS=BLOCK_ROWS, num_warps=WARPS, maxnreg=CROSS_SEQUENCE_REGISTERS, **OPTIONS
+            )
             return
         sizes, flavour, programs = geometry(tokens)
-        if launch.across:
-            flavour["maxnreg"] = REGISTERS_ACROSS
+        if launch.cross_sequence:
+            flavour["maxnreg"] = CROSS_SEQUENCE_REGISTERS
         kernel[(programs,)](
             *given, *sizes, **flavour, HAS_MASK=tokens.mask is not None, BLOCK_ROWS=BLOCK_ROWS, **OPTIONS
         )

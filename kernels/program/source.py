@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastreward.language.gpu_plan import ACROSS, OVER_BATCH, in_order, kind_of
+from fastreward.language.gpu_plan import CROSS_SEQUENCE, OVER_BATCH, in_order, kind_of
 from fastreward.language.node import Level, walk
 from fastreward.language.ops import OPS
 from fastreward.language.program import Program, TokenStep
@@ -39,14 +39,14 @@ _CONSTANTS = ("PACKED", "HAS_MASK", "ROWS", "STEPS", "LANES", "VEC", "BLOCK_ROWS
 class Launch:
     """A kernel. side: of whose tokens, None for work per sequence alone. reductions: columns that it fills.
 
-    across: whether its work per sequence includes reductions over groups or ranks.
+    cross_sequence: whether its work per sequence includes reductions over groups or ranks.
     """
 
     kernel: str
     side: int | None
     arguments: tuple[Argument, ...]
     reductions: int = 0
-    across: bool = False
+    cross_sequence: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Module:
             *_call(number, rows.arguments, 4),
         ]
         self.add([*decorated(name, rows.arguments.signature(), ["B"], ["BLOCK_ROWS"]), *body])
-        self.launches.append(Launch(name, None, rows.arguments.ordered(), 0, self._has_across(k)))
+        self.launches.append(Launch(name, None, rows.arguments.ordered(), 0, self._has_cross_sequence(k)))
         self.notes.append(f"{name}: values per sequence, in one program.")
 
     def _tokens(self, k: int, step: TokenStep, rows: RowFunction | None) -> None:
@@ -170,8 +170,8 @@ class Module:
         body += [*self._running(step), *_LOOP, *(f"    {line}" for line in inside), *self._partials(step)]
         body += self._last(number, step, rows)
         self.add([*decorated(name, arguments.signature(), _SIZES, _CONSTANTS), *(f"    {line}" for line in body)])
-        across = rows is not None and self._has_across(k)
-        self.launches.append(Launch(name, step.side, arguments.ordered(), len(step.reduce), across))
+        cross_sequence = rows is not None and self._has_cross_sequence(k)
+        self.launches.append(Launch(name, step.side, arguments.ordered(), len(step.reduce), cross_sequence))
         self._note(name, step, rows)
 
     def _note(self, kernel: str, step: TokenStep, rows: RowFunction | None) -> None:
@@ -184,8 +184,8 @@ class Module:
         counts = f"{len(step.body)} operators, {len(step.reduce)} reductions per sequence"
         self.notes.append(f"    {counts}, {then}.")
 
-    def _has_across(self, k: int) -> bool:
-        return any(n.op in ACROSS for n in self.plan.launches[k].nodes)
+    def _has_cross_sequence(self, k: int) -> bool:
+        return any(n.op in CROSS_SEQUENCE for n in self.plan.launches[k].nodes)
 
     # ------------------------------------------------------------------------------------------- parts of a pass
     def _running(self, step: TokenStep) -> list[str]:

@@ -145,7 +145,7 @@ def _compare(rng: random.Random, x: Node, y: Node, z: Node, conditions: list[Nod
     return None
 
 
-def _across(rng: random.Random, x: Node, y: Node, z: Node, conditions: list[Node]) -> Node | None:
+def _cross_sequence(rng: random.Random, x: Node, y: Node, z: Node, conditions: list[Node]) -> Node | None:
     g = x.graph
     if x.level < _R:
         return None
@@ -163,7 +163,7 @@ def _over(rng: random.Random, x: Node, y: Node, z: Node, conditions: list[Node])
         op = rng.choice(("seq_sum", "seq_max", "seq_min"))
         return g.reduce(op, x) if op != "seq_sum" else g.reduce(op, x) / f.maximum(g.length(), 1.0)
     if x.level == _R and rng.random() < 0.5:
-        return g.reduce(rng.choice(("batch_sum", "batch_max", "batch_min")), f.where(g.counted(), x, 0.0))
+        return g.reduce(rng.choice(("batch_sum", "batch_max", "batch_min")), f.where(g.valid(), x, 0.0))
     return None
 
 
@@ -180,8 +180,8 @@ _STEPS: tuple[Callable[..., Node | None], ...] = (
     lambda rng, x, y, z, c: f.sigmoid(x) * f.sqrt(f.abs(y) + 0.1),
     lambda rng, x, y, z, c: f.logsigmoid(x * 20.0) + f.sign(y) * f.softplus(z),
     _compare,
-    _across,
-    _across,
+    _cross_sequence,
+    _cross_sequence,
     _over,
 )
 

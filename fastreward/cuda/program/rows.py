@@ -103,7 +103,7 @@ class RowWork:
     def _loop(self, q: int) -> list[str]:
         """The loop over the sequences, then the reductions that it has fed."""
         batch = self._plan.over_batch((self._k, q))
-        across = self._plan.across((self._k, q))
+        cross_sequence = self._plan.cross_sequence((self._k, q))
         lines = self._sequences(q, batch)
         if batch:
             lines = [
@@ -116,10 +116,10 @@ class RowWork:
                 "}",
                 "__syncthreads();",
             ]
-        elif across:
+        elif cross_sequence:
             lines.append("__syncthreads();")
-        together = [line for node in across for line in self._across(node)]
-        return [*lines, *together, *(["__syncthreads();"] if across else [])]
+        together = [line for node in cross_sequence for line in self._cross_sequence(node)]
+        return [*lines, *together, *(["__syncthreads();"] if cross_sequence else [])]
 
     def _sequences(self, q: int, batch: list[Node]) -> list[str]:
         """The loop; [] where the phase has nothing per sequence."""
@@ -164,7 +164,7 @@ class RowWork:
                 yield f"double {array}[{reduced}::ROOM];"
                 yield f"{reduced}::over_units(a.side{step.side}, a.sums{step.side}, row, {array});"
 
-    def _across(self, node: Node) -> list[str]:
+    def _cross_sequence(self, node: Node) -> list[str]:
         """The statement that computes, for every sequence, a value from others'."""
         columns = [f"a.columns + {self._plan.columns[n.id]} * rows" for n in (*node.args, node)]
         members = node.op.removeprefix("group_sum_").upper()
