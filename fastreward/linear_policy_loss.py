@@ -38,7 +38,7 @@ from fastreward._runtime.lm_head import (
     rows_of,
     scaling,
 )
-from fastreward._runtime.precomputed_grad import deliver
+from fastreward._runtime.precomputed_grad import with_precomputed_grad
 from fastreward.language.objective import gradient_program
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.losses import Loss, ppo
@@ -247,11 +247,11 @@ def linear_policy_loss(
         call.check_results(found, lambda: {"hidden": packed.spread(logprobs).reshape(labels.shape)})
     grads[0] = packed.spread(grads[0]).reshape(hidden.shape) if needs[0] else grads[0]
     wanted = [(x, grad) for x, grad, needed in zip(inputs, grads, needs, strict=True) if x is not None and needed]
-    delivered = deliver(
+    attached = with_precomputed_grad(
         "linear_policy_loss", found.loss, applied, backend, [grad for _, grad in wanted], [x for x, _ in wanted]
     )
     kept = packed.spread(found.token_loss).reshape(labels.shape) if return_token_loss else None
-    return PolicyLoss(delivered, Metrics(found.metrics, call.metrics), kept)
+    return PolicyLoss(attached, Metrics(found.metrics, call.metrics), kept)
 
 
 class _Packed:

@@ -27,7 +27,7 @@ from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime import logit_rows
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
-from fastreward._runtime.precomputed_grad import deliver
+from fastreward._runtime.precomputed_grad import with_precomputed_grad
 from fastreward.language.objective import gradient_program
 from fastreward.logprobs import token_logprobs
 from fastreward.losses import Loss, ppo
@@ -282,5 +282,5 @@ def _fused(
         )  # fmt: skip
     if check.values_checked(logits):
         call.check_results(found, lambda: {"logits": first})
-    delivered = deliver("logits_policy_loss", found.loss, applied, backend, [grad], [logits])
-    return PolicyLoss(delivered, Metrics(found.metrics, call.metrics), found.token_loss if call.token_loss else None)
+    attached = with_precomputed_grad("logits_policy_loss", found.loss, applied, backend, [grad], [logits])
+    return PolicyLoss(attached, Metrics(found.metrics, call.metrics), found.token_loss if call.token_loss else None)

@@ -1,4 +1,4 @@
-"""Gradients that were computed together with a loss: given to autograd once, at the scale that arrives."""
+"""Autograd node for a gradient computed in the forward; its backward rescales it and may run once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from fastreward._runtime.custom_op import custom_op, plain
 from fastreward._runtime.dispatch import implementation
 
 
-def deliver(
+def with_precomputed_grad(
     name: str, loss: Tensor, applied: Tensor, backend: str, grads: list[Tensor], inputs: list[Tensor]
 ) -> Tensor:
     """`loss`, whose backward gives each of `inputs` its gradient; these were made for an upstream one of `applied`."""
-    delivered: Tensor = _Deliver.apply(name, loss, applied, backend, grads, *inputs)  # type: ignore[no-untyped-call]
-    return delivered
+    attached: Tensor = _PrecomputedGrad.apply(  # type: ignore[no-untyped-call]
+        name, loss, applied, backend, grads, *inputs
+    )
+    return attached
 
 
-class _Deliver(torch.autograd.Function):
+class _PrecomputedGrad(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, name: str, loss: Tensor, applied: Tensor, backend: str, grads: list[Tensor], *_: Tensor
