@@ -55,7 +55,7 @@ def _summed(node: Node, x: Node, arg: Node) -> Node:
 
 def _row(g: Node, y: Node) -> Node:
     """A gradient once a sequence, also where it is the same for all; 0 for empty ones, whose extremes are infinite."""
-    return where(y.graph.counted(), g, 0.0)
+    return where(y.graph.valid(), g, 0.0)
 
 
 def _over(op: str) -> Derivative:

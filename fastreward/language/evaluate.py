@@ -50,8 +50,8 @@ def evaluate(
     if value.level == Level.TOKEN:
         tokens = torch.where(masks[value.side], result, 0.0)
         return tokens.reshape(()) if numbers else tokens.squeeze(-1) if single[value.side] else tokens
-    counted = torch.stack([side.any(-1) for side in masks]).any(0)
-    rows = torch.where(counted, result.expand(masks[0].shape[0], 1).squeeze(-1), 0.0)
+    valid = torch.stack([side.any(-1) for side in masks]).any(0)
+    rows = torch.where(valid, result.expand(masks[0].shape[0], 1).squeeze(-1), 0.0)
     return rows.reshape(()) if numbers else rows
 
 
@@ -83,7 +83,7 @@ def _per_token(loss: TracedLoss, term: str, side: int) -> bool:
 
 
 def _masks(loss: TracedLoss, mask: Any, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], list[bool]]:
-    """The counted tokens of each side, bool [B, T], everything where none are given.
+    """The valid tokens of each side, bool [B, T], everything where none are given.
 
     And of each side whether it has one token a sequence because neither a mask nor any [B, T] says otherwise.
     """

@@ -34,35 +34,35 @@ def clip(x: Value, low: Value | None = None, high: Value | None = None) -> Node:
 # -------------------------------------------------------------------------------------- over the tokens of a sequence
 # What is the same for all tokens of a sequence may be given too: its mean is itself, its sum is length times it.
 def seq_sum(x: Node) -> Node:
-    """Sum over the counted tokens."""
+    """Sum over the valid tokens."""
     graph = graph_of("seq_sum", x)
     return graph.reduce("seq_sum", _number(x)) if x.level == Level.TOKEN else x * graph.length(x.side)
 
 
 def seq_mean(x: Node) -> Node:
-    """Mean over the counted tokens; 0 where there are none."""
+    """Mean over the valid tokens; 0 where there are none."""
     graph = graph_of("seq_mean", x)
     return seq_sum(x) / maximum(graph.length(x.side), 1.0) if x.level == Level.TOKEN else x
 
 
 def seq_max(x: Node) -> Node:
-    """Largest over the counted tokens, -inf where there are none; the gradient is shared among equals."""
+    """Largest over the valid tokens, -inf where there are none; the gradient is shared among equals."""
     graph = graph_of("seq_max", x)
     return graph.reduce("seq_max", _number(x)) if x.level == Level.TOKEN else x
 
 
 def seq_min(x: Node) -> Node:
-    """Smallest over the counted tokens, inf where there are none; the gradient is shared among equals."""
+    """Smallest over the valid tokens, inf where there are none; the gradient is shared among equals."""
     graph = graph_of("seq_min", x)
     return graph.reduce("seq_min", _number(x)) if x.level == Level.TOKEN else x
 
 
 # ----------------------------------------------------------------------------------- over the sequences of the group
-# Sequences without a counted token do not count.
+# Sequences without a valid token do not count.
 def group_sum(x: Value, graph: Nodes | None = None) -> Node:
     """Sum over the sequences of the own group."""
-    x, counted = _rows("group_sum", x, graph)
-    return x.graph.reduce("group_sum", where(counted, x, 0.0))
+    x, valid = _rows("group_sum", x, graph)
+    return x.graph.reduce("group_sum", where(valid, x, 0.0))
 
 
 def group_size(t: object) -> Node:
@@ -81,14 +81,14 @@ def group_mean(x: Node) -> Node:
 
 def group_max(x: Node) -> Node:
     """Largest over the sequences of the own group."""
-    x, counted = _rows("group_max", x)
-    return x.graph.reduce("group_max", where(counted, x, float("-inf")))
+    x, valid = _rows("group_max", x)
+    return x.graph.reduce("group_max", where(valid, x, float("-inf")))
 
 
 def group_min(x: Node) -> Node:
     """Smallest over the sequences of the own group."""
-    x, counted = _rows("group_min", x)
-    return x.graph.reduce("group_min", where(counted, x, float("inf")))
+    x, valid = _rows("group_min", x)
+    return x.graph.reduce("group_min", where(valid, x, float("inf")))
 
 
 def group_cumsum(x: Value, *, by: Node, reverse: bool = False) -> Node:
@@ -96,16 +96,16 @@ def group_cumsum(x: Value, *, by: Node, reverse: bool = False) -> Node:
 
     reverse: from oneself down to the smallest. Equal keys are in the order of the rows. No gradient goes to `by`.
     """
-    by, counted = _rows("group_cumsum", by)
+    by, valid = _rows("group_cumsum", by)
     x, _ = _rows("group_cumsum", x, by.graph)
     op = "group_sum_after" if reverse else "group_sum_before"
-    return by.graph.reduce(op, where(counted, x, 0.0), stop_gradient(by))
+    return by.graph.reduce(op, where(valid, x, 0.0), stop_gradient(by))
 
 
 def group_sum_others(x: Node) -> Node:
     """Sum over the other sequences of the own group."""
-    x, counted = _rows("group_sum_others", x)
-    return x.graph.reduce("group_sum_others", where(counted, x, 0.0))
+    x, valid = _rows("group_sum_others", x)
+    return x.graph.reduce("group_sum_others", where(valid, x, 0.0))
 
 
 def group_logsumexp(x: Node, *, by: Node | None = None, reverse: bool = False, others: bool = False) -> Node:
@@ -113,10 +113,10 @@ def group_logsumexp(x: Node, *, by: Node | None = None, reverse: bool = False, o
 
     x may be -inf: such a sequence adds nothing and gets gradient 0. Of nothing -inf, with gradient 0.
     """
-    x, counted = _rows("group_logsumexp", x)
+    x, valid = _rows("group_logsumexp", x)
     largest = stop_gradient(group_max(x))
     top = where(largest > float("-inf"), largest, 0.0)
-    grown = where(counted, exp(x - top), 0.0)
+    grown = where(valid, exp(x - top), 0.0)
     if others:
         total = group_sum_others(grown)
     else:
@@ -127,15 +127,15 @@ def group_logsumexp(x: Node, *, by: Node | None = None, reverse: bool = False, o
 
 # ------------------------------------------------------------------------------------------------ over the whole batch
 def batch_sum(x: Value, graph: Nodes | None = None) -> Node:
-    """Sum over the counted tokens of the batch; of what is per sequence, over its sequences with a counted token."""
+    """Sum over the valid tokens of the batch; of what is per sequence, over its sequences with a valid token."""
     if isinstance(x, Node) and x.level == Level.TOKEN:
         return batch_sum(seq_sum(x))
-    x, counted = _rows("batch_sum", x, graph)
-    return x.graph.reduce("batch_sum", where(counted, x, 0.0))
+    x, valid = _rows("batch_sum", x, graph)
+    return x.graph.reduce("batch_sum", where(valid, x, 0.0))
 
 
 def batch_mean(x: Node) -> Node:
-    """Mean over the counted tokens of the batch; of what is per sequence, over its sequences with a counted token."""
+    """Mean over the valid tokens of the batch; of what is per sequence, over its sequences with a valid token."""
     graph = graph_of("batch_mean", x)
     if x.level < Level.SEQUENCE:
         return x
@@ -144,15 +144,15 @@ def batch_mean(x: Node) -> Node:
 
 
 def batch_max(x: Node) -> Node:
-    """Largest over the counted tokens of the batch, or over its sequences."""
-    x, counted = _rows("batch_max", seq_max(x) if isinstance(x, Node) else x)
-    return x.graph.reduce("batch_max", where(counted, x, float("-inf")))
+    """Largest over the valid tokens of the batch, or over its sequences."""
+    x, valid = _rows("batch_max", seq_max(x) if isinstance(x, Node) else x)
+    return x.graph.reduce("batch_max", where(valid, x, float("-inf")))
 
 
 def batch_min(x: Node) -> Node:
-    """Smallest over the counted tokens of the batch, or over its sequences."""
-    x, counted = _rows("batch_min", seq_min(x) if isinstance(x, Node) else x)
-    return x.graph.reduce("batch_min", where(counted, x, float("inf")))
+    """Smallest over the valid tokens of the batch, or over its sequences."""
+    x, valid = _rows("batch_min", seq_min(x) if isinstance(x, Node) else x)
+    return x.graph.reduce("batch_min", where(valid, x, float("inf")))
 
 
 def batch_match(x: Node, y: Node) -> Node:
@@ -172,7 +172,7 @@ def _rows(name: str, x: Value, graph: Nodes | None = None) -> tuple[Node, Node]:
     node = graph.node(x)
     if node.level == Level.TOKEN:
         node.fail(f"{name} takes what is per sequence, got a per-token term; reduce it first, as in seq_mean(...)")
-    return _number(node), graph.counted()
+    return _number(node), graph.valid()
 
 
 _own = {name for name, x in vars().items() if isinstance(x, FunctionType) and x.__module__ == __name__}

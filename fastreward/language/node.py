@@ -251,11 +251,11 @@ class Nodes(ABC):
         raise TypeError(f"{origin()}: expected a term or a number, got {described(x)}")
 
     def length(self, side: int = 0) -> Node:
-        """Counted tokens of the sequence."""
+        """Valid tokens of the sequence."""
         return self.reduce("seq_count", side=side)
 
-    def counted(self) -> Node:
-        """Whether the sequence (the pair) has a counted token: others do not count in any mean."""
+    def valid(self) -> Node:
+        """Whether the sequence (the pair) has a valid token: others do not count in any mean."""
         tokens = self.length(0)
         for side in range(1, self.sides):
             tokens = tokens + self.length(side)

@@ -43,7 +43,7 @@ CALL_PARAMETERS: Final = ("call.width", "call.kl_coef", "call.entropy_coef")
 class Gradient:
     """Where the gradient for one differentiable input is: an output that holds it once a token, or once a sequence.
 
-    A gradient per sequence is that of each of its counted tokens, the aggregation's weight included.
+    A gradient per sequence is that of each of its valid tokens, the aggregation's weight included.
     """
 
     output: int
@@ -282,7 +282,7 @@ def _weighted(weight: Node, value: Node) -> Node:
     """The row's share of the loss. A value per sequence of an empty one may be anything: it must not count."""
     if value.level == Level.TOKEN:
         return weight * seq_sum(value)
-    return where(value.graph.counted(), weight * seq_sum(value), 0.0)
+    return where(value.graph.valid(), weight * seq_sum(value), 0.0)
 
 
 def _row_weight(graph: Graph, call: PolicyCall) -> Node:
@@ -378,11 +378,11 @@ def _assemble(
             kept.append(None)
         elif g.level == Level.TOKEN:
             kept.append(Gradient(add(g), True))
-        else:  # the same for every counted token of a sequence
+        else:  # the same for every valid token of a sequence
             row = g if weighted else g * weight
-            kept.append(Gradient(add(where(graph.counted(), row, 0.0)), False))
+            kept.append(Gradient(add(where(graph.valid(), row, 0.0)), False))
     token_loss = add(value if value.level == Level.TOKEN else _per_token(value)) if want_token_loss else None
-    row_weight = add(where(graph.counted(), weight, 0.0)) if not weighted else None
+    row_weight = add(where(graph.valid(), weight, 0.0)) if not weighted else None
     built = program(outputs, [total, *metrics.values()], graph.sides)
     first, second = (*kept, None)[:2]
     names, places = parameters(loss), sources(built, wanted)

@@ -281,7 +281,7 @@ def words(backend: Literal["triton", "cuda"]) -> frozenset[str]:
     return frozenset(re.findall(r"[A-Za-z_]\w*", called))
 
 
-#: Over the counted tokens of a sequence; seq_count has no argument.
+#: Over the valid tokens of a sequence; seq_count has no argument.
 SEQ_REDUCTIONS: Final = ("seq_count", "seq_sum", "seq_max", "seq_min")
 #: Over the sequences of the own group, given back to each of them. group_sum_before(x, key): over the members whose
 #: key is above one's own, of equal keys those in earlier rows, and oneself; group_sum_after: below, later, and oneself.

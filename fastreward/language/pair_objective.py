@@ -72,11 +72,11 @@ def _cached_pair(key: Key, call: PairCall) -> Objective:
             continue
         per_token = g.level == Level.TOKEN
         kept.append(Gradient(len(outputs), per_token))
-        outputs.append(g if per_token else where(lowered.counted(), g, 0.0))
+        outputs.append(g if per_token else where(lowered.valid(), g, 0.0))
     pair_loss = None
     if call.pair_loss:
         pair_loss = len(outputs)
-        outputs.append(where(lowered.counted(), value, 0.0))
+        outputs.append(where(lowered.valid(), value, 0.0))
     built = program(outputs, [total, *metrics.values()], sides=2)
     names, places = parameters(key.loss), sources(built, wanted)
     return Objective(built, names, places, tuple(metrics), (kept[0], kept[1]), pair_loss, None)

@@ -22,7 +22,7 @@ class TokenStep:
     """One pass over the tokens of one side.
 
     body: TOKEN operators, arguments first; an argument of a lower level is one value for the whole sequence.
-    reduce: seq_* nodes over counted tokens, each one SEQUENCE value. store: (index of `Program.outputs`, node) pairs;
+    reduce: seq_* nodes over valid tokens, each one SEQUENCE value. store: (index of `Program.outputs`, node) pairs;
     tokens that are masked out get 0.
     """
 

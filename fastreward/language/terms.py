@@ -120,7 +120,7 @@ class Terms(_Inputs):
 
     logprob, old_logprob, ref_logprob, rollout_logprob, entropy, weight: as passed to the call. advantage: per token or
     per sequence. log_ratio: logprob - old_logprob. ratio: exp(log_ratio), the log-ratio clamped to +-20. length:
-    counted tokens, per sequence. extra(name): the caller's own. Gradients flow through logprob and entropy.
+    valid tokens, per sequence. extra(name): the caller's own. Gradients flow through logprob and entropy.
     """
 
     NAMES: Final = (*_SOURCES, "log_ratio", "ratio", "length", "extra", "report")
@@ -148,11 +148,11 @@ class Terms(_Inputs):
 
     @property
     def length(self) -> Node:
-        """Counted tokens of the sequence."""
+        """Valid tokens of the sequence."""
         return self.graph.length(self._side)
 
     def report(self, **values: Node) -> None:
-        """Adds metrics: the mean of each value over the counted tokens, of a sequence's over the sequences."""
+        """Adds metrics: the mean of each value over the valid tokens, of a sequence's over the sequences."""
         self.reports |= _reported(self.graph, values, tuple(n for n in METRICS if n not in CLIP_FRACTIONS))
 
     def __getattr__(self, name: str) -> Node:
@@ -164,7 +164,7 @@ class Terms(_Inputs):
 class Side(_Inputs):
     """Terms of one side of a pair, per token: logprob, ref_logprob, weight, log_ratio = logprob - ref_logprob.
 
-    length: counted tokens of that side, per pair. Gradients flow through logprob.
+    length: valid tokens of that side, per pair. Gradients flow through logprob.
     """
 
     NAMES: Final = (*_PAIR_SOURCES, "log_ratio", "length", "extra")
@@ -187,7 +187,7 @@ class Side(_Inputs):
 
     @property
     def length(self) -> Node:
-        """Counted tokens of this side."""
+        """Valid tokens of this side."""
         return self.graph.length(self._side)
 
     def __getattr__(self, name: str) -> Node:

@@ -93,15 +93,15 @@ class _Correction:
         return self.graph.reduce("batch_sum", x) / self.parameter("rows")
 
     def over_tokens(self, x: Node) -> Node:
-        """Mean over the counted tokens; what is per sequence counts for each of its tokens."""
+        """Mean over the valid tokens; what is per sequence counts for each of its tokens."""
         return batch_sum(seq_sum(x)) / maximum(batch_sum(self.length), 1.0)
 
     def deviation(self, x: Node) -> Node:
-        """Standard deviation over the counted tokens, ddof 0."""
+        """Standard deviation over the valid tokens, ddof 0."""
         return sqrt(self.over_tokens((x - self.over_tokens(x)) ** 2))
 
     def any_token(self, condition: Node) -> Node:
-        """1 for sequences with a counted token where the condition holds, else 0."""
+        """1 for sequences with a valid token where the condition holds, else 0."""
         if condition.level == Level.TOKEN:
             return maximum(seq_max(_one(condition)), 0.0)
         return where(self.length > 0.0, _one(condition), 0.0)

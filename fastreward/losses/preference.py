@@ -1,6 +1,6 @@
 """Preference losses: DPO, its variants and its kin, each one value per pair, for `preference_loss`.
 
-S is a sequence's sum of logprob - ref_logprob over its counted tokens, times chosen_weights or rejected_weights where
+S is a sequence's sum of logprob - ref_logprob over its valid tokens, times chosen_weights or rejected_weights where
 the call gives them; L is the number of those tokens (at least 1), _w the chosen side, _l the rejected one. An empty
 side has S = 0. "Code" in a docstring means: formula read in that code; "paper": in the paper's text; "notes": only in
 third-party notes that quote it.
@@ -143,8 +143,8 @@ def _nca_pair(x: _Scores) -> Node:
 
 def _matched(x: _Scores, own: Node, other: Node) -> Node:
     """Sigmoid loss of `own` against the `other` of the same rank in the batch; pairs that do not count come last."""
-    counted = x.t.graph.counted()
-    last = (where(counted, value, math.inf) for value in (own, other))
+    valid = x.t.graph.valid()
+    last = (where(valid, value, math.inf) for value in (own, other))
     return _soft_label(x.beta * (own - batch_match(*last)), x.smoothing)
 
 
@@ -303,9 +303,9 @@ def ld_dpo_weights(chosen_mask: Tensor, rejected_mask: Tensor, ld_alpha: float) 
     chosen, rejected = chosen_mask != 0, rejected_mask != 0
     shorter = torch.minimum(chosen.sum(-1), rejected.sum(-1)).unsqueeze(-1)
 
-    def weights(counted: Tensor) -> Tensor:
-        beyond = counted.cumsum(-1) > shorter
-        return torch.ones(counted.shape, device=counted.device).masked_fill_(beyond, ld_alpha)
+    def weights(valid: Tensor) -> Tensor:
+        beyond = valid.cumsum(-1) > shorter
+        return torch.ones(valid.shape, device=valid.device).masked_fill_(beyond, ld_alpha)
 
     return weights(chosen), weights(rejected)
 

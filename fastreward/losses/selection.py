@@ -32,7 +32,7 @@ def cov_mask(
 ) -> Tensor:
     """Tokens whose log-prob moves most with their advantage: bool in the shape of logprobs, for extra["selected"].
 
-    cov = (A - mean A)(logprob - mean logprob) over the counted tokens. At most max(1, floor(share * tokens)) of them:
+    cov = (A - mean A)(logprob - mean logprob) over the valid tokens. At most max(1, floor(share * tokens)) of them:
     "kl" those with the largest cov; "clip" a random choice among those with cov_low < cov < cov_high that PPO's clip
     leaves alone (old_logprobs, clip_low, clip_high), drawn from `generator`.
 
@@ -53,21 +53,21 @@ def cov_mask(
     check.positive("share", share)
     x = check.tensor("logprobs", logprobs)
     given = check.mask(mask, "logprobs", x)
-    counted = torch.ones_like(x, dtype=torch.bool) if given is None else given != 0
+    valid = torch.ones_like(x, dtype=torch.bool) if given is None else given != 0
     a = check.tensor("advantages", advantages)
     a = a.unsqueeze(-1) if a.ndim == 1 and x.ndim == 2 else a
-    a, x = (torch.where(counted, v.double(), 0.0) for v in (a.expand_as(x), x))
-    tokens = counted.sum()
+    a, x = (torch.where(valid, v.double(), 0.0) for v in (a.expand_as(x), x))
+    tokens = valid.sum()
     cov = (a - a.sum() / tokens.clamp(min=1)) * (x - x.sum() / tokens.clamp(min=1))
     limit = (share * tokens.double()).floor().clamp(min=1)
     if method == "kl":
-        return _first(torch.where(counted, -cov, math.inf), limit) & counted
+        return _first(torch.where(valid, -cov, math.inf), limit) & valid
     if old_logprobs is None:
         raise ValueError("old_logprobs: needed for method='clip', which passes over tokens that PPO clips already")
     check.shape("old_logprobs", check.tensor("old_logprobs", old_logprobs), x.shape, "as logprobs")
-    ratio = torch.exp(x - torch.where(counted, old_logprobs.double(), 0.0))
+    ratio = torch.exp(x - torch.where(valid, old_logprobs.double(), 0.0))
     clipped = ((ratio > 1 + clip_high) & (a > 0)) | ((ratio < 1 - clip_low) & (a < 0))
-    candidates = counted & ~clipped & (cov > cov_low) & (cov < cov_high)
+    candidates = valid & ~clipped & (cov > cov_low) & (cov < cov_high)
     lots = torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=generator)
     return _first(torch.where(candidates, lots, math.inf), limit) & candidates
 

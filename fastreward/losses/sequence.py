@@ -1,9 +1,9 @@
 """Policy losses per sequence, and per group of sequences.
 
-d = logprob - old_logprob, L = a sequence's counted tokens, A = advantage. A loss over groups gives every sequence the
+d = logprob - old_logprob, L = a sequence's valid tokens, A = advantage. A loss over groups gives every sequence the
 loss of its group: with group-mean, which these losses were published with, the batch's loss is the mean over groups
 whatever their sizes. Those that learn from rewards rather than advantages take them as `advantages`. A sequence without
-a counted token belongs to no group.
+a valid token belongs to no group.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Methods whose loss is one value per pair of a chosen and a rejected response.
 
-S = sum of logprobs - ref_logprobs over a response's counted tokens, L their number, _w the chosen response, _l the
+S = sum of logprobs - ref_logprobs over a response's valid tokens, L their number, _w the chosen response, _l the
 rejected one, z = beta (S_w - S_l). Every recipe takes the arguments of `fastreward.preference_loss`, passes its options
 on and returns what it returns; parameters have their published values.
 """

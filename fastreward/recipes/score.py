@@ -262,7 +262,7 @@ def sdpo_topk(
     logprobs, teacher_logprobs [B, T, k]: log-probs of the student's k likeliest ids (k = 100 in the paper), as
     `token_logprobs(..., token_ids=...)` gives them. mask, weights [B, T]: tokens that count; factors, such as the
     clipped importance weight of the sampled token. alpha 0: KL(teacher || student), 1: KL(student || teacher). tail:
-    what the k ids leave is one id more, else both sides are renormalised. Mean over the counted tokens, or divided by
+    what the k ids leave is one id more, else both sides are renormalised. Mean over the valid tokens, or divided by
     normalizer; each token is a sequence of k to the operation, so its metrics count ids.
     """
     if logprobs.ndim != 3:

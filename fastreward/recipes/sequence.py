@@ -1,6 +1,6 @@
 """Methods whose loss is one value per sequence, or per group of sequences.
 
-d = logprobs - old_logprobs, lp = logprobs, A = advantages, R = rewards, L = a sequence's counted tokens. Every recipe
+d = logprobs - old_logprobs, lp = logprobs, A = advantages, R = rewards, L = a sequence's valid tokens. Every recipe
 takes the arguments of `fastreward.policy_loss`, passes its options on and returns what it returns; parameters have
 their published values. Methods over groups need group_ids or group_size. A response whose reward is NaN was not scored,
 and is left out.

@@ -117,9 +117,9 @@ class Values:
         if node.level < 2 or not any(x.requires_grad for x in args):
             result: Tensor = operator(*args)
             return result
-        counted = self._masks[node.side] if node.level == 3 else self._rows
+        valid = self._masks[node.side] if node.level == 3 else self._rows
         value = operator(*(x.detach() for x in args))
-        return torch.where(counted, operator(*(torch.where(counted, x, torch.ones_like(x)) for x in args)), value)
+        return torch.where(valid, operator(*(torch.where(valid, x, torch.ones_like(x)) for x in args)), value)
 
     def _input(self, node: Any) -> Tensor:
         x = self._inputs[node.name, node.side].to(self._dtype)
@@ -176,16 +176,16 @@ def run(
         (node.name, node.side): rows[node.side].padded(x) if node.level == 3 else x
         for node, x in zip(program.inputs, inputs, strict=True)
     }
-    values = Values(given, [r.counted for r in rows], groups)
+    values = Values(given, [r.valid for r in rows], groups)
     for node, value in zip(program.scalars, scalars, strict=True):
         values.set(node, value)
     outputs = []
     for node in program.outputs:
         x = values.of(node)
         if node.level == 3:
-            outputs.append(rows[node.side].flat(torch.where(rows[node.side].counted, x, 0.0)).float())
+            outputs.append(rows[node.side].flat(torch.where(rows[node.side].valid, x, 0.0)).float())
         else:
-            outputs.append(x.expand(len(rows[0].counted), 1).squeeze(-1).float())
+            outputs.append(x.expand(len(rows[0].valid), 1).squeeze(-1).float())
     batch = [values.of(node).reshape(()) for node in program.batch]
     return outputs, torch.stack(batch).float() if batch else torch.zeros(0)
 
@@ -201,7 +201,7 @@ class _Rows:
             lengths = side.cu_seqlens.diff()
             width = int(lengths.max()) if len(lengths) else 0
             self.inside = torch.arange(width, device=device) < lengths.unsqueeze(-1)
-        self.counted = self.padded(mask)
+        self.valid = self.padded(mask)
 
     def padded(self, x: Tensor) -> Tensor:
         return x if self.inside is None else x.new_zeros(self.inside.shape).masked_scatter(self.inside, x)
@@ -221,7 +221,7 @@ def scale(saved: Tensor, row_weight: Tensor | None, grad_loss: Tensor, tokens: A
 
 
 def broadcast_to_tokens(sequence_values: Tensor, grad_loss: Tensor, tokens: Any) -> Tensor:
-    """sequence_values of the token's row * grad_loss on counted tokens, 0 elsewhere; a 0 stays 0."""
+    """sequence_values of the token's row * grad_loss on valid tokens, 0 elsewhere; a 0 stays 0."""
     rows = _Rows(tokens, [sequence_values])
     values = torch.where(sequence_values == 0, 0.0, sequence_values.double() * grad_loss.double()).unsqueeze(-1)
-    return rows.flat(torch.where(rows.counted, values, 0.0)).float()
+    return rows.flat(torch.where(rows.valid, values, 0.0)).float()

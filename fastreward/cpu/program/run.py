@@ -62,7 +62,7 @@ def scale(
 
 
 def broadcast_to_tokens(sequence_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
-    """sequence_values [B] times grad_loss on counted tokens, 0 elsewhere; f32 in the tokens' shape."""
+    """sequence_values [B] times grad_loss on valid tokens, 0 elsewhere; f32 in the tokens' shape."""
     out = empty(tokens.shape, torch.float32)
     _core.program_broadcast_to_tokens(
         _tokens(tokens), sequence_values.data_ptr(), float(grad_loss), out.data_ptr(), torch.get_num_threads()

@@ -139,7 +139,7 @@ def beside_tokens(tree: PrefixTree, row_values: Tensor) -> Tensor:
 
 
 def whitened(advantages: Tensor, counted: Tensor, rewards: Tensor) -> Tensor:
-    """Zero mean and unit variance over the counted tokens; as they are (0) where no sequence was scored."""
+    """Zero mean and unit variance over the valid tokens; as they are (0) where no sequence was scored."""
     if check.values_checked(rewards) and bool(rewards.isnan().all()):
         return advantages
     return whiten(advantages, counted)

@@ -170,7 +170,7 @@ class TestNumbers:
                 close(a, b, 1e-6, 1e-6)
 
     def test_tokens_and_rows_without_any(self) -> None:
-        """Extremes of nothing are infinite, sums 0; also where a row has room but no counted token."""
+        """Extremes of nothing are infinite, sums 0; also where a row has room but no valid token."""
         g = Graph()
         x = g.input("x", T)
         reduced = [g.reduce(op, x) for op in ("seq_sum", "seq_min", "seq_max")]

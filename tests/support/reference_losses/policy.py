@@ -3,9 +3,9 @@
 Token losses take lp, old, adv and mask [B, T] and give the loss of each token [B, T], before mask and aggregation;
 sequence losses give [B]; group losses also take groups, integers [B], and give every row the loss of its group, so
 that a mean over rows is the mean over groups of one size. What a mask leaves out (NaN included) counts nowhere, and a
-row without a counted token belongs to no group. lp alone carries a gradient.
+row without a valid token belongs to no group. lp alone carries a gradient.
 
-Notation: d = lp - old, r = exp(d), A = adv, L = a row's counted tokens, sg = stop-gradient. Every ratio is made from d
+Notation: d = lp - old, r = exp(d), A = adv, L = a row's valid tokens, sg = stop-gradient. Every ratio is made from d
 clamped to +-log_ratio_clamp, gradient 0 outside (None: not clamped). Formulas: formulas/losses_advantages_likelihood.md
 (section numbers below) and the code paths named there.
 """
@@ -210,7 +210,7 @@ def kl_cov(
 
 
 def covariance(lp: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
-    """(A - mean A)(lp - mean lp) over the batch's counted tokens, [B, T]."""
+    """(A - mean A)(lp - mean lp) over the batch's valid tokens, [B, T]."""
     m, tokens = (mask != 0).double(), count(mask).sum().clamp(min=1)
     a, x = clean(mask, adv), clean(mask, lp.detach())
     return (a - a.sum() / tokens) * (x - x.sum() / tokens) * m
