@@ -376,7 +376,7 @@ def test_a_compiled_function_tells_losses_apart() -> None:
 
 
 def test_formulas_tell_losses_apart() -> None:
-    def twin() -> Any:
+    def lookalike() -> Any:
         return define(lambda t, scale=1.0: scale * t.logprob)
 
     different = [
@@ -386,8 +386,8 @@ def test_formulas_tell_losses_apart() -> None:
         losses.ppo(clip_low=torch.tensor(0.1)),
         losses.ppo(clip_low=torch.tensor([0.1])),
         losses.psr(),
-        twin()(),
-        twin()(),
+        lookalike()(),
+        lookalike()(),
     ]
     assert len({x.formula for x in different}) == len(different)
     assert losses.ppo(0.1).formula == losses.ppo(0.2).formula

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_losses import policy as twin
+from reference_losses import policy as reference
 from torch import Tensor
 
 import fastreward as fr
@@ -111,7 +111,7 @@ def test_vespo_clamps_tokens_sequences_and_weights(gaps: list[float], weighted: 
     _, found = gradient(losses.vespo(), lp, old, adv, weights=weights)
     double = lp.double().requires_grad_()
     mask = torch.ones(1, 3, dtype=torch.bool)
-    expected = twin.vespo(double, old.double(), adv.double(), mask, is_weight=weights)
+    expected = reference.vespo(double, old.double(), adv.double(), mask, is_weight=weights)
     near(found, torch.autograd.grad(expected.sum(), double)[0])
 
 
@@ -139,7 +139,7 @@ def test_sdpo_topk_over_all_of_the_vocabulary(alpha: float) -> None:
     )
     result.loss.backward()
     double, mask = student.double().requires_grad_(), torch.ones(5, 7, dtype=torch.bool)
-    expected = twin.sdpo_topk(double, None, None, mask, teacher=teacher.double(), alpha=alpha).mean()
+    expected = reference.sdpo_topk(double, None, None, mask, teacher=teacher.double(), alpha=alpha).mean()
     torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=1e-4, atol=1e-6)
     (wanted,) = torch.autograd.grad(expected, double)
     assert leaf.grad is not None

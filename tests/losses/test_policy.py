@@ -1,4 +1,4 @@
-"""The policy losses of the language against their written-out twins: values, gradients, and the cases that hurt."""
+"""The policy losses of the language against their references, written out: values, gradients, hard cases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_losses import policy as twin
+from reference_losses import policy as reference
 from torch import Tensor
 
 import fastreward
@@ -157,10 +157,10 @@ SCENES: dict[str, Callable[[], Batch]] = {
 # --------------------------------------------------------------------------------------------------------------- cases
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A loss, its twin on a batch, what the twin's advantages are, and what else the loss reads."""
+    """A loss, its reference on a batch, what the reference's advantages are, and what else the loss reads."""
 
     loss: Loss
-    twin: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
     reads: tuple[str, ...] = ()  # extras by the name of the batch's field
     advantage: str = "adv"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -173,7 +173,7 @@ class Case:
         return self.loss.name in {"real", "pacs", "jepo", "brain", "gdro"}
 
     def expected(self, b: Batch, weights: Tensor | None = None) -> Tensor:
-        """The twin's value, [B, T] or [B]."""
+        """The reference's value, [B, T] or [B]."""
         extras = {n: getattr(b, n) for n in self.reads}
         if self.groups:
             extras["groups"] = b.groups
@@ -181,126 +181,132 @@ class Case:
             extras["ref"] = b.ref
         if self.rollout:
             extras["is_weight"] = weights
-        return self.twin(b.lp, b.old, getattr(b, self.advantage), b.mask, **self.options, **extras)
+        return self.reference(b.lp, b.old, getattr(b, self.advantage), b.mask, **self.options, **extras)
 
     def extra(self, b: Batch) -> dict[str, Tensor]:
         return {"teacher_logprob" if n == "teacher" else n: getattr(b, n) for n in self.reads}
 
 
 CASES = {
-    "ppo": Case(token.ppo(0.2, 0.28), twin.ppo, options={"clip_high": 0.28}),
-    "ppo-dual": Case(token.ppo(dual_clip=3.0), twin.ppo, options={"dual_clip": 3.0}),
-    "ppo-delta": Case(token.ppo(delta=1.8), twin.ppo, options={"delta": 1.8}),
+    "ppo": Case(token.ppo(0.2, 0.28), reference.ppo, options={"clip_high": 0.28}),
+    "ppo-dual": Case(token.ppo(dual_clip=3.0), reference.ppo, options={"dual_clip": 3.0}),
+    "ppo-delta": Case(token.ppo(delta=1.8), reference.ppo, options={"delta": 1.8}),
     "ppo-clamp-5": Case(
-        token.ppo(dual_clip=2.0, log_ratio_clamp=5.0), twin.ppo, options={"dual_clip": 2.0, "log_ratio_clamp": 5.0}
+        token.ppo(dual_clip=2.0, log_ratio_clamp=5.0), reference.ppo, options={"dual_clip": 2.0, "log_ratio_clamp": 5.0}
     ),
     "ppo-unclamped": Case(
         token.ppo(log_ratio_clamp=None),
-        twin.ppo,
+        reference.ppo,
         options={"log_ratio_clamp": None},
         scenes=("ragged", "far", "advantage-0", "30"),
     ),
-    "psr": Case(token.psr(), twin.psr, advantage="reward"),
-    "nsr": Case(token.nsr(), twin.nsr, advantage="reward"),
-    "w_reinforce": Case(token.w_reinforce(), twin.w_reinforce, advantage="reward"),
+    "psr": Case(token.psr(), reference.psr, advantage="reward"),
+    "nsr": Case(token.nsr(), reference.nsr, advantage="reward"),
+    "w_reinforce": Case(token.w_reinforce(), reference.w_reinforce, advantage="reward"),
     "w_reinforce-0.3": Case(
         token.w_reinforce(0.3, 0.1, 0.4),
-        twin.w_reinforce,
+        reference.w_reinforce,
         advantage="reward",
         options={"positive_weight": 0.3, "clip_low": 0.1, "clip_high": 0.4},
     ),
-    "stable_reinforce": Case(token.stable_reinforce(), twin.stable_reinforce),
+    "stable_reinforce": Case(token.stable_reinforce(), reference.stable_reinforce),
     "stable_reinforce-code": Case(
-        token.stable_reinforce(advantage_filter="code"), twin.stable_reinforce, options={"advantage_filter": "code"}
+        token.stable_reinforce(advantage_filter="code"),
+        reference.stable_reinforce,
+        options={"advantage_filter": "code"},
     ),
     "stable_reinforce-none": Case(
         token.stable_reinforce(pre_clip=50.0, advantage_filter=None),
-        twin.stable_reinforce,
+        reference.stable_reinforce,
         options={"pre_clip": 50.0, "advantage_filter": None},
     ),
-    "visurf": Case(token.visurf(), twin.visurf, ("expert",)),
-    "tw_grpo": Case(token.tw_grpo(), twin.tw_grpo, ("importance",)),
-    "clip_cov": Case(token.clip_cov(), twin.clip_cov, ("selected",)),
-    "kl_cov": Case(token.kl_cov(0.7), twin.kl_cov, ("selected",), options={"kl_coef": 0.7}),
-    "sapo": Case(token.sapo(), twin.sapo),
-    "sapo-tau": Case(token.sapo(0.7, 1.6), twin.sapo, options={"tau_pos": 0.7, "tau_neg": 1.6}),
-    "reinforce": Case(score.reinforce(), twin.reinforce),
-    "gpg": Case(score.gpg(), twin.gpg),
-    "sft": Case(score.sft(), twin.sft),
-    "raft": Case(score.raft(), twin.raft),
-    "verifree": Case(score.verifree(), twin.verifree, ("answer", "reward")),
-    "cispo": Case(score.cispo(0.3, 0.5), twin.cispo, options={"clip_low": 0.3, "clip_high": 0.5}),
+    "visurf": Case(token.visurf(), reference.visurf, ("expert",)),
+    "tw_grpo": Case(token.tw_grpo(), reference.tw_grpo, ("importance",)),
+    "clip_cov": Case(token.clip_cov(), reference.clip_cov, ("selected",)),
+    "kl_cov": Case(token.kl_cov(0.7), reference.kl_cov, ("selected",), options={"kl_coef": 0.7}),
+    "sapo": Case(token.sapo(), reference.sapo),
+    "sapo-tau": Case(token.sapo(0.7, 1.6), reference.sapo, options={"tau_pos": 0.7, "tau_neg": 1.6}),
+    "reinforce": Case(score.reinforce(), reference.reinforce),
+    "gpg": Case(score.gpg(), reference.gpg),
+    "sft": Case(score.sft(), reference.sft),
+    "raft": Case(score.raft(), reference.raft),
+    "verifree": Case(score.verifree(), reference.verifree, ("answer", "reward")),
+    "cispo": Case(score.cispo(0.3, 0.5), reference.cispo, options={"clip_low": 0.3, "clip_high": 0.5}),
     "cispo-trl": Case(
-        score.cispo(clip_high=5.0, convention="trl"), twin.cispo, options={"clip_high": 5.0, "convention": "trl"}
+        score.cispo(clip_high=5.0, convention="trl"), reference.cispo, options={"clip_high": 5.0, "convention": "trl"}
     ),
     "cispo-tinker": Case(
         score.cispo(0.2, 4.0, convention="tinker"),
-        twin.cispo,
+        reference.cispo,
         options={"clip_low": 0.2, "clip_high": 4.0, "convention": "tinker"},
     ),
-    "dispo": Case(score.dispo(), twin.dispo),
+    "dispo": Case(score.dispo(), reference.dispo),
     "dispo-narrow": Case(
         score.dispo(0.1, 0.5, 0.6, 0.3),
-        twin.dispo,
+        reference.dispo,
         options={"pos_low": 0.1, "pos_high": 0.5, "neg_low": 0.6, "neg_high": 0.3},
     ),
-    "dppo_tv": Case(score.dppo_tv(0.05, 0.1), twin.dppo_tv, options={"low": 0.05, "high": 0.1}),
-    "dppo_kl": Case(score.dppo_kl(0.02, 0.05, 10.0), twin.dppo_kl, options={"low": 0.02, "high": 0.05, "cap": 10.0}),
-    "dro": Case(score.dro(0.3), twin.dro, options={"beta": 0.3}),
-    "vespo": Case(score.vespo(), twin.vespo, rollout=True),
+    "dppo_tv": Case(score.dppo_tv(0.05, 0.1), reference.dppo_tv, options={"low": 0.05, "high": 0.1}),
+    "dppo_kl": Case(
+        score.dppo_kl(0.02, 0.05, 10.0), reference.dppo_kl, options={"low": 0.02, "high": 0.05, "cap": 10.0}
+    ),
+    "dro": Case(score.dro(0.3), reference.dro, options={"beta": 0.3}),
+    "vespo": Case(score.vespo(), reference.vespo, rollout=True),
     "vespo-k": Case(
         score.vespo(1.5, 2.0, 2.5, 0.7),
-        twin.vespo,
+        reference.vespo,
         rollout=True,
         options={"k_pos": 1.5, "lambda_pos": 2.0, "k_neg": 2.5, "lambda_neg": 0.7},
     ),
-    "sdpo": Case(score.sdpo(), twin.sdpo, ("teacher",)),
-    "sdpo-plain": Case(score.sdpo(None), twin.sdpo, ("teacher",), options={"is_clip": None}),
-    "gspo": Case(sequence.gspo(0.03, 0.04), twin.gspo, options={"clip_low": 0.03, "clip_high": 0.04}),
+    "sdpo": Case(score.sdpo(), reference.sdpo, ("teacher",)),
+    "sdpo-plain": Case(score.sdpo(None), reference.sdpo, ("teacher",), options={"is_clip": None}),
+    "gspo": Case(sequence.gspo(0.03, 0.04), reference.gspo, options={"clip_low": 0.03, "clip_high": 0.04}),
     "gspo-unbounded": Case(
         sequence.gspo(0.1, 0.1, log_ratio_max=None),
-        twin.gspo,
+        reference.gspo,
         options={"clip_low": 0.1, "clip_high": 0.1, "log_ratio_max": None},
         scenes=("ragged", "far", "advantage-0", "30"),
     ),
-    "gspo_token": Case(sequence.gspo_token(0.03, 0.04), twin.gspo_token, options={"clip_low": 0.03, "clip_high": 0.04}),
-    "gmpo": Case(sequence.gmpo(), twin.gmpo, rollout=True),
+    "gspo_token": Case(
+        sequence.gspo_token(0.03, 0.04), reference.gspo_token, options={"clip_low": 0.03, "clip_high": 0.04}
+    ),
+    "gmpo": Case(sequence.gmpo(), reference.gmpo, rollout=True),
     "gmpo-unclamped": Case(
         sequence.gmpo(0.2, 0.3, log_ratio_clamp=None),
-        twin.gmpo,
+        reference.gmpo,
         rollout=True,
         options={"clip_low": 0.2, "clip_high": 0.3, "log_ratio_clamp": None},
         scenes=("ragged", "far", "advantage-0", "30"),
     ),
-    "laser": Case(sequence.laser(), twin.laser, ("score_token", "reward")),
+    "laser": Case(sequence.laser(), reference.laser, ("score_token", "reward")),
     "laser-ref": Case(
         sequence.laser(0.2, 0.8, None),
-        twin.laser,
+        reference.laser,
         ("score_token", "reward"),
         ref=True,
         options={"beta": 0.2, "temperature": 0.8, "constant": None},
     ),
-    "real": Case(sequence.real(), twin.real, advantage="reward"),
-    "real-centred": Case(sequence.real(0.8), twin.real, options={"tau": 0.8}),
-    "real-bce": Case(sequence.real(variant="bce"), twin.real, advantage="reward", options={"variant": "bce"}),
-    "pacs": Case(sequence.pacs(), twin.pacs, advantage="reward"),
+    "real": Case(sequence.real(), reference.real, advantage="reward"),
+    "real-centred": Case(sequence.real(0.8), reference.real, options={"tau": 0.8}),
+    "real-bce": Case(sequence.real(variant="bce"), reference.real, advantage="reward", options={"variant": "bce"}),
+    "pacs": Case(sequence.pacs(), reference.pacs, advantage="reward"),
     "pacs-mean": Case(
-        sequence.pacs(2.0, "mean"), twin.pacs, advantage="reward", options={"beta": 2.0, "method": "mean"}
+        sequence.pacs(2.0, "mean"), reference.pacs, advantage="reward", options={"beta": 2.0, "method": "mean"}
     ),
-    "pacs-std": Case(sequence.pacs(center="std"), twin.pacs, advantage="reward", options={"center": "std"}),
+    "pacs-std": Case(sequence.pacs(center="std"), reference.pacs, advantage="reward", options={"center": "std"}),
     "pacs-none": Case(
         sequence.pacs(center="none", balanced=False),
-        twin.pacs,
+        reference.pacs,
         advantage="reward",
         options={"center": "none", "balanced": False},
     ),
-    "jepo": Case(sequence.jepo(), twin.jepo, ("answer",)),
-    "jepo-0.2": Case(sequence.jepo(0.2), twin.jepo, ("answer",), options={"sft_coef": 0.2}),
-    "brain": Case(sequence.brain(), twin.brain, advantage="score"),
-    "brain-prior": Case(sequence.brain(0.4), twin.brain, advantage="score", ref=True, options={"gamma": 0.4}),
-    "gdro": Case(sequence.gdro(), twin.gdro, advantage="score", ref=True),
+    "jepo": Case(sequence.jepo(), reference.jepo, ("answer",)),
+    "jepo-0.2": Case(sequence.jepo(0.2), reference.jepo, ("answer",), options={"sft_coef": 0.2}),
+    "brain": Case(sequence.brain(), reference.brain, advantage="score"),
+    "brain-prior": Case(sequence.brain(0.4), reference.brain, advantage="score", ref=True, options={"gamma": 0.4}),
+    "gdro": Case(sequence.gdro(), reference.gdro, advantage="score", ref=True),
     "gdro-ties": Case(
-        sequence.gdro(0.5, 0.3), twin.gdro, advantage="reward", ref=True, options={"beta": 0.5, "tau": 0.3}
+        sequence.gdro(0.5, 0.3), reference.gdro, advantage="reward", ref=True, options={"beta": 0.5, "tau": 0.3}
     ),
 }
 ALL = [pytest.param(case, scene, id=f"{name}-{scene}") for name, case in CASES.items() for scene in case.scenes]
@@ -339,7 +345,7 @@ def evaluated(case: Case, b: Batch, weights: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize(("case", "scene"), ALL)
-def test_expression_is_the_twin(case: Case, scene: str) -> None:
+def test_expression_equals_its_reference(case: Case, scene: str) -> None:
     b = SCENES[scene]().double()
     for weights in (None, b.weights) if case.rollout else (None,):
         expected, found = case.expected(b, weights), evaluated(case, b, weights)
@@ -352,7 +358,7 @@ def test_expression_is_the_twin(case: Case, scene: str) -> None:
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     """Every element to `tolerance` of its own size, at least of 1."""
-    assert torch.isfinite(expected).all(), "the twin itself left the range"
+    assert torch.isfinite(expected).all(), "the reference itself left the range"
     error = (found.double() - expected).abs() / expected.abs().clamp(min=1.0)
     worst = error.max().item() if error.numel() else 0.0
     assert worst <= tolerance, (
@@ -406,7 +412,7 @@ def compare(found: tuple[Tensor, Tensor], expected: Tensor, b: Batch, double: Ba
     gradient = 0.7 * torch.autograd.grad(expected, double.lp)[0]
     assert torch.count_nonzero(found[1][~b.mask]) == 0, f"{what}: a gradient under the mask"
     for name, ours, theirs in (("loss", found[0], expected.detach()), ("gradient", found[1], gradient)):
-        assert torch.isfinite(theirs).all(), "the twin itself left the range"
+        assert torch.isfinite(theirs).all(), "the reference itself left the range"
         told = functools.partial("{}: {}: {}".format, what, name)
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=5e-6, msg=told)
 
@@ -482,10 +488,10 @@ def exact_log(ratio: float) -> float:
 
 
 CLIPPED = {
-    "ppo": (lambda low, high: token.ppo(low, high), twin.ppo),
-    "gspo_token": (lambda low, high: sequence.gspo_token(low, high), twin.gspo_token),
-    "gspo": (lambda low, high: sequence.gspo(low, high), twin.gspo),
-    "cispo": (lambda low, high: score.cispo(low, high), twin.cispo),
+    "ppo": (lambda low, high: token.ppo(low, high), reference.ppo),
+    "gspo_token": (lambda low, high: sequence.gspo_token(low, high), reference.gspo_token),
+    "gspo": (lambda low, high: sequence.gspo(low, high), reference.gspo),
+    "cispo": (lambda low, high: score.cispo(low, high), reference.cispo),
 }
 
 
@@ -527,7 +533,7 @@ def test_gmpo_at_its_edges(gap: float, backend: str) -> None:
     b = batch(seed=10)
     b.lp[b.mask], b.old[b.mask] = -1.0, -1.0 - gap
     double = b.double()
-    case = Case(sequence.gmpo(0.5, 0.5), twin.gmpo, options={"clip_low": 0.5, "clip_high": 0.5})
+    case = Case(sequence.gmpo(0.5, 0.5), reference.gmpo, options={"clip_low": 0.5, "clip_high": 0.5})
     expected = aggregate(case.expected(double), double, case.loss.aggregation)
     compare(run(case, b, backend), expected, b, double, "on an edge")
 
@@ -545,7 +551,7 @@ def test_clip_fractions_count_the_tokens_whose_gradient_is_cut(name: str, backen
         )
         result.loss.backward()
     assert lp.grad is not None
-    adv = twin.clean(b.mask, getattr(b, case.advantage)) - float(name == "nsr")
+    adv = reference.clean(b.mask, getattr(b, case.advantage)) - float(name == "nsr")
     cut = (lp.grad == 0) & b.mask
     for side, sign in (("low", -1), ("high", 1)):
         share = (cut & (adv.sign() == sign)).sum() / b.mask.sum()
@@ -560,7 +566,7 @@ def test_clip_fractions_count_the_tokens_whose_gradient_is_cut(name: str, backen
 def test_kl_terms(kind: str, scene: str, backend: str) -> None:
     b = SCENES[scene]()
     double = b.double()
-    estimator = twin.kl(
+    estimator = reference.kl(
         double.lp,
         double.old,
         double.adv,
@@ -570,7 +576,7 @@ def test_kl_terms(kind: str, scene: str, backend: str) -> None:
         convention="fastreward",
         bias_correction=kind.endswith("corrected"),
     )
-    case = Case(score.reinforce(), twin.reinforce)
+    case = Case(score.reinforce(), reference.reinforce)
     expected = aggregate(case.expected(double) + 0.3 * estimator, double, "token-mean")
     found = run(dataclasses.replace(case, ref=True), b, backend, "token-mean", kl=kind, kl_coef=0.3)
     compare(found, expected, b, double, kind)
@@ -594,7 +600,7 @@ def test_kl_in_the_trainers_conventions(convention: str, kind: Any, clamps: dict
         return kl(t, kind, **clamps)
 
     found = estimate().evaluate(mask=b.mask, logprob=b.lp, ref_logprob=b.ref)
-    expected = twin.kl(b.lp, b.old, b.adv, b.mask, ref=b.ref, kind=kind, convention=convention)
+    expected = reference.kl(b.lp, b.old, b.adv, b.mask, ref=b.ref, kind=kind, convention=convention)
     assert_near(found[b.mask], expected[b.mask], 1e-9)
     ours, theirs = (torch.autograd.grad(x[b.mask].sum(), b.lp)[0] for x in (found, expected))
     assert_near(ours[b.mask], theirs[b.mask], 1e-9)
@@ -625,7 +631,7 @@ def test_sdpo_topk(alpha: float, tail: bool, backend: str) -> None:
         )
         result.loss.backward()
     double = student.double().requires_grad_()
-    value = twin.sdpo_topk(
+    value = reference.sdpo_topk(
         double, None, None, mask, teacher=teacher.double(), alpha=alpha, tail=tail, is_weight=weights
     )
     expected = value[mask.any(-1)].mean()
@@ -638,16 +644,16 @@ def test_sdpo_topk(alpha: float, tail: bool, backend: str) -> None:
 def test_brain_of_two_with_a_clear_winner_is_dpo() -> None:
     b = batch(seed=11).double()
     b = dataclasses.replace(b, groups=torch.arange(8) // 2, score=torch.tensor([1e3, 0] * 4, dtype=torch.float64))
-    found = twin.brain(b.lp, b.old, b.score, b.mask, groups=b.groups)
-    s = twin.seq_sum(b.mask, twin.log_ratio(b.mask, b.lp, b.old))
+    found = reference.brain(b.lp, b.old, b.score, b.mask, groups=b.groups)
+    s = reference.seq_sum(b.mask, reference.log_ratio(b.mask, b.lp, b.old))
     assert found[0].item() == pytest.approx(-torch.nn.functional.logsigmoid(s[0] - s[1]).item())
 
 
 def test_gdro_of_two_with_a_clear_winner_is_dpo() -> None:
     b = batch(seed=11).double()
     b = dataclasses.replace(b, groups=torch.arange(8) // 2, score=torch.tensor([0.0, 1] * 4, dtype=torch.float64))
-    found = twin.gdro(b.lp, b.old, b.score, b.mask, groups=b.groups, ref=b.ref, beta=0.1, tau=1e-3)
-    s = 0.1 * twin.seq_sum(b.mask, twin.log_ratio(b.mask, b.lp, b.ref))
+    found = reference.gdro(b.lp, b.old, b.score, b.mask, groups=b.groups, ref=b.ref, beta=0.1, tau=1e-3)
+    s = 0.1 * reference.seq_sum(b.mask, reference.log_ratio(b.mask, b.lp, b.ref))
     assert found[0].item() == pytest.approx(-torch.nn.functional.logsigmoid(s[1] - s[0]).item())
 
 
@@ -679,9 +685,9 @@ def test_jepo_keeps_its_baseline_where_one_rollout_is_far_likelier() -> None:
 def test_kl_cov_selection(share: float) -> None:
     b = batch(seed=13)
     found = selection.cov_mask(b.lp, b.adv, b.mask, method="kl", share=share)
-    expected = twin.cov_mask(b.lp, b.old, b.adv, b.mask, method="kl", ratio=share)
+    expected = reference.cov_mask(b.lp, b.old, b.adv, b.mask, method="kl", ratio=share)
     assert torch.equal(found, expected)
-    assert found.sum() == twin.cov_count(b.mask, share)
+    assert found.sum() == reference.cov_count(b.mask, share)
 
 
 @pytest.mark.parametrize("share", [0.0002, 0.1, 1.0])
@@ -694,10 +700,10 @@ def test_clip_cov_selection(share: float) -> None:
         options = {"method": "clip", "share": share, "old_logprobs": b.old, "generator": generator, **bounds}
         return selection.cov_mask(b.lp, b.adv, b.mask, **options)
 
-    candidates = twin.cov_mask(b.lp, b.old, b.adv, b.mask, method="clip", **bounds)
+    candidates = reference.cov_mask(b.lp, b.old, b.adv, b.mask, method="clip", **bounds)
     assert 3 < candidates.sum() < b.mask.sum()
     found = draw(0)
-    assert found.sum() == min(twin.cov_count(b.mask, share), int(candidates.sum()))
+    assert found.sum() == min(reference.cov_count(b.mask, share), int(candidates.sum()))
     assert not (found & ~candidates).any()
     assert torch.equal(found, draw(0))
     if share < 1:
@@ -728,7 +734,7 @@ def test_tw_grpo_importance() -> None:
     mask = torch.arange(5) < torch.tensor([5, 3, 4, 5, 2, 1]).unsqueeze(-1)
     logprobs[~mask] = math.nan
     found = selection.tw_grpo_importance(logprobs, mask, group_size=3)
-    expected = twin.tw_grpo_importance(logprobs, mask, torch.arange(6) // 3)
+    expected = reference.tw_grpo_importance(logprobs, mask, torch.arange(6) // 3)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert found.amin() == 0
     assert found.amax() == pytest.approx(1, abs=1e-6)
@@ -771,5 +777,5 @@ def test_parameters_are_run_time_scalars() -> None:
     widths = torch.linspace(0.1, 0.4, len(b.groups))
     found = token.ppo(clip_high=widths).evaluate(mask=b.mask, logprob=b.lp, old_logprob=b.old, advantage=b.adv)
     for row, width in enumerate(widths.tolist()):
-        expected = twin.ppo(b.lp, b.old, b.adv, b.mask, clip_high=width)
+        expected = reference.ppo(b.lp, b.old, b.adv, b.mask, clip_high=width)
         torch.testing.assert_close(found[row][b.mask[row]], expected[row][b.mask[row]])

@@ -1,4 +1,4 @@
-"""The preference losses of the language against their float64 twins: values, gradients, options, messages."""
+"""The preference losses of the language against their float64 references: values, gradients, options, messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_losses import preference as twins
+from reference_losses import preference as reference
 from torch import Tensor
 
 import fastreward
@@ -25,13 +25,13 @@ Data = dict[str, Tensor]
 # -------------------------------------------------------------------------------------------------------------- cases
 @dataclass(frozen=True)
 class Case:
-    """A loss, its twin with the same parameters, and the extras that they read.
+    """A loss, its reference with the same parameters, and the extras that they read.
 
     token_extras: per side, by name. pair_extras: their makers. weighted: with token weights.
     """
 
     loss: Loss
-    twin: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
     token_extras: tuple[str, ...] = ()
     pair_extras: dict[str, Callable[[int], Tensor]] = field(default_factory=dict)
@@ -48,7 +48,7 @@ def chosen_pairs(count: int) -> Tensor:
 
 
 def dpo_case(**settings: Any) -> Case:
-    return Case(preference.dpo(**settings), twins.dpo, settings)
+    return Case(preference.dpo(**settings), reference.dpo, settings)
 
 
 WIN_RATES = {"win_rate_chosen": share, "win_rate_rejected": share}
@@ -57,7 +57,7 @@ CASES: dict[str, Case] = {
     **{
         f"dpo-{variant}": dpo_case(variant=variant, **settings)
         for variant, settings in {
-            **{name: {} for name in twins.VARIANTS if name != "exo_pair"},
+            **{name: {} for name in reference.VARIANTS if name != "exo_pair"},
             "exo_pair": {"label_smoothing": 1e-3},
         }.items()
     },
@@ -67,50 +67,50 @@ CASES: dict[str, Case] = {
     "dpo-mean": dpo_case(length_normalize=True, beta=2.0),
     **{
         f"dpo-{variant}-{divergence}": dpo_case(variant=variant, f_divergence=divergence)
-        for divergence in twins.F_DIVERGENCES[1:]
+        for divergence in reference.F_DIVERGENCES[1:]
         for variant in ("sigmoid", "sigmoid_norm", "hinge")
     },
     "dpo-alpha-1": dpo_case(f_divergence="alpha", alpha=1.0),
     "dpo-alpha-2": dpo_case(f_divergence="alpha", alpha=2.0),
     "dpo-aot-smoothed": dpo_case(variant="aot", label_smoothing=0.2),
-    "dpo-weighted": Case(preference.dpo(), twins.dpo, weighted=True),
-    "dpo-weighted-aot": Case(preference.dpo(variant="aot"), twins.dpo, {"variant": "aot"}, weighted=True),
+    "dpo-weighted": Case(preference.dpo(), reference.dpo, weighted=True),
+    "dpo-weighted-aot": Case(preference.dpo(variant="aot"), reference.dpo, {"variant": "aot"}, weighted=True),
     "dpo-weighted-mean": Case(
-        preference.dpo(length_normalize=True), twins.dpo, {"length_normalize": True}, weighted=True
+        preference.dpo(length_normalize=True), reference.dpo, {"length_normalize": True}, weighted=True
     ),
-    "dpo-wpo": Case(preference.dpo(wpo=True), twins.dpo, token_extras=("log_sum_sq_probs",)),
-    "simpo": Case(preference.simpo(), twins.simpo),
-    "simpo-hinge": Case(preference.simpo(variant="hinge"), twins.simpo, {"variant": "hinge"}),
+    "dpo-wpo": Case(preference.dpo(wpo=True), reference.dpo, token_extras=("log_sum_sq_probs",)),
+    "simpo": Case(preference.simpo(), reference.simpo),
+    "simpo-hinge": Case(preference.simpo(variant="hinge"), reference.simpo, {"variant": "hinge"}),
     "simpo-sft": Case(
         preference.simpo(2.5, 1.4, label_smoothing=0.1, sft_weight=0.3),
-        twins.simpo,
+        reference.simpo,
         {"beta": 2.5, "gamma": 1.4, "label_smoothing": 0.1, "sft_weight": 0.3},
     ),
-    "rpo": Case(preference.rpo(), twins.rpo),
-    "cdpo": Case(preference.cdpo(), twins.cdpo),
-    "cdpo-weighted": Case(preference.cdpo(), twins.dpo, {"label_smoothing": 0.1}, weighted=True),
-    "cream": Case(preference.cream(), twins.cream, pair_extras={"consistency": share}),
-    "dno": Case(preference.dno(), twins.dno, pair_extras=WIN_RATES),
+    "rpo": Case(preference.rpo(), reference.rpo),
+    "cdpo": Case(preference.cdpo(), reference.cdpo),
+    "cdpo-weighted": Case(preference.cdpo(), reference.dpo, {"label_smoothing": 0.1}, weighted=True),
+    "cream": Case(preference.cream(), reference.cream, pair_extras={"consistency": share}),
+    "dno": Case(preference.dno(), reference.dno, pair_extras=WIN_RATES),
     "mm_dpo": Case(
         preference.mm_dpo(weight=0.5, sft_weight=0.2),
-        twins.mm_dpo,
+        reference.mm_dpo,
         {"weight": 0.5, "sft_weight": 0.2},
         pair_extras={"margin_factor": share},
     ),
     "mm_dpo-floor": Case(
-        preference.mm_dpo(weight=5.0), twins.mm_dpo, {"weight": 5.0}, pair_extras={"margin_factor": torch.randn}
+        preference.mm_dpo(weight=5.0), reference.mm_dpo, {"weight": 5.0}, pair_extras={"margin_factor": torch.randn}
     ),
     "mm_dpo-implicit": Case(
-        preference.mm_dpo(implicit_beta=True), twins.mm_dpo, pair_extras={"selected": chosen_pairs}
+        preference.mm_dpo(implicit_beta=True), reference.mm_dpo, pair_extras={"selected": chosen_pairs}
     ),
-    "sppo": Case(preference.sppo(), twins.sppo, pair_extras=WIN_RATES),
-    "gpo": Case(preference.gpo(beta=0.1), twins.gpo, {"beta": 0.1}, pair_extras=SCORES),
-    "mah_dpo": Case(preference.mah_dpo(), twins.mah_dpo, groups=True),
-    "tgdpo": Case(preference.tgdpo(), twins.tgdpo, token_extras=("rm_logprob",)),
-    "treg": Case(preference.treg(), twins.treg, token_extras=("better_logprob", "worse_logprob")),
+    "sppo": Case(preference.sppo(), reference.sppo, pair_extras=WIN_RATES),
+    "gpo": Case(preference.gpo(beta=0.1), reference.gpo, {"beta": 0.1}, pair_extras=SCORES),
+    "mah_dpo": Case(preference.mah_dpo(), reference.mah_dpo, groups=True),
+    "tgdpo": Case(preference.tgdpo(), reference.tgdpo, token_extras=("rm_logprob",)),
+    "treg": Case(preference.treg(), reference.treg, token_extras=("better_logprob", "worse_logprob")),
     "treg-simpo": Case(
         preference.treg(alpha=0.5, base="simpo", beta=2.0, gamma=0.5),
-        twins.treg,
+        reference.treg,
         {"alpha": 0.5, "base": "simpo", "beta": 2.0, "gamma": 0.5},
         token_extras=("better_logprob", "worse_logprob"),
     ),
@@ -154,15 +154,15 @@ def pair_extras(case: Case, pairs: int = PAIRS) -> Data:
     return {name: maker(pairs) for name, maker in case.pair_extras.items()}
 
 
-def twin_loss(case: Case, data: Data, extras: Data) -> Tensor:
-    """The twin's loss per pair [P]."""
+def reference_loss(case: Case, data: Data, extras: Data) -> Tensor:
+    """The reference's loss per pair [P]."""
     named = {f"{side}_{name}": data[f"{side}_{name}"] for name in case.token_extras for side in SIDES}
     if case.weighted:
         named |= {f"{side}_weights": data[f"{side}_weights"] for side in SIDES}
     if case.groups:
         named["dimension_ids"] = data["dimension_ids"]
     places = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_mask", "rejected_mask")
-    return case.twin(*(data[name] for name in places), **case.settings, **named, **extras)
+    return case.reference(*(data[name] for name in places), **case.settings, **named, **extras)
 
 
 def evaluated(case: Case, data: Data, extras: Data) -> Tensor:
@@ -187,12 +187,12 @@ def with_gradients(function: Callable[[Data], Tensor], data: Data, upstream: Ten
 # ------------------------------------------------------------------------------------------- the definition, in float64
 @pytest.mark.parametrize("spread", [0.5, 3.0, 20.0])
 @pytest.mark.parametrize("name", CASES)
-def test_definition_equals_its_twin(name: str, spread: float) -> None:
+def test_definition_equals_its_reference(name: str, spread: float) -> None:
     """Values per pair, and gradients for a non-uniform upstream gradient."""
     case, data = CASES[name], make(spread=spread)
     extras, upstream = pair_extras(case), torch.rand(PAIRS).double() - 0.3
     ours = with_gradients(lambda d: evaluated(case, d, extras), garbage_under_mask(data), upstream)
-    theirs = with_gradients(lambda d: twin_loss(case, d, extras), data, upstream)
+    theirs = with_gradients(lambda d: reference_loss(case, d, extras), data, upstream)
     assert all(bool(g.abs().max() > 0) for g in theirs[1:2])
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -234,13 +234,13 @@ def fused(case: Case, data: Data, extras: Data, weights: Tensor, scale: float) -
 
 
 def check_fused(name: str, data: Data) -> None:
-    """preference_loss against the twin: pair losses, and gradients under pair weights and an upstream gradient."""
+    """preference_loss against the reference: pair losses, and gradients under pair weights and an upstream gradient."""
     case, pairs = CASES[name], len(data["chosen"])
     extras, weights, scale = pair_extras(case, pairs), torch.rand(pairs) - 0.3, 0.37
     losses, grads, metrics = fused(case, garbage_under_mask(data), extras, weights, scale)
     counted = data["chosen_mask"].any(-1) | data["rejected_mask"].any(-1)
     upstream = scale * weights.double() / counted.sum()
-    expected, *expected_grads = with_gradients(lambda d: twin_loss(case, d, extras), data, upstream)
+    expected, *expected_grads = with_gradients(lambda d: reference_loss(case, d, extras), data, upstream)
     close(losses, expected * weights.double())
     assert expected_grads[0].any()
     for ours, theirs in zip(grads, expected_grads, strict=True):
@@ -257,7 +257,7 @@ def close(ours: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("spread", [0.5, 3.0])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("backend")
-def test_fused_equals_the_twin(name: str, spread: float) -> None:
+def test_fused_equals_the_reference(name: str, spread: float) -> None:
     check_fused(name, make(spread=spread))
 
 
@@ -336,7 +336,7 @@ def test_ld_dpo_weights(backend: str) -> None:
     weights = preference.ld_dpo_weights(data["chosen_mask"], data["rejected_mask"], 0.4)
     data |= dict(zip(("chosen_weights", "rejected_weights"), weights, strict=True))
     ours, _, _ = fused(CASES["dpo-weighted"], data, {}, torch.ones(PAIRS), 1.0)
-    close(ours, twin_loss(CASES["dpo-sigmoid"], data, {"ld_alpha": 0.4}))  # type: ignore[dict-item]
+    close(ours, reference_loss(CASES["dpo-sigmoid"], data, {"ld_alpha": 0.4}))  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="ld_alpha: expected a number in"):
         preference.ld_dpo_weights(data["chosen_mask"], data["rejected_mask"], 1.5)
 
@@ -344,8 +344,8 @@ def test_ld_dpo_weights(backend: str) -> None:
 def test_metrics_are_rewards(backend: str) -> None:
     """beta S of both sides, their margin, and how often the chosen one is larger."""
     data = make()
-    s_w = twins.seq_sum(data["chosen"], data["ref_chosen"], data["chosen_mask"])
-    s_l = twins.seq_sum(data["rejected"], data["ref_rejected"], data["rejected_mask"])
+    s_w = reference.seq_sum(data["chosen"], data["ref_chosen"], data["chosen_mask"])
+    s_l = reference.seq_sum(data["rejected"], data["ref_rejected"], data["rejected_mask"])
     _, _, metrics = fused(CASES["dpo-beta"], data, {}, torch.ones(PAIRS), 1.0)
     assert float(metrics["reward_chosen"]) == pytest.approx(0.7 * float(s_w.mean()), rel=1e-5)
     assert float(metrics["reward_rejected"]) == pytest.approx(0.7 * float(s_l.mean()), rel=1e-5)
@@ -356,8 +356,8 @@ def test_metrics_are_rewards(backend: str) -> None:
 def test_parameters_per_pair(backend: str) -> None:
     """beta as a tensor: one value for each pair."""
     data, beta = make(), torch.rand(PAIRS) + 0.05
-    ours, _, _ = fused(Case(preference.dpo(beta), twins.dpo), data, {}, torch.ones(PAIRS), 1.0)
-    close(ours, twin_loss(Case(preference.dpo(), twins.dpo, {"beta": beta.double()}), data, {}))
+    ours, _, _ = fused(Case(preference.dpo(beta), reference.dpo), data, {}, torch.ones(PAIRS), 1.0)
+    close(ours, reference_loss(Case(preference.dpo(), reference.dpo, {"beta": beta.double()}), data, {}))
 
 
 def test_composed_losses(backend: str) -> None:
@@ -369,8 +369,8 @@ def test_composed_losses(backend: str) -> None:
         return share * smooth + (1.0 - share) * preference.dpo(f_divergence="alpha", alpha=2.0)(t)
 
     data = make()
-    ours, _, _ = fused(Case(mixed(), twins.dpo), data, {}, torch.ones(PAIRS), 1.0)
-    parts = [twin_loss(CASES[name], data, {}) for name in ("dpo-exo_pair", "dpo-alpha-2")]
+    ours, _, _ = fused(Case(mixed(), reference.dpo), data, {}, torch.ones(PAIRS), 1.0)
+    parts = [reference_loss(CASES[name], data, {}) for name in ("dpo-exo_pair", "dpo-alpha-2")]
     close(ours, 0.3 * parts[0] + 0.7 * parts[1])
 
 

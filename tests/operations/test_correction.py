@@ -1,4 +1,4 @@
-"""Rollout correction in the language against its float64 twin: weights, masks, verl's metrics, TRL's modes."""
+"""Rollout correction in the language against its float64 reference: weights, masks, verl's metrics, TRL's modes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference_losses import correction as twin
+from reference_losses import correction as reference
 from torch import Tensor
 
 import fastreward as fr
@@ -56,7 +56,7 @@ def check(data: tuple[Tensor, Tensor, Tensor], **settings: Any) -> None:
     mode = settings.get("mode", "truncate")
     if mode is not None and "low" not in settings and "high" not in settings:
         bounds = dict(zip(("low", "high"), DEFAULT_BOUNDS[mode], strict=True))
-    expected = twin.correction_weights(old, rollout, mask, **{**bounds, **settings})
+    expected = reference.correction_weights(old, rollout, mask, **{**bounds, **settings})
     padded = correction_weights(hidden(old, mask), hidden(rollout, mask), mask, **settings)
     compare(padded, expected)
     inside, cu_seqlens = packed(mask)
@@ -79,32 +79,32 @@ def compare(ours: tuple[Tensor, Tensor, Any], theirs: tuple[Tensor, Tensor, dict
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
-@pytest.mark.parametrize("level", twin.LEVELS)
-@pytest.mark.parametrize("mode", twin.MODES)
+@pytest.mark.parametrize("level", reference.LEVELS)
+@pytest.mark.parametrize("mode", reference.MODES)
 @pytest.mark.parametrize("bounds", [{}, {"high": 1.3}, {"low": 0.8}, {"low": 0.7, "high": 1.4}])
 def test_weights(level: str, mode: str, bounds: dict[str, float]) -> None:
     check(rollouts(), mode=mode, level=level, **bounds)
 
 
-@pytest.mark.parametrize("level", twin.LEVELS)
-@pytest.mark.parametrize("mode", twin.MODES)
+@pytest.mark.parametrize("level", reference.LEVELS)
+@pytest.mark.parametrize("mode", reference.MODES)
 @pytest.mark.parametrize("clamp", [20.0, 1.0, None])
 def test_clamp_and_normalization(level: str, mode: str, clamp: float | None) -> None:
     check(rollouts(), mode=mode, level=level, low=0.5, high=1.9, log_ratio_clamp=clamp, batch_normalize=True)
 
 
-@pytest.mark.parametrize("level", twin.LEVELS)
+@pytest.mark.parametrize("level", reference.LEVELS)
 @pytest.mark.parametrize("size", [30.0, -30.0, 200.0, -200.0])
 def test_extreme_log_ratios(level: str, size: float) -> None:
     mask, old, rollout = rollouts(spread=0.1)
     rollout[0, 0] = old[0, 0] - size
     rollout[5, 0] = old[5, 0] - size
     reject = {"token_k1": 2.0, "seq_sum_k2": 1.0, "seq_max_k3": 0.5}
-    for mode in twin.MODES:
+    for mode in reference.MODES:
         check((mask, old, rollout), mode=mode, level=level, reject=reject)
 
 
-@pytest.mark.parametrize("level", twin.LEVELS)
+@pytest.mark.parametrize("level", reference.LEVELS)
 @pytest.mark.parametrize("mode", ["mask", "icepop", "truncate"])
 def test_a_weight_exactly_on_its_bounds_is_inside(level: str, mode: str) -> None:
     old = -torch.rand(3, 4)
@@ -126,7 +126,7 @@ def test_a_statistic_exactly_on_its_threshold_passes() -> None:
         assert found.tolist() == [kept] * 3
 
 
-@pytest.mark.parametrize("level", twin.LEVELS)
+@pytest.mark.parametrize("level", reference.LEVELS)
 @pytest.mark.parametrize("gap", [2.0, -2.0])
 def test_the_log_ratio_is_clamped_at_its_level(level: str, gap: float) -> None:
     """Two tokens, each 2 off: a sequence's sum is 4, its mean 2."""
@@ -147,7 +147,7 @@ def test_single_token_and_nothing_inside() -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("rows", [0, 3])
-@pytest.mark.parametrize("level", twin.LEVELS)
+@pytest.mark.parametrize("level", reference.LEVELS)
 def test_no_token(level: CorrectionLevel, rows: int, backend: str) -> None:
     """Nothing is weighed and nothing kept; every metric says that there was nothing to take it over."""
     nothing = torch.zeros(rows, 5)
@@ -172,7 +172,7 @@ def test_rejection(option: str, spread: float) -> None:
 
 def test_rejections_together() -> None:
     reject = {"token_k1": 1.8, "seq_mean_k3": 0.2, "seq_max_k2": 1.5}
-    for mode, level in itertools.product((None, *twin.MODES), twin.LEVELS):
+    for mode, level in itertools.product((None, *reference.MODES), reference.LEVELS):
         check(rollouts(), mode=mode, level=level, reject=reject)
 
 
@@ -195,7 +195,7 @@ def test_trl_modes(mode: str, low: float | None, high: float | None) -> None:
         log_ratio_clamp=None,
         unscored=True,
     )
-    expected = twin.trl_importance_ratio(old, rollout, mask, mode, low, high)
+    expected = reference.trl_importance_ratio(old, rollout, mask, mode, low, high)
     torch.testing.assert_close(weights.double(), expected.expand(mask.shape) * mask, rtol=1e-5, atol=1e-7)
     assert torch.equal(keep, mask)
     assert all(x == x for x in metrics.floats().values())
@@ -210,7 +210,7 @@ def test_off_policy_sequence_mask(threshold: float, unscored: bool) -> None:
     assert mask[7].any()
     if unscored:
         rollout[9, 0], mask[9, 0], advantages[9] = torch.nan, True, -1.0
-    expected = twin.off_policy_sequence_mask(logprobs, rollout, advantages, mask, threshold=threshold)
+    expected = reference.off_policy_sequence_mask(logprobs, rollout, advantages, mask, threshold=threshold)
     assert 0 < expected.sum() < 64
     arguments = (hidden(logprobs, mask), torch.where(mask, rollout, torch.inf), advantages)
     ours = off_policy_sequence_mask(*arguments, mask, threshold=threshold, unscored=unscored)

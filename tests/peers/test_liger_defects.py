@@ -25,9 +25,9 @@ def clipped(ratio: Tensor, advantages: Tensor, low: float = 0.2, high: float = 0
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high))
 
 
-def compare(result: fr.PolicyLoss, leaf: Tensor, expected: Tensor, twin: Tensor) -> None:
+def compare(result: fr.PolicyLoss, leaf: Tensor, expected: Tensor, exact: Tensor) -> None:
     (actual,) = torch.autograd.grad(result.loss, leaf)
-    (grad,) = torch.autograd.grad(expected, twin)
+    (grad,) = torch.autograd.grad(expected, exact)
     torch.testing.assert_close(result.loss.detach().double(), expected.detach(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(actual.double(), grad, rtol=1e-5, atol=1e-7)
 
@@ -35,35 +35,35 @@ def compare(result: fr.PolicyLoss, leaf: Tensor, expected: Tensor, twin: Tensor)
 def test_luspo_by_token() -> None:
     """LUSPO multiplies a sequence's mean by its length. Liger reads its gradient out of bounds here."""
     logprobs, old, advantages, mask = ragged()
-    twin, leaf = logprobs.double().requires_grad_(), logprobs.requires_grad_()
-    token = clipped((twin - old).exp(), advantages.unsqueeze(-1)) * mask
+    exact, leaf = logprobs.double().requires_grad_(), logprobs.requires_grad_()
+    token = clipped((exact - old).exp(), advantages.unsqueeze(-1)) * mask
     expected = (token.sum(-1) / mask.sum(-1) * mask.sum(-1)).mean()
-    compare(fr.policy_loss(leaf, old, advantages, mask, aggregation="seq-mean-token-sum"), leaf, expected, twin)
+    compare(fr.policy_loss(leaf, old, advantages, mask, aggregation="seq-mean-token-sum"), leaf, expected, exact)
 
 
 def test_luspo_by_sequence() -> None:
     """Liger's gradient is too small here by exactly the sequence's length."""
     logprobs, old, advantages, mask = ragged()
-    twin, leaf = logprobs.double().requires_grad_(), logprobs.requires_grad_()
-    ratio = (((twin - old) * mask).sum(-1) / mask.sum(-1)).exp()
+    exact, leaf = logprobs.double().requires_grad_(), logprobs.requires_grad_()
+    ratio = (((exact - old) * mask).sum(-1) / mask.sum(-1)).exp()
     expected = (clipped(ratio, advantages) * mask.sum(-1)).mean()
     loss = losses.gspo(clip_low=0.2, clip_high=0.2)
     compare(
-        fr.policy_loss(leaf, old, advantages, mask, loss=loss, aggregation="seq-mean-token-sum"), leaf, expected, twin
+        fr.policy_loss(leaf, old, advantages, mask, loss=loss, aggregation="seq-mean-token-sum"), leaf, expected, exact
     )
 
 
 def test_unreduced_sequence_loss_then_mean() -> None:
     """reduce=False and .mean(), a ragged mask: Liger's gradient is off by 81 %, the mask never reaches it."""
     logprobs, old, advantages, mask = ragged()
-    twin, leaf = logprobs.double().requires_grad_(), logprobs.requires_grad_()
-    ratio = (((twin - old) * mask).sum(-1) / mask.sum(-1)).exp()
+    exact, leaf = logprobs.double().requires_grad_(), logprobs.requires_grad_()
+    ratio = (((exact - old) * mask).sum(-1) / mask.sum(-1)).exp()
     per_token = clipped(ratio, advantages).unsqueeze(-1) * mask
     loss = losses.gspo(clip_low=0.2, clip_high=0.2)
     result = fr.policy_loss(
         leaf, old, advantages, mask, loss=loss, aggregation="token-sum", normalizer=mask.numel(), return_token_loss=True
     )
-    compare(result, leaf, per_token.mean(), twin)
+    compare(result, leaf, per_token.mean(), exact)
     torch.testing.assert_close(result.token_loss.double(), per_token.detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -75,11 +75,11 @@ def test_first_vocabulary_block_of_minus_infinity() -> None:
     expected = torch.log_softmax(logits.double(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     stats = fr.token_logprobs(logits, labels)
     torch.testing.assert_close(stats.logprobs.double(), expected, rtol=1e-6, atol=1e-6)
-    leaf, twin = logits.clone().unsqueeze(0).requires_grad_(), logits.double().unsqueeze(0).requires_grad_()
+    leaf, exact = logits.clone().unsqueeze(0).requires_grad_(), logits.double().unsqueeze(0).requires_grad_()
     old, advantages = expected.float().unsqueeze(0) - 0.1, torch.tensor([[1.0, -1.0, 0.5]])
     result = fr.logits_policy_loss(leaf, labels.unsqueeze(0), old, advantages)
-    logprobs = torch.log_softmax(twin, -1).gather(-1, labels.view(1, 3, 1)).squeeze(-1)
-    compare(result, leaf, clipped((logprobs - old).exp(), advantages).mean(), twin)
+    logprobs = torch.log_softmax(exact, -1).gather(-1, labels.view(1, 3, 1)).squeeze(-1)
+    compare(result, leaf, clipped((logprobs - old).exp(), advantages).mean(), exact)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])

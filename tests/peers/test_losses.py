@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_losses import policy as twin
+from reference_losses import policy as reference
 from torch import Tensor
 
 # What trl, verl, ray and transformers warn about on import is theirs.
@@ -111,30 +111,30 @@ def verl_loss(verl: Any, name: str, b: Batch, aggregation: str = "token-mean", *
     [
         (
             "vanilla",
-            twin.ppo,
+            reference.ppo,
             {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 3.0},
             {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0},
         ),
         (
             "cispo",
-            twin.cispo,
+            reference.cispo,
             {"clip_ratio_low": 0.3, "clip_ratio_high": 0.6},
             {"clip_low": 0.3, "clip_high": 0.6, "convention": "verl"},
         ),
         (
             "dppo_tv",
-            twin.dppo_tv,
+            reference.dppo_tv,
             {"clip_ratio_low": 0.1, "clip_ratio_high": 0.15, "clip_ratio_c": 20.0},
             {"low": 0.1, "high": 0.15, "cap": 20.0},
         ),
         (
             "dppo_kl",
-            twin.dppo_kl,
+            reference.dppo_kl,
             {"clip_ratio_low": 0.02, "clip_ratio_high": 0.05, "clip_ratio_c": 10.0},
             {"low": 0.02, "high": 0.05, "cap": 10.0},
         ),
-        ("gpg", twin.gpg, {}, {}),
-        ("dro", twin.dro, {"dro_beta": 0.3}, {"beta": 0.3}),
+        ("gpg", reference.gpg, {}, {}),
+        ("dro", reference.dro, {"dro_beta": 0.3}, {"beta": 0.3}),
     ],
 )
 def test_verl_token_losses(
@@ -149,7 +149,7 @@ def test_verl_token_losses(
 def test_verl_sapo(verl: Any, spread: float) -> None:
     b = batch(spread)
     theirs = verl_loss(verl, "sapo", b, "seq-mean-token-mean", tau_pos=1.0, tau_neg=1.3)
-    ours = twin.sapo(*b.arguments(), tau_pos=1.0, tau_neg=1.3)
+    ours = reference.sapo(*b.arguments(), tau_pos=1.0, tau_neg=1.3)
     assert_same(theirs, b.seq_mean_token_mean(ours), b.lp)
 
 
@@ -158,18 +158,18 @@ def test_verl_gspo(verl: Any, spread: float) -> None:
     b = batch(spread)
     clip = {"clip_low": 0.05, "clip_high": 0.08}
     theirs = verl_loss(verl, "gspo", b, "seq-mean-token-mean", clip_ratio_low=0.05, clip_ratio_high=0.08)
-    assert_same(theirs, b.seq_mean_token_mean(twin.gspo_token(*b.arguments(), **clip)), b.lp)
+    assert_same(theirs, b.seq_mean_token_mean(reference.gspo_token(*b.arguments(), **clip)), b.lp)
     # With one advantage a row and even weights, the sequence form is the same loss with the same gradient.
     b.weights = torch.ones_like(b.weights)
     theirs = verl_loss(verl, "gspo", b, "seq-mean-token-mean", clip_ratio_low=0.05, clip_ratio_high=0.08)
-    assert_same(theirs, twin.gspo(*b.arguments(), **clip).mean(), b.lp)
+    assert_same(theirs, reference.gspo(*b.arguments(), **clip).mean(), b.lp)
 
 
 @pytest.mark.parametrize("spread", WIDE)
 def test_verl_geo_mean(verl: Any, spread: float) -> None:
     b = batch(spread)
     theirs = verl_loss(verl, "geo_mean", b, clip_ratio_low=0.4, clip_ratio_high=0.3)
-    ours = twin.gmpo(*b.arguments(), clip_low=0.4, clip_high=0.3, log_ratio_clamp=None, is_weight=b.weights)
+    ours = reference.gmpo(*b.arguments(), clip_low=0.4, clip_high=0.3, log_ratio_clamp=None, is_weight=b.weights)
     assert_same(theirs, ours.mean(), b.lp)
 
 
@@ -179,9 +179,9 @@ def test_verl_clip_cov(verl: Any, spread: float) -> None:
     # A share this large takes every candidate, which leaves nothing to verl's random draw.
     options = {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0}
     theirs = verl_loss(verl, "clip_cov", b, clip_ratio_low=0.2, clip_ratio_high=0.2, **options)
-    selected = twin.cov_mask(*b.arguments(), method="clip", cov_low=0.1, cov_high=2.0)
+    selected = reference.cov_mask(*b.arguments(), method="clip", cov_low=0.1, cov_high=2.0)
     assert 0 < selected.sum() < b.mask.sum()
-    ours = twin.clip_cov(*b.arguments(), selected=selected, log_ratio_clamp=None)
+    ours = reference.clip_cov(*b.arguments(), selected=selected, log_ratio_clamp=None)
     assert_same(theirs, b.token_mean(ours), b.lp)
 
 
@@ -190,9 +190,9 @@ def test_verl_clip_cov(verl: Any, spread: float) -> None:
 def test_verl_kl_cov(verl: Any, spread: float, share: float) -> None:
     b = batch(spread)
     theirs = verl_loss(verl, "kl_cov", b, kl_cov_ratio=share, ppo_kl_coef=0.5)
-    selected = twin.cov_mask(*b.arguments(), method="kl", ratio=share)
+    selected = reference.cov_mask(*b.arguments(), method="kl", ratio=share)
     assert selected.sum() == max(1, int(share * b.mask.sum()))
-    ours = twin.kl_cov(*b.arguments(), selected=selected, kl_coef=0.5, log_ratio_clamp=None)
+    ours = reference.kl_cov(*b.arguments(), selected=selected, kl_coef=0.5, log_ratio_clamp=None)
     assert_same(theirs, b.token_mean(ours), b.lp)
 
 
@@ -200,15 +200,15 @@ def test_verl_reinforce(verl: Any) -> None:
     b = batch()
     weights, mode = b.weights, "seq-mean-token-sum"
     theirs = verl.compute_policy_loss_reinforce(b.old, b.lp, b.adv, b.mask, mode, verl_config(), weights)[0]
-    assert_same(theirs, (twin.reinforce(*b.arguments()) * weights * b.mask).sum(-1).mean(), b.lp)
+    assert_same(theirs, (reference.reinforce(*b.arguments()) * weights * b.mask).sum(-1).mean(), b.lp)
 
 
 @pytest.mark.parametrize("spread", [0.3, 4.0, 25.0])
-@pytest.mark.parametrize("kind", twin.KL_KINDS)
+@pytest.mark.parametrize("kind", reference.KL_KINDS)
 def test_verl_kl(verl: Any, kind: str, spread: float) -> None:
     b = batch(spread)
     theirs = verl.kl_penalty(b.lp, b.old, kind)
-    ours = twin.kl(*b.arguments(), ref=b.old, kind=kind)
+    ours = reference.kl(*b.arguments(), ref=b.old, kind=kind)
     assert_same(b.token_mean(theirs), b.token_mean(ours), b.lp)
 
 
@@ -293,7 +293,7 @@ GMPO = ("trl.experimental.gmpo.gmpo_trainer", "GMPOTrainer")
 @pytest.mark.parametrize("delta", [None, 1.8])
 def test_trl_ppo(spread: float, delta: float | None) -> None:
     b = batch(spread)
-    ours = twin.ppo(*b.arguments(), clip_low=0.2, clip_high=0.28, delta=delta, log_ratio_clamp=None)
+    ours = reference.ppo(*b.arguments(), clip_low=0.2, clip_high=0.28, delta=delta, log_ratio_clamp=None)
     assert_same(trl_loss(b, *GRPO, "dapo", delta=delta), b.token_mean(ours), b.lp)
     assert_same(trl_loss(b, *GRPO, "grpo", delta=delta), b.seq_mean_token_mean(ours), b.lp)
 
@@ -301,7 +301,7 @@ def test_trl_ppo(spread: float, delta: float | None) -> None:
 @pytest.mark.parametrize("spread", WIDE)
 def test_trl_cispo(spread: float) -> None:
     b = batch(spread)
-    ours = twin.cispo(*b.arguments(), clip_high=5.0, convention="trl", log_ratio_clamp=None)
+    ours = reference.cispo(*b.arguments(), clip_high=5.0, convention="trl", log_ratio_clamp=None)
     assert_same(trl_loss(b, *GRPO, "cispo", epsilon_high=5.0), b.token_mean(ours), b.lp)
 
 
@@ -309,7 +309,7 @@ def test_trl_cispo(spread: float) -> None:
 def test_trl_sapo(spread: float) -> None:
     b = batch(spread)
     theirs = trl_loss(b, *GRPO, "sapo", sapo_temperature_pos=0.9, sapo_temperature_neg=1.2)
-    ours = twin.sapo(*b.arguments(), tau_pos=0.9, tau_neg=1.2, log_ratio_clamp=None)
+    ours = reference.sapo(*b.arguments(), tau_pos=0.9, tau_neg=1.2, log_ratio_clamp=None)
     assert_same(theirs, b.seq_mean_token_mean(ours), b.lp)
 
 
@@ -320,13 +320,13 @@ def test_trl_vespo(spread: float, corrected: bool) -> None:
     weights, b.weights = b.weights, torch.ones_like(b.weights)
     if not corrected:
         theirs = trl_loss(b, *GRPO, "vespo", vespo_k_pos=1.5, vespo_lambda_neg=0.8)
-        assert_same(theirs, b.token_mean(twin.vespo(*b.arguments(), k_pos=1.5, lambda_neg=0.8)), b.lp)
+        assert_same(theirs, b.token_mean(reference.vespo(*b.arguments(), k_pos=1.5, lambda_neg=0.8)), b.lp)
         return
     pytest.importorskip("trl", reason="trl is an extra of fastreward")
     trainer = importlib.import_module(GRPO[0]).GRPOTrainer
     inside = torch.where(b.mask != 0, weights, 1.0)  # TRL's own correction is 1 where nothing was generated
     phi = trainer.get_gamma_weights(b.adv, b.lp.detach() - b.old, b.mask, inside)
-    ours = twin.vespo(*b.arguments(), is_weight=inside)
+    ours = reference.vespo(*b.arguments(), is_weight=inside)
     assert_same(b.token_mean(-phi * b.adv * b.lp), b.token_mean(ours), b.lp)
 
 
@@ -335,7 +335,7 @@ def test_trl_gspo(spread: float) -> None:
     b = batch(spread)
     b.weights = torch.ones_like(b.weights)
     theirs = trl_loss(b, *GRPO, "grpo", level="sequence", epsilon_low=0.05, epsilon_high=0.08)
-    ours = twin.gspo(*b.arguments(), clip_low=0.05, clip_high=0.08, log_ratio_max=None)
+    ours = reference.gspo(*b.arguments(), clip_low=0.05, clip_high=0.08, log_ratio_max=None)
     assert_same(theirs, ours.mean(), b.lp)
 
 
@@ -343,7 +343,7 @@ def test_trl_gspo(spread: float) -> None:
 def test_trl_gmpo(spread: float) -> None:
     b = batch(spread)
     theirs = trl_loss(b, *GMPO, "grpo", epsilon_low=0.4, epsilon_high=0.3)
-    ours = twin.gmpo(*b.arguments(), clip_low=0.4, clip_high=0.3, log_ratio_clamp=None)
+    ours = reference.gmpo(*b.arguments(), clip_low=0.4, clip_high=0.3, log_ratio_clamp=None)
     assert_same(theirs, ours.mean(), b.lp)
 
 
@@ -351,8 +351,8 @@ def test_trl_gmpo(spread: float) -> None:
 def test_trl_kl(bias_correction: bool) -> None:
     b = batch(1.5)
     theirs = trl_loss(b, *GRPO, "dapo", beta=0.3, use_bias_correction_kl=bias_correction)
-    kl = twin.kl(*b.arguments(), ref=b.ref, convention="trl", bias_correction=bias_correction)
-    ours = b.weights * twin.ppo(*b.arguments(), clip_high=0.28, log_ratio_clamp=None) + 0.3 * kl
+    kl = reference.kl(*b.arguments(), ref=b.ref, convention="trl", bias_correction=bias_correction)
+    ours = b.weights * reference.ppo(*b.arguments(), clip_high=0.28, log_ratio_clamp=None) + 0.3 * kl
     assert_same(theirs, (ours * b.mask).sum() / b.mask.sum(), b.lp)
 
 
@@ -370,7 +370,7 @@ def test_trl_sdpo_topk(alpha: float, tail: bool) -> None:
     expected = theirs(student, teacher, distillation_topk=5, distillation_alpha=alpha, distillation_add_tail=tail)
     ids = student.topk(5, dim=-1).indices
     s, t = (x.log_softmax(-1).gather(-1, ids) for x in (student, teacher))
-    found = twin.sdpo_topk(s, None, None, torch.ones(7, 5), teacher=t, alpha=alpha, tail=tail)
+    found = reference.sdpo_topk(s, None, None, torch.ones(7, 5), teacher=t, alpha=alpha, tail=tail)
     weights = torch.linspace(0.5, 2.0, 7, dtype=torch.float64)
     assert_same((expected * weights).sum(), (found * weights).sum(), student)
 
@@ -388,7 +388,7 @@ def test_trl_sdpo_token(is_clip: float | None) -> None:
     ).unsqueeze(-1)
     if is_clip is not None:
         expected = theirs.apply_importance_sampling_clipping(expected, lp, old, is_clip)
-    found = twin.sdpo(lp, old, torch.zeros(7, 1), torch.ones(7, 1), teacher=ref, is_clip=is_clip)
+    found = reference.sdpo(lp, old, torch.zeros(7, 1), torch.ones(7, 1), teacher=ref, is_clip=is_clip)
     weights = torch.linspace(0.5, 2.0, 7, dtype=torch.float64).unsqueeze(-1)
     assert_same((expected * weights).sum(), (found * weights).sum(), student)
 
@@ -418,7 +418,7 @@ def test_openrlhf_ppo(openrlhf: Any, spread: float, dual_clip: float | None) -> 
     b = batch(spread)
     b.weights = torch.ones_like(b.weights)
     theirs = openrlhf.loss.PolicyLoss(0.2, 0.28, dual_clip)(b.lp, b.old, b.adv, b.mask)[0]
-    ours = twin.ppo(*b.arguments(), clip_high=0.28, dual_clip=dual_clip)
+    ours = reference.ppo(*b.arguments(), clip_high=0.28, dual_clip=dual_clip)
     assert_same(theirs, b.token_mean(ours), b.lp)
 
 
@@ -426,14 +426,14 @@ def test_openrlhf_ppo(openrlhf: Any, spread: float, dual_clip: float | None) -> 
 def test_openrlhf_gspo(openrlhf: Any, spread: float) -> None:
     b = batch(spread)
     theirs = openrlhf.loss.PolicyLoss(0.05, 0.08, policy_loss_type="gspo")(b.lp, b.old, b.adv, b.mask)[0]
-    ours = twin.gspo(*b.arguments(), clip_low=0.05, clip_high=0.08, log_ratio_max=None)
+    ours = reference.gspo(*b.arguments(), clip_low=0.05, clip_high=0.08, log_ratio_max=None)
     assert_same(theirs, ours.mean(), b.lp)
 
 
 def test_openrlhf_sft(openrlhf: Any) -> None:
     b = batch()
     b.weights = torch.ones_like(b.weights)
-    assert_same(openrlhf.loss.SFTLoss()(b.lp, b.mask), b.token_mean(twin.sft(*b.arguments())), b.lp)
+    assert_same(openrlhf.loss.SFTLoss()(b.lp, b.mask), b.token_mean(reference.sft(*b.arguments())), b.lp)
 
 
 @pytest.mark.parametrize("spread", [0.3, 4.0, 25.0])
@@ -442,6 +442,6 @@ def test_openrlhf_kl(openrlhf: Any, kind: str, spread: float) -> None:
     b = batch(spread)
     plus = kind.endswith("+")
     theirs = openrlhf.utils.compute_approx_kl(b.lp, b.ref, b.old, kind.rstrip("+"), unbiased_gradient=plus)
-    ours = twin.kl(*b.arguments(), ref=b.ref, kind=kind, convention="openrlhf")
+    ours = reference.kl(*b.arguments(), ref=b.ref, kind=kind, convention="openrlhf")
     # It computes in float32, whatever it is given.
     assert_same(b.token_mean(theirs), b.token_mean(ours), b.lp, tolerance=1e-5)

@@ -1,4 +1,4 @@
-"""The twins of the preference losses and of the rollout correction against TRL's and verl's own code, run as it is."""
+"""The reference losses and the rollout correction against TRL's and verl's own code, run as it is."""
 
 from __future__ import annotations
 
@@ -115,15 +115,15 @@ def trl_loss(trainer_class: Any, data: Pairs, **settings: Any) -> Tensor:
     return loss
 
 
-def twin_arguments(data: Pairs) -> tuple[Tensor, ...]:
+def reference_arguments(data: Pairs) -> tuple[Tensor, ...]:
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_mask", "rejected_mask")
     return tuple(data[name] for name in names)
 
 
-def compare(data: Pairs, twin: Callable[[Pairs], Tensor], peer: Callable[[Pairs], Tensor], rtol: float) -> None:
+def compare(data: Pairs, reference: Callable[[Pairs], Tensor], peer: Callable[[Pairs], Tensor], rtol: float) -> None:
     """Mean losses and the gradients of both sides' log-probs."""
     results = []
-    for function in (twin, peer):
+    for function in (reference, peer):
         leaves = {side: data[side].clone().requires_grad_() for side in ("chosen", "rejected")}
         loss = function({**data, **leaves}).mean()
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -147,7 +147,7 @@ def test_dpo_variants(trainer_class: Any, variant: str, beta: float, spread: flo
         spread = min(spread, 2.0)  # TRL's exp(-z) * sigmoid(z / tau) overflows further out
     compare(
         pairs(spread=spread),
-        lambda data: preference.dpo(*twin_arguments(data), beta=beta, label_smoothing=smoothing, variant=variant),
+        lambda data: preference.dpo(*reference_arguments(data), beta=beta, label_smoothing=smoothing, variant=variant),
         lambda data: trl_loss(trainer_class, data, loss_types=[variant], beta=beta, label_smoothing=smoothing),
         rtol=1e-6,
     )
@@ -162,7 +162,7 @@ def test_f_divergences(trainer_class: Any, variant: str, divergence: str, alpha:
     compare(
         pairs(dtype=torch.float32, spread=0.2),  # TRL's alpha divergence knows no float64
         lambda data: preference.dpo(
-            *twin_arguments(data), variant=variant, label_smoothing=smoothing, f_divergence=divergence, alpha=alpha
+            *reference_arguments(data), variant=variant, label_smoothing=smoothing, f_divergence=divergence, alpha=alpha
         ),
         lambda data: trl_loss(
             trainer_class,
@@ -181,7 +181,7 @@ def test_f_divergences(trainer_class: Any, variant: str, divergence: str, alpha:
 def test_ld_alpha(trainer_class: Any, variant: str, ld_alpha: float) -> None:
     compare(
         pairs(),
-        lambda data: preference.dpo(*twin_arguments(data), variant=variant, ld_alpha=ld_alpha),
+        lambda data: preference.dpo(*reference_arguments(data), variant=variant, ld_alpha=ld_alpha),
         lambda data: trl_loss(trainer_class, data, loss_types=[variant], ld_alpha=ld_alpha),
         rtol=1e-9,
     )
@@ -193,7 +193,7 @@ def test_wpo_weighting(trainer_class: Any, variant: str) -> None:
     compare(
         pairs(),
         lambda data: preference.dpo(
-            *twin_arguments(data),
+            *reference_arguments(data),
             variant=variant,
             chosen_log_sum_sq_probs=data["chosen_log_sum_sq_probs"],
             rejected_log_sum_sq_probs=data["rejected_log_sum_sq_probs"],
@@ -227,7 +227,7 @@ def mean_logprobs(data: Pairs, side: str) -> Tensor:
 def test_simpo(cpo_loss: Callable[..., Tensor], smoothing: float) -> None:
     compare(
         pairs(),
-        lambda data: preference.simpo(*twin_arguments(data), beta=2.5, gamma=1.4, label_smoothing=smoothing),
+        lambda data: preference.simpo(*reference_arguments(data), beta=2.5, gamma=1.4, label_smoothing=smoothing),
         lambda data: cpo_loss(
             mean_logprobs(data, "chosen"),
             mean_logprobs(data, "rejected"),
@@ -251,12 +251,12 @@ def test_cdpo_and_cream(cpo_loss: Callable[..., Tensor], smoothing: float) -> No
         settings = {"loss_type": "sigmoid", "beta": 0.3, "label_smoothing": smoothing}
         return cpo_loss(log_ratio(data, "chosen"), log_ratio(data, "rejected"), **settings)
 
-    for twin in (
-        lambda data: preference.cdpo(*twin_arguments(data), beta=0.3, label_smoothing=smoothing),
-        lambda data: preference.cream(*twin_arguments(data), beta=0.3, consistency=1 - smoothing),
-        lambda data: preference.dpo(*twin_arguments(data), beta=0.3, label_smoothing=smoothing),
+    for reference in (
+        lambda data: preference.cdpo(*reference_arguments(data), beta=0.3, label_smoothing=smoothing),
+        lambda data: preference.cream(*reference_arguments(data), beta=0.3, consistency=1 - smoothing),
+        lambda data: preference.dpo(*reference_arguments(data), beta=0.3, label_smoothing=smoothing),
     ):
-        compare(pairs(), twin, peer, rtol=1e-9)
+        compare(pairs(), reference, peer, rtol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------ TRL's rollout ratios
@@ -297,7 +297,7 @@ def test_trl_importance_ratio(grpo_trainer: Any, mode: str, low: float | None, h
     exec(trl_ratio_code(grpo_trainer), names)
     ours = correction.trl_importance_ratio(old, rollout, mask, mode, low, high)
     torch.testing.assert_close(ours, names["vllm_importance_sampling_ratio"], rtol=1e-9, atol=0)
-    # The general twin gives the same weights where a token counts.
+    # The general reference gives the same weights where a token counts.
     level, action = mode.split("_")
     scored = torch.where(rollout.isnan(), old, rollout)
     raw = correction.raw_weights(old, scored, mask, level, clamp=None)

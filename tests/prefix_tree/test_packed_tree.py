@@ -354,7 +354,7 @@ def test_areal_tries_are_its_own(seed: int, max_tokens: int) -> None:
         assert torch.equal(areal.trie_to_parent_array(mine, 64), areal.trie_to_parent_array(other, 64))
 
 
-def trl_twin(tokens: Tensor, mask: Tensor, group_ids: Tensor, lengths: Tensor) -> dict[str, list[int]]:
+def trl_packing(tokens: Tensor, mask: Tensor, group_ids: Tensor, lengths: Tensor) -> dict[str, list[int]]:
     """What TRL's tree packing gives: a forest of dicts, walked depth first, and the flat loss terms."""
     roots: dict[int, dict[int, Any]] = {}
     paths = []
@@ -395,7 +395,7 @@ def test_trl_row(seed: int) -> None:
     tree = PrefixTree(tokens, mask, group_ids)
     advantages, old = torch.randn(len(tokens)), torch.randn(tokens.shape)
     row = tree.pack().trl_row(advantages, old)
-    want = trl_twin(tokens, mask, group_ids, tree.lengths)
+    want = trl_packing(tokens, mask, group_ids, tree.lengths)
     for name, values in want.items():
         assert row[name].tolist() == values, name
     assert row["tree_enter"].dtype == row["tree_leave"].dtype == torch.int32

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_losses import correction as twins
+from reference_losses import correction as reference
 from torch import Tensor
 
 import fastreward as fr
@@ -72,7 +72,7 @@ def test_every_recipe_is_compared() -> None:
 def test_off_policy_sequence_mask() -> None:
     d = data()
     got = recipes.off_policy_sequence_mask(d["lp"], d["rollout"], d["adv"], d["mask"], threshold=0.1)
-    want = twins.off_policy_sequence_mask(d["lp"], d["rollout"], d["adv"], d["mask"], threshold=0.1)
+    want = reference.off_policy_sequence_mask(d["lp"], d["rollout"], d["adv"], d["mask"], threshold=0.1)
     assert torch.equal(got, want)
     assert torch.equal(got, fr.off_policy_sequence_mask(d["lp"], d["rollout"], d["adv"], d["mask"], threshold=0.1))
 
@@ -82,7 +82,7 @@ def deepseek(d: Data, rollout: Tensor, threshold: float, kl_coef: float) -> Tens
     lp, old, ref, mask = (d[k].double() for k in ("lp", "old", "ref", "mask"))
     adv, r = d["adv"].double().unsqueeze(-1), torch.exp(lp - old)
     surrogate = torch.maximum(-adv * r, -adv * r.clamp(0.8, 1.2))
-    keep = twins.off_policy_sequence_mask(lp, rollout, d["adv"], mask, threshold=threshold).unsqueeze(-1)
+    keep = reference.off_policy_sequence_mask(lp, rollout, d["adv"], mask, threshold=threshold).unsqueeze(-1)
     kl = r * (torch.exp(ref - lp) - (ref - lp) - 1)
     per_row = ((surrogate * keep + kl_coef * kl) * mask).sum(-1) / mask.sum(-1)
     return per_row.mean()
@@ -106,7 +106,7 @@ def test_deepseek_v3_2_without_a_reference_or_packed() -> None:
     d = data()
     call: Callable[..., Any] = recipes.deepseek_v3_2
     plain = call(d["lp"], d["old"], d["adv"], d["mask"], threshold=0.05)
-    keep = twins.off_policy_sequence_mask(d["lp"], d["old"], d["adv"], d["mask"], threshold=0.05)
+    keep = reference.off_policy_sequence_mask(d["lp"], d["old"], d["adv"], d["mask"], threshold=0.05)
     assert keep.any()
     assert not keep.all()
     want = policy_loss(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_losses import policy as twins
+from reference_losses import policy as reference
 from torch import Tensor
 
 from fastreward import PolicyLoss, losses, policy_loss, recipes
@@ -258,9 +258,9 @@ def test_cov_selection_is_the_published_one() -> None:
     """The same with advantages per response, per token and packed; dropped responses are not selected from."""
     d = batch()
     d.lp.requires_grad_(False)
-    chosen = twins.cov_mask(d.lp, d.old, d.adv, d.mask, method="kl", ratio=0.2)
+    chosen = reference.cov_mask(d.lp, d.old, d.adv, d.mask, method="kl", ratio=0.2)
     assert 0 < chosen.sum() < 5
-    want = twins.kl_cov(d.lp, d.old, d.adv, d.mask, selected=chosen)
+    want = reference.kl_cov(d.lp, d.old, d.adv, d.mask, selected=chosen)
     want = (want * d.mask).sum() / d.mask.sum()
     bounds = torch.tensor([0, 7, 14, 16, 22])
     packed = [x[d.mask != 0] for x in (d.lp, d.old)]
@@ -279,7 +279,7 @@ def test_cov_selection_is_the_published_one() -> None:
 
 def test_clip_cov_takes_tokens_out_at_random() -> None:
     d = batch()
-    everything = twins.cov_mask(d.lp, d.old, d.adv, d.mask, method="clip", cov_low=0.05, cov_high=9.0)
+    everything = reference.cov_mask(d.lp, d.old, d.adv, d.mask, method="clip", cov_low=0.05, cov_high=9.0)
     assert everything.sum() > 2
     seen = torch.zeros(4, 7, dtype=torch.bool)
     for _ in range(60):
@@ -299,7 +299,7 @@ def test_sdpo_topk_is_the_mean_over_tokens(alpha: float, tail: bool) -> None:
     mask, weights = torch.rand(3, 5) > 0.3, torch.rand(3, 5) + 0.5
     result = recipes.sdpo_topk(student, teacher, mask, alpha=alpha, tail=tail, weights=weights)
     double = student.detach().double().requires_grad_()
-    each = twins.sdpo_topk(
+    each = reference.sdpo_topk(
         double.flatten(0, 1),
         None,
         None,

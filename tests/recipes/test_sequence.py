@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_losses import policy as twins
+from reference_losses import policy as reference
 from torch import Tensor
 
 from fastreward import PolicyLoss, losses, policy_loss, recipes
@@ -159,7 +159,7 @@ def test_every_recipe_is_compared() -> None:
 
 def test_luspo_weighs_a_sequence_by_its_length() -> None:
     d = batch()
-    each = twins.gspo(d.lp, d.old, d.adv, d.mask, clip_low=0.02, clip_high=0.03, log_ratio_max=None)
+    each = reference.gspo(d.lp, d.old, d.adv, d.mask, clip_low=0.02, clip_high=0.03, log_ratio_max=None)
     want = (each * d.mask.sum(-1)).mean()
     got = recipes.luspo(*d.common, clip_low=0.02, clip_high=0.03)
     torch.testing.assert_close(got.loss.double(), want, rtol=1e-6, atol=1e-6)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference_losses import tree as twins
+from reference_losses import tree as reference
 from reference_losses.tree import Forest
 from torch import Tensor
 from tree_recipes import CASES, EVERY, SEEDS, Rows, branches_forest, steps_forest, tokens_forest
@@ -36,9 +36,9 @@ Make = Callable[[int], tuple[PrefixTree, Forest, list[float]]]
 @forests
 @pytest.mark.parametrize("name", CASES)
 def test_is_the_recursion_s(name: str, make: Make, seed: int) -> None:
-    recipe, twin, options = CASES[name]
+    recipe, reference, options = CASES[name]
     tree, f, r = make(seed)
-    near(recipe(tree, torch.tensor(r), **options), twin(f, r, **options))
+    near(recipe(tree, torch.tensor(r), **options), reference(f, r, **options))
 
 
 @seeds
@@ -47,8 +47,8 @@ def test_tempo(make: Make, seed: int) -> None:
     """Steps of several tokens have their difference on all of these: there only trees of tokens."""
     tree, f, r = make(seed)
     if make is tokens_forest:
-        near(recipes.tempo(tree, None, torch.tensor(r)), twins.tempo(f, r), 1e-5)
-        near(recipes.tempo(tree, None, torch.tensor(r), ddof=0, eps=0.1), twins.tempo(f, r, 0, 0.1), 1e-5)
+        near(recipes.tempo(tree, None, torch.tensor(r)), reference.tempo(f, r), 1e-5)
+        near(recipes.tempo(tree, None, torch.tensor(r), ddof=0, eps=0.1), reference.tempo(f, r, 0, 0.1), 1e-5)
 
 
 @seeds
@@ -101,22 +101,24 @@ def test_what_nodes_have(make: Make, seed: int) -> None:
     of_nodes = 0.1 + torch.rand(tree.num_nodes, generator=torch_rng, dtype=torch.float64)
     of_rows = torch.randint(0, 3, (tree.num_rows,), generator=torch_rng)
     nodes, rows = of_nodes.tolist(), of_rows.tolist()
-    near(recipes.slate(tree, of_nodes), twins.slate(f, nodes), 1e-5)
+    near(recipes.slate(tree, of_nodes), reference.slate(f, nodes), 1e-5)
     near(
         recipes.portool(tree, values, step_rewards=of_nodes, trajectory_weight=0.3, fork_weight=0.7),
-        twins.portool(f, r, nodes, weights=(0.3, 0.7)),
+        reference.portool(f, r, nodes, weights=(0.3, 0.7)),
     )
-    near(recipes.mcts_step_values(tree, values, of_nodes), twins.mcts_step_values(f, r, nodes))
-    near(recipes.propa(tree, values, visits=of_rows), twins.propa(f, r, rows))
+    near(recipes.mcts_step_values(tree, values, of_nodes), reference.mcts_step_values(f, r, nodes))
+    near(recipes.propa(tree, values, visits=of_rows), reference.propa(f, r, rows))
     for reweight in ("sqrt", "uniform"):
         near(
             recipes.treerl(tree, values, reweight=reweight, selected=of_rows),
-            twins.treerl(f, r, reweight=reweight, selected=[x > 0 for x in rows]),
+            reference.treerl(f, r, reweight=reweight, selected=[x > 0 for x in rows]),
         )
     for node_value in ("child_softmax", "child_mean", "leaf_mean"):
         for advantage in ("node_value", "diff_parent", "diff_global", "diff_localglobal"):
             options: dict[str, Any] = {"node_value": node_value, "advantage": advantage, "normalize": seed % 2 == 0}
-            near(recipes.at2po(tree, values, entropy=of_nodes, **options), twins.at2po(f, r, nodes, **options), 1e-5)
+            near(
+                recipes.at2po(tree, values, entropy=of_nodes, **options), reference.at2po(f, r, nodes, **options), 1e-5
+            )
 
 
 @seeds
@@ -124,7 +126,7 @@ def test_what_nodes_have(make: Make, seed: int) -> None:
 @pytest.mark.parametrize("form", ["mean", "sum"])
 def test_diffusion_tree(make: Make, seed: int, form: Any) -> None:
     tree, f, r = make(seed)
-    near(recipes.diffusion_tree(tree, torch.tensor(r), scale=3.0, form=form), twins.diffusion_tree(f, r, 3.0, form))
+    near(recipes.diffusion_tree(tree, torch.tensor(r), scale=3.0, form=form), reference.diffusion_tree(f, r, 3.0, form))
 
 
 @seeds
@@ -134,7 +136,7 @@ def test_tree_grpo(make: Make, seed: int, sequential: bool) -> None:
     tree, f, r = make(seed)
     prompts = [g % 2 for g in f.groups]  # type: ignore[operator]
     got = recipes.tree_grpo(tree, torch.tensor(r), group_ids=prompts, sequential=sequential)
-    near(got, twins.tree_grpo(f, r, prompts, sequential), 1e-5)
+    near(got, reference.tree_grpo(f, r, prompts, sequential), 1e-5)
 
 
 @seeds
@@ -144,12 +146,12 @@ def test_spo_tree_looks_at_unlikely_tokens(seed: int) -> None:
         return
     old = -torch.rand(tree.shape, generator=torch.Generator().manual_seed(seed))
     for threshold in (0.6, 0.0):  # nothing is below 0: then all tokens count, and all advantages are 0
-        counted = twins.credited(f) & (old.exp() < threshold)
+        counted = reference.credited(f) & (old.exp() < threshold)
         if int(counted.sum()) == 1:
             with pytest.raises(ValueError, match="counted positions"):
                 recipes.spo_tree(tree, torch.tensor(r), old_logprobs=old, prob_threshold=threshold)
             continue
-        want = twins.spo_tree(f, r, "rloo", old.double(), threshold)
+        want = reference.spo_tree(f, r, "rloo", old.double(), threshold)
         near(recipes.spo_tree(tree, torch.tensor(r), old_logprobs=old, prob_threshold=threshold), want, 1e-4)
 
 
@@ -158,16 +160,16 @@ def test_spo_tree_looks_at_unlikely_tokens(seed: int) -> None:
 def test_rose(seed: int, length_penalty: float) -> None:
     tree, f, r, parent, position = branches_forest(seed)
     values = torch.tensor(r)
-    near(recipes.rose(tree, values, length_penalty=length_penalty), twins.rose(f, r, length_penalty))
+    near(recipes.rose(tree, values, length_penalty=length_penalty), reference.rose(f, r, length_penalty))
     keyed = recipes.rose(tree, values, length_penalty=length_penalty, position_keyed=True)
-    near(keyed, twins.rose_published(f, r, parent, position, length_penalty))
+    near(keyed, reference.rose_published(f, r, parent, position, length_penalty))
 
 
 @seeds
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 0.3])
 def test_rose_on_tokens(seed: int, length_penalty: float) -> None:
     tree, f, r = tokens_forest(seed)
-    near(recipes.rose(tree, torch.tensor(r), length_penalty=length_penalty), twins.rose(f, r, length_penalty))
+    near(recipes.rose(tree, torch.tensor(r), length_penalty=length_penalty), reference.rose(f, r, length_penalty))
 
 
 # ---------------------------------------------------------------------------------------------------- hand-drawn trees

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from reference_losses import tree as twins
+from reference_losses import tree as reference
 from reference_losses.tree import Forest
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def tokens_forest(seed: int) -> tuple[PrefixTree, Forest, list[float]]:
     groups = groups_of(rng, count)
     padded = torch.tensor([s + [7] * (columns - len(s)) for s in sequences])
     tree = PrefixTree(padded, torch.tensor(credit), groups)
-    return tree, twins.forest(sequences, groups, credit), rewards(rng, count)
+    return tree, reference.forest(sequences, groups, credit), rewards(rng, count)
 
 
 def steps_forest(seed: int) -> tuple[PrefixTree, Forest, list[float]]:
@@ -66,7 +66,7 @@ def steps_forest(seed: int) -> tuple[PrefixTree, Forest, list[float]]:
     credit = [[p >= 0 and rng.random() < 0.9 for p in row] for row in place]
     ids = torch.tensor([path + [-1] * (depth - len(path)) for path in paths])
     tree = PrefixTree.from_paths(ids, groups, segment_ids=segments, mask=torch.tensor(credit))
-    return tree, twins.forest(paths, groups, credit, place=place, compress=False), rewards(rng, count)
+    return tree, reference.forest(paths, groups, credit, place=place, compress=False), rewards(rng, count)
 
 
 def branches_forest(seed: int) -> tuple[PrefixTree, Forest, list[float], list[int], list[int]]:
@@ -86,45 +86,45 @@ def branches_forest(seed: int) -> tuple[PrefixTree, Forest, list[float], list[in
         groups.append(rng.randrange(3) if p < 0 else groups[p])
     mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
     tree = PrefixTree.from_branches(*(torch.tensor(x) for x in (parent, position, lengths)), groups, mask=mask)
-    f = twins.forest(twins.branched(parent, position, lengths), groups, mask.tolist())
+    f = reference.forest(reference.branched(parent, position, lengths), groups, mask.tolist())
     return tree, f, rewards(rng, len(parent)), parent, position
 
 
-#: name -> (recipe, twin, options of both)
+#: name -> (recipe, reference, options of both)
 CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "tvm": (recipes.tvm, twins.tvm, {}),
-    "spo_tree": (recipes.spo_tree, twins.spo_tree, {"whiten": False}),
-    "spo_tree, grpo": (recipes.spo_tree, twins.spo_tree, {"variant": "grpo", "whiten": False}),
-    "treerpo": (recipes.treerpo, twins.treerpo, {}),
-    "treerpo, centred": (recipes.treerpo, twins.treerpo, {"scale": "none"}),
-    "treerpo, biased": (recipes.treerpo, twins.treerpo, {"ddof": 0, "eps": 0.1}),
-    "portool": (recipes.portool, twins.portool, {}),
-    "portool, max": (recipes.portool, twins.portool, {"gamma": 0.5, "op": "max"}),
-    "treepo": (recipes.treepo, twins.treepo, {"whiten": False}),
-    "treepo, average": (recipes.treepo, twins.treepo, {"weighting": "average", "whiten": False}),
-    "treepo, skip": (recipes.treepo, twins.treepo, {"skip_constant": True, "whiten": False}),
-    "treepo_segment": (recipes.treepo_segment, twins.treepo_segment, {"whiten": False}),
-    "treepo_segment, eta": (recipes.treepo_segment, twins.treepo_segment, {"eta": 0.7, "whiten": False}),
-    "treepo_segment, norm": (recipes.treepo_segment, twins.treepo_segment, {"sibling_norm": True, "whiten": False}),
-    "propa": (recipes.propa, twins.propa, {}),
-    "propa, plain": (recipes.propa, twins.propa, {"boost": None, "min_range": 0.4}),
-    "rest_mcts": (recipes.rest_mcts, twins.rest_mcts, {}),
-    "mcts_step_values": (recipes.mcts_step_values, twins.mcts_step_values, {}),
-    "mcts_step_values, max": (recipes.mcts_step_values, twins.mcts_step_values, {"backup": "max"}),
-    "tree_opo": (recipes.tree_opo, twins.tree_opo, {}),
-    "tree_opo, max": (recipes.tree_opo, twins.tree_opo, {"baseline": "max"}),
-    "tree_opo, min": (recipes.tree_opo, twins.tree_opo, {"baseline": "min"}),
-    "treerl": (recipes.treerl, twins.treerl, {}),
-    "treerl, step": (recipes.treerl, twins.treerl, {"overall_norm": "step", "reward": "state_value"}),
+    "tvm": (recipes.tvm, reference.tvm, {}),
+    "spo_tree": (recipes.spo_tree, reference.spo_tree, {"whiten": False}),
+    "spo_tree, grpo": (recipes.spo_tree, reference.spo_tree, {"variant": "grpo", "whiten": False}),
+    "treerpo": (recipes.treerpo, reference.treerpo, {}),
+    "treerpo, centred": (recipes.treerpo, reference.treerpo, {"scale": "none"}),
+    "treerpo, biased": (recipes.treerpo, reference.treerpo, {"ddof": 0, "eps": 0.1}),
+    "portool": (recipes.portool, reference.portool, {}),
+    "portool, max": (recipes.portool, reference.portool, {"gamma": 0.5, "op": "max"}),
+    "treepo": (recipes.treepo, reference.treepo, {"whiten": False}),
+    "treepo, average": (recipes.treepo, reference.treepo, {"weighting": "average", "whiten": False}),
+    "treepo, skip": (recipes.treepo, reference.treepo, {"skip_constant": True, "whiten": False}),
+    "treepo_segment": (recipes.treepo_segment, reference.treepo_segment, {"whiten": False}),
+    "treepo_segment, eta": (recipes.treepo_segment, reference.treepo_segment, {"eta": 0.7, "whiten": False}),
+    "treepo_segment, norm": (recipes.treepo_segment, reference.treepo_segment, {"sibling_norm": True, "whiten": False}),
+    "propa": (recipes.propa, reference.propa, {}),
+    "propa, plain": (recipes.propa, reference.propa, {"boost": None, "min_range": 0.4}),
+    "rest_mcts": (recipes.rest_mcts, reference.rest_mcts, {}),
+    "mcts_step_values": (recipes.mcts_step_values, reference.mcts_step_values, {}),
+    "mcts_step_values, max": (recipes.mcts_step_values, reference.mcts_step_values, {"backup": "max"}),
+    "tree_opo": (recipes.tree_opo, reference.tree_opo, {}),
+    "tree_opo, max": (recipes.tree_opo, reference.tree_opo, {"baseline": "max"}),
+    "tree_opo, min": (recipes.tree_opo, reference.tree_opo, {"baseline": "min"}),
+    "treerl": (recipes.treerl, reference.treerl, {}),
+    "treerl, step": (recipes.treerl, reference.treerl, {"overall_norm": "step", "reward": "state_value"}),
     "treerl, sqrt": (
         recipes.treerl,
-        twins.treerl,
+        reference.treerl,
         {"overall_norm": "none", "reweight": "sqrt", "reward": "state_value"},
     ),
-    "treerl, uniform": (recipes.treerl, twins.treerl, {"reweight": "uniform", "reward": "value_only"}),
-    "treerl, ancestors": (recipes.treerl, twins.treerl, {"reward": "mix_all_ancestors"}),
-    "treerl, one generation": (recipes.treerl, twins.treerl, {"average_one_generation": True}),
-    "treerl, not filled": (recipes.treerl, twins.treerl, {"fill_in": False, "overall_norm": "none"}),
+    "treerl, uniform": (recipes.treerl, reference.treerl, {"reweight": "uniform", "reward": "value_only"}),
+    "treerl, ancestors": (recipes.treerl, reference.treerl, {"reward": "mix_all_ancestors"}),
+    "treerl, one generation": (recipes.treerl, reference.treerl, {"average_one_generation": True}),
+    "treerl, not filled": (recipes.treerl, reference.treerl, {"fill_in": False, "overall_norm": "none"}),
 }
 EVERY: dict[str, Callable[[PrefixTree, Tensor], Tensor]] = {
     **{name: (lambda tree, r, c=case: c[0](tree, r, **c[2])) for name, case in CASES.items()},  # type: ignore[misc]
