@@ -9,9 +9,8 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from threading import local
 from types import FunctionType
-from typing import Any, Concatenate, Final, Generic, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -34,10 +33,10 @@ from fastreward.language.objective import (
 )
 from fastreward.language.pair_objective import PairCall, pair_objective
 from fastreward.language.parameters import kind, kinds, parameter, same
-from fastreward.language.program import digest
-from fastreward.language.show import show
+from fastreward.language.show import head, show
 from fastreward.language.source import source
-from fastreward.language.terms import PairTerms, Terms, asked
+from fastreward.language.surroundings import first_digest, formula_digest, fresh_terms, in_a_trace, tracing
+from fastreward.language.terms import PairTerms, Terms
 from fastreward.language.travel import Options, by_name, carrier, named, names_outside, options_of, place
 
 P = ParamSpec("P")
@@ -139,10 +138,6 @@ def _arrived(function: FunctionType) -> Definition[Any]:
     return _HERE.get(function) or Definition(function)
 
 
-_FAILED: Final = "!"  # begins the digest of what can't be traced
-_TRACING: Final = local()  # .now: whether a loss's function runs in this thread
-
-
 @dataclass(frozen=True, eq=False)
 class Loss:
     """A loss with its parameters, to pass to `policy_loss` and its kin; `print` shows formula and derivative.
@@ -162,15 +157,17 @@ class Loss:
     #: Names of the parameters that are numbers at run time.
     _numeric: tuple[str, ...] = field(init=False, repr=False)
     #: SEQUENCE: the loss reads advantages, weights or extras where only what is per sequence may be (group_sum).
-    _highest: Level = field(init=False, default=Level.TOKEN, repr=False)
+    _highest: Level = field(init=False, repr=False)
     _plans: dict[tuple[Any, ...], Plan] = field(init=False, default_factory=dict, repr=False)
     _gradient_plans: dict[tuple[Any, ...], GradientPlan | None] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        alone = not (self.definition.own or getattr(_TRACING, "now", False))
-        token, digest, fixed = self.definition.options.token, self._traced_first() if alone else "", self._fixed
         object.__setattr__(self, "_numeric", tuple(k for k in self.parameters if self._is_scalar(k)))
+        alone = not (self.definition.own or in_a_trace())
+        digest, highest = first_digest(self._formula, self.pairs) if alone else ("", Level.TOKEN)
+        token, fixed = self.definition.options.token, self._fixed
         object.__setattr__(self, "_digest", digest)
+        object.__setattr__(self, "_highest", highest)
         object.__setattr__(self, "structure", (token, digest, fixed))
         object.__setattr__(self, "formula", f"{token} {digest} {fixed}")
 
@@ -267,54 +264,27 @@ class Loss:
         self._check_surroundings()
         return self._result(t, values)
 
-    def _traced_first(self) -> str:
-        """`_traced`, where what may be per sequence is so, if only such a formula can be traced."""
-        digest = self._traced()
-        if digest.startswith(_FAILED):
-            object.__setattr__(self, "_highest", Level.SEQUENCE)
-            lower = self._traced()
-            if not lower.startswith(_FAILED):
-                return lower
-            object.__setattr__(self, "_highest", Level.TOKEN)
-        return digest
+    def _formula(self, t: Terms | PairTerms) -> Node:
+        """The loss as an expression of `t` and of its own run-time parameters, whatever it was when it was made."""
+        return self._result(t, self._symbolic(t.graph))
 
-    def _traced(self) -> str:
-        """A digest of the formula as it would be now, by what `t.has` may say of the terms it asks for.
-
-        All there, none, all but one, and one alone: every case where it asks for three at most.
-        """
-        text, names = self._traced_with(True)
-        if not names:
-            return text
-        least, more = self._traced_with(False)
-        names |= more
-        some = {frozenset(x) for name in names for x in ({name}, names - {name})} - {names, frozenset()}
-        return " ".join((text, least, *(self._traced_with(x)[0] for x in sorted(some, key=sorted))))
-
-    def _traced_with(self, present: bool | frozenset[str]) -> tuple[str, frozenset[str]]:
-        """(digest where these terms are there, those that were asked for)."""
-        t = self.terms(present)
-        try:
-            value = self._result(t, self._symbolic(t.graph))
-            text = " ".join((digest([value, *t.reports.values()]), *t.reports))
-        except Exception as error:  # whoever calls the loss will see it
-            text = f"{_FAILED}{type(error).__name__}"
-        return text, asked(t)
+    def _stale(self) -> str | None:
+        """What is wrong where its function reads other values than those that the loss was made with."""
+        if not self._digest or self._digest == formula_digest(self._formula, self.pairs, self._highest):
+            return None
+        return (
+            f"{self.definition.reading_outside()}, and that has changed since the loss was made; "
+            "make the loss anew, or better make that a parameter of it"
+        )
 
     def _check_surroundings(self) -> None:
-        """Refuses to trace the loss with other values than it was made with."""
-        if self._digest and self._digest != self._traced():
-            raise ValueError(
-                f"{self.definition.reading_outside()}, and that has changed since the loss was made; "
-                "make the loss anew, or better make that a parameter of it"
-            )
+        """Refuses to trace a stale loss."""
+        if (stale := self._stale()) is not None:
+            raise ValueError(stale)
 
     def _result(self, t: Any, values: dict[str, Any]) -> Node:
-        outer, _TRACING.now = getattr(_TRACING, "now", False), True
-        try:
+        with tracing():
             result = self.definition.function(t, **values)
-        finally:
-            _TRACING.now = outer
         place = self.place
         if not isinstance(result, Node | Real):
             raise TypeError(f"{place}: expected the loss to return a term, got {described(result)}")
@@ -381,9 +351,7 @@ class Loss:
 
     def terms(self, optional: bool | Collection[str] = True) -> Terms | PairTerms:
         """Terms on a fresh graph, where everything that the loss reads is there; optional: of what t.has(...) is so."""
-        if self.pairs:
-            return PairTerms(Graph(sides=2), optional=optional, highest=self._highest)
-        return Terms(Graph(), optional=optional, highest=self._highest)
+        return fresh_terms(self.pairs, optional, self._highest)
 
     def evaluate(self, mask: Any = None, group_ids: Any = None, **arrays: Any) -> Tensor:
         """The loss on numbers, slow and in float64: [B, T] per token or [B] per sequence, 0 where nothing counts.
@@ -401,7 +369,8 @@ class Loss:
         return source(self, backend, **options)
 
     def __str__(self) -> str:
-        return show(self)
+        stale = self._stale()
+        return show(self) if stale is None else f"{head(self)}: not shown, since {stale}"
 
 
 def _unpickled(definition: Definition[Any], parameters: dict[str, Any], digest: str) -> Loss:

@@ -39,6 +39,7 @@ def evaluate(
     _check_names(loss, named)
     levels = [{n: _level(x) for (n, side), x in named.items() if side == wanted} for wanted in (0, 1)]
     t = PairTerms(Graph(2), levels[0], (levels[0], levels[1])) if loss.pairs else Terms(Graph(), levels[0])
+    t.graph.by_term = True
     value = loss.trace(t)
     for name, x in loss.tensors.items():
         if x.ndim and len(x) != len(masks[0]):

@@ -215,6 +215,7 @@ class Nodes(ABC):
         self.sides = sides  # 2 for losses over pairs of sequences
         self.on_device = frozenset(on_device)  # parameters whose values the host does not know
         self.reader = "the loss"  # whose formula it is, for messages
+        self.by_term = False  # whether its terms are passed by their own names, for messages
         self.count = 0
         self._nodes: dict[tuple[object, ...], Node] = {}
 

@@ -18,8 +18,13 @@ def show(loss: TracedLoss) -> str:
     value = loss.trace(t)
     wanted = [t.chosen.logprob, t.rejected.logprob] if isinstance(t, PairTerms) else [t.logprob, t.entropy]
     named = [("loss", value), *_derivatives(value, wanted)]
+    return "\n".join([f"{head(loss)}{_assumed(t)}", *("  " + line for line in assignments(named))])
+
+
+def head(loss: TracedLoss) -> str:
+    """The loss's name with its parameters."""
     given = ", ".join(f"{k}={'[B]' if k in loss.tensors else repr(v)}" for k, v in loss.parameters.items())
-    return "\n".join([f"{loss.name}({given}){_assumed(t)}", *("  " + line for line in assignments(named))])
+    return f"{loss.name}({given})"
 
 
 def _assumed(t: Terms | PairTerms) -> str:
@@ -52,4 +57,4 @@ def _derivatives(value: Node, wanted: list[Node]) -> list[tuple[str, Node]]:
     return found
 
 
-__all__ = ["assignments", "show"]
+__all__ = ["assignments", "head", "show"]

@@ -64,7 +64,7 @@ class _Inputs:
         self.asked: set[str] = set()  # names that `has` was asked for
 
     def _input(self, name: str, usual: Level) -> Node:
-        full = self._named.get(name, f'extra={{"{name}": ...}}').replace("{side}", SIDES[self._side])
+        full = self._argument(name)
         level = usual if name in _PER_TOKEN else min(usual, self._highest)
         if self._levels is not None:
             if name not in self._levels:
@@ -76,6 +76,12 @@ class _Inputs:
                 f"{full}: the loss reads {name!r} once per {_PER[usual]} ({origin()}), got a value per {_PER[level]}"
             )
         return self.graph.input(name, level, self._side)
+
+    def _argument(self, name: str) -> str:
+        """How a caller passes a term, for messages."""
+        if self.graph.by_term:
+            return f"{SIDES[self._side]}_{name}=" if isinstance(self, Side) else f"{name}="
+        return self._named.get(name, f'extra={{"{name}": ...}}').replace("{side}", SIDES[self._side])
 
     def extra(self, name: str, per: Literal["token", "sequence", "batch"] = "token") -> Node:
         """What the caller passes as extra={name: tensor}: a constant per token, per sequence or for the whole batch."""

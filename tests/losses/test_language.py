@@ -643,6 +643,15 @@ def test_evaluate_names_what_it_can_not_use() -> None:
     losses.ppo().evaluate(**data, weight=data["advantage"])  # a term, that this loss leaves alone
 
 
+def test_evaluate_names_missing_terms_as_it_takes_them() -> None:
+    with pytest.raises(ValueError, match=r"ppo reads the term 'old_logprob', which was not passed; pass old_logprob=$"):
+        losses.ppo().evaluate(logprob=-1.0, advantage=1.0)
+    with pytest.raises(ValueError, match=r"which was not passed; pass rejected_ref_logprob=$"):
+        losses.dpo().evaluate(chosen_logprob=-1.0, rejected_logprob=-1.0, chosen_ref_logprob=-1.0)
+    with pytest.raises(ValueError, match=r"which was not passed; pass consistency=$"):
+        losses.cream().evaluate(**{f"{side}_{x}logprob": -1.0 for side in ("chosen", "rejected") for x in ("", "ref_")})
+
+
 POLICY_LOSSES = [x for x in vars(losses).values() if isinstance(x, losses.Definition) and not x.pairs]
 PAIR_LOSSES = [x for x in vars(losses).values() if isinstance(x, losses.Definition) and x.pairs]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import fastreward
 from fastreward import losses
-from fastreward.language import objective
+from fastreward.language import objective, surroundings
 from fastreward.losses import define
 
 DATA = {"logprob": torch.tensor([[-1.0]]), "old_logprob": torch.tensor([[-1.0]]), "advantage": torch.tensor([[-1.0]])}
@@ -157,6 +158,8 @@ def test_a_loss_has_the_values_of_when_it_was_made(kind: str, monkeypatch: pytes
     assert before.formula != after.formula
     with pytest.raises(ValueError, match=rf"{definition.name} \(test_surroundings.py.*{words}.*parameter"):
         before.evaluate(**DATA)
+    assert re.match(rf"{definition.name}\(\): not shown, since .*{words}.* make the loss anew", str(before))
+    assert "loss = " in str(after)
     objective._cached_policy.cache_clear()
     with pytest.raises(ValueError, match=words):
         value(before)
@@ -267,7 +270,7 @@ def test_a_mistake_is_told_where_the_loss_is_used() -> None:
 
 
 def test_losses_of_the_package_are_not_traced_when_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses.Loss, "terms", lambda *_: pytest.fail("traced"))
+    monkeypatch.setattr(surroundings, "fresh_terms", lambda *_: pytest.fail("traced"))
     losses.ppo(0.1)
     with pytest.raises(pytest.fail.Exception):
         reads_global()
