@@ -60,7 +60,7 @@ def preference_loss(
     empty: Empty = "raise",
     return_pair_loss: bool = False,
 ) -> PolicyLoss:
-    """A loss over pairs (DPO and its kin) with its metrics; one read of the log-probs, one write of the gradients.
+    """A loss over pairs (DPO and its variants) with its metrics; one read of the log-probs, one write of the gradients.
 
     Args:
         chosen_logprobs, rejected_logprobs: per token, [P, T] or packed [N] with cu_seqlens; the two sides may differ in

@@ -73,7 +73,7 @@ def _forward(
 
 
 def _affine(count: Tensor, mean: Tensor, squares: Tensor, shift_mean: bool, ddof: int, eps: Number) -> Tensor:
-    """What `apply` makes of each element, f64 [3]."""
+    """Coefficients that `apply` uses for each element, f64 [3]."""
     variance = torch.where(count > ddof, squares / (count - ddof), math.inf) + eps
     scale = torch.where(variance == 0, 0.0, torch.rsqrt(variance))  # 0 / 0 is 0
     return torch.stack([mean, scale, torch.zeros_like(mean) if shift_mean else mean])

@@ -44,7 +44,7 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _inside(values: Iterable[object]) -> list[object]:
-    """What lies in mappings among `values` (extra=)."""
+    """Arrays inside mappings among `values` (extra=)."""
     return [x for value in values if isinstance(value, dict) for x in value.values()]
 
 

@@ -17,7 +17,7 @@ _BY_IDENTITY: Final[object] = object.__hash__
 
 
 def group_labels(group_ids: GroupIds | None, group_size: int | None, count: int, device: torch.device) -> Tensor | None:
-    """What tells the groups of `count` sequences apart, i64 [B]; None where neither argument is given."""
+    """Group ids of `count` sequences, i64 [B]; None where neither argument is given."""
     if group_ids is not None and group_size is not None:
         raise ValueError("group_ids, group_size: expected at most one of them")
     if group_size is not None:
@@ -27,7 +27,7 @@ def group_labels(group_ids: GroupIds | None, group_size: int | None, count: int,
 
 
 def numbered_groups(group_ids: GroupIds | None, group_size: int | None, count: int, like: Tensor) -> Tensor | None:
-    """The same as numbers 0, 1, ..."""
+    """Renumber group ids as 0, 1, ..."""
     labels = group_labels(group_ids, group_size, count, like.device)
     return labels if labels is None or group_size is not None else dense(labels)
 

@@ -49,7 +49,7 @@ def size(x: int, like: Tensor) -> Number:
 
 
 def single(name: str, x: object, like: Tensor, rule: Callable[[str, object], float]) -> Tensor:
-    """The same as f32 [] on the device of `like`, always."""
+    """Convert to f32 [] on the device of `like`, always."""
     value = number(name, x, like, rule)
     if isinstance(value, Tensor):
         return value.float()

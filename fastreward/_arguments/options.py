@@ -80,7 +80,7 @@ class AggregateOptions:
 
 @dataclass(frozen=True, slots=True)
 class AdvantageOptions:
-    """What a node is worth, and against what."""
+    """Options of a node's advantage: its value, and the baseline."""
 
     mode: TreeMode = "td"
     scale: Literal["std", "none"] = "std"

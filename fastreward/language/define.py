@@ -52,7 +52,7 @@ class Definition(Generic[P]):
     """A loss function over terms; calling it with parameters gives a `Loss`. Made by `define`."""
 
     def __init__(self, function: FunctionType) -> None:
-        """function: one that `_travel.carrier` has made."""
+        """function: one with its options on it, as `define` makes them."""
         functools.update_wrapper(self, function)
         self.options = options_of(function)
         self.function, self.name, self.__qualname__ = function, function.__name__, self.options.qualname
@@ -96,7 +96,7 @@ class Definition(Generic[P]):
         return f"{self.name}{place(self.function)}"
 
     def reading_outside(self) -> str:
-        """What its function reads beside its arguments, for messages."""
+        """A sentence on what its function reads beside its arguments, for messages."""
         return f"{self.place} reads {', '.join(names_outside(self.function)) or 'something'} from its surroundings"
 
     def _validate(self, values: Mapping[str, Any]) -> None:
@@ -140,7 +140,7 @@ def _arrived(function: FunctionType) -> Definition[Any]:
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """A loss with its parameters, to pass to `policy_loss` and its kin; `print` shows formula and derivative.
+    """A loss with its parameters, to pass to `policy_loss` and its variants; `print` shows formula and derivative.
 
     Called with the terms of another loss it gives its value there: losses are composed that way.
     """
@@ -269,7 +269,7 @@ class Loss:
         return self._result(t, self._symbolic(t.graph))
 
     def _stale(self) -> str | None:
-        """What is wrong where its function reads other values than those that the loss was made with."""
+        """Why the loss can't be traced any more: its function reads other values than when it was made; else None."""
         if not self._digest or self._digest == formula_digest(self._formula, self.pairs, self._highest):
             return None
         return (
@@ -317,7 +317,7 @@ class Loss:
         return self._gradient_plan(self.formula, *call)
 
     def pair_plan(self, *call: Any) -> Plan:
-        """The same as `policy_plan` for `preference_loss` (fields of PairCall)."""
+        """Registers the objective of a `preference_loss` call (fields of PairCall)."""
         return self._pair_plan(self.formula, *call)
 
     # Dynamo takes what these return for constants, anew where an argument is another one: so `formula` is one.

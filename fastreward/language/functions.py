@@ -60,13 +60,13 @@ def seq_min(x: Node) -> Node:
 # ----------------------------------------------------------------------------------- over the sequences of the group
 # Sequences without a valid token do not count.
 def group_sum(x: Value, graph: Nodes | None = None) -> Node:
-    """Sum over the sequences of the own group."""
+    """Sum over the sequences of the same group."""
     x, valid = _rows("group_sum", x, graph)
     return x.graph.reduce("group_sum", where(valid, x, 0.0))
 
 
 def group_size(t: object) -> Node:
-    """Sequences of the own group; `t`: the loss's terms."""
+    """Sequences of the same group; `t`: the loss's terms."""
     graph = getattr(t, "graph", None)
     if not isinstance(graph, Nodes):
         raise TypeError(f"{origin()}: group_size: expected the loss's terms, as in group_size(t), got {described(t)}")
@@ -74,25 +74,25 @@ def group_size(t: object) -> Node:
 
 
 def group_mean(x: Node) -> Node:
-    """Mean over the sequences of the own group."""
+    """Mean over the sequences of the same group."""
     x, _ = _rows("group_mean", x)
     return group_sum(x) / maximum(group_sum(1.0, x.graph), 1.0)
 
 
 def group_max(x: Node) -> Node:
-    """Largest over the sequences of the own group."""
+    """Largest over the sequences of the same group."""
     x, valid = _rows("group_max", x)
     return x.graph.reduce("group_max", where(valid, x, float("-inf")))
 
 
 def group_min(x: Node) -> Node:
-    """Smallest over the sequences of the own group."""
+    """Smallest over the sequences of the same group."""
     x, valid = _rows("group_min", x)
     return x.graph.reduce("group_min", where(valid, x, float("inf")))
 
 
 def group_cumsum(x: Value, *, by: Node, reverse: bool = False) -> Node:
-    """Sum over the own group's sequences from the one with the largest `by` down to oneself, oneself included.
+    """Sum over the same group's sequences from the one with the largest `by` down to oneself, oneself included.
 
     reverse: from oneself down to the smallest. Equal keys are in the order of the rows. No gradient goes to `by`.
     """
@@ -103,13 +103,13 @@ def group_cumsum(x: Value, *, by: Node, reverse: bool = False) -> Node:
 
 
 def group_sum_others(x: Node) -> Node:
-    """Sum over the other sequences of the own group."""
+    """Sum over the other sequences of the same group."""
     x, valid = _rows("group_sum_others", x)
     return x.graph.reduce("group_sum_others", where(valid, x, 0.0))
 
 
 def group_logsumexp(x: Node, *, by: Node | None = None, reverse: bool = False, others: bool = False) -> Node:
-    """log of the sum of e^x over the own group, over those that group_cumsum takes, or over the others alone.
+    """Log of the sum of e^x over the same group's sequences, those that group_cumsum takes, or the others alone.
 
     x may be -inf: such a sequence adds nothing and gets gradient 0. Of nothing -inf, with gradient 0.
     """

@@ -33,7 +33,7 @@ KINDS: Final[tuple[Kind, ...]] = ("sum", "max", "min")
 
 
 def kind_of(node: Node) -> Kind:
-    """What a reduction is; a count is a sum."""
+    """The kind of a reduction; a count is a sum."""
     return "max" if node.op.endswith("_max") else "min" if node.op.endswith("_min") else "sum"
 
 
@@ -126,7 +126,7 @@ class Plan:
         return [(i, n) for i, n in enumerate(self.program.batch) if self._written(n) == time]
 
     def roots(self, time: Time) -> list[Node]:
-        """What a phase computes for others to read."""
+        """Nodes that a phase computes for others to read."""
         written = [n for _, n in (*self.outputs(time), *self.results(time))]
         return [*(n.args[0] for n in self.over_batch(time)), *self.stores.get(time, []), *written, *self.batch(time)]
 

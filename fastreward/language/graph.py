@@ -46,7 +46,7 @@ class Graph(Nodes):
         return self._make(op, args, level, side=self._side(op, args), boolean=OPS[op].boolean)
 
     def reduce(self, op: str, *args: Node, side: int = 0) -> Node:
-        """A reduction (see _ops.py). What is the same for all tokens may be summed over them: length times it.
+        """A reduction (see ops.py). What is the same for all tokens may be summed over them: length times it.
 
         Of an empty sequence that is 0, whatever it has per sequence.
         """

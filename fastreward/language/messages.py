@@ -1,4 +1,4 @@
-"""What the language says about what it was given: where in the loss it stands, and what to write instead."""
+"""Messages of the language: where in the loss a mistake stands, and what to write instead."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ _NAMES: Final = {
 
 
 def described(x: object) -> str:
-    """What came instead of a term, and what to do about it."""
+    """Describe a value that came instead of a term, and what to do about it."""
     if x is None or isinstance(x, str | bool | int | float):
         return repr(x)
     return type(x).__name__ + _HINTS.get(type(x).__name__, "")
 
 
 def instead(name: str) -> str:
-    """What to write for an array's method or function of this name."""
+    """The language's counterpart of an array's method or function of this name."""
     if name in FUNCTIONS:
         return f"use fastreward.losses.{name}"
     return f"use {_NAMES[name]}" if name in _NAMES else "help(fastreward.losses) says what there is"

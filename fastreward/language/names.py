@@ -35,13 +35,13 @@ def names(program: Program, taken: Iterable[str], endings: Sequence[str] = ()) -
 
 
 def _identifier(text: str) -> str:
-    """What may be called so in Python and in C++, which keeps names that begin with two underscores for itself."""
+    """Turn a name into one for Python and C++, which keeps names that begin with two underscores for itself."""
     text = re.sub(r"^_+", "_", re.sub(r"\W+", "_", text, flags=re.ASCII))
     return f"_{text}" if text[:1].isdigit() else text
 
 
 def _name(node: Node, names: dict[int, str], sides: int) -> str:
-    """What the node is in the words of the field, "" where there is no word."""
+    """The field's name for the node, "" where there is none."""
     side = _SIDES[node.side] if sides == 2 and (node.level == Level.TOKEN or node.op == "seq_count") else ""
     if node.op == "input":
         return side + (node.name or "").removeprefix("parameter.")

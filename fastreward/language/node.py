@@ -237,7 +237,7 @@ class Nodes(ABC):
         return self._make("parameter", (), Level.SCALAR, name=name, key=(name,))
 
     def input(self, name: str, level: Level, side: int = 0) -> Node:
-        """What a tensor of the call holds for the token or the sequence."""
+        """An input: the value of one of the call's tensors for the token or the sequence."""
         return self._make("input", (), level, side=side, name=name, key=(name, level, side))
 
     def node(self, x: object) -> Node:

@@ -1,4 +1,4 @@
-"""What a call of `policy_loss` or `preference_loss` minimises: the loss, its KL and entropy terms, aggregated.
+"""Objective of a `policy_loss` or `preference_loss` call: the loss, its KL and entropy terms, aggregated.
 
 All of it is written in the loss language, so that one program gives the loss, its metrics and its gradient.
 """
@@ -109,7 +109,7 @@ def gradient_program(key: str) -> TokenGradient:
 
 @dataclass(frozen=True)
 class PolicyCall:
-    """What decides the formula of a `policy_loss` call besides the loss. levels: the terms passed, by name.
+    """Key of a `policy_loss` call's formula, besides the loss. levels: the terms passed, by name.
 
     packed: tokens come with cu_seqlens. deferred: gradients may leave out the aggregation's weight.
     on_device: names of numbers that only a kernel may read.
@@ -286,7 +286,7 @@ def _weighted(weight: Node, value: Node) -> Node:
 
 
 def _row_weight(graph: Graph, call: PolicyCall) -> Node:
-    """What the aggregation multiplies a sequence's token losses by, per row."""
+    """The aggregation's weight of a sequence's token losses, per sequence."""
     length = graph.length()
     sequences, one = batch_sum(1.0, graph), graph.constant(1.0)
     width = graph.input("call.width", Level.BATCH) if call.packed else graph.parameter("call.width")
@@ -401,6 +401,6 @@ def sources(built: Program, wanted: Sequence[Node]) -> tuple[int, ...]:
 
 
 def _per_token(value: Node) -> Node:
-    """What is the same for all tokens of a sequence, at each of them (NaN where its log-prob is)."""
+    """Broadcast a value per sequence to its tokens (NaN where the log-prob is)."""
     logprob = value.graph.input("logprob", Level.TOKEN)
     return where(logprob == logprob, value, float("nan"))

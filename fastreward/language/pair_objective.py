@@ -1,4 +1,4 @@
-"""What a call of `preference_loss` minimises: the loss per pair, aggregated."""
+"""Objective of a `preference_loss` call: the loss per pair, aggregated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastreward.language.traced import TracedLoss
 
 @dataclass(frozen=True)
 class PairCall:
-    """What decides the formula of a `preference_loss` call besides the loss. Levels: of each side, and of the pair.
+    """Key of a `preference_loss` call's formula, besides the loss. Levels: of each side, and of the pair.
 
     on_device: names of numbers that only a kernel may read.
     """

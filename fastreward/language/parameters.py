@@ -1,4 +1,4 @@
-"""What may be a parameter of a loss: numbers, tensors, terms of an enclosing loss, strings, True and False, None."""
+"""Parameters of a loss: numbers, tensors, terms of an enclosing loss, strings, True and False, None."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ANY: Final = frozenset(_KINDS)
 
 
 def kinds(annotation: Any, default: Any, static: bool) -> frozenset[str]:
-    """What a parameter may be, by its default and by its annotation, which is text or missing as a rule.
+    """The kinds that a parameter may have, by its default and by its annotation, which is text or missing as a rule.
 
     A static one is known while the loss is traced: no term.
     """
@@ -70,7 +70,7 @@ def parameter(loss: str, name: str, value: Any, allowed: Collection[str]) -> Any
 
 
 def kind(value: Any) -> Any:
-    """What of a parameter decides the formula."""
+    """The part of a parameter that decides the formula."""
     if isinstance(value, Tensor):
         return "tensor", value.ndim
     return ("term", value.id) if isinstance(value, Node) else (type(value), value)

@@ -58,7 +58,7 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What a backend runs.
+    """Program that a backend runs.
 
     key: a hash of everything here. sides: sets of tokens (2 for preference losses). inputs: the tensors of a call in
     order; TOKEN inputs as the tokens of their side, SEQUENCE [B], BATCH []. scalars: SCALAR nodes whose values are
@@ -127,7 +127,7 @@ def program(outputs: Sequence[Node], batch: Sequence[Node], sides: int = 1) -> P
 
 
 def without_stop_gradient(roots: Sequence[Node], sides: int = 1) -> list[Node]:
-    """The same nodes in a fresh graph, where a constant copy and its original are one."""
+    """Copy nodes to a fresh graph, where a constant copy and its original are one."""
     graph = Graph(sides)
     copy: dict[int, Node] = {}
     for node in walk(roots):

@@ -1,4 +1,4 @@
-"""What may be written simpler without another value: rules by operator, each of which gives a node, or None.
+"""Simplification rules by operator that change no value: each gives a simpler node, or None.
 
 "drop(c, x)" below is where(c, 0, x): what derivatives of clips, maxima and where are made of. Drops are pushed
 outwards and merged, so that a clipped gradient costs one select.

@@ -29,7 +29,7 @@ _PAIR_SOURCES: Final = {
     "ref_logprob": "ref_{side}_logprobs",
     "weight": "{side}_weights",
 }
-#: What a policy loss and its kin get per token always; the others may be per sequence.
+#: What a policy loss gets per token always; the others may be per sequence.
 _PER_TOKEN: Final = ("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "entropy")
 #: What a call gives beside extras, of a pair on each side.
 TERMS: Final = tuple(_SOURCES)
@@ -41,7 +41,7 @@ CLIP_FRACTIONS: Final = ("clip_fraction_low", "clip_fraction_high", "clip_fracti
 
 
 class _Inputs:
-    """What a call passes: inputs of the graph by name, with the level of each.
+    """Inputs of the graph by name, as a call passes them, with the level of each.
 
     levels: None where there is no call yet: whatever the loss reads is there, at its usual level (where it may be per
     sequence no higher than `highest`), and `has` says `optional`: of all names, or whether the name is one of these (of
@@ -84,7 +84,7 @@ class _Inputs:
         return self._named.get(name, f'extra={{"{name}": ...}}').replace("{side}", SIDES[self._side])
 
     def extra(self, name: str, per: Literal["token", "sequence", "batch"] = "token") -> Node:
-        """What the caller passes as extra={name: tensor}: a constant per token, per sequence or for the whole batch."""
+        """The caller's extra={name: tensor}: a constant per token, per sequence or for the whole batch."""
         levels = {"token": Level.TOKEN, "sequence": Level.SEQUENCE, "batch": Level.BATCH}
         if per not in levels:
             raise ValueError(f"{origin()}: extra: per: expected 'token', 'sequence' or 'batch', got {per!r}")
@@ -222,7 +222,7 @@ class PairTerms(_Inputs):
         self.reports: dict[str, Node] = {}
 
     def extra(self, name: str, per: Literal["token", "sequence", "batch"] = "sequence") -> Node:
-        """What the caller passes as extra={name: tensor [pairs]}."""
+        """The caller's extra={name: tensor [pairs]}."""
         if per == "token":
             raise ValueError(
                 f"{origin()}: extra: per-token extras belong to a side: t.chosen.extra(...) or t.rejected.extra(...)"

@@ -1,4 +1,4 @@
-"""What the language's files need of a loss: `define` makes such ones."""
+"""Protocol of a traced loss, all that the language's files need of one; `define` makes them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TracedLoss(Protocol):
 
     @property
     def structure(self) -> tuple[Any, ...]:
-        """What decides the formula."""
+        """Key of the formula: losses with equal ones share kernels."""
 
     def terms(self, optional: bool | Collection[str] = True) -> Terms | PairTerms:
         """Terms on a fresh graph."""

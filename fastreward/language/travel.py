@@ -1,8 +1,8 @@
 """How the function of a loss reaches another process.
 
-pickle and its kin (cloudpickle, Ray, joblib, dill) know one thing that travels both ways: a function. By name where its
-name leads to it, else by value where the pickler can do that. Of a decorated function the name leads to the loss, and
-from there on to `.function`: so that is what the function calls itself while it is pickled.
+pickle and its relatives (cloudpickle, Ray, joblib, dill) know one thing that travels both ways: a function. By name
+where its name leads to it, else by value where the pickler can do that. Of a decorated function the name leads to the
+loss, and from there on to `.function`: so that is what the function calls itself while it is pickled.
 
 Where a function comes from and what it reads there, for messages.
 """
@@ -26,7 +26,7 @@ _KEPT: Final = "fastreward_loss"  # the function's attribute that has the option
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What `define` was told, on the function, so that it travels with it. token: of a definition and its copies."""
+    """Arguments of `define`, on the function, so that they travel with it. token: of a definition and its copies."""
 
     qualname: str
     pairs: bool
@@ -70,12 +70,12 @@ def named(function: Any) -> str:
 
 
 def _called(function: Any) -> Any:
-    """What is called in the end: a partial object says nothing about itself."""
+    """The function that is called in the end: a partial object says nothing about itself."""
     return _called(function.func) if isinstance(function, functools.partial) else function
 
 
 def options_of(function: FunctionType) -> Options:
-    """What `carrier` has put there."""
+    """The options that `carrier` has put there."""
     options = getattr(function, _KEPT, None)
     if not isinstance(options, Options):
         raise UnpicklingError(f"{function.__name__}: a loss that reads its own name can't be carried by value")

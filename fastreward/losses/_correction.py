@@ -43,7 +43,7 @@ _CLAMP: Final = 20.0  # verl's SAFETY_BOUND on log-ratios
 
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """What decides the formula of a call; thresholds are run-time scalars, those `on_device` inputs of the program."""
+    """Key of a call's formula; thresholds are run-time scalars, those `on_device` inputs of the program."""
 
     mode: Mode | None
     level: CorrectionLevel

@@ -71,12 +71,12 @@ def check(**parameters: Any) -> None:
 
 
 def check_pair(**parameters: Any) -> None:
-    """The same for preference losses."""
+    """`check` for preference losses."""
     apply(PAIR_RULES, parameters)
 
 
 def apply(rules: dict[str, Rule], parameters: dict[str, Any]) -> None:
-    """The same with rules of one's own."""
+    """Raises ValueError for parameters that break these rules."""
     for name, value in parameters.items():
         holds, expected = rules.get(name, _ANYTHING)
         if value is not None and not holds(value):

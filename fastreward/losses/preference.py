@@ -1,4 +1,4 @@
-"""Preference losses: DPO, its variants and its kin, each one value per pair, for `preference_loss`.
+"""Preference losses: DPO, its variants and its relatives, each one value per pair, for `preference_loss`.
 
 S is a sequence's sum of logprob - ref_logprob over its valid tokens, times chosen_weights or rejected_weights where
 the call gives them; L is the number of those tokens (at least 1), _w the chosen side, _l the rejected one. An empty
@@ -101,7 +101,7 @@ def _report(t: PairTerms, reward_w: Node, reward_l: Node) -> None:
 # ---------------------------------------------------------------------------------------------------------------- DPO
 @dataclass(frozen=True, slots=True)
 class _Scores:
-    """What DPO's variants are functions of; f are the f-divergence's scores of S (S itself for the reverse KL)."""
+    """Arguments of DPO's variants; f are the f-divergence's scores of S (S itself for the reverse KL)."""
 
     t: PairTerms
     s_w: Node

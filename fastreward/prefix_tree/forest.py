@@ -55,7 +55,7 @@ class Forest:
 
     @property
     def unique_places(self) -> int:
-        """The same for unique tokens."""
+        """Places for unique tokens: as many as there are on the CPU, the most that there can be on a GPU."""
         return self.num_tokens if self.nodes.device.type == "cpu" else self.sequences.flat
 
     @computed_once

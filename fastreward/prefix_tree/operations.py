@@ -197,7 +197,7 @@ class TreeOperations:
         eps: Number = 1e-6,
         singleton: Literal["zero", "raw"] = "zero",
     ) -> Tensor:
-        """What each node is worth: its value against others'.
+        """Advantage of each node: its value against others'.
 
         Args:
             node_values: [nodes] float32 or float64; NaN: not there, in no mean and compared with nobody.

@@ -256,7 +256,7 @@ def _draw_scale(ax: Axes, colours: ScalarMappable | None, name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ labels
 def write_title(ax: Axes, tree: TreeOperations, group: int, name: str | None, below: str = "") -> None:
-    """What the group is made of, behind its name."""
+    """Writes the sizes of the group, behind its name."""
     s, which = statistics(tree, group), "" if name is None else f"group {name}: "
     title = (
         f"{which}{number(s.sequences, 'sequence')}, {number(s.tokens, 'token')}, {s.unique_tokens:,} unique "

@@ -1,4 +1,4 @@
-"""What a prefix tree is built from: where each sequence lies in flat memory, its group, and which tokens get credit."""
+"""Sequences that a prefix tree is built from: their places in flat memory, groups, and tokens that get credit."""
 
 from __future__ import annotations
 

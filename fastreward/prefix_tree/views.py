@@ -1,4 +1,4 @@
-"""What a prefix tree looks like: statistics, a drawing in text, a networkx graph. Views wait for the device."""
+"""Views of a prefix tree: statistics, a drawing in text, a networkx graph. They wait for the device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MOST_DEPTHS = 12
 # -------------------------------------------------------------------------------------------------------- statistics
 @dataclass(frozen=True)
 class TreeStatistics:
-    """What a prefix tree is made of. Print it for a table.
+    """Statistics of a prefix tree. Print it for a table.
 
     With PrefixTree.from_paths "tokens" are steps.
     """

@@ -1,4 +1,4 @@
-"""Credit and values from trees that a search has grown (MCTS and its kin); see `fastreward.recipes.tree`."""
+"""Credit and values from trees that a search has grown (MCTS and its variants); see `fastreward.recipes.tree`."""
 
 from __future__ import annotations
 

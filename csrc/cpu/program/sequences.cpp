@@ -145,7 +145,7 @@ void over_neighbours(const SequenceInstruction& i, const SequenceValues& values,
   for (std::int64_t sequence = 0; sequence < values.sequences; ++sequence) out[sequence] = sums[sequence];
 }
 
-// What comes before in the own group plus what comes after: no subtraction that could cancel.
+// What comes before in the same group plus what comes after: no subtraction that could cancel.
 void over_others(const SequenceInstruction& i, const SequenceValues& values, const SequenceGroups& groups) {
   const Operand a = operand(values, i.a);
   const Buffer<double> running(groups.count), sums(values.sequences);  // `out` may be one of the arguments
