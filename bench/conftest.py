@@ -1,4 +1,4 @@
-"""Options of `pytest bench`, and the one test body that all its files share."""
+"""Options of `pytest bench`, and the body of its test."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with `contender` runs once per dtype, case and contender of its module's OPERATION."""
+    """A test with `contender` runs once per operation, and its dtypes, cases and contenders."""
     if "contender" in metafunc.fixturenames:
-        module = bench.operation(metafunc.module.OPERATION)
-        names = (OURS, *PEERS)
-        jobs = [(case, dtype, name) for dtype in module.DTYPES for case in module.CASES for name in names]
-        metafunc.parametrize(("case", "dtype", "contender"), jobs, ids=["-".join(job) for job in jobs])
+        jobs = [
+            (operation, case, dtype, name)
+            for operation in bench.OPERATIONS
+            for dtype in bench.operation(operation).DTYPES
+            for case in bench.operation(operation).CASES
+            for name in (OURS, *PEERS)
+        ]
+        names = ("operation", "case", "dtype", "contender")
+        metafunc.parametrize(names, jobs, ids=["-".join(job) for job in jobs])
 
 
 @pytest.fixture

@@ -7,30 +7,8 @@ from __future__ import annotations
 
 import sys
 
+from fastreward.bench import roofline
 from fastreward.bench.engine import Probe
-from fastreward.bench.roofline import (
-    Bandwidth,
-    Traffic,
-    correction,
-    group_advantages,
-    linear_logprobs,
-    logprobs_forward,
-    logprobs_forward_backward,
-    policy_loss_forward_backward,
-    whiten,
-)
-
-__all__ = [
-    "Bandwidth",
-    "Traffic",
-    "correction",
-    "group_advantages",
-    "linear_logprobs",
-    "logprobs_forward",
-    "logprobs_forward_backward",
-    "policy_loss_forward_backward",
-    "whiten",
-]
 
 
 def main(rows: int = 2048, vocab: int = 151_936) -> None:
@@ -40,13 +18,13 @@ def main(rows: int = 2048, vocab: int = 151_936) -> None:
     bandwidth = probe.bandwidth()
     print(f"read {bandwidth.read / 1e9:.1f} GB/s, copy {bandwidth.copy / 1e9:.1f} GB/s (read + written)")
     for name, traffic in (
-        (f"logprobs forward [{rows}, {vocab}] f32", logprobs_forward(rows, vocab, 4)),
-        (f"logprobs forward [{rows}, {vocab}] bf16", logprobs_forward(rows, vocab, 2)),
-        (f"logprobs forward + backward [{rows}, {vocab}] f32", logprobs_forward_backward(rows, vocab, 4)),
-        (f"logprobs forward + backward [{rows}, {vocab}] bf16", logprobs_forward_backward(rows, vocab, 2)),
-        ("policy_loss forward + backward [512, 8192]", policy_loss_forward_backward(512 * 8192)),
-        ("correction_weights [512, 8192]", correction(512 * 8192)),
-        ("whiten [4096, 8192]", whiten(4096 * 8192)),
+        (f"logprobs forward [{rows}, {vocab}] f32", roofline.logprobs_forward(rows, vocab, 4)),
+        (f"logprobs forward [{rows}, {vocab}] bf16", roofline.logprobs_forward(rows, vocab, 2)),
+        (f"logprobs forward + backward [{rows}, {vocab}] f32", roofline.logprobs_forward_backward(rows, vocab, 4)),
+        (f"logprobs forward + backward [{rows}, {vocab}] bf16", roofline.logprobs_forward_backward(rows, vocab, 2)),
+        ("policy_loss forward + backward [512, 8192]", roofline.policy_loss_forward_backward(512 * 8192)),
+        ("correction_weights [512, 8192]", roofline.correction(512 * 8192)),
+        ("whiten [4096, 8192]", roofline.whiten(4096 * 8192)),
     ):
         print(f"{name:<50} {traffic.total / 1e6:9.1f} MB  {traffic.seconds(bandwidth) * 1e3:8.2f} ms")
 

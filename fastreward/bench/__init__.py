@@ -1,4 +1,4 @@
-"""The benchmark engine behind `fastreward bench` and the pytest-benchmark files in bench/.
+"""The benchmark engine behind `fastreward bench` and `pytest bench`.
 
 Each operation's file names its cases and builds them: inputs, contenders, truth, bytes and promises. `engine` gates
 and times them, `memory` measures peak memory in a fresh process, `targets` judges the promises

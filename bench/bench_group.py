@@ -1,9 +1,0 @@
-from __future__ import annotations
-
-from collections.abc import Callable
-
-OPERATION = "group"
-
-
-def test_group(run_contender: Callable[[str, str, str, str], None], case: str, dtype: str, contender: str) -> None:
-    run_contender(OPERATION, case, dtype, contender)
