@@ -11,7 +11,7 @@ from torch import Tensor
 from fastreward._arguments.numbers import read
 from fastreward._arguments.tokens import Tokens
 from fastreward._arguments.transforms import batched
-from fastreward._runtime.custom_op import custom_op, plain
+from fastreward._runtime.custom_op import custom_op, plain, recording
 from fastreward._runtime.dispatch import implementation
 from fastreward.language.objective import Gradient, Objective, registered_objective
 
@@ -139,8 +139,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, metrics, saved, saved_second, row_weight, token_loss = output
     ctx.mark_non_differentiable(metrics, saved, saved_second, row_weight, token_loss)
     ctx.set_materialize_grads(False)
-    kept = (saved.detach(), saved_second.detach(), row_weight.detach(), mask, second_mask, cu_seqlens)
-    ctx.save_for_backward(*kept, second_cu_seqlens, first, second)
+    o = registered_objective(inputs[10])
+    # The same as a plain call (`evaluate`): a checkpoint may be computed under a profiler, and again without.
+    there = (o.gradients[0] is not None, o.gradients[1] is not None, o.row_weight is not None)
+    kept = [x.detach() if needed else None for x, needed in zip((saved, saved_second, row_weight), there, strict=True)]
+    ctx.save_for_backward(*kept, mask, second_mask, cu_seqlens, second_cu_seqlens, first, second)
     (ctx.objective, ctx.backend), ctx.constants = inputs[10:], len(inputs[2])
 
 
@@ -157,7 +160,6 @@ def _gradients(ctx: Any, o: Objective, grad_loss: Tensor | None, needs: Sequence
     # create_graph=True: what is saved is the gradient, a constant to autograd; the op refuses to be differentiated.
     direct = not torch.is_grad_enabled() and not batched(grad_loss)
     saved, saved_second, weight, mask, second_mask, cu_seqlens, second_cu_seqlens, first, second = ctx.saved_tensors
-    weight = None if o.row_weight is None else weight
     pair = o.program.sides == 2
     places = (
         (saved, first, mask, cu_seqlens),
@@ -236,7 +238,7 @@ def evaluate(
     known = batch.tolist() if batch.is_cpu else None
     loss = batch[0].clone() if known is None else torch.scalar_tensor(known[0], dtype=torch.float32)
     token_loss = batch if o.token_loss is None else outputs[o.token_loss]
-    if trained and torch.is_grad_enabled():
+    if trained and recording():
         saved = [None if g is None else outputs[g.output] for g in o.gradients]
         weight = None if o.row_weight is None else outputs[o.row_weight]
         loss = _with_gradient([loss], o, backend, (*saved, weight, *given), first, second)

@@ -44,7 +44,7 @@ class CustomOp:
             tensors += args[k]
         if not plain(tensors):
             return self._overload(*args)
-        if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors):
+        if not recording() or not any(x is not None and x.requires_grad for x in tensors):
             return self._function(*args)
         return self._overload(*args) if self._node is None else _recorded(self._node, self._function, args)
 
@@ -97,6 +97,7 @@ _KEYS: Final = _key_set("BackendSelect", "ADInplaceOrView")
 _KEYS_OF_TENSORS: Final = _KEYS | _key_set(
     *(f"{prefix}{device}" for prefix in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA"))
 )
+_AUTOGRAD: Final = torch._C.DispatchKey.AutogradFunctionality  # of every device
 
 
 def plain(tensors: Iterable[Tensor | None]) -> bool:
@@ -116,6 +117,11 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
                 return False
             keys |= torch._C._dispatch_keys(x).raw_repr()
     return not keys & ~_KEYS_OF_TENSORS
+
+
+def recording() -> bool:
+    """Whether a plain call records a gradient: not in inference mode, nor inside the kernel of another custom op."""
+    return torch.is_grad_enabled() and not torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd

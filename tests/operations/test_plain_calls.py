@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fastreward
 
@@ -80,6 +81,30 @@ def test_profiles_show_the_op(call: Callable[[Tensor], Tensor]) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         _gradient(call)
     assert any(event.key.startswith("fastreward::") for event in profile.key_averages())
+
+
+@_CALLS
+@pytest.mark.parametrize("listened", ["forward", "backward"])
+def test_a_checkpoint_computes_again_with_a_listener_or_without(
+    call: Callable[[Tensor], Tensor], listened: str
+) -> None:
+    torch.manual_seed(0)
+    x = (-torch.rand(6, 5)).requires_grad_()
+    with _Ops() if listened == "forward" else nullcontext():
+        loss: Any = checkpoint(call, x, use_reentrant=False)
+    with _Ops() if listened == "backward" else nullcontext():
+        loss.backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, _gradient(call)[1])
+
+
+@_CALLS
+def test_nothing_is_recorded_where_torch_leaves_autograd_out(call: Callable[[Tensor], Tensor]) -> None:
+    x = (-torch.rand(6, 5)).requires_grad_()
+    with torch.inference_mode(), torch.enable_grad():
+        assert not call(x).requires_grad
+    with torch._C._AutoDispatchBelowAutograd():  # as inside the kernel of another op
+        assert not call(x).requires_grad
 
 
 @_CALLS
