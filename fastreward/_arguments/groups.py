@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
+from fastreward._arguments.transforms import transformed
 
 GroupIds = Tensor | Sequence[Hashable]
 _BY_IDENTITY: Final[object] = object.__hash__
@@ -58,13 +59,14 @@ def factorize(group_ids: GroupIds, count: int, device: torch.device, name: str =
         return labels.to(device).long().contiguous()
     if len(labels) != count:
         raise ValueError(f"{name}: expected {count} ids (one per rollout), got {len(labels)}")
-    if torch.compiler.is_compiling():  # Dynamo follows a dict, and traces anew for other labels
+    # Dynamo follows a dict, and traces anew for other labels; fake tensors and functionalize's have no memory to write.
+    in_python = torch.compiler.is_compiling() or transformed()
+    if in_python or type(index := torch.empty(count, dtype=torch.int64, device="cpu")) is not Tensor:
         seen: dict[Any, int] = {}
         numbers = [seen.setdefault(_by_value(label, b, name), len(seen)) for b, label in enumerate(labels)]
         return torch.tensor(numbers, dtype=torch.int64, device=device)
     from fastreward import _core
 
-    index = torch.empty(count, dtype=torch.int64, device="cpu")
     if not _core.number_labels(labels, index.data_ptr(), False):
         _core.number_labels([_by_value(label, b, name) for b, label in enumerate(labels)], index.data_ptr(), True)
     return index.to(device)

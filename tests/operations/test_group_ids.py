@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastreward as fr
 from fastreward import losses
@@ -137,3 +138,10 @@ def test_bounds_of_integers_are_kept() -> None:
     assert torch.equal(
         fr.group_advantages(REWARDS, [2**80, 2**80, -(2**80), 0]), fr.group_advantages(REWARDS, list("aabc"))
     )
+
+
+def test_labels_where_tensors_have_no_memory() -> None:
+    with FakeTensorMode():
+        assert factorize(["a", "b"], 2, torch.device("cpu")).shape == (2,)
+    numbers = torch.func.functionalize(lambda x: x + factorize(["a", "b", "a"], 3, x.device))(torch.zeros(3))
+    assert numbers.tolist() == [0, 1, 0]
