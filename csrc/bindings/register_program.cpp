@@ -37,8 +37,8 @@ std::vector<SequenceInstruction> sequence_instructions(const SequenceCode& code)
 // operands and places as it declares them.
 class Program {
  public:
-  Program(int sides, int numbers, int columns, const std::vector<std::pair<int, double>>& constants, std::vector<int> scalars,
-          const std::vector<std::pair<int, int>>& inputs, const SequenceCode& prologue,
+  Program(int sides, int numbers, int columns, const std::vector<std::pair<int, double>>& constants,
+          std::vector<int> scalars, const std::vector<std::pair<int, int>>& inputs, const SequenceCode& prologue,
           const std::vector<StageCode>& stages, std::vector<int> outputs, std::vector<int> batch)
       : scalars_(std::move(scalars)), outputs_(std::move(outputs)), batch_(std::move(batch)) {
     for (const auto& [number, value] : constants) constants_.push_back({number, value});
@@ -164,12 +164,12 @@ void run(const Program& program, const std::vector<TokensCode>& sides, const std
   FASTREWARD_DISPATCH(program_run)(call);
 }
 
-void scale(const TokensCode& tokens, Address saved, Address row_weight, double factor, Address out, int threads) {
+void scale(const TokensCode& tokens, Address saved, Address sequence_weight, double factor, Address out, int threads) {
   const pybind11::gil_scoped_release unlocked;
   const ProgramTokens side = tokens_of(tokens);
   const std::int64_t count = count_tokens(side);
   FASTREWARD_DISPATCH(program_scale)
-  (side, required<const float>("saved", saved, count), at<const float>(row_weight), static_cast<float>(factor),
+  (side, required<const float>("saved", saved, count), at<const float>(sequence_weight), static_cast<float>(factor),
    required<float>("out", out, count), threads);
 }
 
@@ -209,8 +209,8 @@ void register_program(pybind11::module_& m) {
         "Numbers of the sequence operators, by name.");
   m.def("program_run", &run, py::kw_only(), py::arg("program"), py::arg("sides"), py::arg("inputs"),
         py::arg("scalars"), py::arg("groups"), py::arg("outputs"), py::arg("batch"), py::arg("threads"));
-  m.def("program_scale", &scale, py::arg("tokens"), py::arg("saved"), py::arg("row_weight"), py::arg("factor"),
-        py::arg("out"), py::arg("threads"), "out = saved * row_weight[sequence] * factor; a 0 stays 0.");
+  m.def("program_scale", &scale, py::arg("tokens"), py::arg("saved"), py::arg("sequence_weight"), py::arg("factor"),
+        py::arg("out"), py::arg("threads"), "out = saved * sequence_weight[sequence] * factor; a 0 stays 0.");
   m.def("program_broadcast_to_tokens", &broadcast_to_tokens, py::arg("tokens"), py::arg("sequence_values"),
         py::arg("factor"), py::arg("out"), py::arg("threads"),
         "out = sequence_values[sequence] * factor on valid tokens, 0 elsewhere.");

@@ -9,7 +9,7 @@ namespace fastreward {
 // ------------------------------------------------------------------------------------------------------------- kernels
 struct ScaleArguments {
   const float* saved;       // one per token
-  const float* row_weight;  // [rows] or null
+  const float* sequence_weight;  // [rows] or null
   const float* grad_loss;   // []
   Side side;
   float* out;  // one per token
@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) program_scale(const ScaleA
   for (i64 u = blockIdx.x; u < a.side.units; u += gridDim.x) {
     const Unit unit = unit_of(a.side, u);
     if (unit.begin >= unit.end) continue;
-    const float weight = a.row_weight ? a.row_weight[unit.row] * grad : grad;
+    const float weight = a.sequence_weight ? a.sequence_weight[unit.row] * grad : grad;
     float x[PER_THREAD];
 #pragma unroll
     for (int k = 0; k < PER_THREAD; ++k) {

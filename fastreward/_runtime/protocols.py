@@ -111,11 +111,11 @@ class ProgramKernels(Protocol):
     ) -> tuple[list[Tensor], Tensor]:
         """(outputs f32, each as its tokens or [B]; batch values f32 [M])."""
 
-    def scale(self, saved: Tensor, row_weight: Tensor | None, grad_loss: Tensor, tokens: Tokens) -> Tensor:
-        """saved * row_weight[row] * grad_loss, f32 like saved; a 0 stays 0."""
+    def scale(self, saved: Tensor, sequence_weight: Tensor | None, grad_loss: Tensor, tokens: Tokens) -> Tensor:
+        """saved * sequence_weight[sequence] * grad_loss, f32 like saved; a 0 stays 0."""
 
     def broadcast_to_tokens(self, sequence_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
-        """sequence_values[row] * grad_loss on valid tokens, 0 elsewhere; f32 in tokens.shape."""
+        """sequence_values[sequence] * grad_loss on valid tokens, 0 elsewhere; f32 in tokens.shape."""
 
 
 class LogitsPolicyLossKernels(Protocol):

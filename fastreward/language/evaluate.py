@@ -52,8 +52,8 @@ def evaluate(
         tokens = torch.where(masks[value.side], result, 0.0)
         return tokens.reshape(()) if numbers else tokens.squeeze(-1) if single[value.side] else tokens
     valid = torch.stack([side.any(-1) for side in masks]).any(0)
-    rows = torch.where(valid, result.expand(masks[0].shape[0], 1).squeeze(-1), 0.0)
-    return rows.reshape(()) if numbers else rows
+    per_sequence = torch.where(valid, result.expand(masks[0].shape[0], 1).squeeze(-1), 0.0)
+    return per_sequence.reshape(()) if numbers else per_sequence
 
 
 def _check_names(loss: TracedLoss, named: Iterable[tuple[str, int]]) -> None:

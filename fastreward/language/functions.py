@@ -61,7 +61,7 @@ def seq_min(x: Node) -> Node:
 # Sequences without a valid token do not count.
 def group_sum(x: Value, graph: Nodes | None = None) -> Node:
     """Sum over the sequences of the same group."""
-    x, valid = _rows("group_sum", x, graph)
+    x, valid = _per_sequence("group_sum", x, graph)
     return x.graph.reduce("group_sum", where(valid, x, 0.0))
 
 
@@ -75,36 +75,36 @@ def group_size(t: object) -> Node:
 
 def group_mean(x: Node) -> Node:
     """Mean over the sequences of the same group."""
-    x, _ = _rows("group_mean", x)
+    x, _ = _per_sequence("group_mean", x)
     return group_sum(x) / maximum(group_sum(1.0, x.graph), 1.0)
 
 
 def group_max(x: Node) -> Node:
     """Largest over the sequences of the same group."""
-    x, valid = _rows("group_max", x)
+    x, valid = _per_sequence("group_max", x)
     return x.graph.reduce("group_max", where(valid, x, float("-inf")))
 
 
 def group_min(x: Node) -> Node:
     """Smallest over the sequences of the same group."""
-    x, valid = _rows("group_min", x)
+    x, valid = _per_sequence("group_min", x)
     return x.graph.reduce("group_min", where(valid, x, float("inf")))
 
 
 def group_cumsum(x: Value, *, by: Node, reverse: bool = False) -> Node:
     """Sum over the same group's sequences from the one with the largest `by` down to oneself, oneself included.
 
-    reverse: from oneself down to the smallest. Equal keys are in the order of the rows. No gradient goes to `by`.
+    reverse: from oneself down to the smallest. Equal keys are in the order of the sequences. No gradient goes to `by`.
     """
-    by, valid = _rows("group_cumsum", by)
-    x, _ = _rows("group_cumsum", x, by.graph)
+    by, valid = _per_sequence("group_cumsum", by)
+    x, _ = _per_sequence("group_cumsum", x, by.graph)
     op = "group_sum_after" if reverse else "group_sum_before"
     return by.graph.reduce(op, where(valid, x, 0.0), stop_gradient(by))
 
 
 def group_sum_others(x: Node) -> Node:
     """Sum over the other sequences of the same group."""
-    x, valid = _rows("group_sum_others", x)
+    x, valid = _per_sequence("group_sum_others", x)
     return x.graph.reduce("group_sum_others", where(valid, x, 0.0))
 
 
@@ -113,7 +113,7 @@ def group_logsumexp(x: Node, *, by: Node | None = None, reverse: bool = False, o
 
     x may be -inf: such a sequence adds nothing and gets gradient 0. Of nothing -inf, with gradient 0.
     """
-    x, valid = _rows("group_logsumexp", x)
+    x, valid = _per_sequence("group_logsumexp", x)
     largest = stop_gradient(group_max(x))
     top = where(largest > float("-inf"), largest, 0.0)
     grown = where(valid, exp(x - top), 0.0)
@@ -130,7 +130,7 @@ def batch_sum(x: Value, graph: Nodes | None = None) -> Node:
     """Sum over the valid tokens of the batch; of what is per sequence, over its sequences with a valid token."""
     if isinstance(x, Node) and x.level == Level.TOKEN:
         return batch_sum(seq_sum(x))
-    x, valid = _rows("batch_sum", x, graph)
+    x, valid = _per_sequence("batch_sum", x, graph)
     return x.graph.reduce("batch_sum", where(valid, x, 0.0))
 
 
@@ -145,19 +145,19 @@ def batch_mean(x: Node) -> Node:
 
 def batch_max(x: Node) -> Node:
     """Largest over the valid tokens of the batch, or over its sequences."""
-    x, valid = _rows("batch_max", seq_max(x) if isinstance(x, Node) else x)
+    x, valid = _per_sequence("batch_max", seq_max(x) if isinstance(x, Node) else x)
     return x.graph.reduce("batch_max", where(valid, x, float("-inf")))
 
 
 def batch_min(x: Node) -> Node:
     """Smallest over the valid tokens of the batch, or over its sequences."""
-    x, valid = _rows("batch_min", seq_min(x) if isinstance(x, Node) else x)
+    x, valid = _per_sequence("batch_min", seq_min(x) if isinstance(x, Node) else x)
     return x.graph.reduce("batch_min", where(valid, x, float("inf")))
 
 
 def batch_match(x: Node, y: Node) -> Node:
     """For each sequence the y of that rank among all sequences which its own x has; gradients go to y."""
-    x, y = _rows("batch_match", x)[0], _rows("batch_match", y)[0]
+    x, y = _per_sequence("batch_match", x)[0], _per_sequence("batch_match", y)[0]
     rank_of_y, rank_of_x = stop_gradient(y), stop_gradient(x)
     return x.graph.reduce("batch_permute", y, rank_of_y, rank_of_x)
 
@@ -166,7 +166,7 @@ def _number(x: Node) -> Node:
     return where(x, 1.0, 0.0) if x.boolean else x
 
 
-def _rows(name: str, x: Value, graph: Nodes | None = None) -> tuple[Node, Node]:
+def _per_sequence(name: str, x: Value, graph: Nodes | None = None) -> tuple[Node, Node]:
     """`x` as a node, and whether a sequence counts."""
     graph = graph_of(name, x) if graph is None or isinstance(x, Node) else graph
     node = graph.node(x)

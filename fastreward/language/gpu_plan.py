@@ -57,10 +57,10 @@ class Launch:
 class Plan:
     """Launches of a program, and where values wait for later use.
 
-    columns: of values per sequence that another phase or launch reads (f64 [columns, rows]); cheap operators on such
-    are computed again instead. totals: of batch values that another launch reads. ready: when operators' values are
-    there; those that read inputs and scalars only have no entry and are computed wherever they are needed. stores:
-    what a phase's loop writes to a column. permutation: a column more, for row numbers while rows are permuted.
+    columns: of values per sequence that another phase or launch reads (f64 [columns, sequences]); cheap operators on
+    such are computed again instead. totals: of batch values that another launch reads. ready: when operators' values
+    are there; those that read inputs and scalars only have no entry and are computed wherever they are needed. stores:
+    what a phase's loop writes to a column. permutation: a column more, for sequences' numbers while they are permuted.
 
     in_columns: whether passes leave their reductions in columns, those of a step one after the other, and what groups
     reduce to is there once per group (`copies`: columns per sequence of it); else phase 0 joins what passes leave.

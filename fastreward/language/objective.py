@@ -216,7 +216,7 @@ def _cached_policy(key: Key, call: PolicyCall) -> Objective:
 
 
 def _traced(loss: TracedLoss, call: PolicyCall) -> tuple[Terms, Node, list[Node], Node, Node]:
-    """(terms, total loss, differentiable inputs, the rows' weights, loss per token or row)."""
+    """(terms, total loss, differentiable inputs, the sequences' weights, loss per token or sequence)."""
     levels = dict(call.levels)
     t = Terms(Graph(on_device=call.on_device), levels)
     surrogate = loss.trace(t)
@@ -279,7 +279,7 @@ def _cached_gradient(key: Key, call: PolicyCall) -> TokenGradient | None:
 
 
 def _weighted(weight: Node, value: Node) -> Node:
-    """The row's share of the loss. A value per sequence of an empty one may be anything: it must not count."""
+    """The sequence's share of the loss. A value per sequence of an empty one may be anything: it must not count."""
     if value.level == Level.TOKEN:
         return weight * seq_sum(value)
     return where(value.graph.valid(), weight * seq_sum(value), 0.0)
@@ -379,8 +379,8 @@ def _assemble(
         elif g.level == Level.TOKEN:
             kept.append(Gradient(add(g), True))
         else:  # the same for every valid token of a sequence
-            row = g if weighted else g * weight
-            kept.append(Gradient(add(where(graph.valid(), row, 0.0)), False))
+            per_sequence = g if weighted else g * weight
+            kept.append(Gradient(add(where(graph.valid(), per_sequence, 0.0)), False))
     token_loss = add(value if value.level == Level.TOKEN else _per_token(value)) if want_token_loss else None
     row_weight = add(where(graph.valid(), weight, 0.0)) if not weighted else None
     built = program(outputs, [total, *metrics.values()], graph.sides)

@@ -284,7 +284,7 @@ def words(backend: Literal["triton", "cuda"]) -> frozenset[str]:
 #: Over the valid tokens of a sequence; seq_count has no argument.
 SEQ_REDUCTIONS: Final = ("seq_count", "seq_sum", "seq_max", "seq_min")
 #: Over the sequences of the same group, given back to each of them. group_sum_before(x, key): over the members whose
-#: key is above one's own, of equal keys those in earlier rows, and oneself; group_sum_after: below, later, and oneself.
+#: key is above one's own, of equal keys earlier sequences', and oneself; group_sum_after: below, later, and oneself.
 #: group_sum_others: all members but oneself, added without a cancelling subtraction.
 GROUP_REDUCTIONS: Final = (
     "group_sum",

@@ -98,7 +98,7 @@ def _mul(graph: Nodes, x: Node, y: Node) -> Node | None:
             return b
         if is_constant(a, -1.0):
             return graph.call("neg", b)
-        dropped = _as_drop(graph, a) if a.level >= b.level else None  # a row's select stays the row's
+        dropped = _as_drop(graph, a) if a.level >= b.level else None  # a sequence's select stays the sequence's
         if dropped is not None:
             return _drop(graph, dropped[0], graph.call("mul", dropped[1], b))
     if x.op == "neg" and y.op == "neg":
@@ -108,7 +108,7 @@ def _mul(graph: Nodes, x: Node, y: Node) -> Node | None:
 
 
 def _regroup(graph: Nodes, x: Node, y: Node) -> Node | None:
-    """(a * b) * y as a * (b * y) where b * y is there already, or is known once a row while a is a token's."""
+    """(a * b) * y as a * (b * y) where b * y is there already, or is known once a sequence while a is a token's."""
     for product, other in ((x, y), (y, x)):
         if product.op != "mul":
             continue

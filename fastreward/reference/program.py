@@ -1,7 +1,7 @@
 """Programs of the loss language in float64 torch, node by node: slow, obvious, and differentiable by autograd.
 
-A node is anything with op, args, level (0 scalar, 1 batch, 2 row, 3 token), side, value, name and id. Token values are
-[B, T], row values [B, 1], everything else [1, 1].
+A node is anything with op, args, level (0 scalar, 1 batch, 2 sequence, 3 token), side, value, name and id. Token values
+are [B, T], sequence values [B, 1], everything else [1, 1].
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class Values:
         self._inputs, self._masks, self._groups, self._scalars = inputs, masks, groups, scalars or {}
         self._dtype = dtype
         self._known: dict[int, Tensor] = {}
-        self._rows = torch.stack([mask.any(-1, keepdim=True) for mask in masks]).any(0)  # that count
+        self._counting = torch.stack([mask.any(-1, keepdim=True) for mask in masks]).any(0)  # that count
 
     def set(self, node: Any, value: float) -> None:
         """Gives a SCALAR node its value; of a condition 1 or 0."""
         self._known[node.id] = self._number(value) != 0 if node.boolean else self._number(value)
 
     def of(self, node: Any) -> Tensor:
-        """[B, T] of a token node (of its side), [B, 1] of a row's, [1, 1] of any other."""
+        """[B, T] of a token node (of its side), [B, 1] of a sequence's, [1, 1] of any other."""
         waiting = [node]
         while waiting:
             top = waiting[-1]
@@ -117,7 +117,7 @@ class Values:
         if node.level < 2 or not any(x.requires_grad for x in args):
             result: Tensor = operator(*args)
             return result
-        valid = self._masks[node.side] if node.level == 3 else self._rows
+        valid = self._masks[node.side] if node.level == 3 else self._counting
         value = operator(*(x.detach() for x in args))
         return torch.where(valid, operator(*(torch.where(valid, x, torch.ones_like(x)) for x in args)), value)
 
@@ -137,14 +137,14 @@ class Values:
 
     def _over_group(self, op: str, x: Tensor, key: Tensor | None = None) -> Tensor:
         assert self._groups is not None
-        together = self._groups.unsqueeze(0) == self._groups.unsqueeze(1)  # [own row, other row]
+        together = self._groups.unsqueeze(0) == self._groups.unsqueeze(1)  # [sequence, other sequence]
         values = x.expand(len(self._groups), 1).mT
         if op == "group_sum_others":
             together = together & ~torch.eye(len(self._groups), dtype=torch.bool, device=x.device)
         if key is not None:
-            keys, rows = key.expand(len(self._groups), 1), torch.arange(len(self._groups), device=x.device)
-            above = (keys.mT > keys) | ((keys.mT == keys) & (rows.unsqueeze(0) <= rows.unsqueeze(1)))
-            below = (keys.mT < keys) | ((keys.mT == keys) & (rows.unsqueeze(0) >= rows.unsqueeze(1)))
+            keys, at = key.expand(len(self._groups), 1), torch.arange(len(self._groups), device=x.device)
+            above = (keys.mT > keys) | ((keys.mT == keys) & (at.unsqueeze(0) <= at.unsqueeze(1)))
+            below = (keys.mT < keys) | ((keys.mT == keys) & (at.unsqueeze(0) >= at.unsqueeze(1)))
             together = together & (above if op == "group_sum_before" else below)
         neutral = {"group_max": -torch.inf, "group_min": torch.inf}.get(op, 0.0)
         kind = op if op in ("group_max", "group_min") else "group_sum"
@@ -156,8 +156,8 @@ def _reduce(op: str, x: Tensor) -> Tensor:
     if op.endswith("sum"):
         return x.sum(0, keepdim=True)
     empty = x.new_full((1, x.shape[1]), -torch.inf if op.endswith("max") else torch.inf)
-    rows = torch.cat([empty, x])
-    return rows.amax(0, keepdim=True) if op.endswith("max") else rows.amin(0, keepdim=True)
+    x = torch.cat([empty, x])
+    return x.amax(0, keepdim=True) if op.endswith("max") else x.amin(0, keepdim=True)
 
 
 def run(
@@ -171,26 +171,26 @@ def run(
 
     sides: one per set of tokens, each with mask (or None), cu_seqlens (or None) and shape, that of its token tensors.
     """
-    rows = [_Rows(side, inputs) for side in sides]
+    layouts = [_Padding(side, inputs) for side in sides]
     given = {
-        (node.name, node.side): rows[node.side].padded(x) if node.level == 3 else x
+        (node.name, node.side): layouts[node.side].padded(x) if node.level == 3 else x
         for node, x in zip(program.inputs, inputs, strict=True)
     }
-    values = Values(given, [r.valid for r in rows], groups)
+    values = Values(given, [x.valid for x in layouts], groups)
     for node, value in zip(program.scalars, scalars, strict=True):
         values.set(node, value)
     outputs = []
     for node in program.outputs:
         x = values.of(node)
         if node.level == 3:
-            outputs.append(rows[node.side].flat(torch.where(rows[node.side].valid, x, 0.0)).float())
+            outputs.append(layouts[node.side].flat(torch.where(layouts[node.side].valid, x, 0.0)).float())
         else:
-            outputs.append(x.expand(len(rows[0].valid), 1).squeeze(-1).float())
+            outputs.append(x.expand(len(layouts[0].valid), 1).squeeze(-1).float())
     batch = [values.of(node).reshape(()) for node in program.batch]
     return outputs, torch.stack(batch).float() if batch else torch.zeros(0)
 
 
-class _Rows:
+class _Padding:
     """Packed [N] to padded [B, T] and back; padded tensors pass through."""
 
     def __init__(self, side: Any, like: Sequence[Tensor]) -> None:
@@ -210,18 +210,18 @@ class _Rows:
         return x if self.inside is None else x[self.inside]
 
 
-def scale(saved: Tensor, row_weight: Tensor | None, grad_loss: Tensor, tokens: Any) -> Tensor:
-    """saved * row_weight of the token's row * grad_loss; 0 where `saved` is 0, whatever the others are."""
-    rows = _Rows(tokens, [saved])
+def scale(saved: Tensor, sequence_weight: Tensor | None, grad_loss: Tensor, tokens: Any) -> Tensor:
+    """saved * sequence_weight of the token's sequence * grad_loss; 0 where `saved` is 0, whatever the others are."""
+    layout = _Padding(tokens, [saved])
     factor = grad_loss.double().reshape(1, 1)
-    if row_weight is not None:
-        factor = factor * row_weight.double().unsqueeze(-1)
-    padded = rows.padded(saved)
-    return rows.flat(torch.where(padded == 0, 0.0, padded * factor)).float()
+    if sequence_weight is not None:
+        factor = factor * sequence_weight.double().unsqueeze(-1)
+    padded = layout.padded(saved)
+    return layout.flat(torch.where(padded == 0, 0.0, padded * factor)).float()
 
 
 def broadcast_to_tokens(sequence_values: Tensor, grad_loss: Tensor, tokens: Any) -> Tensor:
-    """sequence_values of the token's row * grad_loss on valid tokens, 0 elsewhere; a 0 stays 0."""
-    rows = _Rows(tokens, [sequence_values])
+    """sequence_values of the token's sequence * grad_loss on valid tokens, 0 elsewhere; a 0 stays 0."""
+    layout = _Padding(tokens, [sequence_values])
     values = torch.where(sequence_values == 0, 0.0, sequence_values.double() * grad_loss.double()).unsqueeze(-1)
-    return rows.flat(torch.where(rows.valid, values, 0.0)).float()
+    return layout.flat(torch.where(layout.valid, values, 0.0)).float()

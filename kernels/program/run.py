@@ -72,7 +72,7 @@ def tile(together: int, vec: int) -> dict[str, Any]:
 @triton.jit(do_not_specialize=["N", "row_units", "B", "chunks"])
 def _scale_kernel(
     saved,  # f32 [B, T] or [N]
-    row_weight,  # f32 [B]
+    sequence_weight,  # f32 [B]
     grad_loss,  # f32 []
     cu_seqlens,  # i64 [B + 1]
     out,  # f32 like saved
@@ -88,7 +88,7 @@ def _scale_kernel(
     start, _, extent = row_bounds(cu_seqlens, row, row_ok, N, T, B, PACKED)
     factor = tl.zeros([ROWS], tl.float32) + tl.load(grad_loss)
     if HAS_WEIGHT:
-        factor *= tl.load(row_weight + row, mask=row_ok, other=0.0)
+        factor *= tl.load(sequence_weight + row, mask=row_ok, other=0.0)
     TILE: tl.constexpr = STEPS * LANES * VEC
     offsets = tile_columns(STEPS, LANES, VEC)
     for t0 in range((program % chunks) * TILE, tl.max(extent, axis=0), chunks * TILE):
@@ -229,7 +229,7 @@ class Call:
 
 def scale(
     saved: Tensor,  # f32 [B, T] or [N], contiguous
-    row_weight: Tensor | None,  # f32 [B]
+    sequence_weight: Tensor | None,  # f32 [B]
     grad_loss: Tensor,  # f32 []
     tokens: Tokens,
 ) -> Tensor:
@@ -238,8 +238,8 @@ def scale(
     sizes, flavour, programs = geometry(tokens)
     with on_device_of(saved):
         _scale_kernel[(programs,)](
-            saved, row_weight, grad_loss, tokens.cu_seqlens, out, *sizes, **flavour,
-            HAS_WEIGHT=row_weight is not None, **OPTIONS,
+            saved, sequence_weight, grad_loss, tokens.cu_seqlens, out, *sizes, **flavour,
+            HAS_WEIGHT=sequence_weight is not None, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -249,7 +249,7 @@ def broadcast_to_tokens(
     grad_loss: Tensor,  # f32 []
     tokens: Tokens,
 ) -> Tensor:
-    """The row's value times grad_loss on valid tokens, 0 elsewhere: f32 in tokens.shape."""
+    """sequence_values[sequence] * grad_loss on valid tokens, 0 elsewhere: f32 in tokens.shape."""
     out = torch.empty(tokens.shape, dtype=torch.float32, device=sequence_values.device)
     sizes, flavour, programs = geometry(tokens)
     mask = mask_bytes(tokens.mask)

@@ -96,10 +96,10 @@ void program_run(const ProgramCall& call) {
   write_results(call, values);
 }
 
-void program_scale(const ProgramTokens& t, const float* saved, const float* row_weight, float factor, float* out,
+void program_scale(const ProgramTokens& t, const float* saved, const float* weight, float factor, float* out,
                    int threads) {
   for_pieces(t, threads, [&](std::int64_t sequence, std::int64_t begin, int n, const std::uint8_t*, bool large) {
-    const F32 zero = f32(0.0f), by = f32(row_weight == nullptr ? factor : row_weight[sequence] * factor);
+    const F32 zero = f32(0.0f), by = f32(weight == nullptr ? factor : weight[sequence] * factor);
     const float* x = saved + begin;
     const auto scaled = [&](F32 v) { return select(v == zero, zero, v * by); };
     const auto whole = [&](int i) { return scaled(load(x + i)); };

@@ -179,8 +179,8 @@ struct ProgramCall {
 
 FASTREWARD_DECLARE(
     void program_run(const ::fastreward::ProgramCall& call);
-    // out = saved * row_weight[sequence] * factor; row_weight may be nullptr. A 0 in `saved` stays 0.
-    void program_scale(const ::fastreward::ProgramTokens& tokens, const float* saved, const float* row_weight,
+    // out = saved * weight[sequence] * factor; weight may be nullptr. A 0 in `saved` stays 0.
+    void program_scale(const ::fastreward::ProgramTokens& tokens, const float* saved, const float* weight,
                        float factor, float* out, int threads);
     // out = values[sequence] * factor on valid tokens, 0 elsewhere
     void program_broadcast_to_tokens(const ::fastreward::ProgramTokens& tokens, const float* values, float factor,

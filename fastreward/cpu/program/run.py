@@ -44,16 +44,16 @@ def run(
 
 def scale(
     saved: Tensor,  # f32, as the tokens
-    row_weight: Tensor | None,  # f32 [B]
+    sequence_weight: Tensor | None,  # f32 [B]
     grad_loss: Tensor,  # [] f32
     tokens: Tokens,
 ) -> Tensor:
-    """saved * row_weight[row] * grad_loss; a 0 stays 0."""
+    """saved * sequence_weight[sequence] * grad_loss; a 0 stays 0."""
     out = empty(saved.shape, torch.float32)
     _core.program_scale(
         _tokens(tokens),
         saved.data_ptr(),
-        address(row_weight),
+        address(sequence_weight),
         float(grad_loss),
         out.data_ptr(),
         torch.get_num_threads(),

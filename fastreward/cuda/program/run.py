@@ -107,17 +107,17 @@ def run(
     return outputs, batch
 
 
-def scale(saved: Tensor, row_weight: Tensor | None, grad_loss: Tensor, tokens: Tokens) -> Tensor:
-    """saved * row_weight[row] * grad_loss, f32 like saved; what is 0 stays 0. row_weight: f32 [B] or None."""
+def scale(saved: Tensor, sequence_weight: Tensor | None, grad_loss: Tensor, tokens: Tokens) -> Tensor:
+    """saved * sequence_weight[sequence] * grad_loss, f32 like saved; a 0 stays 0. sequence_weight: f32 [B] or None."""
     out = torch.empty_like(saved)
     side, units = _layout(tokens)
-    arguments = pack(saved, row_weight, grad_loss, *side, out)
+    arguments = pack(saved, sequence_weight, grad_loss, *side, out)
     launch_text(_BACKWARD, "program_scale", _grid(units, saved.device), _THREADS, arguments, saved.device)
     return out
 
 
 def broadcast_to_tokens(sequence_values: Tensor, grad_loss: Tensor, tokens: Tokens) -> Tensor:
-    """sequence_values[row] * grad_loss on valid tokens, 0 elsewhere: f32 in the tokens' shape."""
+    """sequence_values[sequence] * grad_loss on valid tokens, 0 elsewhere: f32 in the tokens' shape."""
     out = torch.empty(tokens.shape, dtype=torch.float32, device=sequence_values.device)
     side, units = _layout(tokens)
     arguments = pack(sequence_values, grad_loss, *side, out)
