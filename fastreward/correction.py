@@ -151,7 +151,7 @@ def correction_weights(
 
     Returns:
         weights: f32 in the tokens' shape, 0 where masked out; constants, for policy_loss(weights=...).
-        keep: bool in the tokens' shape, for policy_loss(keep=...): counted, not rejected, and with mode="mask" inside
+        keep: bool in the tokens' shape, for policy_loss(keep=...): valid, not rejected, and with mode="mask" inside
             the bounds.
         metrics: verl's (without "rollout_corr/"), by name, on the device: rollout_is_*, rollout_rs_*, and the gap's
             training_ppl, rollout_ppl, kl, k3_kl, chi2_token, chi2_seq, ... Sequences without a token count in verl's
@@ -219,9 +219,9 @@ def correction_weights(
     metrics = Metrics(values, names)
     if check.values_checked(old_logprobs) and metrics["kl"].isnan():
         _check_finite(old_logprobs, rollout_logprobs, mask)
-    counted = _counted(tokens, old_logprobs.device)
-    factor = counted.float() if per_token[0] is None else _spread(weights, per_token[0], counted, tokens)
-    return factor, counted if per_token[1] is None else _spread(keep, per_token[1], counted, tokens) != 0, metrics
+    valid = _valid(tokens, old_logprobs.device)
+    factor = valid.float() if per_token[0] is None else _in_tokens_shape(weights, per_token[0], valid, tokens)
+    return factor, valid if per_token[1] is None else _in_tokens_shape(keep, per_token[1], valid, tokens) != 0, metrics
 
 
 @accepts_arrays
@@ -311,22 +311,22 @@ def _limits(option: str, threshold: Threshold, like: Tensor) -> tuple[Number, Nu
 
 
 def _check_finite(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor | None) -> None:
-    counted = torch.ones_like(old_logprobs, dtype=torch.bool) if mask is None else mask != 0
+    valid = torch.ones_like(old_logprobs, dtype=torch.bool) if mask is None else mask != 0
     for name, x in (("old_logprobs", old_logprobs), ("rollout_logprobs", rollout_logprobs)):
         hint = "; pass unscored=True for tokens that the engine could not score" if name == "rollout_logprobs" else ""
-        check.every(name, ~(x.isnan() & counted), x, f"numbers where mask is set{hint}")
+        check.every(name, ~(x.isnan() & valid), x, f"numbers where mask is set{hint}")
     impossible = old_logprobs.isneginf() & rollout_logprobs.isneginf()  # neither policy could have sampled it
-    check.every("old_logprobs", ~(impossible & counted), old_logprobs, "a finite one of the two where mask is set")
+    check.every("old_logprobs", ~(impossible & valid), old_logprobs, "a finite one of the two where mask is set")
 
 
 # --------------------------------------------------------------------------------------------------- rows and tokens
-def _counted(tokens: Tokens, device: torch.device) -> Tensor:
+def _valid(tokens: Tokens, device: torch.device) -> Tensor:
     return torch.ones(tokens.shape, dtype=torch.bool, device=device) if tokens.mask is None else tokens.mask != 0
 
 
-def _spread(x: Tensor, per_token: bool, counted: Tensor, tokens: Tokens) -> Tensor:
+def _in_tokens_shape(x: Tensor, per_token: bool, valid: Tensor, tokens: Tokens) -> Tensor:
     """x in the tokens' shape, 0 where masked out; a program's token output is that already."""
-    return x if per_token else torch.where(counted, tokens.broadcast(x), 0.0)
+    return x if per_token else torch.where(valid, tokens.broadcast(x), 0.0)
 
 
 __all__ = [

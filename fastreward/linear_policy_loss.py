@@ -196,16 +196,16 @@ def linear_policy_loss(
     )
     wants_entropy = may_differ_from_0(entropy_coef) or given.loss.asks("entropy")
     call = prepare("labels", labels, given, entropy=wants_entropy, backend=backend, from_logits=True)
-    counted = call.tokens.mask
-    scalar, per_token = temperatures(temperature, labels, counted)
+    valid = call.tokens.mask
+    scalar, per_token = temperatures(temperature, labels, valid)
     if check.values_checked(hidden, labels):
-        check_token_ids("labels", labels, weight.shape[0], counted)
+        check_token_ids("labels", labels, weight.shape[0], valid)
     inputs = (hidden, weight, bias)
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
     if call.gradient is None or not any(needs) or transformed():
         stats = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-            mask=counted, outputs=("logprobs", "entropy") if wants_entropy else ("logprobs",),
+            mask=valid, outputs=("logprobs", "entropy") if wants_entropy else ("logprobs",),
         )  # fmt: skip
         entropy = stats.entropy if wants_entropy else None
         return finish(call, stats.logprobs, entropy, backend, {"hidden": stats.logprobs})
@@ -244,18 +244,18 @@ def linear_policy_loss(
             backend,
         )
     if check.values_checked(hidden):
-        call.check_results(found, lambda: {"hidden": packed.spread(logprobs).reshape(labels.shape)})
-    grads[0] = packed.spread(grads[0]).reshape(hidden.shape) if needs[0] else grads[0]
+        call.check_results(found, lambda: {"hidden": packed.unpack(logprobs).reshape(labels.shape)})
+    grads[0] = packed.unpack(grads[0]).reshape(hidden.shape) if needs[0] else grads[0]
     wanted = [(x, grad) for x, grad, needed in zip(inputs, grads, needs, strict=True) if x is not None and needed]
     attached = with_precomputed_grad(
         "linear_policy_loss", found.loss, applied, backend, [grad for _, grad in wanted], [x for x, _ in wanted]
     )
-    kept = packed.spread(found.token_loss).reshape(labels.shape) if return_token_loss else None
+    kept = packed.unpack(found.token_loss).reshape(labels.shape) if return_token_loss else None
     return PolicyLoss(attached, Metrics(found.metrics, call.metrics), kept)
 
 
 class _Packed:
-    """The counted tokens of a call, packed; the others are gone."""
+    """The valid tokens of a call, packed; the others are gone."""
 
     def __init__(self, call: Call, labels: Tensor) -> None:
         tokens = call.tokens
@@ -271,15 +271,15 @@ class _Packed:
         self.bounds = bounds
 
     def rows(self, x: Tensor) -> Tensor:
-        """The counted ones of [all tokens, ...]."""
+        """The valid ones of [all tokens, ...]."""
         return x if self.kept is None else x[self.kept]
 
     def tensor(self, x: Tensor) -> Tensor:
         """An input of the program: packed if it is per token."""
         return self.rows(x.reshape(-1)).contiguous() if tuple(x.shape) == self.shape else x
 
-    def spread(self, x: Tensor) -> Tensor:
-        """[counted, ...] back to [all tokens, ...], 0 where not counted."""
+    def unpack(self, x: Tensor) -> Tensor:
+        """[valid, ...] back to [all tokens, ...], 0 where masked out."""
         if self.kept is None:
             return x
         return x.new_zeros((self.count, *x.shape[1:])).index_copy(0, self.kept, x)

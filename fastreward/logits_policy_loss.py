@@ -140,11 +140,11 @@ def _with_gaps(
     step, rows = block.length + block.gap, block.per_row(labels).shape[0]
     bounds = (torch.arange(tokens.rows + 1, device=labels.device) * step).clamp(max=rows)
     mask = torch.ones(labels.shape, dtype=torch.bool, device=labels.device) if tokens.mask is None else tokens.mask != 0
-    spread = [
+    flat = [
         x if x is None or node.level < 3 else block.per_row(x.reshape(-1))
         for node, x in zip(chosen.program.inputs, inputs, strict=True)
     ]
-    return Tokens((rows,), block.per_row(mask.reshape(-1)), bounds), spread
+    return Tokens((rows,), block.per_row(mask.reshape(-1)), bounds), flat
 
 
 # ------------------------------------------------------------------------------------------------- public function
@@ -234,9 +234,9 @@ def logits_policy_loss(
     fused = call.gradient is not None and wanted and backend != "reference" and not transformed()
     if not fused or not _one_block(logits, inplace):
         outputs = ("logprobs", "entropy") if wants_entropy else ("logprobs",)
-        counted = call.tokens.mask
+        valid = call.tokens.mask
         stats = token_logprobs(
-            logits, labels, temperature=temperature, mask=counted, outputs=outputs, inplace_backward=inplace
+            logits, labels, temperature=temperature, mask=valid, outputs=outputs, inplace_backward=inplace
         )
         entropy = stats.entropy if wants_entropy else None
         on = select("policy_loss", logits)

@@ -72,13 +72,13 @@ def preference_loss(
         chosen_weights, rejected_weights: per token, for losses that read them (t.chosen.weight).
         weights: constant factor of each pair's loss, [P].
         aggregation: "mean" over pairs, "sum", or "group-mean" (mean over groups of their means: MAH-DPO's dimensions).
-            A pair counts where either side has a counted token.
+            A pair counts where either side has a valid token.
         normalizer: replaces that denominator (pairs; 1; groups), for gradient accumulation and data parallelism;
             a number or a 0-d tensor, as are the loss's own numbers.
         group_ids: [P] integers or any hashables, for group-mean and losses over groups.
         chosen_cu_seqlens, rejected_cu_seqlens: integers [P + 1], bounds of packed sequences.
         extra: what the loss reads as t.extra(name), [P] or numbers; chosen_extra, rejected_extra: per token of a side.
-        empty: what a batch without a counted pair is: "raise", an error; "zero": a loss of 0 whose gradients, zeros,
+        empty: what a batch without a valid pair is: "raise", an error; "zero": a loss of 0 whose gradients, zeros,
             flow as ever. On a GPU, where looking would synchronise, always "zero".
         return_pair_loss: also give the loss of each pair, [P], as token_loss.
 

@@ -1,4 +1,4 @@
-"""Masked whitening: zero mean and unit variance over the counted positions."""
+"""Masked whitening: zero mean and unit variance over the valid positions."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def whiten(
     process_group: ProcessGroup | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """(x - mean) * rsqrt(var + eps) over the counted positions, 0 elsewhere (verl, TRL `masked_whiten`).
+    """(x - mean) * rsqrt(var + eps) over the valid positions, 0 elsewhere (verl, TRL `masked_whiten`).
 
     Args:
-        x: float32 [B, T] (or any shape; rows run along the last dimension), finite where counted. float16 and bfloat16
+        x: float32 [B, T] (or any shape; rows run along the last dimension), finite where valid. float16 and bfloat16
             are converted, exactly.
         mask: the shape of x, bool, integer or float; nonzero = counts.
         shift_mean: False keeps the mean: only the variance is normalised.

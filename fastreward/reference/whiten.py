@@ -9,7 +9,7 @@ from torch import Tensor
 def whiten(
     x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, ddof: int = 1, eps: float = 1e-8
 ) -> Tensor:
-    """(x - mean) * rsqrt(var + eps) over the counted positions, in float64; 0 elsewhere. Shapes any, equal.
+    """(x - mean) * rsqrt(var + eps) over the valid positions, in float64; 0 elsewhere. Shapes any, equal.
 
     0 / 0 is 0, and without degrees of freedom the variance is infinite.
     """
@@ -29,7 +29,7 @@ def forward(x: Tensor, mask: Tensor | None, shift_mean: bool, ddof: int, eps: fl
 
 
 def statistics(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(count, mean, sum of squared deviations) of the counted positions, f64 [3]."""
+    """(count, mean, sum of squared deviations) of the valid positions, f64 [3]."""
     counted = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
     values = x.double()[counted]
     mean = values.mean() if values.numel() else values.new_zeros(())
@@ -38,6 +38,6 @@ def statistics(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def apply(x: Tensor, mask: Tensor | None, affine: Tensor, out: Tensor) -> None:
-    """(x - affine[0]) * affine[1] + affine[2] on the counted positions, 0 elsewhere; affine f64 [3]."""
+    """(x - affine[0]) * affine[1] + affine[2] on the valid positions, 0 elsewhere; affine f64 [3]."""
     white = (x.double() - affine[0]) * affine[1] + affine[2]
     out.copy_(white if mask is None else torch.where(mask != 0, white, 0.0))

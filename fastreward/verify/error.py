@@ -11,7 +11,7 @@ _ROWS = 8
 _TINY = 1e-30  # underflow to 0 in the result's dtype is no error of the kernel
 
 
-def spread_rows(count: int, device: torch.device) -> Tensor:
+def sampled_rows(count: int, device: torch.device) -> Tensor:
     """A few row indices from the first to the last of `count`."""
     return torch.linspace(0, max(count - 1, 0), min(_ROWS, count), dtype=torch.float64, device=device).long()
 

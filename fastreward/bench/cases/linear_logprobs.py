@@ -17,7 +17,7 @@ from fastreward.bench.case import OURS, Case, Contender
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.reference import logprobs as reference
 from fastreward.verify import eager
-from fastreward.verify.error import distance, spread_rows
+from fastreward.verify.error import distance, sampled_rows
 
 CASES = ("forward", "backward")
 DTYPES = ("float32", "bfloat16")
@@ -139,7 +139,7 @@ def _liger() -> Callable[..., Any]:
 
 def _truth(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, backward: bool) -> tuple[Tensor, Tensors]:
     """Rows that are looked at, and what they should be (the weight's gradient needs all rows: `verify` looks at it)."""
-    rows = spread_rows(len(labels), hidden.device)
+    rows = sampled_rows(len(labels), hidden.device)
     h = hidden[rows].double().requires_grad_(backward)
     out = reference.token_logprobs(eager.linear_logits(h, weight.double()), labels[rows])
     expected = [out["logprobs"].detach(), out["entropy"].detach()]

@@ -14,7 +14,7 @@ from fastreward.bench.case import OURS, Case, Contender, Target
 from fastreward.logprobs import token_logprobs
 from fastreward.reference import logprobs as reference
 from fastreward.verify import eager
-from fastreward.verify.error import distance, spread_rows
+from fastreward.verify.error import distance, sampled_rows
 
 CASES = ("forward", "forward+entropy", "backward-inplace", "backward-fresh")
 DTYPES = ("float32", "bfloat16")
@@ -151,7 +151,7 @@ def _verl(entropy: bool) -> Callable[..., Any]:
 # ------------------------------------------------------------------------------------------------------------ truth
 def _truth(logits: Tensor, labels: Tensor, upstream: Tensor, backward: bool, entropy: bool) -> tuple[Tensor, Pair]:
     """Rows that are looked at, and what they should be (the reference holds [rows, V] in float64: a few rows do)."""
-    rows = spread_rows(len(labels), logits.device)
+    rows = sampled_rows(len(labels), logits.device)
     x = logits[rows].double().requires_grad_(backward)
     out = reference.token_logprobs(x, labels[rows])
     expected = [out["logprobs"]] + ([out["entropy"]] if entropy else [])
