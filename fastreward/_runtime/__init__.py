@@ -1,1 +1,1 @@
-"""What stands between a public operation and a backend: dispatch, custom ops, memory, layouts."""
+"""The layer between a public operation and a backend: dispatch, custom ops, memory, layouts."""

@@ -1,4 +1,4 @@
-"""What the kernels of csrc/cpu take instead of tensors: addresses, and a number for the dtype of a mask."""
+"""Arguments of the kernels in csrc/cpu: addresses for tensors, and a number for the dtype of a mask."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ class HeadGradients:
 def fake_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `HeadGradients.finish` returns, for tracing."""
+    """Empty tensors like those that `HeadGradients.finish` returns, for tracing."""
 
     def fake(needed: bool, x: Tensor | None) -> Tensor:
         if not needed or x is None:

@@ -1,4 +1,4 @@
-"""What a backend implements: one protocol per operation, whose methods are the raw functions of its module.
+"""Protocols that a backend implements: one per operation, whose methods are the raw functions of its module.
 
 Arguments are validated already. Functions never synchronise the device and allocate only what they return.
 `layout.py` names the rows of the tensors that backends exchange. mypy holds every backend to these protocols
@@ -261,7 +261,7 @@ class PrefixTreeKernels(Protocol):
 
 
 class PrefixTreeHostKernels(PrefixTreeKernels, Protocol):
-    """The same on the CPU, where packings are planned."""
+    """Trees on the CPU, where packings are planned."""
 
     def bins(self, nodes: Tensor, rows: Tensor, max_tokens: int, by_rows: bool) -> tuple[Tensor, int]:
         """(bin of each row i64 [B], bins); or bins = -1 - b where row b is longer than max_tokens."""

@@ -88,7 +88,7 @@ def _before(
     scalars: Sequence[float],
     groups: Tensor | None,
 ) -> list[Tensor]:
-    """What the last pass reads of its rows, once a token [N] f32."""
+    """Values that the last pass reads of its sequences, once a token [N] f32."""
     part = split.part
     if not part.before.outputs and not part.before.batch:
         return []

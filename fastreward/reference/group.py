@@ -131,7 +131,7 @@ def _scale(
 
 
 class _Options(Protocol):
-    """What this file reads of fastreward's GroupOptions (the reference imports nothing but torch)."""
+    """The fields of fastreward's GroupOptions read here (the reference imports nothing but torch)."""
 
     @property
     def center(self) -> str: ...

@@ -91,7 +91,7 @@ def _doubles(values: Sequence[float]) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- aggregate
 class _AggregateOptions(Protocol):
-    """What this file reads of fastreward's AggregateOptions (the reference imports nothing but torch)."""
+    """The fields of fastreward's AggregateOptions read here (the reference imports nothing but torch)."""
 
     @property
     def op(self) -> str: ...
@@ -135,7 +135,7 @@ def _derivatives(v: Tensor, w: Tensor, o: _AggregateOptions) -> Tensor:
 
 
 class _Aggregate:
-    """What each node's value is made of: sequences, or children."""
+    """The parts of each node's value: sequences, or children."""
 
     def __init__(
         self,
@@ -234,7 +234,7 @@ def _padded(found: Tensor, nodes: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------ advantages
 class _AdvantageOptions(Protocol):
-    """What this file reads of fastreward's AdvantageOptions."""
+    """The fields of fastreward's AdvantageOptions read here."""
 
     @property
     def mode(self) -> str: ...

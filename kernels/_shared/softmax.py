@@ -121,7 +121,7 @@ def _residual(peak, base2, scale2):
 
 @triton.jit
 def _shift2(peak, base2, rest, new_base2, new_rest):
-    """What old sums move by, in bits, at least FLOOR; a maximum of -inf has sums of 0 and any finite shift will do."""
+    """Shift of old sums, in bits, at least FLOOR; a maximum of -inf has sums of 0 and any finite shift will do."""
     return tl.where(peak == NEG_INF, FLOOR, tl.maximum((base2 - new_base2) + (rest - new_rest), FLOOR))
 
 

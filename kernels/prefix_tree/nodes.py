@@ -78,7 +78,7 @@ WARPS = 4
 # --------------------------------------------------------------------------------------------------------- kernel
 @triton.jit
 def _between(columns, width, COLUMN: tl.constexpr, begin, end, ok):
-    """What the records begin to end - 1 add up to."""
+    """Sum of the records begin to end - 1."""
     return field(columns, width, COLUMN, end, ok) - field(columns, width, COLUMN, begin, ok)
 
 

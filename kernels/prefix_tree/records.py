@@ -137,7 +137,7 @@ def _columns_kernel(
     B,
     ORDERED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """What each record adds to the sums."""
+    """Each record's contribution to the sums."""
     i = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     inside = i < 2 * B
     width = 2 * B + 1

@@ -1,4 +1,4 @@
-"""What the tokens of prefix trees get from nodes and from unique tokens, on the GPU; where rows begin and end.
+"""Values of prefix trees' tokens, from nodes and from unique tokens, on the GPU; where rows begin and end.
 
 A program takes a block of consecutive tokens. A search of the block's two ends finds its rows, and from each row's leaf
 it goes up to the edge that holds a token: by one step for the whole block as long as that concerns all of it, then lane
@@ -99,7 +99,7 @@ def _tokens_kernel(
     stride, B, count, limit,
     WHAT: tl.constexpr, HAS_ROW_VALUES: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What each token gets from its node or its unique token; 0, or -1 for numbers, where there is no credit."""
+    """Value of each token, from its node or its unique token; 0, or -1 for numbers, where there is no credit."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     at = first + tl.arange(0, BLOCK)
     last = tl.minimum(first + BLOCK, count) - 1

@@ -31,7 +31,7 @@ _INPUTS: Final = {Level.TOKEN: "f32, as the tokens", Level.SEQUENCE: "f32 [B]", 
 
 @dataclass(frozen=True)
 class Argument:
-    """What a kernel's argument is, and which of its kind: an index of program.inputs, .scalars or .outputs."""
+    """Kind of a kernel's argument, and which of its kind: an index of program.inputs, .scalars or .outputs."""
 
     name: str
     kind: str
@@ -71,7 +71,7 @@ class Arguments:
             self._add(kind, kind, 0, (_FRONT | _BACK)[kind])
 
     def take(self, other: Arguments) -> None:
-        """What a function needs that is called."""
+        """Arguments that a called function needs."""
         self._known |= other._known
 
     def ordered(self) -> tuple[Argument, ...]:

@@ -166,7 +166,7 @@ def _operands(node: Node) -> tuple[Node, ...]:
 
 
 def _walk(roots: Iterable[Node], known: set[int]) -> list[Node]:
-    """What lines for `roots` name, arguments first; not what the known ones are made of."""
+    """Nodes that lines for `roots` name, arguments first; not those that the known ones are made of."""
     found: dict[int, Node] = {}
     waiting = list(roots)
     while waiting:

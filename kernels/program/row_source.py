@@ -109,7 +109,7 @@ class _Writer:
         return self.formulas.given(node, self.arguments, start, "row", "ok")
 
     def _batch_store(self, node: Node, only: int | None = None) -> list[str]:
-        """What there is one of for the batch is stored as soon as it is known, so that it takes no registers."""
+        """Batch values are stored as soon as they are known, so that they take no registers."""
         places = [i for i, n in self._results() if n.id == node.id and only in (None, i)]
         if places:
             self.arguments.plain("batch")

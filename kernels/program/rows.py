@@ -1,4 +1,4 @@
-"""What the generated work per sequence of loss programs shares: columns of f64, reductions over groups and the batch.
+"""Shared parts of loss programs' work per sequence: columns of f64, reductions over groups and the batch.
 
 One program does this work, the last of a launch to arrive, so that no other launch has to wait for it. What other
 programs or other threads have written is read past the L1 cache (.cg). Sums are in a fixed order.

@@ -190,7 +190,7 @@ class Call:
                 self._launch(getattr(module, launch.kernel), launch)
 
     def argument(self, argument: Argument, tokens: Tokens | None) -> Any:
-        """What a kernel gets for one of its arguments."""
+        """The value of one of a kernel's arguments."""
         if argument.kind == "input":
             return self.inputs[argument.index]
         if argument.kind == "scalar":
@@ -279,7 +279,7 @@ def extent(tokens: Tokens) -> tuple[int, int, int]:
 
 
 def _with_mask_bytes(tokens: Tokens) -> Tokens:
-    """The same tokens, their mask as kernels take it."""
+    """Tokens with their mask as kernels take it."""
     mask = mask_bytes(tokens.mask)
     return tokens if mask is tokens.mask else replace(tokens, mask=mask)
 

@@ -175,7 +175,7 @@ class Module:
         self._note(name, step, rows)
 
     def _note(self, kernel: str, step: TokenStep, rows: RowFunction | None) -> None:
-        """What the kernel fuses, for the head of the module."""
+        """A note on what the kernel fuses, for the head of the module."""
         read = [self.names[n.id] for n in step.inputs]
         wrote = [f"output_{i}" for i, _ in step.store]
         line = f"{kernel}: reads {', '.join([*read, 'mask'])}{', writes ' if wrote else ''}{', '.join(wrote)}"
@@ -230,7 +230,7 @@ class Module:
         return lines
 
     def _last(self, number: int, step: TokenStep, rows: RowFunction | None) -> list[str]:
-        """What the last program to arrive does."""
+        """The work of the last program to arrive."""
         if rows is None and not step.reduce:
             return []
         lines = ["if is_last(counter, programs):"]

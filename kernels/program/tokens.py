@@ -1,4 +1,4 @@
-"""What the generated token passes of loss programs share: tiles of tokens, running sums, partial results.
+"""Shared parts of the generated token passes of loss programs: tiles of tokens, running sums, partial results.
 
 A tile is [ROWS, STEPS, LANES, VEC] tokens. VEC neighbours are one load; sums run over STEPS and VEC within a thread and
 cross threads when a program is done. A row's partial results are [chunks] f64 each, one per program that worked on

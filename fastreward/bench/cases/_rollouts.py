@@ -17,7 +17,7 @@ Edges = Counter[tuple[int, int, int]]  # (tokens before it, tokens, sequences) o
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What a case works on, and the tree that it must find."""
+    """A case's rollouts, and the tree that it must find."""
 
     tokens: Tensor  # [B, T] i64
     mask: Tensor  # [B, T] bool: one turn of four, each of 32 tokens, is a tool's

@@ -47,7 +47,7 @@ def flat_loss(model: Any, tokens: Tensor, mask: Tensor, old_logprobs: Tensor, ad
 
 
 def packed_loss(model: Any, packed: Any, mask: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """The same loss from the unique tokens."""
+    """The loss from the unique tokens."""
     attention = packed.attention_mask()
     inputs = {"input_ids": packed.token_ids[None], "position_ids": packed.position_ids[None]}
     logits = model(**inputs, attention_mask=attention).logits

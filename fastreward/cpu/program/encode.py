@@ -70,7 +70,7 @@ class _StepCode:
         self._reduction_at = {n.id: i for i, n in enumerate(self.step.reduce)}
 
     def code(self) -> tuple[Any, ...]:
-        """What `_core.Program` takes for a step."""
+        """A step as `_core.Program` takes it."""
         return (self.step.side, self._operands.table, self.tile, self.chunk, self._reductions)
 
     def _instruction(self, time: int, form: Form) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ _KEEPING: Final = (
 # ------------------------------------------------------------------------------------------------- what is computed
 @dataclass(eq=False)
 class Value:
-    """What an instruction computes, before it is known where from. op: of a node; args: what it reads, by key.
+    """A value that an instruction computes, before it is known where from. op: of a node; args: what it reads, by key.
 
     made: the keys of its results: a value, a mask, or one of each (clip_outside).
     """

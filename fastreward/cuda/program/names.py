@@ -42,7 +42,7 @@ class Names:
         return self._names[node.id]
 
     def label(self, node: Node) -> str:
-        """What to call a node in a comment: a number is itself."""
+        """A node's name in a comment: a number is itself."""
         return f"{node.value:g}" if node.op == "constant" else self(node)
 
     def listed(self, head: str, labels: Iterable[str]) -> list[str]:

@@ -64,7 +64,7 @@ class RowWork:
 
     # ------------------------------------------------------------------------------------------------------- one phase
     def _given(self, q: int, row: bool) -> Given:
-        """What phase q finds: batch values, columns, and what is there from the start."""
+        """Values that phase q finds: batch values, columns, and what is there from the start."""
 
         def given(node: Node) -> tuple[str, bool] | None:
             ready = self._plan.ready.get(node.id)

@@ -81,7 +81,7 @@ _KERNELS: Final[dict[str, Kernels]] = {}
 
 
 def kernels(program: Program) -> Kernels:
-    """What the program compiles to, kept by its key."""
+    """Kernels of a program, kept by its key."""
     if program.key not in _KERNELS:
         _KERNELS[program.key] = Kernels(program)
     return _KERNELS[program.key]

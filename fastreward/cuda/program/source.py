@@ -153,7 +153,7 @@ using namespace fastreward;
         ]
 
     def pass_text(self, k: int, step: TokenStep) -> str:
-        """What program.cuh's run_unit takes: types and functions of a pass."""
+        """Arguments of program.cuh's run_unit: types and functions of a pass."""
         rows, reduce = [n for n in step.given if n.op != "constant"], in_order(step.reduce)
         inputs = ", ".join(f"a.{self.name(n)}[i]" for n in step.inputs)
         stores = [f"a.out{i}[i] = y.out{i};" for i, _ in step.store]
@@ -178,7 +178,7 @@ using namespace fastreward;
         return wrapped("\n".join([*lines, "", ""]))
 
     def _row_lines(self, k: int, nodes: list[Node]) -> list[str]:
-        """What tokens read of their row, from f64."""
+        """Values that tokens read of their sequence, from f64."""
         there = self.values
         block = Block("double", lambda n: there.kept(n, (k, -1)) or there.leaf(n, "double", row=True), self.name, nodes)
         values = []

@@ -1,4 +1,4 @@
-"""What is there when a kernel computes a node: constants, arguments, and what earlier phases or launches have left."""
+"""Values at hand when a kernel computes a node: constants, arguments, and what earlier phases or launches have left."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Values:
         return None
 
     def kept(self, node: Node, time: Time) -> tuple[str, bool] | None:
-        """What an earlier phase or launch has left."""
+        """Values that an earlier phase or launch has left."""
         total, column = self.plan.total(node, time), self.plan.column(node, time)
         if total is not None:
             return truth(node, f"a.totals[{total}]"), True

@@ -1,4 +1,4 @@
-"""What is known of each recipe: its family, its source, where its formula was read and how sure that makes it."""
+"""Facts about each recipe: its family, its source, where its formula was read and how sure that makes it."""
 
 from __future__ import annotations
 

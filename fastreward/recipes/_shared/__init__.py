@@ -1,1 +1,1 @@
-"""What recipes of several families share: options and trees."""
+"""Shared parts of recipes of several families: options and trees."""

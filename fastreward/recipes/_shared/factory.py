@@ -34,7 +34,7 @@ Threshold = float | tuple[float, float]
 
 
 class Rule(TypedDict, total=False):
-    """What a method tells `fastreward.correction_weights`."""
+    """A method's arguments for `fastreward.correction_weights`."""
 
     mode: Mode | None
     level: CorrectionLevel
@@ -204,7 +204,7 @@ def _own(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _made(method: Callable[..., R], options: Any, *read: Tensor) -> tuple[R, Any]:
-    """What the method makes of its own options, and the other options."""
+    """The method's result on its own options, and the other options."""
     return method(*read, **options), {name: value for name, value in options.items() if name not in _own(method)}
 
 

@@ -34,7 +34,7 @@ class PolicyOptions(TypedDict, total=False):
 
 
 class LossOptions(PolicyOptions, total=False):
-    """The same and the aggregation, for which a recipe has a default of its own."""
+    """PolicyOptions and the aggregation, for which a recipe has a default of its own."""
 
     aggregation: Aggregation
 
@@ -103,7 +103,7 @@ def weigh_also(options: PolicyOptions, weights: Tensor, logprobs: Tensor) -> Non
 
 
 def add_extra(options: PolicyOptions, **extra: Tensor) -> None:
-    """What the loss reads as t.extra(name)."""
+    """Adds tensors that the loss reads as t.extra(name)."""
     options["extra"] = {**(options.get("extra") or {}), **extra}
 
 

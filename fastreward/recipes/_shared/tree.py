@@ -1,4 +1,4 @@
-"""What the recipes over prefix trees share: checked arguments, and values of sequences on their tokens.
+"""Shared parts of the recipes over prefix trees: checked arguments, and values of sequences on their tokens.
 
 Statistics stay float64 until they are handed out: many methods compare values that are equal on paper. A reward of NaN
 was not scored: its sequence is in no statistic (the tree's values know that), and `scored` keeps its tokens at 0.
