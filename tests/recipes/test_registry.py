@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 import subprocess
 import sys
@@ -304,3 +305,9 @@ def test_a_sequence_without_a_reward_is_not_there(recipe: Recipe, monkeypatch: p
     found.backward()
     assert not logprobs.grad[3].any()
     assert logprobs.grad[:3].isfinite().all()
+
+
+@every
+def test_pickles_as_its_name(recipe: Recipe) -> None:
+    assert pickle.loads(pickle.dumps(recipe)) is recipe
+    assert pickle.loads(pickle.dumps(recipe.function)) is recipe.function

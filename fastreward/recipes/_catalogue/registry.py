@@ -95,6 +95,10 @@ class Recipe:
     passes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[Callable[[str], Recipe], tuple[str]]:
+        # By its name: `build` has the name of `function`, under which pickle would look for it.
+        return _registered, (self.name,)
+
     @property
     def name(self) -> str:
         """As in fastreward.recipes."""
@@ -162,6 +166,10 @@ class Recipe:
     def example(self) -> str:
         """A program that runs as it is."""
         return example(self.function, self.returns, self.advantages, self.passes, self.settings)
+
+
+def _registered(name: str) -> Recipe:
+    return RECIPES[name]
 
 
 def recipe(title: str, source: str, **facts: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
