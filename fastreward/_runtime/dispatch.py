@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -61,6 +61,9 @@ class _Choice:
         self.name, self.thread = name, thread
 
 
+_VARIABLE: Final = os.environ.encodekey("FASTREWARD_BACKEND")
+_ENVIRONMENT: Final[Container[object]] = os.environ._data  # type: ignore[attr-defined]
+
 # Innermost last; process-wide, as torch.compile can trace and guard a list but no context variable.
 _chosen_by_hand: list[_Choice] = []
 
@@ -83,10 +86,11 @@ def backend(name: Backend) -> Iterator[None]:
 
 def select(operation: str, tensor: torch.Tensor) -> Backend:
     """Backend for `operation` on `tensor`'s device; raises BackendError where none can serve."""
-    name = _by_hand() or _from_environment() or _default(operation, tensor.device.type)
+    device = tensor.device.type
+    name = _by_hand() or _from_environment() or _default(operation, device)
     if torch.compiler.is_compiling():  # Dynamo can't look for packages; the kernels themselves will complain
         return name
-    reason = unavailable(operation, name, tensor.device.type)
+    reason = unavailable(operation, name, device)
     if reason is not None:
         raise BackendError(f"fastreward: backend {name!r} cannot serve {operation} on {tensor.device}: {reason}")
     return name
@@ -178,6 +182,9 @@ def _by_hand() -> Backend | None:
 
 
 def _from_environment() -> Backend | None:
+    # os.environ itself raises and catches two exceptions to say that a variable is not set.
+    if not torch.compiler.is_compiling() and _VARIABLE not in _ENVIRONMENT:
+        return None
     name = os.environ.get("FASTREWARD_BACKEND")
     return _known(name) if name else None
 
