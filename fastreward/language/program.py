@@ -8,7 +8,7 @@ them reductions over groups and over the batch. A backend needs nothing but this
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -87,21 +87,25 @@ class Program:
 
     def scalar_values(self, parameters: Mapping[str, float]) -> list[float]:
         """The values of `scalars`, in float64."""
-        values: dict[int, float] = {}
-        for node in self._scalar_order:
-            if node.op == "parameter":
-                assert node.name is not None
-                values[node.id] = parameters[node.name]
-            elif node.op == "constant":
-                assert node.value is not None
-                values[node.id] = node.value
-            else:
-                values[node.id] = float(OPS[node.op].value(*(values[a.id] for a in node.args)))
+        values = self._scalar_constants.copy()
+        for i, name in self._scalar_parameters:
+            values[i] = parameters[name]
+        for i, function, arguments in self._scalar_calls:
+            values[i] = float(function(*[values[a] for a in arguments]))
         return [values[n.id] for n in self.scalars]
 
+    # What `scalar_values` needs of the nodes, by their ids.
     @cached_property
-    def _scalar_order(self) -> tuple[Node, ...]:
-        return tuple(walk(self.scalars))
+    def _scalar_constants(self) -> dict[int, float]:
+        return {n.id: n.value for n in walk(self.scalars) if n.value is not None}
+
+    @cached_property
+    def _scalar_parameters(self) -> list[tuple[int, str]]:
+        return [(n.id, n.name) for n in walk(self.scalars) if n.name is not None]
+
+    @cached_property
+    def _scalar_calls(self) -> list[tuple[int, Callable[..., float], list[int]]]:
+        return [(n.id, OPS[n.op].value, [a.id for a in n.args]) for n in walk(self.scalars) if n.args]
 
 
 def program(outputs: Sequence[Node], batch: Sequence[Node], sides: int = 1) -> Program:
