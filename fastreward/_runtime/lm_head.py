@@ -216,13 +216,15 @@ def _none(head: Head) -> Tensor:
 
 def _addmm(target: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """target (+)= a @ b for a float32 target, never rounding the product to the inputs' dtype."""
-    if a.dtype != torch.float32 and target.device.type == "cuda":
+    if a.dtype != torch.float32 and target.is_cuda:
         torch.addmm(target, a, b, out_dtype=torch.float32, beta=int(accumulate), out=target)
         return
-    a, b, length = a.float(), b.float(), max(a.shape[1], 1)
-    step = _CPU_SUM if target.device.type == "cpu" else length
-    for start in range(0, length, step):
-        part = slice(start, start + step)
+    a, b, length = a.float(), b.float(), a.shape[1]
+    if length <= _CPU_SUM or not target.is_cpu:
+        torch.addmm(target, a, b, beta=int(accumulate), out=target)
+        return
+    for start in range(0, length, _CPU_SUM):
+        part = slice(start, start + _CPU_SUM)
         torch.addmm(target, a[:, part], b[part], beta=int(accumulate or start > 0), out=target)
 
 

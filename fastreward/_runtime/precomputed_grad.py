@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ def with_precomputed_grad(
     name: str, loss: Tensor, applied: Tensor, backend: str, grads: list[Tensor], inputs: list[Tensor]
 ) -> Tensor:
     """`loss`, whose backward gives each of `inputs` its gradient; these were made for an upstream one of `applied`."""
-    attached: Tensor = _PrecomputedGrad.apply(  # type: ignore[no-untyped-call]
-        name, loss, applied, backend, grads, *inputs
-    )
+    apply = _PrecomputedGrad.apply if torch.compiler.is_compiling() else _apply
+    attached: Tensor = apply(name, loss, applied, backend, grads, *inputs)
     return attached
 
 
@@ -47,6 +46,10 @@ class _PrecomputedGrad(torch.autograd.Function):
         for grad in () if as_expected else grads:
             _rescale_(grad, wanted, ctx.applied, ctx.backend)
         return (None, None, None, None, None, *grads)
+
+
+#: `_PrecomputedGrad.apply` without what it does for transforms of torch.func, under which nobody calls it.
+_apply: Final[Any] = super(torch.autograd.Function, _PrecomputedGrad).apply
 
 
 @custom_op("rescale_", mutates_args=("grad",))
