@@ -17,7 +17,9 @@ from torch import Tensor
 from fastreward._arguments.transforms import refuse_transforms, transformed
 
 #: What the kernels read as a mask without a conversion; whatever else a caller gives is compared with 0 first.
-_MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
+_MASK_DTYPES: Final = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
+#: What only Python would take for a number: texts and truth values.
+_NO_NUMBERS: Final = (str, bytes, bool)
 
 
 def values_checked(*tensors: Tensor | None) -> bool:
@@ -124,8 +126,8 @@ def finite(name: str, value: object) -> float:
 
 
 def _real(name: str, value: object, expected: str) -> float:
-    """`value` as a float; what only Python would take for a number, texts and truth values, is none."""
-    if isinstance(value, str | bytes | bool):
+    """`value` as a float."""
+    if isinstance(value, _NO_NUMBERS):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     try:
         return float(value)  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ def single(name: str, x: object, like: Tensor, rule: Callable[[str, object], flo
     value = number(name, x, like, rule)
     if isinstance(value, Tensor):
         return value.float()
-    return torch.full((), value, dtype=torch.float32, device=like.device)
+    return torch.scalar_tensor(value, dtype=torch.float32, device=like.device)
 
 
 def is_number(x: object) -> bool:

@@ -97,7 +97,7 @@ class Call:
             return
         advantages = self.terms.get("advantage")
         if advantages is not None and advantages.shape != self.tokens.shape:
-            numbers = [*numbers, advantages.sum().item()]  # NaN where there is one, if not only there
+            numbers = [*numbers, advantages.max().item()]  # NaN where there is one
         if any(map(math.isnan, numbers)):
             constants = {_argument(term): x for term, x in self.terms.items()}
             for argument, x in {**constants, **computed()}.items():
