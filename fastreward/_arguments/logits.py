@@ -61,9 +61,9 @@ def _all_below(ids: Tensor, limit: int) -> bool:
     """Whether ids that have an address lie in [0, limit)."""
     if type(ids) is not Tensor or transformed() or not ids.is_cpu or not ids.is_contiguous():
         return False
-    from fastreward import _core
+    from fastreward._core import ids_below
 
-    return _core.ids_below(ids.data_ptr(), ids.numel(), limit)
+    return ids_below(ids.data_ptr(), ids.numel(), limit)
 
 
 def temperatures(temperature: Number, labels: Tensor, mask: Tensor | None) -> tuple[float, Tensor | None]:

@@ -25,6 +25,6 @@ def count_valid(mask: Tensor) -> int:
     """How many positions of a mask, as `check.mask` returns it, are not 0. (torch's count waits for its threads.)"""
     if mask.device.type != "cpu" or transformed():  # a tensor of torch.func's has no address
         return int(mask.count_nonzero())
-    from fastreward import _core
+    from fastreward._core import mask_count
 
-    return _core.mask_count(*mask_arguments(mask), mask.numel(), torch.get_num_threads())
+    return mask_count(*mask_arguments(mask), mask.numel(), torch.get_num_threads())

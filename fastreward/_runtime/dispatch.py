@@ -86,7 +86,7 @@ def backend(name: Backend) -> Iterator[None]:
 
 def select(operation: str, tensor: torch.Tensor) -> Backend:
     """Backend for `operation` on `tensor`'s device; raises BackendError where none can serve."""
-    device = tensor.device.type
+    device = "cpu" if tensor.is_cpu else tensor.device.type
     name = _by_hand() or _from_environment() or _default(operation, device)
     if torch.compiler.is_compiling():  # Dynamo can't look for packages; the kernels themselves will complain
         return name

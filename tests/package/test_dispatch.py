@@ -137,7 +137,7 @@ def test_a_cuda_tensor_that_nothing_can_serve_is_an_error(monkeypatch: pytest.Mo
     """Triton is missing and no CUDA kernels are built: a stand-in for a tensor, as there is no device to put one on."""
 
     class OnDevice:
-        device = torch.device("cuda", 0)
+        device, is_cpu = torch.device("cuda", 0), False
 
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(dispatch, "CUDA_PASSED_ON", {})
