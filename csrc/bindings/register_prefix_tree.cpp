@@ -123,14 +123,12 @@ class Growth {
 };
 
 // The kernel of a dtype; `T` is float or double in its arguments.
-#define FASTREWARD_TREE_CALL(name, f64, ...)                   \
-  if (f64) {                                                   \
-    using T = double;                                          \
-    FASTREWARD_DISPATCH(prefix_tree_##name##_f64)(__VA_ARGS__); \
-  } else {                                                     \
-    using T = float;                                           \
-    FASTREWARD_DISPATCH(prefix_tree_##name##_f32)(__VA_ARGS__); \
-  }
+#define FASTREWARD_TREE_CALL(name, f64, ...)                 \
+  const auto run = [&](auto zero) {                          \
+    using T = decltype(zero);                                \
+    FASTREWARD_DISPATCH(prefix_tree_##name<T>)(__VA_ARGS__); \
+  };                                                         \
+  f64 ? run(0.0) : run(0.0f);
 
 // ------------------------------------------------------------------------------------------------------------ values
 AggregateOptions options_of(int op, bool over_children, bool mean_form, double scale, double discount) {

@@ -146,56 +146,43 @@ FASTREWARD_DECLARE(
 
     // Here NaN is the value of a sequence or a node that is not there.
     // values [rows], weights [rows] or nullptr, child_weights [size] or nullptr -> out [size]; scratch [2 * size]
-    void prefix_tree_aggregate_f32(const PrefixForest& forest, const AggregateOptions& options, const float* values,
-                                   const float* weights, const float* child_weights, double* scratch, float* out,
-                                   int threads);
-    void prefix_tree_aggregate_f64(const PrefixForest& forest, const AggregateOptions& options, const double* values,
-                                   const double* weights, const double* child_weights, double* scratch, double* out,
-                                   int threads);
+    template <class T>
+    void prefix_tree_aggregate(const PrefixForest& forest, const AggregateOptions& options, const T* values,
+                               const T* weights, const T* child_weights, double* scratch, T* out, int threads);
     // grad [size] -> grad_values [rows]; scratch [3 * size]
-    void prefix_tree_aggregate_backward_f32(const PrefixForest& forest, const AggregateOptions& options,
-                                            const float* values, const float* weights, const float* child_weights,
-                                            const float* grad, double* scratch, float* grad_values, int threads);
-    void prefix_tree_aggregate_backward_f64(const PrefixForest& forest, const AggregateOptions& options,
-                                            const double* values, const double* weights, const double* child_weights,
-                                            const double* grad, double* scratch, double* grad_values, int threads);
+    template <class T>
+    void prefix_tree_aggregate_backward(const PrefixForest& forest, const AggregateOptions& options, const T* values,
+                                        const T* weights, const T* child_weights, const T* grad, double* scratch,
+                                        T* grad_values, int threads);
     // What a node is worth against its parent, siblings, root or ancestors; 0 for a root. scratch [3 * size]
-    void prefix_tree_advantages_f32(const PrefixForest& forest, const AdvantageOptions& options, const float* values,
-                                    double* scratch, float* out, int threads);
-    void prefix_tree_advantages_f64(const PrefixForest& forest, const AdvantageOptions& options, const double* values,
-                                    double* scratch, double* out, int threads);
+    template <class T>
+    void prefix_tree_advantages(const PrefixForest& forest, const AdvantageOptions& options, const T* values,
+                                double* scratch, T* out, int threads);
     // x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); scratch [size]
-    void prefix_tree_propagate_f32(const PrefixForest& forest, const float* scale, const float* shift, double initial,
-                                   double low, double high, double* scratch, float* out, int threads);
-    void prefix_tree_propagate_f64(const PrefixForest& forest, const double* scale, const double* shift, double initial,
-                                   double low, double high, double* scratch, double* out, int threads);
+    template <class T>
+    void prefix_tree_propagate(const PrefixForest& forest, const T* scale, const T* shift, double initial, double low,
+                               double high, double* scratch, T* out, int threads);
     // scratch [2 * size]
-    void prefix_tree_propagate_backward_f32(const PrefixForest& forest, const float* scale, const float* shift,
-                                            double initial, double low, double high, const float* grad, double* scratch,
-                                            float* grad_scale, float* grad_shift, int threads);
-    void prefix_tree_propagate_backward_f64(const PrefixForest& forest, const double* scale, const double* shift,
-                                            double initial, double low, double high, const double* grad,
-                                            double* scratch, double* grad_scale, double* grad_shift, int threads);
+    template <class T>
+    void prefix_tree_propagate_backward(const PrefixForest& forest, const T* scale, const T* shift, double initial,
+                                        double low, double high, const T* grad, double* scratch, T* grad_scale,
+                                        T* grad_shift, int threads);
 
     // values [size] (plus row_values [rows], or nullptr) -> tokens, 0 where there is no credit; and its transpose.
     // A node that is NaN adds nothing, a row that is NaN gets 0.
-    void prefix_tree_broadcast_to_tokens_f32(const PrefixForest& forest, const TokenSpan& span, TreePlace place,
-                                             const float* values, const float* row_values, float* tokens, int threads);
-    void prefix_tree_broadcast_to_tokens_f64(const PrefixForest& forest, const TokenSpan& span, TreePlace place,
-                                             const double* values, const double* row_values, double* tokens, int threads);
-    void prefix_tree_collect_f32(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const float* tokens,
-                                 float* values, int threads);
-    void prefix_tree_collect_f64(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const double* tokens,
-                                 double* values, int threads);
+    template <class T>
+    void prefix_tree_broadcast_to_tokens(const PrefixForest& forest, const TokenSpan& span, TreePlace place,
+                                         const T* values, const T* row_values, T* tokens, int threads);
+    template <class T>
+    void prefix_tree_collect(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* tokens,
+                             T* values, int threads);
     // unique [forest.tokens] -> tokens, 0 where there is no credit; and its transpose (or mean, or first)
-    void prefix_tree_gather_f32(const PrefixForest& forest, const TokenSpan& span, const float* unique,
-                                float* tokens, int threads);
-    void prefix_tree_gather_f64(const PrefixForest& forest, const TokenSpan& span, const double* unique,
-                                double* tokens, int threads);
-    void prefix_tree_scatter_reduce_f32(const PrefixForest& forest, const TokenSpan& span, TokenOp op,
-                                        const float* tokens, float* unique, int threads);
-    void prefix_tree_scatter_reduce_f64(const PrefixForest& forest, const TokenSpan& span, TokenOp op,
-                                        const double* tokens, double* unique, int threads);
+    template <class T>
+    void prefix_tree_gather(const PrefixForest& forest, const TokenSpan& span, const T* unique, T* tokens,
+                            int threads);
+    template <class T>
+    void prefix_tree_scatter_reduce(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens,
+                                    T* unique, int threads);
     // Node of each token, -1 outside of the sequences; and each token's unique token, the same.
     void prefix_tree_node_of_token(const PrefixForest& forest, const TokenSpan& span, std::int32_t* out, int threads);
     void prefix_tree_unique_of_token(const PrefixForest& forest, const TokenSpan& span, std::int64_t* out, int threads);
@@ -208,3 +195,6 @@ FASTREWARD_DECLARE(
     std::int64_t prefix_tree_bins(const PrefixForest& forest, std::int64_t max_tokens, bool by_rows, std::int64_t* bins);
     // tout [tokens] of one pre-order; blocks = ceil(tokens / block)
     void prefix_tree_blocks(const std::int64_t* tout, std::int64_t tokens, std::int64_t block, const BlockLists& lists);)
+
+// Instantiates one of the templates; decltype spells its signature.
+#define FASTREWARD_FOR_FLOATS(f) template decltype(f<float>) f<float>; template decltype(f<double>) f<double>;

@@ -138,53 +138,6 @@ void write_tokens(const PrefixForest& forest, const TokenSpan& span, Out none, O
   });
 }
 
-// A node's value and the row's own on every token, or the node's on one of them alone. NaN is what is not there: a node
-// adds nothing, a row gets nothing.
-template <class T>
-void broadcast_to_tokens(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* values,
-                         const T* row_values, T* tokens, int threads) {
-  const auto own = [&](std::int64_t row) {
-    return row_values == nullptr || std::isnan(row_values[row]) ? T(0) : row_values[row];
-  };
-  const auto value = [&](std::int64_t node, std::int64_t row) {
-    return std::isnan(values[node]) || (row_values != nullptr && std::isnan(row_values[row])) ? T(0) : values[node];
-  };
-  if (place == TreePlace::broadcast)
-    return write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node, std::int64_t row) {
-      return Everywhere<T>{value(node, row) + own(row)};
-    });
-  write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node, std::int64_t row) {
-    const std::int64_t last = forest.field(kNodeEdgeLength)[node] - 1;
-    return At<T>{value(node, row) + own(row), own(row), place == TreePlace::start ? 0 : last};
-  });
-}
-
-// Sum over the credited tokens of every row that passes through a node.
-template <class T>
-void collect(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* tokens, T* values,
-             int threads) {
-  const std::int64_t* const order = forest.field(kRowOrder);
-  const std::int64_t* const starts = forest.field(kRowStart);
-  for_shares(forest.size, forest, span, threads, [&](std::int64_t n) {
-    double total = 0.0;
-    const std::int64_t first = forest.field(kNodeRowBegin)[n], last = first + forest.field(kNodeCount)[n];
-    const std::int64_t length = forest.field(kNodeEdgeLength)[n];
-    if (length > 0)
-      for (std::int64_t i = first; i < last; ++i) {
-        const std::int64_t run = starts[order[i]] + forest.field(kNodeEdgeStart)[n];
-        const std::int64_t begin = place == TreePlace::end ? run + length - 1 : run;
-        for_blocks(span.mask, begin, place == TreePlace::start ? run + 1 : run + length,
-                   [&](std::int64_t from, std::int64_t to, const std::uint8_t* bytes) {
-                     double lanes[8] = {};
-                     for (std::int64_t k = 0; k < to - from; ++k)
-                       if (bytes == nullptr || bytes[k] != 0) lanes[k % 8] += static_cast<double>(tokens[from + k]);
-                     for (const double lane : lanes) total += lane;
-                   });
-      }
-    values[n] = static_cast<T>(total);
-  });
-}
-
 // Sums, or means over the sequences that count a token, of n tokens of a node's edge.
 template <class T>
 void reduce_block(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens, std::int64_t node,
@@ -237,32 +190,6 @@ void reduce_copy(const TokenSpan& span, const T* tokens, std::int64_t begin, int
     for (int k = 0; k < n; ++k) unique[k] = bytes[k] != 0 ? tokens[begin + k] : T(0);
 }
 
-template <class T>
-void scatter_reduce(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens, T* unique,
-                    int threads) {
-  for_shares(forest.size, forest, span, threads, [&](std::int64_t node) {
-    const std::int64_t length = forest.field(kNodeEdgeLength)[node];
-    T* const out = unique + forest.field(kNodeTokenBegin)[node];
-    const std::int64_t begin = forest.field(kRowStart)[forest.field(kNodeFirstRow)[node]] + forest.field(kNodeEdgeStart)[node];
-    const bool one = forest.field(kNodeCount)[node] == 1 || (op == TokenOp::first && span.mask.kind == MaskKind::none);
-    for (std::int64_t offset = 0; offset < length; offset += kBlock) {
-      const int n = static_cast<int>(std::min<std::int64_t>(kBlock, length - offset));
-      if (one)
-        reduce_copy(span, tokens, begin + offset, n, out + offset);
-      else if (op == TokenOp::first)
-        reduce_first(forest, span, tokens, node, offset, n, out + offset);
-      else
-        reduce_block(forest, span, op, tokens, node, offset, n, out + offset);
-    }
-  });
-}
-
-template <class T>
-void gather(const PrefixForest& forest, const TokenSpan& span, const T* unique, T* tokens, int threads) {
-  write_tokens(forest, span, T(0), tokens, threads,
-               [&](std::int64_t node, std::int64_t) { return Copy<T>{unique + forest.field(kNodeTokenBegin)[node]}; });
-}
-
 }  // namespace
 
 // --------------------------------------------------------------------------------------------------------- launchers
@@ -282,25 +209,82 @@ void prefix_tree_unique_of_token(const PrefixForest& forest, const TokenSpan& sp
                [&](std::int64_t node, std::int64_t) { return Count{forest.field(kNodeTokenBegin)[node]}; });
 }
 
-#define FASTREWARD_TREE_TOKENS(T, suffix)                                                                           \
-  void prefix_tree_broadcast_to_tokens_##suffix(const PrefixForest& forest, const TokenSpan& span, TreePlace place, \
-                                                const T* values, const T* row_values, T* tokens, int threads) {     \
-    broadcast_to_tokens(forest, span, place, values, row_values, tokens, threads);                                  \
-  }                                                                                                                 \
-  void prefix_tree_collect_##suffix(const PrefixForest& forest, const TokenSpan& span, TreePlace place,             \
-                                    const T* tokens, T* values, int threads) {                                      \
-    collect(forest, span, place, tokens, values, threads);                                                          \
-  }                                                                                                                 \
-  void prefix_tree_gather_##suffix(const PrefixForest& forest, const TokenSpan& span, const T* unique, T* tokens,   \
-                                   int threads) {                                                                   \
-    gather(forest, span, unique, tokens, threads);                                                                  \
-  }                                                                                                                 \
-  void prefix_tree_scatter_reduce_##suffix(const PrefixForest& forest, const TokenSpan& span, TokenOp op,           \
-                                           const T* tokens, T* unique, int threads) {                               \
-    scatter_reduce(forest, span, op, tokens, unique, threads);                                                      \
-  }
-FASTREWARD_TREE_TOKENS(float, f32)
-FASTREWARD_TREE_TOKENS(double, f64)
-#undef FASTREWARD_TREE_TOKENS
+// A node's value and the row's own on every token, or the node's on one of them alone. NaN is what is not there: a node
+// adds nothing, a row gets nothing.
+template <class T>
+void prefix_tree_broadcast_to_tokens(const PrefixForest& forest, const TokenSpan& span, TreePlace place,
+                                     const T* values, const T* row_values, T* tokens, int threads) {
+  const auto own = [&](std::int64_t row) {
+    return row_values == nullptr || std::isnan(row_values[row]) ? T(0) : row_values[row];
+  };
+  const auto value = [&](std::int64_t node, std::int64_t row) {
+    return std::isnan(values[node]) || (row_values != nullptr && std::isnan(row_values[row])) ? T(0) : values[node];
+  };
+  if (place == TreePlace::broadcast)
+    return write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node, std::int64_t row) {
+      return Everywhere<T>{value(node, row) + own(row)};
+    });
+  write_tokens(forest, span, T(0), tokens, threads, [&](std::int64_t node, std::int64_t row) {
+    const std::int64_t last = forest.field(kNodeEdgeLength)[node] - 1;
+    return At<T>{value(node, row) + own(row), own(row), place == TreePlace::start ? 0 : last};
+  });
+}
+
+// Sum over the credited tokens of every row that passes through a node.
+template <class T>
+void prefix_tree_collect(const PrefixForest& forest, const TokenSpan& span, TreePlace place, const T* tokens, T* values,
+                         int threads) {
+  const std::int64_t* const order = forest.field(kRowOrder);
+  const std::int64_t* const starts = forest.field(kRowStart);
+  for_shares(forest.size, forest, span, threads, [&](std::int64_t n) {
+    double total = 0.0;
+    const std::int64_t first = forest.field(kNodeRowBegin)[n], last = first + forest.field(kNodeCount)[n];
+    const std::int64_t length = forest.field(kNodeEdgeLength)[n];
+    if (length > 0)
+      for (std::int64_t i = first; i < last; ++i) {
+        const std::int64_t run = starts[order[i]] + forest.field(kNodeEdgeStart)[n];
+        const std::int64_t begin = place == TreePlace::end ? run + length - 1 : run;
+        for_blocks(span.mask, begin, place == TreePlace::start ? run + 1 : run + length,
+                   [&](std::int64_t from, std::int64_t to, const std::uint8_t* bytes) {
+                     double lanes[8] = {};
+                     for (std::int64_t k = 0; k < to - from; ++k)
+                       if (bytes == nullptr || bytes[k] != 0) lanes[k % 8] += static_cast<double>(tokens[from + k]);
+                     for (const double lane : lanes) total += lane;
+                   });
+      }
+    values[n] = static_cast<T>(total);
+  });
+}
+
+template <class T>
+void prefix_tree_gather(const PrefixForest& forest, const TokenSpan& span, const T* unique, T* tokens, int threads) {
+  write_tokens(forest, span, T(0), tokens, threads,
+               [&](std::int64_t node, std::int64_t) { return Copy<T>{unique + forest.field(kNodeTokenBegin)[node]}; });
+}
+
+template <class T>
+void prefix_tree_scatter_reduce(const PrefixForest& forest, const TokenSpan& span, TokenOp op, const T* tokens,
+                                T* unique, int threads) {
+  for_shares(forest.size, forest, span, threads, [&](std::int64_t node) {
+    const std::int64_t length = forest.field(kNodeEdgeLength)[node];
+    T* const out = unique + forest.field(kNodeTokenBegin)[node];
+    const std::int64_t begin = forest.field(kRowStart)[forest.field(kNodeFirstRow)[node]] + forest.field(kNodeEdgeStart)[node];
+    const bool one = forest.field(kNodeCount)[node] == 1 || (op == TokenOp::first && span.mask.kind == MaskKind::none);
+    for (std::int64_t offset = 0; offset < length; offset += kBlock) {
+      const int n = static_cast<int>(std::min<std::int64_t>(kBlock, length - offset));
+      if (one)
+        reduce_copy(span, tokens, begin + offset, n, out + offset);
+      else if (op == TokenOp::first)
+        reduce_first(forest, span, tokens, node, offset, n, out + offset);
+      else
+        reduce_block(forest, span, op, tokens, node, offset, n, out + offset);
+    }
+  });
+}
+
+FASTREWARD_FOR_FLOATS(prefix_tree_broadcast_to_tokens)
+FASTREWARD_FOR_FLOATS(prefix_tree_collect)
+FASTREWARD_FOR_FLOATS(prefix_tree_gather)
+FASTREWARD_FOR_FLOATS(prefix_tree_scatter_reduce)
 
 }  // namespace fastreward::FASTREWARD_ISA

@@ -137,62 +137,8 @@ class Aggregate {
   double *total_, *weight_;
 };
 
-template <class T>
-void aggregate(const PrefixForest& forest, const AggregateOptions& options, const T* values, const T* weights,
-               const T* child_weights, double* scratch, T* out, int threads) {
-  const Aggregate<T> a(forest, options, values, weights, child_weights, scratch, scratch + forest.size);
-  for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {
-    a.up(root, end);
-    for (std::int64_t n = root; n < end; ++n) out[n] = static_cast<T>(a.result(n));
-  });
-}
-
 // exp(difference), where nothing minus nothing is nothing.
 double share(double log_part, double log_whole) { return std::isinf(log_whole) ? 0.0 : std::exp(log_part - log_whole); }
-
-// H[n] = own[n] + part[n] * H[parent], grad of a row = part of the row * H[leaf]; none from a value that is NaN.
-template <class T>
-void aggregate_backward(const PrefixForest& forest, const AggregateOptions& o, const T* values, const T* weights,
-                        const T* child_weights, const T* grad, double* scratch, T* grad_values, int threads) {
-  double* const total = scratch;
-  double* const weight = scratch + forest.size;
-  double* const h = scratch + 2 * forest.size;
-  const Aggregate<T> a(forest, o, values, weights, child_weights, total, weight);
-  const std::int64_t* const parent = forest.field(kNodeParent);
-  const bool mean = o.op == TreeOp::mean;
-  const auto part = [&](std::int64_t n, std::int64_t p) {
-    if (o.op == TreeOp::logsumexp && o.over_children) return share(weighted(a.log_total(n), a.child_weight(n)), total[p]);
-    if (o.op == TreeOp::logsumexp) return share(total[n], total[p]);
-    if (mean && o.over_children) return a.discount(n) * a.child_weight(n) / weight[p];
-    return o.over_children ? a.discount(n) * a.child_weight(n) : a.discount(n);
-  };
-  // A sum and its weights pass a node whose mean is NaN (weights that cancel out), all else ends there.
-  const bool passes_nan = !o.over_children && o.op != TreeOp::logsumexp;
-  const auto has_value = [&](std::int64_t n) { return !std::isnan(a.result(n)); };
-  const auto row_part = [&](std::int64_t row, std::int64_t n) {
-    const double w = a.row_weight(row);
-    if (o.op == TreeOp::logsumexp) return share(weighted(a.value_of(row), w), total[n]);
-    return mean && o.over_children ? w / weight[n] : w;
-  };
-  const std::int64_t* const order = forest.field(kRowOrder);
-  const std::int64_t* const leaf = forest.field(kRowLeaf);
-  for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {
-    a.up(root, end);
-    for (std::int64_t n = root; n < end; ++n) {
-      const bool there = has_value(n);
-      const double own = there ? static_cast<double>(grad[n]) : 0.0;
-      h[n] = there && mean && !o.over_children ? own / weight[n] : own;
-      if (parent[n] < 0 || !(passes_nan || (there && has_value(parent[n])))) continue;
-      h[n] += part(n, parent[n]) * h[parent[n]];
-    }
-    const std::int64_t first = forest.field(kNodeRowBegin)[root], last = first + forest.field(kNodeCount)[root];
-    for (std::int64_t i = first; i < last; ++i) {
-      const std::int64_t row = order[i];
-      const bool through = a.there(row) && (passes_nan || has_value(leaf[row]));
-      grad_values[row] = through ? static_cast<T>(row_part(row, leaf[row]) * h[leaf[row]]) : T(0);
-    }
-  });
-}
 
 // --------------------------------------------------------------------------------------------------------- advantages
 // How many of a node's children have a value, their mean and the square root of their variance, kept at the parent.
@@ -264,9 +210,67 @@ void propagate(const PrefixForest& forest, const T* scale, const T* shift, doubl
   }
 }
 
+}  // namespace
+
+// --------------------------------------------------------------------------------------------------------- launchers
 template <class T>
-void propagate_all(const PrefixForest& forest, const T* scale, const T* shift, double initial, double low, double high,
-                   double* x, T* out, int threads) {
+void prefix_tree_aggregate(const PrefixForest& forest, const AggregateOptions& options, const T* values,
+                           const T* weights, const T* child_weights, double* scratch, T* out, int threads) {
+  const Aggregate<T> a(forest, options, values, weights, child_weights, scratch, scratch + forest.size);
+  for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {
+    a.up(root, end);
+    for (std::int64_t n = root; n < end; ++n) out[n] = static_cast<T>(a.result(n));
+  });
+}
+
+// H[n] = own[n] + part[n] * H[parent], grad of a row = part of the row * H[leaf]; none from a value that is NaN.
+template <class T>
+void prefix_tree_aggregate_backward(const PrefixForest& forest, const AggregateOptions& o, const T* values,
+                                    const T* weights, const T* child_weights, const T* grad, double* scratch,
+                                    T* grad_values, int threads) {
+  double* const total = scratch;
+  double* const weight = scratch + forest.size;
+  double* const h = scratch + 2 * forest.size;
+  const Aggregate<T> a(forest, o, values, weights, child_weights, total, weight);
+  const std::int64_t* const parent = forest.field(kNodeParent);
+  const bool mean = o.op == TreeOp::mean;
+  const auto part = [&](std::int64_t n, std::int64_t p) {
+    if (o.op == TreeOp::logsumexp && o.over_children) return share(weighted(a.log_total(n), a.child_weight(n)), total[p]);
+    if (o.op == TreeOp::logsumexp) return share(total[n], total[p]);
+    if (mean && o.over_children) return a.discount(n) * a.child_weight(n) / weight[p];
+    return o.over_children ? a.discount(n) * a.child_weight(n) : a.discount(n);
+  };
+  // A sum and its weights pass a node whose mean is NaN (weights that cancel out), all else ends there.
+  const bool passes_nan = !o.over_children && o.op != TreeOp::logsumexp;
+  const auto has_value = [&](std::int64_t n) { return !std::isnan(a.result(n)); };
+  const auto row_part = [&](std::int64_t row, std::int64_t n) {
+    const double w = a.row_weight(row);
+    if (o.op == TreeOp::logsumexp) return share(weighted(a.value_of(row), w), total[n]);
+    return mean && o.over_children ? w / weight[n] : w;
+  };
+  const std::int64_t* const order = forest.field(kRowOrder);
+  const std::int64_t* const leaf = forest.field(kRowLeaf);
+  for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {
+    a.up(root, end);
+    for (std::int64_t n = root; n < end; ++n) {
+      const bool there = has_value(n);
+      const double own = there ? static_cast<double>(grad[n]) : 0.0;
+      h[n] = there && mean && !o.over_children ? own / weight[n] : own;
+      if (parent[n] < 0 || !(passes_nan || (there && has_value(parent[n])))) continue;
+      h[n] += part(n, parent[n]) * h[parent[n]];
+    }
+    const std::int64_t first = forest.field(kNodeRowBegin)[root], last = first + forest.field(kNodeCount)[root];
+    for (std::int64_t i = first; i < last; ++i) {
+      const std::int64_t row = order[i];
+      const bool through = a.there(row) && (passes_nan || has_value(leaf[row]));
+      grad_values[row] = through ? static_cast<T>(row_part(row, leaf[row]) * h[leaf[row]]) : T(0);
+    }
+  });
+}
+
+template <class T>
+void prefix_tree_propagate(const PrefixForest& forest, const T* scale, const T* shift, double initial, double low,
+                           double high, double* x, T* out, int threads) {
   for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {
     propagate(forest, scale, shift, initial, low, high, x, root, end);
     for (std::int64_t n = root; n < end; ++n) out[n] = static_cast<T>(x[n]);
@@ -274,8 +278,9 @@ void propagate_all(const PrefixForest& forest, const T* scale, const T* shift, d
 }
 
 template <class T>
-void propagate_backward(const PrefixForest& forest, const T* scale, const T* shift, double initial, double low,
-                        double high, const T* grad, double* scratch, T* grad_scale, T* grad_shift, int threads) {
+void prefix_tree_propagate_backward(const PrefixForest& forest, const T* scale, const T* shift, double initial,
+                                    double low, double high, const T* grad, double* scratch, T* grad_scale,
+                                    T* grad_shift, int threads) {
   double* const x = scratch;
   double* const h = scratch + forest.size;
   const std::int64_t* const parent = forest.field(kNodeParent);
@@ -294,37 +299,18 @@ void propagate_backward(const PrefixForest& forest, const T* scale, const T* shi
   });
 }
 
-}  // namespace
+template <class T>
+void prefix_tree_advantages(const PrefixForest& forest, const AdvantageOptions& options, const T* values,
+                            double* scratch, T* out, int threads) {
+  for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {
+    advantages(forest, options, values, scratch, out, root, end);
+  });
+}
 
-// --------------------------------------------------------------------------------------------------------- launchers
-#define FASTREWARD_TREE_VALUES(T, suffix)                                                                              \
-  void prefix_tree_aggregate_##suffix(const PrefixForest& forest, const AggregateOptions& options, const T* values,    \
-                                      const T* weights, const T* child_weights, double* scratch, T* out,               \
-                                      int threads) {                                                                   \
-    aggregate(forest, options, values, weights, child_weights, scratch, out, threads);                                 \
-  }                                                                                                                    \
-  void prefix_tree_aggregate_backward_##suffix(const PrefixForest& forest, const AggregateOptions& options,            \
-                                               const T* values, const T* weights, const T* child_weights,              \
-                                               const T* grad, double* scratch, T* grad_values, int threads) {          \
-    aggregate_backward(forest, options, values, weights, child_weights, grad, scratch, grad_values, threads);          \
-  }                                                                                                                    \
-  void prefix_tree_advantages_##suffix(const PrefixForest& forest, const AdvantageOptions& options, const T* values,   \
-                                       double* scratch, T* out, int threads) {                                         \
-    for_groups(forest, threads, [&](std::int64_t root, std::int64_t end) {                                             \
-      advantages(forest, options, values, scratch, out, root, end);                                                    \
-    });                                                                                                                \
-  }                                                                                                                    \
-  void prefix_tree_propagate_##suffix(const PrefixForest& forest, const T* scale, const T* shift, double initial,      \
-                                      double low, double high, double* scratch, T* out, int threads) {                 \
-    propagate_all(forest, scale, shift, initial, low, high, scratch, out, threads);                                    \
-  }                                                                                                                    \
-  void prefix_tree_propagate_backward_##suffix(const PrefixForest& forest, const T* scale, const T* shift,             \
-                                               double initial, double low, double high, const T* grad,                 \
-                                               double* scratch, T* grad_scale, T* grad_shift, int threads) {           \
-    propagate_backward(forest, scale, shift, initial, low, high, grad, scratch, grad_scale, grad_shift, threads);      \
-  }
-FASTREWARD_TREE_VALUES(float, f32)
-FASTREWARD_TREE_VALUES(double, f64)
-#undef FASTREWARD_TREE_VALUES
+FASTREWARD_FOR_FLOATS(prefix_tree_aggregate)
+FASTREWARD_FOR_FLOATS(prefix_tree_aggregate_backward)
+FASTREWARD_FOR_FLOATS(prefix_tree_advantages)
+FASTREWARD_FOR_FLOATS(prefix_tree_propagate)
+FASTREWARD_FOR_FLOATS(prefix_tree_propagate_backward)
 
 }  // namespace fastreward::FASTREWARD_ISA

@@ -332,12 +332,12 @@ void check_aggregate(const Forest& forest, Random& random, int threads) {
       const double* const given = weighted ? weights.data() : nullptr;
       const double* const given_child = by_child ? child_weights.data() : nullptr;
       Doubles out(at(size), -9.0), scratch(at(2 * size)), grad_scratch(at(3 * size)), grad_values(at(rows), -9.0);
-      FASTREWARD_DISPATCH(prefix_tree_aggregate_f64)(forest.view, o, values.data(), given, given_child, scratch.data(),
+      FASTREWARD_DISPATCH(prefix_tree_aggregate<double>)(forest.view, o, values.data(), given, given_child, scratch.data(),
                                                      out.data(), threads);
       const Doubles expected = aggregated(forest, o, values, w, cw);
       for (std::size_t n = 0; n < out.size(); ++n) CHECK_NEAR(out[n], expected[n], 1e-9 * (1.0 + std::fabs(expected[n])));
       if (op != 0 && op != 1 && op != 4) continue;
-      FASTREWARD_DISPATCH(prefix_tree_aggregate_backward_f64)(forest.view, o, values.data(), given, given_child,
+      FASTREWARD_DISPATCH(prefix_tree_aggregate_backward<double>)(forest.view, o, values.data(), given, given_child,
                                                               grad.data(), grad_scratch.data(), grad_values.data(),
                                                               threads);
       // Along a random direction, against a difference of two values.
@@ -358,7 +358,7 @@ void check_aggregate(const Forest& forest, Random& random, int threads) {
   const Doubles wide(narrow.begin(), narrow.end());
   std::vector<float> out(at(size), -9.0f);
   Doubles scratch(at(2 * size));
-  FASTREWARD_DISPATCH(prefix_tree_aggregate_f32)(forest.view, {}, narrow.data(), nullptr, nullptr, scratch.data(),
+  FASTREWARD_DISPATCH(prefix_tree_aggregate<float>)(forest.view, {}, narrow.data(), nullptr, nullptr, scratch.data(),
                                                  out.data(), threads);
   const Doubles expected = aggregated(forest, {}, wide, ones, ones);
   for (std::size_t n = 0; n < out.size(); ++n) CHECK_NEAR(static_cast<double>(out[n]), expected[n], 1e-6);
@@ -371,7 +371,7 @@ void check_advantages(const Forest& forest, Random& random, int threads) {
     o.mode = static_cast<fr::TreeMode>(mode);
     o.ddof = static_cast<int>(random() % 2), o.scale_std = random() % 2 == 0, o.singleton_raw = random() % 2 == 0;
     Doubles out(v.size(), -9.0), scratch(3 * v.size());
-    FASTREWARD_DISPATCH(prefix_tree_advantages_f64)(forest.view, o, v.data(), scratch.data(), out.data(), threads);
+    FASTREWARD_DISPATCH(prefix_tree_advantages<double>)(forest.view, o, v.data(), scratch.data(), out.data(), threads);
     for (std::int64_t n = 0; n < forest.view.size; ++n) {
       const std::int64_t p = forest(fr::kNodeParent, n);
       double expected = 0.0, sum = 0.0, weight = 0.0;
@@ -421,12 +421,12 @@ void check_propagate(const Forest& forest, Random& random, int threads) {
   const Doubles grad = reals<double>(random, size);
   const double low = random() % 2 == 0 ? -INFINITY : -1.03, high = random() % 2 == 0 ? INFINITY : 2.07;
   Doubles out(at(size), -9.0), scratch(at(size)), grad_scratch(at(2 * size));
-  FASTREWARD_DISPATCH(prefix_tree_propagate_f64)(forest.view, scale.data(), shift.data(), 0.5, low, high,
+  FASTREWARD_DISPATCH(prefix_tree_propagate<double>)(forest.view, scale.data(), shift.data(), 0.5, low, high,
                                                  scratch.data(), out.data(), threads);
   const Doubles expected = propagated(forest, scale, shift, low, high);
   for (std::size_t n = 0; n < out.size(); ++n) CHECK_NEAR(out[n], expected[n], 1e-9 * (1.0 + std::fabs(expected[n])));
   Doubles grad_scale(at(size), -9.0), grad_shift(at(size), -9.0);
-  FASTREWARD_DISPATCH(prefix_tree_propagate_backward_f64)(forest.view, scale.data(), shift.data(), 0.5, low, high,
+  FASTREWARD_DISPATCH(prefix_tree_propagate_backward<double>)(forest.view, scale.data(), shift.data(), 0.5, low, high,
                                                           grad.data(), grad_scratch.data(), grad_scale.data(),
                                                           grad_shift.data(), threads);
   // Children after their parents: what reaches a node, by the chain rule from the end.
@@ -467,21 +467,21 @@ template <class T>
 struct TokenFunctions;
 template <>
 struct TokenFunctions<float> {
-  decltype(&fr::baseline::prefix_tree_broadcast_to_tokens_f32) broadcast =
-      FASTREWARD_DISPATCH(prefix_tree_broadcast_to_tokens_f32);
-  decltype(&fr::baseline::prefix_tree_collect_f32) collect = FASTREWARD_DISPATCH(prefix_tree_collect_f32);
-  decltype(&fr::baseline::prefix_tree_gather_f32) gather = FASTREWARD_DISPATCH(prefix_tree_gather_f32);
-  decltype(&fr::baseline::prefix_tree_scatter_reduce_f32) scatter_reduce =
-      FASTREWARD_DISPATCH(prefix_tree_scatter_reduce_f32);
+  decltype(&fr::baseline::prefix_tree_broadcast_to_tokens<float>) broadcast =
+      FASTREWARD_DISPATCH(prefix_tree_broadcast_to_tokens<float>);
+  decltype(&fr::baseline::prefix_tree_collect<float>) collect = FASTREWARD_DISPATCH(prefix_tree_collect<float>);
+  decltype(&fr::baseline::prefix_tree_gather<float>) gather = FASTREWARD_DISPATCH(prefix_tree_gather<float>);
+  decltype(&fr::baseline::prefix_tree_scatter_reduce<float>) scatter_reduce =
+      FASTREWARD_DISPATCH(prefix_tree_scatter_reduce<float>);
 };
 template <>
 struct TokenFunctions<double> {
-  decltype(&fr::baseline::prefix_tree_broadcast_to_tokens_f64) broadcast =
-      FASTREWARD_DISPATCH(prefix_tree_broadcast_to_tokens_f64);
-  decltype(&fr::baseline::prefix_tree_collect_f64) collect = FASTREWARD_DISPATCH(prefix_tree_collect_f64);
-  decltype(&fr::baseline::prefix_tree_gather_f64) gather = FASTREWARD_DISPATCH(prefix_tree_gather_f64);
-  decltype(&fr::baseline::prefix_tree_scatter_reduce_f64) scatter_reduce =
-      FASTREWARD_DISPATCH(prefix_tree_scatter_reduce_f64);
+  decltype(&fr::baseline::prefix_tree_broadcast_to_tokens<double>) broadcast =
+      FASTREWARD_DISPATCH(prefix_tree_broadcast_to_tokens<double>);
+  decltype(&fr::baseline::prefix_tree_collect<double>) collect = FASTREWARD_DISPATCH(prefix_tree_collect<double>);
+  decltype(&fr::baseline::prefix_tree_gather<double>) gather = FASTREWARD_DISPATCH(prefix_tree_gather<double>);
+  decltype(&fr::baseline::prefix_tree_scatter_reduce<double>) scatter_reduce =
+      FASTREWARD_DISPATCH(prefix_tree_scatter_reduce<double>);
 };
 
 template <class T>
