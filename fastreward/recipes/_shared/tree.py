@@ -21,52 +21,34 @@ from fastreward.whiten import whiten
 
 def rewards_of(tree: PrefixTree, rewards: Tensor) -> Tensor:
     """[B] float64, a constant: finite, or NaN where a sequence was not scored."""
-    return _scored(_per_row(tree, rewards, "rewards"), "rewards")
+    return _checked(tree, rewards, "rewards", "sequence", unscored=True)
 
 
 def per_row(tree: PrefixTree, values: Tensor, name: str) -> Tensor:
     """[B] float64, a constant; finite."""
-    return _finite(_per_row(tree, values, name), name)
+    return _checked(tree, values, name, "sequence")
 
 
 def step_rewards_of(tree: PrefixTree, step_rewards: Tensor) -> Tensor:
     """[nodes] float64, a constant: finite, or NaN where a step was not scored."""
-    return _scored(_per_node(tree, step_rewards, "step_rewards"), "step_rewards")
+    return _checked(tree, step_rewards, "step_rewards", "node", unscored=True)
 
 
 def per_node(tree: PrefixTree, values: Tensor, name: str) -> Tensor:
     """[nodes] float64, a constant; finite."""
-    return _finite(_per_node(tree, values, name), name)
+    return _checked(tree, values, name, "node")
 
 
-def _per_row(tree: PrefixTree, x: Tensor, name: str) -> Tensor:
-    _check_tree(tree)
-    check.shape(name, check.tensor(name, x), (tree.num_rows,), "one per sequence of the tree")
-    check.same_device(name, x, "the tree", tree.leaf)
-    return check.constant(name, x).double()
-
-
-def _per_node(tree: PrefixTree, x: Tensor, name: str) -> Tensor:
-    _check_tree(tree)
-    check.shape(name, check.tensor(name, x), tree.parent.shape, "one per node of the tree")
-    check.same_device(name, x, "the tree", tree.leaf)
-    return check.constant(name, x).double()
-
-
-def _check_tree(tree: PrefixTree) -> None:
+def _checked(tree: PrefixTree, x: Tensor, name: str, per: str, unscored: bool = False) -> Tensor:
     if not isinstance(tree, PrefixTree):
         raise TypeError(f"tree: expected a fastreward.PrefixTree, got {type(tree).__name__}")
-
-
-def _scored(x: Tensor, name: str) -> Tensor:
+    shape = tree.leaf.shape if per == "sequence" else tree.parent.shape
+    check.shape(name, check.tensor(name, x), shape, f"one per {per} of the tree")
+    check.same_device(name, x, "the tree", tree.leaf)
+    x = check.constant(name, x).double()
     if check.values_checked(x):
-        check.every(name, ~x.isinf(), x, "finite numbers, or NaN (not scored)")
-    return x
-
-
-def _finite(x: Tensor, name: str) -> Tensor:
-    if check.values_checked(x):
-        check.every(name, x.isfinite(), x, "finite numbers")
+        expected = "finite numbers, or NaN (not scored)" if unscored else "finite numbers"
+        check.every(name, ~x.isinf() if unscored else x.isfinite(), x, expected)
     return x
 
 
