@@ -200,8 +200,8 @@ def correction_weights(
         mode is not None and low is not None,
         mode is not None and high is not None,
         clamped,
-        batch_normalize,
-        unscored,
+        check.flag("batch_normalize", batch_normalize),
+        check.flag("unscored", unscored),
         tuple(limits),
         tuple(ready.inputs),
     )
@@ -269,7 +269,7 @@ def off_policy_sequence_mask(
         ready.known,
         ready.numbers,
         ready.inputs.get("threshold"),
-        unscored,
+        check.flag("unscored", unscored),
         backend,
     )
     return kept != 0

@@ -124,7 +124,7 @@ def group_advantages(
         "|".join((center_name, scale_name, singleton, normalize)),
         ddof,
         *split(number("eps", eps, rewards, check.not_negative)),
-        eps_inside,
+        check.flag("eps_inside", eps_inside),
         select("group", rewards),
     )
     return advantages

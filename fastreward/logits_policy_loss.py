@@ -199,7 +199,7 @@ def logits_policy_loss(
         TypeError, ValueError: as policy_loss and token_logprobs.
     """
     check_logits(logits, labels)
-    if inplace:
+    if check.flag("inplace", inplace):
         check_own_memory(logits)
         if torch.compiler.is_compiling():
             raise ValueError("inplace: not available under torch.compile")

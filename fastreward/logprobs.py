@@ -82,6 +82,7 @@ def token_logprobs(
         warnings.warn("keep: is called kept_tokens now", DeprecationWarning, stacklevel=3)
         kept_tokens = keep
     check_logits(logits, labels)
+    inplace_backward = check.flag("inplace_backward", inplace_backward)
     if inplace_backward:
         check_own_memory(logits)
     lead = tuple(labels.shape)

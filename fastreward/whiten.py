@@ -114,7 +114,7 @@ def whiten(
     check.dtype("x", check.tensor("x", x), (torch.float32, torch.float16, torch.bfloat16))
     mask = check.mask(mask, "x", x)
     x = x if x.dtype == torch.float32 else x.float()
-    ddof = check.whole("ddof", ddof, "the divisor is count - ddof")
+    ddof, shift_mean = check.whole("ddof", ddof, "the divisor is count - ddof"), check.flag("shift_mean", shift_mean)
     eps = number("eps", eps, x, check.not_negative)
     source = check.constant("x", x).contiguous()
     inplace = out is not None and _check_out(out, x, source)

@@ -102,6 +102,15 @@ def whole(name: str, value: object, meaning: str) -> int:
         raise TypeError(f"{name}: expected an integer ({meaning}), got {value!r}") from None
 
 
+def flag(name: str, value: object) -> bool:
+    """`value` as a bool, if it is a truth value and no text or collection, which are true whatever they say."""
+    if isinstance(value, bool):
+        return value
+    if value is not None and not isinstance(value, int | Tensor) and type(value).__module__ != "numpy":
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
 def positive(name: str, value: object) -> float:
     """`value` as a float, if it is a number above 0 (and finite)."""
     number = _real(name, value, "a positive number")

@@ -13,12 +13,14 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import Final, Literal, cast, overload
+from typing import TYPE_CHECKING, Final, Literal, cast, overload
 
 import torch
 
-from fastreward._runtime import protocols
 from fastreward._runtime.errors import BackendError
+
+if TYPE_CHECKING:
+    from fastreward._runtime import protocols
 
 Backend = Literal["reference", "cpu", "triton", "cuda"]
 BACKENDS: Final[tuple[Backend, ...]] = ("reference", "cpu", "triton", "cuda")

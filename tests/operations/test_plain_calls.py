@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -137,3 +138,32 @@ def test_a_subclass_sees_the_op(call: Callable[[Tensor], Tensor]) -> None:
 
     call((-torch.rand(6, 5)).as_subclass(Named))
     assert any("fastreward" in name for name in seen)
+
+
+FLAGS: dict[str, Callable[[Any], Any]] = {
+    "shift_mean": lambda flag: fastreward.whiten(torch.randn(2, 3), shift_mean=flag),
+    "inplace_backward": lambda flag: fastreward.token_logprobs(
+        torch.randn(2, 5), torch.tensor([1, 2]), inplace_backward=flag
+    ),
+    "eps_inside": lambda flag: fastreward.group_advantages(torch.randn(4), group_size=2, eps_inside=flag),
+    "unscored": lambda flag: fastreward.off_policy_sequence_mask(
+        -torch.rand(2, 3), -torch.rand(2, 3), torch.randn(2), threshold=1.0, unscored=flag
+    ),
+    "inplace": lambda flag: fastreward.logits_policy_loss(
+        torch.randn(1, 3, 5), torch.ones(1, 3, dtype=torch.long), -torch.rand(1, 3), torch.randn(1), inplace=flag
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("value", ["no", b"", [], object()])
+def test_a_flag_is_a_truth_value(name: str, value: object) -> None:
+    """Texts are true whatever they say; torch's dispatcher, which would refuse them, sees no plain call."""
+    with pytest.raises(TypeError, match=f"^{name}: expected True or False, got "):
+        FLAGS[name](value)
+
+
+@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("value", [0, np.False_, None, torch.tensor(False)])
+def test_a_flag_may_be_a_truth_value_of_another_library(name: str, value: object) -> None:
+    FLAGS[name](value)
