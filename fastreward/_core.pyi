@@ -156,6 +156,9 @@ def logits_policy_loss(
 ) -> None: ...
 
 Forest = tuple[int, int, int, int, int, int]  # nodes, stride of their fields, nodes, rows, rows, unique tokens
+Span = tuple[int, int, int]  # extents, mask, its kind
+AggregateOptions = tuple[int, bool, bool, float, float]  # op, over children, mean form, scale, discount
+AdvantageOptions = tuple[int, bool, bool, int, float]  # mode, scale by std, raw singletons, ddof, eps
 
 class PrefixTreeGrowth:
     grown: bool
@@ -183,11 +186,7 @@ def prefix_tree_lengths(
 def prefix_tree_starts(mask: int, kind: int, extents: int, rows: int, starts: int, threads: int) -> None: ...
 def prefix_tree_aggregate(
     forest: Forest,
-    op: int,
-    over_children: bool,
-    mean_form: bool,
-    scale: float,
-    discount: float,
+    options: AggregateOptions,
     f64: bool,
     values: int,
     weights: int,
@@ -197,11 +196,7 @@ def prefix_tree_aggregate(
 ) -> None: ...
 def prefix_tree_aggregate_backward(
     forest: Forest,
-    op: int,
-    over_children: bool,
-    mean_form: bool,
-    scale: float,
-    discount: float,
+    options: AggregateOptions,
     f64: bool,
     values: int,
     weights: int,
@@ -211,33 +206,14 @@ def prefix_tree_aggregate_backward(
     threads: int,
 ) -> None: ...
 def prefix_tree_advantages(
-    forest: Forest,
-    mode: int,
-    scale_std: bool,
-    singleton_raw: bool,
-    ddof: int,
-    eps: float,
-    f64: bool,
-    values: int,
-    out: int,
-    threads: int,
+    forest: Forest, options: AdvantageOptions, f64: bool, values: int, out: int, threads: int
 ) -> None: ...
 def prefix_tree_propagate(
-    forest: Forest,
-    initial: float,
-    low: float,
-    high: float,
-    f64: bool,
-    scale: int,
-    shift: int,
-    out: int,
-    threads: int,
+    forest: Forest, bounds: tuple[float, float, float], f64: bool, scale: int, shift: int, out: int, threads: int
 ) -> None: ...
 def prefix_tree_propagate_backward(
     forest: Forest,
-    initial: float,
-    low: float,
-    high: float,
+    bounds: tuple[float, float, float],
     f64: bool,
     scale: int,
     shift: int,
@@ -247,25 +223,14 @@ def prefix_tree_propagate_backward(
     threads: int,
 ) -> None: ...
 def prefix_tree_broadcast_to_tokens(
-    forest: Forest,
-    extents: int,
-    mask: int,
-    kind: int,
-    place: int,
-    f64: bool,
-    values: int,
-    row_values: int,
-    tokens: int,
-    threads: int,
+    forest: Forest, span: Span, place: int, f64: bool, values: int, row_values: int, tokens: int, threads: int
 ) -> None: ...
 def prefix_tree_collect(
-    forest: Forest, extents: int, mask: int, kind: int, place: int, f64: bool, tokens: int, values: int, threads: int
+    forest: Forest, span: Span, place: int, f64: bool, tokens: int, values: int, threads: int
 ) -> None: ...
-def prefix_tree_gather(
-    forest: Forest, extents: int, mask: int, kind: int, f64: bool, unique: int, tokens: int, threads: int
-) -> None: ...
+def prefix_tree_gather(forest: Forest, span: Span, f64: bool, unique: int, tokens: int, threads: int) -> None: ...
 def prefix_tree_scatter_reduce(
-    forest: Forest, extents: int, mask: int, kind: int, op: int, f64: bool, tokens: int, unique: int, threads: int
+    forest: Forest, span: Span, op: int, f64: bool, tokens: int, unique: int, threads: int
 ) -> None: ...
 def prefix_tree_node_of_token(forest: Forest, extents: int, out: int, threads: int) -> None: ...
 def prefix_tree_unique_of_token(forest: Forest, extents: int, out: int, threads: int) -> None: ...

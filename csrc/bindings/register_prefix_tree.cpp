@@ -22,15 +22,9 @@ MaskView mask_view(Address data, int kind) { return {at<const void>(data), stati
 // (nodes, capacity, size, rows_data, rows, unique tokens)
 using ForestArguments = std::tuple<Address, std::int64_t, std::int64_t, Address, std::int64_t, std::int64_t>;
 
-PrefixForest forest_of(const ForestArguments& a) {
-  PrefixForest f;
-  f.nodes = at<std::int64_t>(std::get<0>(a));
-  f.capacity = std::get<1>(a);
-  f.size = std::get<2>(a);
-  f.rows_data = at<std::int64_t>(std::get<3>(a));
-  f.rows = std::get<4>(a);
-  f.tokens = std::get<5>(a);
-  return f;
+PrefixForest forest_of(const ForestArguments& arguments) {
+  const auto [nodes, capacity, size, rows_data, rows, tokens] = arguments;
+  return {at<std::int64_t>(nodes), capacity, at<std::int64_t>(rows_data), rows, size, 0, tokens};
 }
 
 // ------------------------------------------------------------------------------------------------------------- build
@@ -124,98 +118,115 @@ class Growth {
 
 // The kernel of a dtype; `T` is float or double in its arguments.
 #define FASTREWARD_TREE_CALL(name, f64, ...)                 \
-  const auto run = [&](auto zero) {                          \
-    using T = decltype(zero);                                \
+  if (f64) {                                                 \
+    using T = double;                                        \
     FASTREWARD_DISPATCH(prefix_tree_##name<T>)(__VA_ARGS__); \
-  };                                                         \
-  f64 ? run(0.0) : run(0.0f);
+  } else {                                                   \
+    using T = float;                                         \
+    FASTREWARD_DISPATCH(prefix_tree_##name<T>)(__VA_ARGS__); \
+  }
 
 // ------------------------------------------------------------------------------------------------------------ values
-AggregateOptions options_of(int op, bool over_children, bool mean_form, double scale, double discount) {
+// (op, over children, mean form, scale, discount)
+using AggregateArguments = std::tuple<int, bool, bool, double, double>;
+// (mode, scale by std, raw singletons, ddof, eps)
+using AdvantageArguments = std::tuple<int, bool, bool, int, double>;
+// (initial, low, high)
+using Bounds = std::tuple<double, double, double>;
+
+AggregateOptions options_of(const AggregateArguments& options) {
+  const auto& [op, over_children, mean_form, scale, discount] = options;
   return {static_cast<TreeOp>(op), over_children, mean_form, scale, discount};
 }
 
-void aggregate(const ForestArguments& f, int op, bool over_children, bool mean_form, double scale, double discount,
-               bool f64, Address values, Address weights, Address child_weights, Address out, int threads) {
+void aggregate(const ForestArguments& f, const AggregateArguments& options, bool f64, Address values, Address weights,
+               Address child_weights, Address out, int threads) {
   const PrefixForest forest = forest_of(f);
-  const AggregateOptions o = options_of(op, over_children, mean_form, scale, discount);
+  const AggregateOptions o = options_of(options);
   const auto memory = scratch<double>(2 * forest.size);
   FASTREWARD_TREE_CALL(aggregate, f64, forest, o, at<const T>(values), at<const T>(weights), at<const T>(child_weights),
                        memory.get(), at<T>(out), threads)
 }
 
-void aggregate_backward(const ForestArguments& f, int op, bool over_children, bool mean_form, double scale,
-                        double discount, bool f64, Address values, Address weights, Address child_weights,
-                        Address grad, Address grad_values, int threads) {
+void aggregate_backward(const ForestArguments& f, const AggregateArguments& options, bool f64, Address values,
+                        Address weights, Address child_weights, Address grad, Address grad_values, int threads) {
   const PrefixForest forest = forest_of(f);
-  const AggregateOptions o = options_of(op, over_children, mean_form, scale, discount);
+  const AggregateOptions o = options_of(options);
   const auto memory = scratch<double>(3 * forest.size);
   FASTREWARD_TREE_CALL(aggregate_backward, f64, forest, o, at<const T>(values), at<const T>(weights),
                        at<const T>(child_weights), at<const T>(grad), memory.get(), at<T>(grad_values), threads)
 }
 
-void advantages(const ForestArguments& f, int mode, bool scale_std, bool singleton_raw, int ddof, double eps, bool f64,
-                Address values, Address out, int threads) {
+void advantages(const ForestArguments& f, const AdvantageArguments& options, bool f64, Address values, Address out,
+                int threads) {
   const PrefixForest forest = forest_of(f);
+  const auto& [mode, scale_std, singleton_raw, ddof, eps] = options;
   const AdvantageOptions o = {static_cast<TreeMode>(mode), scale_std, singleton_raw, ddof, eps};
   const auto memory = scratch<double>(3 * forest.size);
   FASTREWARD_TREE_CALL(advantages, f64, forest, o, at<const T>(values), memory.get(), at<T>(out), threads)
 }
 
-void propagate(const ForestArguments& f, double initial, double low, double high, bool f64, Address scale,
-               Address shift, Address out, int threads) {
+void propagate(const ForestArguments& f, const Bounds& bounds, bool f64, Address scale, Address shift, Address out,
+               int threads) {
   const PrefixForest forest = forest_of(f);
+  const auto [initial, low, high] = bounds;
   const auto memory = scratch<double>(forest.size);
   FASTREWARD_TREE_CALL(propagate, f64, forest, at<const T>(scale), at<const T>(shift), initial, low, high, memory.get(),
                        at<T>(out), threads)
 }
 
-void propagate_backward(const ForestArguments& f, double initial, double low, double high, bool f64, Address scale,
-                        Address shift, Address grad, Address grad_scale, Address grad_shift, int threads) {
+void propagate_backward(const ForestArguments& f, const Bounds& bounds, bool f64, Address scale, Address shift,
+                        Address grad, Address grad_scale, Address grad_shift, int threads) {
   const PrefixForest forest = forest_of(f);
+  const auto [initial, low, high] = bounds;
   const auto memory = scratch<double>(2 * forest.size);
   FASTREWARD_TREE_CALL(propagate_backward, f64, forest, at<const T>(scale), at<const T>(shift), initial, low, high,
                        at<const T>(grad), memory.get(), at<T>(grad_scale), at<T>(grad_shift), threads)
 }
 
 // ------------------------------------------------------------------------------------------------------------ tokens
-TokenSpan span_of(Address extents, Address mask, int kind) {
+// (extents, mask, its kind)
+using SpanArguments = std::tuple<Address, Address, int>;
+
+TokenSpan span_of(const SpanArguments& span) {
+  const auto [extents, mask, kind] = span;
   return {at<const std::int64_t>(extents), mask_view(mask, kind)};
 }
 
-void broadcast_to_tokens(const ForestArguments& f, Address extents, Address mask, int kind, int place, bool f64,
-                         Address values, Address row_values, Address tokens, int threads) {
-  FASTREWARD_TREE_CALL(broadcast_to_tokens, f64, forest_of(f), span_of(extents, mask, kind),
+void broadcast_to_tokens(const ForestArguments& f, const SpanArguments& span, int place, bool f64, Address values,
+                         Address row_values, Address tokens, int threads) {
+  FASTREWARD_TREE_CALL(broadcast_to_tokens, f64, forest_of(f), span_of(span),
                        static_cast<TreePlace>(place), at<const T>(values), at<const T>(row_values), at<T>(tokens),
                        threads)
 }
 
-void collect(const ForestArguments& f, Address extents, Address mask, int kind, int place, bool f64, Address tokens,
-             Address values, int threads) {
-  FASTREWARD_TREE_CALL(collect, f64, forest_of(f), span_of(extents, mask, kind), static_cast<TreePlace>(place),
+void collect(const ForestArguments& f, const SpanArguments& span, int place, bool f64, Address tokens, Address values,
+             int threads) {
+  FASTREWARD_TREE_CALL(collect, f64, forest_of(f), span_of(span), static_cast<TreePlace>(place),
                        at<const T>(tokens), at<T>(values), threads)
 }
 
-void gather(const ForestArguments& f, Address extents, Address mask, int kind, bool f64, Address unique, Address tokens,
+void gather(const ForestArguments& f, const SpanArguments& span, bool f64, Address unique, Address tokens,
             int threads) {
-  FASTREWARD_TREE_CALL(gather, f64, forest_of(f), span_of(extents, mask, kind), at<const T>(unique), at<T>(tokens),
+  FASTREWARD_TREE_CALL(gather, f64, forest_of(f), span_of(span), at<const T>(unique), at<T>(tokens),
                        threads)
 }
 
-void scatter_reduce(const ForestArguments& f, Address extents, Address mask, int kind, int op, bool f64, Address tokens,
+void scatter_reduce(const ForestArguments& f, const SpanArguments& span, int op, bool f64, Address tokens,
                     Address unique, int threads) {
-  FASTREWARD_TREE_CALL(scatter_reduce, f64, forest_of(f), span_of(extents, mask, kind), static_cast<TokenOp>(op),
+  FASTREWARD_TREE_CALL(scatter_reduce, f64, forest_of(f), span_of(span), static_cast<TokenOp>(op),
                        at<const T>(tokens), at<T>(unique), threads)
 }
 
 #undef FASTREWARD_TREE_CALL
 
 void node_of_token(const ForestArguments& f, Address extents, Address out, int threads) {
-  FASTREWARD_DISPATCH(prefix_tree_node_of_token)(forest_of(f), span_of(extents, 0, 0), at<std::int32_t>(out), threads);
+  FASTREWARD_DISPATCH(prefix_tree_node_of_token)(forest_of(f), span_of({extents, 0, 0}), at<std::int32_t>(out),
+                                                 threads);
 }
 
 void unique_of_token(const ForestArguments& f, Address extents, Address out, int threads) {
-  FASTREWARD_DISPATCH(prefix_tree_unique_of_token)(forest_of(f), span_of(extents, 0, 0), at<std::int64_t>(out),
+  FASTREWARD_DISPATCH(prefix_tree_unique_of_token)(forest_of(f), span_of({extents, 0, 0}), at<std::int64_t>(out),
                                                    threads);
 }
 

@@ -83,7 +83,7 @@ def aggregate(
     """[nodes], the dtype of values."""
     out = values.new_empty(nodes.shape[1])
     given = (*_floats(values), address(weights), address(child_weights))
-    _core.prefix_tree_aggregate(_forest(nodes, rows), *_aggregation(options), *given, *_out(out))
+    _core.prefix_tree_aggregate(_forest(nodes, rows), _aggregation(options), *given, *_out(out))
     return out
 
 
@@ -99,16 +99,16 @@ def aggregate_backward(
     """Gradient for values, [B]; for mean, sum and logsumexp."""
     out = torch.empty_like(values)
     given = (*_floats(values), address(weights), address(child_weights), address(grad))
-    _core.prefix_tree_aggregate_backward(_forest(nodes, rows), *_aggregation(options), *given, *_out(out))
+    _core.prefix_tree_aggregate_backward(_forest(nodes, rows), _aggregation(options), *given, *_out(out))
     return out
 
 
 def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: AdvantageOptions) -> Tensor:
     """[nodes] from node values [nodes]; 0 for roots, without a value and with nothing to compare it with."""
     out = torch.empty_like(values)
-    flags = (TREE_MODES.index(options.mode), options.scale == "std", options.singleton == "raw")
-    forest = _forest(nodes, rows)
-    _core.prefix_tree_advantages(forest, *flags, options.ddof, float(options.eps), *_floats(values), *_out(out))
+    flags = (options.scale == "std", options.singleton == "raw")
+    how = (TREE_MODES.index(options.mode), *flags, options.ddof, float(options.eps))
+    _core.prefix_tree_advantages(_forest(nodes, rows), how, *_floats(values), *_out(out))
     return out
 
 
@@ -123,8 +123,8 @@ def propagate(
 ) -> Tensor:
     """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
     out = torch.empty_like(scale)
-    rules = (float(initial), float(low), float(high))
-    _core.prefix_tree_propagate(_forest(nodes, rows), *rules, *_floats(scale), address(shift), *_out(out))
+    bounds = (float(initial), float(low), float(high))
+    _core.prefix_tree_propagate(_forest(nodes, rows), bounds, *_floats(scale), address(shift), *_out(out))
     return out
 
 
@@ -140,10 +140,10 @@ def propagate_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     grad_scale, grad_shift = torch.empty_like(scale), torch.empty_like(scale)
-    rules = (float(initial), float(low), float(high))
+    bounds = (float(initial), float(low), float(high))
     grads = (address(grad), address(grad_scale), address(grad_shift))
     forest, threads = _forest(nodes, rows), torch.get_num_threads()
-    _core.prefix_tree_propagate_backward(forest, *rules, *_floats(scale), address(shift), *grads, threads)
+    _core.prefix_tree_propagate_backward(forest, bounds, *_floats(scale), address(shift), *grads, threads)
     return grad_scale, grad_shift
 
 
@@ -162,27 +162,23 @@ def broadcast_to_tokens(
     row_values [B]: added on every token of a row that gets credit. NaN: the row gets 0, a node adds nothing.
     """
     out = empty((count,), values.dtype)
-    where = (address(extents), *mask_arguments(mask), PLACES.index(place))
-    _core.prefix_tree_broadcast_to_tokens(
-        _forest(nodes, rows), *where, *_floats(values), address(row_values), *_out(out)
-    )
+    where = (_forest(nodes, rows), _span(extents, mask), PLACES.index(place))
+    _core.prefix_tree_broadcast_to_tokens(*where, *_floats(values), address(row_values), *_out(out))
     return out
 
 
 def collect(tokens: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, place: Place) -> Tensor:
     """The transpose of broadcast_to_tokens: flat tokens to node values [nodes], summed."""
     out = tokens.new_empty(nodes.shape[1])
-    where = (address(extents), *mask_arguments(mask), PLACES.index(place))
-    _core.prefix_tree_collect(_forest(nodes, rows), *where, *_floats(tokens), *_out(out))
+    where = (_forest(nodes, rows), _span(extents, mask), PLACES.index(place))
+    _core.prefix_tree_collect(*where, *_floats(tokens), *_out(out))
     return out
 
 
 def gather(unique: Tensor, nodes: Tensor, rows: Tensor, extents: Tensor, mask: Tensor | None, count: int) -> Tensor:
     """Values of unique tokens to flat tokens [count]; 0 outside of the sequences and where masked."""
     out = empty((count,), unique.dtype)
-    _core.prefix_tree_gather(
-        _forest(nodes, rows), address(extents), *mask_arguments(mask), *_floats(unique), *_out(out)
-    )
+    _core.prefix_tree_gather(_forest(nodes, rows), _span(extents, mask), *_floats(unique), *_out(out))
     return out
 
 
@@ -191,10 +187,8 @@ def scatter_reduce(
 ) -> Tensor:
     """Flat tokens to unique tokens [unique]: sum, mean or first of those that count, 0 where none does."""
     out = empty((unique,), tokens.dtype)
-    forest = _forest(nodes, rows)
-    _core.prefix_tree_scatter_reduce(
-        forest, address(extents), *mask_arguments(mask), TOKEN_OPS.index(op), *_floats(tokens), *_out(out)
-    )
+    where = (_forest(nodes, rows), _span(extents, mask), TOKEN_OPS.index(op))
+    _core.prefix_tree_scatter_reduce(*where, *_floats(tokens), *_out(out))
     return out
 
 
@@ -241,6 +235,10 @@ def blocks(tout: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _forest(nodes: Tensor, rows: Tensor, unique: int = 0) -> _Forest:
     """The fields of a PrefixForest, in the order of the bindings."""
     return address(nodes), nodes.stride(0), nodes.shape[1], address(rows), rows.shape[1], unique
+
+
+def _span(extents: Tensor, mask: Tensor | None) -> tuple[int, int, int]:
+    return address(extents), *mask_arguments(mask)
 
 
 def _aggregation(o: AggregateOptions) -> tuple[int, bool, bool, float, float]:
