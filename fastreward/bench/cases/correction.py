@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.bench.cases._steps import add_torch
 from fastreward.correction import correction_weights
 from fastreward.verify.error import distance
 
@@ -48,10 +48,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         inputs=list(data),
         targets=(Target("speedup", 10.0, "verl"),),
     )
-    plain = partial(_plain, case)
-    for name, compiled in (("torch eager", False), ("torch.compile", True)):
-        function: Callable[..., Weights] = peers.compiled(plain) if compiled else plain
-        built.contenders.append(Contender(name, partial(function, *data), tolerance=1e-4, compiled=compiled))
+    add_torch(built, partial(_plain, case), lambda form: partial(form, *data), 1e-4)
     peers.add(built, "verl", partial(_verl, case, data))
     built.absent["TRL"] = "its correction is inside GRPOTrainer, no function of its own"
     built.absent["liger-kernel"] = "no such function"

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender
+from fastreward.bench.cases._steps import Tensors, worst_of_rows
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.reference import logprobs as reference
 from fastreward.verify import eager
-from fastreward.verify.error import distance, sampled_rows
+from fastreward.verify.error import sampled_rows
 
 CASES = ("forward", "backward")
 DTYPES = ("float32", "bfloat16")
@@ -26,8 +27,6 @@ QUICK = (64, 64, 4096)
 
 _TRL_CHUNK = 8192
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-
-Tensors = tuple[Tensor, ...]
 
 
 @lru_cache(maxsize=1)
@@ -55,7 +54,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=roofline.linear_logprobs(rows, width, vocab, hidden.element_size(), backward),
-        error=partial(_error, _truth(hidden, weight, labels, upstream, backward)),
+        error=partial(worst_of_rows, _truth(hidden, weight, labels, upstream, backward)),
         contenders=[],
         tolerance=_TOLERANCE[dtype],
         inputs=[hidden, weight, labels, upstream],
@@ -146,8 +145,3 @@ def _truth(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, bac
     if backward:
         expected += torch.autograd.grad(out["logprobs"], h, upstream[rows].double())
     return rows, tuple(expected)
-
-
-def _error(truth: tuple[Tensor, Tensors], result: Tensors) -> float:
-    rows, expected = truth
-    return max(distance(got[rows], want) for got, want in zip(result, expected, strict=False))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.bench.cases._steps import Tensors, add_torch, step, worst
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.linear_policy_loss import linear_policy_loss
 from fastreward.policy_loss import policy_loss
-from fastreward.verify.error import distance
 
 CASES = ("backward",)
 DTYPES = ("float32",)
@@ -22,8 +21,6 @@ QUICK = (64, 64, 4096)
 
 _SEQUENCE = 128  # tokens of a sequence; fewer where there are fewer
 _TWO_CALLS = "linear_token_logprobs + policy_loss"
-
-Tensors = tuple[Tensor, ...]
 
 
 @lru_cache(maxsize=1)
@@ -56,20 +53,17 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=roofline.linear_policy_loss(rows, width, vocab, hidden.element_size()),
-        error=partial(_error, _truth(*data)),
+        error=partial(worst, _truth(*data)),
         contenders=[
-            Contender(OURS, partial(_step, _ours, data)),
-            Contender(_TWO_CALLS, partial(_step, _two_calls, data)),
+            Contender(OURS, partial(step, _ours, 2, *data)),
+            Contender(_TWO_CALLS, partial(step, _two_calls, 2, *data)),
         ],
         tolerance=1e-4,
         inputs=list(data),
         gemm=(hidden.flatten(0, 1), weight.t()),
         targets=(Target("ratio", 1.0, _TWO_CALLS), Target("memory", 300 << 20)),
     )
-    for name, compiled in (("torch eager", False), ("torch.compile", True)):
-        function = peers.compiled(_plain) if compiled else _plain
-        call = partial(_step, function, data)
-        built.contenders.append(Contender(name, call, tolerance=1e-3, compiled=compiled))
+    add_torch(built, _plain, lambda form: partial(step, form, 2, *data), 1e-3)
     peers.add(built, "liger-kernel", partial(_liger, data))
     built.absent["TRL"] = "uses liger-kernel's where use_liger_kernel=True; else its steps are 'torch eager'"
     built.absent["verl"] = "its fused head gives log-probs, no loss: see linear_logprobs"
@@ -101,18 +95,8 @@ def _liger(data: Tensors) -> Contender:
         out: Tensor = head(hidden, weight, labels, mask, advantages, old_per_token_logps=old)[0]
         return out
 
-    return Contender("liger-kernel", partial(_step, loss, data), tolerance=1e-3)
-
-
-def _step(function: Any, data: Tensors) -> Tensors:
-    leaves = [x.detach().requires_grad_() for x in data[:2]]
-    out = function(*leaves, *data[2:])
-    return (out.detach(), *torch.autograd.grad(out, leaves))
+    return Contender("liger-kernel", partial(step, loss, 2, *data), tolerance=1e-3)
 
 
 def _truth(*data: Tensor) -> Tensors:
-    return _step(_plain, tuple(x.double() if x.dtype == torch.float32 else x for x in data))
-
-
-def _error(expected: Tensors, result: Tensors) -> float:
-    return max(distance(r, e) for r, e in zip(result, expected, strict=True))
+    return step(_plain, 2, *(x.double() if x.dtype == torch.float32 else x for x in data))

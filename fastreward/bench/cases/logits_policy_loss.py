@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastreward import losses
-from fastreward.bench import peers, roofline
+from fastreward.bench import roofline
 from fastreward.bench.case import OURS, PEERS, Case, Contender, Target
+from fastreward.bench.cases._steps import Tensors, add_torch, step
 from fastreward.logits_policy_loss import logits_policy_loss
 from fastreward.verify.error import distance
 
@@ -21,8 +22,6 @@ QUICK = (64, 4096)
 
 _SEQUENCE = 256  # tokens of a sequence; fewer where there are fewer rows
 _COPY = "copy of the logits"
-
-Tensors = tuple[Tensor, ...]
 
 
 @lru_cache(maxsize=1)
@@ -68,37 +67,26 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         targets=(Target("ratio", 1.6, _COPY),) if case == "inplace" else (Target("speedup", 3.0, "torch.compile"),),
     )
     work = torch.empty_like(logits) if case == "inplace" else logits
-    restore = partial(work.copy_, logits) if case == "inplace" else None
-    ours = partial(_ours, case == "inplace", work, rest)
-    built.contenders.append(Contender(OURS, ours, prepare=_untimed(restore)) if restore else Contender(OURS, ours))
+    built.contenders.append(Contender(OURS, partial(step, partial(_ours, case == "inplace"), 1, work, *rest)))
     if case == "inplace":
+        built.contenders[0].prepare = partial(_copy, work, logits)
         built.inputs.append(work)
         built.contenders.append(Contender(_COPY, partial(_copied, work, logits, built.error), tolerance=torch.inf))
         built.absent |= dict.fromkeys(PEERS, "makes a fresh gradient: see that case")
         return built
-    for name, compiled in (("torch eager", False), ("torch.compile", True)):
-        function = peers.compiled(_plain) if compiled else _plain
-        tolerance = 3e-2 if low else 1e-3
-        call = partial(_step, function, logits, rest)
-        built.contenders.append(Contender(name, call, tolerance=tolerance, compiled=compiled))
+    add_torch(built, _plain, lambda form: partial(step, form, 1, *data), 3e-2 if low else 1e-3)
     built.absent["TRL"] = "no function from logits to loss; its steps are 'torch eager'"
     built.absent["verl"] = "no function from logits to loss"
     built.absent["liger-kernel"] = "its kernel needs a GPU"
     return built
 
 
-def _untimed(function: Any) -> Any:
-    def prepare() -> None:
-        function()
-
-    return prepare
+def _ours(inplace: bool, *data: Tensor) -> Tensor:
+    return logits_policy_loss(*data, loss=losses.ppo(), inplace=inplace).loss
 
 
-def _ours(inplace: bool, logits: Tensor, rest: Tensors) -> Tensors:
-    leaf = logits.detach().requires_grad_()
-    labels, old, advantages, mask = rest
-    out = logits_policy_loss(leaf, labels, old, advantages, mask, loss=losses.ppo(), inplace=inplace).loss
-    return (out.detach(), *torch.autograd.grad(out, leaf))
+def _copy(target: Tensor, logits: Tensor) -> None:
+    target.copy_(logits)
 
 
 def _copied(target: Tensor, logits: Tensor, error: Any) -> Tensors:
@@ -111,12 +99,6 @@ def _plain(logits: Tensor, labels: Tensor, old: Tensor, advantages: Tensor, mask
     ratio = (logprobs - old).exp()
     token = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
     return (token * mask).sum() / mask.sum()
-
-
-def _step(function: Any, logits: Tensor, rest: Tensors) -> Tensors:
-    leaf = logits.detach().requires_grad_()
-    out = function(leaf, *rest)
-    return (out.detach(), *torch.autograd.grad(out, leaf))
 
 
 def _truth(logits: Tensor, rest: Tensors) -> Tensors:

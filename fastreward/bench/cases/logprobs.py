@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.bench.cases._steps import Tensors, worst_of_rows
 from fastreward.logprobs import token_logprobs
 from fastreward.reference import logprobs as reference
 from fastreward.verify import eager
-from fastreward.verify.error import distance, sampled_rows
+from fastreward.verify.error import sampled_rows
 
 CASES = ("forward", "forward+entropy", "backward-inplace", "backward-fresh")
 DTYPES = ("float32", "bfloat16")
@@ -26,8 +27,6 @@ _TRL_SEQUENCES = 8  # TRL takes [B, T, V], verl [N, V]
 #: Peers answer in the logits' dtype: entropies near 12 in bf16 are up to 0.4 nat off.
 _PEER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-Pair = tuple[Tensor, ...]
 
 
 @lru_cache(maxsize=1)
@@ -54,7 +53,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=formula(rows, vocab, logits.element_size(), 1 + entropy),
-        error=partial(_error, _truth(logits, labels, upstream, backward, entropy)),
+        error=partial(worst_of_rows, _truth(logits, labels, upstream, backward, entropy)),
         contenders=[],
         tolerance=_TOLERANCE[dtype] if backward else _TOLERANCE[torch.float32],
         inputs=[logits, labels, upstream],
@@ -85,7 +84,7 @@ def _ours_forward(case: Case, logits: Tensor, labels: Tensor, entropy: bool) -> 
 def _ours_backward(case: Case, logits: Tensor, labels: Tensor, upstream: Tensor, inplace: bool) -> None:
     work = torch.empty_like(logits) if inplace else logits
 
-    def call() -> Pair:
+    def call() -> Tensors:
         leaf = work.detach().requires_grad_()
         logprobs = token_logprobs(leaf, labels, inplace_backward=inplace).logprobs
         (grad,) = torch.autograd.grad(logprobs, leaf, upstream)
@@ -99,7 +98,7 @@ def _ours_backward(case: Case, logits: Tensor, labels: Tensor, upstream: Tensor,
     case.contenders.append(Contender(OURS, call, restore))
 
 
-def _backward(function: Callable[..., Any], logits: Tensor, labels: Tensor, upstream: Tensor) -> Pair:
+def _backward(function: Callable[..., Any], logits: Tensor, labels: Tensor, upstream: Tensor) -> Tensors:
     leaf = logits.detach().requires_grad_()
     (logprobs,) = function(leaf, labels)
     (grad,) = torch.autograd.grad(logprobs, leaf, upstream.to(logprobs.dtype))
@@ -129,7 +128,7 @@ def _obvious(entropy: bool) -> Callable[..., Any]:
 def _trl(entropy: bool) -> Callable[..., Any]:
     utils = peers.load("TRL", "trl.trainer.utils")
 
-    def call(logits: Tensor, labels: Tensor) -> Pair:
+    def call(logits: Tensor, labels: Tensor) -> Tensors:
         sequences = _TRL_SEQUENCES if len(labels) % _TRL_SEQUENCES == 0 else 1
         logits, labels = logits.view(sequences, -1, logits.shape[-1]), labels.view(sequences, -1)
         logprobs = utils.selective_log_softmax(logits, labels).flatten()
@@ -141,7 +140,7 @@ def _trl(entropy: bool) -> Callable[..., Any]:
 def _verl(entropy: bool) -> Callable[..., Any]:
     functions = peers.load("verl", "verl.utils.torch_functional")
 
-    def call(logits: Tensor, labels: Tensor) -> Pair:
+    def call(logits: Tensor, labels: Tensor) -> Tensors:
         logprobs = functions.logprobs_from_logits(logits, labels, inplace_backward=False)
         return (logprobs, functions.entropy_from_logits(logits)) if entropy else (logprobs,)
 
@@ -149,7 +148,7 @@ def _verl(entropy: bool) -> Callable[..., Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------ truth
-def _truth(logits: Tensor, labels: Tensor, upstream: Tensor, backward: bool, entropy: bool) -> tuple[Tensor, Pair]:
+def _truth(logits: Tensor, labels: Tensor, upstream: Tensor, backward: bool, entropy: bool) -> tuple[Tensor, Tensors]:
     """Rows that are looked at, and what they should be (the reference holds [rows, V] in float64: a few rows do)."""
     rows = sampled_rows(len(labels), logits.device)
     x = logits[rows].double().requires_grad_(backward)
@@ -158,11 +157,6 @@ def _truth(logits: Tensor, labels: Tensor, upstream: Tensor, backward: bool, ent
     if backward:
         expected += torch.autograd.grad(out["logprobs"], x, upstream[rows].double())
     return rows, tuple(e.detach() for e in expected)
-
-
-def _error(truth: tuple[Tensor, Pair], result: Pair) -> float:
-    rows, expected = truth
-    return max(distance(got[rows], want) for got, want in zip(result, expected, strict=False))
 
 
 def _targets(case: str, dtype: torch.dtype) -> tuple[Target, ...]:

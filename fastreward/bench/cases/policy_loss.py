@@ -15,6 +15,7 @@ from fastreward import losses
 from fastreward._arguments.options import Aggregation
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.bench.cases._steps import Tensors, add_torch, step
 from fastreward.policy_loss import policy_loss
 from fastreward.verify.error import distance
 
@@ -26,8 +27,6 @@ QUICK = (64, 512)
 _DUAL_CLIP = 3.0
 _CLAMP = 20.0
 _VERL_COMPILED = "verl + torch.compile"
-
-Tensors = tuple[Tensor, ...]
 
 
 # ---------------------------------------------------------------------------------------------- the losses in torch
@@ -137,7 +136,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         shape=shape,
         traffic=roofline.policy_loss_forward_backward(shape[0] * shape[1]),
         error=partial(_error, _truth(written, *data)),
-        contenders=[Contender(OURS, partial(_ours, written, *data))],
+        contenders=[Contender(OURS, partial(step, partial(_ours, written), 1, *data))],
         tolerance=1e-5,
         inputs=list(data),
         targets=(
@@ -146,9 +145,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
             Target("first_call", 0.02),
         ),
     )
-    for name, compiled in (("torch eager", False), ("torch.compile", True)):
-        function = peers.compiled(written.plain) if compiled else written.plain
-        built.contenders.append(Contender(name, partial(_step, function, *data), tolerance=1e-4, compiled=compiled))
+    add_torch(built, written.plain, lambda form: partial(step, form, 1, *data), 1e-4)
     for name, compiled in (("verl", False), (_VERL_COMPILED, True)):
         peers.add(built, name, partial(_verl, name, compiled, written, data))
     built.absent["TRL"] = "its loss is inside GRPOTrainer._compute_loss, no function of its own"
@@ -156,16 +153,8 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
     return built
 
 
-def _ours(written: Written, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensors:
-    leaf = logprobs.detach().requires_grad_()
-    out = policy_loss(leaf, old, advantages, mask, loss=written.loss, aggregation=written.aggregation).loss
-    return (out.detach(), *torch.autograd.grad(out, leaf))
-
-
-def _step(function: Any, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensors:
-    leaf = logprobs.detach().requires_grad_()
-    out = function(leaf, old, advantages, mask)
-    return (out.detach(), *torch.autograd.grad(out, leaf))
+def _ours(written: Written, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    return policy_loss(logprobs, old, advantages, mask, loss=written.loss, aggregation=written.aggregation).loss
 
 
 def _verl(name: str, compiled: bool, written: Written, data: Tensors) -> Contender:
@@ -183,13 +172,11 @@ def _verl(name: str, compiled: bool, written: Written, data: Tensors) -> Contend
             out: Tensor = function(old, logprobs, advantages, mask, written.aggregation, config)[0]
         return out
 
-    return Contender(name, partial(_step, loss, *data), tolerance=1e-4, compiled=compiled)
+    return Contender(name, partial(step, loss, 1, *data), tolerance=1e-4, compiled=compiled)
 
 
 def _truth(written: Written, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensors:
-    leaf = logprobs.double().requires_grad_()
-    loss = written.plain(leaf, old.double(), advantages.double(), mask)
-    return (loss.detach(), *torch.autograd.grad(loss, leaf))
+    return step(written.plain, 1, logprobs.double(), old.double(), advantages.double(), mask)
 
 
 def _error(expected: Tensors, result: Tensors) -> float:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastreward import losses
-from fastreward.bench import peers, roofline
+from fastreward.bench import roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.bench.cases._steps import Tensors, add_torch, step, worst
 from fastreward.preference_loss import preference_loss
-from fastreward.verify.error import distance
 
 CASES = ("dpo",)
 DTYPES = ("float32",)
@@ -22,8 +21,6 @@ QUICK = (64, 256)
 
 _BETA = 0.1
 _DPO = losses.dpo(beta=_BETA)
-
-Tensors = tuple[Tensor, ...]
 
 
 @lru_cache(maxsize=1)
@@ -52,8 +49,8 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=roofline.preference_loss_forward_backward(2 * shape[0] * shape[1]),
-        error=partial(_error, _truth(*data)),
-        contenders=[Contender(OURS, partial(_ours, *data))],
+        error=partial(worst, _truth(*data)),
+        contenders=[Contender(OURS, partial(step, _ours, 2, *data))],
         tolerance=1e-5,
         inputs=list(data),
         targets=(
@@ -62,9 +59,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
             Target("first_call", 0.02),
         ),
     )
-    for name, compiled in (("torch eager", False), ("torch.compile", True)):
-        function = peers.compiled(_dpo) if compiled else _dpo
-        built.contenders.append(Contender(name, partial(_step, function, *data), tolerance=1e-4, compiled=compiled))
+    add_torch(built, _dpo, lambda form: partial(step, form, 2, *data), 1e-4)
     built.absent["TRL"] = (
         "its loss is inside DPOTrainer._compute_loss, no function of its own; 'torch eager' is its form"
     )
@@ -84,28 +79,17 @@ def _dpo(chosen: Tensor, rejected: Tensor, ref_c: Tensor, ref_r: Tensor, mask_c:
     return -logsigmoid(_BETA * (chosen_ratio - rejected_ratio)).mean()
 
 
-def _ours(chosen: Tensor, rejected: Tensor, ref_c: Tensor, ref_r: Tensor, mask_c: Tensor, mask_r: Tensor) -> Tensors:
-    leaves = [x.detach().requires_grad_() for x in (chosen, rejected)]
-    out = preference_loss(
-        *leaves,
+def _ours(chosen: Tensor, rejected: Tensor, ref_c: Tensor, ref_r: Tensor, mask_c: Tensor, mask_r: Tensor) -> Tensor:
+    return preference_loss(
+        chosen,
+        rejected,
         loss=_DPO,
         ref_chosen_logprobs=ref_c,
         ref_rejected_logprobs=ref_r,
         chosen_mask=mask_c,
         rejected_mask=mask_r,
     ).loss
-    return (out.detach(), *torch.autograd.grad(out, leaves))
-
-
-def _step(function: Any, chosen: Tensor, rejected: Tensor, *rest: Tensor) -> Tensors:
-    leaves = [x.detach().requires_grad_() for x in (chosen, rejected)]
-    out = function(*leaves, *rest)
-    return (out.detach(), *torch.autograd.grad(out, leaves))
 
 
 def _truth(*data: Tensor) -> Tensors:
-    return _step(_dpo, *(x if x.dtype == torch.bool else x.double() for x in data))
-
-
-def _error(expected: Tensors, result: Tensors) -> float:
-    return max(distance(r, e) for r, e in zip(result, expected, strict=True))
+    return step(_dpo, 2, *(x if x.dtype == torch.bool else x.double() for x in data))

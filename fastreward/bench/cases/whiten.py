@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
+from fastreward.bench.cases._steps import add_torch
 from fastreward.reference import whiten as reference
 from fastreward.verify import eager
 from fastreward.verify.error import distance
@@ -49,10 +50,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
             Target("share", 0.85, device="cuda"),
         ),
     )
-    built.contenders += [
-        Contender("torch eager", partial(eager.whiten, x, mask), tolerance=1e-3),
-        Contender("torch.compile", partial(peers.compiled(eager.whiten), x, mask), tolerance=1e-3, compiled=True),
-    ]
+    add_torch(built, eager.whiten, lambda form: partial(form, x, mask), 1e-3)
     peers.add(built, "verl", partial(_verl, x, mask))
     built.absent["TRL"] = "only in its experimental PPO trainer"
     built.absent["liger-kernel"] = "no such function"

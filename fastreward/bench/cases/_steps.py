@@ -1,0 +1,42 @@
+"""What several cases time and compare: forward + backward, torch's own forms, the worst error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreward.bench import peers
+from fastreward.bench.case import Case, Contender
+from fastreward.verify.error import distance
+
+Tensors = tuple[Tensor, ...]
+
+
+def step(function: Callable[..., Any], leaves: int, *data: Tensor) -> Tensors:
+    """(loss, gradients of the first `leaves` of data)."""
+    inputs = [x.detach().requires_grad_() for x in data[:leaves]]
+    out = function(*inputs, *data[leaves:])
+    return (out.detach(), *torch.autograd.grad(out, inputs))
+
+
+def add_torch(
+    case: Case, function: Callable[..., Any], call_of: Callable[[Callable[..., Any]], Callable[[], Any]], tol: float
+) -> None:
+    """Adds plain torch, eager and compiled; `call_of` makes the timed call of a form of the function."""
+    case.contenders.append(Contender("torch eager", call_of(function), tolerance=tol))
+    compiled = call_of(peers.compiled(function))
+    case.contenders.append(Contender("torch.compile", compiled, tolerance=tol, compiled=True))
+
+
+def worst(expected: Sequence[Tensor], result: Sequence[Tensor]) -> float:
+    """The largest error of several tensors."""
+    return max(distance(r, e) for r, e in zip(result, expected, strict=True))
+
+
+def worst_of_rows(truth: tuple[Tensor, Tensors], result: Tensors) -> float:
+    """The same over the rows that the truth names; what is not in the truth is not looked at."""
+    rows, expected = truth
+    return max(distance(got[rows], want) for got, want in zip(result, expected, strict=False))
