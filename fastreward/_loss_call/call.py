@@ -43,7 +43,7 @@ _TERMS: Final = {
 NO_TOKEN: Final = 'pass empty="zero" where a micro-batch may be empty (or normalizer=...)'
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class PolicyArguments:
     """The arguments that `policy_loss`, `logits_policy_loss` and `linear_policy_loss` share, as they were given."""
 
@@ -68,7 +68,7 @@ class PolicyArguments:
     token_loss: bool
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Call:
     """A checked call. tensors: what the objective reads besides the differentiable ones, in its order."""
 

@@ -68,7 +68,7 @@ def collect(
 _KernelArguments = tuple[Tensor, Tensor, float | Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class _Rows:
     """What describes N rows of logits, as the ops below take it one by one."""
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
-from fastreward.language.evaluate import evaluate
 from fastreward.language.graph import Graph
 from fastreward.language.messages import described, origin
 from fastreward.language.node import Level, Node
@@ -362,6 +361,8 @@ class Loss:
         a gradient get one. Raises ValueError for a term that the loss reads and that is not there, for an array that
         is no term and that it does not read, and for wrong shapes.
         """
+        from fastreward.language.evaluate import evaluate  # with the reference, which nothing else needs
+
         return evaluate(self, mask, group_ids, arrays)
 
     def source(self, backend: Literal["triton", "cuda"], **options: Any) -> str:
