@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,23 @@ def problems(operation: str, quick: bool) -> Iterator[Problem]:
     """The problems of one operation, random and adversarial."""
     module = importlib.import_module(f"fastreward.verify.problems.{operation}")
     yield from module.problems(quick)
+
+
+def seeded(
+    operation: str,
+    quick: bool,
+    inputs_of: Callable[[int], Iterable[tuple[str, Mapping[str, Any]]]],
+    *ways: Callable[[int, Mapping[str, Any]], Tensors],
+) -> Iterator[Problem]:
+    """Three seeds' problems, or one: (name, inputs) of a seed, then the ways of a Problem, which take the seed too.
+
+    A problem's dtype is that of its first input.
+    """
+    for seed in range(1 if quick else 3):
+        for name, inputs in inputs_of(seed):
+            label = name if seed == 0 else f"{name} (seed {seed})"
+            dtype = str(next(iter(inputs.values())).dtype).removeprefix("torch.")
+            yield Problem(operation, label, dtype, inputs, *(partial(way, seed) for way in ways))
 
 
 def on(inputs: Mapping[str, Any], device: str) -> dict[str, Any]:

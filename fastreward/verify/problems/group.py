@@ -11,7 +11,7 @@ import torch
 from fastreward.group import group_advantages
 from fastreward.reference import group as reference
 from fastreward.verify import eager
-from fastreward.verify.problem import Problem, Tensors
+from fastreward.verify.problem import Problem, Tensors, seeded
 
 _CENTERS = ("none", "mean", "leave-one-out", "second-max")
 _SCALES = ("none", "std", "batch-std", "max")
@@ -19,17 +19,8 @@ _SCALES = ("none", "std", "batch-std", "max")
 
 def problems(quick: bool) -> Iterator[Problem]:
     """Every mode, then what breaks statistics."""
-    for seed in range(1 if quick else 3):
-        for name, inputs in _inputs(seed):
-            yield Problem(
-                "group",
-                name if seed == 0 else f"{name} (seed {seed})",
-                str(inputs["rewards"].dtype).removeprefix("torch."),
-                inputs,
-                partial(_call, group_advantages),
-                partial(_call, reference.group_advantages),
-                partial(_call, eager.group_advantages),
-            )
+    functions = (group_advantages, reference.group_advantages, eager.group_advantages)
+    yield from seeded("group", quick, _inputs, *(partial(_call, function) for function in functions))
 
 
 def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -68,7 +59,7 @@ def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "empty batch", {"rewards": torch.zeros(0), "group_ids": torch.zeros(0, dtype=torch.int64)}
 
 
-def _call(function: Any, inputs: Mapping[str, Any]) -> Tensors:
+def _call(function: Any, seed: int, inputs: Mapping[str, Any]) -> Tensors:
     if function is group_advantages:
         return {"advantages": function(**inputs)}
     return {"advantages": function(**{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})}

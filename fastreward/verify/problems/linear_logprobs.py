@@ -12,7 +12,7 @@ from torch import Tensor
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.reference import logprobs as reference
 from fastreward.verify import eager
-from fastreward.verify.problem import Problem, Tensors, gradients, leaf
+from fastreward.verify.problem import Problem, Tensors, gradients, leaf, seeded
 
 _OUTPUTS = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "max_logprob", "label_logit")
 _DIFFERENTIABLE = _OUTPUTS[:4]
@@ -22,17 +22,7 @@ _HEAD = ("bias", "logit_scale", "softcap")
 def problems(quick: bool) -> Iterator[Problem]:
     """Plain, tiled, scaled and capped, masked, tempered, empty."""
     for dtype in (torch.float32, torch.bfloat16):
-        for seed in range(1 if quick else 3):
-            for name, inputs in _inputs(dtype, seed):
-                yield Problem(
-                    "linear_logprobs",
-                    name if seed == 0 else f"{name} (seed {seed})",
-                    str(dtype).removeprefix("torch."),
-                    inputs,
-                    partial(_ours, seed),
-                    partial(_truth, seed),
-                    partial(_plain_torch, seed),
-                )
+        yield from seeded("linear_logprobs", quick, partial(_inputs, dtype), _ours, _truth, _plain_torch)
 
 
 def _inputs(dtype: torch.dtype, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -13,7 +13,7 @@ from fastreward._runtime.layout import ALL_OUTPUTS, DIFFERENTIABLE
 from fastreward.logprobs import token_logprobs
 from fastreward.reference import logprobs as reference
 from fastreward.verify import eager
-from fastreward.verify.problem import Problem, Tensors, gradients, leaf
+from fastreward.verify.problem import Problem, Tensors, gradients, leaf, seeded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,20 +21,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def problems(quick: bool) -> Iterator[Problem]:
     """Random, ragged, infinite, kept, strided, huge, peaked, tiny, empty."""
     for dtype in _DTYPES:
-        for seed in range(1 if quick else 3):
-            for name, inputs in _inputs(dtype, seed, quick):
-                yield Problem(
-                    "logprobs",
-                    name if seed == 0 else f"{name} (seed {seed})",
-                    str(dtype).removeprefix("torch."),
-                    inputs,
-                    partial(_ours, seed),
-                    partial(_truth, seed),
-                    partial(_plain_torch, seed),
-                )
+        yield from seeded("logprobs", quick, partial(_inputs, dtype, quick), _ours, _truth, _plain_torch)
 
 
-def _inputs(dtype: torch.dtype, seed: int, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def _inputs(dtype: torch.dtype, quick: bool, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, by: float = 3.0) -> Tensor:

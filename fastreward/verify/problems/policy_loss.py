@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from fastreward._arguments.options import AGGREGATIONS, KLS
 from fastreward.policy_loss import policy_loss
 from fastreward.reference import policy_loss as reference
 from fastreward.verify import eager
-from fastreward.verify.problem import Problem, Tensors, gradients, leaf
+from fastreward.verify.problem import Problem, Tensors, gradients, leaf, seeded
 from fastreward.verify.problems._losses import problem
 
 _CLIPS = ("clip_low", "clip_high", "dual_clip", "delta")
@@ -24,17 +23,7 @@ _DATA = ("logprobs", "old_logprobs", "advantages", "mask")
 def problems(quick: bool) -> Iterator[Problem]:
     """Every option in turn, then what breaks losses: edges, ties, infinities under the mask, empty sequences."""
     yield from _others()
-    for seed in range(1 if quick else 3):
-        for name, inputs in _inputs(seed):
-            yield Problem(
-                "policy_loss",
-                name if seed == 0 else f"{name} (seed {seed})",
-                "float32",
-                inputs,
-                partial(_ours, seed),
-                partial(_truth, seed),
-                partial(_plain_torch, seed),
-            )
+    yield from seeded("policy_loss", quick, _inputs, _ours, _truth, _plain_torch)
 
 
 def _others() -> Iterator[Problem]:

@@ -10,23 +10,14 @@ import torch
 
 from fastreward.reference import whiten as reference
 from fastreward.verify import eager
-from fastreward.verify.problem import Problem, Tensors
+from fastreward.verify.problem import Problem, Tensors, seeded
 from fastreward.whiten import whiten
 
 
 def problems(quick: bool) -> Iterator[Problem]:
     """Whole and masked, shifted and not, ill-conditioned, tiny."""
-    for seed in range(1 if quick else 3):
-        for name, inputs in _inputs(seed):
-            yield Problem(
-                "whiten",
-                name if seed == 0 else f"{name} (seed {seed})",
-                "float32",
-                inputs,
-                _ours,
-                partial(_call, reference.whiten),
-                partial(_call, eager.whiten),
-            )
+    torch_ways = (partial(_call, function) for function in (reference.whiten, eager.whiten))
+    yield from seeded("whiten", quick, _inputs, _ours, *torch_ways)
 
 
 def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -48,7 +39,7 @@ def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "in place", {"x": x, "mask": mask, "inplace": True}
 
 
-def _ours(inputs: Mapping[str, Any]) -> Tensors:
+def _ours(seed: int, inputs: Mapping[str, Any]) -> Tensors:
     options = {k: v for k, v in inputs.items() if k != "inplace"}
     if inputs.get("inplace"):
         work = options["x"].clone()
@@ -56,5 +47,5 @@ def _ours(inputs: Mapping[str, Any]) -> Tensors:
     return {"whitened": whiten(**options)}
 
 
-def _call(function: Any, inputs: Mapping[str, Any]) -> Tensors:
+def _call(function: Any, seed: int, inputs: Mapping[str, Any]) -> Tensors:
     return {"whitened": function(**{k: v for k, v in inputs.items() if k != "inplace"})}
