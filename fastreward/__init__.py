@@ -79,7 +79,12 @@ def __getattr__(name: str) -> object:
         return importlib.import_module(f"fastreward.{name}")
     if name == "PrefixTree":
         return importlib.import_module("fastreward.prefix_tree").PrefixTree
-    raise AttributeError(f"module 'fastreward' has no attribute {name!r}")
+    import difflib
+
+    known = {x: f"losses.{x}" for x in losses.__all__} | {x: x for x in __all__}
+    close = [name] if name in known else difflib.get_close_matches(name, known)
+    near = ", ".join(f"fastreward.{known[x]}" for x in close)
+    raise AttributeError(f"module 'fastreward' has no attribute {name!r}{f'; did you mean {near}?' if near else ''}")
 
 
 def __dir__() -> list[str]:

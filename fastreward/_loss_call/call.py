@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from fastreward._arguments.options import AGGREGATIONS, EMPTY, KL, KLS, Aggregat
 from fastreward._arguments.tokens import Tokens, broadcast_to_tokens, token_bounds
 from fastreward._loss_call.op import Evaluation, evaluate
 from fastreward._loss_call.results import Metrics, PolicyLoss
-from fastreward.language.define import Definition, Loss
+from fastreward.language.define import Definition, Loss, published
 from fastreward.language.node import Level
 
 _TERMS: Final = {
@@ -185,7 +186,7 @@ def checked_loss(loss: object, default: Loss) -> Loss:
     if loss is None:
         return default
     if not isinstance(loss, Loss):
-        example, hint = f"losses.{default.name}()", _how_to_make(loss)
+        example, hint = f"losses.{default.name}()", _how_to_make(loss, published(default.pairs))
         raise TypeError(f"loss: expected a loss such as {example}, got {type(loss).__name__}{hint}")
     if loss.definition.pairs != default.definition.pairs:
         pairs = loss.definition.pairs
@@ -194,13 +195,23 @@ def checked_loss(loss: object, default: Loss) -> Loss:
     return loss
 
 
-def _how_to_make(loss: object) -> str:
-    """What is missing to make a loss of it, for a message."""
+def _how_to_make(loss: object, known: list[str]) -> str:
+    """What is missing to make a loss of it, for a message. known: the names in `losses` that would do."""
     if isinstance(loss, Definition):
         return f"; call it: {loss.name}()"
+    name = getattr(loss, "__name__", "")
+    if callable(loss) and (getattr(loss, "__module__", None) or "").startswith("fastreward.recipes."):
+        instead = f", or pass losses.{name}()" if name in known else ""
+        return f"; {name} is a recipe: call it in place of the operation{instead}"
     if callable(loss):
         return "; decorate a function over terms with @losses.define and call it"
-    return f"; write losses.{loss}()" if isinstance(loss, str) else ""
+    if not isinstance(loss, str):
+        return ""
+    if loss in known:
+        return f"; write losses.{loss}()"
+    near = [f"losses.{close}()" for close in difflib.get_close_matches(loss, known)]
+    hint = f" (near: {', '.join(near)})" if near else ""
+    return f"; no loss for this operation has that name{hint}; published methods: `fastreward recipes {loss}`"
 
 
 def _check_kl(given: PolicyArguments) -> None:

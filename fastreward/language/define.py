@@ -89,6 +89,16 @@ class Definition(Generic[P]):
                 raise ValueError(f"{self.name}: {name}: expected a number, got nan")
         return Loss(self, values)
 
+    def __repr__(self) -> str:
+        known = self.__signature__.parameters.values()
+        given = ", ".join(str(p.replace(annotation=p.empty, kind=p.POSITIONAL_OR_KEYWORD)) for p in known)
+        return f"{'losses.' if self.published else ''}{self.name}({given}): call it to get a loss"
+
+    @property
+    def published(self) -> bool:
+        """Whether it is one of `fastreward.losses`."""
+        return (self.function.__module__ or "").startswith("fastreward.losses.")
+
     @property
     def place(self) -> str:
         """Where its function is, for messages."""
@@ -130,6 +140,11 @@ class Definition(Generic[P]):
 
 #: The definitions of this process by their function.
 _HERE: WeakValueDictionary[FunctionType, Definition[Any]] = WeakValueDictionary()
+
+
+def published(pairs: bool) -> list[str]:
+    """The names of the losses in `fastreward.losses`, over pairs or not."""
+    return sorted(d.name for d in list(_HERE.values()) if d.published and d.pairs == pairs)
 
 
 def _arrived(function: FunctionType) -> Definition[Any]:
@@ -368,6 +383,9 @@ class Loss:
     def source(self, backend: Literal["triton", "cuda"], **options: Any) -> str:
         """The kernel that `backend` runs for this loss where every term that it can read is passed, as text."""
         return source(self, backend, **options)
+
+    def __repr__(self) -> str:
+        return head(self)
 
     def __str__(self) -> str:
         stale = self._stale()

@@ -36,6 +36,8 @@ To write one, `define` makes a loss of a function over `Terms` (or `PairTerms`),
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from fastreward.language.define import Definition, Loss, define
 from fastreward.language.functions import *  # noqa: F403
 from fastreward.language.messages import FUNCTIONS as _FUNCTIONS
@@ -143,3 +145,13 @@ __all__ = [
     "w_reinforce",
 ]
 __all__ += sorted(_FUNCTIONS)
+
+if not _TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        import difflib
+
+        near = ", ".join(difflib.get_close_matches(name, __all__))
+        hint = f"did you mean {near}? " if near else ""
+        methods = "`fastreward recipes` lists published methods"
+        raise AttributeError(f"module 'fastreward.losses' has no attribute {name!r}; {hint}{methods}")

@@ -416,6 +416,19 @@ def test_losses_are_pickled_and_copied(copied: Callable[[losses.Loss], losses.Lo
 
 
 # ------------------------------------------------------------------------------------------------------------ showing
+def test_a_definition_and_a_loss_show_their_parameters_in_one_line() -> None:
+    assert (
+        repr(losses.gspo) == "losses.gspo(clip_low=0.0003, clip_high=0.0004, log_ratio_max=10.0): call it to get a loss"
+    )
+    assert repr(losses.gspo(clip_low=0.1)) == "gspo(clip_low=0.1, clip_high=0.0004, log_ratio_max=10.0)"
+
+    def own(t: losses.Terms, floor: float = 0.1, *, cap: float) -> Node:
+        return -clip(t.ratio, floor, cap)
+
+    assert repr(define(own)) == "own(floor=0.1, cap): call it to get a loss"
+    assert repr([define(own)(cap=2.0)]) == "[own(floor=0.1, cap=2.0)]"
+
+
 def test_print_shows_the_formula_and_its_derivative() -> None:
     text = str(plain_ppo(clip_low=0.1))
     assert "plain_ppo(clip_low=0.1, clip_high=0.2)" in text

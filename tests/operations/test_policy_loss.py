@@ -311,6 +311,14 @@ class TestMessages:
                 r"loss: expected a loss such as .*, got str; write losses.ppo\(\)",
                 {"loss": "ppo"},
             ),
+            (
+                TypeError,
+                r"no loss for .* has that name \(near: losses.gspo\(\).*`fastreward recipes grpo`",
+                {"loss": "grpo"},
+            ),
+            (TypeError, r"has that name; published methods: `fastreward recipes qqqqqq`", {"loss": "qqqqqq"}),
+            (TypeError, r"gspo is a recipe: call it .*, or pass losses.gspo\(\)$", {"loss": fr.recipes.gspo}),
+            (TypeError, r"grpo_loss is a recipe: call it .* operation$", {"loss": fr.recipes.grpo_loss}),
             (TypeError, r"got function; decorate a function over terms", {"loss": lambda t: -t.logprob}),
             (
                 TypeError,

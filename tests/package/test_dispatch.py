@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -183,6 +184,21 @@ def _run(code: str) -> float:
     lines = done.stdout.split("\n")
     assert lines[1] == "[]"
     return float(lines[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "written", "near"),
+    [
+        ("fastreward", "tokens_logprobs", r"did you mean fastreward\.token_logprobs, "),
+        ("fastreward", "gspo", r"did you mean fastreward\.losses\.gspo\?$"),
+        ("fastreward", "qqqqqq", r"'qqqqqq'$"),
+        ("fastreward.losses", "gpso", r"did you mean .*gspo.*\?"),
+        ("fastreward.losses", "qqqqqq", "; `fastreward recipes` lists"),
+    ],
+)
+def test_an_unknown_name_is_told_the_nearest(module: str, written: str, near: str) -> None:
+    with pytest.raises(AttributeError, match=rf"^module '{module}' has no attribute (?=.*'{written}').*{near}"):
+        getattr(importlib.import_module(module), written)
 
 
 def test_the_package_lists_what_it_has() -> None:
