@@ -28,6 +28,7 @@ from fastreward._runtime import logit_rows
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.precomputed_grad import with_precomputed_grad
+from fastreward.language.node import Level
 from fastreward.language.objective import gradient_program
 from fastreward.logprobs import token_logprobs
 from fastreward.losses import Loss, ppo
@@ -141,7 +142,7 @@ def _with_gaps(
     bounds = (torch.arange(tokens.rows + 1, device=labels.device) * step).clamp(max=rows)
     mask = torch.ones(labels.shape, dtype=torch.bool, device=labels.device) if tokens.mask is None else tokens.mask != 0
     flat = [
-        x if x is None or node.level < 3 else block.per_row(x.reshape(-1))
+        x if x is None or node.level < Level.TOKEN else block.per_row(x.reshape(-1))
         for node, x in zip(chosen.program.inputs, inputs, strict=True)
     ]
     return Tokens((rows,), block.per_row(mask.reshape(-1)), bounds), flat

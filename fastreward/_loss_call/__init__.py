@@ -1,1 +1,1 @@
-"""What the loss operations share: the arguments of a call, the custom op, results."""
+"""Shared by the loss operations: the arguments of a call, the custom op, results."""

@@ -1,4 +1,4 @@
-"""What the losses return."""
+"""Results of the losses."""
 
 from __future__ import annotations
 

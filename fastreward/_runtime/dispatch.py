@@ -57,7 +57,7 @@ _KERNELS: Final = {
 
 
 class _Choice:
-    """What one `with` block has chosen, and in which thread. Two of them are never equal."""
+    """The backend that one `with` block has chosen, and its thread. Two of them are never equal."""
 
     def __init__(self, name: Backend, thread: int) -> None:
         self.name, self.thread = name, thread
@@ -173,7 +173,7 @@ def _default(operation: str, device: str) -> Backend:
 
 
 def _by_hand() -> Backend | None:
-    """What the innermost block of this thread has chosen; of any thread, where this one is in none."""
+    """The choice of this thread's innermost block; of any thread's, where this one is in none."""
     if not _chosen_by_hand:
         return None
     choices = list(_chosen_by_hand)  # other threads come and go

@@ -18,7 +18,7 @@ from fastreward._runtime.logit_rows import RowBlock
 
 
 class TokenStats:
-    """What was asked for, by name (`stats.logprobs`, `stats.entropy`, ...); iterates in the order of `outputs`."""
+    """The outputs asked for, by name (`stats.logprobs`, `stats.entropy`, ...); iterates in the order of `outputs`."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -70,7 +70,7 @@ _KernelArguments = tuple[Tensor, Tensor, float | Tensor, Tensor | None, Tensor |
 
 @dataclass(slots=True, eq=False, repr=False)
 class _Rows:
-    """What describes N rows of logits, as the ops below take it one by one."""
+    """Description of N rows of logits, as the ops below take it one by one."""
 
     labels: Tensor  # [N] i64
     temperature: Tensor | None  # [N] f64
@@ -89,7 +89,7 @@ class _Rows:
         return 1.0 / self.temperature_scalar if self.temperature is None else self.temperature.reciprocal()
 
     def of(self, block: RowBlock, logits: Tensor, inverse: float | Tensor) -> _KernelArguments:
-        """What kernels take for the rows of a block's matrix: all of a backend's arguments before the op's own."""
+        """Arguments of a backend for the rows of a block's matrix: all before the op's own."""
         mask = self.mask
         if mask is None and block.gap:
             mask = torch.ones_like(self.labels, dtype=torch.bool)
