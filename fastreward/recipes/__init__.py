@@ -1,9 +1,10 @@
 """Published methods, each one call: the public operations with the loss, parameters and aggregation that it has.
 
 Every recipe takes the arguments of the operation that it is made of and returns what that returns; those over prefix
-trees take a `PrefixTree` and rewards, and return advantages or values. `fastreward recipes` lists them, `fastreward
-recipes NAME` explains one; RECIPES holds what is known of each. In a function that
-torch.compile compiles call the operation itself, with a loss that was made outside: recipes make theirs in the call.
+trees take a `PrefixTree` and rewards (only `tempo` also tokens, and makes the tree), and return advantages or values.
+`fastreward recipes` lists them, `fastreward recipes NAME` explains one; RECIPES holds what is known of each. In a
+function that torch.compile compiles call the operation itself, with a loss that was made outside: recipes make theirs
+in the call.
 """
 
 # ruff: noqa: F403 (each file's __all__ says what it publishes)

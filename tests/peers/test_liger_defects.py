@@ -1,4 +1,4 @@
-"""liger-kernel 0.8.5's known gradient defects (shared/peers/kernel_packages.md, 1.1), as cases that fastreward passes.
+"""Gradient defects of liger-kernel 0.8.5 (github.com/linkedin/Liger-Kernel), as cases that fastreward passes.
 
 Each case is compared with float64 autograd of the loss written out, values and gradients; where liger's defect is in
 its reduction, the same reduction is an aggregation here.

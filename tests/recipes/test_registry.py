@@ -21,7 +21,7 @@ from fastreward.recipes._catalogue import registry
 from fastreward.recipes._catalogue.registry import FAMILIES, NOTATION, VERIFIED, by_family
 from fastreward.recipes._shared import factory, options
 
-#: Names of advantages in the design: not to be taken by a loss.
+#: Names that are kept for recipes of advantages: not to be taken by a loss.
 ADVANTAGES = {
     "grpo", "rloo", "dr_grpo", "reinforce_plus_plus", "remax", "opo", "gpg", "gdpo", "pass_at_k", "lite_ppo", "bnpo",
     "tempo",
@@ -168,7 +168,7 @@ def test_families_and_marks() -> None:
 
 
 def test_marks_are_those_of_the_formulas() -> None:
-    """What was not read in code, as the page of formulas says it."""
+    """What was not read in code, as the recipes name their sources."""
     marks = {name: r.verified for name, r in RECIPES.items() if r.verified != "code"}
     assert marks == {
         "visurf": "reconstructed",

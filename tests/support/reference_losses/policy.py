@@ -6,8 +6,8 @@ that a mean over rows is the mean over groups of one size. What a mask leaves ou
 row without a valid token belongs to no group. lp alone carries a gradient.
 
 Notation: d = lp - old, r = exp(d), A = adv, L = a row's valid tokens, sg = stop-gradient. Every ratio is made from d
-clamped to +-log_ratio_clamp, gradient 0 outside (None: not clamped). Formulas: formulas/losses_advantages_likelihood.md
-(section numbers below) and the code paths named there.
+clamped to +-log_ratio_clamp, gradient 0 outside (None: not clamped). Formulas: those of the papers and code that the
+losses' docstrings name.
 """
 
 from __future__ import annotations
@@ -78,26 +78,26 @@ def ppo(
     delta: float | None = None,
     log_ratio_clamp: float | None = 20.0,
 ) -> Tensor:
-    """1.1 and 1.2."""
+    """PPO's clip, with the dual clip and an upper bound of the ratio."""
     a = clean(mask, adv)
     loss = clipped(log_ratio(mask, lp, old, log_ratio_clamp).exp(), a, clip_low, clip_high, delta)
     return loss if dual_clip is None else torch.where(a < 0, torch.minimum(loss, -a * dual_clip), loss)
 
 
 def psr(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, **clip: float) -> Tensor:
-    """1.20, A = R for rewards R in {0, 1}: learns from right answers alone."""
+    """A = R for rewards R in {0, 1}: learns from right answers alone."""
     return ppo(lp, old, clean(mask, adv), mask, **clip)
 
 
 def nsr(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, **clip: float) -> Tensor:
-    """1.20, A = R - 1: learns from wrong answers alone."""
+    """A = R - 1: learns from wrong answers alone."""
     return ppo(lp, old, clean(mask, adv) - 1, mask, **clip)
 
 
 def w_reinforce(
     lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, *, positive_weight: float = 0.1, **clip: float
 ) -> Tensor:
-    """1.20, A = positive_weight R for right answers, -1 for wrong ones."""
+    """A = positive_weight R for right answers, -1 for wrong ones."""
     rewards = clean(mask, adv)
     return ppo(lp, old, torch.where(rewards > 0, positive_weight * rewards, -1.0), mask, **clip)
 
@@ -113,7 +113,7 @@ def stable_reinforce(
     pre_clip: float = 1000.0,
     advantage_filter: str | None = "paper",
 ) -> Tensor:
-    """1.17: the ratio held in [1 / pre_clip, pre_clip] before PPO's clip; advantages whitened and outliers zeroed."""
+    """The ratio held in [1 / pre_clip, pre_clip] before PPO's clip; advantages whitened and outliers zeroed."""
     a = clean(mask, adv)
     if advantage_filter is not None:
         m = (mask != 0).double()
@@ -138,7 +138,7 @@ def visurf(
     clip_high: float = 0.2,
     log_ratio_clamp: float | None = 20.0,
 ) -> Tensor:
-    """1.23: PPO where the rows of `expert` [B] have no behaviour policy: old := sg(lp), so gradient -A."""
+    """PPO where the rows of `expert` [B] have no behaviour policy: old := sg(lp), so gradient -A."""
     lp = clean(mask, lp)
     base = torch.where(expert.bool().unsqueeze(-1), lp.detach(), clean(mask, old))
     return ppo(lp, base, adv, mask, clip_low=clip_low, clip_high=clip_high, log_ratio_clamp=log_ratio_clamp)
@@ -188,7 +188,7 @@ def clip_cov(
     clip_high: float = 0.2,
     log_ratio_clamp: float | None = 20.0,
 ) -> Tensor:
-    """1.12: PPO, 0 on the selected tokens."""
+    """PPO, 0 on the selected tokens."""
     loss = ppo(lp, old, adv, mask, clip_low=clip_low, clip_high=clip_high, log_ratio_clamp=log_ratio_clamp)
     return loss * (clean(mask, selected) == 0)
 
@@ -203,7 +203,7 @@ def kl_cov(
     kl_coef: float = 1.0,
     log_ratio_clamp: float | None = 20.0,
 ) -> Tensor:
-    """1.12: -A r, plus kl_coef |d| on the selected tokens."""
+    """-A r, plus kl_coef |d| on the selected tokens."""
     d = log_ratio(mask, lp, old)
     r = log_ratio(mask, lp, old, log_ratio_clamp).exp()
     return -clean(mask, adv) * r + kl_coef * d.abs() * (clean(mask, selected) != 0)
@@ -229,7 +229,7 @@ def cov_mask(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> Tensor:
-    """1.12: kl-cov's tokens, or all candidates for clip-cov, of which verl draws its share at random; bool [B, T]."""
+    """kl-cov's tokens, or all candidates for clip-cov, of which verl draws its share at random; bool [B, T]."""
     cov = covariance(lp, adv, mask)
     counted = mask != 0
     if method == "clip":
@@ -248,7 +248,7 @@ def cov_count(mask: Tensor, ratio: float) -> int:
 
 # -------------------------------------------------------------------------------------------- log-prob times a constant
 def reinforce(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
-    """1.14; GPG's loss is the same, its group scaling sits in the advantage."""
+    """-A lp; GPG's loss is the same, its group scaling sits in the advantage."""
     return -clean(mask, adv) * clean(mask, lp)
 
 
@@ -266,7 +266,7 @@ def cispo(
     convention: str = "verl",
     log_ratio_clamp: float | None = 20.0,
 ) -> Tensor:
-    """1.4. verl: clip to [1 - low, 1 + high]; trl: to (-inf, high]; tinker: to [low, high]."""
+    """verl: clip to [1 - low, 1 + high]; trl: to (-inf, high]; tinker: to [low, high]."""
     r = log_ratio(mask, lp, old, log_ratio_clamp).exp().detach()
     low, high = {"verl": (1 - clip_low, 1 + clip_high), "trl": (None, clip_high), "tinker": (clip_low, clip_high)}[
         convention
@@ -286,7 +286,7 @@ def dispo(
     neg_high: float = 100.0,
     log_ratio_clamp: float | None = 20.0,
 ) -> Tensor:
-    """1.5: CISPO with bounds by the sign of A."""
+    """CISPO with bounds by the sign of A."""
     a = clean(mask, adv)
     r = log_ratio(mask, lp, old, log_ratio_clamp).exp().detach()
     weight = torch.where(a > 0, r.clamp(1 - pos_low, 1 + pos_high), r.clamp(1 - neg_low, 1 + neg_high))
@@ -308,7 +308,7 @@ def dppo_tv(
     cap: float = 20.0,
     log_ratio_clamp: float | None = 20.0,
 ) -> Tensor:
-    """1.13: a token counts while its probability moved by no more than `high` up (A > 0) or `low` down."""
+    """A token counts while its probability moved by no more than `high` up (A > 0) or `low` down."""
     a, x, r = clean(mask, adv), clean(mask, lp), log_ratio(mask, lp, old, log_ratio_clamp).exp()
     moved = x.exp() - clean(mask, old).exp()
     return _dppo(torch.where(a > 0, moved <= high, moved >= -low), r, cap, a, x)
@@ -325,7 +325,7 @@ def dppo_kl(
     cap: float = 20.0,
     log_ratio_clamp: float | None = 20.0,
 ) -> Tensor:
-    """1.13: the same with the KL of the two Bernoulli distributions "this token or another"."""
+    """The same with the KL of the two Bernoulli distributions "this token or another"."""
     a, x, base, r = clean(mask, adv), clean(mask, lp), clean(mask, old), log_ratio(mask, lp, old, log_ratio_clamp).exp()
     p, q = x.exp(), base.exp()
     kl = q * (base - x) + (1 - q) * torch.log((1 - q + 1e-8) / (1 - p + 1e-8))
@@ -333,7 +333,7 @@ def dppo_kl(
 
 
 def dro(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, *, beta: float) -> Tensor:
-    """1.14: -(A lp - beta d^2 / 2)."""
+    """-(A lp - beta d^2 / 2)."""
     return -(clean(mask, adv) * clean(mask, lp) - 0.5 * beta * log_ratio(mask, lp, old).square())
 
 
@@ -349,7 +349,7 @@ def vespo(
     lambda_neg: float = 2.0,
     is_weight: Tensor | None = None,
 ) -> Tensor:
-    """1.10: a gamma-shaped weight of the whole sequence's ratio, detached."""
+    """A gamma-shaped weight of the whole sequence's ratio, detached."""
     a, lowest = clean(mask, adv), math.log(1e-8)
     log_w = seq_sum(mask, log_ratio(mask, lp, old, 20.0))
     if is_weight is not None:  # [B, T], or [B] counted once
@@ -371,7 +371,7 @@ def sdpo(
     is_clip: float | None = 2.0,
     log_ratio_clamp: float | None = 20.0,
 ) -> Tensor:
-    """1.22, token form (reverse KL): sg(lp - teacher) lp, times the ratio cut at is_clip. adv is not read."""
+    """Token form (reverse KL): sg(lp - teacher) lp, times the ratio cut at is_clip. adv is not read."""
     x = clean(mask, lp)
     loss = (x - clean(mask, teacher)).detach() * x
     r = log_ratio(mask, lp, old, log_ratio_clamp).exp().detach()
@@ -389,7 +389,7 @@ def sdpo_topk(
     tail: bool = True,
     is_weight: Tensor | None = None,
 ) -> Tensor:
-    """1.22 over k ids: lp and teacher [N, K] are one position's log-probs of K ids; gives a loss per position [N].
+    """Over k ids: lp and teacher [N, K] are one position's log-probs of K ids; gives a loss per position [N].
 
     alpha 0: KL(teacher || student), 1: KL(student || teacher), between: the generalised Jensen-Shannon divergence.
     The rest of the vocabulary is one more id (tail) or is left out and the K renormalised. Neither old nor adv is read.
@@ -429,12 +429,12 @@ def sft(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
 
 
 def raft(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
-    """1.39: -lp on rows with A > 0 (the best of each group, or the right ones), 0 elsewhere."""
+    """-lp on rows with A > 0 (the best of each group, or the right ones), 0 elsewhere."""
     return -clean(mask, lp) * (clean(mask, adv) > 0)
 
 
 def verifree(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, *, answer: Tensor, reward: Tensor) -> Tensor:
-    """1.21: -A lp on the reasoning, -R lp on the reference answer's tokens; answer [B, T], reward [B]."""
+    """-A lp on the reasoning, -R lp on the reference answer's tokens; answer [B, T], reward [B]."""
     x = clean(mask, lp)
     return torch.where(clean(mask, answer) != 0, -clean(mask, reward) * x, -clean(mask, adv) * x)
 
@@ -450,7 +450,7 @@ def sapo(
     tau_neg: float = 1.05,
     log_ratio_clamp: float | None = 20.0,
 ) -> Tensor:
-    """1.8: -A sigmoid(tau (r - 1)) 4 / tau, tau by the sign of A."""
+    """-A sigmoid(tau (r - 1)) 4 / tau, tau by the sign of A."""
     a = clean(mask, adv)
     tau = choose(a > 0, tau_pos, tau_neg)
     r = log_ratio(mask, lp, old, log_ratio_clamp).exp()
@@ -471,7 +471,7 @@ def kl(
     convention: str = "verl",
     bias_correction: bool = False,
 ) -> Tensor:
-    """1.3, of the policy to ref, x = ref - lp. "+": that value with the gradient of k2; bias_correction: times r.
+    """Of the policy to ref, x = ref - lp. "+": that value with the gradient of k2; bias_correction: times r.
 
     verl clamps k3's x to +-20 and k3 to +-10; OpenRLHF clamps every estimator to +-10 and k3's x to at most 10, and
     weighs the gradient of the "+" forms by sg(min(r, 10)); TRL clamps nothing. "fastreward" clamps x to +-20 always,
@@ -504,7 +504,7 @@ def gspo(
     clip_high: float = 0.0004,
     log_ratio_max: float | None = 10.0,
 ) -> Tensor:
-    """1.6, sequence form: PPO on s = exp(mean d) and the mean advantage, [B]."""
+    """Sequence form: PPO on s = exp(mean d) and the mean advantage, [B]."""
     mean = seq_mean(mask, log_ratio(mask, lp, old))
     mean = mean if log_ratio_max is None else mean.clamp(max=log_ratio_max)
     return clipped(mean.exp(), seq_mean(mask, adv), clip_low, clip_high)
@@ -520,7 +520,7 @@ def gspo_token(
     clip_high: float = 0.0004,
     log_ratio_max: float | None = 10.0,
 ) -> Tensor:
-    """1.6, token form: the same s in every token, its gradient lp's own, [B, T]."""
+    """Token form: the same s in every token, its gradient lp's own, [B, T]."""
     x = clean(mask, lp)
     log_s = x - x.detach() + seq_mean(mask, log_ratio(mask, lp, old)).detach().unsqueeze(-1)
     log_s = log_s if log_ratio_max is None else log_s.clamp(max=log_ratio_max)
@@ -538,7 +538,7 @@ def gmpo(
     log_ratio_clamp: float | None = 20.0,
     is_weight: Tensor | None = None,
 ) -> Tensor:
-    """1.7: the geometric mean of one-sidedly clipped token ratios, times that of is_weight, [B]."""
+    """The geometric mean of one-sidedly clipped token ratios, times that of is_weight, [B]."""
     sign = clean(mask, adv).sign()
     d = log_ratio(mask, lp, old, log_ratio_clamp)
     least = sign * torch.minimum(sign * d, sign * d.clamp(-clip_low, clip_high))
@@ -560,7 +560,7 @@ def laser(
     ref: Tensor | None = None,
     balance: Tensor | None = None,
 ) -> Tensor:
-    """1.19: (beta (tau lp(z_c) - c) - R)^2 at the marked token, c a constant or tau ref(z_c); 0 without one; [B]."""
+    """(beta (tau lp(z_c) - c) - R)^2 at the marked token, c a constant or tau ref(z_c); 0 without one; [B]."""
     base = temperature * clean(mask, ref) if constant is None else constant
     error = beta * (temperature * clean(mask, lp) - base) - clean(mask, reward)
     loss = (error.square() * (clean(mask, score_token) != 0)).sum(-1)
@@ -571,7 +571,7 @@ def laser(
 def real(
     lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, *, groups: Tensor, tau: float = 0.5, variant: str = "anchor"
 ) -> Tensor:
-    """1.15: rows with A > 0 against the others by their mean log-ratio s, [B].
+    """Rows with A > 0 against the others by their mean log-ratio s, [B].
 
     anchor: log(1 + sum_pos exp(-s / tau)) + log(1 + sum_neg exp(s / tau)), 0 for a group of one class;
     bce: each row's own softplus(-+ s / tau).
@@ -602,7 +602,7 @@ def pacs(
     center: str = "leave-one-out",
     balanced: bool = True,
 ) -> Tensor:
-    """1.16: binary cross-entropy of adv, here the 0/1 rewards, against psi less its baseline, differentiable; [B].
+    """Binary cross-entropy of adv, here the 0/1 rewards, against psi less its baseline, differentiable; [B].
 
     psi = beta sum d, or beta mean lp (method "mean"); the baseline is the others' mean (0 for a singleton), the
     group's mean and std (center "std", ddof 1, + 1e-6) or none. balanced: classes of a mixed group weigh the same.
@@ -662,7 +662,7 @@ def brain(
     ref: Tensor | None = None,
     gamma: float = 1.0,
 ) -> Tensor:
-    """1.32: cross-entropy between a group's posterior weights and the policy's own self-normalised ones; [B].
+    """Cross-entropy between a group's posterior weights and the policy's own self-normalised ones; [B].
 
     old is the proposal q', ref the prior (None: the proposal was the prior), adv the rewards:
     alpha = softmax(reward / gamma + log prior - log q'), loss -sum alpha log softmax(log pi - log q').
@@ -689,7 +689,7 @@ def gdro(
     beta: float = 0.1,
     tau: float = 0.05,
 ) -> Tensor:
-    """1.34: listwise cross-entropy over every suffix of a group sorted by reward (adv), s = beta sum (lp - ref); [B].
+    """Listwise cross-entropy over every suffix of a group sorted by reward (adv), s = beta sum (lp - ref); [B].
 
     Equal rewards keep the order of their rows.
     """

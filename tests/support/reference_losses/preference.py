@@ -2,7 +2,7 @@
 
 Every function takes log-probs [P, Tc] and [P, Tr] with their masks and gives the loss of each pair, [P]; what a mask
 leaves out (NaN included) counts nowhere. L is a sequence's number of masked-in tokens, S its sum of (logprob - ref),
-D = S_chosen - S_rejected. Formulas: formulas/losses_advantages_likelihood.md, 1.24 to 1.35, and TRL 1.16's
+D = S_chosen - S_rejected. Formulas: those of the papers that the losses' docstrings name, and of TRL 1.16's
 dpo_trainer.py where the two differ (its f-divergence scores keep their constants, which matter once divided by L).
 """
 
