@@ -27,6 +27,8 @@ Over = Literal["sequences", "children"]
 TreeMode = Literal["td", "sibling", "root", "td+root", "all-ancestors", "depth-weighted"]
 TokenOp = Literal["sum", "mean", "first"]
 Place = Literal["broadcast", "start", "end"]
+#: (initial value, lower bound, upper bound) of a recurrence from the roots; f64 [] where only a kernel may read it.
+Rules = tuple[float | Tensor, float | Tensor, float | Tensor]
 
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 EMPTY: tuple[Empty, ...] = get_args(Empty)

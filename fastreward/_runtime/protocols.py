@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastreward._arguments.options import AdvantageOptions, AggregateOptions, GroupOptions, Place, TokenOp
+from fastreward._arguments.options import AdvantageOptions, AggregateOptions, GroupOptions, Place, Rules, TokenOp
 from fastreward._arguments.tokens import Tokens
 
 
@@ -190,28 +190,11 @@ class PrefixTreeKernels(Protocol):
     def advantages(self, values: Tensor, nodes: Tensor, rows: Tensor, options: AdvantageOptions) -> Tensor:
         """[nodes] from node values [nodes]; 0 for roots, without a value and with nothing to compare it with."""
 
-    def propagate(
-        self,
-        scale: Tensor,  # [nodes] f32 or f64
-        shift: Tensor,  # [nodes] like scale
-        nodes: Tensor,
-        rows: Tensor,
-        initial: float | Tensor,  # f64 [] where only a kernel may read it
-        low: float | Tensor,
-        high: float | Tensor,
-    ) -> Tensor:
-        """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
+    def propagate(self, scale: Tensor, shift: Tensor, nodes: Tensor, rows: Tensor, rules: Rules) -> Tensor:
+        """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); all [nodes], f32 or f64."""
 
     def propagate_backward(
-        self,
-        grad: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        nodes: Tensor,
-        rows: Tensor,
-        initial: float | Tensor,
-        low: float | Tensor,
-        high: float | Tensor,
+        self, grad: Tensor, scale: Tensor, shift: Tensor, nodes: Tensor, rows: Tensor, rules: Rules
     ) -> tuple[Tensor, Tensor]:
         """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
 

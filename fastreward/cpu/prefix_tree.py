@@ -14,6 +14,7 @@ from fastreward._arguments.options import (
     AdvantageOptions,
     AggregateOptions,
     Place,
+    Rules,
     TokenOp,
 )
 from fastreward._runtime.addresses import address, mask_arguments
@@ -112,38 +113,21 @@ def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: AdvantageOp
     return out
 
 
-def propagate(
-    scale: Tensor,  # [nodes] f32 or f64
-    shift: Tensor,  # [nodes] like scale
-    nodes: Tensor,
-    rows: Tensor,
-    initial: float | Tensor,
-    low: float | Tensor,
-    high: float | Tensor,
-) -> Tensor:
+def propagate(scale: Tensor, shift: Tensor, nodes: Tensor, rows: Tensor, rules: Rules) -> Tensor:
     """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
     out = torch.empty_like(scale)
-    bounds = (float(initial), float(low), float(high))
-    _core.prefix_tree_propagate(_forest(nodes, rows), bounds, *_floats(scale), address(shift), *_out(out))
+    _core.prefix_tree_propagate(_forest(nodes, rows), _numbers(rules), *_floats(scale), address(shift), *_out(out))
     return out
 
 
 def propagate_backward(
-    grad: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    nodes: Tensor,
-    rows: Tensor,
-    initial: float | Tensor,
-    low: float | Tensor,
-    high: float | Tensor,
+    grad: Tensor, scale: Tensor, shift: Tensor, nodes: Tensor, rows: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor]:
     """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     grad_scale, grad_shift = torch.empty_like(scale), torch.empty_like(scale)
-    bounds = (float(initial), float(low), float(high))
     grads = (address(grad), address(grad_scale), address(grad_shift))
     forest, threads = _forest(nodes, rows), torch.get_num_threads()
-    _core.prefix_tree_propagate_backward(forest, bounds, *_floats(scale), address(shift), *grads, threads)
+    _core.prefix_tree_propagate_backward(forest, _numbers(rules), *_floats(scale), address(shift), *grads, threads)
     return grad_scale, grad_shift
 
 
@@ -243,6 +227,11 @@ def _span(extents: Tensor, mask: Tensor | None) -> tuple[int, int, int]:
 
 def _aggregation(o: AggregateOptions) -> tuple[int, bool, bool, float, float]:
     return TREE_OPS.index(o.op), o.over == "children", o.normalized, float(o.scale), float(o.discount)
+
+
+def _numbers(rules: Rules) -> tuple[float, float, float]:
+    initial, low, high = rules
+    return float(initial), float(low), float(high)
 
 
 def _floats(x: Tensor) -> tuple[bool, int]:

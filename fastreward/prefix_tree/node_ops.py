@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward._arguments.numbers import Number, joined
-from fastreward._arguments.options import OVERS, TREE_MODES, TREE_OPS, AdvantageOptions, AggregateOptions
+from fastreward._arguments.numbers import joined
+from fastreward._arguments.options import OVERS, TREE_MODES, TREE_OPS, AdvantageOptions, AggregateOptions, Rules
 from fastreward._runtime.custom_op import custom_op
 from fastreward.prefix_tree.ops import kernels_of
 
@@ -138,7 +138,7 @@ def propagate(
     backend: str,
 ) -> Tensor:  # [nodes]
     rules = _propagate_rules(initial, low, high, given_initial, given_low, given_high, backend)
-    out: Tensor = kernels_of(backend).propagate(scale, shift, nodes, rows, *rules)
+    out: Tensor = kernels_of(backend).propagate(scale, shift, nodes, rows, rules)
     return out
 
 
@@ -163,7 +163,7 @@ def _propagate_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     rules = _propagate_rules(initial, low, high, given_initial, given_low, given_high, backend)
-    grad_scale, grad_shift = kernels_of(backend).propagate_backward(grad, scale, shift, nodes, rows, *rules)
+    grad_scale, grad_shift = kernels_of(backend).propagate_backward(grad, scale, shift, nodes, rows, rules)
     return grad_scale, grad_shift
 
 
@@ -183,7 +183,7 @@ def _propagate_rules(
     given_low: Tensor | None,
     given_high: Tensor | None,
     backend: str,
-) -> tuple[Number, Number, Number]:
+) -> Rules:
     """The initial value and the bounds, infinite where there are none."""
     return (
         joined(initial, given_initial, backend),

@@ -84,6 +84,10 @@ class _Forest:
                 yield self.start[row] + self.edge_start[n] + k, n, k
 
 
+#: (initial value, lower bound, upper bound) of a recurrence.
+Rules = tuple[float | Tensor, float | Tensor, float | Tensor]
+
+
 def _doubles(values: Sequence[float]) -> Tensor:
     """Numbers as f64, none of them by way of f32."""
     return torch.tensor(values, dtype=torch.float64)
@@ -290,37 +294,23 @@ def _mean_difference(v: Tensor, n: int, others: list[int], weights: list[int] | 
 
 
 # ------------------------------------------------------------------------------------------------------- propagate
-def propagate(
-    scale: Tensor,
-    shift: Tensor,
-    nodes: Tensor,
-    rows: Tensor,
-    initial: float | Tensor,
-    low: float | Tensor,
-    high: float | Tensor,
-) -> Tensor:
+def propagate(scale: Tensor, shift: Tensor, nodes: Tensor, rows: Tensor, rules: Rules) -> Tensor:
     """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
-    x, _ = _recurrence(scale, shift, _Forest(nodes, rows), initial, low, high)
+    x, _ = _recurrence(scale, shift, _Forest(nodes, rows), rules)
     return _padded(x, nodes).to(scale)
 
 
-def _recurrence(
-    scale: Tensor,
-    shift: Tensor,
-    forest: _Forest,
-    initial: float | Tensor,
-    low: float | Tensor,
-    high: float | Tensor,
-) -> tuple[Tensor, list[bool]]:
+def _recurrence(scale: Tensor, shift: Tensor, forest: _Forest, rules: Rules) -> tuple[Tensor, list[bool]]:
     """x, f64 [nodes], and what passes no gradient: where a bound has cut, and NaN."""
     a, b = scale.cpu().double(), shift.cpu().double()
-    x = _doubles([float(initial)] * forest.size)
+    initial, low, high = map(float, rules)
+    x = _doubles([initial] * forest.size)
     cut = [False] * forest.size
     for n in range(forest.size):
         if forest.parent[n] < 0:
             continue
         x[n] = a[n] * x[forest.parent[n]] + b[n]
-        for bound, crossed in ((float(low), torch.lt), (float(high), torch.gt)):
+        for bound, crossed in ((low, torch.lt), (high, torch.gt)):
             if crossed(x[n], bound):
                 x[n], cut[n] = bound, True
         cut[n] = cut[n] or bool(x[n].isnan())
@@ -328,18 +318,11 @@ def _recurrence(
 
 
 def propagate_backward(
-    grad: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    nodes: Tensor,
-    rows: Tensor,
-    initial: float | Tensor,
-    low: float | Tensor,
-    high: float | Tensor,
+    grad: Tensor, scale: Tensor, shift: Tensor, nodes: Tensor, rows: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor]:
     """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     forest = _Forest(nodes, rows)
-    x, cut = _recurrence(scale, shift, forest, initial, low, high)
+    x, cut = _recurrence(scale, shift, forest, rules)
     upstream = grad.cpu().double().clone()
     grad_scale, grad_shift = torch.zeros_like(upstream), torch.zeros_like(upstream)
     for n in reversed(range(forest.size)):

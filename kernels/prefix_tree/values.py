@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreward._arguments.options import TREE_MODES, AdvantageOptions
+from fastreward._arguments.options import TREE_MODES, AdvantageOptions, Rules
 
 from .._shared.launch import OPTIONS, numbers, on_device_of
 from .aggregate import SUM, children_kernel
@@ -209,40 +209,25 @@ def advantages(values: Tensor, nodes: Tensor, rows: Tensor, options: AdvantageOp
     return out
 
 
-def propagate(
-    scale: Tensor,  # [nodes] f32 or f64
-    shift: Tensor,  # [nodes] like scale
-    nodes: Tensor,
-    rows: Tensor,
-    initial: float | Tensor,
-    low: float | Tensor,
-    high: float | Tensor,
-) -> Tensor:
+def propagate(scale: Tensor, shift: Tensor, nodes: Tensor, rows: Tensor, rules: Rules) -> Tensor:
     """x[root] = initial, x[n] = clamp(scale[n] * x[parent] + shift[n], low, high); [nodes]."""
-    out, _ = _recurrence(scale, shift, nodes, rows, initial, low, high)
+    out, _ = _recurrence(scale, shift, nodes, rows, rules)
     return out
 
 
 def propagate_backward(
-    grad: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    nodes: Tensor,
-    rows: Tensor,
-    initial: float | Tensor,
-    low: float | Tensor,
-    high: float | Tensor,
+    grad: Tensor, scale: Tensor, shift: Tensor, nodes: Tensor, rows: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor]:
     """Gradients for scale and shift; none passes a bound that has cut, nor NaN."""
     places, count, stride = nodes.shape[1], rows.shape[1], nodes.stride(0)
     grad_scale, grad_shift = torch.empty_like(scale), torch.empty_like(scale)
     if not places:
         return grad_scale, grad_shift
-    _, x = _recurrence(scale, shift, nodes, rows, initial, low, high)
+    _, x = _recurrence(scale, shift, nodes, rows, rules)
     factor, below, unused = torch.empty((3, places), dtype=torch.float64, device=scale.device)
     total = grad.double()
     total = total.clone() if total is grad else total
-    (_, *bounds), given = numbers(initial, low, high)
+    (_, *bounds), given = numbers(*rules)
     with on_device_of(scale):
         for factors in (True, False):
             _passed_kernel[(triton.cdiv(places, LANES),)](
@@ -258,21 +243,13 @@ def propagate_backward(
     return grad_scale, grad_shift
 
 
-def _recurrence(
-    scale: Tensor,
-    shift: Tensor,
-    nodes: Tensor,
-    rows: Tensor,
-    initial: float | Tensor,
-    low: float | Tensor,
-    high: float | Tensor,
-) -> tuple[Tensor, Tensor]:
+def _recurrence(scale: Tensor, shift: Tensor, nodes: Tensor, rows: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
     """(x in the dtype of scale, x in f64); 0 on empty places."""
     places, count = nodes.shape[1], rows.shape[1]
     out = torch.zeros_like(scale)
     x = torch.empty(places, dtype=torch.float64, device=scale.device)
     if count:
-        known, given = numbers(initial, low, high)
+        known, given = numbers(*rules)
         with on_device_of(scale):
             _propagate_kernel[(count,)](
                 scale, shift, nodes, rows, x, out, nodes.stride(0), count, *known, given, GIVEN=given is not None,

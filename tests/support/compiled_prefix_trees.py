@@ -58,7 +58,9 @@ def value_cases(dtype: torch.dtype, everything: bool) -> dict[str, Callable[[], 
     return {
         f"aggregate, {dtype}": aggregates,
         f"advantages, {dtype}": advantages,
-        f"propagate, {dtype}": lambda: prefix_tree.propagate_backward(nodes, nodes, nodes, *forest, 0.5, 0.1, math.inf),
+        f"propagate, {dtype}": lambda: prefix_tree.propagate_backward(
+            nodes, nodes, nodes, *forest, (0.5, 0.1, math.inf)
+        ),
     }
 
 

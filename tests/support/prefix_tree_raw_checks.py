@@ -237,9 +237,9 @@ def check_propagate(f: Forests) -> None:
             scale, shift = torch.ones_like(scale), (shift - 0.5).round().clamp(-1, 1)
         here = [f.padded(x, f.places) for x in (grad, scale, shift)]
         given = [f.number(x) for x in rules]
-        f.same(f.module.propagate(*here[1:], *f.here, *given), cpu.propagate(scale, shift, *f.there, *rules), rules)
-        got = f.module.propagate_backward(*here, *f.here, *given)
-        want = cpu.propagate_backward(grad, scale, shift, *f.there, *rules)
+        f.same(f.module.propagate(*here[1:], *f.here, given), cpu.propagate(scale, shift, *f.there, rules), rules)
+        got = f.module.propagate_backward(*here, *f.here, given)
+        want = cpu.propagate_backward(grad, scale, shift, *f.there, rules)
         for x, y in zip(got, want, strict=True):
             f.same(x, y, f"gradient, {rules}")
 

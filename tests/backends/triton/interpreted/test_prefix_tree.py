@@ -136,10 +136,10 @@ def test_groups_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         batch = checks.batch_of(rows[first:], group, checks.random.Random(0), padded=False)
         nodes, made, sizes = batch.build(kernels)
         values = kernels.aggregate(rewards[first:], None, None, nodes, made, options)
-        passed = kernels.propagate(values, values, nodes, made, 0.5, -checks.INF, checks.INF)
+        passed = kernels.propagate(values, values, nodes, made, (0.5, -checks.INF, checks.INF))
         count, want = int(sizes[0]), batch.build(checks.cpu)[:2]
         torch.testing.assert_close(values[:count], checks.cpu.aggregate(rewards[first:], None, None, *want, options))
-        again = checks.cpu.propagate(values[:count], values[:count], *want, 0.5, -checks.INF, checks.INF)
+        again = checks.cpu.propagate(values[:count], values[:count], *want, (0.5, -checks.INF, checks.INF))
         torch.testing.assert_close(passed[:count], again)
         return values[:count], passed[:count]
 
