@@ -40,23 +40,13 @@ class _Forest:
     """The tensors `nodes` and `rows` as lists, by name; empty nodes behind those that are there are left out."""
 
     def __init__(self, nodes: Tensor, rows: Tensor) -> None:
-        fields = dict(zip(NODES, nodes.tolist(), strict=True))
-        self.size = sum(count > 0 for count in fields["count"])
-        self.parent: list[int] = fields["parent"]
-        self.depth: list[int] = fields["depth"]
-        self.edge_start: list[int] = fields["edge_start"]
-        self.edge_length: list[int] = fields["edge_length"]
-        self.count: list[int] = fields["count"]
-        self.first_row: list[int] = fields["first_row"]
-        self.token_begin: list[int] = fields["token_begin"]
-        self.token_tout: list[int] = fields["token_tout"]
-        self.row_begin: list[int] = fields["row_begin"]
-        self.root: list[int] = fields["root"]
-        sequences = dict(zip(ROWS, rows.tolist(), strict=True))
-        self.leaf: list[int] = sequences["leaf"]
-        self.order: list[int] = sequences["order"]
-        self.start: list[int] = sequences["start"]
-        self.length: list[int] = sequences["length"]
+        names, values = (*NODES, *ROWS), (*nodes.tolist(), *rows.tolist())
+        self._fields: dict[str, list[int]] = dict(zip(names, values, strict=True))
+        self.size = sum(count > 0 for count in self.count)
+
+    def __getattr__(self, name: str) -> list[int]:
+        """A field of the nodes or of the sequences."""
+        return self._fields[name]
 
     def rows_of(self, n: int) -> list[int]:
         """The sequences through a node."""
