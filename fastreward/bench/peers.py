@@ -20,6 +20,9 @@ from fastreward.bench.case import Case, Contender
 MODULES = {"TRL": "trl", "verl": "verl", "liger-kernel": "liger_kernel"}
 
 
+_wanted = True  # False inside `left_out`
+
+
 class Absent(Exception):
     """This peer does not take part; the message says why."""
 
@@ -37,6 +40,17 @@ def quietly() -> Iterator[None]:
         logging.disable(disabled)
 
 
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """Cases that are built inside have no peers that would have to be imported, which takes seconds."""
+    global _wanted
+    _wanted, before = False, _wanted
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
 @cache
 def _import(path: str) -> Any:
     with quietly():
@@ -44,7 +58,9 @@ def _import(path: str) -> Any:
 
 
 def load(name: str, path: str) -> Any:
-    """Module `path` of peer `name`; Absent where the peer is not installed or does not import."""
+    """Module `path` of peer `name`; Absent where the peer is left out, not installed or does not import."""
+    if not _wanted:
+        raise Absent("left out")
     if importlib.util.find_spec(MODULES[name]) is None:
         raise Absent("not installed")
     try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fastreward import bench
-from fastreward.bench import memory, targets
+from fastreward.bench import memory, peers, targets
 from fastreward.bench.case import OURS
 from fastreward.bench.engine import Outcome, Settings, run
 
@@ -91,7 +92,8 @@ def results(plan: Plan, step: Callable[[str], None]) -> Iterator[Result]:
         module = bench.operation(name)
         shape = bench.shape_of(name, plan.quick, plan.rows, plan.vocab)
         step(f"{name} {case_name} {dtype}: data")
-        case = module.build(case_name, getattr(torch, dtype), shape, plan.device)
+        with nullcontext() if plan.peers else peers.left_out():
+            case = module.build(case_name, getattr(torch, dtype), shape, plan.device)
         if not plan.peers:
             case.contenders = [c for c in case.contenders if c.name.startswith(OURS)]
         outcome = run(case, plan.device, plan.settings, lambda text: step(f"{name} {case_name} {dtype}: {text}"))  # noqa: B023

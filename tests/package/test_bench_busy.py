@@ -13,9 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastreward.bench import OPERATIONS, engine, roofline
+from fastreward.bench import OPERATIONS, engine, peers, roofline
 from fastreward.bench.case import Case, Contender, Timing
-from fastreward.bench.cases import busy
+from fastreward.bench.cases import busy, small_calls
 from fastreward.cli import app
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
@@ -123,3 +123,10 @@ def test_small_calls_are_every_operation_s_beside_the_eager_form(tmp_path: Path)
     assert {case["case"] for case in cases} == set(OPERATIONS)
     for case in cases:
         assert [c["name"] for c in case["contenders"]] == ["fastreward", "torch eager"]
+
+
+def test_small_calls_import_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_import", lambda path: pytest.fail(f"{path} takes seconds to import"))
+    for case in small_calls.CASES:
+        built = small_calls.build(case, torch.float32, small_calls.SHAPE, "cpu")
+        assert [contender.name for contender in built.contenders] == ["fastreward", "torch eager"]
