@@ -200,7 +200,8 @@ def logits_policy_loss(
         TypeError, ValueError: as policy_loss and token_logprobs.
     """
     check_logits(logits, labels)
-    if check.flag("inplace", inplace):
+    inplace = check.flag("inplace", inplace)
+    if inplace:
         check_own_memory(logits)
         if torch.compiler.is_compiling():
             raise ValueError("inplace: not available under torch.compile")

@@ -16,8 +16,8 @@ from fastreward._arguments.options import EMPTY, PAIR_AGGREGATIONS, Empty, PairA
 from fastreward._arguments.tokens import Tokens, token_bounds
 from fastreward._loss_call.call import (
     NO_TOKEN,
-    check_extra,
     check_numbers,
+    checked_extra,
     checked_loss,
     level_of,
     on_device,
@@ -200,10 +200,7 @@ def _side_terms(
         "ref_logprob": (f"ref_{side}_logprobs", ref),
         "weight": (f"{side}_weights", weights),
     }
-    for term, x in (extra or {}).items():
-        argument = f"{side}_extra[{term!r}]"
-        check_extra(argument, term, PAIR_TERMS)
-        named[term] = argument, x
+    named |= checked_extra(f"{side}_extra", extra, PAIR_TERMS)
     return {
         (term, k): (argument, on_device(argument, x, like, pairs, f"{side}_logprobs"))
         for term, (argument, x) in named.items()
@@ -214,9 +211,7 @@ def _side_terms(
 def _pair_terms(extra: Mapping[str, Tensor] | None, sides: _Terms, like: Tensor, pairs: int) -> _Terms:
     """The constants of the pairs, of which side 0 stands for both."""
     terms: _Terms = {}
-    for term, x in (extra or {}).items():
-        argument = f"extra[{term!r}]"
-        check_extra(argument, term, PAIR_TERMS)
+    for term, (argument, x) in checked_extra("extra", extra, PAIR_TERMS).items():
         if (term, 0) in sides or (term, 1) in sides:
             raise ValueError(f"{argument}: chosen_extra or rejected_extra has one of the same name; rename one")
         terms[term, 0] = argument, _per_pair(argument, x, like, pairs)

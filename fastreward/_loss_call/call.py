@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -257,10 +257,9 @@ def _checked_terms(name: str, like: Tensor, given: PolicyArguments, rows: int) -
         terms["rollout_logprob"] = _per_token("rollout_logprobs", given.rollout_logprobs, like, name)
     if given.weights is not None:
         terms["weight"] = _weights("weights", given.weights, like, rows, name)
-    for term, x in (given.extra or {}).items():
-        check_extra(f"extra[{term!r}]", term, _TERMS)
+    for term, (argument, x) in checked_extra("extra", given.extra, _TERMS).items():
         if x is not None:
-            terms[term] = on_device(f"extra[{term!r}]", x, like, rows, name)
+            terms[term] = on_device(argument, x, like, rows, name)
     return terms
 
 
@@ -285,10 +284,17 @@ def _longest(bounds: Tensor) -> Tensor:
     return (bounds.diff().max() if bounds.shape[0] > 1 else bounds.new_zeros(())).float()
 
 
-def check_extra(argument: str, term: str, own: Collection[str]) -> None:
-    """That an extra has no name of a term that has an argument of its own."""
-    if term in own:
-        raise ValueError(f"{argument}: {term!r} is a term of its own; pass it by its argument")
+def checked_extra(name: str, extra: object, own: Collection[str]) -> dict[str, tuple[str, Any]]:
+    """Argument and value of each extra, by term; none is called as a term that has an argument of its own."""
+    if not isinstance(extra, Mapping | None):
+        raise TypeError(f"{name}: expected a mapping from terms to tensors or numbers, got {type(extra).__name__}")
+    found = {}
+    for term, x in (extra or {}).items():
+        argument = f"{name}[{term!r}]"
+        if term in own:
+            raise ValueError(f"{argument}: {term!r} is a term of its own; pass it by its argument")
+        found[term] = argument, x
+    return found
 
 
 def _constant(name: str, x: Tensor, like: Tensor, reference: str) -> Tensor:

@@ -181,6 +181,7 @@ def packed_token_logprobs(
         )
     check.same_device("logits", logits, "the tree", packed.token_ids)
     check_unit_stride(logits)
+    inplace_backward = check.flag("inplace_backward", inplace_backward)
     if inplace_backward:
         check_own_memory(logits)
     temperature, given_temperature = split(number("temperature", temperature, logits, check.positive))

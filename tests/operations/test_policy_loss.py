@@ -336,6 +336,7 @@ class TestMessages:
             (ValueError, r"group_ids: aggregation 'group-mean' is over groups", {"aggregation": "group-mean"}),
             (ValueError, r"group_size: expected a positive divisor", {"group_size": 4, "aggregation": "group-mean"}),
             (ValueError, r"extra\['advantage'\]: 'advantage' is a term", {"extra": {"advantage": torch.zeros(6)}}),
+            (TypeError, "extra: expected a mapping from terms to tensors or numbers, got list", {"extra": [1.0]}),
             (ValueError, r"normalizer: expected a positive number", {"normalizer": 0.0}),
             (ValueError, r"normalizer: expected a positive number", {"normalizer": torch.tensor(-3.0)}),
             (

@@ -176,6 +176,8 @@ def test_numpy_extras_and_sequences_of_no_tokens() -> None:
             {"extra": {"rho": torch.zeros(5)}, "chosen_extra": {"rho": torch.zeros(5, 17)}},
         ),
         (ValueError, r"extra\['weight'\]: 'weight' is a term of its own", {"extra": {"weight": torch.zeros(5)}}),
+        (TypeError, "extra: expected a mapping from terms to tensors", {"extra": torch.zeros(5)}),
+        (TypeError, "chosen_extra: expected a mapping from terms to tensors", {"chosen_extra": "rho"}),
     ],
 )
 def test_messages(error: type[Exception], message: str, change: dict[str, Any]) -> None:

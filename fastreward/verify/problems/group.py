@@ -35,7 +35,8 @@ def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"center {center}, scale {scale}", base | {"center": center, "scale": scale}
     lengths = torch.randint(1, 2000, (rows,), generator=generator).float()
     yield "length-weighted", base | {"center": "length-weighted", "scale": "none", "lengths": lengths}
-    yield "tensors as centre and scale", base | {"center": torch.randn(rows), "scale": torch.rand(rows) + 0.5}
+    tensors = {"center": torch.randn(rows, generator=generator), "scale": torch.rand(rows, generator=generator) + 0.5}
+    yield "tensors as centre and scale", base | tensors
     for singleton in ("zero", "raw", "nan"):
         yield f"singletons {singleton}, ddof 0, eps inside", base | {
             "singleton": singleton, "ddof": 0, "eps": 1e-4, "eps_inside": True,
