@@ -8,6 +8,7 @@ Losses, with their gradient in the same pass (a `PolicyLoss`):
     logits_policy_loss        from logits
     linear_policy_loss        from hidden states and LM head
     preference_loss           from the log-probs of chosen and rejected responses: DPO, SimPO, ...
+    Clip                      which clip acted on a token, where return_tokens=("clip",) asks
 Advantages and weights:
     group_advantages          rewards against those of the same group
     whiten                    to mean 0 and variance 1
@@ -30,6 +31,7 @@ from fastreward import losses
 from fastreward._loss_call.results import PolicyLoss
 from fastreward._runtime.dispatch import backend
 from fastreward._runtime.errors import BackendError
+from fastreward._runtime.layout import Clip
 from fastreward._runtime.logprobs import TokenStats
 from fastreward.correction import correction_weights, off_policy_sequence_mask
 from fastreward.group import group_advantages
@@ -48,6 +50,7 @@ if _TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
+    "Clip",
     "PolicyLoss",
     "PrefixTree",
     "TokenStats",

@@ -8,7 +8,7 @@ way: `linear_token_logprobs`, `policy_loss` and their backwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
@@ -18,13 +18,13 @@ from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.logits import check_token_ids, temperatures
-from fastreward._arguments.numbers import Number, joined, may_differ_from_0, number, read, single, split
+from fastreward._arguments.numbers import Number, joined, number, read, single, split
 from fastreward._arguments.options import KL, Aggregation, Empty
 from fastreward._arguments.tokens import Tokens
 from fastreward._arguments.transforms import transformed
-from fastreward._loss_call.call import Call, PolicyArguments, checked_loss, finish, prepare
+from fastreward._loss_call.call import Call, PolicyArguments, checked_loss, finish, prepare, reads_entropy
 from fastreward._loss_call.op import evaluate
-from fastreward._loss_call.results import Metrics, PolicyLoss
+from fastreward._loss_call.results import PolicyLoss
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.layout import FLAG, VALUES
@@ -147,6 +147,7 @@ def linear_policy_loss(
     extra: Mapping[str, Tensor] | None = None,
     empty: Empty = "raise",
     return_token_loss: bool = False,
+    return_tokens: Sequence[str] = (),
 ) -> PolicyLoss:
     """`policy_loss` of the log-probs that hidden @ weight.T gives to labels, without ever holding the logits [N, V].
 
@@ -193,8 +194,9 @@ def linear_policy_loss(
         extra=extra,
         empty=empty,
         token_loss=return_token_loss,
+        return_tokens=return_tokens,
     )
-    wants_entropy = may_differ_from_0(entropy_coef) or given.loss.asks("entropy")
+    wants_entropy = reads_entropy(given)
     call = prepare("labels", labels, given, entropy=wants_entropy, backend=backend, from_logits=True)
     valid = call.tokens.mask
     scalar, per_token = temperatures(temperature, labels, valid)
@@ -250,8 +252,7 @@ def linear_policy_loss(
     attached = with_precomputed_grad(
         "linear_policy_loss", found.loss, applied, backend, [grad for _, grad in wanted], [x for x, _ in wanted]
     )
-    kept = packed.unpack(found.token_loss).reshape(labels.shape) if return_token_loss else None
-    return PolicyLoss(attached, Metrics(found.metrics, call.metrics), kept)
+    return call.result(found, attached, lambda x: packed.unpack(x).reshape(labels.shape))
 
 
 class _Packed:

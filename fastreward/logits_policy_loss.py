@@ -7,7 +7,7 @@ statistics and a pass for the gradient: `token_logprobs`, `policy_loss` and thei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -17,13 +17,13 @@ from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.logits import check_logits, check_own_memory, check_token_ids, temperatures
-from fastreward._arguments.numbers import Number, may_differ_from_0, number, read, single
+from fastreward._arguments.numbers import Number, number, read, single
 from fastreward._arguments.options import KL, Aggregation, Empty
 from fastreward._arguments.tokens import Tokens
 from fastreward._arguments.transforms import transformed
-from fastreward._loss_call.call import Call, PolicyArguments, checked_loss, finish, prepare
+from fastreward._loss_call.call import Call, PolicyArguments, checked_loss, finish, prepare, reads_entropy
 from fastreward._loss_call.op import evaluate
-from fastreward._loss_call.results import Metrics, PolicyLoss
+from fastreward._loss_call.results import PolicyLoss
 from fastreward._runtime import logit_rows
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
@@ -176,6 +176,7 @@ def logits_policy_loss(
     extra: Mapping[str, Tensor] | None = None,
     empty: Empty = "raise",
     return_token_loss: bool = False,
+    return_tokens: Sequence[str] = (),
 ) -> PolicyLoss:
     """`policy_loss` of the log-probs that logits give to labels, with the gradient for the logits, in one call.
 
@@ -228,8 +229,9 @@ def logits_policy_loss(
         extra=extra,
         empty=empty,
         token_loss=return_token_loss,
+        return_tokens=return_tokens,
     )
-    wants_entropy = may_differ_from_0(entropy_coef) or given.loss.asks("entropy")
+    wants_entropy = reads_entropy(given)
     call = prepare("labels", labels, given, entropy=wants_entropy, backend=backend, from_logits=True)
     scalar, per_token = temperatures(temperature, labels, call.tokens.mask)
     wanted = logits.requires_grad and torch.is_grad_enabled()
@@ -285,4 +287,4 @@ def _fused(
     if check.values_checked(logits):
         call.check_results(found, lambda: {"logits": first})
     attached = with_precomputed_grad("logits_policy_loss", found.loss, applied, backend, [grad], [logits])
-    return PolicyLoss(attached, Metrics(found.metrics, call.metrics), found.token_loss if call.token_loss else None)
+    return call.result(found, attached)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
@@ -45,6 +45,7 @@ def policy_loss(
     extra: Mapping[str, Tensor] | None = None,
     empty: Empty = "raise",
     return_token_loss: bool = False,
+    return_tokens: Sequence[str] = (),
 ) -> PolicyLoss:
     """Policy loss with its metrics; the gradient for logprobs and entropy is made in the same pass.
 
@@ -84,14 +85,20 @@ def policy_loss(
             error, which on one rank of many leaves the others waiting; "zero": a loss of 0 whose gradients, zeros,
             flow as ever. On a GPU, where looking would synchronise, always "zero".
         return_token_loss: also give the per-token loss before aggregation.
+        return_tokens: what happened at each token, by name, as `tokens` of the result: "ratio" (exp(logprob -
+            old_logprob), the exponent clamped to +-20), "clip" (which clip acted: `fastreward.Clip`), "kl" (to the
+            reference policy, as kl= says, else k3), "loss" (before aggregation), "logprob", "entropy", and whatever the
+            loss reports (t.report; a condition is 1 or 0, and a report of one of these names is given in its place).
+            f32 in the shape of logprobs, 0 where masked out, without gradient; made in the same pass, and loss, metrics
+            and gradients stay what they are.
 
     kl_coef, entropy_coef, normalizer and the numbers of a loss are numbers or 0-d tensors; a tensor on a GPU is read
     there, without waiting for it. Under torch.compile another value compiles nothing (entropy_coef=0 is another
     formula).
 
     Returns:
-        PolicyLoss(loss f32 [], metrics, token_loss f32 or None). The metrics that the call has the terms for, then what
-        the loss reports itself: `help(result.metrics)` says what each is.
+        PolicyLoss(loss f32 [], metrics, token_loss f32 or None, tokens by name). The metrics that the call has the
+        terms for, then what the loss reports itself: `help(result.metrics)` says what each is.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or name, a term that the loss reads and that is not there, a loss
@@ -133,6 +140,7 @@ def policy_loss(
         extra=extra,
         empty=empty,
         token_loss=return_token_loss,
+        return_tokens=return_tokens,
     )
     call = prepare("logprobs", logprobs, given, entropy=entropy is not None, backend=backend)
     return finish(call, logprobs, entropy, backend, {"logprobs": logprobs, "entropy": entropy})

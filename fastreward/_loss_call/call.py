@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -67,6 +67,7 @@ class PolicyArguments:
     extra: Mapping[str, Tensor] | None
     empty: Empty
     token_loss: bool
+    return_tokens: Sequence[str]
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -83,6 +84,7 @@ class Call:
     terms: dict[str, Tensor]  # the constants by term
     may_be_empty: bool
     token_loss: bool
+    token_names: tuple[str, ...]
     gradient: str | None  # of the gradient token by token, for logits_policy_loss
     gradient_tensors: list[Tensor]
 
@@ -105,6 +107,17 @@ class Call:
                 if x is not None:
                     check_numbers(argument, x.detach(), self.tokens)
 
+    def result(
+        self, found: Evaluation, loss: Tensor | None = None, shaped: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> PolicyLoss:
+        """What a caller gets. loss: with its gradient, instead of the evaluation's. shaped: tokens as they came."""
+        return PolicyLoss(
+            found.loss if loss is None else loss,
+            Metrics(found.metrics, self.metrics),
+            shaped(found.token_loss) if self.token_loss else None,
+            dict(zip(self.token_names, map(shaped, found.tokens), strict=True)),
+        )
+
 
 def prepare(
     name: str,
@@ -120,6 +133,7 @@ def prepare(
     aggregation: str = loss.aggregation if given.aggregation is None else given.aggregation
     check.choice("aggregation", aggregation, AGGREGATIONS)
     check.choice("empty", given.empty, EMPTY)
+    wanted = _token_names(given.return_tokens)
     _check_kl(given)
     tokens = _checked_tokens(name, like, given)
     terms = _checked_terms(name, like, given, tokens.rows)
@@ -131,7 +145,8 @@ def prepare(
     formula = (tuple(levels), aggregation, given.normalizer is not None, packed, given.kl, bonus)
     unknown = tuple(ready.inputs)
     # On a GPU the aggregation's weights are known only when all tokens have been seen.
-    objective, inputs, metrics, grouped = loss.policy_plan(*formula, given.token_loss, backend != "cpu", unknown)
+    plan = loss.policy_plan(*formula, given.token_loss, backend != "cpu", unknown, wanted)
+    objective, inputs, metrics, grouped = plan
     gradient = loss.gradient_plan(*formula, False, False, unknown) if from_logits else None
     _check_read(given)
     if grouped and given.group_ids is None and given.group_size is None:
@@ -155,6 +170,7 @@ def prepare(
         terms,
         given.normalizer is not None or given.empty == "zero",
         given.token_loss,
+        wanted,
         None if gradient is None else gradient[0],
         [] if gradient is None else [tensors[term] for term, _ in gradient[1] if term not in ("logprob", "entropy")],
     )
@@ -177,7 +193,20 @@ def finish(
     )
     if check.values_checked(logprobs):
         call.check_results(found, lambda: named)
-    return PolicyLoss(found.loss, Metrics(found.metrics, call.metrics), found.token_loss if call.token_loss else None)
+    return call.result(found)
+
+
+def reads_entropy(given: PolicyArguments) -> bool:
+    """Whether a call that makes its own log-probs has to make entropies too."""
+    return may_differ_from_0(given.entropy_coef) or given.loss.asks("entropy") or "entropy" in given.return_tokens
+
+
+def _token_names(given: object) -> tuple[str, ...]:
+    """The names of return_tokens, each once. Which there are is known when the loss has been traced."""
+    if not isinstance(given, tuple | list) or not all(isinstance(name, str) for name in given):
+        hint = f"; write ({given!r},)" if isinstance(given, str) else ""
+        raise TypeError(f"return_tokens: expected a tuple of names, got {given!r}{hint}")
+    return tuple(dict.fromkeys(given))
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

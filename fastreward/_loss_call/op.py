@@ -53,7 +53,7 @@ def _objective(
     numbers: Tensor | None,  # f64 [parameters]: instead of them, where the host does not know them all
     objective: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     o = registered_objective(objective)
     sides = _sides(o, first, second, mask, second_mask, cu_seqlens, second_cu_seqlens)
     tensors_out, batch = run(o, first, second, tensors, sides, groups, read(parameters, numbers), backend)
@@ -62,7 +62,8 @@ def _objective(
         return batch.new_empty(0) if index is None else tensors_out[index]
 
     saved = [output(None if g is None else g.output) for g in o.gradients]
-    return batch[0].clone(), batch[1:].clone(), saved[0], saved[1], output(o.row_weight), output(o.token_loss)
+    tokens = torch.stack([tensors_out[k] for k in o.tokens]) if o.tokens else output(None)
+    return batch[0].clone(), batch[1:].clone(), saved[0], saved[1], output(o.row_weight), output(o.token_loss), tokens
 
 
 @_objective.register_fake
@@ -81,7 +82,9 @@ def _(
     weight = new((0,)) if o.row_weight is None else new((rows,))
     loss_shape = sides[0].shape if o.program.sides == 1 else (rows,)
     token_loss = new((0,)) if o.token_loss is None else new(loss_shape)
-    return new(()), new((len(o.metrics),)), kept(0, o.gradients[0]), kept(1, o.gradients[1]), weight, token_loss
+    saved = kept(0, o.gradients[0]), kept(1, o.gradients[1])
+    tokens = new((len(o.tokens), *sides[0].shape)) if o.tokens else new((0,))
+    return new(()), new((len(o.metrics),)), *saved, weight, token_loss, tokens
 
 
 def _sides(
@@ -136,8 +139,8 @@ def _scaled(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     first, second, _, mask, second_mask, cu_seqlens, second_cu_seqlens = inputs[:7]
-    _, metrics, saved, saved_second, row_weight, token_loss = output
-    ctx.mark_non_differentiable(metrics, saved, saved_second, row_weight, token_loss)
+    _, metrics, saved, saved_second, row_weight, token_loss, tokens = output
+    ctx.mark_non_differentiable(metrics, saved, saved_second, row_weight, token_loss, tokens)
     ctx.set_materialize_grads(False)
     o = registered_objective(inputs[10])
     # The same as a plain call (`evaluate`): a checkpoint may be computed under a profiler, and again without.
@@ -184,12 +187,14 @@ _objective_backward.refuse_double_backward()
 class Evaluation(NamedTuple):
     """loss [] with its gradient; metrics [M]; token_loss: of tokens or pairs, if that was asked for.
 
+    tokens: what else was asked for of each token, in order.
     known: the loss and the metrics as numbers, where nothing has to be waited for.
     """
 
     loss: Tensor
     metrics: Tensor
     token_loss: Tensor
+    tokens: Sequence[Tensor]
     known: list[float] | None
 
     def numbers(self) -> list[float]:
@@ -231,7 +236,7 @@ def evaluate(
     given = (a.mask, b.mask, a.cu_seqlens, b.cu_seqlens)
     if not plain((first, second, numbers, groups, *given, *tensors)):
         result = _objective(first, second, tensors, *given, groups, parameters, numbers, objective, backend)
-        return Evaluation(result[0], result[1].detach(), result[5].detach(), None)
+        return Evaluation(result[0], result[1].detach(), result[5].detach(), result[6].detach().unbind(), None)
     o, trained = registered_objective(objective), [x for x in (first, second) if x is not None and x.requires_grad]
     first_value, second_value = (x.detach() if x is not None and x.requires_grad else x for x in (first, second))
     outputs, batch = run(o, first_value, second_value, tensors, sides, groups, read(parameters, numbers), backend)
@@ -242,4 +247,4 @@ def evaluate(
         saved = [None if g is None else outputs[g.output] for g in o.gradients]
         weight = None if o.row_weight is None else outputs[o.row_weight]
         loss = _with_gradient([loss], o, backend, (*saved, weight, *given), first, second)
-    return Evaluation(loss, batch[1:], token_loss, known)
+    return Evaluation(loss, batch[1:], token_loss, [outputs[k] for k in o.tokens], known)

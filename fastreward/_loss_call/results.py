@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -84,8 +84,12 @@ class Metrics(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """loss: scalar f32 with gradient; metrics: by name; token_loss: before aggregation, if asked for."""
+    """loss: scalar f32 with gradient; metrics: by name; token_loss: before aggregation, if asked for.
+
+    tokens: what return_tokens names, by name, f32 in the tokens' shape, 0 where masked out. Constants.
+    """
 
     loss: Tensor
     metrics: Metrics
     token_loss: Tensor | None = None
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)

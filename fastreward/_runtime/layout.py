@@ -6,6 +6,7 @@ names say which row is which. The C++, CUDA and Triton sources use the same numb
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Final
 
 #: Rows of `values` [8, N].
@@ -63,7 +64,22 @@ METRICS: Final = (
     "entropy_mean",
     "token_count",
 )
-#: The same for `preference_loss`, where all are always there.
+
+
+class Clip(IntEnum):
+    """Which clip acted on a token: the values of `PolicyLoss.tokens["clip"]`.
+
+    NONE: none did, and the token teaches as its advantage says. LOW, HIGH, DUAL: it is one of those that the metrics
+    clip_fraction_low, clip_fraction_high and clip_fraction_dual count.
+    """
+
+    NONE = 0
+    LOW = 1
+    HIGH = 2
+    DUAL = 3
+
+
+#: As METRICS, for `preference_loss`, where all are always there.
 PAIR_METRICS: Final = ("pair_count", "chosen_logprob", "rejected_logprob", "chosen_tokens", "rejected_tokens")
 
 

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from typing import Final, get_args
 
 from fastreward._arguments.options import KL, Aggregation
-from fastreward._runtime.layout import METRICS
+from fastreward._runtime.layout import METRICS, Clip
 from fastreward.language.derivative import gradients
 from fastreward.language.functions import (
     abs,
@@ -57,6 +57,7 @@ class Objective:
     parameters: names of the numbers of a call, in order. sources: for each input of the program 0 or 1 where it is the
     first or second differentiable tensor, else -1.
     row_weight: the output that gradients per token have still to be multiplied with, by sequence; None: nothing.
+    tokens: the outputs that hold what the call asks for of each token, in its order.
     """
 
     program: Program
@@ -66,12 +67,13 @@ class Objective:
     gradients: tuple[Gradient | None, Gradient | None]
     token_loss: int | None
     row_weight: int | None
+    tokens: tuple[int, ...] = ()
 
     @cached_property
     def key(self) -> str:
         """Equal for objectives that are the same in every respect."""
-        layout = (self.parameters, self.sources, self.metrics, self.gradients, self.token_loss, self.row_weight)
-        return f"{self.program.key} {layout}"
+        outputs = (self.gradients, self.token_loss, self.row_weight, self.tokens)
+        return f"{self.program.key} {(self.parameters, self.sources, self.metrics, *outputs)}"
 
     @cached_property
     def inputs(self) -> tuple[tuple[str, int], ...]:
@@ -112,7 +114,7 @@ class PolicyCall:
     """Key of a `policy_loss` call's formula, besides the loss. levels: the terms passed, by name.
 
     packed: tokens come with cu_seqlens. deferred: gradients may leave out the aggregation's weight.
-    on_device: names of numbers that only a kernel may read.
+    on_device: names of numbers that only a kernel may read. tokens: what is to be given of each token, by name.
     """
 
     levels: tuple[tuple[str, Level], ...]
@@ -124,6 +126,7 @@ class PolicyCall:
     token_loss: bool = False
     deferred: bool = False
     on_device: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
 
 
 def kl(t: Terms, kind: KL = "k3", *, clamp: float | None = LOG_RATIO_CLAMP, value_clamp: float | None = None) -> Node:
@@ -205,14 +208,19 @@ def _cached_terms(key: Key) -> tuple[frozenset[str], frozenset[tuple[str, Level,
 @lru_cache(maxsize=512)
 def _cached_policy(key: Key, call: PolicyCall) -> Objective:
     t, total, wanted, weight, value = _traced(key.loss, call)
-    metrics = _policy_metrics(t, dict(call.levels))
+    metrics, tokens = _policy_metrics(t, dict(call.levels)), _tokens(key.loss, t, call, value)
+
+    def assembled(found: Sequence[Node | None], tokens: Sequence[Node], *, weighted: bool) -> Objective:
+        return _assemble(
+            key.loss, total, wanted, found, weight, value, call.token_loss, metrics, tokens, weighted=weighted
+        )
+
     if call.deferred and value.level == Level.TOKEN:
         seeded = gradients(value, wanted, t.graph.constant(1.0))
-        objective = _assemble(key.loss, total, wanted, seeded, weight, value, call.token_loss, metrics, weighted=False)
-        if len(objective.program.stages) == 1:
-            return objective
-    found = gradients(total, wanted)
-    return _assemble(key.loss, total, wanted, found, weight, value, call.token_loss, metrics, weighted=True)
+        objective = assembled(seeded, (), weighted=False)
+        if len(objective.program.stages) == 1:  # whatever is asked for of the tokens: the gradient's bits are the same
+            return assembled(seeded, tokens, weighted=False) if tokens else objective
+    return assembled(gradients(total, wanted), tokens, weighted=True)
 
 
 def _traced(loss: TracedLoss, call: PolicyCall) -> tuple[Terms, Node, list[Node], Node, Node]:
@@ -272,7 +280,7 @@ def _cached_gradient(key: Key, call: PolicyCall) -> TokenGradient | None:
             return None
     if not found:
         return None
-    outputs = [g if g.level == Level.TOKEN else _per_token(g) for g in without_stop_gradient(list(found.values()))]
+    outputs = [_per_token(g) for g in without_stop_gradient(list(found.values()))]
     built = program(outputs, [])
     inputs = tuple((n.name or "", n.side) for n in built.inputs)
     return TokenGradient(built, parameters(key.loss), inputs, tuple(found), "entropy" in names)
@@ -348,6 +356,45 @@ def _policy_metrics(t: Terms, levels: Mapping[str, Level]) -> dict[str, Node]:
     return {**values, **{name: x for name, x in t.reports.items() if name not in values}}
 
 
+def _tokens(loss: TracedLoss, t: Terms, call: PolicyCall, value: Node) -> list[Node]:
+    """What the call asks for of each token. value: the loss; where a report has one of its names, that is given."""
+    if not call.tokens:
+        return []
+    levels, reported = dict(call.levels), t.reported
+    there: dict[str, Node] = {name: getattr(t, name) for name in ("logprob", "entropy") if name in levels}
+    if "old_logprob" in levels:
+        there["ratio"] = t.ratio
+    if any(name in reported for name in CLIP_FRACTIONS):
+        there["clip"] = _clip_code(t)
+    if "ref_logprob" in levels:
+        there["kl"] = kl(t, call.kl or "k3")
+    there |= {"loss": value, **reported}
+    for name in call.tokens:
+        if name not in there:
+            why = {
+                "entropy": "; pass entropy=",
+                "ratio": "; pass old_logprobs=",
+                "kl": "; pass ref_logprobs=",
+                "clip": f"; {loss.place} reports no clip",
+            }.get(name, "")
+            raise ValueError(f"return_tokens: expected one of {', '.join(map(repr, there))}, got {name!r}{why}")
+    return [_per_token(_as_number(there[name])) for name in call.tokens]
+
+
+def _clip_code(t: Terms) -> Node:
+    """A `Clip` per token, from the conditions whose means are the clip fractions."""
+    code = t.graph.constant(float(Clip.NONE))
+    for name, which in zip(CLIP_FRACTIONS, (Clip.LOW, Clip.HIGH, Clip.DUAL), strict=True):
+        if name in t.reported:
+            acted = t.reported[name]
+            code = where(acted if acted.boolean else acted != 0.0, float(which), code)
+    return code
+
+
+def _as_number(node: Node) -> Node:
+    return where(node, 1.0, 0.0) if node.boolean else node
+
+
 def _assemble(
     loss: TracedLoss,
     total: Node,
@@ -357,14 +404,15 @@ def _assemble(
     value: Node,
     want_token_loss: bool,
     metrics: Mapping[str, Node],
+    tokens: Sequence[Node],
     *,
     weighted: bool,
 ) -> Objective:
     # First without stop_gradient: a copy and its original may cancel, and a gradient then be the same for all tokens.
     given = [x for x in found if x is not None]
-    total, weight, value, *rest = without_stop_gradient([total, weight, value, *given, *metrics.values()])
-    metrics = dict(zip(metrics, rest[len(given) :], strict=True))
-    remaining = iter(rest)
+    total, weight, value, *rest = without_stop_gradient([total, weight, value, *given, *metrics.values(), *tokens])
+    remaining, end = iter(rest), len(given) + len(metrics)
+    metrics = dict(zip(metrics, rest[len(given) : end], strict=True))
     outputs: list[Node] = []
 
     def add(node: Node) -> int:
@@ -381,12 +429,13 @@ def _assemble(
         else:  # the same for every valid token of a sequence
             per_sequence = g if weighted else g * weight
             kept.append(Gradient(add(where(graph.valid(), per_sequence, 0.0)), False))
-    token_loss = add(value if value.level == Level.TOKEN else _per_token(value)) if want_token_loss else None
+    token_loss = add(_per_token(value)) if want_token_loss else None
     row_weight = add(where(graph.valid(), weight, 0.0)) if not weighted else None
+    asked = tuple(map(add, rest[end:]))
     built = program(outputs, [total, *metrics.values()], graph.sides)
     first, second = (*kept, None)[:2]
     names, places = parameters(loss), sources(built, wanted)
-    return Objective(built, names, places, tuple(metrics), (first, second), token_loss, row_weight)
+    return Objective(built, names, places, tuple(metrics), (first, second), token_loss, row_weight, asked)
 
 
 def parameters(loss: TracedLoss) -> tuple[str, ...]:
@@ -401,6 +450,8 @@ def sources(built: Program, wanted: Sequence[Node]) -> tuple[int, ...]:
 
 
 def _per_token(value: Node) -> Node:
-    """Broadcast a value per sequence to its tokens (NaN where the log-prob is)."""
+    """The value per token: one per sequence is broadcast to its tokens (NaN where the log-prob is)."""
+    if value.level == Level.TOKEN:
+        return value
     logprob = value.graph.input("logprob", Level.TOKEN)
     return where(logprob == logprob, value, float("nan"))

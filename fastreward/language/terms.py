@@ -140,7 +140,8 @@ class Terms(_Inputs):
         highest: Level = Level.TOKEN,
     ) -> None:
         super().__init__(graph, levels, 0, {k: f"{v}=" for k, v in _SOURCES.items()}, optional, highest)
-        self.reports: dict[str, Node] = {}
+        self.reports: dict[str, Node] = {}  # metrics
+        self.reported: dict[str, Node] = {}  # the same before any mean
 
     @property
     def log_ratio(self) -> Node:
@@ -158,8 +159,12 @@ class Terms(_Inputs):
         return self.graph.length(self._side)
 
     def report(self, **values: Node) -> None:
-        """Adds metrics: the mean of each value over the valid tokens, of a sequence's over the sequences."""
+        """Adds metrics: the mean of each value over the valid tokens, of a sequence's over the sequences.
+
+        `policy_loss(..., return_tokens=(name,))` gives the values themselves.
+        """
         self.reports |= _reported(self.graph, values, tuple(n for n in METRICS if n not in CLIP_FRACTIONS))
+        self.reported |= {name: self.graph.node(value) for name, value in values.items()}
 
     def __getattr__(self, name: str) -> Node:
         if name.startswith("_") or name not in _SOURCES:

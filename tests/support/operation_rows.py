@@ -151,7 +151,8 @@ ROWS = [
     Row(
         "policy_loss", "grouped",
         lambda B, T: policy(B, T) | {"group_ids": torch.arange(B) // 2, "aggregation": "group-mean",
-                                     "loss": LOSSES["gspo"](B), "return_token_loss": True},
+                                     "loss": LOSSES["gspo"](B), "return_token_loss": True,
+                                     "return_tokens": ("clip", "ratio", "loss")},
     ),
     Row(
         "policy_loss", "group-size",
@@ -165,11 +166,13 @@ ROWS = [
             "weights": torch.rand(B),
         },
     ),
-    Row("logits_policy_loss", "masked", from_logits),
+    Row("logits_policy_loss", "masked",
+        lambda B, T: from_logits(B, T) | {"return_tokens": ("entropy", "kl", "clip")}),
     Row("logits_policy_loss", "packed", from_packed_logits),
     Row("logits_policy_loss", "sequences", lambda B, T: from_logits(B, T) | {"loss": LOSSES["gspo"](B)}),
     Row("linear_policy_loss", "masked",
-        lambda B, T: from_logits(B, T, hidden=True) | {"logit_scale": 1.0 / B, "softcap": 2.0 * T}),
+        lambda B, T: from_logits(B, T, hidden=True)
+        | {"logit_scale": 1.0 / B, "softcap": 2.0 * T, "return_tokens": ("logprob",)}),
     Row("preference_loss", "masked", pairs),
     Row("preference_loss", "packed", packed_pairs),
     Row(
@@ -207,6 +210,7 @@ def tensors_of(result: Any) -> list[Tensor]:
     if is_dataclass(result):
         return [x for f in fields(result) for x in tensors_of(getattr(result, f.name))]
     values = [result.values_tensor] if hasattr(result, "values_tensor") else result or ()
+    values = values.values() if isinstance(values, dict) else values
     return [x for value in values for x in tensors_of(value)]
 
 

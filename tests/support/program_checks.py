@@ -76,6 +76,7 @@ PROGRAMS: dict[str, Callable[[], Named]] = {
     "ppo, everything": lambda: policy(
         losses.ppo(), _T, ("ref_logprob", "entropy", "weight"), kl="k3", entropy_bonus=True, normalizer=True,
         packed=True, token_loss=True, aggregation="seq-mean-token-sum-norm",
+        tokens=("logprob", "entropy", "ratio", "clip", "kl"),
     ),
     "sapo": lambda: policy(losses.sapo(), deferred=True),
     "gspo": lambda: policy(losses.gspo()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from torch import Tensor
@@ -31,6 +31,7 @@ class PolicyOptions(TypedDict, total=False):
     extra: Mapping[str, Tensor] | None
     empty: Empty
     return_token_loss: bool
+    return_tokens: Sequence[str]
 
 
 class LossOptions(PolicyOptions, total=False):
