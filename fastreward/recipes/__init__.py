@@ -1,7 +1,8 @@
 """Published methods, each one call: the public operations with the loss, parameters and aggregation that it has.
 
-Every recipe takes the arguments of the operation that it is made of and returns what that returns; those over prefix
-trees take a `PrefixTree` and rewards (only `tempo` also tokens, and makes the tree), and return advantages or values.
+Every recipe of a loss takes the arguments of the operation that it is made of and returns what that returns; those over
+prefix trees take a `PrefixTree` and rewards (only `tempo` also tokens, and makes the tree), and return advantages or
+values; those of rewards and credit return constants, of rewards per response or token, or advantages of them.
 `fastreward recipes` lists them, `fastreward recipes NAME` explains one; RECIPES holds what is known of each. In a
 function that torch.compile compiles call the operation itself, with a loss that was made outside: recipes make theirs
 in the call.
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastreward.recipes import correction, preference, ratio, score, sequence, tree, tree_search
+from fastreward.recipes import correction, distillation, preference, ratio, score, sequence, tree, tree_search
 from fastreward.recipes._catalogue.registry import RECIPES, Recipe
 from fastreward.recipes._catalogue.registry import hint as _hint
 from fastreward.recipes._catalogue.registry import names_by_returns as _names_by_returns
 from fastreward.recipes.correction import *
+from fastreward.recipes.distillation import *
 from fastreward.recipes.preference import *
 from fastreward.recipes.ratio import *
 from fastreward.recipes.score import *
@@ -26,6 +28,7 @@ from fastreward.recipes.tree_search import *
 
 __all__ = ["RECIPES", "Recipe"]
 __all__ += correction.__all__
+__all__ += distillation.__all__
 __all__ += preference.__all__
 __all__ += ratio.__all__
 __all__ += score.__all__

@@ -1,4 +1,4 @@
-"""The recipes' defaults against the formula pages: tests/recipes/published_defaults.toml, written out by hand."""
+"""The recipes' defaults against the formula pages: tests/recipes/published_defaults/, written out by hand."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from fastreward.correction import DEFAULT_BOUNDS
 from fastreward.language.objective import kl
 from fastreward.recipes import RECIPES
 
-TABLE = tomllib.loads((Path(__file__).with_name("published_defaults.toml")).read_text(encoding="utf-8"))
-SILENT: dict[str, dict[str, Any]] = TABLE.pop("silent")
+TABLE: dict[str, dict[str, Any]] = {}
+SILENT: dict[str, dict[str, Any]] = {}
+for _page in sorted(Path(__file__).with_name("published_defaults").glob("*.toml")):
+    _tables = tomllib.loads(_page.read_text(encoding="utf-8"))
+    SILENT |= _tables.pop("silent", {})
+    TABLE |= _tables
 OPERATIONS: dict[str, dict[str, Any]] = TABLE.pop("operations")
 BOUNDS: dict[str, dict[str, float]] = TABLE.pop("bounds")
 #: What says which tokens and rollouts there are: no setting of a method.

@@ -13,12 +13,14 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from credit_cases import MARKS
 
 import fastreward as fr
 from fastreward import losses, recipes
 from fastreward.recipes import RECIPES, Recipe, correction, preference, ratio, score, sequence
 from fastreward.recipes._catalogue import registry
-from fastreward.recipes._catalogue.registry import FAMILIES, NOTATION, VERIFIED, by_family
+from fastreward.recipes._catalogue.example import RETURNED
+from fastreward.recipes._catalogue.registry import FAMILIES, NOTATION, RETURNS, VERIFIED, by_family
 from fastreward.recipes._shared import factory, options
 
 #: Names that are kept for recipes of advantages: not to be taken by a loss.
@@ -26,6 +28,8 @@ ADVANTAGES = {
     "grpo", "rloo", "dr_grpo", "reinforce_plus_plus", "remax", "opo", "gpg", "gdpo", "pass_at_k", "lite_ppo", "bnpo",
     "tempo",
 }  # fmt: skip
+#: The families whose recipes make losses, or what a loss of theirs takes; the others make rewards, credit and the like.
+OF_LOSSES = ("token", "sequence", "preference", "correction")
 CALLED = {"policy_loss": fr.policy_loss, "preference_loss": fr.preference_loss}
 every = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 
@@ -66,7 +70,7 @@ def trained(recipe: Recipe) -> tuple[str, ...]:
 @every
 def test_example_trains(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     names = run_example(recipe)
-    result_loss = names["loss"] if recipe.family == "tree" else names["result"].loss
+    result_loss = names["result"].loss if "result" in names else names["loss"]
     assert result_loss.isfinite()
     for side in trained(recipe):
         gradient = names[side].grad
@@ -80,21 +84,27 @@ def test_example_trains(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @every
-def test_example_over_a_tree_makes_what_is_declared(recipe: Recipe) -> None:
-    assert (recipe.returns in ("advantages", "values", "node values", "decision")) == (recipe.family == "tree")
-    if recipe.family != "tree":
+def test_example_makes_what_is_declared(recipe: Recipe) -> None:
+    if recipe.family in OF_LOSSES:
+        assert recipe.returns in ("loss", "weights", "mask")
         return
+    assert recipe.returns not in ("loss", "weights")
     names = run_example(recipe)
-    if recipe.returns == "decision":
-        assert names["branch"].dtype == torch.bool
+    made = names[RETURNED[recipe.returns][0]]
+    if recipe.returns in ("decision", "mask"):
+        assert made.dtype == torch.bool
         return
-    made = names[recipe.returns.replace(" ", "_")]
     assert made.dtype == torch.float32
+    assert not made.requires_grad
     assert made.count_nonzero() > 0
-    shape = (names["tree"].num_nodes,) if recipe.returns == "node values" else names["mask"].shape
-    assert made.shape == shape
-    if recipe.returns != "node values":
-        assert made[~names["mask"]].count_nonzero() == 0
+    if recipe.returns in ("advantages", "token rewards", "token weights", "values"):
+        assert made.shape == (names["predicted"] if recipe.returns == "values" else names["logprobs"]).shape
+        if "mask" in names:
+            assert made[~names["mask"]].count_nonzero() == 0
+    elif recipe.returns == "node values":
+        assert made.shape == (names["tree"].num_nodes,)
+    elif recipe.returns != "logits":
+        assert made.shape == names["logprobs"].shape[:1]
 
 
 @every
@@ -161,10 +171,10 @@ def test_metadata_is_complete(recipe: Recipe) -> None:
 
 def test_families_and_marks() -> None:
     assert set(FAMILIES) == set(get_args(registry.Family)) == set(NOTATION)
+    assert set(RETURNS) == set(get_args(registry.Returns)) == set(RETURNED)
     assert set(VERIFIED) == set(get_args(registry.Verified))
     listed = [r for members in by_family().values() for r in members]
     assert len(listed) == len(RECIPES) == len({r.name for r in listed})
-    assert all(by_family().values())
 
 
 def test_marks_are_those_of_the_formulas() -> None:
@@ -185,11 +195,12 @@ def test_marks_are_those_of_the_formulas() -> None:
         "portool": "reconstructed",
         "diffusion_tree": "note",
         "tree_opo": "note",
+        **MARKS,
     }
 
 
 def test_no_loss_takes_an_advantage_s_name() -> None:
-    assert not ADVANTAGES & {name for name, r in RECIPES.items() if r.returns != "advantages"}
+    assert not ADVANTAGES & {name for name, r in RECIPES.items() if not r.returns.endswith("advantages")}
 
 
 def test_every_loss_has_a_recipe() -> None:
@@ -238,6 +249,8 @@ def test_arguments_have_the_operation_s_names(recipe: Recipe) -> None:
     }.get(recipe.family, ["logprobs"])
     if recipe.name in ("off_policy_sequence_mask", "deepseek_v3_2"):
         start = ["logprobs"]
+    if recipe.family not in OF_LOSSES:
+        start = []
     if recipe.family == "tree":
         start = {
             "tempo": ["tokens", "mask", "rewards"],
@@ -272,7 +285,7 @@ def test_arrays_go_in_and_come_out() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- rewards
 OF_REWARDS = [
-    r for r in RECIPES.values() if r.family != "tree" and "rewards" in inspect.signature(r.function).parameters
+    r for r in RECIPES.values() if r.family in OF_LOSSES and "rewards" in inspect.signature(r.function).parameters
 ]
 
 

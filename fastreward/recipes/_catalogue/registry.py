@@ -17,8 +17,14 @@ from fastreward.recipes._catalogue.example import example
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Family = Literal["token", "sequence", "preference", "correction", "tree"]
-Returns = Literal["loss", "advantages", "values", "node values", "decision", "weights", "mask"]
+Family = Literal[
+    "token", "sequence", "preference", "correction", "tree", "token_credit", "turn_credit", "group_advantage",
+    "reward_shaping", "likelihood", "distillation",
+]  # fmt: skip
+Returns = Literal[
+    "loss", "advantages", "response advantages", "rewards", "token rewards", "values", "node values", "weights",
+    "token weights", "mask", "decision", "logits",
+]  # fmt: skip
 Verified = Literal["code", "paper", "note", "reconstructed"]
 
 FAMILIES: Final[dict[Family, str]] = {
@@ -27,6 +33,12 @@ FAMILIES: Final[dict[Family, str]] = {
     "preference": "Preference",
     "correction": "Correction of the rollout policy",
     "tree": "Prefix trees",
+    "token_credit": "Credit of tokens and steps",
+    "turn_credit": "Credit of turns",
+    "group_advantage": "Advantages in a group",
+    "reward_shaping": "Combined and shaped rewards",
+    "likelihood": "Rewards from likelihoods",
+    "distillation": "Distillation on the student's samples",
 }
 #: The family of the recipes in a file, and what they return unless they say so.
 _OF_FILE: Final[dict[str, tuple[Family, Returns]]] = {
@@ -37,16 +49,32 @@ _OF_FILE: Final[dict[str, tuple[Family, Returns]]] = {
     "correction": ("correction", "weights"),
     "tree": ("tree", "advantages"),
     "tree_search": ("tree", "advantages"),
+    "token_credit": ("token_credit", "advantages"),
+    "step_credit": ("token_credit", "advantages"),
+    "turn_credit": ("turn_credit", "advantages"),
+    "agent_credit": ("turn_credit", "advantages"),
+    "group_advantage": ("group_advantage", "response advantages"),
+    "group_selection": ("group_advantage", "mask"),
+    "reward_shaping": ("reward_shaping", "rewards"),
+    "reward_gates": ("reward_shaping", "rewards"),
+    "likelihood": ("likelihood", "rewards"),
+    "confidence": ("likelihood", "rewards"),
+    "distillation": ("distillation", "advantages"),
 }
 #: What recipes return, under the headings of the list and in their order.
 RETURNS: Final[dict[Returns, str]] = {
     "loss": "Losses",
     "advantages": "Advantages per token",
+    "response advantages": "Advantages per response",
+    "rewards": "Rewards per response",
+    "token rewards": "Rewards per token",
     "values": "Values",
     "node values": "Values",
     "weights": "Weights and masks",
+    "token weights": "Weights and masks",
     "mask": "Weights and masks",
     "decision": "Decisions of a sampler",
+    "logits": "Decisions of a sampler",
 }
 #: What the formulas' letters stand for.
 NOTATION: Final[dict[Family, str]] = {
@@ -55,6 +83,12 @@ NOTATION: Final[dict[Family, str]] = {
     "preference": "S = sum of lp - ref_lp over a response, L its tokens; _w chosen, _l rejected; z = beta (S_w - S_l)",
     "correction": "w = exp(old_lp - rollout_lp), sg = stop_gradient",
     "tree": "n = a token's node, p = its parent, V = value of a node, R = rewards of the sequences",
+    "token_credit": "A = advantages, R = rewards, r_t = rewards per token, V = values, s_k = score of step k",
+    "turn_credit": "A = advantages, R = rewards of the outcomes, r_k = reward of turn k",
+    "group_advantage": "A = advantages, R = rewards; mean, std, ... over the responses to one prompt",
+    "reward_shaping": "R = rewards, R_k = their components",
+    "likelihood": "lp = logprobs of the tokens of an answer or a response, L their number, H = entropy, z = logits",
+    "distillation": "lp = logprobs, A = advantages, R = rewards, sg = stop_gradient",
 }
 #: How sure a formula is: in a table, and in words.
 VERIFIED: Final[dict[Verified, tuple[str, str]]] = {
@@ -194,12 +228,12 @@ def by_family() -> dict[Family, list[Recipe]]:
 
 
 def by_returns() -> dict[str, dict[Family, list[Recipe]]]:
-    """The recipes under each heading of RETURNS, by family."""
+    """The recipes under each heading of RETURNS that has any, by family."""
     found: dict[str, dict[Family, list[Recipe]]] = {heading: {} for heading in RETURNS.values()}
     for family, recipes in by_family().items():
         for r in recipes:
             found[RETURNS[r.returns]].setdefault(family, []).append(r)
-    return found
+    return {heading: of for heading, of in found.items() if of}
 
 
 def names_by_returns() -> str:

@@ -1,0 +1,96 @@
+"""What the programs of example.py are made of: for each name that a recipe's arguments have, the code that makes it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+Made = dict[str, tuple[str, str]]
+
+#: name -> (how the example makes it, what it is), in the order of the program.
+_COMMON: Final[Made] = {
+    "logprobs": ("(-1 - torch.rand(4, 6)).requires_grad_()", "of the policy being trained: [responses, tokens]"),
+    "old_logprobs": ("logprobs.detach() + 0.1 * torch.randn(4, 6)", "of the policy that the ratio is against"),
+    "rollout_logprobs": ("old_logprobs + 0.1 * torch.randn(4, 6)", "as the inference engine reported them"),
+    "ref_logprobs": ("logprobs.detach() + 0.1 * torch.randn(4, 6)", "of the reference policy"),
+    "teacher_logprobs": ("logprobs.detach() + 0.1 * torch.randn(4, 6)", "of the same tokens, by the teacher"),
+    "mask": ("torch.arange(6) < torch.tensor([[6], [4], [5], [6]])", "tokens that count"),
+    "importance": ("torch.rand(4, 6)", "losses.tw_grpo_importance makes it from whole distributions"),
+    "answer": ("torch.arange(6) >= torch.tensor([[4], [2], [3], [4]])", "tokens of the reference answer"),
+    "score_token": ("torch.arange(6) == torch.tensor([[5], [3], [4], [5]])", "the token behind the response"),
+    "expert": ("torch.tensor([0, 1, 0, 1])", "rows with a given answer"),
+    "rewards": ("torch.tensor([1.0, 0.0, 0.0, 1.0])", "one per response"),
+    "group_ids": ('["a", "a", "b", "b"]', "which responses are to the same prompt"),
+    "advantages": ("fr.group_advantages(rewards, group_ids{advantages})", ""),
+    "tokens": (
+        "torch.tensor([[5, 1, 2, 7, 8, 9], [5, 1, 3, 4, 0, 0], [6, 2, 2, 1, 3, 0], [6, 2, 4, 4, 1, 2]])",
+        "of the responses",
+    ),
+    "tree": ("fr.PrefixTree(tokens, mask, group_ids)", ""),
+    "node_entropy": ("torch.rand(tree.num_nodes)", "of the policy, mean over the node's tokens"),
+    "node_visits": ("torch.arange(1, tree.num_nodes + 1)", "of the search"),
+    "step_rewards": ("torch.rand(tree.num_nodes)", "a judge's, per node"),
+    "entropy": ("torch.rand(4)", "after the tool's answer, one per response under way"),
+    "initial_entropy": ("torch.rand(4)", "of the first tokens"),
+    "predicted": ("torch.zeros(4, 6).requires_grad_()", "by the value head that is trained"),
+    "chosen_logprobs": ("(-1 - torch.rand(4, 6)).requires_grad_()", "of the policy being trained: [pairs, tokens]"),
+    "rejected_logprobs": ("(-1 - torch.rand(4, 8)).requires_grad_()", "its own length"),
+    "ref_chosen_logprobs": ("chosen_logprobs.detach() + 0.1 * torch.randn(4, 6)", "of the reference policy"),
+    "ref_rejected_logprobs": ("rejected_logprobs.detach() + 0.1 * torch.randn(4, 8)", ""),
+    "chosen_mask": ("torch.arange(6) < torch.tensor([[6], [4], [5], [6]])", "tokens that count"),
+    "rejected_mask": ("torch.arange(8) < torch.tensor([[3], [8], [7], [5]])", ""),
+    "chosen_log_sum_sq_probs": ("-torch.rand(4, 6)", "an output of fr.token_logprobs"),
+    "rejected_log_sum_sq_probs": ("-torch.rand(4, 8)", ""),
+    "chosen_rm_logprobs": ("-1 - torch.rand(4, 6)", "of the model that guides the tokens"),
+    "rejected_rm_logprobs": ("-1 - torch.rand(4, 8)", ""),
+    "chosen_better_logprobs": ("-1 - torch.rand(4, 6)", "under the prompt that asks for a better response"),
+    "chosen_worse_logprobs": ("-1 - torch.rand(4, 6)", "and for a worse one"),
+    "rejected_better_logprobs": ("-1 - torch.rand(4, 8)", ""),
+    "rejected_worse_logprobs": ("-1 - torch.rand(4, 8)", ""),
+    "consistency": ("torch.rand(4)", "of two rankings, per pair"),
+    "win_rate_chosen": ("torch.tensor([0.9, 0.6, 0.7, 0.8])", "per pair"),
+    "win_rate_rejected": ("torch.tensor([0.2, 0.5, 0.4, 0.1])", ""),
+    "score_chosen": ("torch.tensor([0.8, 0.1, 0.4, 0.6])", "of the preference model, per pair"),
+    "score_rejected": ("torch.tensor([-0.5, 0.0, -0.2, -0.7])", ""),
+    "dimensions": ('["helpful", "helpful", "harmless", "concise"]', "of the pairs"),
+}
+#: What only the recipes of one family take; a line may name what stands above it.
+_TOKEN_CREDIT: Final[Made] = {}
+_TURN_CREDIT: Final[Made] = {}
+_GROUP_ADVANTAGE: Final[Made] = {}
+_REWARD_SHAPING: Final[Made] = {}
+_LIKELIHOOD: Final[Made] = {}
+_DISTILLATION: Final[Made] = {}
+#: Every name, in the order of the program.
+MADE: Final[Made] = {
+    **_COMMON,
+    **_TOKEN_CREDIT,
+    **_TURN_CREDIT,
+    **_GROUP_ADVANTAGE,
+    **_REWARD_SHAPING,
+    **_LIKELIHOOD,
+    **_DISTILLATION,
+}
+#: The same where a recipe's arguments are of another kind.
+MADE_FOR: Final[dict[str, Made]] = {
+    "sdpo_topk": {
+        "student": ("torch.randn(4, 6, 32).log_softmax(-1)", "log-probs of the whole vocabulary"),
+        "ids": ("student.topk(5).indices", "[responses, tokens, k]"),
+        "logprobs": ("student.gather(-1, ids).requires_grad_()", "fr.token_logprobs(..., token_ids=ids) gives them"),
+        "teacher_logprobs": ("torch.randn(4, 6, 32).log_softmax(-1).gather(-1, ids)", "of the same ids"),
+    },
+    "verifree": {
+        "rewards": ("(old_logprobs * (answer & mask)).sum(-1).exp()", "likelihood of the reference answer"),
+    },
+    "rose": {
+        "parents": ("torch.tensor([-1, 0, -1, 2])", "the response that each has branched off, -1: none"),
+        "positions": ("torch.tensor([0, 2, 0, 3])", "tokens that it shares with it"),
+        "lengths": ("torch.tensor([6, 4, 5, 6])", ""),
+        "tree": ("fr.PrefixTree.from_branches(parents, positions, lengths, group_ids, mask=mask)", ""),
+    },
+    # ---------------------------------------------------------------------------------------------- token_credit
+    # ----------------------------------------------------------------------------------------------- turn_credit
+    # ------------------------------------------------------------------------------------------- group_advantage
+    # -------------------------------------------------------------------------------------------- reward_shaping
+    # ------------------------------------------------------------------------------------------------ likelihood
+    # ---------------------------------------------------------------------------------------------- distillation
+}

@@ -1,0 +1,148 @@
+"""Recipes of rewards and credit, beside plain loops, and what holds for all of them (tests/support/credit_cases)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from credit_cases import CASES, MARKS
+from credit_cases.case import ROWS, Arguments, Case
+from torch import Tensor
+
+from fastreward.recipes import RECIPES
+
+FAMILIES = ("token_credit", "turn_credit", "group_advantage", "reward_shaping", "likelihood", "distillation")
+OF_FAMILIES = {r.name: r for r in RECIPES.values() if r.family in FAMILIES}
+LEFT, RIGHT = 2, 3
+every = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+# ------------------------------------------------------------------------------------------------------------- changes
+def changed(arguments: Arguments, names: tuple[str, ...], change: Callable[[Tensor], Tensor]) -> Arguments:
+    return arguments | {name: change(arguments[name]) for name in names}
+
+
+def rows(arguments: Arguments, case: Case, chosen: list[int]) -> Arguments:
+    """The call on some of the rows, in this order."""
+
+    def pick(name: str, x: Any) -> Any:
+        if name in case.fixed or not isinstance(x, Tensor | list | tuple) or len(x) != ROWS:
+            return x
+        return x[chosen] if isinstance(x, Tensor) else [x[b] for b in chosen]
+
+    return {name: pick(name, x) for name, x in arguments.items()}
+
+
+def aligned(arguments: Arguments) -> dict[str, list[str]]:
+    """Each mask, and the arguments that have its sizes first."""
+    masks = [name for name, x in arguments.items() if isinstance(x, Tensor) and x.ndim == 2 and name.endswith("mask")]
+    of = {mask: arguments[mask].shape for mask in masks}
+    return {
+        mask: [n for n, x in arguments.items() if n != mask and isinstance(x, Tensor) and x.shape[:2] == shape]
+        for mask, shape in of.items()
+    }
+
+
+def padded(x: Tensor) -> Tensor:
+    """More columns on both sides, of what is not there."""
+    filler = torch.nan if x.is_floating_point() else False if x.dtype == torch.bool else -1
+    sides = (x.new_full((x.shape[0], n, *x.shape[2:]), filler) for n in (LEFT, RIGHT))
+    return torch.cat([next(sides), x, next(sides)], 1)
+
+
+def other_under(mask: Tensor, x: Tensor) -> Tensor:
+    """`x` with other numbers where the mask is 0."""
+    if not x.is_floating_point():
+        return x
+    return torch.where(mask.bool().view(*mask.shape, *(1 for _ in x.shape[2:])), x, 7.0)
+
+
+def shifts(arguments: Arguments) -> Tensor:
+    """A constant for each row, the same in a group."""
+    labels = arguments.get("group_ids", [0] * ROWS)
+    return torch.tensor([0.5 * (1 + sorted(set(labels)).index(label)) for label in labels])
+
+
+def along_rows(x: Tensor, of_row: Tensor) -> Tensor:
+    return x + of_row.view(-1, *(1 for _ in x.shape[1:]))
+
+
+# --------------------------------------------------------------------------------------------------------------- tests
+@every
+def test_is_the_loops(case: Case) -> None:
+    for seed in (0, 1):
+        arguments = case.arguments(seed)
+        got, want = case(arguments), case.expected(arguments)
+        if got.dtype == torch.bool:
+            assert got.double().tolist() == want.tolist()
+            continue
+        assert got.dtype == torch.float32
+        assert not got.requires_grad
+        torch.testing.assert_close(got.double(), want, rtol=case.tolerance, atol=case.tolerance, equal_nan=True)
+
+
+@every
+def test_rows_are_on_their_own(case: Case) -> None:
+    """In another order they give the same; a group without the others gives the same bits."""
+    arguments = case.arguments(2)
+    result = case(arguments)
+    if not case.rows_matter:
+        order = [3, 0, 7, 5, 1, 6, 2, 4]
+        torch.testing.assert_close(
+            case(rows(arguments, case, order)), result[order], rtol=2e-6, atol=2e-6, equal_nan=True
+        )
+    if not (case.of_the_batch or case.rows_matter):
+        labels = arguments.get("group_ids", range(ROWS))
+        group = [b for b in range(ROWS) if labels[b] == labels[0]]
+        assert same_bits(case(rows(arguments, case, group)), result[group])
+
+
+@every
+def test_what_is_under_a_mask_does_not_matter(case: Case) -> None:
+    """Nor how much of it there is, on either side."""
+    arguments = case.arguments(3)
+    result, masks = case(arguments), aligned(arguments)
+    for mask, names in masks.items():
+        other = changed(arguments, tuple(names), lambda x, of=arguments[mask]: other_under(of, x))
+        assert same_bits(case(other), result)
+        if case.places_matter:
+            continue
+        wide = case(changed(arguments, (mask, *names), padded))
+        if mask == "mask" and result.shape == arguments[mask].shape:
+            assert not wide[:, :LEFT].any()
+            assert not wide[:, -RIGHT:].any()
+            wide = wide[:, LEFT:-RIGHT]
+        assert same_bits(wide, result)
+    if "mask" in masks and result.shape[:2] == arguments["mask"].shape:
+        assert not result[~arguments["mask"]].any()
+
+
+@every
+def test_shift_scale_and_the_method_s_own_law(case: Case) -> None:
+    arguments = case.arguments(4)
+    result = case(arguments)
+
+    def is_now(want: Tensor, names: tuple[str, ...], change: Callable[[Tensor], Tensor]) -> None:
+        got = case(changed(arguments, names, change))
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-5, equal_nan=True)
+
+    if case.unmoved_by_shift:
+        is_now(result, case.unmoved_by_shift, lambda x: along_rows(x, shifts(arguments)))
+    if case.unmoved_by_scale:
+        is_now(result, case.unmoved_by_scale, lambda x: 4 * x)
+    if case.scales_with:
+        is_now(4 * result, case.scales_with, lambda x: 4 * x)
+    if case.law is not None:
+        case.law(arguments, result)
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x.nan_to_num(12345.0), y.nan_to_num(12345.0))
+
+
+def test_every_recipe_has_a_case() -> None:
+    assert {case.recipe.__name__ for case in CASES.values()} == set(OF_FAMILIES)
+    assert all(name.partition(",")[0] == case.recipe.__name__ for name, case in CASES.items())
+    assert set(MARKS) <= set(OF_FAMILIES)
