@@ -12,6 +12,10 @@ Losses, with their gradient in the same pass (a `PolicyLoss`):
 Advantages and weights:
     group_advantages          rewards against those of the same group
     whiten                    to mean 0 and variance 1
+    segment_ids               turns, steps or thoughts of responses: the segment of each token
+    segment_reduce            one value for each segment: sum, mean, min, soft minimum, ...
+    segment_diff              what each segment has added to a potential
+    scatter_rewards           values of segments or responses on their tokens
     correction_weights        for what the inference engine sampled with slightly other probabilities
     off_policy_sequence_mask  sequences to drop
     PrefixTree                rollouts that share prefixes: credit for each token, and batches without repetition
@@ -41,6 +45,7 @@ from fastreward.logits_policy_loss import logits_policy_loss
 from fastreward.logprobs import token_logprobs
 from fastreward.policy_loss import policy_loss
 from fastreward.preference_loss import preference_loss
+from fastreward.segments import scatter_rewards, segment_diff, segment_ids, segment_reduce
 from fastreward.whiten import whiten
 
 if _TYPE_CHECKING:
@@ -66,6 +71,10 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "recipes",
+    "scatter_rewards",
+    "segment_diff",
+    "segment_ids",
+    "segment_reduce",
     "token_logprobs",
     "whiten",
 ]

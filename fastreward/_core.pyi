@@ -97,6 +97,51 @@ def whiten_apply(
 def whiten_statistics(
     x: int, mask: int, mask_kind: int, rows: int, columns: int, threads: int
 ) -> tuple[float, float, float]: ...
+def segment_reduce(
+    rows: int,
+    columns: int,
+    bounds: int,
+    segments: int,
+    x: int,
+    ids: int,
+    id_kind: int,
+    weights: int,
+    weight_kind: int,
+    op: int,
+    temperature: float,
+    empty: float,
+    out: int,
+    threads: int,
+) -> int: ...
+def segment_adjoint(
+    rows: int,
+    columns: int,
+    bounds: int,
+    segments: int,
+    x: int,
+    ids: int,
+    id_kind: int,
+    weights: int,
+    weight_kind: int,
+    op: int,
+    temperature: float,
+    values: int,
+    out: int,
+    threads: int,
+) -> int: ...
+def segment_ids(
+    rows: int,
+    columns: int,
+    bounds: int,
+    mask: int,
+    labels: int,
+    label_kind: int,
+    marks: int,
+    mark_kind: int,
+    tail: bool,
+    out: int,
+    threads: int,
+) -> None: ...
 
 TokensCode = tuple[int, int, int, int, int]
 

@@ -16,5 +16,6 @@ PYBIND11_MODULE(_core, m) {
   fastreward::register_logits_policy_loss(m);
   fastreward::register_group(m);
   fastreward::register_whiten(m);
+  fastreward::register_segments(m);
   fastreward::register_prefix_tree(m);
 }

@@ -208,6 +208,13 @@ def counted_finite(name: str, x: Tensor, mask: Tensor | None) -> None:
     every(name, finite if mask is None else finite | (mask == 0), x, "finite values where mask is set")
 
 
+def segment_ids(name: str, ids: Tensor, segments: int) -> None:
+    """Ids of segments are in [0, segments), or -1."""
+    low, high = ids.aminmax() if ids.numel() else (ids.new_zeros(()), ids.new_zeros(()))
+    if int(low) < -1 or (int(high) >= segments and ids.numel()):  # one pass finds whether, three where
+        every(name, (ids >= -1) & (ids < segments), ids, f"-1 or ids in [0, {segments}), the segments of a row")
+
+
 # ------------------------------------------------------------------------------------------------------- output files
 PICTURES: Final = (".png", ".svg", ".pdf")
 

@@ -27,6 +27,10 @@ Over = Literal["sequences", "children"]
 TreeMode = Literal["td", "sibling", "root", "td+root", "all-ancestors", "depth-weighted"]
 TokenOp = Literal["sum", "mean", "first"]
 Place = Literal["broadcast", "start", "end"]
+SegmentBy = Literal["runs", "labels"]
+SegmentOp = Literal["sum", "mean", "min", "max", "first", "last", "count", "logsumexp", "mean-exp", "softmin"]
+SegmentDiff = Literal["backward", "forward", "lookahead"]
+SegmentPlace = Literal["end", "start", "broadcast", "spread"]
 #: (initial value, lower bound, upper bound) of a recurrence from the roots; f64 [] where only a kernel may read it.
 Rules = tuple[float | Tensor, float | Tensor, float | Tensor]
 
@@ -43,6 +47,10 @@ OVERS: tuple[Over, ...] = get_args(Over)
 TREE_MODES: tuple[TreeMode, ...] = get_args(TreeMode)
 TOKEN_OPS: tuple[TokenOp, ...] = get_args(TokenOp)
 PLACES: tuple[Place, ...] = get_args(Place)
+SEGMENT_BYS: tuple[SegmentBy, ...] = get_args(SegmentBy)
+SEGMENT_OPS: tuple[SegmentOp, ...] = get_args(SegmentOp)
+SEGMENT_DIFFS: tuple[SegmentDiff, ...] = get_args(SegmentDiff)
+SEGMENT_PLACES: tuple[SegmentPlace, ...] = get_args(SegmentPlace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +97,12 @@ class AdvantageOptions:
     ddof: int = 1
     eps: float | Tensor = 1e-6
     singleton: Literal["zero", "raw"] = "zero"
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentOptions:
+    """How the values of a segment's tokens become one."""
+
+    op: SegmentOp = "sum"
+    temperature: float | Tensor = 1.0  # softmin; f64 [] where only a kernel may read it
+    empty: float | Tensor = 0.0  # of a segment without a token, but for sum and count

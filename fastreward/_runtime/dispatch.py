@@ -34,6 +34,7 @@ OPERATIONS: Final = (
     "correction",
     "group",
     "whiten",
+    "segments",
     "prefix_tree",
 )
 
@@ -104,6 +105,8 @@ def implementation(operation: Literal["logprobs", "linear_logprobs"], name: str)
 def implementation(operation: Literal["group"], name: str) -> protocols.GroupKernels: ...
 @overload
 def implementation(operation: Literal["whiten"], name: str) -> protocols.WhitenKernels: ...
+@overload
+def implementation(operation: Literal["segments"], name: str) -> protocols.SegmentsKernels: ...
 @overload
 def implementation(operation: Literal["program"], name: str) -> protocols.ProgramKernels: ...
 @overload

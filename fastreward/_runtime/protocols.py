@@ -12,7 +12,15 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastreward._arguments.options import AdvantageOptions, AggregateOptions, GroupOptions, Place, Rules, TokenOp
+from fastreward._arguments.options import (
+    AdvantageOptions,
+    AggregateOptions,
+    GroupOptions,
+    Place,
+    Rules,
+    SegmentOptions,
+    TokenOp,
+)
 from fastreward._arguments.tokens import Tokens
 
 
@@ -96,6 +104,44 @@ class WhitenKernels(Protocol):
 
     def apply(self, x: Tensor, mask: Tensor | None, affine: Tensor, out: Tensor) -> None:
         """(x - affine[0]) * affine[1] + affine[2] on the valid positions, 0 elsewhere; affine f64 [3]."""
+
+
+class SegmentsKernels(Protocol):
+    """Segments of rows of tokens: [B, T], or [N] where packed with cu_seqlens i64 [B + 1]. All tensors contiguous."""
+
+    def ids(
+        self,
+        mask: Tensor | None,  # bool, tokens: nonzero = may be in a segment
+        labels: Tensor | None,  # i32 or i64, tokens: below 0 = none; a segment is a run of one label
+        marks: Tensor | None,  # bool or i32, tokens: how many segments end at a token; or else
+        tail: bool,  # whether what comes after the last of those ends is a segment
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        """i32, tokens: each token's segment in its row, -1 = none. One of the three tensors is given, at least."""
+
+    def reduce(
+        self,
+        x: Tensor,  # f32, tokens
+        segment_ids: Tensor | None,  # i32 or i64, tokens; outside [0, segments) = none; None: all are in segment 0
+        weights: Tensor | None,  # bool or f32, tokens; 0: the token is not there, and not read
+        cu_seqlens: Tensor | None,
+        segments: int,
+        options: SegmentOptions,
+        checked: bool,  # whether a NaN that counts is an error, to be raised where values may be looked at
+    ) -> Tensor:
+        """F32 [B, segments]."""
+
+    def adjoint(
+        self,
+        values: Tensor,  # f32 [B, segments]
+        x: Tensor | None,  # as reduce had it, for ops whose derivative depends on it
+        segment_ids: Tensor | None,  # None: every token is in segment 0
+        weights: Tensor | None,  # one of the two is given
+        cu_seqlens: Tensor | None,
+        options: SegmentOptions,
+        out: Tensor,  # f32, tokens
+    ) -> None:
+        """Write reduce's derivative for x, times `values`: for sum, mean, first and last they are put on tokens."""
 
 
 class ProgramKernels(Protocol):

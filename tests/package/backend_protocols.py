@@ -9,6 +9,7 @@ import fastreward.cpu.logits_policy_loss
 import fastreward.cpu.logprobs
 import fastreward.cpu.prefix_tree
 import fastreward.cpu.program
+import fastreward.cpu.segments
 import fastreward.cpu.whiten
 import fastreward.cuda.group
 import fastreward.cuda.logits_policy_loss
@@ -19,6 +20,7 @@ import fastreward.reference.group
 import fastreward.reference.logprobs
 import fastreward.reference.prefix_tree
 import fastreward.reference.program
+import fastreward.reference.segments
 import fastreward.reference.whiten
 import kernels.group
 import kernels.logits_policy_loss
@@ -45,6 +47,10 @@ WHITEN: Final[tuple[protocols.WhitenKernels, ...]] = (
     fastreward.cpu.whiten,
     kernels.whiten,
     fastreward.cuda.whiten,
+)
+SEGMENTS: Final[tuple[protocols.SegmentsKernels, ...]] = (
+    fastreward.reference.segments,
+    fastreward.cpu.segments,
 )
 PROGRAM: Final[tuple[protocols.ProgramKernels, ...]] = (
     fastreward.reference.program,
