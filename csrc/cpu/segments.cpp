@@ -50,17 +50,22 @@ struct Ids {
   const T* ids;
 };
 
-// kUnit: weights are 0 or 1, so that a value needs no multiplication.
+// kUnit: weights are 0 or 1, so that a value needs no multiplication. all: whether the next four tokens of a run that
+// ends at `end` are there with weight 1.
 struct Ones {
   static constexpr bool kUnit = true;
   explicit Ones(const void*) {}
   double of(std::int64_t) const { return 1.0; }
+  bool all(std::int64_t t, std::int64_t end) const { return t + kSegmentLanes <= end; }
 };
 
 struct Bytes {
   static constexpr bool kUnit = true;
   explicit Bytes(const void* p) : bytes(static_cast<const std::uint8_t*>(p)) {}
   double of(std::int64_t t) const { return bytes[t] != 0 ? 1.0 : 0.0; }
+  bool all(std::int64_t t, std::int64_t end) const {
+    return t + kSegmentLanes <= end && (bytes[t] & bytes[t + 1] & bytes[t + 2] & bytes[t + 3]) != 0;
+  }
   const std::uint8_t* bytes;
 };
 
@@ -68,6 +73,7 @@ struct Floats {
   static constexpr bool kUnit = false;
   explicit Floats(const void* p) : weights(static_cast<const float*>(p)) {}
   double of(std::int64_t t) const { return static_cast<double>(weights[t]); }
+  bool all(std::int64_t, std::int64_t) const { return false; }
   const float* weights;
 };
 
@@ -93,21 +99,41 @@ template <bool kValues>
 struct Sums {
   template <class W>
   static void add(const SegmentProblem& p, const W& weights, std::int64_t t, std::int64_t end, SegmentState& s) {
-    double total = s.total, weight = s.weight;
-    for (; t < end; ++t) {
-      const double w = weights.of(t);
-      weight += w;
-      if constexpr (kValues) {
-        const double x = static_cast<double>(p.x[t]);
-        total += w == 0.0 ? 0.0 : W::kUnit ? x : w * x;
-      }
+    if constexpr (!kValues) {
+      for (double weight = s.weight; t < end; s.weight = weight) weight += weights.of(t++);
+      return;
     }
-    s.total = total;
-    s.weight = weight;
+    while (t < end) {
+      if (s.count % kSegmentLanes == 0 && weights.all(t, end)) {
+        t = add_whole(p.x, weights, t, end, s);
+        if (t == end) return;
+      }
+      const double w = weights.of(t);
+      if (w != 0.0) s.total[s.count++ % kSegmentLanes] += w * static_cast<double>(p.x[t]);
+      s.weight += w;
+      ++t;
+    }
+  }
+  // Tokens of weight 1 by fours, as many as there are in a row; where it has stopped.
+  template <class W>
+  static std::int64_t add_whole(const float* x, const W& weights, std::int64_t t, std::int64_t end, SegmentState& s) {
+    const std::int64_t begin = t;
+    double total[kSegmentLanes];
+    std::copy(s.total, s.total + kSegmentLanes, total);
+    do {
+      for (int k = 0; k < kSegmentLanes; ++k) total[k] += static_cast<double>(x[t + k]);
+      t += kSegmentLanes;
+    } while (weights.all(t, end));
+    std::copy(total, total + kSegmentLanes, s.total);
+    s.count += t - begin;
+    s.weight += static_cast<double>(t - begin);
+    return t;
   }
   static bool there(const SegmentState& s) { return s.weight != 0.0; }
   static double result(const SegmentProblem& p, const SegmentState& s) {
-    return p.op == SegmentOp::count ? s.weight : p.op == SegmentOp::mean ? s.total / s.weight : s.total;
+    if (p.op == SegmentOp::count) return s.weight;
+    const double total = (s.total[0] + s.total[1]) + (s.total[2] + s.total[3]);
+    return p.op == SegmentOp::mean ? total / s.weight : total;
   }
 };
 
@@ -161,27 +187,27 @@ struct Exponentials {
       const double x = static_cast<double>(p.x[t]), y = exponent(p, x);
       s.weight += w;
       if (p.op == SegmentOp::mean_exp) {
-        s.total += w * std::exp(y);
+        s.total[0] += w * std::exp(y);
         continue;
       }
       if (y == -kInfinity) continue;
       if (s.at < 0 || y > s.top) {
         const double scale = s.at < 0 ? 0.0 : std::exp(s.top - y);
-        s.total *= scale;
+        s.total[0] *= scale;
         s.shifted = scale == 0.0 ? 0.0 : s.shifted * scale;
         s.top = y;
         s.at = t;
       }
       const double part = y == s.top ? w : w * std::exp(y - s.top);
-      s.total += part;
+      s.total[0] += part;
       s.shifted += part == 0.0 ? 0.0 : part * x;
     }
   }
   static bool there(const SegmentState& s) { return s.weight != 0.0; }
   static double result(const SegmentProblem& p, const SegmentState& s) {
-    if (p.op == SegmentOp::mean_exp) return s.total / s.weight;
-    if (p.op == SegmentOp::logsumexp) return s.at < 0 ? -kInfinity : s.top + std::log(s.total);
-    return s.at < 0 ? kInfinity : s.shifted / s.total;
+    if (p.op == SegmentOp::mean_exp) return s.total[0] / s.weight;
+    if (p.op == SegmentOp::logsumexp) return s.at < 0 ? -kInfinity : s.top + std::log(s.total[0]);
+    return s.at < 0 ? kInfinity : s.shifted / s.total[0];
   }
 };
 
@@ -251,9 +277,9 @@ struct ExponentialShare {
     const double y = Exponentials::exponent(p, x);
     if (p.op == SegmentOp::mean_exp) return g * (w * std::exp(y) / s.weight);
     if (s.at < 0 || y == -kInfinity) return 0.0;
-    const double part = (y == s.top ? w : w * std::exp(y - s.top)) / s.total;
+    const double part = (y == s.top ? w : w * std::exp(y - s.top)) / s.total[0];
     if (p.op == SegmentOp::logsumexp || part == 0.0) return g * part;
-    return g * part * (1.0 - (x - s.shifted / s.total) / p.temperature);
+    return g * part * (1.0 - (x - s.shifted / s.total[0]) / p.temperature);
   }
   static ExponentialShare of(const SegmentProblem&, const SegmentState& s, double g) { return {s, g}; }
 };

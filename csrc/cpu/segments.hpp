@@ -39,13 +39,17 @@ struct SegmentProblem {
   int threads = 1;
 };
 
+// A segment's tokens are summed in so many lanes by their number in it: one addition need not wait for the one before.
+constexpr int kSegmentLanes = 4;
+
 // What is known of a segment, and which fields an op uses.
 struct SegmentState {
-  double total = 0.0;    // sum: of w x; exponentials: of w exp(y - top)
+  double total[kSegmentLanes] = {};  // sums of w x, of every fourth token that counts; exponentials, [0]: of w exp(y - top)
   double weight = 0.0;   // sum of w
   double top = 0.0;      // extremes: the extreme so far; exponentials: the largest exponent y so far
   double shifted = 0.0;  // softmin: sum of w exp(y - top) x
   std::int64_t at = -1;  // extremes, first, last: its token; exponentials: whether there was a finite exponent
+  std::int64_t count = 0;  // sums: tokens so far
 };
 
 struct SegmentMarks {

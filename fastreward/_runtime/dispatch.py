@@ -139,6 +139,8 @@ def absent(operation: str, name: str) -> str | None:
     """Why backend `name` has no kernels of `operation`, on whatever machine; None where it has."""
     if name == "cuda" and operation == "prefix_tree":
         return "there are no CUDA C++ kernels of it; its GPU kernels are Triton's"
+    if name in ("triton", "cuda") and operation == "segments":
+        return "there are no GPU kernels of it yet"
     return None
 
 

@@ -24,6 +24,7 @@ OPERATIONS = (
     "correction",
     "group",
     "whiten",
+    "segments",
     "prefix_tree",
 )
 BESIDES = ("busy", "small_calls")  # no operations: run where they are named, on the CPU

@@ -103,6 +103,21 @@ def whiten(elements: int, mask_itemsize: int = 1) -> Traffic:
     return Traffic(elements * 2 * (4 + mask_itemsize), elements * 4)
 
 
+def segment_reduce(tokens: int, segments: int) -> Traffic:
+    """Values and i32 ids of tokens in, one value for each segment out."""
+    return Traffic(tokens * 8, segments * 4)
+
+
+def segment_scatter(tokens: int, segments: int) -> Traffic:
+    """I32 ids of tokens and values of segments in, a value for each token out."""
+    return Traffic(tokens * 4 + segments * 4, tokens * 4)
+
+
+def segment_credit(tokens: int, segments: int) -> Traffic:
+    """A reduction and a scatter; what is between them is as small as the segments are few."""
+    return Traffic(tokens * 12 + segments * 16, tokens * 4 + segments * 16)
+
+
 def prefix_tree_build(tokens: int, unique: int) -> Traffic:
     """Tokens that are shared read once for each sequence (what is new need not be read), each token's node written."""
     return Traffic((tokens - unique) * 8, tokens * 4)

@@ -391,3 +391,61 @@ def tree_unique_to_tokens(tree: Any, unique: Tensor, mask: Tensor | None) -> Ten
     if mask is not None:
         there = there & (mask != 0)
     return torch.where(there, unique[tree.unique_of_token.clamp(min=0)], 0.0)
+
+
+# ------------------------------------------------------------------------------------------------- segments
+def segment_reduce(
+    x: Tensor,
+    segment_ids: Tensor,
+    *,
+    op: str = "sum",
+    weights: Tensor | None = None,
+    num_segments: int,
+    temperature: float = 1.0,
+    empty: float = 0.0,
+) -> Tensor:
+    """Segments' values [B, S] by scatter and gather over [B, S + 1], whose last column is for tokens of none."""
+    there = segment_ids >= 0 if weights is None else (segment_ids >= 0) & (weights != 0)
+    ids = torch.where(there, segment_ids.long(), num_segments)
+    w = there.to(x.dtype) if weights is None else torch.where(there, weights.to(x.dtype), 0.0)
+    x = torch.where(there, x, 0.0)
+
+    def added(values: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[0], num_segments + 1).scatter_add(1, ids, values)[:, :-1]
+
+    def extreme(values: Tensor, how: str) -> Tensor:
+        none = values.new_zeros(x.shape[0], num_segments + 1)
+        return none.scatter_reduce(1, ids, values, how, include_self=False)[:, :-1]
+
+    weight, some = added(w), added(there.to(x.dtype)) > 0
+    if op in ("sum", "count"):
+        return added(w * x) if op == "sum" else weight
+    if op in ("min", "max"):
+        out = extreme(x, "amin" if op == "min" else "amax")
+    elif op in ("first", "last"):
+        at = extreme(torch.arange(x.shape[1], device=x.device).expand(x.shape), "amin" if op == "first" else "amax")
+        out = x.gather(1, at)
+    elif op in ("mean", "mean-exp"):
+        out = added(w * (x if op == "mean" else x.exp())) / weight
+    else:
+        y = x if op == "logsumexp" else -x / temperature
+        top = extreme(y.detach(), "amax")
+        parts = w * (y - torch.nn.functional.pad(top, (0, 1)).gather(1, ids)).exp()
+        out = added(parts).log() + top if op == "logsumexp" else added(parts * x) / added(parts)
+    return torch.where(some, out, empty)
+
+
+def scatter_rewards(values: Tensor, segment_ids: Tensor, *, place: str = "end", mask: Tensor | None = None) -> Tensor:
+    """Values [B, S] on their tokens [B, T]."""
+    there = segment_ids >= 0 if mask is None else (segment_ids >= 0) & (mask != 0)
+    segments, tokens = values.shape[1], torch.arange(segment_ids.shape[1], device=values.device)
+    ids = torch.where(there, segment_ids.long(), segments)
+    own = torch.nn.functional.pad(values, (0, 1)).gather(1, ids)
+    if place == "broadcast":
+        return own
+    none = torch.zeros(values.shape[0], segments + 1, dtype=torch.int64, device=values.device)
+    if place == "spread":
+        return own / none.scatter_add(1, ids, torch.ones_like(ids)).gather(1, ids)
+    how = "amax" if place == "end" else "amin"
+    at = none.scatter_reduce(1, ids, tokens.expand(ids.shape), how, include_self=False).gather(1, ids)
+    return torch.where(there & (at == tokens), own, 0.0)

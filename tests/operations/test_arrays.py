@@ -77,6 +77,10 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
         {"center": numbers(4), "component_weights": torch.tensor([1.0, 0.5]), "mask": torch.tensor([1, 1, 1, 0])},
     ),
     "whiten": (fr.whiten, (OLD, MASK), {}),
+    "segment_ids": (fr.segment_ids, (TOKENS,), {"separators": [2, 4], "mask": MASK}),
+    "segment_reduce": (fr.segment_reduce, (OLD, TOKENS - 1), {"op": "max", "weights": MASK, "empty": -9.0}),
+    "segment_diff": (fr.segment_diff, (OLD,), {"mask": MASK, "first": ADVANTAGES, "rewards": OTHER}),
+    "scatter_rewards": (fr.scatter_rewards, (numbers(4, 9), TOKENS - 1), {"mask": MASK, "place": "spread"}),
     "PrefixTree": (tree_values, (TOKENS, MASK, ADVANTAGES, IDS), {}),
     "cov_mask": (
         losses.cov_mask, (LOGPROBS, ADVANTAGES, MASK), {"method": "clip", "old_logprobs": OLD, "cov_low": 0.1},

@@ -175,6 +175,14 @@ CALLS: dict[str, tuple[Callable[[Tensor], object], Tensor]] = {
         torch.tensor(1.0),
     ),
     "whiten x": (fr.whiten, lp()),
+    "segment_ids mask": (lambda x: fr.segment_ids(LABELS, by="labels", mask=x), ones(B, T)),
+    "segment_reduce weights": (lambda x: fr.segment_reduce(lp(), LABELS, weights=x), ones(B, T)),
+    "segment_reduce temperature": (
+        lambda x: fr.segment_reduce(lp(), LABELS, op="softmin", temperature=x),
+        ones(),
+    ),
+    "segment_diff mask": (lambda x: fr.segment_diff(lp(), mask=x), ones(B, T)),
+    "scatter_rewards mask": (lambda x: fr.scatter_rewards(ones(B), mask=x), ones(B, T)),
     "PrefixTree.aggregate weights": (lambda x: tree().aggregate(ones(B), weights=x), ones(B)),
     "PrefixTree.aggregate child_weights": (
         lambda x: (t := tree()).aggregate(ones(B), over="children", child_weights=x[: t.num_nodes]),

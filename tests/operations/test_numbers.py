@@ -64,6 +64,12 @@ CALLS: dict[str, tuple[Callable[[Any], Tensor], float | None]] = {
         None,
     ),
     "group_advantages eps": (lambda x: fr.group_advantages(torch.arange(4.0), group_size=2, eps=x), -1.0),
+    "segment_reduce temperature": (
+        lambda x: fr.segment_reduce(LP, LABELS, op="softmin", num_segments=1, temperature=x),
+        0.0,
+    ),
+    "segment_diff decay": (lambda x: fr.segment_diff(LP, mode="lookahead", decay=x), None),
+    "segment_diff threshold": (lambda x: fr.segment_diff(LP, mode="lookahead", threshold=x), -1.0),
     "whiten eps": (lambda x: fr.whiten(LP, eps=x), -1.0),
 }
 NAMES = pytest.mark.parametrize("name", CALLS)

@@ -50,6 +50,13 @@ def _operations() -> dict[str, Operation]:
         assert leaf.grad is not None
         return [stats.logprobs.detach(), stats.entropy.detach(), stats.rank, leaf.grad]
 
+    def segments() -> list[Tensor]:
+        turns = fr.segment_ids(mask)
+        leaf = x.clone().requires_grad_()
+        means = fr.segment_reduce(leaf, turns, op="softmin", temperature=0.5)
+        (grad,) = torch.autograd.grad(means.sum(), leaf)
+        return [turns, means.detach(), grad, fr.scatter_rewards(means.detach(), turns, place="end")]
+
     def kept() -> list[Tensor]:
         leaf = logits.clone().requires_grad_()
         keep = torch.cat([labels.unsqueeze(1), (labels.unsqueeze(1) + torch.arange(1, 9)) % vocabulary], 1)
@@ -95,6 +102,7 @@ def _operations() -> dict[str, Operation]:
         "whiten": lambda: [fr.whiten(x, mask)],
         "group": lambda: [fr.group_advantages(rewards, group_size=4)],
         "group ids": lambda: [fr.group_advantages(rewards, ids)],
+        "segments": segments,
         "policy_loss": lambda: loss(losses.ppo()),
         "policy_loss, sequences": lambda: loss(losses.gspo()),
         "policy_loss, packed": lambda: loss(losses.ppo(), cu_seqlens=bounds),

@@ -37,6 +37,7 @@ def normal(*shape: int) -> Tensor:
 LABELS = torch.randint(0, V, (B, T), generator=generator)
 OLD, ROLLOUT, ADVANTAGES = -normal(B, T).abs(), -normal(B, T).abs(), normal(B)
 MASK = torch.tensor([[1, 1, 0], [1, 1, 1]])
+SEGMENTS = torch.tensor([[0, 0, 1], [-1, 2, 2]])
 TOKENS = torch.tensor([[1, 2, 3], [1, 2, 4]])
 TREE = fr.PrefixTree(TOKENS, MASK)
 PACKED = TREE.pack()
@@ -94,6 +95,14 @@ OPERATIONS = {
         decision=True,
     ),
     "group_advantages": Operation(lambda r: fr.group_advantages(r, group_size=2), (normal(4),), gradient=False),
+    "segment_ids": Operation(lambda x: fr.segment_ids(x).float(), (normal(B, T),), gradient=False, decision=True),
+    "segment_reduce": Operation(
+        lambda x: fr.segment_reduce(x, SEGMENTS, op="mean", weights=MASK, num_segments=3), (normal(B, T),), linear=True
+    ),
+    "segment_diff": Operation(lambda x: fr.segment_diff(x, first="value"), (normal(B, T),), linear=True),
+    "scatter_rewards": Operation(
+        lambda x: fr.scatter_rewards(x, SEGMENTS, place="spread"), (normal(B, 3),), linear=True
+    ),
     "whiten": Operation(lambda x: fr.whiten(x, MASK), (normal(B, T),), gradient=False),
     "PrefixTree.aggregate": Operation(lambda x: TREE.aggregate(x), (normal(B),)),
     "PrefixTree.advantages": Operation(lambda x: TREE.advantages(x), (normal(NODES),), gradient=False),

@@ -113,6 +113,10 @@ def packed_pairs(B: int, T: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def turns(B: int, T: int) -> Tensor:
+    return torch.where(torch.arange(T) % 3 == 2, -1, torch.arange(T) // 3).expand(B, T)
+
+
 def rollouts(B: int, T: int) -> dict[str, Any]:
     return per_token(B, T, "old_logprobs", "rollout_logprobs") | {"mask": mask(B, T)}
 
@@ -198,6 +202,29 @@ ROWS = [
         "PrefixTree", "credit",
         lambda B, T: {"tokens": torch.randint(0, 3, (B, T)), "rewards": torch.randn(B)}, credit,
     ),
+    Row("segment_ids", "runs", lambda B, T: {"x": mask(B, T)}),
+    Row("segment_ids", "separators",
+        lambda B, T: {"x": torch.randint(0, 9, (B, T)), "separators": [3, 5], "mask": mask(B, T)}),
+    Row("segment_ids", "ends", lambda B, T: {"x": mask(B, T), "ends": torch.arange(0, T, 2).expand(B, -1)}),
+    Row("segment_reduce", "softmin",
+        lambda B, T: per_token(B, T, "x", grad=("x",)) | {
+            "segment_ids": turns(B, T), "op": "softmin", "temperature": 0.1 * B, "empty": 1.0 * T,
+            "num_segments": T // 2, "weights": mask(B, T),
+        }),
+    Row("segment_reduce", "packed",
+        lambda B, T: packed(B, T, "x", grad=("x",)) | {
+            "segment_ids": turns(1, int(lengths(B, T)[-1])).squeeze(0), "op": "mean", "num_segments": B * T,
+        }),
+    Row("segment_diff", "lookahead",
+        lambda B, T: per_token(B, T, "values", grad=("values",)) | {
+            "mode": "lookahead", "mask": mask(B, T), "decay": 0.1 * B, "threshold": 0.01 * T,
+        }),
+    Row("segment_diff", "backward",
+        lambda B, T: per_token(B, T, "values", "rewards", grad=("values",)) | {"first": 1.0 * B, "drop_last": True}),
+    Row("scatter_rewards", "responses",
+        lambda B, T: {"values": torch.randn(B, requires_grad=True), "mask": mask(B, T)}),
+    Row("scatter_rewards", "segments",
+        lambda B, T: {"values": torch.randn(B, T, requires_grad=True), "segment_ids": turns(B, T), "place": "spread"}),
     Row("whiten", "masked", lambda B, T: {"x": torch.randn(B, T), "mask": mask(B, T), "eps": 0.1 * B}),
 ]  # fmt: skip
 
