@@ -14,11 +14,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastreward.bench import peers
 from fastreward.bench.case import Case, Contender
 from fastreward.bench.engine import outputs_bytes
 
@@ -51,13 +53,15 @@ def _child(operation: str, case: str, dtype: str, shape: list[int], names: list[
 
     module = bench.operation(operation)
     few = (min(_WARM_ROWS, shape[0]), *shape[1:])
-    tiny = module.build(case, getattr(torch, dtype), few, "cpu")
+    imported = any(name.startswith(tuple(peers.MODULES)) for name in names)
+    with nullcontext() if imported else peers.left_out():
+        tiny = module.build(case, getattr(torch, dtype), few, "cpu")
+        real = module.build(case, getattr(torch, dtype), tuple(shape), "cpu")
     for contender in _chosen(tiny, names):
         if not contender.compiled:
             contender.prepare()
             contender.call()
     del tiny
-    real = module.build(case, getattr(torch, dtype), tuple(shape), "cpu")
     return {contender.name: _peak(real, contender) for contender in _chosen(real, names)}
 
 

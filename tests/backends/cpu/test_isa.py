@@ -8,22 +8,9 @@ import sys
 
 import pytest
 from checkout import ROOT
+from instruction_sets import in_use
 
 LOWER = ("baseline", "avx2", "avx512")
-
-
-def run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "FASTREWARD_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def in_use(isa: str) -> str:
-    return run(isa, "-c", "import torch, fastreward._core as c; print(c.isa())").stdout.strip()
 
 
 @pytest.mark.parametrize("isa", LOWER[:2])
@@ -33,7 +20,9 @@ def test_numbers_on_lower_instruction_sets(isa: str) -> None:
     names = ("logprobs", "policy_loss", "preference_loss", "logits_policy_loss", "group", "whiten")
     files = [f"operations/test_{name}.py" for name in names] + ["prefix_tree/test_prefix_tree.py"]
     paths = [str(ROOT / "tests" / file) for file in files]
-    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu and (Numbers or numbers)", *paths)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu and (Numbers or numbers)"]
+    environment = {**os.environ, "FASTREWARD_ISA": isa}
+    done = subprocess.run([*command, *paths], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -11,6 +11,7 @@ from types import ModuleType
 import program_checks as checks
 import pytest
 import torch
+from instruction_sets import in_use
 from raw_checks import close
 from torch import Tensor
 
@@ -306,8 +307,7 @@ def test_other_instruction_sets(isa: str) -> None:
     if os.environ.get("FASTREWARD_ISA") or isa == _core.isa():
         pytest.skip("one level of these is enough")
     environment = {**os.environ, "FASTREWARD_ISA": isa}
-    using = [sys.executable, "-c", "import torch, fastreward._core as c; print(c.isa())"]
-    if subprocess.run(using, env=environment, capture_output=True, text=True).stdout.strip() != isa:
+    if in_use(isa) != isa:
         pytest.skip(f"this machine has no {isa}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
