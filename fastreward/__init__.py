@@ -19,6 +19,7 @@ Advantages and weights:
     correction_weights        for what the inference engine sampled with slightly other probabilities
     off_policy_sequence_mask  sequences to drop
     PrefixTree                rollouts that share prefixes: credit for each token, and batches without repetition
+    credit_page               an HTML page of a batch, token by token: advantages, log-probs, ratios, which clip acted
 Published methods, each in one call:
     recipes                   `fastreward recipes` lists them
 Trainers:
@@ -50,6 +51,7 @@ from fastreward.whiten import whiten
 
 if _TYPE_CHECKING:
     from fastreward import patch, recipes
+    from fastreward.credit_plot.page import credit_page
     from fastreward.prefix_tree.tree import PrefixTree
 
 __version__ = "0.1.0"
@@ -61,6 +63,7 @@ __all__ = [
     "TokenStats",
     "backend",
     "correction_weights",
+    "credit_page",
     "group_advantages",
     "linear_policy_loss",
     "linear_token_logprobs",
@@ -84,13 +87,15 @@ _MODULES = ("patch", "recipes")  # not imported with the package
 
 
 def __getattr__(name: str) -> object:
-    """Recipes, patches and trees are loaded when they are asked for: they cost more to import than the operations."""
+    """Recipes, patches, trees and pages are loaded when they are asked for: they cost more to import than the rest."""
     import importlib
 
     if name in _MODULES:
         return importlib.import_module(f"fastreward.{name}")
     if name == "PrefixTree":
         return importlib.import_module("fastreward.prefix_tree").PrefixTree
+    if name == "credit_page":
+        return importlib.import_module("fastreward.credit_plot.page").credit_page
     import difflib
 
     known = {x: f"losses.{x}" for x in losses.__all__} | {x: x for x in __all__}

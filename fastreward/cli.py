@@ -225,6 +225,60 @@ def plot_tree(
     console.print(f"The picture is in {out}{which}", markup=False, highlight=False, soft_wrap=True)
 
 
+@plots.command("credit")
+def plot_credit(
+    file: Annotated[
+        Path | None, typer.Argument(help="Rollouts, as `plot tree` reads them; two built-in ones if none.")
+    ] = None,
+    outs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--out",
+            help="A picture (.png, .svg, .pdf) or a page (.html); may be repeated. "
+            "credit.png and credit.html by default.",
+        ),
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--scheme", help="Only this one; may be repeated. All that can run on the rollouts by default."),
+    ] = None,
+    group: Annotated[str | None, typer.Option(help="Whose rollouts are in the picture; the first by default.")] = None,
+    most: Annotated[int, typer.Option("--rollouts", min=1, help="The most rollouts in the picture.")] = 8,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder with a tokenizer (transformers), to write text instead of ids.")
+    ] = None,
+    gallery: Annotated[
+        Path | None, typer.Option(help="Write the gallery of all schemes, docs/credit.md and its picture, instead.")
+    ] = None,
+) -> None:
+    """Draw the advantage of each token under several schemes: as a picture, and as a page to look through.
+
+    Schemes are group_advantages and the recipes for advantages (`fastreward recipes`).
+    The page is one file, which opens offline: tokens coloured by a scheme's advantages,
+    their tree beside them, every number of the token under the mouse.
+    """
+    from fastreward.credit_plot import command
+    from fastreward.credit_plot import gallery as gallery_room
+    from fastreward.prefix_tree import rollouts
+
+    chosen = outs or [Path("credit.png"), Path("credit.html")]
+    try:
+        if gallery is not None:
+            if file is not None or outs or names or group is not None or tokenizer is not None:
+                raise typer.BadParameter("--gallery: takes no rollouts and no other option")
+            gallery_room.write(gallery)
+            return
+        command.check_outputs("--out", chosen)
+        table = None if file is None else rollouts.read(file)
+        decode = None if tokenizer is None else rollouts.decoder(tokenizer)
+        drawn = command.save(chosen, table, names=names or (), group=group, most=most, decode=decode)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    console = _console()
+    for line in drawn.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point of the `fastreward` script."""
     app()

@@ -21,7 +21,7 @@ from fastreward.recipes import RECIPES
 
 #: Public names that take no tensors: results, a context manager, a module of functions, the language's own classes.
 TAKES_NONE = {
-    fr: {"BackendError", "Clip", "PolicyLoss", "TokenStats", "backend", "losses"},
+    fr: {"BackendError", "Clip", "PolicyLoss", "TokenStats", "backend", "credit_page", "losses"},
     losses: {"Loss", "Node", "PairTerms", "Terms", "Definition", "define"},
     recipes: {"RECIPES", "Recipe"},
 }

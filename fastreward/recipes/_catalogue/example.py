@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, Final
+
+import torch
 
 from fastreward.recipes._catalogue.inputs import MADE, MADE_FOR
 
@@ -48,6 +51,23 @@ def example(
     # What the call returns may have the name of an argument: rewards, shaped.
     rest = re.sub(rf"\b({names.replace(', ', '|')})\b", "_", "\n".join(lines[1:]))
     return "\n".join([_HEAD, *_set_up(f"{call}\n{rest}", name, advantages), "", *lines]) + "\n"
+
+
+def responses() -> dict[str, Any]:
+    """What the responses of the examples are, by name: tokens and mask [4, 6], rewards [4], group_ids."""
+    scope: dict[str, Any] = {"torch": torch}
+    return {name: eval(MADE[name][0], scope) for name in ("tokens", "mask", "rewards", "group_ids")}
+
+
+def outcome(program: str, name: str) -> Any:
+    """What an example calls `name`: it is run as far as the last line that gives it, torch's generator left alone."""
+    lines, scope = ast.parse(program).body, dict[str, Any]()
+    giving = [
+        k for k, line in enumerate(lines) if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name
+    ]
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(ast.Module(lines[: giving[-1] + 1], []), "example", "exec"), scope)
+    return scope[name]
 
 
 def _arguments(function: Callable[..., Any], passes: tuple[str, ...], settings: Mapping[str, Any]) -> list[str]:
