@@ -104,7 +104,7 @@ def test_the_help_lists_every_recipe_by_what_it_returns() -> None:
     text, listed = pydoc.render_doc(recipes, renderer=pydoc.plaintext), by_returns()
     assert sorted(r.name for of in listed.values() for members in of.values() for r in members) == sorted(RECIPES)
     assert all(listed.values())
-    assert list(listed) == list(dict.fromkeys(RETURNS.values()))
+    assert list(listed) == [heading for heading in dict.fromkeys(RETURNS.values()) if heading in listed]
     for line in names_by_returns().splitlines():
         assert line.strip() in text
 

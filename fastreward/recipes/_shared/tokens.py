@@ -35,3 +35,11 @@ def per_response(name: str, x: Tensor, reference: str, like: Tensor) -> Tensor:
     if check.values_checked(x):
         check.every(name, x.isfinite(), x, "finite numbers")
     return x
+
+
+def on_tokens(name: str, x: Tensor, reference: str, like: Tensor, mask: Tensor | None) -> Tensor:
+    """Values per response [B], or of the shape of `like`, on its tokens; 0 under the mask."""
+    if like.ndim == 2 and check.tensor(name, x).ndim == 1:
+        x = per_response(name, x, reference, like).unsqueeze(-1).expand(like.shape)
+        return x if mask is None else torch.where(mask != 0, x, 0.0)
+    return beside(name, x, reference, like, mask)
