@@ -13,12 +13,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastreward.recipes import correction, distillation, preference, ratio, score, sequence, tree, tree_search
+from fastreward.recipes import (
+    confidence,
+    correction,
+    distillation,
+    likelihood,
+    preference,
+    ratio,
+    score,
+    sequence,
+    tree,
+    tree_search,
+)
 from fastreward.recipes._catalogue.registry import RECIPES, Recipe
 from fastreward.recipes._catalogue.registry import hint as _hint
 from fastreward.recipes._catalogue.registry import names_by_returns as _names_by_returns
+from fastreward.recipes.confidence import *
 from fastreward.recipes.correction import *
 from fastreward.recipes.distillation import *
+from fastreward.recipes.likelihood import *
 from fastreward.recipes.preference import *
 from fastreward.recipes.ratio import *
 from fastreward.recipes.score import *
@@ -27,8 +40,10 @@ from fastreward.recipes.tree import *
 from fastreward.recipes.tree_search import *
 
 __all__ = ["RECIPES", "Recipe"]
+__all__ += confidence.__all__
 __all__ += correction.__all__
 __all__ += distillation.__all__
+__all__ += likelihood.__all__
 __all__ += preference.__all__
 __all__ += ratio.__all__
 __all__ += score.__all__

@@ -58,7 +58,27 @@ _TOKEN_CREDIT: Final[Made] = {}
 _TURN_CREDIT: Final[Made] = {}
 _GROUP_ADVANTAGE: Final[Made] = {}
 _REWARD_SHAPING: Final[Made] = {}
-_LIKELIHOOD: Final[Made] = {}
+_LIKELIHOOD: Final[Made] = {
+    "answer_logprobs": ("-torch.rand(4, 3)", "of the reference answer, spliced in behind each response"),
+    "answer_mask": ("torch.arange(3) < torch.tensor([[3], [3], [2], [2]])", "its tokens"),
+    "baseline": ("torch.tensor([0.4, 0.4, 0.5, 0.5])", "the same without the reasoning"),
+    "own_logprobs": ("-torch.rand(4, 5)", "of the response's own answer"),
+    "own_mask": ("torch.arange(5) < torch.tensor([[2], [5], [3], [1]])", ""),
+    "alone_logprobs": ("-1.5 - torch.rand(4, 6)", "of the response without its question"),
+    "strong_logprobs": ("-1 - torch.rand(4, 6)", "of the response, by an aligned model"),
+    "weak_logprobs": ("-1.2 - torch.rand(4, 6)", "by one that was not"),
+    "prompt_logprobs": ("-torch.rand(4, 3)", "of the prompt's tokens behind its picture"),
+    "prompt_mask": ("torch.arange(3) < torch.tensor([[3], [3], [2], [2]])", ""),
+    "positive": ("-3 - torch.rand(4, 10)", "of ten follow-ups that show content"),
+    "negative": ("-3 - torch.rand(4, 10)", "of ten that show none"),
+    "verdict_logprobs": ("torch.randn(4, 2).log_softmax(-1)", "of a judge's yes and no"),
+    "logsumexp": ("10 + torch.rand(4, 6)", "an output of fr.token_logprobs"),
+    "mean_logit": ("torch.rand(4, 6)", "another"),
+    "label_logit": ("8 + torch.rand(4, 6)", "another"),
+    "rating_logprobs": ("torch.randn(4, 9).log_softmax(-1)", "of the tokens 1 to 9 behind each response"),
+    "bin_logprobs": ("torch.randn(4, 2, 3)", "of reserved tokens: two values, three lengths"),
+    "score_logprobs": ("-20 - 5 * torch.rand(4)", "of a fixed token behind each response"),
+}
 _DISTILLATION: Final[Made] = {}
 #: Every name, in the order of the program.
 MADE: Final[Made] = {
@@ -92,5 +112,16 @@ MADE_FOR: Final[dict[str, Made]] = {
     # ------------------------------------------------------------------------------------------- group_advantage
     # -------------------------------------------------------------------------------------------- reward_shaping
     # ------------------------------------------------------------------------------------------------ likelihood
+    "shop_r1": {"entropy": ("torch.rand(4, 6)", "an output of fr.token_logprobs")},
+    "negative_entropy": {"entropy": ("torch.rand(4, 6)", "an output of fr.token_logprobs")},
+    "zip_rc": {
+        "values": ("torch.tensor([0.0, 1.0])", "of the bins"),
+        "lengths": ("torch.tensor([128.0, 512.0, 2048.0])", "of the bins"),
+    },
+    "value_augmented": {
+        "logits": ("torch.randn(4, 32)", "of the base model at the next token"),
+        "token_ids": ("logits.topk(20).indices", "the likeliest"),
+        "values": ("torch.rand(4, 20)", "of the text with each of them behind it"),
+    },
     # ---------------------------------------------------------------------------------------------- distillation
 }

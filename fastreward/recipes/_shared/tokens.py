@@ -5,10 +5,17 @@ What lies under a mask is replaced before anything is computed of it, so it neve
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from fastreward._arguments import check
+from fastreward._arguments.tokens import token_bounds
+
+#: What is made of the log-probs l of an answer's tokens: sum l, mean l, exp(sum l), exp(mean l), mean exp(l).
+Score = Literal["sum", "mean", "prob", "geometric", "mean-prob"]
+SCORES: tuple[Score, ...] = ("sum", "mean", "prob", "geometric", "mean-prob")
 
 
 def token_values(name: str, x: Tensor, mask: Tensor | None, mask_name: str = "mask") -> Tensor:
@@ -43,3 +50,40 @@ def on_tokens(name: str, x: Tensor, reference: str, like: Tensor, mask: Tensor |
         x = per_response(name, x, reference, like).unsqueeze(-1).expand(like.shape)
         return x if mask is None else torch.where(mask != 0, x, 0.0)
     return beside(name, x, reference, like, mask)
+
+
+# ------------------------------------------------------------------------------------------------- of whole responses
+def likelihood(
+    name: str, logprobs: Tensor, mask: Tensor | None, score: Score, cu_seqlens: Tensor | None, mask_name: str = "mask"
+) -> Tensor:
+    """[B] float64: one of SCORES. Without a token a probability is 0, and a log-prob NaN."""
+    check.choice("score", score, SCORES)
+    x = token_values(name, logprobs, mask, mask_name)
+    tokens = count(x, mask, name, cu_seqlens)
+    if score == "mean-prob":
+        return mean(x.double().exp(), mask, name, cu_seqlens).nan_to_num(0.0)
+    value = total(x, name, cu_seqlens) / (1 if score in ("sum", "prob") else tokens)
+    if score in ("sum", "mean"):
+        return torch.where(tokens > 0, value, torch.nan)
+    return torch.where(tokens > 0, value.exp(), 0.0)
+
+
+def mean(x: Tensor, mask: Tensor | None, name: str, cu_seqlens: Tensor | None) -> Tensor:
+    """[B] float64, over the tokens that count; NaN over none."""
+    counted = x if mask is None else torch.where(mask != 0, x, 0.0)
+    return total(counted, name, cu_seqlens) / count(x, mask, name, cu_seqlens)
+
+
+def count(x: Tensor, mask: Tensor | None, name: str, cu_seqlens: Tensor | None) -> Tensor:
+    """[B] float64: tokens that count."""
+    return total(torch.ones_like(x) if mask is None else mask != 0, name, cu_seqlens)
+
+
+def total(x: Tensor, name: str, cu_seqlens: Tensor | None) -> Tensor:
+    """[B] float64: sums over the tokens of each row, in their order."""
+    if cu_seqlens is None:
+        if x.ndim != 2:
+            raise ValueError(f"{name}: expected shape [B, T], or [N] with cu_seqlens, got {list(x.shape)}")
+        return x.double().sum(-1)
+    bounds = token_bounds(cu_seqlens, x, name)
+    return torch.segment_reduce(x.double(), "sum", offsets=bounds, initial=0)

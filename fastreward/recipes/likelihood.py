@@ -1,0 +1,294 @@
+"""Rewards from likelihoods: what a model gives a reference answer behind its own reasoning, and other texts.
+
+l = log-probs of an answer's tokens, L their number. All of it comes from one `fastreward.token_logprobs` pass over the
+texts that are scored: a reference answer spliced in behind each response, the prompt of a picture, a follow-up. Recipes
+take log-probs [B, L] with a mask, or packed [N] with cu_seqlens, and return constants: rewards [B] float32 unless they
+say so. An answer without a token has probability 0, and its log-prob is NaN: not scored, as `group_advantages` has it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastreward._arguments import check
+from fastreward._arguments.numbers import Number, number
+from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.tokens import Score, beside, likelihood, mean, per_response, token_values, total
+
+__all__ = [
+    "cdr", "darl", "flr", "likelihood_reward", "prompt_echo", "rlpr", "rlpt", "sar", "verifree_reward",
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ of reference answers
+@recipe(
+    "Log-prob rewards (likelihood-based reward designs)",
+    "arXiv 2602.03979",
+    paper="equations 2 to 11",
+    passes=("answer_mask",),
+)
+def likelihood_reward(
+    answer_logprobs: Tensor,
+    answer_mask: Tensor | None = None,
+    *,
+    score: Score = "sum",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """R = sum l, mean l, exp(sum l) or mean exp(l), of the reference answer behind the response.
+
+    The paper's log-prob, average log-prob, probability and average probability; it trains with RLOO, and on the answer
+    too. Its form of JEPO is `recipes.jepo`.
+
+    Args:
+        answer_logprobs: of the answer's tokens, [B, L] or [N].
+        answer_mask: its shape; nonzero = a token of the answer.
+        score: "sum", "mean", "prob" or "mean-prob"; also "geometric", exp(mean l).
+        cu_seqlens: [B + 1], of packed answers.
+    """
+    return likelihood("answer_logprobs", answer_logprobs, answer_mask, score, cu_seqlens, "answer_mask").float()
+
+
+@recipe(
+    "VeriFree's reward",
+    "arXiv 2505.21493",
+    code="sail-sg/VeriFree verifree.py",
+    passes=("answer_mask",),
+)
+def verifree_reward(
+    answer_logprobs: Tensor, answer_mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """R = exp(sum l); 0 where the response has no place for an answer.
+
+    Of log-probs at the sampling temperature. The loss that goes with it, `recipes.verifree`, trains on the answer too.
+
+    Args:
+        answer_logprobs: of the answer's tokens, [B, L] or [N].
+        answer_mask: its shape; nonzero = a token of the answer; a row of zeros where there is none.
+        cu_seqlens: [B + 1], of packed answers.
+    """
+    return likelihood("answer_logprobs", answer_logprobs, answer_mask, "prob", cu_seqlens, "answer_mask").float()
+
+
+@recipe(
+    "RLPR (reference probability reward)",
+    "arXiv 2506.18254",
+    code="OpenBMB/RLPR reward_manager/prob.py",
+    passes=("answer_mask", "baseline=baseline"),
+)
+def rlpr(
+    answer_logprobs: Tensor,
+    answer_mask: Tensor | None = None,
+    *,
+    baseline: Tensor | None = None,
+    format_rewards: Tensor | None = None,
+    score: Score = "mean-prob",
+    threshold: Number | None = 0.0,
+    weight: Number = 0.9,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """R = weight max(mean exp(l) - baseline, threshold) + (1 - weight) format: what the reasoning adds to the answer.
+
+    The code rounds to bfloat16; here nothing is rounded. Groups of little spread are left out by
+    `recipes.rlpr_filter`.
+
+    Args:
+        answer_logprobs: of the reference answer in the response's answer tags, [B, L] or [N].
+        answer_mask: its shape; nonzero = a token of the answer.
+        baseline: [B], the same score without the reasoning, one per prompt; None: 0.
+        format_rewards: [B], in [0, 1]; None: the reward has no such part, and no weight.
+        score: as in `recipes.likelihood_reward`.
+        threshold: the least gain; None: any.
+        weight: of the answer.
+        cu_seqlens: [B + 1], of packed answers.
+    """
+    gain = likelihood("answer_logprobs", answer_logprobs, answer_mask, score, cu_seqlens, "answer_mask")
+    if baseline is not None:
+        gain = gain - per_response("baseline", baseline, "answer_logprobs", gain)
+    if threshold is not None:
+        gain = gain.clamp(min=number("threshold", threshold, gain, check.finite))
+    if format_rewards is None:
+        return gain.float()
+    weight = number("weight", weight, gain, check.finite)
+    return (weight * gain + (1 - weight) * per_response("format_rewards", format_rewards, "the answers", gain)).float()
+
+
+@recipe(
+    "DARL (diversity beside the reference answer)",
+    "arXiv 2601.14700",
+    reconstructed="notes on the paper; how far the own answer is from the reference is our guess: |p_own - p_ref|",
+    passes=("answer_mask", "own_logprobs=own_logprobs", "own_mask=own_mask"),
+)
+def darl(
+    answer_logprobs: Tensor,
+    answer_mask: Tensor | None = None,
+    *,
+    own_logprobs: Tensor,
+    own_mask: Tensor | None = None,
+    score: Score = "mean-prob",
+    weight: Number = 1.0,
+    diversity: Number = 0.01,
+    gamma: Number = 8.0,
+    cu_seqlens: Tensor | None = None,
+    own_cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """R = weight p_ref + diversity D 1[D <= p_ref / gamma], D = |p_own - p_ref|.
+
+    p = mean exp(l) of the reference answer and of the response's own. An answer of one's own is rewarded a little, but
+    no further away than the reference is likely.
+
+    Args:
+        answer_logprobs: of the reference answer, [B, L] or [N].
+        answer_mask: its shape; nonzero = a token of the answer.
+        own_logprobs, own_mask: of the response's own answer, any length.
+        score: as in `recipes.likelihood_reward`.
+        weight, diversity, gamma: as in the formula; the notes say 0.01 and 8 to 10.
+        cu_seqlens, own_cu_seqlens: [B + 1], of packed answers.
+    """
+    reference = likelihood("answer_logprobs", answer_logprobs, answer_mask, score, cu_seqlens, "answer_mask")
+    own = likelihood("own_logprobs", own_logprobs, own_mask, score, own_cu_seqlens, "own_mask")
+    check.shape("own_logprobs", own, reference.shape, "a row for each of answer_logprobs")
+    weight = number("weight", weight, own, check.finite)
+    diversity, gamma = number("diversity", diversity, own, check.finite), number("gamma", gamma, own, check.positive)
+    distance = (own - reference).abs()
+    return (weight * reference + diversity * torch.where(distance <= reference / gamma, distance, 0.0)).float()
+
+
+# ------------------------------------------------------------------------------------------------- of the same response
+@recipe(
+    "SAR (self-aligned reward)",
+    "arXiv 2509.05489",
+    code="amazon-science efficiency_reward.py",
+    passes=("alone_logprobs=alone_logprobs", "rewards=rewards"),
+)
+def sar(
+    logprobs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    alone_logprobs: Tensor,
+    rewards: Tensor | None = None,
+    weight: Number = 0.2,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """R = rewards + weight max((ppl(a) - ppl(a|q)) / ppl(a), -1), ppl = exp(-mean l).
+
+    A response that only makes sense behind its question is short and to the point.
+
+    Args:
+        logprobs: of the response behind its question, [B, T] or [N]; read as constants.
+        mask: its shape; nonzero = a token of the response.
+        alone_logprobs: of the same tokens without the question.
+        rewards: [B], of the outcome; None: 0.
+        weight: of the part that is the model's own.
+        cu_seqlens: [B + 1], of packed responses.
+    """
+    given = token_values("logprobs", check.tensor("logprobs", logprobs).detach(), mask)
+    alone = beside("alone_logprobs", alone_logprobs, "logprobs", given, mask)
+    perplexity, perplexity_alone = (
+        mean(-x, mask, "logprobs", cu_seqlens).nan_to_num(0.0).exp() for x in (given, alone)
+    )
+    fit = ((perplexity_alone - perplexity) / (perplexity_alone + 1e-9)).clamp(min=-1.0)
+    fit = number("weight", weight, fit, check.finite) * fit
+    return (fit if rewards is None else fit + per_response("rewards", rewards, "logprobs", fit)).float()
+
+
+@recipe(
+    "CDR (density ratio of a strong and a weak model)",
+    "arXiv 2411.02481",
+    code="reward_hub drsow.py",
+    passes=("weak_logprobs=weak_logprobs",),
+)
+def cdr(
+    strong_logprobs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    weak_logprobs: Tensor,
+    per_token: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """R = sum of lp_strong - lp_weak over the response, or its mean per token.
+
+    Args:
+        strong_logprobs: of the response, by the model that was aligned, [B, T] or [N].
+        mask: its shape; nonzero = a token of the response that is no special one.
+        weak_logprobs: by the other.
+        per_token: the mean.
+        cu_seqlens: [B + 1], of packed responses.
+    """
+    strong = token_values("strong_logprobs", strong_logprobs, mask)
+    ratio = strong.double() - beside("weak_logprobs", weak_logprobs, "strong_logprobs", strong, mask)
+    if check.flag("per_token", per_token):
+        return mean(ratio, mask, "strong_logprobs", cu_seqlens).float()
+    return total(ratio, "strong_logprobs", cu_seqlens).float()
+
+
+# ------------------------------------------------------------------------------------------------------- of other texts
+@recipe(
+    "PromptEcho (the prompt's likelihood given the picture)",
+    "arXiv 2604.12652",
+    reconstructed="the abstract; whether it is a mean or a sum is our guess",
+    passes=("prompt_mask",),
+)
+def prompt_echo(
+    prompt_logprobs: Tensor,
+    prompt_mask: Tensor | None = None,
+    *,
+    score: Score = "mean",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """R = mean l of the prompt that a picture was made for, by a frozen model that reads the picture.
+
+    Args:
+        prompt_logprobs: of the prompt's tokens, [B, L] or [N].
+        prompt_mask: its shape; nonzero = a token of the prompt.
+        score: as in `recipes.likelihood_reward`.
+        cu_seqlens: [B + 1], of packed prompts.
+    """
+    return likelihood("prompt_logprobs", prompt_logprobs, prompt_mask, score, cu_seqlens, "prompt_mask").float()
+
+
+@recipe(
+    "FLR (follow-up likelihood as reward)",
+    "FLR, github.com/e0397123/FLR",
+    code="e0397123/FLR run_llama3.py, which reads logits at one position",
+)
+def flr(positive: Tensor, negative: Tensor) -> Tensor:
+    """R = mean over the positive follow-ups - mean over the negative, of their log-likelihoods.
+
+    Args:
+        positive: [B, P], the log-likelihood of each positive follow-up behind the response: sums of
+            `recipes.likelihood_reward`, say. The code takes one token of each at one position: there id_logprobs of
+            `fastreward.token_logprobs` and raw logits give the same reward.
+        negative: [B, N], of the negative ones.
+    """
+    sides = [_follow_ups(name, x) for name, x in (("positive", positive), ("negative", negative))]
+    check.shape("negative", sides[1][:, 0], sides[0].shape[:1], "a row for each of positive")
+    check.same_device("negative", sides[1], "positive", sides[0])
+    return (sides[0].mean(-1) - sides[1].mean(-1)).float()
+
+
+def _follow_ups(name: str, x: Tensor) -> Tensor:
+    x = check.constant(name, check.floats(name, x))
+    if x.ndim != 2 or not x.shape[1]:
+        raise ValueError(f"{name}: expected shape [B, K] with K > 0 follow-ups, got {list(x.shape)}")
+    if check.values_checked(x):
+        check.every(name, x.isfinite(), x, "finite numbers")
+    return x.double()
+
+
+@recipe(
+    "RLPT (reinforcement learning on pre-training data)",
+    "arXiv 2509.19249",
+    reconstructed="the abstract: a judge says whether the predicted segment begins the text's; how is our guess",
+)
+def rlpt(verdict_logprobs: Tensor, *, soft: bool = False) -> Tensor:
+    """R = 1[lp_yes > lp_no], of a judge that is asked whether the next segment was predicted; or the share of yes.
+
+    Args:
+        verdict_logprobs: [B, 2], of the judge's tokens for yes and no (id_logprobs of `fastreward.token_logprobs`).
+        soft: p_yes / (p_yes + p_no).
+    """
+    x = _follow_ups("verdict_logprobs", verdict_logprobs)
+    check.shape("verdict_logprobs", x, (x.shape[0], 2), "yes and no")
+    margin = x[:, 0] - x[:, 1]
+    return margin.sigmoid().float() if check.flag("soft", soft) else (margin > 0).float()
