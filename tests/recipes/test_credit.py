@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,22 @@ def padded(x: Tensor) -> Tensor:
     filler = torch.nan if x.is_floating_point() else False if x.dtype == torch.bool else -1
     sides = (x.new_full((x.shape[0], n, *x.shape[2:]), filler) for n in (LEFT, RIGHT))
     return torch.cat([next(sides), x, next(sides)], 1)
+
+
+def packed(arguments: Arguments) -> tuple[Arguments, Tensor]:
+    """Every mask and what is aligned with it as [N] and a cu_seqlens; and the places [B, T] that the first mask's had.
+
+    A row ends with its last token that counts. The first mask's bounds are cu_seqlens, the others' <name>_cu_seqlens.
+    """
+    result, kept = dict(arguments), {}
+    for mask, names in aligned(arguments).items():
+        ahead = arguments[mask].flip(1).cumsum(1).flip(1) > 0
+        for name in (mask, *names):
+            result[name] = arguments[name][ahead]
+        bounds = torch.nn.functional.pad(ahead.sum(1).cumsum(0), (1, 0))
+        result[mask.replace("mask", "cu_seqlens") if kept else "cu_seqlens"] = bounds
+        kept.setdefault("places", ahead)
+    return result, kept["places"]
 
 
 def other_under(mask: Tensor, x: Tensor) -> Tensor:
@@ -117,6 +134,17 @@ def test_what_is_under_a_mask_does_not_matter(case: Case) -> None:
         assert same_bits(wide, result)
     if "mask" in masks and result.shape[:2] == arguments["mask"].shape:
         assert not result[~arguments["mask"]].any()
+
+
+@every
+def test_packed_is_padded(case: Case) -> None:
+    if "cu_seqlens" not in inspect.signature(case.recipe).parameters:
+        return
+    arguments = case.arguments(3)
+    result = case(arguments)
+    flat, places = packed(arguments)
+    want = result[places] if result.shape[:2] == places.shape else result
+    torch.testing.assert_close(case(flat), want, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
 @every

@@ -28,7 +28,7 @@ RETURNED: Final = {
     "values": ("values", ("loss = (predicted - values).square()[mask].mean()",)),
     "node values": ("node_values", ("advantages = tree.to_tokens(tree.advantages(node_values))", _LOSS)),
     "decision": ("branch", ('print("branch:", branch.tolist())', _LOSS)),
-    "logits": ("steered", ('print("next tokens:", steered.argmax(-1).tolist())', _LOSS)),
+    "logits": ("steered", ('print("next:", steered.argmax(-1).tolist())', _LOSS)),
 }
 _HEAD: Final = """import torch
 import fastreward as fr
