@@ -16,6 +16,7 @@ Advantages and weights:
     segment_reduce            one value for each segment: sum, mean, min, soft minimum, ...
     segment_diff              what each segment has added to a potential
     scatter_rewards           values of segments or responses on their tokens
+    token_rewards             a score on a token of its sequence, less a KL penalty on each
     correction_weights        for what the inference engine sampled with slightly other probabilities
     off_policy_sequence_mask  sequences to drop
     PrefixTree                rollouts that share prefixes: credit for each token, and batches without repetition
@@ -32,7 +33,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from fastreward import losses
+from fastreward import losses, rewards
 from fastreward._loss_call.results import PolicyLoss
 from fastreward._runtime.dispatch import backend
 from fastreward._runtime.errors import BackendError
@@ -46,6 +47,7 @@ from fastreward.logits_policy_loss import logits_policy_loss
 from fastreward.logprobs import token_logprobs
 from fastreward.policy_loss import policy_loss
 from fastreward.preference_loss import preference_loss
+from fastreward.rewards import token_rewards
 from fastreward.segments import scatter_rewards, segment_diff, segment_ids, segment_reduce
 from fastreward.whiten import whiten
 
@@ -74,11 +76,13 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "recipes",
+    "rewards",
     "scatter_rewards",
     "segment_diff",
     "segment_ids",
     "segment_reduce",
     "token_logprobs",
+    "token_rewards",
     "whiten",
 ]
 

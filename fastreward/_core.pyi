@@ -82,6 +82,21 @@ def logprobs_finish(
 ) -> None: ...
 def logprobs_accumulate(rows: LogprobsRows, vocab_start: int, flags: int, label_logits: int, state: int) -> None: ...
 def logprobs_forward(rows: LogprobsRows, flags: int, values: int, indices: int, id_logprobs: int) -> None: ...
+def token_rewards(
+    scores: int,
+    logprobs: int,
+    ref_logprobs: int,
+    mask: int,
+    mask_kind: int,
+    sequences: int,
+    columns: int,
+    cu_seqlens: int,
+    kl: int,
+    place: int,
+    numbers: list[float],
+    out: int,
+    threads: int,
+) -> bool: ...
 def whiten_apply(
     x: int,
     mask: int,

@@ -18,4 +18,5 @@ PYBIND11_MODULE(_core, m) {
   fastreward::register_whiten(m);
   fastreward::register_segments(m);
   fastreward::register_prefix_tree(m);
+  fastreward::register_rewards(m);
 }

@@ -11,6 +11,7 @@ void register_logits_policy_loss(pybind11::module_& m);
 void register_group(pybind11::module_& m);
 void register_prefix_tree(pybind11::module_& m);
 void register_segments(pybind11::module_& m);
+void register_rewards(pybind11::module_& m);
 void register_whiten(pybind11::module_& m);
 void register_mask(pybind11::module_& m);
 void register_memory(pybind11::module_& m);

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -213,6 +213,13 @@ def segment_ids(name: str, ids: Tensor, segments: int) -> None:
     low, high = ids.aminmax() if ids.numel() else (ids.new_zeros(()), ids.new_zeros(()))
     if int(low) < -1 or (int(high) >= segments and ids.numel()):  # one pass finds whether, three where
         every(name, (ids >= -1) & (ids < segments), ids, f"-1 or ids in [0, {segments}), the segments of a row")
+
+
+def numbers_where_set(named: Mapping[str, Tensor], mask: Tensor | None) -> None:
+    """None of the tensors, in the mask's shape, is NaN where it counts."""
+    for name, x in named.items():
+        there = ~x.isnan()
+        every(name, there if mask is None else there | (mask == 0), x, "numbers where mask is set")
 
 
 # ------------------------------------------------------------------------------------------------------- output files

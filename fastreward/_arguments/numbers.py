@@ -7,7 +7,7 @@ it has to serve the next value too. There an op for the CPU reads them when it r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Final, NamedTuple
 
@@ -84,14 +84,10 @@ class Parameters(NamedTuple):
 
 def parameters(named: Mapping[str, Number], backend: str) -> Parameters:
     """The numbers of a call that `backend` serves."""
-    known = [x if isinstance(x, float) else 0.0 for x in named.values()]
-    tensors = {name: x for name, x in named.items() if not isinstance(x, float)}
-    if not tensors:
-        return Parameters(known, None, {})
-    if backend not in _READ_BY_OPS:
-        return Parameters(known, None, {name: x.float() for name, x in tensors.items()})
-    new = next(iter(tensors.values())).new_full
-    return Parameters(known, torch.stack([x if isinstance(x, Tensor) else new((), x) for x in named.values()]), {})
+    known, numbers = split_all(list(named.values()))
+    if numbers is None or backend in _READ_BY_OPS:
+        return Parameters(known, numbers, {})
+    return Parameters(known, None, {name: x.float() for name, x in named.items() if isinstance(x, Tensor)})
 
 
 def read(known: list[float], numbers: Tensor | None) -> list[float]:
@@ -107,6 +103,20 @@ def split(x: Number) -> tuple[float, Tensor | None]:
 def joined(known: float, given: Tensor | None, backend: str) -> Number:
     """Inside an op: the number that was `split`; a tensor where only a kernel may read it."""
     return known if given is None else float(given) if backend in _READ_BY_OPS else given
+
+
+def split_all(xs: Sequence[Number]) -> tuple[list[float], Tensor | None]:
+    """`split` of several: those that the host knows, and all of them f64 [n] where there are others."""
+    known = [0.0 if isinstance(x, Tensor) else x for x in xs]
+    tensors = [x for x in xs if isinstance(x, Tensor)]
+    if not tensors:
+        return known, None
+    return known, torch.stack([x if isinstance(x, Tensor) else tensors[0].new_full((), x) for x in xs])
+
+
+def joined_all(known: list[float], given: Tensor | None, backend: str) -> list[float] | Tensor:
+    """Inside an op: the numbers that were split; f64 [n] where only a kernel may read them."""
+    return known if given is None else given.tolist() if backend in _READ_BY_OPS else given
 
 
 def anything(_: str, x: Any) -> float:

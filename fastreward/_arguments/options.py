@@ -18,6 +18,8 @@ Aggregation = Literal[
 PairAggregation = Literal["mean", "sum", "group-mean"]
 Empty = Literal["raise", "zero"]
 KL = Literal["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+", "k3-corrected"]
+#: Estimates of a KL that serve as a penalty in rewards, where nothing is differentiated.
+RewardKL = Literal["k1", "abs", "k2", "k3"]
 Center = Literal["none", "mean", "leave-one-out", "length-weighted", "second-max", "tensor"]
 Scale = Literal["none", "std", "batch-std", "max", "tensor"]
 Singleton = Literal["zero", "raw", "nan"]
@@ -38,6 +40,7 @@ AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 EMPTY: tuple[Empty, ...] = get_args(Empty)
 PAIR_AGGREGATIONS: tuple[PairAggregation, ...] = get_args(PairAggregation)
 KLS: tuple[KL, ...] = get_args(KL)
+REWARD_KLS: tuple[RewardKL, ...] = get_args(RewardKL)
 CENTERS: tuple[Center, ...] = ("none", "mean", "leave-one-out", "length-weighted", "second-max", "tensor")
 SCALES: tuple[Scale, ...] = ("none", "std", "batch-std", "max", "tensor")
 SINGLETONS: tuple[Singleton, ...] = ("zero", "raw", "nan")

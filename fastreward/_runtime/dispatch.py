@@ -35,6 +35,7 @@ OPERATIONS: Final = (
     "group",
     "whiten",
     "segments",
+    "rewards",
     "prefix_tree",
 )
 
@@ -107,6 +108,8 @@ def implementation(operation: Literal["group"], name: str) -> protocols.GroupKer
 def implementation(operation: Literal["whiten"], name: str) -> protocols.WhitenKernels: ...
 @overload
 def implementation(operation: Literal["segments"], name: str) -> protocols.SegmentsKernels: ...
+@overload
+def implementation(operation: Literal["rewards"], name: str) -> protocols.RewardsKernels: ...
 @overload
 def implementation(operation: Literal["program"], name: str) -> protocols.ProgramKernels: ...
 @overload

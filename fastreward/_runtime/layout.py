@@ -82,6 +82,9 @@ class Clip(IntEnum):
 #: As METRICS, for `preference_loss`, where all are always there.
 PAIR_METRICS: Final = ("pair_count", "chosen_logprob", "rejected_logprob", "chosen_tokens", "rejected_tokens")
 
+#: Numbers of a call of `token_rewards`, in order; no bound is an infinite one.
+REWARD_NUMBERS: Final = ("kl_coef", "kl_clamp", "kl_value_clamp", "low", "high")
+
 
 def flags_of(outputs: tuple[str, ...]) -> int:
     """Bit set of the optional statistics that `outputs` asks for (see FLAG)."""

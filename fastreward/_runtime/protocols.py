@@ -17,6 +17,7 @@ from fastreward._arguments.options import (
     AggregateOptions,
     GroupOptions,
     Place,
+    RewardKL,
     Rules,
     SegmentOptions,
     TokenOp,
@@ -142,6 +143,23 @@ class SegmentsKernels(Protocol):
         out: Tensor,  # f32, tokens
     ) -> None:
         """Write reduce's derivative for x, times `values`: for sum, mean, first and last they are put on tokens."""
+
+
+class RewardsKernels(Protocol):
+    """Rewards per token from scores per sequence."""
+
+    def token_rewards(
+        self,
+        scores: Tensor,  # [B] f32, NaN = not scored
+        logprobs: Tensor | None,  # f32 as the tokens, contiguous, with
+        ref_logprobs: Tensor | None,
+        tokens: Tokens,
+        kl: RewardKL,
+        place: Place,
+        numbers: Sequence[float] | Tensor,  # layout.REWARD_NUMBERS; f64 where only a kernel may read them
+        out: Tensor,  # f32 as the tokens, contiguous
+    ) -> None:
+        """Write the scores at their place, less kl_coef * KL on valid tokens; 0 elsewhere."""
 
 
 class ProgramKernels(Protocol):

@@ -25,6 +25,7 @@ OPERATIONS = (
     "group",
     "whiten",
     "segments",
+    "rewards",
     "prefix_tree",
 )
 BESIDES = ("busy", "small_calls")  # no operations: run where they are named, on the CPU

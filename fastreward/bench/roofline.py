@@ -98,6 +98,16 @@ def correction(tokens: int, mask_itemsize: int = 1) -> Traffic:
     return Traffic(tokens * (8 + mask_itemsize), tokens * 5)
 
 
+def token_rewards(tokens: int, mask_itemsize: int = 1) -> Traffic:
+    """Both log-probs and the mask read once, the rewards written once."""
+    return Traffic(tokens * (8 + mask_itemsize), tokens * 4)
+
+
+def value_loss_forward_backward(tokens: int, mask_itemsize: int = 1) -> Traffic:
+    """Values, old values, returns and the mask read once, the gradient written once."""
+    return Traffic(tokens * (12 + mask_itemsize), tokens * 4)
+
+
 def whiten(elements: int, mask_itemsize: int = 1) -> Traffic:
     """Two reads (the variance needs the mean or a second look) and one write, the mask with each read."""
     return Traffic(elements * 2 * (4 + mask_itemsize), elements * 4)

@@ -261,6 +261,41 @@ def whiten(
     return torch.where(valid, white if shift_mean else white + mean, 0.0)
 
 
+def token_rewards(
+    scores: Tensor,
+    mask: Tensor,
+    *,
+    logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl: str = "k1",
+    kl_coef: float = 0.0,
+    kl_clamp: float | None = 20.0,
+    kl_value_clamp: float | None = None,
+    clip: tuple[float | None, float | None] | None = None,
+    place: str = "end",
+) -> Tensor:
+    """Rewards [B, T], as verl's and OpenRLHF's trainers put them together: a score's place, a KL, a mask."""
+    counted = mask != 0
+    if clip is not None:
+        scores = scores.clamp(*clip)
+    scores = scores.float().nan_to_num(0.0)
+    if place == "broadcast":
+        rewards = scores.unsqueeze(-1) * counted
+    else:
+        flags = counted.long()
+        at = flags.argmax(-1) if place == "start" else flags.shape[-1] - 1 - flags.flip(-1).argmax(-1)
+        rewards = torch.zeros(counted.shape, device=scores.device)
+        rewards = rewards.scatter(-1, at.unsqueeze(-1), (scores * counted.any(-1)).unsqueeze(-1))
+    if logprobs is None or ref_logprobs is None or kl_coef == 0:
+        return rewards
+    gap = ref_logprobs.float() - logprobs.float()
+    gap = gap if kl_clamp is None else gap.clamp(-kl_clamp, kl_clamp)
+    estimate = {"k1": -gap, "abs": gap.abs(), "k2": 0.5 * gap.square()}.get(kl)
+    estimate = gap.exp() - gap - 1.0 if estimate is None else estimate
+    estimate = estimate if kl_value_clamp is None else estimate.clamp(-kl_value_clamp, kl_value_clamp)
+    return rewards - torch.where(counted, kl_coef * estimate, 0.0)
+
+
 # -------------------------------------------------------------------------------------------------- prefix trees
 def tree_aggregate(
     tree: Any,

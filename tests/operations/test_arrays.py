@@ -76,6 +76,9 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
         (numbers(4, 2), IDS),
         {"center": numbers(4), "component_weights": torch.tensor([1.0, 0.5]), "mask": torch.tensor([1, 1, 1, 0])},
     ),
+    "token_rewards": (
+        fr.token_rewards, (ADVANTAGES, MASK), {"logprobs": LOGPROBS, "ref_logprobs": OLD, "kl_coef": 0.1, "kl": "k2"},
+    ),
     "whiten": (fr.whiten, (OLD, MASK), {}),
     "segment_ids": (fr.segment_ids, (TOKENS,), {"separators": [2, 4], "mask": MASK}),
     "segment_reduce": (fr.segment_reduce, (OLD, TOKENS - 1), {"op": "max", "weights": MASK, "empty": -9.0}),

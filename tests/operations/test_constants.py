@@ -174,6 +174,16 @@ CALLS: dict[str, tuple[Callable[[Tensor], object], Tensor]] = {
         lambda x: fr.group_advantages(ones(4, 2), group_size=2, component_weights=[1.0, x]),
         torch.tensor(1.0),
     ),
+    "token_rewards scores": (lambda x: fr.token_rewards(x, ones(B, T)), ones(B)),
+    "token_rewards mask": (lambda x: fr.token_rewards(ones(B), x), ones(B, T)),
+    "token_rewards logprobs": (
+        lambda x: fr.token_rewards(ones(B), None, logprobs=x, ref_logprobs=lp(), kl_coef=0.1),
+        lp(),
+    ),
+    "token_rewards kl_coef": (
+        lambda x: fr.token_rewards(ones(B), None, logprobs=lp(), ref_logprobs=lp(), kl_coef=x),
+        ones(),
+    ),
     "whiten x": (fr.whiten, lp()),
     "segment_ids mask": (lambda x: fr.segment_ids(LABELS, by="labels", mask=x), ones(B, T)),
     "segment_reduce weights": (lambda x: fr.segment_reduce(lp(), LABELS, weights=x), ones(B, T)),

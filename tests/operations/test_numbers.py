@@ -39,6 +39,10 @@ def rejected(x: Any) -> Tensor:
     return fr.correction_weights(LP, LP.flip(0), reject={"token_k1": x})[1]
 
 
+def rewards(**options: Any) -> Tensor:
+    return fr.token_rewards(torch.ones(B), None, logprobs=LP, ref_logprobs=LP.flip(0), **options)
+
+
 def logits_loss(**options: Any) -> Tensor:
     return fr.logits_policy_loss(LOGITS, LABELS, LP, torch.ones(B), **options).loss
 
@@ -70,6 +74,10 @@ CALLS: dict[str, tuple[Callable[[Any], Tensor], float | None]] = {
     ),
     "segment_diff decay": (lambda x: fr.segment_diff(LP, mode="lookahead", decay=x), None),
     "segment_diff threshold": (lambda x: fr.segment_diff(LP, mode="lookahead", threshold=x), -1.0),
+    "token_rewards kl_coef": (lambda x: rewards(kl_coef=x), None),
+    "token_rewards kl_clamp": (lambda x: rewards(kl_coef=0.5, kl_clamp=x), 0.0),
+    "token_rewards kl_value_clamp": (lambda x: rewards(kl_coef=0.5, kl_value_clamp=x), -1.0),
+    "token_rewards clip[0]": (lambda x: rewards(clip=(x, None)), None),
     "whiten eps": (lambda x: fr.whiten(LP, eps=x), -1.0),
 }
 NAMES = pytest.mark.parametrize("name", CALLS)

@@ -100,6 +100,10 @@ def _operations() -> dict[str, Operation]:
 
     return {
         "whiten": lambda: [fr.whiten(x, mask)],
+        "rewards": lambda: [
+            fr.token_rewards(x[:, 0], mask, logprobs=x, ref_logprobs=old, kl_coef=0.1, kl="k3", place=place)
+            for place in ("end", "broadcast")
+        ],
         "group": lambda: [fr.group_advantages(rewards, group_size=4)],
         "group ids": lambda: [fr.group_advantages(rewards, ids)],
         "segments": segments,

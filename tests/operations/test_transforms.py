@@ -103,6 +103,11 @@ OPERATIONS = {
     "scatter_rewards": Operation(
         lambda x: fr.scatter_rewards(x, SEGMENTS, place="spread"), (normal(B, 3),), linear=True
     ),
+    "token_rewards": Operation(
+        lambda s, x: fr.token_rewards(s, MASK, logprobs=x, ref_logprobs=ROLLOUT, kl_coef=0.1),
+        (normal(B), OLD.clone()),
+        gradient=False,
+    ),
     "whiten": Operation(lambda x: fr.whiten(x, MASK), (normal(B, T),), gradient=False),
     "PrefixTree.aggregate": Operation(lambda x: TREE.aggregate(x), (normal(B),)),
     "PrefixTree.advantages": Operation(lambda x: TREE.advantages(x), (normal(NODES),), gradient=False),

@@ -9,17 +9,20 @@ import fastreward.cpu.logits_policy_loss
 import fastreward.cpu.logprobs
 import fastreward.cpu.prefix_tree
 import fastreward.cpu.program
+import fastreward.cpu.rewards
 import fastreward.cpu.segments
 import fastreward.cpu.whiten
 import fastreward.cuda.group
 import fastreward.cuda.logits_policy_loss
 import fastreward.cuda.logprobs
 import fastreward.cuda.program
+import fastreward.cuda.rewards
 import fastreward.cuda.whiten
 import fastreward.reference.group
 import fastreward.reference.logprobs
 import fastreward.reference.prefix_tree
 import fastreward.reference.program
+import fastreward.reference.rewards
 import fastreward.reference.segments
 import fastreward.reference.whiten
 import kernels.group
@@ -27,6 +30,7 @@ import kernels.logits_policy_loss
 import kernels.logprobs
 import kernels.prefix_tree
 import kernels.program
+import kernels.rewards
 import kernels.whiten
 from fastreward._runtime import protocols
 
@@ -51,6 +55,12 @@ WHITEN: Final[tuple[protocols.WhitenKernels, ...]] = (
 SEGMENTS: Final[tuple[protocols.SegmentsKernels, ...]] = (
     fastreward.reference.segments,
     fastreward.cpu.segments,
+)
+REWARDS: Final[tuple[protocols.RewardsKernels, ...]] = (
+    fastreward.reference.rewards,
+    fastreward.cpu.rewards,
+    kernels.rewards,
+    fastreward.cuda.rewards,
 )
 PROGRAM: Final[tuple[protocols.ProgramKernels, ...]] = (
     fastreward.reference.program,

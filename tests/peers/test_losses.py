@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 import types
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from openrlhf_models import models
 from reference_losses import policy as reference
 from torch import Tensor
 
@@ -396,20 +395,8 @@ def test_trl_sdpo_token(is_clip: float | None) -> None:
 # ------------------------------------------------------------------------------------------------------------ OpenRLHF
 @pytest.fixture(scope="module")
 def openrlhf() -> Any:
-    """OpenRLHF's loss.py and utils.py as modules of their own: importing the package needs deepspeed and a GPU."""
-    spec = importlib.util.find_spec("openrlhf")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("openrlhf is not installed (`make test` installs it)")
-    folder = Path(spec.submodule_search_locations[0]) / "models"
-    added = {"openrlhf_models": types.ModuleType("openrlhf_models")}
-    if importlib.util.find_spec("deepspeed") is None:
-        added["deepspeed"] = types.ModuleType("deepspeed")  # named in a function that no loss calls
-    sys.modules.update(added)
-    added["openrlhf_models"].__path__ = [str(folder)]
-    loss = importlib.import_module("openrlhf_models.loss")
-    yield types.SimpleNamespace(loss=loss, utils=importlib.import_module("openrlhf_models.utils"))
-    for name in [*added, "openrlhf_models.loss", "openrlhf_models.utils"]:
-        del sys.modules[name]
+    with models() as found:
+        yield found
 
 
 @pytest.mark.parametrize("spread", WIDE)

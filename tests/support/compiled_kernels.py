@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of log-probs, groups and whitening; a program, for test_compile.py."""
+"""Compiles the Triton kernels of log-probs, groups, rewards and whitening; a program, for test_compile.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import compiled
 import torch
-from fastreward.kernels import group, logprobs, whiten
+from fastreward.kernels import group, logprobs, rewards, whiten
 
 from fastreward._arguments.options import GroupOptions
+from fastreward._arguments.tokens import Tokens
 
 
 def logprob_cases(everything: bool) -> dict[str, Any]:
@@ -73,8 +74,14 @@ def small_cases(everything: bool) -> dict[str, Any]:
         x = torch.zeros(64, 512)
         whiten.forward(x, torch.ones(64, 512, dtype=torch.bool), False, 1, 1e-8, x)
 
+    def placed() -> None:
+        x = torch.zeros(64, 512)
+        tokens = Tokens((64, 512), torch.ones(64, 512, dtype=torch.bool))
+        rewards.token_rewards(torch.ones(64), x, x, tokens, "k3", "end", (0.1, 20.0, 10.0, -1.0, 1.0), x.clone())
+
     cases = {
         "whiten": white,
+        "token_rewards": placed,
         "group: labels, second-max over max": lambda: grouped(0, center="second-max", scale="max"),
         "group: neighbours": lambda: grouped(8),
     }

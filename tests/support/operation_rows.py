@@ -225,6 +225,14 @@ ROWS = [
         lambda B, T: {"values": torch.randn(B, requires_grad=True), "mask": mask(B, T)}),
     Row("scatter_rewards", "segments",
         lambda B, T: {"values": torch.randn(B, T, requires_grad=True), "segment_ids": turns(B, T), "place": "spread"}),
+    Row(
+        "token_rewards", "kl",
+        lambda B, T: per_token(B, T, "logprobs", "ref_logprobs")
+        | {"scores": torch.randn(B), "mask": mask(B, T), "kl_coef": 0.1 * B, "kl": "k3", "kl_value_clamp": 1.0 * T},
+    ),
+    Row("token_rewards", "packed",
+        lambda B, T: {"scores": torch.randn(B), "mask": torch.ones(int(lengths(B, T)[-1])), "place": "broadcast",
+                      "cu_seqlens": lengths(B, T), "clip": (-0.5, 0.5)}),
     Row("whiten", "masked", lambda B, T: {"x": torch.randn(B, T), "mask": mask(B, T), "eps": 0.1 * B}),
 ]  # fmt: skip
 

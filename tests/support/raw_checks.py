@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward._arguments.options import CENTERS, NORMALIZES, SINGLETONS, GroupOptions
+from fastreward._arguments.options import CENTERS, NORMALIZES, SINGLETONS, GroupOptions, Place, RewardKL
+from fastreward._arguments.tokens import Tokens
 from fastreward._runtime.layout import FLAG, INDICES, VALUES
 from fastreward.reference import group as reference_group
 from fastreward.reference import logprobs as reference_logprobs
+from fastreward.reference import rewards as reference_rewards
 from fastreward.reference import whiten as reference_whiten
 
 EVERYTHING = 31
@@ -384,6 +386,33 @@ def check_whiten(
     assert torch.equal(out, again)
     module.forward(moved, on_device, shift_mean, 1, 1e-8, moved)
     assert torch.equal(out, moved)
+
+
+def check_token_rewards(
+    module: ModuleType, device: str, kl: RewardKL | None, place: Place, *, packed: bool, width: int = 3001
+) -> None:
+    """Masked with holes, an empty sequence, one that is not scored, NaN under the mask; all valid; numbers on it."""
+    g = torch.Generator().manual_seed(5)
+    shape = (4, width)
+    mask = (torch.rand(shape, generator=g) < 0.7).long()
+    mask[0], mask[1, width // 3 :], mask[2, : width - 20] = 0, 0, 0
+    scores = torch.tensor([1.0, torch.nan, -0.3, 3.0])
+    logprobs, ref = -torch.rand(shape, generator=g), -torch.rand(shape, generator=g)
+    bounds = torch.tensor([0, width, 2 * width, 2 * width, 4 * width]) if packed else None
+    tokens = shape if not packed else (4 * width,)
+    numbers = [0.1, 0.5, 0.3, -0.2, 2.0]
+    for counted in (mask, None):
+        terms = [x if counted is None else x.masked_fill(mask == 0, torch.nan) for x in (logprobs, ref)]
+        pair = [None if kl is None else x.view(tokens) for x in terms]
+        given = Tokens(tokens, None if counted is None else counted.view(tokens), bounds)
+        want = torch.full(tokens, torch.nan)
+        reference_rewards.token_rewards(scores, pair[0], pair[1], given, kl or "k1", place, numbers, want)
+        moved = Tokens(tokens, *(None if x is None else x.to(device) for x in (given.mask, bounds)))
+        there = [None if x is None else x.to(device) for x in (scores, *pair)]
+        for values in (numbers, torch.tensor(numbers, dtype=torch.float64, device=device)):
+            out = torch.full(tokens, torch.nan, device=device)
+            module.token_rewards(there[0], there[1], there[2], moved, kl or "k1", place, values, out)
+            close(out, want, 1e-6, 1e-6, "rewards")
 
 
 def check_whiten_corners(module: ModuleType, device: str) -> None:

@@ -20,7 +20,7 @@ from cuda_compilers import ARCHITECTURES, cuobjdump, nvrtc_library
 import fastreward.cuda
 from fastreward.cuda import _launch
 
-SOURCES = ("logprobs", "group", "whiten")
+SOURCES = ("logprobs", "group", "rewards", "whiten")
 TYPES = ("f32", "bf16", "f16")
 
 
@@ -140,7 +140,7 @@ def test_module_imports_without_touching_cuda() -> None:
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"CUDA_VISIBLE_DEVICES": ""}
     )
-    assert int(run.stdout) == 3 * 11 + 1 + 2 + 2  # logprobs by type, its finish, group, whiten
+    assert int(run.stdout) == 3 * 11 + 1 + 2 + 1 + 2  # logprobs by type, its finish, group, rewards, whiten
 
 
 @needs_module

@@ -17,7 +17,8 @@ import raw_checks
 import torch
 from emulation import Emulator
 
-from fastreward.cuda import group, logprobs, whiten
+from fastreward._arguments.options import PLACES, REWARD_KLS, Place
+from fastreward.cuda import group, logprobs, rewards, whiten
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     stand_in = Emulator(folder)
-    modules: tuple[ModuleType, ...] = (logprobs, group, whiten)
+    modules: tuple[ModuleType, ...] = (logprobs, group, rewards, whiten)
     for module in modules:
         for name in ("launch", "multiprocessors", "has_clusters", "counter"):
             if hasattr(module, name):
@@ -125,6 +126,12 @@ def test_group_larger_than_a_warp(emulator: Emulator) -> None:
     for index in (torch.zeros(200, dtype=torch.int64), torch.arange(200) // 64, torch.arange(200) // 33):
         arguments = (rewards, index, 0, None, None, None, None, raw_checks.GROUP_OPTIONS["grpo"])
         raw_checks.close(group.forward(*arguments), raw_checks.reference_group.forward(*arguments), 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_token_rewards(place: Place, emulator: Emulator) -> None:
+    for k, kl in enumerate((None, *REWARD_KLS)):
+        raw_checks.check_token_rewards(rewards, "cpu", kl, place, packed=k % 2 == 0)
 
 
 def test_whiten_corners(emulator: Emulator) -> None:

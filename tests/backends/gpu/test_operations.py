@@ -21,6 +21,7 @@ from torch import Tensor
 import fastreward as fr
 import fastreward.cuda
 from fastreward import losses
+from fastreward._arguments.options import PLACES, REWARD_KLS, Place
 from fastreward._arguments.tokens import Tokens
 from fastreward.language.node import Level
 
@@ -246,7 +247,7 @@ def test_small_rescale(dtype: torch.dtype, backend: Callable[[str], ModuleType])
         program_checks.check_rescale(backend("logits_policy_loss"), "cuda", dtype, rows, vocab)
 
 
-# ----------------------------------------------------------------------------------------------------- group and whiten
+# -------------------------------------------------------------------------------------------- group, rewards, whiten
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("name", raw_checks.GROUP_OPTIONS)
 def test_small_group(name: str, contiguous: bool, backend: Callable[[str], ModuleType]) -> None:
@@ -265,6 +266,13 @@ def test_small_corners(backend: Callable[[str], ModuleType]) -> None:
 def test_small_whiten(shift_mean: bool, masked: bool, backend: Callable[[str], ModuleType]) -> None:
     for shape, offset in (((3, 7), 0.0), ((9, 1000), 1e4), ((300, 4096), -3.0)):
         raw_checks.check_whiten(backend("whiten"), "cuda", shape, shift_mean=shift_mean, masked=masked, offset=offset)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_small_token_rewards(place: Place, packed: bool, backend: Callable[[str], ModuleType]) -> None:
+    for kl in (None, *REWARD_KLS):
+        raw_checks.check_token_rewards(backend("rewards"), "cuda", kl, place, packed=packed)
 
 
 # ------------------------------------------------------------------------------------------------- no sync, CUDA graphs
@@ -303,6 +311,11 @@ def _calls(backend: Callable[[str], ModuleType]) -> dict[str, Callable[[], tuple
         whiten.forward(lp, mask, True, 1, 1e-8, out)
         return (out,)
 
+    def run_rewards() -> tuple[Tensor, ...]:
+        out, tokens, numbers = torch.empty_like(lp), Tokens((16, 3000), mask), (0.1, 20.0, 10.0, -1.0, 1.0)
+        backend("rewards").token_rewards(lp[:, 0].contiguous(), lp, -lp, tokens, "k3", "end", numbers, out)
+        return (out,)
+
     def run_group(name: str) -> tuple[Tensor, ...]:
         return (group.forward(rewards, index, 0, None, None, None, None, raw_checks.GROUP_OPTIONS[name]),)
 
@@ -338,13 +351,14 @@ def _calls(backend: Callable[[str], ModuleType]) -> dict[str, Callable[[], tuple
         "group loss": lambda: run_program("real", False),
         "group": lambda: run_group("grpo"),
         "group batch-std": lambda: run_group("gdpo_batch"),
+        "rewards": run_rewards,
         "whiten": run_whiten,
     }
 
 
 _CALLS = (
     "logits", "logits packed", "logprobs", "ppo", "ppo packed", "gspo", "group loss", "group", "group batch-std",
-    "whiten",
+    "rewards", "whiten",
 )  # fmt: skip
 
 
