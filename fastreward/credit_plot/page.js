@@ -175,6 +175,9 @@ function rowOfToken(token) {
   return low;
 }
 
+// The selected token; -1 in a sequence that has none.
+const current = () => (state.token < batch.starts[state.row + 1] ? state.token : -1);
+
 function heading(row) {
   const group = data.groups.names[batch.groupOf[row]], reward = data.rewards ? `   reward ${number(data.rewards[row])}` : "";
   const tokens = batch.starts[row + 1] - batch.starts[row];
@@ -212,6 +215,7 @@ function drawLine(context, line, y) {
     return;
   }
   const { tokens, widths, shown, counted } = batch, { numbers, scale } = state.channel;
+  const selected = current();
   let x = MARGIN;
   for (let i = first, end = lineEnd(line); i < end; i++) {
     const wide = widths[tokens[i]];
@@ -222,9 +226,9 @@ function drawLine(context, line, y) {
       context.fillStyle = bright(colour) ? "#22303c" : "#ffffff";
     } else context.fillStyle = "#9aa5af";
     context.fillText(shown[tokens[i]], x, middle);
-    if (i === state.token || i === state.hovered) {
-      context.strokeStyle = i === state.token ? "#000000" : "#5c6b78";
-      context.lineWidth = i === state.token ? 2 : 1;
+    if (i === selected || i === state.hovered) {
+      context.strokeStyle = i === selected ? "#000000" : "#5c6b78";
+      context.lineWidth = i === selected ? 2 : 1;
       context.strokeRect(x, y + 2, wide, LINE - 4);
     }
     x += wide;
@@ -289,7 +293,10 @@ function shownValue(channel, i) {
 function showToken(i) {
   const panel = $("token");
   panel.replaceChildren();
-  if (i < 0 || i >= batch.tokens.length) return panel.append("no token");
+  if (i < 0) {
+    for (const channel of batch.channels) channel.number.textContent = "";
+    return panel.append("no token");
+  }
   const row = rowOfToken(i), { ids, texts } = data.vocabulary, k = batch.tokens[i];
   panel.append(element("b", texts ? visible(texts[k]) : String(ids[k])), element("br"));
   panel.append(`token ${ids[k]} at position ${i - batch.starts[row]} of sequence ${row}`);
@@ -407,14 +414,20 @@ function choose(k) {
 function refresh() {
   $("channel").value = batch.channels.indexOf(state.channel);
   for (const channel of batch.channels) channel.line.className = channel === state.channel ? "chosen" : "";
-  showToken(state.token);
+  showToken(current());
   drawLegend();
   drawStrips();
   drawTree();
   draw();
+  clearTimeout(linking);  // browsers refuse too many changes of an address
+  linking = setTimeout(link, 200);
+}
+
+let linking = 0;
+// Makes the address one of this token.
+function link() {
   const position = state.token - batch.starts[state.row];
-  const place = `#channel=${encodeURIComponent(state.channel.name)}&sequence=${state.row}&token=${position}`;
-  history.replaceState(null, "", place);  // a link to this token
+  history.replaceState(null, "", `#channel=${encodeURIComponent(state.channel.name)}&sequence=${state.row}&token=${position}`);
 }
 
 function selectRow(row) {
@@ -517,10 +530,10 @@ async function main() {
     const token = tokenUnder(event);
     if (token === state.hovered) return;
     state.hovered = token;
-    showToken(token < 0 ? state.token : token);
+    showToken(token < 0 ? current() : token);
     draw();
   };
-  $("lines").onmouseleave = () => { state.hovered = -1; showToken(state.token); draw(); };
+  $("lines").onmouseleave = () => { state.hovered = -1; showToken(current()); draw(); };
   $("lines").onclick = (event) => { const token = tokenUnder(event); if (token >= 0) select(token); };
   $("branches").onclick = clickTree;
   document.onkeydown = onKey;

@@ -98,9 +98,13 @@ def test_against_plain_torch(data: dict[str, Tensor], name: str, backend: str) -
     assert not plain.tokens
 
 
-def test_a_loss_reports(data: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_loss_reports(data: dict[str, Tensor], backend: str) -> None:
+    """Values per sequence and for the batch take another pass over the tokens, and change no bit of the gradient."""
     names = ("capped", "over", "mean_advantage", "ratio", "best")
-    result, _ = trained(data, reporting(1.2), *names)
+    with fr.backend(backend):
+        result, grad = trained(data, reporting(1.2), *names)
+        assert torch.equal(grad, trained(data, reporting(1.2))[1])
     ratio, advantage = ratio_of(data), data["advantages"]
     mean = (advantage * MASK).sum(-1) / LENGTHS
     wanted = {
