@@ -21,8 +21,7 @@ What each scheme that gives advantages makes of the same two rollouts of one pro
 right and has reward {right}, the second wrong and has {wrong}. Whatever a scheme needs besides (step rewards,
 log-probs of a judge, entropies) is what its example makes: `fastreward recipes NAME` shows the program, and
 [methods.md](methods.md) the formula and its source. Statistics of a group are over these two, of a batch over the four
-responses of the example. Recipes for rewards are followed by `group_advantages`, those for rewards per token by
-`whiten`.
+responses of the example. Rewards per token are whitened, values of a tree's nodes are followed by their differences.
 
 `{command}` writes this page and its picture.
 `fastreward plot credit rollouts.jsonl` draws your own rollouts under every scheme that needs no more than the file has,
@@ -31,6 +30,7 @@ trainer.
 
 ![advantages of two rollouts under each scheme]({picture})
 """
+_REWARDS: Final = "What recipes for rewards per response give for the two; `group_advantages` makes advantages of it."
 
 
 def page(picture: str = "credit.png") -> str:
@@ -40,6 +40,9 @@ def page(picture: str = "credit.png") -> str:
     parts = [_HEAD.format(right=right, wrong=wrong, command=COMMAND, picture=picture)]
     for family, of in groupby(found, lambda scheme: scheme.family):
         parts.append("\n".join([f"## {family}", "", *_table(rollouts, list(of))]) + "\n")
+    rewards = schemes.rewards_on_example()
+    if rewards:
+        parts.append("\n".join(["## Rewards", "", _REWARDS, "", *_reward_table(rewards)]) + "\n")
     if missing:
         names = ", ".join(f"`{name}`" for name in missing)
         parts.append(f"Not here, as the responses of their examples are others: {names}.\n")
@@ -66,6 +69,11 @@ def write(path: Path) -> None:
 def digest(text: str) -> str:
     """What the picture of a gallery says which text it belongs to."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _reward_table(rewards: dict[str, list[float]]) -> list[str]:
+    lines = [[f"`{name}`", *(f"{x:.3g}" for x in of)] for name, of in rewards.items()]
+    return [f"| {' | '.join(line)} |" for line in (["scheme", "first", "second"], ["---", "--:", "--:"], *lines)]
 
 
 def _table(rollouts: Rollouts, found: list[Scheme]) -> list[str]:

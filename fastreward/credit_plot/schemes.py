@@ -1,5 +1,4 @@
-"""Credit schemes on rollouts: every recipe that gives advantages, or rewards that these are made of, and has what it
-needs there."""
+"""Credit schemes on rollouts: every recipe that gives advantages, or what they are made of token by token."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ from fastreward.whiten import whiten
 
 #: The operation under its defaults, which is GRPO's scheme: it stands beside the recipes.
 _OPERATION: Final = "group_advantages"
-#: What a recipe has to return. Rewards become advantages as in the recipes' examples.
-_CREDIT: Final = ("advantages", "response advantages", "rewards", "token rewards", "node values")
+#: What a recipe has to return. The last two become advantages as in the recipes' examples.
+_CREDIT: Final = ("advantages", "response advantages", "token rewards", "node values")
 #: What the tokens of the recipes' examples are as text: the first two responses answer one question.
 _WORDS: Final = ("", "× 6 ", "= 60 ", "is ", "108 ", "17 ", "So ", "+ 42 ", "= ", "102 ")
 
@@ -62,6 +61,17 @@ def on_example(names: Collection[str] = ()) -> tuple[list[Scheme], dict[str, str
             except ValueError as error:  # the responses of its example are others
                 missing[recipe.name] = str(error)
     return found, missing
+
+
+def rewards_on_example() -> dict[str, list[float]]:
+    """What the recipes for rewards per response give for the two built-in rollouts, each as its example makes it."""
+    found = {}
+    for recipe in RECIPES.values():
+        if recipe.returns == "rewards":
+            given = outcome(recipe.example(), "rewards")
+            if given.shape == responses()["rewards"].shape:
+                found[recipe.name] = given[:2].tolist()
+    return found
 
 
 def on_rollouts(rollouts: Rollouts, names: Collection[str] = ()) -> tuple[list[Scheme], dict[str, str]]:
@@ -121,8 +131,6 @@ def _arguments(recipe: Recipe, there: dict[str, Any]) -> dict[str, Any]:
 def _advantages(recipe: Recipe, there: dict[str, Any]) -> Tensor:
     """What the recipe gives, as advantages."""
     given: Tensor = recipe.function(**_arguments(recipe, there))
-    if recipe.returns == "rewards":
-        return group_advantages(given, there["group_ids"])
     if recipe.returns == "token rewards":
         return whiten(given, there["mask"])
     if recipe.returns == "node values":

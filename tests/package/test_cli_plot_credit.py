@@ -49,13 +49,19 @@ def _refusal(result: Any) -> str:
 def test_every_scheme_is_on_the_example() -> None:
     drawn, missing = schemes.on_example()
     found = {scheme.name: scheme.advantages for scheme in drawn}
-    kinds = ("advantages", "response advantages", "rewards", "token rewards", "node values")
+    kinds = ("advantages", "response advantages", "token rewards", "node values")
     assert {*found, *missing} == {"group_advantages", *(name for name, r in RECIPES.items() if r.returns in kinds)}
     own = responses()
     expected = recipes.tempo(own["tokens"], own["mask"], own["rewards"], group_ids=own["group_ids"])[:2]
     assert torch.equal(found["tempo"], expected)
     assert all(x.shape == (2, 6) and x.dtype == torch.float32 for x in found.values())
     assert not any(x[1, 4:].any() for x in found.values())  # behind the second rollout's end
+
+
+def test_rewards_of_the_two() -> None:
+    found = schemes.rewards_on_example()
+    assert found
+    assert all(RECIPES[name].returns == "rewards" and len(two) == 2 for name, two in found.items())
 
 
 def test_an_example_leaves_the_generator_alone() -> None:
