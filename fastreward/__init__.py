@@ -11,6 +11,8 @@ Losses, with their gradient in the same pass (a `PolicyLoss`):
     Clip                      which clip acted on a token, where return_tokens=("clip",) asks
 Advantages and weights:
     group_advantages          rewards against those of the same group
+    group_statistics          baselines, spreads, ranks, win rates and pass@k of groups
+    Groups                    which rollouts or turns belong together, worked out once
     whiten                    to mean 0 and variance 1
     segment_ids               turns, steps or thoughts of responses: the segment of each token
     segment_reduce            one value for each segment: sum, mean, min, soft minimum, ...
@@ -40,7 +42,9 @@ from fastreward._runtime.errors import BackendError
 from fastreward._runtime.layout import Clip
 from fastreward._runtime.logprobs import TokenStats
 from fastreward.correction import correction_weights, off_policy_sequence_mask
+from fastreward.group import Groups as Groups
 from fastreward.group import group_advantages
+from fastreward.group_statistics import group_statistics
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.linear_policy_loss import linear_policy_loss
 from fastreward.logits_policy_loss import logits_policy_loss
@@ -60,6 +64,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Clip",
+    "Groups",
     "PolicyLoss",
     "PrefixTree",
     "TokenStats",
@@ -67,6 +72,7 @@ __all__ = [
     "correction_weights",
     "credit_page",
     "group_advantages",
+    "group_statistics",
     "linear_policy_loss",
     "linear_token_logprobs",
     "logits_policy_loss",

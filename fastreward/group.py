@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
-from fastreward._arguments.groups import GroupIds, checked_group_size, factorize
+from fastreward._arguments.groups import GroupIds, Membership, membership
+from fastreward._arguments.groups import Groups as Groups
 from fastreward._arguments.numbers import Number, joined, number, split
 from fastreward._arguments.options import CENTERS, NORMALIZES, SCALES, SINGLETONS, GroupOptions, Normalize, Singleton
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
+from fastreward.distributed.rollouts import Ranks, labels_of_all_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @custom_op("group_advantages")
@@ -71,13 +76,16 @@ def group_advantages(
     component_weights: Tensor | Sequence[Number] | None = None,
     normalize: Normalize = "sum-then-normalize",
     mask: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Advantages of rollouts against their own group: (reward - center) / scale. GRPO by default (arXiv 2402.03300).
 
     Args:
         rewards: [B] or [B, K] components, finite; NaN = not scored. A rollout without any score gets advantage 0 and
-            counts in no statistic. float32 or float64; bool, integers and half precision are converted, exactly.
-        group_ids: integers [B], or any sequence of B hashables (uid strings); groups need not be contiguous.
+            counts in no statistic. float32 or float64; bool, integers and half precision are converted, exactly. With
+            `Groups` over turns in their shape, [B, S] or [B, S, K]; what is [B] below is then [B, S] too.
+        group_ids: integers [B], or any sequence of B hashables (uid strings), or `Groups`; groups need not be
+            contiguous.
         group_size: instead of group_ids, equal contiguous groups of this size.
         center: "mean", "leave-one-out" (RLOO, arXiv 2402.14740), "length-weighted" (OPO, arXiv 2505.23585; needs
             lengths; a group without any length gets 0), "second-max" (the best of the others), "none", or a baseline
@@ -93,82 +101,94 @@ def group_advantages(
         component_weights: [K], default 1.
         normalize: "sum-then-normalize", or "normalize-then-sum" (each component on its own; GDPO, arXiv 2601.05242).
         mask: [B], nonzero = the rollout is there; others are as if not scored.
+        process_group: groups may straddle ranks: integers and strings name the same group on each, group_size those of
+            a rank. Every rank gets the bits that one process would get from all rollouts in rank order: what crosses is
+            each rank's rewards, ids and what else is per rollout (16 bytes each, more with components, lengths, ...);
+            the host waits once for how many there are. Batches may differ in size.
 
     Returns:
-        [B] float32. Statistics are two-pass in float64. Rewards are constants.
+        [B] float32, or [B, S]. Statistics are two-pass in float64. Rewards are constants.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or name, both or none of group_ids and group_size; on the CPU also
             for values that are not finite (lengths: negative) where a rollout is scored.
     """
     rewards = check.rewards("rewards", rewards)
-    if rewards.ndim not in (1, 2):
-        raise ValueError(f"rewards: expected shape [B] or [B, K], got {list(rewards.shape)}")
+    groups = membership(group_ids, group_size, rewards)
+    if rewards.shape != groups.shape and rewards.shape[:-1] != groups.shape:
+        shape = "[B] or [B, K]" if not isinstance(group_ids, Groups) else f"{list(groups.shape)} or [..., K]"
+        raise ValueError(f"rewards: expected shape {shape}, got {list(rewards.shape)}")
     for name, value, allowed in (("singleton", singleton, SINGLETONS), ("normalize", normalize, NORMALIZES)):
         check.choice(name, value, allowed)
-    components = _components(rewards, mask)
-    center_name, center_values = _mode("center", center, CENTERS, components)
-    scale_name, scale_values = _mode("scale", scale, SCALES, components)
+    components = _components(rewards, mask, groups)
+    center_name, center_values = _mode("center", center, CENTERS, components, groups)
+    scale_name, scale_values = _mode("scale", scale, SCALES, components, groups)
     if (center_name == "length-weighted") != (lengths is not None):
         raise ValueError("lengths: needed for center='length-weighted', and only for it")
-    index, size = _groups(group_ids, group_size, rewards)
     ddof = check.whole("ddof", ddof, "the divisor of a variance is count - ddof")
-    advantages: Tensor = _group_advantages(
+    rows: Sequence[Tensor | None] = (
         components,
-        index,
-        size,
-        None if lengths is None else _per_rollout("lengths", lengths, components, at_least=0.0),
-        _weights(component_weights, components),
+        groups.index,
+        None if lengths is None else _per_rollout("lengths", lengths, components, groups, at_least=0.0),
         center_values,
         scale_values,
+    )
+    ranks = None if process_group is None else Ranks(process_group, components.shape[0])
+    if ranks is not None:
+        rows = ranks.gather([components, labels_of_all_ranks(groups.index, group_ids), *rows[2:]])
+    advantages: Tensor = _group_advantages(
+        rows[0],
+        rows[1],
+        groups.group_size,
+        rows[2],
+        _weights(component_weights, components),
+        rows[3],
+        rows[4],
         "|".join((center_name, scale_name, singleton, normalize)),
         ddof,
         *split(number("eps", eps, rewards, check.not_negative)),
         check.flag("eps_inside", eps_inside),
         select("group", rewards),
     )
-    return advantages
+    return (advantages if ranks is None else ranks.own(advantages)).view(groups.shape)
 
 
-def _groups(group_ids: GroupIds | None, group_size: int | None, rewards: Tensor) -> tuple[Tensor | None, int]:
-    if group_ids is not None and group_size is None:
-        return factorize(group_ids, rewards.shape[0], rewards.device), 0
-    if group_ids is None and group_size is not None:
-        return None, checked_group_size(group_size, rewards.shape[0], "rollouts")
-    raise ValueError("group_ids, group_size: expected exactly one of them")
-
-
-def _components(rewards: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, K], contiguous; NaN where the mask is 0."""
-    components = check.constant("rewards", rewards if rewards.ndim == 2 else rewards.unsqueeze(-1))
+def _components(rewards: Tensor, mask: Tensor | None, groups: Membership) -> Tensor:
+    """[N, K], contiguous; NaN where the mask is 0, and in no group."""
+    components = check.constant("rewards", rewards)
+    components = components.unsqueeze(-1) if rewards.shape == groups.shape else components
     if mask is not None:
-        check.shape("mask", check.tensor("mask", mask), rewards.shape[:1], "one per rollout")
+        check.shape("mask", check.tensor("mask", mask), groups.shape, "one per rollout")
         check.same_device("mask", mask, "rewards", rewards)
         components = components.masked_fill((check.constant("mask", mask) == 0).unsqueeze(-1), torch.nan)
+    if groups.partial and groups.index is not None:
+        components = components.masked_fill((groups.index < 0).view(*groups.shape, 1), torch.nan)
     if check.values_checked(components) and not math.isfinite(
         components.nansum().item()
     ):  # one pass finds whether, two where
         check.every("rewards", ~components.isinf(), components, "finite numbers, or NaN for what is not scored")
-    return components.contiguous()
+    return components.flatten(0, -2).contiguous()
 
 
-def _mode(name: str, value: str | Tensor, allowed: Sequence[str], components: Tensor) -> tuple[str, Tensor | None]:
+def _mode(
+    name: str, value: str | Tensor, allowed: Sequence[str], components: Tensor, groups: Membership
+) -> tuple[str, Tensor | None]:
     if isinstance(value, Tensor):
-        return "tensor", _per_rollout(name, value, components)
+        return "tensor", _per_rollout(name, value, components, groups)
     check.choice(name, value, [mode for mode in allowed if mode != "tensor"])
     return value, None
 
 
-def _per_rollout(name: str, x: Tensor, components: Tensor, at_least: float = -math.inf) -> Tensor:
-    """f32 [B], contiguous; finite and no less than `at_least` where a rollout is scored."""
+def _per_rollout(name: str, x: Tensor, components: Tensor, groups: Membership, at_least: float = -math.inf) -> Tensor:
+    """f32 [N], contiguous; finite and no less than `at_least` where a rollout is scored."""
     x = check.reals(name, x)
-    check.shape(name, x, components.shape[:1], "one per rollout")
+    check.shape(name, x, groups.shape, "one per rollout")
     check.same_device(name, x, "rewards", components)
     if check.values_checked(x):
-        unscored = components.isnan().all(-1)
+        unscored = components.isnan().all(-1).view(groups.shape)
         lower = "" if at_least == -math.inf else f" >= {at_least:g}"
         check.every(name, (x.isfinite() & (x >= at_least)) | unscored, x, f"finite numbers{lower}")
-    return check.constant(name, x).contiguous()
+    return check.constant(name, x).flatten().contiguous()
 
 
 def _weights(weights: Tensor | Sequence[Number] | None, components: Tensor) -> Tensor | None:

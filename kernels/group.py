@@ -8,7 +8,7 @@ has to know how many groups there are. All in f64, members in order: the same ca
 Bytes: 8 to 12 a reward and 4 an advantage, once from memory and twice more from L1; at a few thousand rewards the
 launch is the cost. Labels add a torch.sort; several components a combining pass; batch-std one program over the batch.
 
-Raw function: `forward`.
+Statistics alone are the same sweeps, written out for every member. Raw functions: `forward`, `statistics`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreward._arguments.options import CENTERS, SCALES, GroupOptions
+from fastreward._runtime.layout import GROUP_STATISTICS
 
 from ._shared.launch import OPTIONS, on_device_of
 
@@ -153,6 +154,52 @@ def _origin(r):
 
 
 @triton.jit
+def _sums(
+    column, row_stride,  # f32 or f64 [B], NaN = not scored
+    order,  # i64 [B]
+    lengths,  # f32 [B]
+    first, length, longest,  # the runs
+    LABELLED: tl.constexpr, WEIGHTED: tl.constexpr, TOP: tl.constexpr, RUNS: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Statistics of each run's scored rewards, [RUNS]: (count, origin, sum, mean by length, largest, next, ties).
+
+    sum and mean by length are relative to origin, the latter NaN without any length; next is below the largest, which
+    `ties` rewards have.
+    """
+    lanes = tl.arange(0, MEMBERS)[None, :]
+    n = tl.zeros([RUNS], tl.float64)
+    total = tl.zeros([RUNS], tl.float64)
+    weighted = tl.zeros([RUNS], tl.float64)
+    weight_sum = tl.zeros([RUNS], tl.float64)
+    top = tl.full([RUNS], float("-inf"), tl.float64)
+    second = tl.full([RUNS], float("-inf"), tl.float64)
+    ties = tl.zeros([RUNS], tl.int32)
+    at, inside = _members(order, first, length, lanes, LABELLED)
+    origin = _origin(tl.load(column + at * row_stride, mask=inside, other=float("nan")).to(tl.float64))
+    for j in range(0, longest, MEMBERS):
+        at, inside = _members(order, first, length, j + lanes, LABELLED)
+        r = tl.load(column + at * row_stride, mask=inside, other=float("nan")).to(tl.float64)
+        scored = r == r
+        n += tl.sum(scored.to(tl.int32), axis=1).to(tl.float64)
+        shifted = tl.where(scored, r - origin[:, None], 0.0)
+        total += tl.sum(shifted, axis=1)
+        if WEIGHTED:
+            w = tl.load(lengths + at, mask=scored, other=0.0).to(tl.float64)
+            weighted += tl.sum(w * shifted, axis=1)
+            weight_sum += tl.sum(w, axis=1)
+        if TOP:
+            high = tl.max(tl.where(scored, r, float("-inf")), axis=1)
+            here = tl.sum((scored & (r == high[:, None])).to(tl.int32), axis=1)
+            below = tl.max(tl.where(scored & (r < high[:, None]), r, float("-inf")), axis=1)
+            second = tl.where(high > top, tl.maximum(top, below), tl.maximum(second, tl.where(high < top, high, below)))
+            ties = tl.where(high > top, here, tl.where(high == top, ties + here, ties))
+            top = tl.maximum(top, high)
+    if WEIGHTED:
+        weighted = tl.where(weight_sum > 0.0, weighted / weight_sum, float("nan"))
+    return n, origin, total, weighted, top, second, ties
+
+
+@triton.jit
 def _centred(r, at, scored, center_values, n, origin, total, weighted, top, ties, second, CENTER: tl.constexpr):
     """Rewards less their center: f64 [RUNS, MEMBERS], from the statistics [RUNS] of each group.
 
@@ -194,37 +241,10 @@ def _normalize_kernel(
     lanes = tl.arange(0, MEMBERS)[None, :]
     for k in range(K):
         column = x + k * column_stride
-        n = tl.zeros([RUNS], tl.float64)
-        total = tl.zeros([RUNS], tl.float64)
-        weighted = tl.zeros([RUNS], tl.float64)
-        weight_sum = tl.zeros([RUNS], tl.float64)
-        top = tl.full([RUNS], float("-inf"), tl.float64)
-        second = tl.full([RUNS], float("-inf"), tl.float64)
-        ties = tl.zeros([RUNS], tl.int32)
-        at, inside = _members(order, first, length, lanes, LABELLED)
-        origin = _origin(tl.load(column + at * row_stride, mask=inside, other=float("nan")).to(tl.float64))
-        for j in range(0, longest, MEMBERS):
-            at, inside = _members(order, first, length, j + lanes, LABELLED)
-            r = tl.load(column + at * row_stride, mask=inside, other=float("nan")).to(tl.float64)
-            scored = r == r
-            n += tl.sum(scored.to(tl.int32), axis=1).to(tl.float64)
-            shifted = tl.where(scored, r - origin[:, None], 0.0)
-            total += tl.sum(shifted, axis=1)
-            if CENTER == _WEIGHTED:
-                w = tl.load(lengths + at, mask=scored, other=0.0).to(tl.float64)
-                weighted += tl.sum(w * shifted, axis=1)
-                weight_sum += tl.sum(w, axis=1)
-            if CENTER == _SECOND:
-                high = tl.max(tl.where(scored, r, float("-inf")), axis=1)
-                here = tl.sum((scored & (r == high[:, None])).to(tl.int32), axis=1)
-                below = tl.max(tl.where(scored & (r < high[:, None]), r, float("-inf")), axis=1)
-                second = tl.where(
-                    high > top, tl.maximum(top, below), tl.maximum(second, tl.where(high < top, high, below))
-                )
-                ties = tl.where(high > top, here, tl.where(high == top, ties + here, ties))
-                top = tl.maximum(top, high)
-        if CENTER == _WEIGHTED:
-            weighted = tl.where(weight_sum > 0.0, weighted / weight_sum, float("nan"))
+        n, origin, total, weighted, top, second, ties = _sums(
+            column, row_stride, order, lengths, first, length, longest,
+            LABELLED=LABELLED, WEIGHTED=CENTER == _WEIGHTED, TOP=CENTER == _SECOND, RUNS=RUNS, MEMBERS=MEMBERS,
+        )  # fmt: skip
         squares = tl.zeros([RUNS], tl.float64)
         widest = tl.zeros([RUNS], tl.float64)
         if (SCALE == _STD) or (SCALE == _MAX):  # noqa: SIM109  (constexpr has no `in`)
@@ -274,6 +294,57 @@ def _normalize_kernel(
                 y += tl.load(out + at, mask=inside, other=0.0).to(tl.float64)
             tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
         tl.debug_barrier()  # the next component adds to what was stored here
+
+
+@triton.jit(do_not_specialize=["B", "group_size", "halvings", "stride"])
+def _group_statistics_kernel(
+    x, stride,  # f32 or f64 [B], NaN = not there
+    labels, order,  # i64 [B]: sorted labels, and where each stood before; unused without LABELLED
+    weights,  # f32 [B]
+    out,  # f64 [8, B]: layout.GROUP_STATISTICS
+    B, group_size, halvings,  # 2^halvings > B
+    LABELLED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, EXPONENTIALS: tl.constexpr,
+    RUNS: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """RUNS groups, three sweeps over their members: sums, deviations and exponentials, the results: 64 B bytes out."""
+    run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
+    first, length = _runs(labels, run, B, group_size, halvings, LABELLED)
+    longest = tl.max(length, axis=0)
+    lanes = tl.arange(0, MEMBERS)[None, :]
+    n, origin, total, weighted, top, below, ties = _sums(
+        x, stride, order, weights, first, length, longest,
+        LABELLED=LABELLED, WEIGHTED=HAS_WEIGHTS, TOP=True, RUNS=RUNS, MEMBERS=MEMBERS,
+    )  # fmt: skip
+    second = tl.where(ties > 1, top, below)
+    mean = total / n
+    squares = tl.zeros([RUNS], tl.float64)
+    lowest = tl.full([RUNS], float("inf"), tl.float64)
+    rest = tl.maximum(ties - 1, 0).to(tl.float64)  # the other largest, each exp(0)
+    for j in range(0, longest, MEMBERS):
+        at, inside = _members(order, first, length, j + lanes, LABELLED)
+        r = tl.load(x + at * stride, mask=inside, other=float("nan")).to(tl.float64)
+        scored = r == r
+        d = (r - origin[:, None]) - mean[:, None]
+        squares += tl.sum(tl.where(scored, d * d, 0.0), axis=1)
+        lowest = tl.minimum(lowest, tl.min(tl.where(scored, r, float("inf")), axis=1))
+        if EXPONENTIALS:
+            rest += tl.sum(tl.where(scored & (r < top[:, None]), tl.exp(r - second[:, None]), 0.0), axis=1)
+    if not HAS_WEIGHTS:
+        weighted = tl.full([RUNS], float("nan"), tl.float64)
+    if EXPONENTIALS:
+        rest = second + tl.log(rest)
+    for j in range(0, longest, MEMBERS):
+        at, inside = _members(order, first, length, j + lanes, LABELLED)
+        to = out + at
+        step = tl.cast(B, tl.int64)
+        tl.store(to, tl.broadcast_to(n[:, None], [RUNS, MEMBERS]), mask=inside)
+        tl.store(to + step, tl.broadcast_to((origin + mean)[:, None], [RUNS, MEMBERS]), mask=inside)
+        tl.store(to + 2 * step, tl.broadcast_to(squares[:, None], [RUNS, MEMBERS]), mask=inside)
+        tl.store(to + 3 * step, tl.broadcast_to((origin + weighted)[:, None], [RUNS, MEMBERS]), mask=inside)
+        tl.store(to + 4 * step, tl.broadcast_to(top[:, None], [RUNS, MEMBERS]), mask=inside)
+        tl.store(to + 5 * step, tl.broadcast_to(second[:, None], [RUNS, MEMBERS]), mask=inside)
+        tl.store(to + 6 * step, tl.broadcast_to(lowest[:, None], [RUNS, MEMBERS]), mask=inside)
+        tl.store(to + 7 * step, tl.broadcast_to(rest[:, None], [RUNS, MEMBERS]), mask=inside)
 
 
 # --------------------------------------------------------------------------------------------------------- launch
@@ -336,4 +407,30 @@ def _combined(rewards: Tensor, weights: Tensor | None) -> Tensor:
         rewards, rewards.stride(0), rewards.stride(1), weights, out, rows, components,
         HAS_WEIGHTS=weights is not None, ROWS=ROWS, num_warps=WARPS, **OPTIONS,
     )  # fmt: skip
+    return out
+
+
+def statistics(
+    x: Tensor,  # f32 or f64 [N], NaN = not there
+    group_index: Tensor | None,  # i64 [N], any labels
+    group_size: int,  # > 0: groups of so many neighbours
+    weights: Tensor | None,  # f32 [N]
+    exponentials: bool,
+) -> Tensor:
+    """f64 [8, N]: layout.GROUP_STATISTICS of each entry's group."""
+    rows = x.shape[0]
+    out = torch.empty((len(GROUP_STATISTICS), rows), dtype=torch.float64, device=x.device)
+    if rows == 0:
+        return out
+    with on_device_of(x):
+        labels = order = None
+        if group_index is not None:
+            labels, order = torch.sort(group_index, stable=True)
+        runs, members = _tile(0 if group_index is not None else group_size)
+        count = rows if group_index is not None else triton.cdiv(rows, group_size)
+        _group_statistics_kernel[(triton.cdiv(count, runs),)](
+            x, x.stride(0), labels, order, weights, out, rows, group_size, rows.bit_length() + 1,
+            LABELLED=group_index is not None, HAS_WEIGHTS=weights is not None, EXPONENTIALS=exponentials,
+            RUNS=runs, MEMBERS=members, num_warps=WARPS, maxnreg=MAXNREG, **OPTIONS,
+        )  # fmt: skip
     return out

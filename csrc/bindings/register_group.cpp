@@ -1,4 +1,5 @@
-// fastreward._core.group_advantages (see csrc/cpu/group.hpp) and number_labels, which numbers what Python calls groups.
+// fastreward._core.group_advantages, group_statistics (see csrc/cpu/group.hpp), number_labels and number_integers, which
+// number what Python calls groups.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -26,6 +27,22 @@ void find_groups(GroupProblem& p, std::unique_ptr<std::int64_t[]>& numbered) {
   p.groups = number_integers(p.group_index, p.rows, numbered.get());
   p.group_index = numbered.get();
 }
+
+// Memory for a problem whose groups have been found.
+struct Scratch {
+  explicit Scratch(const GroupProblem& p, bool with_totals)
+      : order(p.group_index != nullptr ? new std::int64_t[count(p.rows)] : nullptr),
+        starts(p.group_index != nullptr ? new std::int64_t[count(p.groups) + 1] : nullptr),
+        values(new double[count(p.rows)]),
+        totals(with_totals ? new double[count(p.rows)] : nullptr) {}
+  GroupScratch pointers() const { return {order.get(), starts.get(), values.get(), totals.get()}; }
+
+  std::unique_ptr<std::int64_t[]> order, starts;
+  std::unique_ptr<double[]> values, totals;
+
+ private:
+  static std::size_t count(std::int64_t n) { return static_cast<std::size_t>(n); }
+};
 
 void group_advantages(Address rewards, bool rewards_f64, std::int64_t rows, std::int64_t components,
                       Address group_index, std::int64_t group_size, Address lengths, Address component_weights,
@@ -55,14 +72,27 @@ void group_advantages(Address rewards, bool rewards_f64, std::int64_t rows, std:
   std::unique_ptr<std::int64_t[]> numbered;
   find_groups(p, numbered);
 
-  const bool indexed = p.group_index != nullptr;
-  const auto n = static_cast<std::size_t>(rows);
-  const std::unique_ptr<std::int64_t[]> order(indexed ? new std::int64_t[n] : nullptr);
-  const std::unique_ptr<std::int64_t[]> starts(indexed ? new std::int64_t[static_cast<std::size_t>(p.groups) + 1]
-                                                       : nullptr);
-  const std::unique_ptr<double[]> values(new double[n]);
-  const std::unique_ptr<double[]> totals(new double[n]);
-  FASTREWARD_DISPATCH(group_advantages)(p, {order.get(), starts.get(), values.get(), totals.get()});
+  const Scratch scratch(p, true);
+  FASTREWARD_DISPATCH(group_advantages)(p, scratch.pointers());
+}
+
+void group_statistics(Address x, bool x_f64, std::int64_t rows, Address group_index, std::int64_t group_size,
+                      Address weights, bool exponentials, Address statistics, int threads) {
+  if (rows == 0) return;
+  GroupProblem p;
+  p.rows = rows;
+  p.components = 1;
+  p.rewards = at<const void>(x);
+  p.rewards_f64 = x_f64;
+  p.group_index = at<const std::int64_t>(group_index);
+  p.group_size = group_size;
+  p.lengths = at<const float>(weights);
+  p.statistics = at<double>(statistics);
+  p.threads = threads;
+  std::unique_ptr<std::int64_t[]> numbered;
+  find_groups(p, numbered);
+  const Scratch scratch(p, false);
+  FASTREWARD_DISPATCH(group_statistics)(p, scratch.pointers(), exponentials);
 }
 
 // Whether equal values of this type are equal labels; others (tensors, NaN, plain objects) are looked at in Python.
@@ -102,6 +132,16 @@ void register_group(pybind11::module_& m) {
         py::arg("lengths"), py::arg("component_weights"), py::arg("center_values"), py::arg("scale_values"),
         py::arg("center"), py::arg("scale"), py::arg("ddof"), py::arg("eps"), py::arg("eps_inside"),
         py::arg("singleton"), py::arg("normalize"), py::arg("advantages"), py::arg("threads"));
+  m.def("group_statistics", &group_statistics, py::call_guard<py::gil_scoped_release>(), py::arg("x"), py::arg("x_f64"),
+        py::arg("rows"), py::arg("group_index"), py::arg("group_size"), py::arg("weights"), py::arg("exponentials"),
+        py::arg("statistics"), py::arg("threads"));
+  m.def(
+      "number_integers",
+      [](Address labels, std::int64_t rows, bool absent, Address index) {
+        return number_integers(at<const std::int64_t>(labels), rows, at<std::int64_t>(index), absent);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("labels"), py::arg("rows"), py::arg("absent"),
+      py::arg("index"));
   m.def("number_labels", &number_labels, py::arg("labels"), py::arg("index"), py::arg("looked_at"));
 }
 

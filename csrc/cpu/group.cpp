@@ -107,7 +107,7 @@ Statistics statistics_of(const GroupProblem& p, const Members& members, const do
     if (s.count++ == 0) s.origin = value;
     const double shifted = value - s.origin;
     s.sum += shifted;
-    if (p.center == Center::length_weighted) {
+    if (p.lengths != nullptr) {
       const double length = static_cast<double>(p.lengths[row]);
       s.weight += length;
       s.weighted_sum += length * shifted;
@@ -208,6 +208,37 @@ void normalise(const GroupProblem& p, const GroupScratch& s, const std::int64_t*
   });
 }
 
+// ------------------------------------------------------------------------------------------------ statistics alone
+// What layout.GROUP_STATISTICS names, for every member of one group, scored or not.
+void write_statistics(const GroupProblem& p, const Members& members, const double* values, bool exponentials) {
+  const Statistics s = statistics_of(p, members, values);
+  double squares = 0.0, smallest = kInfinity, rest = 0.0;
+  for_scored(members, values, [&](std::int64_t row, double value) {
+    const double d = (value - s.origin) - s.mean;
+    squares += d * d;
+    smallest = value < smallest ? value : smallest;
+    if (exponentials && row != s.largest_row) rest += std::exp(value - s.second);
+  });
+  const double weighted_mean = s.weight > 0.0 ? s.origin + s.weighted_sum / s.weight : std::nan("");
+  const double found[] = {static_cast<double>(s.count), s.origin + s.mean, squares, weighted_mean,
+                          s.largest, s.second, smallest, s.second + std::log(rest)};
+  for (std::int64_t i = members.begin; i < members.end; ++i) {
+    double* out = p.statistics + members.row(i);
+    for (const double x : found) *out = x, out += p.rows;
+  }
+}
+
+template <class T>
+void run_statistics(const GroupProblem& p, const GroupScratch& s, bool exponentials) {
+  const std::int64_t* order = p.group_index == nullptr ? nullptr : sort_rows(p, s);
+  take_component<T>(p, 0, s.values);
+  const std::int64_t least = kRows * p.groups / (p.rows + 1);
+  parallel_ranges(p.threads, p.groups, grain_of(p.groups, least), [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t g = begin; g < end; ++g)
+      write_statistics(p, members_of(p, s, order, g), s.values, exponentials);
+  });
+}
+
 template <class T>
 void run(const GroupProblem& p, const GroupScratch& s) {
   const std::int64_t* order = p.group_index == nullptr ? nullptr : sort_rows(p, s);
@@ -232,6 +263,13 @@ void group_advantages(const GroupProblem& problem, const GroupScratch& scratch) 
     run<double>(problem, scratch);
   else
     run<float>(problem, scratch);
+}
+
+void group_statistics(const GroupProblem& problem, const GroupScratch& scratch, bool exponentials) {
+  if (problem.rewards_f64)
+    run_statistics<double>(problem, scratch, exponentials);
+  else
+    run_statistics<float>(problem, scratch, exponentials);
 }
 
 }  // namespace fastreward::FASTREWARD_ISA

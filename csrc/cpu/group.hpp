@@ -21,7 +21,7 @@ struct GroupProblem {
   const std::int64_t* group_index = nullptr;  // [rows], 0 .. groups - 1; nullptr: contiguous groups of group_size
   std::int64_t group_size = 0;
   std::int64_t groups = 0;
-  const float* lengths = nullptr;            // [rows], Center::length_weighted
+  const float* lengths = nullptr;            // [rows], Center::length_weighted, or weights of a mean
   const float* component_weights = nullptr;  // [components], nullptr = all 1
   const float* center_values = nullptr;      // [rows], Center::tensor
   const float* scale_values = nullptr;       // [rows], Scale::tensor
@@ -32,7 +32,8 @@ struct GroupProblem {
   int ddof = 1;
   double eps = 1e-6;
   bool eps_inside = false;
-  float* advantages = nullptr;  // [rows]
+  float* advantages = nullptr;   // [rows]; or
+  double* statistics = nullptr;  // [8, rows], layout.GROUP_STATISTICS
   int threads = 1;
 };
 
@@ -41,9 +42,11 @@ struct GroupScratch {
   std::int64_t* order = nullptr;   // [rows]: rows sorted by group, in row order inside a group
   std::int64_t* starts = nullptr;  // [groups + 1]
   double* values = nullptr;        // [rows]
-  double* totals = nullptr;        // [rows]
+  double* totals = nullptr;        // [rows], advantages only
 };
 
 }  // namespace fastreward
 
 FASTREWARD_DECLARE(void group_advantages(const GroupProblem& problem, const GroupScratch& scratch);)
+// Of the first component; `exponentials`: also the one that needs exp.
+FASTREWARD_DECLARE(void group_statistics(const GroupProblem& problem, const GroupScratch& scratch, bool exponentials);)

@@ -1,5 +1,5 @@
 // Group-normalised advantages: component sum, centre and scale of every group, singletons and unscored rows, in one
-// launch (two with the batch's standard deviation, which must be known first).
+// launch (two with the batch's standard deviation, which must be known first). Or the statistics alone, in one.
 //
 // Fused: a dozen torch launches and the host's loop over groups. Bytes per row: the rewards (4 or 8 each component) and,
 // where labels name the groups, 16 for the sorted labels and their order; 4 written. Bound by launch latency, not bytes.
@@ -35,6 +35,8 @@ struct GroupArguments {
   double* batch_variance;  // [components], or [1] unless separate: batch-std only
   double* sums;            // [rows]: normalize-then-sum only
   float* out;              // [rows]
+  double* statistics;      // [8, rows], layout.GROUP_STATISTICS, instead of out; components = 1, scale = SCALE_STD
+  i64 exponentials;        // 1: also the last of them
 };
 
 __device__ __forceinline__ double component(const GroupArguments& a, i64 row, i64 k) {
@@ -175,6 +177,44 @@ __device__ __forceinline__ void normalise_group(const GroupArguments& a, const M
   }
 }
 
+// The members of the group that a warp works on: of its number (contiguous groups), or of the segment of sorted labels
+// that begins at its number; none where no segment does.
+__device__ __forceinline__ Members members_of(const GroupArguments& a, i64 warp, int lane) {
+  Members m = {a.order, warp * a.group_size, min(a.rows, (warp + 1) * a.group_size)};
+  if (!a.keys) return m;
+  m.begin = m.end = warp;
+  if (warp >= a.rows || (warp > 0 && a.keys[warp - 1] == a.keys[warp])) return m;
+  const i64 key = a.keys[warp];
+  for (bool same = true; same; m.end += same ? WARP : 0) {
+    const i64 i = m.end + lane;
+    const unsigned inside = __ballot_sync(FULL, i < a.rows && a.keys[i] == key);
+    same = inside == FULL;
+    if (!same) m.end += __popc(inside);
+  }
+  return m;
+}
+
+__device__ __forceinline__ void write_statistics(const GroupArguments& a, const Members& m, int lane) {
+  const GroupSums g = group_sums(a, m, 0, lane);
+  double smallest = -lowest(), rest = 0., ties = 0.;
+  for (i64 i = m.begin + lane; i < m.end; i += WARP) {
+    const double r = component(a, m.row(i), 0);
+    if (isnan(r)) continue;
+    smallest = fmin(smallest, r);
+    if (r == g.first) ties += 1.;
+    if (a.exponentials && r < g.first) rest += exp(r - g.second);
+  }
+  smallest = -warp_max(-smallest), rest = warp_sum(rest), ties = warp_sum(ties);
+  const double weighted = g.length > 0. ? g.origin + g.weighted / g.length : double(not_a_number());
+  const double found[] = {g.count, g.origin + g.sum / g.count, g.spread, weighted, g.first, g.second, smallest,
+                          g.second + log(rest + fmax(ties - 1., 0.))};  // the other largest are exp(0) each
+  for (i64 i = m.begin + lane; i < m.end; i += WARP) {
+    const i64 row = m.row(i);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) a.statistics[k * a.rows + row] = found[k];
+  }
+}
+
 }  // namespace fastreward
 
 // ---------------------------------------------------------------------------------------------------------- launchers
@@ -184,19 +224,16 @@ using namespace fastreward;
 extern "C" __global__ void __launch_bounds__(THREADS, 2) group_normalise(const GroupArguments a) {
   const i64 warp = (i64(blockIdx.x) * THREADS + threadIdx.x) / WARP;
   const int lane = threadIdx.x % WARP;
-  Members m = {a.order, warp * a.group_size, min(a.rows, (warp + 1) * a.group_size)};
-  if (a.keys) {
-    if (warp >= a.rows || (warp > 0 && a.keys[warp - 1] == a.keys[warp])) return;
-    const i64 key = a.keys[warp];
-    m.begin = m.end = warp;
-    for (bool same = true; same; m.end += same ? WARP : 0) {
-      const i64 i = m.end + lane;
-      const unsigned inside = __ballot_sync(FULL, i < a.rows && a.keys[i] == key);
-      same = inside == FULL;
-      if (!same) m.end += __popc(inside);
-    }
-  }
+  const Members m = members_of(a, warp, lane);
   if (m.begin < m.end) normalise_group(a, m, lane);
+}
+
+// The same warps.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) group_statistics(const GroupArguments a) {
+  const i64 warp = (i64(blockIdx.x) * THREADS + threadIdx.x) / WARP;
+  const int lane = threadIdx.x % WARP;
+  const Members m = members_of(a, warp, lane);
+  if (m.begin < m.end) write_statistics(a, m, lane);
 }
 
 // Variance over all scored rows, of the sum or of each component (one block each).
@@ -222,6 +259,7 @@ extern "C" __global__ void __launch_bounds__(WHOLE) group_batch_variance(const G
 fastreward::KernelTable fastreward::group_kernels() {
   static const Kernel kernels[] = {
       {"group_normalise", reinterpret_cast<const void*>(&group_normalise), sizeof(GroupArguments)},
+      {"group_statistics", reinterpret_cast<const void*>(&group_statistics), sizeof(GroupArguments)},
       {"group_batch_variance", reinterpret_cast<const void*>(&group_batch_variance), sizeof(GroupArguments)}};
   return {kernels, sizeof(kernels) / sizeof(kernels[0])};
 }

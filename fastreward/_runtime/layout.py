@@ -86,6 +86,19 @@ PAIR_METRICS: Final = ("pair_count", "chosen_logprob", "rejected_logprob", "chos
 REWARD_NUMBERS: Final = ("kl_coef", "kl_clamp", "kl_value_clamp", "low", "high")
 
 
+#: Rows of what `group`'s statistics return, f64 [8, N]: for each entry, statistics of the scored entries of its group.
+GROUP_STATISTICS: Final = (
+    "count",
+    "mean",  # NaN of none; of equal values exactly their value
+    "squares",  # sum of squared deviations from the mean
+    "weighted_mean",  # NaN without any weight
+    "max",  # -inf of none
+    "second",  # the second largest, equal ones counted apart; -inf of one
+    "min",  # +inf of none
+    "rest",  # log of the sum of exp of all but one of the largest; where asked for
+)
+
+
 def flags_of(outputs: tuple[str, ...]) -> int:
     """Bit set of the optional statistics that `outputs` asks for (see FLAG)."""
     return sum(bit for name, bit in FLAG.items() if name in outputs)

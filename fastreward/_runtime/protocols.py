@@ -78,7 +78,7 @@ class LogprobsKernels(Protocol):
 
 
 class GroupKernels(Protocol):
-    """Group-normalised advantages."""
+    """Group-normalised advantages, and statistics of groups."""
 
     def forward(
         self,
@@ -92,6 +92,16 @@ class GroupKernels(Protocol):
         options: GroupOptions,
     ) -> Tensor:
         """Advantages f32 [B]."""
+
+    def statistics(
+        self,
+        x: Tensor,  # [N] f32 or f64, NaN = not there
+        group_index: Tensor | None,  # [N] i64, any labels; or
+        group_size: int,  # > 0: groups of so many neighbours
+        weights: Tensor | None,  # [N] f32, at least 0
+        exponentials: bool,  # whether "rest" is asked for
+    ) -> Tensor:
+        """f64 [8, N] (layout.GROUP_STATISTICS)."""
 
 
 class WhitenKernels(Protocol):

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastreward import _core
 from fastreward._arguments.options import NORMALIZES, GroupOptions
 from fastreward._runtime.addresses import address
+from fastreward._runtime.layout import GROUP_STATISTICS
 
 
 def forward(
@@ -46,3 +47,27 @@ def forward(
         torch.get_num_threads(),
     )
     return advantages
+
+
+def statistics(
+    x: Tensor,  # [N] f32 or f64, NaN = not there
+    group_index: Tensor | None,  # [N] i64, any labels; or
+    group_size: int,  # > 0: contiguous groups of this size
+    weights: Tensor | None,  # [N] f32
+    exponentials: bool,
+) -> Tensor:
+    """f64 [8, N]: layout.GROUP_STATISTICS of each entry's group."""
+    rows = x.shape[0]
+    found = torch.empty((len(GROUP_STATISTICS), rows), dtype=torch.float64, device="cpu")
+    _core.group_statistics(
+        x.data_ptr(),
+        x.dtype == torch.float64,
+        rows,
+        address(group_index),
+        group_size,
+        address(weights),
+        exponentials,
+        found.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return found

@@ -1,4 +1,4 @@
-"""Raw function of group_advantages on CUDA tensors. The kernels: csrc/cuda/group.cu."""
+"""Raw functions of `group` on CUDA tensors. The kernels: csrc/cuda/group.cu."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fastreward._arguments.options import GroupOptions
+from fastreward._arguments.options import CENTERS, SCALES, GroupOptions
+from fastreward._runtime.layout import GROUP_STATISTICS
 from fastreward.cuda._launch import launch, pack
 
 _SOURCE: Final = "group"
@@ -47,13 +48,38 @@ def forward(
         rewards, int(rewards.dtype == torch.float64), rows, components, keys, order, group_size,
         lengths, component_weights, center_values, scale_values,
         center, scale, options.ddof, *_eps(options.eps), int(options.eps_inside), singleton, int(separate),
-        variance, sums, out,
+        variance, sums, out, None, 0,
     )  # fmt: skip
     if batch_std:
         launch(_SOURCE, "group_batch_variance", variances, _WHOLE, arguments, device)
-    warps = rows if keys is not None else -(-rows // group_size)
-    launch(_SOURCE, "group_normalise", -(-warps * _WARP // _THREADS), _THREADS, arguments, device)
+    launch(_SOURCE, "group_normalise", _blocks(rows, keys, group_size), _THREADS, arguments, device)
     return out
+
+
+def statistics(
+    x: Tensor, group_index: Tensor | None, group_size: int, weights: Tensor | None, exponentials: bool
+) -> Tensor:
+    """f64 [8, N]: layout.GROUP_STATISTICS of each entry's group, from x [N]."""
+    rows = x.shape[0]
+    found = torch.empty((len(GROUP_STATISTICS), rows), dtype=torch.float64, device=x.device)
+    if rows == 0:
+        return found
+    keys = order = None
+    if group_index is not None:
+        keys, order = torch.sort(group_index, stable=True)
+    x = x.contiguous()
+    arguments = pack(
+        x, int(x.dtype == torch.float64), rows, 1, keys, order, group_size, weights, None, None, None,
+        CENTERS.index("mean"), SCALES.index("std"), 0, 0.0, None, 0, 0, 0, None, None, None, found, int(exponentials),
+    )  # fmt: skip
+    launch(_SOURCE, "group_statistics", _blocks(rows, keys, group_size), _THREADS, arguments, x.device)
+    return found
+
+
+def _blocks(rows: int, keys: Tensor | None, group_size: int) -> int:
+    """A warp for each row that may begin a segment of sorted labels, or for each contiguous group."""
+    warps = rows if keys is not None else -(-rows // group_size)
+    return -(-warps * _WARP // _THREADS)
 
 
 def _eps(eps: float | Tensor) -> tuple[float, Tensor | None]:

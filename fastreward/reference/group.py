@@ -1,7 +1,8 @@
-"""Group-normalised advantages in float64 torch, one group at a time: the truth."""
+"""Group-normalised advantages and statistics of groups in float64 torch, one group at a time: the truth."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Protocol
 
@@ -32,11 +33,7 @@ def group_advantages(
     weights = (
         torch.ones(r.shape[1]).double() if component_weights is None else torch.as_tensor(component_weights).double()
     )
-    if group_size is not None:
-        keys: list[Hashable] = [b // group_size for b in range(len(r))]
-    else:
-        assert group_ids is not None
-        keys = list(group_ids.tolist() if isinstance(group_ids, Tensor) else group_ids)
+    keys = _keys(group_ids, group_size, len(r))
 
     def normalised(x: Tensor) -> Tensor:
         return _normalise(x, keys, center, scale, ddof, eps, eps_inside, singleton, lengths)
@@ -48,6 +45,13 @@ def group_advantages(
         columns = torch.stack([normalised(column) for column in r.unbind(-1)], -1)
         out = (torch.where(torch.isnan(r), 0.0, columns) * weights).sum(-1)
     return torch.where(unscored, 0.0, out)
+
+
+def _keys(group_ids: Tensor | Sequence[Hashable] | None, group_size: int | None, count: int) -> list[Hashable]:
+    if group_size is not None:
+        return [b // group_size for b in range(count)]
+    assert group_ids is not None
+    return list(group_ids.tolist() if isinstance(group_ids, Tensor) else group_ids)
 
 
 def _normalise(
@@ -130,6 +134,78 @@ def _scale(
     return (variance + eps).sqrt() if eps_inside else variance.sqrt() + eps
 
 
+def group_statistics(
+    x: Tensor,
+    group_ids: Tensor | Sequence[Hashable] | None = None,
+    *,
+    statistic: str,
+    group_size: int | None = None,
+    weights: Tensor | None = None,
+    ddof: int = 1,
+    q: float = 0.5,
+    k: int = 1,
+    ties: str = "average",
+) -> Tensor:
+    """One of fastreward's group statistics, [B] in float64, from x [B] (NaN = not there)."""
+    values = x.double()
+    keys = _keys(group_ids, group_size, len(values))
+    out = torch.full_like(values, torch.nan)
+    if statistic == "count":
+        out = torch.zeros_like(values)
+    if statistic.startswith("batch-"):
+        keys, statistic = [0] * len(values), statistic.removeprefix("batch-")
+    for b in range(len(values)):
+        members = [i for i, key in enumerate(keys) if key == keys[b] and not torch.isnan(values[i])]
+        given = values[torch.tensor(members, dtype=torch.long)]
+        weight = None if weights is None else weights.double()[torch.tensor(members, dtype=torch.long)]
+        if statistic in ("leave-one-out", "leave-one-out-logsumexp", "others-max", "rank", "win-rate"):
+            if b in members:
+                at = members.index(b)
+                out[b] = _of_entry(statistic, given[at], torch.cat([given[:at], given[at + 1 :]]), at, ties)
+        elif members:
+            out[b] = _of_group(statistic, given, weight, ddof, q, k)
+    return out
+
+
+def _of_group(statistic: str, given: Tensor, weights: Tensor | None, ddof: int, q: float, k: int) -> Tensor:
+    n, ordered = len(given), given.sort().values
+    nothing = torch.tensor(torch.nan).double()
+    if statistic == "count":
+        return torch.tensor(n).double()
+    if statistic == "mean":
+        return _mean(given)
+    if statistic == "weighted-mean":
+        assert weights is not None
+        return (weights * given).sum() / weights.sum()
+    if statistic == "std":
+        return ((given - _mean(given)) ** 2).sum().div(n - ddof).sqrt() if n > ddof else nothing
+    if statistic == "second-max":
+        return ordered[-2] if n > 1 else nothing
+    if statistic == "logsumexp":
+        return given.logsumexp(0)
+    if statistic == "quantile":
+        return given.quantile(q)
+    if statistic == "pass-at-k":
+        right = int((given > 0).sum())
+        return torch.tensor(1 - math.comb(n - right, k) / math.comb(n, k)).double() if n >= k else nothing
+    return ordered[{"min": 0, "max": -1}[statistic]]
+
+
+def _of_entry(statistic: str, own: Tensor, others: Tensor, at: int, ties: str) -> Tensor:
+    """Of an entry among the others of its group, `at` of which stand before it in the batch."""
+    below, equal = (others < own).sum().double(), (others == own).sum().double()
+    if statistic == "rank":
+        before = (others[:at] == own).sum().double()
+        return below + {"min": 0.0 * equal, "average": equal / 2, "max": equal, "ordinal": before}[ties]
+    if len(others) == 0:
+        return torch.tensor(torch.nan).double()
+    if statistic == "leave-one-out":
+        return _mean(others)
+    if statistic == "leave-one-out-logsumexp":
+        return others.logsumexp(0)
+    return others.max() if statistic == "others-max" else (below + equal / 2) / len(others)
+
+
 class _Options(Protocol):
     """The fields of fastreward's GroupOptions read here (the reference imports nothing but torch)."""
 
@@ -175,3 +251,30 @@ def forward(
         normalize=options.normalize,
     )
     return out.float().to(rewards.device)
+
+
+def statistics(
+    x: Tensor, group_index: Tensor | None, group_size: int, weights: Tensor | None, exponentials: bool
+) -> Tensor:
+    """Raw form: f64 [8, N], count to rest as fastreward's layout.GROUP_STATISTICS names them."""
+    values = x.cpu().double()
+    keys = _keys(None if group_index is None else group_index.cpu(), group_size or None, len(values))
+    found = torch.empty((8, len(values))).double()
+    for key in dict.fromkeys(keys):
+        rows = torch.tensor([b for b, k in enumerate(keys) if k == key])
+        given = values[rows][~torch.isnan(values[rows])]
+        weight = None if weights is None else weights.cpu().double()[rows][~torch.isnan(values[rows])]
+        found[:, rows] = _raw_statistics(given, weight).unsqueeze(-1)
+    return found.to(x.device)
+
+
+def _raw_statistics(given: Tensor, weights: Tensor | None) -> Tensor:
+    n, ordered = len(given), given.sort().values
+    if n == 0:
+        return torch.tensor([0, torch.nan, 0, torch.nan, -torch.inf, -torch.inf, torch.inf, -torch.inf]).double()
+    mean = _mean(given)
+    weighted = torch.tensor(torch.nan) if weights is None else (weights * given).sum() / weights.sum()
+    second = ordered[-2] if n > 1 else torch.tensor(-torch.inf)
+    squares = ((given - mean) ** 2).sum()
+    rest = ordered[:-1].logsumexp(0)
+    return torch.stack([torch.tensor(n), mean, squares, weighted, ordered[-1], second, ordered[0], rest]).double()

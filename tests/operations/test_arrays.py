@@ -21,7 +21,7 @@ from fastreward.recipes import RECIPES
 
 #: Public names that take no tensors: results, a context manager, a module of functions, the language's own classes.
 TAKES_NONE = {
-    fr: {"BackendError", "Clip", "PolicyLoss", "TokenStats", "backend", "credit_page", "losses"},
+    fr: {"BackendError", "Clip", "Groups", "PolicyLoss", "TokenStats", "backend", "credit_page", "losses"},
     losses: {"Loss", "Node", "PairTerms", "Terms", "Definition", "define"},
     recipes: {"RECIPES", "Recipe"},
 }
@@ -78,6 +78,11 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
     ),
     "token_rewards": (
         fr.token_rewards, (ADVANTAGES, MASK), {"logprobs": LOGPROBS, "ref_logprobs": OLD, "kl_coef": 0.1, "kl": "k2"},
+    ),
+    "group_statistics": (
+        fr.group_statistics,
+        (numbers(4), IDS, ("weighted-mean", "rank", "std")),
+        {"weights": numbers(4).exp(), "mask": torch.tensor([1, 1, 1, 0])},
     ),
     "whiten": (fr.whiten, (OLD, MASK), {}),
     "segment_ids": (fr.segment_ids, (TOKENS,), {"separators": [2, 4], "mask": MASK}),

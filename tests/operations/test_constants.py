@@ -119,6 +119,7 @@ CALLS: dict[str, tuple[Callable[[Tensor], object], Tensor]] = {
     "correction_weights high": (lambda x: fr.correction_weights(lp(), lp(), high=2 * x), ones()),
     "group_advantages eps": (lambda x: fr.group_advantages(ones(4), group_size=2, eps=x), ones()),
     "group_advantages mask": (lambda x: fr.group_advantages(ones(4), group_size=2, mask=x), ones(4)),
+    "group_statistics mask": (lambda x: fr.group_statistics(ones(4), group_size=2, mask=x), ones(4)),
     "whiten eps": (lambda x: fr.whiten(lp(), eps=x), ones()),
     "PrefixTree.aggregate discount": (lambda x: tree().aggregate(ones(B), discount=x), ones()),
     "policy_loss normalizer": (lambda x: fr.policy_loss(**policy(normalizer=x)), ones()),
@@ -164,6 +165,11 @@ CALLS: dict[str, tuple[Callable[[Tensor], object], Tensor]] = {
     "group_advantages scale": (lambda x: fr.group_advantages(ones(4), group_size=2, scale=x), ones(4)),
     "group_advantages lengths": (
         lambda x: fr.group_advantages(ones(4), group_size=2, center="length-weighted", lengths=x),
+        ones(4),
+    ),
+    "group_statistics x": (lambda x: fr.group_statistics(x, group_size=2), ones(4)),
+    "group_statistics weights": (
+        lambda x: fr.group_statistics(ones(4), None, ("weighted-mean",), group_size=2, weights=x),
         ones(4),
     ),
     "group_advantages component_weights": (

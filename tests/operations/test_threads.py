@@ -107,6 +107,7 @@ def _operations() -> dict[str, Operation]:
         "group": lambda: [fr.group_advantages(rewards, group_size=4)],
         "group ids": lambda: [fr.group_advantages(rewards, ids)],
         "segments": segments,
+        "group statistics": lambda: [*fr.group_statistics(rewards, ids, ("mean", "logsumexp", "rank")).values()],
         "policy_loss": lambda: loss(losses.ppo()),
         "policy_loss, sequences": lambda: loss(losses.gspo()),
         "policy_loss, packed": lambda: loss(losses.ppo(), cu_seqlens=bounds),

@@ -108,6 +108,9 @@ OPERATIONS = {
         (normal(B), OLD.clone()),
         gradient=False,
     ),
+    "group_statistics": Operation(
+        lambda x: fr.group_statistics(x, group_size=2, statistics=("mean",))["mean"], (normal(4),), gradient=False
+    ),
     "whiten": Operation(lambda x: fr.whiten(x, MASK), (normal(B, T),), gradient=False),
     "PrefixTree.aggregate": Operation(lambda x: TREE.aggregate(x), (normal(B),)),
     "PrefixTree.advantages": Operation(lambda x: TREE.advantages(x), (normal(NODES),), gradient=False),

@@ -79,9 +79,14 @@ def small_cases(everything: bool) -> dict[str, Any]:
         tokens = Tokens((64, 512), torch.ones(64, 512, dtype=torch.bool))
         rewards.token_rewards(torch.ones(64), x, x, tokens, "k3", "end", (0.1, 20.0, 10.0, -1.0, 1.0), x.clone())
 
+    def counted(size: int, exponentials: bool) -> None:
+        b = 4096
+        group.statistics(torch.zeros(b), None if size else torch.zeros(b, dtype=torch.long), size, None, exponentials)
+
     cases = {
         "whiten": white,
         "token_rewards": placed,
+        "group: statistics": lambda: counted(0, True),
         "group: labels, second-max over max": lambda: grouped(0, center="second-max", scale="max"),
         "group: neighbours": lambda: grouped(8),
     }

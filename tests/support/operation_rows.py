@@ -199,6 +199,11 @@ ROWS = [
                       "lengths": torch.rand(B), "component_weights": torch.rand(3)},
     ),
     Row(
+        "group_statistics", "ids",
+        lambda B, T: {"x": torch.randn(B), "group_ids": torch.arange(B) % (B // 2), "weights": torch.rand(B),
+                      "statistics": ("weighted-mean", "logsumexp", "rank")},
+    ),
+    Row(
         "PrefixTree", "credit",
         lambda B, T: {"tokens": torch.randint(0, 3, (B, T)), "rewards": torch.randn(B)}, credit,
     ),

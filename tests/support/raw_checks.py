@@ -336,6 +336,29 @@ def check_group(
     close(module.forward(*moved, on_device), want, 1e-6, 1e-6, "advantages with eps on the device")
 
 
+def check_group_statistics(module: ModuleType, device: str, rows: int, *, contiguous: bool, wide: bool) -> None:
+    g = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, generator=g, dtype=torch.float64 if wide else torch.float32)
+    x[rows // 2 :] = x[rows // 2 :].round()  # ties
+    x[torch.rand(rows, generator=g) < 0.2] = torch.nan
+    index, size = torch.randint(-3, max(2, rows // 40), (rows,), generator=g) * 10**12, 0
+    index[-1] = 2**60  # a singleton
+    if contiguous:
+        index, size = None, 5
+    for weights in (None, torch.rand(rows, generator=g).round()):
+        given = (x, index, size, weights, True)
+        moved = [y.to(device) if isinstance(y, Tensor) else y for y in given]
+        got = module.statistics(*moved)
+        close(got, reference_group.statistics(*given), 1e-9, 1e-12, "statistics")
+        assert torch.equal(got.nan_to_num(7.0), module.statistics(*moved).nan_to_num(7.0))
+        bare = module.statistics(*moved[:-1], False)
+        assert torch.equal(got[:-1].nan_to_num(7.0), bare[:-1].nan_to_num(7.0))
+    near = torch.tensor([1e6, 1e6 + 1e-3, 1e6 - 1e-3, 700.0, 700.0, -700.0], dtype=torch.float64, device=device)
+    got = module.statistics(near, None, 3, None, True).cpu()
+    close(got[2, :1], torch.tensor([2e-6]), 0.0, 1e-6, "squares far from zero")
+    close(got[7, 3:], torch.full((3,), 700.0), 1e-12, 0.0, "exponentials far from zero")
+
+
 def check_group_corners(module: ModuleType, device: str) -> None:
     """Right answers that are known without a reference: 0 / 0, no degrees of freedom, no tokens, groups of one."""
 

@@ -140,7 +140,7 @@ def test_module_imports_without_touching_cuda() -> None:
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"CUDA_VISIBLE_DEVICES": ""}
     )
-    assert int(run.stdout) == 3 * 11 + 1 + 2 + 1 + 2  # logprobs by type, its finish, group, rewards, whiten
+    assert int(run.stdout) == 3 * 11 + 1 + 3 + 1 + 2  # logprobs by type, its finish, group, rewards, whiten
 
 
 @needs_module

@@ -117,6 +117,12 @@ def test_group(name: str, contiguous: bool, emulator: Emulator) -> None:
         raw_checks.check_group(group, "cpu", options, rows, contiguous=contiguous, wide=rows == 12)
 
 
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_group_statistics(contiguous: bool, emulator: Emulator) -> None:
+    for rows in (1, 300):
+        raw_checks.check_group_statistics(group, "cpu", rows, contiguous=contiguous, wide=rows == 300)
+
+
 def test_group_corners(emulator: Emulator) -> None:
     raw_checks.check_group_corners(group, "cpu")
 

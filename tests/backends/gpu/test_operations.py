@@ -258,6 +258,11 @@ def test_small_group(name: str, contiguous: bool, backend: Callable[[str], Modul
 
 def test_small_corners(backend: Callable[[str], ModuleType]) -> None:
     raw_checks.check_group_corners(backend("group"), "cuda")
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_group_statistics(contiguous: bool, backend: Callable[[str], ModuleType]) -> None:
+    raw_checks.check_group_statistics(backend("group"), "cuda", 5001, contiguous=contiguous, wide=contiguous)
     raw_checks.check_whiten_corners(backend("whiten"), "cuda")
 
 

@@ -29,6 +29,7 @@ def test_every_kernel_compiles_for_every_architecture(kernels: list[dict[str, An
         "_accumulate_kernel",
         "_finish_kernel",
         "_normalize_kernel",
+        "_group_statistics_kernel",
         "_statistics_kernel",
         "_apply_kernel",
         "_token_rewards_kernel",

@@ -109,6 +109,11 @@ def test_permuted_batch_gives_the_same_advantages_and_no_rows_none() -> None:
     assert kernels.forward(rewards[:0], labels[:0], 0, None, None, None, None, o).shape == (0,)
 
 
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_statistics(contiguous: bool) -> None:
+    raw_checks.check_group_statistics(kernels, "cpu", 150 if contiguous else 20, contiguous=contiguous, wide=contiguous)
+
+
 def test_corners() -> None:
     raw_checks.check_group_corners(kernels, "cpu")
 
