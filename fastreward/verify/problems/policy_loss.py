@@ -116,27 +116,44 @@ def _ours(seed: int, inputs: Mapping[str, Any]) -> Tensors:
         data = {k: v[inside] if isinstance(v, Tensor) and v.shape == inside.shape else v for k, v in data.items()}
         del data["mask"]
         data["cu_seqlens"] = torch.nn.functional.pad(inside.sum(-1).cumsum(0), (1, 0))
-    out = policy_loss(**data, loss=losses.ppo(**clips), return_token_loss=True)
-    token = out.token_loss
-    assert token is not None
+    out = policy_loss(**data, loss=losses.ppo(**clips), return_tokens=("loss", "ratio", "clip"))
+    token = dict(out.tokens)
     if inside is not None:
-        token = torch.zeros(inside.shape, device=token.device).masked_scatter(inside, token)
+        token = {k: torch.zeros(inside.shape, device=x.device).masked_scatter(inside, x) for k, x in token.items()}
     return _finished(out.loss, token, dict(out.metrics.items()), leaves, seed)
 
 
 def _truth(seed: int, inputs: Mapping[str, Any]) -> Tensors:
     leaves = _leaves(inputs, double=True)
     options = {k: v for k, v in inputs.items() if k != "packed"} | leaves
-    return _finished(*reference.policy_loss(**options), leaves, seed)
+    loss, token, metrics = reference.policy_loss(**options)
+    return _finished(loss, {"loss": token, **_ratio_and_clip(inputs, torch.float64)}, metrics, leaves, seed)
 
 
 def _plain_torch(seed: int, inputs: Mapping[str, Any]) -> Tensors:
     leaves = _leaves(inputs)
     options = {k: v for k, v in inputs.items() if k != "packed"} | leaves
-    return _finished(*eager.policy_loss(**options), leaves, seed)
+    loss, token, metrics = eager.policy_loss(**options)
+    return _finished(loss, {"loss": token, **_ratio_and_clip(inputs, torch.float32)}, metrics, leaves, seed)
 
 
-def _finished(loss: Tensor, token: Tensor, metrics: Tensors, leaves: Tensors, seed: int) -> Tensors:
-    named = {f"metric {name}": value.detach() for name, value in metrics.items()}
+def _ratio_and_clip(inputs: Mapping[str, Any], dtype: torch.dtype) -> Tensors:
+    """The ratio of each token, and which clip acted: 1 low, 2 high, 3 dual."""
+    advantages, counted = inputs["advantages"], inputs.get("mask")
+    counted = torch.ones_like(inputs["logprobs"], dtype=torch.bool) if counted is None else counted != 0
+    A = advantages if advantages.ndim == 2 else advantages[:, None].expand(counted.shape)
+    lp, old, A = (torch.where(counted, x, 0.0).to(dtype) for x in (inputs["logprobs"], inputs["old_logprobs"], A))
+    ratio = (lp - old).clamp(-20.0, 20.0).exp()
+    clip = torch.where((ratio > 1 + inputs.get("clip_high", 0.2)) & (A > 0), 2.0, 0.0)
+    clip = torch.where((ratio < 1 - inputs.get("clip_low", 0.2)) & (A < 0), 1.0, clip)
+    whole = -A * ratio.clamp(max=inputs.get("delta", torch.inf))
+    if "dual_clip" in inputs:
+        clip = torch.where((A < 0) & (whole > -A * inputs["dual_clip"]), 3.0, clip)
+    return {"ratio": torch.where(counted, ratio, 0.0), "clip": torch.where(counted, clip, 0.0)}
+
+
+def _finished(loss: Tensor, token: Tensors, metrics: Tensors, leaves: Tensors, seed: int) -> Tensors:
+    named = {f"token {name}": value.detach() for name, value in token.items()}
+    named |= {f"metric {name}": value.detach() for name, value in metrics.items()}
     grads = gradients({"loss": loss}, leaves, seed)
-    return {"loss": loss.detach(), "token_loss": token.detach()} | named | grads
+    return {"loss": loss.detach()} | named | grads
