@@ -31,7 +31,8 @@ class Metrics(Mapping[str, Tensor]):
         pair_count: pairs with a counted token on either side.
         chosen_logprob, rejected_logprob: mean over the pairs of that side's summed log-probs.
         chosen_tokens, rejected_tokens: counted tokens of that side.
-    Then what the loss reports itself (t.report): means over tokens, sequences or pairs, as the loss's page says.
+    Then what the loss reports itself (t.report): means over tokens, sequences or pairs, as the loss's page says. What a
+    policy loss reports of each token is had by return_tokens.
 
     correction_weights, under verl's names; w is the bounded weight, raw the one before, l = old - rollout, bounds are
     the call's (no lower one: 1 / high). Means "over sequences" take empty ones for 0, as verl's do:
