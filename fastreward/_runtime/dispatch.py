@@ -55,6 +55,14 @@ _KERNELS: Final = {
     "linear_policy_loss": "program",
     "preference_loss": "program",
     "correction": "program",
+    "prefix_tree_build": "prefix_tree",
+}
+#: Parts of operations that a backend has no kernels of, on whatever machine, and what serves instead.
+_ABSENT: Final = {
+    ("prefix_tree_build", "cuda"): (
+        "no CUDA C++ kernel builds or packs trees, Triton's do; build and pack under fastreward.backend('triton'), "
+        "and what is computed on the tree may be cuda's"
+    ),
 }
 
 
@@ -88,10 +96,14 @@ def backend(name: Backend) -> Iterator[None]:
         _chosen_by_hand.remove(choice)  # not the last one, which may be another thread's
 
 
-def select(operation: str, tensor: torch.Tensor) -> Backend:
-    """Backend for `operation` on `tensor`'s device; raises BackendError where none can serve."""
+def select(operation: str, tensor: torch.Tensor, maker: Backend | None = None) -> Backend:
+    """Backend for `operation` on `tensor`'s device; raises BackendError where none can serve.
+
+    maker: of an operation on what a backend has made (a tree): that one, where none is chosen by hand and no CUDA C++
+    kernels have passed.
+    """
     device = "cpu" if tensor.is_cpu else tensor.device.type
-    name = _by_hand() or _from_environment() or _default(operation, device)
+    name = _by_hand() or _from_environment() or _default(operation, device, maker)
     if torch.compiler.is_compiling():  # Dynamo can't look for packages; the kernels themselves will complain
         return name
     reason = unavailable(operation, name, device)
@@ -119,6 +131,8 @@ def implementation(operation: Literal["prefix_tree"], name: Literal["cpu"]) -> p
 @overload
 def implementation(operation: Literal["prefix_tree"], name: str) -> protocols.PrefixTreeKernels: ...
 @overload
+def implementation(operation: Literal["prefix_tree_build"], name: str) -> protocols.PrefixTreeBuildKernels: ...
+@overload
 def implementation(operation: str, name: str) -> object: ...
 def implementation(operation: str, name: str) -> object:
     """The module that holds the raw functions of `operation` in backend `name`."""
@@ -140,11 +154,9 @@ def generated(operation: str) -> bool:
 
 def absent(operation: str, name: str) -> str | None:
     """Why backend `name` has no kernels of `operation`, on whatever machine; None where it has."""
-    if name == "cuda" and operation == "prefix_tree":
-        return "there are no CUDA C++ kernels of it; its GPU kernels are Triton's"
     if name in ("triton", "cuda") and operation == "segments":
         return "there are no GPU kernels of it yet"
-    return None
+    return _ABSENT.get((operation, name))
 
 
 def interpreted() -> bool:
@@ -172,12 +184,10 @@ def unavailable(operation: str, name: Backend, device: str) -> str | None:
     return cast("str | None", _load(_PACKAGES[name]).missing(generated(operation)))
 
 
-def _default(operation: str, device: str) -> Backend:
-    if device == "cpu":
-        return "cpu"
+def _default(operation: str, device: str, maker: Backend | None = None) -> Backend:
     if device == "cuda" and operation in CUDA_PASSED_ON and unavailable(operation, "cuda", device) is None:
         return "cuda"
-    return "triton"
+    return maker or ("cpu" if device == "cpu" else "triton")
 
 
 def _by_hand() -> Backend | None:

@@ -217,26 +217,7 @@ class LogitsPolicyLossKernels(Protocol):
 
 
 class PrefixTreeKernels(Protocol):
-    """Prefix trees, kept in `nodes` i64 [F, nodes] and `rows` i64 [4, B] (layout.NODES, layout.ROWS)."""
-
-    def starts(self, mask: Tensor, extents: Tensor) -> Tensor:
-        """Flat index of each row's first valid token, i64 [B]; where its extent begins if there is none."""
-
-    def lengths(self, mask: Tensor, extents: Tensor, starts: Tensor | None) -> Tensor:
-        """Tokens from each row's start to its last valid one, i64 [B]."""
-
-    def build(
-        self,
-        tokens: Tensor | None,  # flat, i64 or i32; or
-        parent_row: Tensor | None,  # [B] i64, and
-        branch_position: Tensor | None,  # [B] i64
-        starts: Tensor,  # [B] i64
-        lengths: Tensor,  # [B] i64
-        group: Tensor,  # [B] i64
-        ordered_groups: bool,
-        compress: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(nodes, rows, sizes i64 [3]: nodes, groups, unique tokens)."""
+    """Values on prefix trees, kept in `nodes` i64 [F, nodes] and `rows` i64 [4, B] (layout.NODES, layout.ROWS)."""
 
     def aggregate(
         self,
@@ -313,11 +294,34 @@ class PrefixTreeKernels(Protocol):
     def unique_of_token(self, nodes: Tensor, rows: Tensor, extents: Tensor, count: int) -> Tensor:
         """i64 [count]: each token's unique token, -1 outside of the sequences."""
 
+
+class PrefixTreeBuildKernels(Protocol):
+    """Prefix trees from sequences, and what packings are made of."""
+
+    def starts(self, mask: Tensor, extents: Tensor) -> Tensor:
+        """Flat index of each row's first valid token, i64 [B]; where its extent begins if there is none."""
+
+    def lengths(self, mask: Tensor, extents: Tensor, starts: Tensor | None) -> Tensor:
+        """Tokens from each row's start to its last valid one, i64 [B]."""
+
+    def build(
+        self,
+        tokens: Tensor | None,  # flat, i64 or i32; or
+        parent_row: Tensor | None,  # [B] i64, and
+        branch_position: Tensor | None,  # [B] i64
+        starts: Tensor,  # [B] i64
+        lengths: Tensor,  # [B] i64
+        group: Tensor,  # [B] i64
+        ordered_groups: bool,
+        compress: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(nodes, rows, sizes i64 [3]: nodes, groups, unique tokens)."""
+
     def layout(self, tokens: Tensor, nodes: Tensor, rows: Tensor, unique: int) -> tuple[Tensor, ...]:
         """i64 [unique] each: token id, position, parent (-1: none), end of the subtree, sequences, flat index."""
 
 
-class PrefixTreeHostKernels(PrefixTreeKernels, Protocol):
+class PrefixTreeHostKernels(PrefixTreeKernels, PrefixTreeBuildKernels, Protocol):
     """Trees on the CPU, where packings are planned."""
 
     def bins(self, nodes: Tensor, rows: Tensor, max_tokens: int, by_rows: bool) -> tuple[Tensor, int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.numbers import Number, number
 from fastreward._arguments.options import TreeOp
+from fastreward._runtime.dispatch import Backend, select
 from fastreward._runtime.layout import NODES, ROWS
 from fastreward.prefix_tree import ops
 from fastreward.prefix_tree.sequences import Sequences
@@ -46,7 +47,17 @@ class Forest:
     nodes: Tensor  # i64 [F, places], see NODES
     rows: Tensor  # i64 [4, B], see ROWS
     sizes: Tensor  # i64 [3]: nodes, groups, unique tokens
-    backend: str
+    maker: Backend  # which has built it
+
+    @property
+    def backend(self) -> Backend:
+        """What serves a call on it."""
+        return select("prefix_tree", self.nodes, self.maker)
+
+    @property
+    def builder(self) -> Backend:
+        """What builds a tree out of it, or packs it."""
+        return select("prefix_tree_build", self.nodes, self.maker)
 
     @property
     def places(self) -> int:
@@ -120,7 +131,7 @@ def _check_weights(name: str, weights: Tensor, op: TreeOp) -> None:
             check.every(name, weights >= 0, weights, "numbers >= 0 with op='logsumexp'")
 
 
-def grow(s: Sequences, backend: str, *, compress: bool = True) -> Forest:
+def grow(s: Sequences, backend: Backend, *, compress: bool = True) -> Forest:
     """The forest of sequences; without `compress` each of their tokens is a node."""
     masks = (s.first, s.last, s.lengths)
     nodes, rows, sizes = ops.build(

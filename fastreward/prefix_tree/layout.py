@@ -83,7 +83,7 @@ class PackedLayout:
         chosen = (self.bin_of_row == k).nonzero().squeeze(1)
         position = torch.empty_like(self.rows).scatter_(0, chosen, torch.arange(len(chosen), device=chosen.device))
         forest = self.tree.forest
-        tree = made_of(type(self.tree), grow(_select(forest, chosen), forest.backend))
+        tree = made_of(type(self.tree), grow(_select(forest, chosen), forest.builder))
         parent, row = self.parent[begin:end], position[self.row[begin:end]]
         padded = len(self.tree.shape) == 2
         offset = 0 if padded else (tree.forest.row("start") - forest.row("start")[chosen])[row]

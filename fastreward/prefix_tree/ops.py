@@ -14,12 +14,17 @@ from fastreward._arguments.options import PLACES, TOKEN_OPS, Place
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation
 from fastreward._runtime.layout import NODES, ROWS
-from fastreward._runtime.protocols import PrefixTreeKernels
+from fastreward._runtime.protocols import PrefixTreeBuildKernels, PrefixTreeKernels
 
 
 def kernels_of(backend: str) -> PrefixTreeKernels:
-    """The raw functions of a backend."""
+    """The raw functions of a backend on values."""
     return implementation("prefix_tree", backend)
+
+
+def builders_of(backend: str) -> PrefixTreeBuildKernels:
+    """Those that build and pack."""
+    return implementation("prefix_tree_build", backend)
 
 
 # ------------------------------------------------------------------------------------------------------------- build
@@ -37,7 +42,7 @@ def build(
     compress: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # nodes i64 [F, nodes], rows i64 [4, B], sizes i64 [3]
-    kernels = kernels_of(backend)
+    kernels = builders_of(backend)
     starts = extents[:-1].contiguous() if first is None else kernels.starts(first, extents)
     if lengths is None:
         lengths = extents[1:] - starts if last is None else kernels.lengths(last, extents, starts)
@@ -227,7 +232,7 @@ def _(nodes: Tensor, rows: Tensor, extents: Tensor, count: int, backend: str) ->
 def layout(
     tokens: Tensor, nodes: Tensor, rows: Tensor, unique: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # [unique] i64 each
-    ids, positions, parent, tout, multiplicity, source = kernels_of(backend).layout(tokens, nodes, rows, unique)
+    ids, positions, parent, tout, multiplicity, source = builders_of(backend).layout(tokens, nodes, rows, unique)
     return ids, positions, parent, tout, multiplicity, source
 
 

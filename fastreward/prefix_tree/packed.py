@@ -107,7 +107,7 @@ def pack(tree: TreeOperations, max_tokens: int | None, by: By) -> PackedTree:
     if bins > 1:
         root = tree.root[tree.leaf]  # grows from group to group
         _, group = torch.unique(bin_of_row * forest.places + root, return_inverse=True)
-        forest = grow(replace(forest.sequences, group=group, ordered_groups=True), forest.backend)
+        forest = grow(replace(forest.sequences, group=group, ordered_groups=True), forest.builder)
         tree = made_of(type(tree), forest)
     return _lay_out(tree, bin_of_row, bins)
 
@@ -131,7 +131,7 @@ def _bins(forest: Forest, max_tokens: int | None, by: By) -> tuple[Tensor, int]:
 def _lay_out(tree: TreeOperations, bin_of_row: Tensor, bins: int) -> PackedTree:
     f, s = tree.forest, tree.forest.sequences
     assert s.tokens is not None
-    fields = ops.layout(s.tokens, f.nodes, f.rows, f.unique_places, f.backend)
+    fields = ops.layout(s.tokens, f.nodes, f.rows, f.unique_places, f.builder)
     token_ids, position_ids, parent, tout, multiplicity, source = (x[: tree.num_tokens] for x in fields)
     row = tree.first_row.repeat_interleave(tree.edge_length, output_size=tree.num_tokens)
     column = source - s.extents[row] if len(s.shape) == 2 else source

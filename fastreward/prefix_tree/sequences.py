@@ -310,7 +310,7 @@ def _lengths(lengths: Tensor | Sequence[int], extents: Tensor, first: Tensor | N
     check.same_device("lengths", lengths, "tokens", extents)
     length = lengths.long().contiguous()
     if check.values_checked(length):
-        starts = extents[:-1] if first is None else implementation("prefix_tree", backend).starts(first, extents)
+        starts = extents[:-1] if first is None else implementation("prefix_tree_build", backend).starts(first, extents)
         good = (length >= 0) & (length <= extents[1:] - starts)
         check.every("lengths", good, length, "at most the row's tokens")
     return length

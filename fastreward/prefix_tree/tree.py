@@ -75,7 +75,7 @@ class PrefixTree(TreeOperations):
         cu_seqlens: Tensor | None = None,
         ignore_masked: bool = False,
     ) -> None:
-        backend = select("prefix_tree", check.tensor("tokens", tokens))
+        backend = select("prefix_tree_build", check.tensor("tokens", tokens))
         sequences = token_sequences(
             tokens, mask, group_ids, group_size, lengths, attention_mask, cu_seqlens, ignore_masked, backend
         )
@@ -105,7 +105,7 @@ class PrefixTree(TreeOperations):
             mask: the shape of segment_ids (or of path_ids), as in PrefixTree.
         """
         sequences, device_of = path_sequences(path_ids, group_ids, group_size, segment_ids, mask)
-        return made_of(cls, grow(sequences, select("prefix_tree", device_of), compress=False))
+        return made_of(cls, grow(sequences, select("prefix_tree_build", device_of), compress=False))
 
     @classmethod
     @accepts_arrays
@@ -129,7 +129,7 @@ class PrefixTree(TreeOperations):
             mask: [B, T], as in PrefixTree; it sets T, which is else the greatest length.
         """
         sequences = branch_sequences(parent, branch_position, lengths, group_ids, group_size, mask)
-        return made_of(cls, grow(sequences, select("prefix_tree", parent)))
+        return made_of(cls, grow(sequences, select("prefix_tree_build", parent)))
 
     def pack(self, max_tokens: int | None = None, *, by: Literal["group", "row"] = "group") -> PackedTree:
         """The layout for training: every unique token once (see PackedTree).

@@ -15,6 +15,7 @@ import fastreward.cpu.whiten
 import fastreward.cuda.group
 import fastreward.cuda.logits_policy_loss
 import fastreward.cuda.logprobs
+import fastreward.cuda.prefix_tree
 import fastreward.cuda.program
 import fastreward.cuda.rewards
 import fastreward.cuda.whiten
@@ -73,7 +74,13 @@ LOGITS_POLICY_LOSS: Final[tuple[protocols.LogitsPolicyLossKernels, ...]] = (  # 
     kernels.logits_policy_loss,
     fastreward.cuda.logits_policy_loss,
 )
-PREFIX_TREE: Final[tuple[protocols.PrefixTreeKernels, ...]] = (  # no CUDA C++ kernels of it
+PREFIX_TREE: Final[tuple[protocols.PrefixTreeKernels, ...]] = (
+    fastreward.reference.prefix_tree,
+    fastreward.cpu.prefix_tree,
+    kernels.prefix_tree,
+    fastreward.cuda.prefix_tree,
+)
+PREFIX_TREE_BUILD: Final[tuple[protocols.PrefixTreeBuildKernels, ...]] = (  # cuda leaves it to Triton
     fastreward.reference.prefix_tree,
     fastreward.cpu.prefix_tree,
     kernels.prefix_tree,

@@ -1,7 +1,8 @@
 """Checks of a GPU backend's raw functions for prefix trees against the CPU backend's: equal integers, close values.
 
-Run by test_prefix_tree.py in tests/backends/triton/interpreted and in tests/backends/gpu. Batches are made on the CPU,
-where the C++ backend runs, and copied to `device`.
+Run by test_prefix_tree.py in tests/backends/triton/interpreted and in tests/backends/gpu, and by
+tests/backends/cuda/test_prefix_tree_emulated.py. Batches are made on the CPU, where the C++ backend runs, and copied to
+`device`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Batch:
         """Tokens of the flat memory."""
         return int(self.extents[-1])
 
-    def build(self, module: ModuleType, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    def build(self, module: Any, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """The forest as a backend builds it, on its device."""
         given = (self.tokens, self.parent, self.position, self.starts, self.lengths, self.group)
         return module.build(*(x if x is None else x.to(device) for x in given), self.ordered, self.compress)
@@ -135,14 +136,35 @@ def check_build(module: ModuleType, device: str, batch: Batch) -> None:
         assert torch.equal(got, expected), f"empty places, {name}: {got.tolist()}"
 
 
+class WithRoom:
+    """The CPU's forests with empty places behind the nodes, as the GPU's have: for a backend that builds none."""
+
+    @staticmethod
+    def build(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """As the raw function."""
+        nodes, rows, sizes = cpu.build(*given)
+        count, room = nodes.shape[1], nodes.shape[1] + 2 * rows.shape[1]
+        out = torch.empty((len(NODES), room), dtype=torch.int64)
+        out[:, :count] = nodes
+        rest = EMPTY | {"token_begin": int(sizes[2]), "token_tout": int(sizes[2]), "row_begin": rows.shape[1]}
+        for k, name in enumerate(NODES):
+            numbers = torch.arange(count, room)
+            out[k, count:] = {"tout": numbers + 1, "root": numbers}.get(name, torch.tensor(rest.get(name, 0)))
+        return out, rows, sizes
+
+
 # ------------------------------------------------------------------------------------------------------------ values
 class Forests:
-    """The same batch as a backend's forest and as the CPU's, whose nodes are the first of the backend's."""
+    """The same batch as a backend's forest and as the CPU's, whose nodes are the first of the backend's.
 
-    def __init__(self, module: ModuleType, device: str, batch: Batch, seed: int) -> None:
+    builder: what builds for a backend that does not.
+    """
+
+    def __init__(self, module: ModuleType, device: str, batch: Batch, seed: int, builder: Any = None) -> None:
         self.module, self.device, self.batch = module, device, batch
+        self.packs = builder is None
         self.r, self.g = random.Random(seed), torch.Generator().manual_seed(seed)
-        self.here = tuple(x for x in batch.build(module, device)[:2])
+        self.here = tuple(x for x in batch.build(builder or module, device)[:2])
         self.there = batch.build(cpu)[:2]
         self.nodes, self.places = self.there[0].shape[1], self.here[0].shape[1]
         self.unique = int((self.there[0][NODES.index("edge_length")]).sum())
@@ -159,7 +181,7 @@ class Forests:
 
     def number(self, x: float) -> float | Tensor:
         """A number as the host knows it, or as the device does."""
-        if self.module.__name__.startswith("fastreward.kernels") and self.r.random() < 0.5:
+        if self.module.__name__.startswith(("fastreward.kernels", "fastreward.cuda")) and self.r.random() < 0.5:
             return torch.tensor(x, dtype=torch.float64, device=self.device)
         return x
 
@@ -281,16 +303,18 @@ def check_numbers(f: Forests) -> None:
         want = getattr(cpu, name)(*f.there, extents, flat)
         assert got.dtype == want.dtype
         assert torch.equal(got.cpu(), want), f"{name}: {got.tolist()}, expected {want.tolist()}"
-    if f.batch.tokens is not None:
+    if f.batch.tokens is not None and f.packs:
         got = f.module.layout(f.batch.tokens.to(f.device), *f.here, flat)
         for x, want in zip(got, cpu.layout(f.batch.tokens, *f.there, f.unique), strict=True):
             assert torch.equal(x.cpu()[: f.unique], want)
             assert not x[f.unique :].any()
 
 
-def check_values(module: ModuleType, device: str, batch: Batch, seed: int, mask: Any = torch.bool) -> None:
+def check_values(
+    module: ModuleType, device: str, batch: Batch, seed: int, mask: Any = torch.bool, builder: Any = None
+) -> None:
     """Every operation on a forest; mask: the dtype of one, or None."""
-    f = Forests(module, device, batch, seed)
+    f = Forests(module, device, batch, seed, builder)
     check_aggregates(f)
     check_advantages(f)
     check_propagate(f)

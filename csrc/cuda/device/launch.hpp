@@ -22,6 +22,7 @@ KernelTable logprobs_kernels();
 KernelTable group_kernels();
 KernelTable whiten_kernels();
 KernelTable rewards_kernels();
+KernelTable prefix_tree_kernels();
 
 // Queues one launch on `stream` of `device`; nullptr, or CUDA's words for what went wrong.
 const char* launch(const Kernel& kernel, int device, unsigned grid, unsigned block, std::size_t shared, std::uintptr_t stream,

@@ -59,6 +59,7 @@ struct Block {
   std::vector<std::uint64_t> exchange;
   Rendezvous all, cluster_wide;
   int alive = 0;
+  bool any = false, any_of_all = false;  // of __syncthreads_or: so far, and of the last one
   unsigned current = 0, index = 0, grid = 0, rank = 0;
   ucontext_t scheduler;
   jmp_buf back;
@@ -207,6 +208,12 @@ Call call_of(std::size_t words, std::index_sequence<WORDS...>) {
 #define gridDim (emulation::ThreadIndex{emulation::block->grid})
 
 inline void __syncthreads() { emulation::meet_block(); }
+inline int __syncthreads_or(int x) {
+  emulation::Block& b = *emulation::block;
+  b.any |= x != 0;
+  emulation::meet(b.all, b.alive, [&b] { b.any_of_all = std::exchange(b.any, false); });
+  return b.any_of_all;
+}
 inline void __syncwarp(unsigned) { emulation::meet_warp(); }
 inline void __threadfence() {}
 template <class T>
@@ -229,6 +236,7 @@ inline unsigned atomicInc(unsigned* p, unsigned most) {
   *p = old >= most ? 0u : old + 1u;
   return old;
 }
+inline unsigned atomicAdd(unsigned* p, unsigned x) { return std::exchange(*p, *p + x); }
 inline float __int_as_float(int x) {
   float y;
   std::memcpy(&y, &x, 4);

@@ -1,0 +1,100 @@
+"""The CUDA C++ kernels of prefix trees in the emulation (see test_emulated.py): what the CPU backend gives, and bits."""
+
+from __future__ import annotations
+
+import platform
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import prefix_tree_raw_checks as checks
+import pytest
+import torch
+from criterion import MASK_DTYPES
+from emulation import Emulator
+from torch import Tensor
+
+from fastreward._runtime.layout import NODES
+from fastreward.cuda import prefix_tree as kernels
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("g++") is None or platform.machine() != "x86_64" or platform.system() != "Linux",
+        reason="the emulation needs g++ on x86-64 Linux",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulation")
+
+
+@pytest.fixture(autouse=True)
+def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    stand_in = Emulator(folder)
+    monkeypatch.setattr(kernels, "launch", stand_in.launch)
+    yield stand_in
+
+
+@pytest.mark.parametrize(("seed", "mask"), list(enumerate((None, *MASK_DTYPES))))
+def test_values(seed: int, mask: torch.dtype | None) -> None:
+    checks.check_values(kernels, "cpu", checks.token_batch(seed), seed, mask, checks.WithRoom)
+
+
+def test_values_of_branches() -> None:
+    batch = checks.branch_batch(5)
+    assert batch is not None
+    checks.check_values(kernels, "cpu", batch, 5, None, checks.WithRoom)
+
+
+def test_more_than_a_warp_has_lanes() -> None:
+    """Nodes of hundreds of sequences, of hundreds of children, on long edges; groups of more nodes than a block takes."""
+    r = random.Random(3)
+    base = [r.randrange(50) for _ in range(300)]
+    rows = [base[: r.choice((2, 2, 2, 140))] + [r.randrange(400)] for _ in range(600)]
+    batch = checks.batch_of(rows, [0] * len(rows), r, padded=False)
+    checks.check_values(kernels, "cpu", batch, 3, torch.bool, checks.WithRoom)
+
+
+def test_empty_batches() -> None:
+    none = torch.zeros(0, dtype=torch.long)
+    nodes, rows, extents = torch.zeros(len(NODES), 0).long(), torch.zeros(4, 0).long(), torch.zeros(1).long()
+    assert kernels.broadcast_to_tokens(torch.zeros(0), nodes, rows, extents, None, "broadcast", 3).tolist() == [0] * 3
+    assert kernels.scatter_reduce(torch.zeros(3), nodes, rows, extents, None, "sum", 3).tolist() == [0] * 3
+    assert kernels.aggregate(torch.zeros(0), None, None, nodes, rows, checks.AggregateOptions()).shape == (0,)
+    empty = checks.batch_of([[], [], []], [3, 1, 3], random.Random(0), padded=False)
+    checks.check_values(kernels, "cpu", empty, 0, torch.bool, checks.WithRoom)
+    assert kernels.node_of_token(*empty.build(checks.WithRoom)[:2], empty.extents, 0).shape == none.shape
+
+
+def test_groups_do_not_meet() -> None:
+    """A group's bits are the same whatever comes before it."""
+    r = random.Random(1)
+    base = [r.randrange(50) for _ in range(9)]
+    rows = [base[: r.randint(0, 9)] + [r.randrange(50) for _ in range(4)] for _ in range(40)]
+    g = torch.Generator().manual_seed(0)
+    rewards, tokens = torch.randn(40, generator=g), [torch.randn(len(row), generator=g) for row in rows]
+    alone, together = (_everything(rows[k:], [int(i >= 9) for i in range(k, 40)], rewards[k:], tokens[k:]) for k in (9, 0))
+    for a, b in zip(alone, together, strict=True):
+        assert len(a) > 30
+        assert torch.equal(a, b[-len(a) :])
+
+
+def _everything(rows: list[list[int]], group: list[int], rewards: Tensor, tokens: list[Tensor]) -> list[Tensor]:
+    """Sums of all kinds, of the nodes, unique tokens and sequences that are there."""
+    batch = checks.batch_of(rows, group, random.Random(0), padded=False)
+    nodes, made, sizes = batch.build(checks.WithRoom)
+    forest, count, flat = (nodes, made), int(sizes[0]), torch.cat(tokens)
+    out = []
+    for over in checks.OVERS:
+        options = checks.AggregateOptions("mean", over, discount=0.9)
+        values = kernels.aggregate(rewards, None, None, *forest, options)
+        grad = kernels.aggregate_backward(values, rewards, None, None, *forest, options)
+        passed = kernels.propagate_backward(values, values, values, *forest, (0.5, -checks.INF, checks.INF))
+        siblings = kernels.advantages(values, *forest, checks.AdvantageOptions("sibling"))
+        out += [x[:count] for x in (values, siblings, *passed)] + [grad]
+    collected = kernels.collect(flat, *forest, batch.extents, None, "broadcast")
+    return [*out, collected[:count], kernels.scatter_reduce(flat, *forest, batch.extents, None, "mean", int(sizes[2]))]
