@@ -66,7 +66,8 @@ def _cuda_state(operation: str) -> str:
     else:
         return f"not compiled, needs CuPy{' at first use' if generated else ' or nvcc'}"
     passed = dispatch.CUDA_PASSED_ON.get(operation)
-    return f"{made}, passed on {passed}" if passed else f"{made}, never passed on hardware"
+    state = f"{made}, passed on {passed}" if passed else f"{made}, never passed on hardware"
+    return state if dispatch.absent(f"{operation}_build", "cuda") is None else f"{state}; Triton builds and packs"
 
 
 def cpu_model() -> str:

@@ -156,6 +156,36 @@ def test_a_cuda_tensor_that_nothing_can_serve_is_an_error(monkeypatch: pytest.Mo
         dispatch.unavailable.cache_clear()
 
 
+def test_cuda_says_that_it_builds_no_trees_and_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice:
+        device, is_cpu = torch.device("cuda", 0), False
+
+    with (
+        fr.backend("cuda"),
+        pytest.raises(fr.BackendError, match=r"'cuda' .* no CUDA C\+\+ .* trees, Triton's do; build"),
+    ):
+        dispatch.select("prefix_tree_build", OnDevice())
+    monkeypatch.setattr(dispatch, "unavailable", lambda *_: None)
+    assert dispatch.select("prefix_tree_build", OnDevice()) == "triton"
+    assert dispatch.select("prefix_tree", OnDevice(), "triton") == "triton"
+    with fr.backend("cuda"):
+        assert dispatch.select("prefix_tree", OnDevice(), "triton") == "cuda"
+    monkeypatch.setattr(dispatch, "CUDA_PASSED_ON", {"prefix_tree": "a GPU"})
+    assert dispatch.select("prefix_tree", OnDevice(), "triton") == "cuda"
+
+
+def test_a_tree_is_served_by_its_maker_or_by_hand() -> None:
+    """And never in silence by another than the choice."""
+    tokens, values = torch.tensor([[1, 2], [1, 3]]), torch.ones(2)
+    with fr.backend("reference"):
+        tree = fr.PrefixTree(tokens)
+    assert tree.forest.backend == tree.forest.builder == "reference"
+    with fr.backend("cpu"):
+        assert tree.forest.backend == tree.forest.builder == "cpu"
+    with fr.backend("cuda"), pytest.raises(fr.BackendError, match="its kernels take CUDA tensors"):
+        tree.aggregate(values)
+
+
 def test_experimental_cuda_kernels_are_never_the_default() -> None:
     for operation in dispatch.OPERATIONS:
         if operation not in dispatch.CUDA_PASSED_ON:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments.options import OVERS, PLACES, TOKEN_OPS, TREE_MODES, TREE_OPS
-from fastreward._runtime.dispatch import backend
+from fastreward._runtime.dispatch import absent, backend, select
 from fastreward.prefix_tree import PrefixTree
 from fastreward.verify import eager
 from fastreward.verify.problem import Problem, Tensors, gradients, leaf
@@ -142,6 +142,13 @@ def _tokens(tree: PrefixTree, operations: _Operations, values: Tensors) -> Tenso
 
 # ------------------------------------------------------------------------------------------------------------- ways
 def _tree(inputs: Mapping[str, Any]) -> PrefixTree:
+    """On the backend that is chosen; where that builds no trees, Triton's."""
+    chosen = select("prefix_tree", inputs["tokens"])
+    with backend("triton" if absent("prefix_tree_build", chosen) else chosen):
+        return _built(inputs)
+
+
+def _built(inputs: Mapping[str, Any]) -> PrefixTree:
     names = ("tokens", "mask", "group_ids", "group_size", "lengths", "attention_mask", "cu_seqlens", "ignore_masked")
     return PrefixTree(**{name: inputs[name] for name in names if name in inputs})
 

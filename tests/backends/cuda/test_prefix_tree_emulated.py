@@ -1,11 +1,10 @@
-"""The CUDA C++ kernels of prefix trees in the emulation (see test_emulated.py): what the CPU backend gives, and bits."""
+"""The CUDA C++ kernels of prefix trees in the emulation (see test_emulated.py): the CPU backend's values, and bits."""
 
 from __future__ import annotations
 
 import platform
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import prefix_tree_raw_checks as checks
@@ -33,10 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    stand_in = Emulator(folder)
-    monkeypatch.setattr(kernels, "launch", stand_in.launch)
-    yield stand_in
+def _emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "launch", Emulator(folder).launch)
 
 
 @pytest.mark.parametrize(("seed", "mask"), list(enumerate((None, *MASK_DTYPES))))
@@ -51,10 +48,10 @@ def test_values_of_branches() -> None:
 
 
 def test_more_than_a_warp_has_lanes() -> None:
-    """Nodes of hundreds of sequences, of hundreds of children, on long edges; groups of more nodes than a block takes."""
+    """Nodes of hundreds of sequences and children, and on long edges; a group of more nodes than a block takes."""
     r = random.Random(3)
     base = [r.randrange(50) for _ in range(300)]
-    rows = [base[: r.choice((2, 2, 2, 140))] + [r.randrange(400)] for _ in range(600)]
+    rows = [[*base[: r.choice((2, 2, 2, 140))], r.randrange(400)] for _ in range(600)]
     batch = checks.batch_of(rows, [0] * len(rows), r, padded=False)
     checks.check_values(kernels, "cpu", batch, 3, torch.bool, checks.WithRoom)
 
@@ -77,7 +74,8 @@ def test_groups_do_not_meet() -> None:
     rows = [base[: r.randint(0, 9)] + [r.randrange(50) for _ in range(4)] for _ in range(40)]
     g = torch.Generator().manual_seed(0)
     rewards, tokens = torch.randn(40, generator=g), [torch.randn(len(row), generator=g) for row in rows]
-    alone, together = (_everything(rows[k:], [int(i >= 9) for i in range(k, 40)], rewards[k:], tokens[k:]) for k in (9, 0))
+    labels = [int(i >= 9) for i in range(40)]
+    alone, together = (_everything(rows[k:], labels[k:], rewards[k:], tokens[k:]) for k in (9, 0))
     for a, b in zip(alone, together, strict=True):
         assert len(a) > 30
         assert torch.equal(a, b[-len(a) :])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
+from typing import Any
 
 import prefix_tree_raw_checks as checks
 import pytest
@@ -13,6 +15,7 @@ from criterion import MASK_DTYPES
 from torch import Tensor
 
 import fastreward as fr
+import fastreward.cuda
 from fastreward.cpu import prefix_tree as cpu
 
 pytestmark = [
@@ -47,6 +50,19 @@ def rollouts(rows: int, columns: int, size: int, seed: int = 0) -> tuple[Tensor,
     return tokens, mask, torch.arange(rows) // size
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def values_of(request: pytest.FixtureRequest) -> tuple[ModuleType, Any]:
+    """A backend's raw functions on values, and what builds for it."""
+    if request.param == "triton":
+        return kernels, None
+    reason = fastreward.cuda.missing()
+    if reason is not None:
+        pytest.skip(f"cuda: {reason}")
+    from fastreward.cuda import prefix_tree
+
+    return prefix_tree, kernels
+
+
 # --------------------------------------------------------------------------------------------------- raw functions
 @pytest.mark.parametrize("seed", range(40))
 def test_small_build(seed: int) -> None:
@@ -57,12 +73,13 @@ def test_small_build(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_small_values(seed: int) -> None:
+def test_small_values(seed: int, values_of: tuple[ModuleType, Any]) -> None:
+    module, builder = values_of
     mask = (None, *MASK_DTYPES)[seed % (1 + len(MASK_DTYPES))]
-    checks.check_values(kernels, "cuda", checks.token_batch(seed, 30, 200), seed, mask)
+    checks.check_values(module, "cuda", checks.token_batch(seed, 30, 200), seed, mask, builder)
     branches = checks.branch_batch(seed, 30)
     if branches is not None:
-        checks.check_values(kernels, "cuda", branches, seed)
+        checks.check_values(module, "cuda", branches, seed, builder=builder)
 
 
 @pytest.mark.parametrize("dtype", MASK_DTYPES)
@@ -74,16 +91,19 @@ def test_small_masks(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns", "size"), [(512, 6144, 8), (512, 1536, 64), (20_000, 24, 20_000)])
-def test_at_size(rows: int, columns: int, size: int) -> None:
+def test_at_size(rows: int, columns: int, size: int, values_of: tuple[ModuleType, Any]) -> None:
     """3.1M tokens in groups of 8, 786K in groups of 64, and one group of 20,000 short rows."""
     tokens, mask, group = rollouts(rows, columns, size)
     extents = torch.arange(rows + 1) * columns
     lengths = cpu.lengths(mask.reshape(-1), extents, None)
     flat = tokens.reshape(-1).int()
     batch = checks.Batch(flat, None, None, extents[:-1].contiguous(), lengths, group, extents)
-    checks.check_build(kernels, "cuda", batch)
-    f = checks.Forests(kernels, "cuda", batch, 0)
+    module, builder = values_of
+    if builder is None:
+        checks.check_build(kernels, "cuda", batch)
+    f = checks.Forests(module, "cuda", batch, 0, builder)
     checks.check_numbers(f)
+    checks.check_aggregates(f)
     checks.check_tokens(f, mask.reshape(-1))
     checks.check_advantages(f)
     checks.check_propagate(f)
@@ -101,19 +121,24 @@ def test_collisions_of_hashes_cost_sharing_alone(monkeypatch: pytest.MonkeyPatch
 
 
 # ---------------------------------------------------------------------------------------------------------- public
-def test_nothing_waits_for_the_device() -> None:
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_nothing_waits_for_the_device(backend: str) -> None:
     """From tokens to credit and back to a gradient, twice with the same bits; and as on the CPU."""
+    reason = fastreward.cuda.missing() if backend == "cuda" else None
+    if reason is not None:
+        pytest.skip(f"cuda: {reason}")
     tokens, mask, group = rollouts(256, 700, 8)
     rewards = torch.randn(256, generator=torch.Generator().manual_seed(1))
 
     def credit(device: str) -> tuple[Tensor, ...]:
         r = given[device][3].detach().requires_grad_()
         tree = fr.PrefixTree(*given[device][:3])
-        values = tree.aggregate(r, "mean", over="children", discount=0.99)
-        tree.to_tokens(tree.propagate(values, 0.1, high=0.5)).square().sum().backward()
-        tokens_of = tree.to_tokens(tree.advantages(values.detach(), "sibling"), row_values=r.detach())
-        assert r.grad is not None
-        return tokens_of, tree.from_tokens(tokens_of, "mean"), tree.node_of_token, r.grad
+        with fr.backend(backend) if device == "cuda" else nullcontext():  # type: ignore[arg-type]
+            values = tree.aggregate(r, "mean", over="children", discount=0.99)
+            tree.to_tokens(tree.propagate(values, 0.1, high=0.5)).square().sum().backward()
+            tokens_of = tree.to_tokens(tree.advantages(values.detach(), "sibling"), row_values=r.detach())
+            assert r.grad is not None
+            return tokens_of, tree.from_tokens(tokens_of, "mean"), tree.node_of_token, r.grad
 
     given = {d: tuple(x.to(d) for x in (tokens, mask, group, rewards)) for d in ("cpu", "cuda")}
     credit("cuda")  # compiles
