@@ -254,6 +254,8 @@ def plot_credit(
     """Draw the advantage of each token under several schemes: as a picture, and as a page to look through.
 
     Schemes are group_advantages and the recipes for advantages (`fastreward recipes`).
+    FILE may have "logprobs", "old_logprobs", "ref_logprobs" and "entropy" besides what
+    `plot tree` reads, a number for each token: more recipes can run, and the page shows them.
     The page is one file, which opens offline: tokens coloured by a scheme's advantages,
     their tree beside them, every number of the token under the mouse.
     """

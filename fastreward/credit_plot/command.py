@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastreward._arguments import check
 from fastreward.credit_plot import schemes
@@ -77,10 +78,20 @@ def save(
             continue
         credit_page(
             path, rollouts.tokens, {scheme.name: scheme.advantages for scheme in found}, rollouts.mask,
+            **_numbers(rollouts),
             rewards=rollouts.rewards, group_ids=rollouts.groups, lengths=tree.lengths,
             text=rollouts.texts if decode is None else decode, tree=tree,
         )  # fmt: skip
     return Drawn([scheme.name for scheme in found], missing, rows, paths)
+
+
+def _numbers(rollouts: Rollouts) -> dict[str, Any]:
+    """What else the file has of each token, as credit_page takes it."""
+    given = dict(rollouts.numbers)
+    known: dict[str, Any] = {name: given.pop(name) for name in ("logprobs", "entropy") if name in given}
+    if {"logprobs", "old_logprobs"} <= set(rollouts.numbers):
+        known["ratio"] = (rollouts.numbers["logprobs"] - rollouts.numbers["old_logprobs"]).exp()
+    return known | {"extra": given}
 
 
 def _rows(rollouts: Rollouts, group: str | None, most: int) -> list[int]:

@@ -147,7 +147,9 @@ def _scale(batch: Batch, name: str) -> str:
     if known is not None:
         return known
     finite = batch.values[name][np.isfinite(batch.values[name])]
-    return "diverging" if finite.size and finite.min() < 0 < finite.max() else "high"
+    if not finite.size or finite.min() >= 0:
+        return "high"
+    return "diverging" if finite.max() > 0 else "low"
 
 
 def _tree(batch: Batch, tree: TreeOperations) -> dict[str, Any]:

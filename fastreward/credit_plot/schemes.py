@@ -87,6 +87,7 @@ def on_rollouts(rollouts: Rollouts, names: Collection[str] = ()) -> tuple[list[S
     groups = [0] * len(rollouts.tokens) if rollouts.groups is None else rollouts.groups
     rewards = rollouts.rewards.float()
     there = {"tokens": rollouts.tokens, "mask": mask, "rewards": rewards, "group_ids": groups, "tree": tree}
+    there |= rollouts.numbers
     found, missing = [], {}
     if _wanted(_OPERATION, names):
         own = group_advantages(rewards, groups)

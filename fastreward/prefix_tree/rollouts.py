@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from fastreward.prefix_tree.views import shortened
 
 SUFFIXES = (".json", ".jsonl", ".npz", ".pt")
 #: Keys of a table (one entry for each sequence under each key) and of a record (one sequence).
-_TABLE = ("tokens", "rewards", "group_ids", "mask", "lengths", "texts")
-_RECORD = ("tokens", "reward", "group", "mask", "texts")
+_NUMBERS = ("logprobs", "old_logprobs", "ref_logprobs", "entropy")  # one for each token
+_TABLE = ("tokens", "rewards", "group_ids", "mask", "lengths", "texts", *_NUMBERS)
+_RECORD = ("tokens", "reward", "group", "mask", "texts", *_NUMBERS)
 _NAME_IN_TABLE = {"reward": "rewards", "group": "group_ids"}
 
 
@@ -38,6 +39,7 @@ class Rollouts:
     groups: list[Hashable] | None = None  # B names; None: one group
     mask: Tensor | None = None  # [B, T] bool
     texts: dict[int, str] | None = None  # token id -> its text
+    numbers: dict[str, Tensor] = field(default_factory=dict)  # [B, T] f32 each, of _NUMBERS those that there are
 
     @property
     def group_names(self) -> list[str]:
@@ -61,8 +63,9 @@ def read(path: Path) -> Rollouts:
 
     A list of records {"tokens": [ids], "reward": number, "group": name, "mask": [0 or 1], "texts": [strings]}, a line
     each in .jsonl; or one table of the same, {"tokens": [[ids]], "rewards": [...], "group_ids": [...], "mask": [[...]],
-    "lengths": [...], "texts": [[...]]}. Only tokens and rewards have to be there. A sequence is as long as `lengths`
-    say, else it ends with its last masked-in token, else with its list.
+    "lengths": [...], "texts": [[...]]}. Only tokens and rewards have to be there. logprobs, old_logprobs, ref_logprobs
+    and entropy, numbers for each token, may be there besides. A sequence is as long as `lengths` say, else it ends with
+    its last masked-in token, else with its list.
 
     Raises:
         ValueError: a file that can't be read, unknown or missing keys, wrong shapes; says where.
@@ -247,6 +250,11 @@ def _from_table(table: dict[str, Any]) -> Rollouts:
             count, columns
         ),
         texts=None if texts is None else _text_of(tokens, texts),
+        numbers={
+            name: torch.tensor([row + [0.0] * (columns - len(row)) for row in column]).view(count, columns)
+            for name in _NUMBERS
+            if (column := _like_tokens(name, table.get(name), tokens, _is_number, "numbers")) is not None
+        },
     )
 
 

@@ -113,6 +113,26 @@ def test_a_file(file: Path, tmp_path: Path) -> None:
     assert svg.read_text(encoding="utf-8").startswith("<?xml")
 
 
+def test_what_else_a_file_has(tmp_path: Path) -> None:
+    """Log-probs and entropies are in the page, the ratio too, and reach the recipes that take them."""
+    numbers = {"logprobs": [-1.0, -2.0], "old_logprobs": [-1.5, -2.0], "entropy": [0.5, 1.0]}
+    records = [
+        {"tokens": [1, 2], "reward": 1.0, **numbers},
+        {"tokens": [1], "reward": 0.0, **{k: [-1] for k in numbers}},
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, records)))
+    table = rollouts.read(tmp_path / "r.jsonl")
+    assert table.numbers["old_logprobs"].tolist() == [[-1.5, -2.0], [-1.0, 0.0]]
+    found, _ = schemes.on_rollouts(table, ["spo_tree"])
+    own = recipes.spo_tree(table.tree(), table.rewards, old_logprobs=table.numbers["old_logprobs"])
+    assert torch.allclose(found[0].advantages, own)
+    assert _run(tmp_path / "r.jsonl", "--scheme", "group_advantages", "--out", tmp_path / "r.html").exit_code == 0
+    values = {x["name"]: x for x in content((tmp_path / "r.html").read_text(encoding="ascii"))["values"]}
+    assert list(values) == ["group_advantages", "logprobs", "ratio", "entropy", "old_logprobs"]
+    assert [x["scale"] for x in values.values()] == ["diverging", "low", "ratio", "high", "low"]
+    assert values["ratio"]["numbers"].tolist() == pytest.approx([1.6487, 1, 1], rel=1e-4)
+
+
 def test_a_long_rollout_has_no_numbers(tmp_path: Path) -> None:
     """Hundreds of tokens are a strip, with positions below it."""
     table = rollouts.rollouts({"tokens": [list(range(300)), [0]], "rewards": [1.0, 0.0]})
