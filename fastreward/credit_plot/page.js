@@ -408,6 +408,7 @@ function select(token, row = rowOfToken(token)) {
 
 function choose(k) {
   state.channel = batch.channels[(k + batch.channels.length) % batch.channels.length];
+  state.channel.line.scrollIntoView({ block: "nearest" });
   refresh();
 }
 
@@ -489,6 +490,7 @@ function onKey(event) {
 function followHash() {
   const wanted = new URLSearchParams(location.hash.slice(1)), channel = wanted.get("channel");
   state.channel = batch.channels.find((c) => c.name === channel) ?? state.channel;
+  state.channel.line.scrollIntoView({ block: "nearest" });
   const row = Math.min(Math.max(parseInt(wanted.get("sequence")) || 0, 0), Math.max(batch.rows - 1, 0));
   const count = batch.rows ? batch.starts[row + 1] - batch.starts[row] : 0;
   const position = Math.min(Math.max(parseInt(wanted.get("token")) || 0, 0), Math.max(count - 1, 0));

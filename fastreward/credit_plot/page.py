@@ -54,7 +54,7 @@ def credit_page(
 ) -> None:
     """Writes a page that shows a batch token by token, coloured by advantage, log-prob, ratio, entropy or other values.
 
-    One HTML file without any address in it: it opens offline in any browser, and can be sent. A million tokens with six
+    One HTML file without any address in it: it opens offline in any current browser, and can be sent. A million tokens with six
     values each take some 20 MB. Values are kept to five digits.
 
     Args:
