@@ -54,8 +54,8 @@ def credit_page(
 ) -> None:
     """Writes a page that shows a batch token by token, coloured by advantage, log-prob, ratio, entropy or other values.
 
-    One HTML file without any address in it: it opens offline in any current browser, and can be sent. A million tokens with six
-    values each take some 20 MB. Values are kept to five digits.
+    One HTML file without any address in it: it opens offline in any current browser, and can be sent. A million tokens
+    with five values each take some 20 MB. Values are kept to five digits.
 
     Args:
         path: where it goes, .html; what is there is overwritten.

@@ -33,6 +33,7 @@ def test_sdist_builds_a_wheel_from_itself(tmp_path: Path) -> None:
         "fastreward/kernels/logprobs/forward.py",
         "fastreward/reference/logprobs.py",
         "fastreward/_sources/cuda/logprobs.cu",
+        *(f"fastreward/credit_plot/page.{kind}" for kind in ("html", "css", "js")),
     ):
         assert expected in names
     assert any(name.startswith("fastreward/_core.") and name.endswith(".so") for name in names)
