@@ -83,7 +83,7 @@ __device__ __forceinline__ i64 place_of(const TokenRewardsArguments& a, i64 firs
 // ---------------------------------------------------------------------------------------------------------- launchers
 using namespace fastreward;
 
-extern "C" __global__ void __launch_bounds__(THREADS) token_rewards(const TokenRewardsArguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4) token_rewards(const TokenRewardsArguments a) {
   __shared__ double shared[THREADS / WARP];
   const i64 row = blockIdx.x / a.splits;
   const i64 first = a.cu_seqlens ? a.cu_seqlens[row] : row * a.columns;
