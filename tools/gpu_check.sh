@@ -99,8 +99,14 @@ if [ "$built" -eq 0 ]; then
       sanitize memcheck 70 memcheck \
         "$one_of_each or small_illegal or small_rescale or (small_logprobs and (strided or keep)) or small_logits"
     ) &
+    (
+      suite=backends/gpu/test_prefix_tree.py
+      sanitize trees_racecheck 70 racecheck "small_values and (2] or 5])"
+      export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+      sanitize trees_memcheck 70 memcheck "small_values and (2] or 5])"
+    ) &
   else
-    for name in racecheck synccheck memcheck; do skip "$name" "compute-sanitizer is not on PATH"; done
+    for name in racecheck synccheck memcheck trees_racecheck trees_memcheck; do skip "$name" "compute-sanitizer is not on PATH"; done
   fi
   wait
 
@@ -114,7 +120,7 @@ if [ "$built" -eq 0 ]; then
   done
   FASTREWARD_BACKEND=triton part bench_peers 110 "${bench[@]}" --seconds 0.3 --json "$work/bench_peers.json"
 else
-  for name in programs kernels trees cupy racecheck synccheck memcheck bench_triton bench_cuda bench_peers; do
+  for name in programs kernels trees cupy racecheck synccheck memcheck trees_racecheck trees_memcheck bench_triton bench_cuda bench_peers; do
     skip "$name" "the build failed"
   done
 fi

@@ -106,21 +106,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) prefix_tree_to_tokens(cons
   }
 }
 
-// A thread for each unique token, or for the first or last one of each node.
-extern "C" __global__ void __launch_bounds__(THREADS) prefix_tree_from_tokens(const FromTokensArguments a) {
+// A block's unique tokens mostly lie on few edges, which a search of the first and the last finds.
+extern "C" __global__ void __launch_bounds__(THREADS) prefix_tree_to_unique(const FromTokensArguments a) {
   const Forest& f = a.forest;
-  const i64 u = thread_index();
-  if (u >= a.size) return;
-  i64 n = u, place = 0;
-  if (a.target == FROM_UNIQUE) {
-    n = last_up_to(f.nodes + TOKEN_BEGIN * f.stride, u, 0, f.places - 1);
-    place = u - f.node(TOKEN_BEGIN, n);
-  } else if (a.target == AT_END) {
-    place = max(f.node(EDGE_LENGTH, n) - 1, i64(0));
+  const i64* const begins = f.nodes + TOKEN_BEGIN * f.stride;
+  const i64 first = i64(blockIdx.x) * CHUNK, last = min(first + CHUNK, a.size) - 1;
+  const i64 low = last_up_to(begins, first, 0, f.places - 1), high = last_up_to(begins, last, low, f.places - 1);
+  for (i64 u = first + threadIdx.x; u <= last; u += THREADS) {
+    const i64 n = last_up_to(begins, u, low, high);
+    a.out.put(u, reduced(a, n, u - begins[n]));
   }
-  const bool there = place < f.node(EDGE_LENGTH, n);
-  const i64 position = f.node(EDGE_START, n) + place;
-  a.out.put(u, !there ? 0. : a.op == TOKEN_FIRST ? first_of(a, n, position) : added_up(a, n, position));
+}
+
+// The first or last token of each node.
+extern "C" __global__ void __launch_bounds__(THREADS) prefix_tree_to_ends(const FromTokensArguments a) {
+  const i64 n = thread_index();
+  if (n < a.size) a.out.put(n, reduced(a, n, a.target == AT_END ? max(a.forest.node(EDGE_LENGTH, n) - 1, i64(0)) : 0));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 8) prefix_tree_collect(const FromTokensArguments a) {
@@ -143,7 +144,8 @@ fastreward::KernelTable fastreward::prefix_tree_kernels() {
       {"prefix_tree_propagate_backward", reinterpret_cast<const void*>(&prefix_tree_propagate_backward),
        sizeof(PropagateArguments)},
       {"prefix_tree_to_tokens", reinterpret_cast<const void*>(&prefix_tree_to_tokens), sizeof(ToTokensArguments)},
-      {"prefix_tree_from_tokens", reinterpret_cast<const void*>(&prefix_tree_from_tokens), sizeof(FromTokensArguments)},
+      {"prefix_tree_to_unique", reinterpret_cast<const void*>(&prefix_tree_to_unique), sizeof(FromTokensArguments)},
+      {"prefix_tree_to_ends", reinterpret_cast<const void*>(&prefix_tree_to_ends), sizeof(FromTokensArguments)},
       {"prefix_tree_collect", reinterpret_cast<const void*>(&prefix_tree_collect), sizeof(FromTokensArguments)}};
   return {kernels, sizeof(kernels) / sizeof(kernels[0])};
 }

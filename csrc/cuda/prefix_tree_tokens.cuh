@@ -28,7 +28,7 @@ struct FromTokensArguments {
   const void* mask;  // [count]
   i64 mask_kind, count;
   i64 op;
-  i64 target;     // FROM_UNIQUE, or a TreePlace: nodes
+  i64 target;     // to_ends: AT_START or AT_END
   FloatsOut out;  // [size]: unique tokens, or nodes
   i64 size;
 };
@@ -98,6 +98,13 @@ __device__ __forceinline__ double first_of(const FromTokensArguments& a, i64 n, 
     if (row < earliest && credited(a, at)) earliest = row, value = a.tokens[at];
   }
   return value;
+}
+
+// What becomes of a place on a node's edge; 0 where there is none.
+__device__ __forceinline__ double reduced(const FromTokensArguments& a, i64 n, i64 place) {
+  if (place >= a.forest.node(EDGE_LENGTH, n)) return 0.;
+  const i64 position = a.forest.node(EDGE_START, n) + place;
+  return a.op == TOKEN_FIRST ? first_of(a, n, position) : added_up(a, n, position);
 }
 
 // WIDTH threads, a warp or the block, add up all that the sequences through node n have on its edge: along the edge,

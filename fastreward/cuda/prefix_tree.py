@@ -214,10 +214,12 @@ def _from_tokens(
     size = out.shape[0]
     given = (*_floats(tokens), *countable(mask), tokens.shape[0])
     members = (*_forest(nodes, rows), *given, op, target, *_floats(out), size)
-    if target == PLACES.index("broadcast"):
+    if target == _UNIQUE:
+        _launch("prefix_tree_to_unique", size, _CHUNK, nodes, members)
+    elif target == PLACES.index("broadcast"):
         _launch("prefix_tree_collect", size, _NODES, nodes, members)
     else:
-        _launch("prefix_tree_from_tokens", size, _THREADS, nodes, members)
+        _launch("prefix_tree_to_ends", size, _THREADS, nodes, members)
     return out
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import fastreward as fr
 import fastreward.cuda
 from fastreward.cpu import prefix_tree as cpu
+from fastreward.cuda import prefix_tree as cuda
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,16 +52,18 @@ def rollouts(rows: int, columns: int, size: int, seed: int = 0) -> tuple[Tensor,
 
 
 @pytest.fixture(params=["triton", "cuda"])
-def values_of(request: pytest.FixtureRequest) -> tuple[ModuleType, Any]:
-    """A backend's raw functions on values, and what builds for it."""
-    if request.param == "triton":
-        return kernels, None
-    reason = fastreward.cuda.missing()
+def chosen(request: pytest.FixtureRequest) -> Any:
+    """A backend for what is computed on trees; Triton builds them."""
+    reason = fastreward.cuda.missing() if request.param == "cuda" else None
     if reason is not None:
         pytest.skip(f"cuda: {reason}")
-    from fastreward.cuda import prefix_tree
+    return request.param
 
-    return prefix_tree, kernels
+
+@pytest.fixture
+def values_of(chosen: str) -> tuple[ModuleType, Any]:
+    """Its raw functions on values, and what builds for it."""
+    return (kernels, None) if chosen == "triton" else (cuda, kernels)
 
 
 # --------------------------------------------------------------------------------------------------- raw functions
@@ -121,19 +124,15 @@ def test_collisions_of_hashes_cost_sharing_alone(monkeypatch: pytest.MonkeyPatch
 
 
 # ---------------------------------------------------------------------------------------------------------- public
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_nothing_waits_for_the_device(backend: str) -> None:
+def test_nothing_waits_for_the_device(chosen: Any) -> None:
     """From tokens to credit and back to a gradient, twice with the same bits; and as on the CPU."""
-    reason = fastreward.cuda.missing() if backend == "cuda" else None
-    if reason is not None:
-        pytest.skip(f"cuda: {reason}")
     tokens, mask, group = rollouts(256, 700, 8)
     rewards = torch.randn(256, generator=torch.Generator().manual_seed(1))
 
     def credit(device: str) -> tuple[Tensor, ...]:
         r = given[device][3].detach().requires_grad_()
         tree = fr.PrefixTree(*given[device][:3])
-        with fr.backend(backend) if device == "cuda" else nullcontext():  # type: ignore[arg-type]
+        with fr.backend(chosen) if device == "cuda" else nullcontext():
             values = tree.aggregate(r, "mean", over="children", discount=0.99)
             tree.to_tokens(tree.propagate(values, 0.1, high=0.5)).square().sum().backward()
             tokens_of = tree.to_tokens(tree.advantages(values.detach(), "sibling"), row_values=r.detach())
@@ -173,7 +172,7 @@ def test_paths_and_branches_wait_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("build", [False, True])
-def test_cuda_graph(build: bool) -> None:
+def test_cuda_graph(build: bool, chosen: Any) -> None:
     """to_tokens replays for new values; a whole tree replays for new tokens."""
     tokens, mask, group = (x.cuda() for x in rollouts(64, 300, 8))
     tree = fr.PrefixTree(tokens, mask, group)
@@ -181,7 +180,9 @@ def test_cuda_graph(build: bool) -> None:
 
     def credit() -> Tensor:
         t = fr.PrefixTree(tokens, mask, group) if build else tree
-        return t.to_tokens(t.advantages(t.aggregate(rewards)))
+        with fr.backend(chosen):
+            values = t.aggregate(rewards, over="children")
+            return t.to_tokens(t.advantages(t.propagate(values, 0.5)))
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
