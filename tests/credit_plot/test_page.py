@@ -179,21 +179,41 @@ def shown(path: Path, place: str) -> str:
     return subprocess.run(command, capture_output=True, timeout=60, check=True).stdout.decode()
 
 
+#: Keys, from a token of sequence 0: to its end, over sequence 1, back again, and the next colours. Then the mouse.
+ACTIONS = """
+<script>setTimeout(() => {
+  for (const key of ["End", "n", "ArrowLeft", "ArrowLeft", "c"])
+    $("text").dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  document.body.dataset.selected = $("token").textContent;
+  const { left, top } = $("lines").getBoundingClientRect();
+  $("lines").dispatchEvent(new MouseEvent("mousemove", { clientX: left + 14, clientY: top + 33 }));
+}, 500)</script></body>"""
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_in_a_browser(page: str, tmp_path: Path) -> None:
-    """A link leads to a token, and keys lead on from there; what looks like markup is shown as text."""
-    path = tmp_path / "keys.html"
-    press = "for (const key of KEYS) $('text').dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}))"
-    # From the last token of sequence 0 over sequence 1, back by one, and on to the next colours.
-    script = f"setTimeout(() => {{ {press.replace('KEYS', str(['End', 'n', 'ArrowLeft', 'ArrowLeft', 'c']))} }}, 500)"
-    path.write_text(page.replace("</body>", f"<script>{script}</script></body>"), encoding="ascii")
+    """A link leads to a token, keys lead on from there, the mouse shows another; what looks like markup is text."""
+    path = tmp_path / "actions.html"
+    path.write_text(page.replace("</body>", ACTIONS), encoding="ascii")
     dom = shown(path, "channel=grpo&sequence=0&token=1")
+    assert 'data-selected="say &quot;x&quot;\u23cetoken 3 at position 2 of sequence 0"' in dom
     panel = re.search(r'<section id="token"[^>]*>(.*?)</section>', dom, re.DOTALL)
     assert panel is not None
-    assert panel[1] == '<b>say "x"\u23ce</b><br>token 3 at position 2 of sequence 0'
-    names = re.findall(r'<tr class="(\w*)"><td><button>(.*?)</button></td><td class="number">(.*?)</td>', dom)
-    assert [(name, number) for _, name, number in names[:2]] == [("grpo", "1"), ("&lt;td&gt;", "-3")]
-    assert [name for chosen, name, _ in names if chosen] == ["&lt;td&gt;"]
-    assert names[4][2] in ("none", "high")
+    assert panel[1] == "<b>&lt;/script&gt;&lt;b&gt;</b><br>token 1 at position 0 of sequence 0<br>masked out"
+    lines = re.findall(r'<tr class="(\w*)"><td><button>(.*?)</button></td><td class="number">(.*?)</td>', dom)
+    assert [name for _, name, _ in lines] == ["grpo", "&lt;td&gt;", "logprobs", "ratio", "clip"]
+    assert [name for chosen, name, _ in lines if chosen] == ["&lt;td&gt;"]
+    assert not any(number for _, _, number in lines)  # of a masked token
     assert "3 sequences, 9 tokens" in dom
     assert "tree of group a: 2 sequences, 4 nodes" in dom
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_the_numbers_of_a_token(page: str, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(page, encoding="ascii")
+    numbers = re.findall(r'<td class="number">(.*?)</td>', shown(path, "channel=clip&sequence=0&token=2"))
+    values = {x["name"]: float(x["numbers"][2]) for x in content(page)["values"]}
+    assert numbers[:2] == ["1", "-3"]
+    assert [float(x) for x in numbers[2:4]] == pytest.approx([values["logprobs"], values["ratio"]], rel=1e-4)
+    assert numbers[4] == fr.Clip(int(values["clip"])).name.lower()
