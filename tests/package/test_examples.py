@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
+import torch
+import typer
 from checkout import ROOT
+from typer.testing import CliRunner
 
 EXAMPLES = ROOT / "examples"
 
@@ -31,3 +35,15 @@ def test_tree_grpo() -> None:
     saved = [int(share) for share in re.findall(r"(\d+)%", run.stdout)]
     assert len(saved) == 3
     assert min(saved) > 40
+
+
+def test_compose_advantages() -> None:
+    """A few steps of each run: GRPO, distillation, both."""
+    threads = torch.get_num_threads()
+    app = typer.Typer()
+    app.command()(runpy.run_path(str(EXAMPLES / "compose_advantages.py"))["main"])
+    result = CliRunner().invoke(app, ["--steps", "3", "--prompts", "2", "--generations", "4"])
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    assert "the teacher's: 33%" in result.output
+    assert len(re.findall(r"\d+%", result.output)) == 1 + 3 * 3
