@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
+from fastreward._arguments.groups import GroupIds, Groups
 from fastreward._arguments.numbers import Number, number
+from fastreward.group import group_advantages
+from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.tokens import Score, beside, likelihood, mean, per_response, token_values
 
 __all__ = [
-    "endogenous", "intuitor", "laser_score", "negative_entropy", "oprm", "own_likelihood", "shop_r1",
-    "value_augmented", "zip_rc",
+    "endogenous", "intuitor", "laser_advantages", "laser_score", "majority_vote", "negative_entropy", "oprm",
+    "own_likelihood", "shop_r1", "value_augmented", "zip_rc",
 ]  # fmt: skip
 
 
@@ -120,6 +123,31 @@ def own_likelihood(
         cu_seqlens: [B + 1], of packed responses.
     """
     return likelihood("old_logprobs", old_logprobs, mask, score, cu_seqlens).float()
+
+
+@recipe(
+    "Majority vote (URLVR's intrinsic family, TTRL)",
+    "arXiv 2603.08660",
+    note="notes on the paper",
+    passes=("group_ids",),
+)
+def majority_vote(answers: GroupIds, group_ids: GroupIds | None = None, *, group_size: int | None = None) -> Tensor:
+    """R = 1 for the answer that most responses of the group have, the first of several; 0 for the others.
+
+    Args:
+        answers: [B], integers or any hashables (strings), equal where the answers are; -1 or None: no answer.
+        group_ids, group_size: as in `fastreward.group_advantages`.
+    """
+    index = Groups.by(answers).index
+    prompts = group_ids if group_size is None else Groups(group_ids, group_size=group_size, count=len(index))
+    if prompts is None:
+        raise ValueError("group_ids, group_size: expected exactly one of them")
+    there = index >= 0
+    place = torch.arange(len(index), device=index.device)
+    votes, first = group_statistics(place, Groups.by(prompts, index), ("count", "min")).values()
+    most = there & (votes == group_statistics(votes.where(there, torch.nan), prompts, ("max",))["max"])
+    winner = group_statistics(first.where(most, torch.nan), prompts, ("min",))["min"]
+    return (most & (first == winner)).float()
 
 
 @recipe(
@@ -258,6 +286,43 @@ def laser_score(
     else:
         score = score - temperature * per_response("ref_score_logprobs", ref_score_logprobs, "score_logprobs", score)
     return (number("beta", beta, score, check.finite) * score).float()
+
+
+@recipe(
+    "LaSeR's advantages (last-token self-rewarding)",
+    "arXiv 2510.14943",
+    code="RUCBM/LaSeR ray_trainer.py",
+    returns="response advantages",
+    passes=("group_ids",),
+)
+def laser_advantages(
+    advantages: Tensor,
+    scores: Tensor,
+    group_ids: GroupIds | None = None,
+    *,
+    group_size: int | None = None,
+    weight: Number = 0.1,
+    min_std: Number = 0.1,
+    ddof: int = 1,
+) -> Tensor:
+    """A = (1 - weight) A + weight (s - mean s) / std s, s = clip(score, 0, 1), where a group's std is above min_std.
+
+    The method mixes them after its first 200 steps.
+
+    Args:
+        advantages: [B], GRPO's.
+        scores: [B], `recipes.laser_score`; 0 for a response that was cut off.
+        group_ids, group_size: as in `fastreward.group_advantages`.
+        weight, min_std: as in the formula.
+        ddof: of the std.
+    """
+    base = per_response("advantages", advantages, "the call", advantages)
+    clipped = per_response("scores", scores, "advantages", base).clamp(0.0, 1.0)
+    std = group_statistics(clipped, group_ids, ("std",), group_size=group_size, ddof=ddof)["std"]
+    own = group_advantages(clipped, group_ids, group_size=group_size, ddof=ddof, eps=0.0)
+    weight = number("weight", weight, base, check.finite)
+    spread = std > number("min_std", min_std, base, check.not_negative)
+    return torch.where(spread, base + weight * (own - base), base)
 
 
 # ------------------------------------------------------------------------------------------------------ while sampling

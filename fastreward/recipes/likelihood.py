@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
+from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.numbers import Number, number
+from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.tokens import Score, beside, likelihood, mean, per_response, token_values, total
+from fastreward.segments import scatter_rewards, segment_diff, segment_reduce
 
 __all__ = [
-    "cdr", "darl", "flr", "likelihood_reward", "prompt_echo", "rlpr", "rlpt", "sar", "verifree_reward",
+    "cdr", "darl", "flr", "igpo_gain", "jepo_advantages", "likelihood_reward", "p2s", "prompt_echo", "rlpr",
+    "rlpr_filter", "rlpt", "sar", "verifree_reward",
 ]  # fmt: skip
 
 
@@ -114,6 +118,75 @@ def rlpr(
 
 
 @recipe(
+    "RLPR's filter of groups",
+    "arXiv 2506.18254",
+    code="OpenBMB/RLPR core_algos.py",
+    returns="mask",
+    passes=("group_ids", "running_std=0.4"),
+)
+def rlpr_filter(
+    rewards: Tensor,
+    group_ids: GroupIds | None = None,
+    *,
+    running_std: Number,
+    group_size: int | None = None,
+    ratio: Number = 0.5,
+    ddof: int = 1,
+) -> Tensor:
+    """keep = std of the group's rewards >= ratio running_std.
+
+    Args:
+        rewards: [B], NaN = not scored.
+        group_ids, group_size: as in `fastreward.group_advantages`.
+        running_std: an exponential mean of the groups' std over the steps (decay 0.99), which the caller keeps; the
+            method begins to filter after 6 to 11 steps.
+        ratio: as in the formula.
+        ddof: of the std.
+
+    Returns:
+        bool [B]; False for a group of no more than ddof.
+    """
+    std = group_statistics(rewards, group_ids, ("std",), group_size=group_size, ddof=ddof)["std"]
+    bound = number("ratio", ratio, std, check.not_negative) * number(
+        "running_std", running_std, std, check.not_negative
+    )
+    return std >= bound
+
+
+@recipe(
+    "JEPO's advantages (Jensen's evidence lower bound)",
+    "arXiv 2503.19618",
+    paper="arXiv 2602.03979, which restates it (equations 2 to 11)",
+    returns="response advantages",
+    passes=("answer_mask", "group_ids=group_ids"),
+)
+def jepo_advantages(
+    answer_logprobs: Tensor,
+    answer_mask: Tensor | None = None,
+    *,
+    group_ids: GroupIds | None = None,
+    group_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """A = log mean p over the group - log mean p of the others, p = exp(sum l).
+
+    0 in a group of one, and for a response without an answer, which is in no mean. The loss that goes with it trains on
+    the answer too: `recipes.jepo`.
+
+    Args:
+        answer_logprobs: of the reference answer, [B, L] or [N].
+        answer_mask: its shape; nonzero = a token of the answer.
+        group_ids, group_size: as in `fastreward.group_advantages`.
+        cu_seqlens: [B + 1], of packed answers.
+    """
+    p = likelihood("answer_logprobs", answer_logprobs, answer_mask, "sum", cu_seqlens, "answer_mask")
+    p = p - group_statistics(p, group_ids, ("max",), group_size=group_size)["max"]  # the scale drops out
+    names = ("count", "logsumexp", "leave-one-out-logsumexp")
+    n, every, others = group_statistics(p, group_ids, names, group_size=group_size).values()
+    return torch.where(n > 1, (every - n.log()) - (others - (n - 1).log()), 0.0).nan_to_num(0.0)
+
+
+@recipe(
     "DARL (diversity beside the reference answer)",
     "arXiv 2601.14700",
     reconstructed="notes on the paper; how far the own answer is from the reference is our guess: |p_own - p_ref|",
@@ -152,6 +225,85 @@ def darl(
     diversity, gamma = number("diversity", diversity, own, check.finite), number("gamma", gamma, own, check.positive)
     distance = (own - reference).abs()
     return (weight * reference + diversity * torch.where(distance <= reference / gamma, distance, 0.0)).float()
+
+
+# ------------------------------------------------------------------------------------------------------ turns and steps
+@recipe(
+    "IGPO's information gain",
+    "arXiv 2510.14967",
+    code="GuoqingWang1/IGPO generation.py",
+    returns="token rewards",
+)
+def igpo_gain(likelihoods: Tensor, segment_ids: Tensor, rewards: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """r_k = p_k - p_{k-1} on the last token of turn k, p = exp(mean l) of the answer; the last turn has the outcome.
+
+    Args:
+        likelihoods: [B, S + 1], `recipes.likelihood_reward(..., score="geometric")` of the reference answer behind the
+            prompt and behind each turn; anything behind a response's last turn.
+        segment_ids: integers [B, T] or [N], the turn of each token, -1 = none, as from `fastreward.segment_ids`.
+        rewards: [B], of the outcome (F1).
+        cu_seqlens: [B + 1], of packed tokens.
+    """
+    p = check.constant("likelihoods", check.floats("likelihoods", likelihoods))
+    if p.ndim != 2 or not p.shape[1]:
+        raise ValueError(f"likelihoods: expected shape [B, S + 1], got {list(p.shape)}")
+    outcome = per_response("rewards", rewards, "likelihoods", p)
+    turns = torch.ones_like(check.tensor("segment_ids", segment_ids), dtype=torch.float32)
+    sizes = segment_reduce(turns, segment_ids, op="count", num_segments=p.shape[1] - 1, cu_seqlens=cu_seqlens)
+    gains = segment_diff(p[:, 1:], mask=sizes > 0, first=p[:, 0])
+    last = (sizes > 0) & ((sizes > 0).flip(-1).cumsum(-1).flip(-1) == 1)
+    gains = torch.where(last, outcome.unsqueeze(-1), gains)
+    return scatter_rewards(gains, segment_ids, cu_seqlens=cu_seqlens)
+
+
+@recipe(
+    "P2S (probabilistic process supervision)",
+    "arXiv 2601.20649",
+    reconstructed="notes on the paper; the weights' steepness, and that they sum to 1, are our guess",
+    passes=("group_ids",),
+)
+def p2s(
+    gains: Tensor,
+    answer_scores: Tensor,
+    rewards: Tensor,
+    group_ids: GroupIds | None = None,
+    *,
+    group_size: int | None = None,
+    well_formed: Tensor | None = None,
+    steepness: Number = 10.0,
+    malformed: Number = -1.0,
+) -> Tensor:
+    """R = outcome where one in the group is right, else sum of w_i r_i; r_i = max over t of the gain, w_i = sigmoid.
+
+    r_i is the most that step i adds to a suffix of the best reasoning of the group; the last step's is the answer's
+    log-prob. w_i = sigmoid(steepness (i / m - 1/2)), i = 1, ..., m, over their sum.
+
+    Args:
+        gains: [B, steps, suffixes], log pi(suffix t | question, steps to i) less the same with these steps masked;
+            NaN = there is no such suffix, or step.
+        answer_scores: [B], log pi(answer | question, all steps): `recipes.likelihood_reward`.
+        rewards: [B], of the outcome: above 0 = right.
+        group_ids, group_size: as in `fastreward.group_advantages`.
+        well_formed: [B], 0 = malformed; None: all are well formed.
+        steepness: of the weights.
+        malformed: the reward of a malformed response.
+    """
+    outcome = per_response("rewards", rewards, "the call", rewards)
+    x = check.constant("gains", check.floats("gains", gains))
+    if x.ndim != 3:
+        raise ValueError(f"gains: expected shape [B, steps, suffixes], got {list(x.shape)}")
+    best = torch.where(x.isnan(), -torch.inf, x).amax(-1) if x.shape[2] else x.new_full(x.shape[:2], -torch.inf)
+    steps = torch.cat([best, per_response("answer_scores", answer_scores, "gains", x).unsqueeze(-1)], -1)
+    place = torch.arange(1, steps.shape[1] + 1, device=x.device, dtype=torch.float64) / steps.shape[1]
+    there = steps != -torch.inf
+    weights = torch.where(there, (number("steepness", steepness, x, check.finite) * (place - 0.5)).sigmoid(), 0.0)
+    process = (weights * torch.where(there, steps, 0.0)).sum(-1) / weights.sum(-1)
+    right = group_statistics(outcome, group_ids, ("max",), group_size=group_size)["max"] > 0
+    reward = torch.where(right, outcome, process.float())
+    if well_formed is None:
+        return reward
+    formed = per_response("well_formed", well_formed, "gains", x) != 0
+    return torch.where(formed, reward, number("malformed", malformed, x, check.finite))
 
 
 # ------------------------------------------------------------------------------------------------- of the same response

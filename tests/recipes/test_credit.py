@@ -37,13 +37,19 @@ def rows(arguments: Arguments, case: Case, chosen: list[int]) -> Arguments:
 
 
 def aligned(arguments: Arguments) -> dict[str, list[str]]:
-    """Each mask, and the arguments that have its sizes first."""
+    """Each mask, or segment_ids where there is none, and the arguments that have its sizes first."""
     masks = [name for name, x in arguments.items() if isinstance(x, Tensor) and x.ndim == 2 and name.endswith("mask")]
+    masks = masks or [name for name in arguments if name == "segment_ids"]
     of = {mask: arguments[mask].shape for mask in masks}
     return {
         mask: [n for n, x in arguments.items() if n != mask and isinstance(x, Tensor) and x.shape[:2] == shape]
         for mask, shape in of.items()
     }
+
+
+def counts(name: str, x: Tensor) -> Tensor:
+    """Where a mask counts, or a segment is."""
+    return x >= 0 if name == "segment_ids" else x != 0
 
 
 def padded(x: Tensor) -> Tensor:
@@ -60,7 +66,7 @@ def packed(arguments: Arguments) -> tuple[Arguments, Tensor]:
     """
     result, kept = dict(arguments), {}
     for mask, names in aligned(arguments).items():
-        ahead = arguments[mask].flip(1).cumsum(1).flip(1) > 0
+        ahead = counts(mask, arguments[mask]).flip(1).cumsum(1).flip(1) > 0
         for name in (mask, *names):
             result[name] = arguments[name][ahead]
         bounds = torch.nn.functional.pad(ahead.sum(1).cumsum(0), (1, 0))
@@ -69,11 +75,11 @@ def packed(arguments: Arguments) -> tuple[Arguments, Tensor]:
     return result, kept["places"]
 
 
-def other_under(mask: Tensor, x: Tensor) -> Tensor:
+def other_under(counted: Tensor, x: Tensor) -> Tensor:
     """`x` with other numbers where the mask is 0."""
     if not x.is_floating_point():
         return x
-    return torch.where(mask.bool().view(*mask.shape, *(1 for _ in x.shape[2:])), x, 7.0)
+    return torch.where(counted.view(*counted.shape, *(1 for _ in x.shape[2:])), x, 7.0)
 
 
 def shifts(arguments: Arguments) -> Tensor:
@@ -122,18 +128,18 @@ def test_what_is_under_a_mask_does_not_matter(case: Case) -> None:
     arguments = case.arguments(3)
     result, masks = case(arguments), aligned(arguments)
     for mask, names in masks.items():
-        other = changed(arguments, tuple(names), lambda x, of=arguments[mask]: other_under(of, x))
+        counted = counts(mask, arguments[mask])
+        other = changed(arguments, tuple(names), lambda x, of=counted: other_under(of, x))
         assert same_bits(case(other), result)
         if case.places_matter:
             continue
         wide = case(changed(arguments, (mask, *names), padded))
-        if mask == "mask" and result.shape == arguments[mask].shape:
+        if result.shape == counted.shape:
             assert not wide[:, :LEFT].any()
             assert not wide[:, -RIGHT:].any()
             wide = wide[:, LEFT:-RIGHT]
+            assert not result[~counted].any()
         assert same_bits(wide, result)
-    if "mask" in masks and result.shape[:2] == arguments["mask"].shape:
-        assert not result[~arguments["mask"]].any()
 
 
 @every

@@ -25,6 +25,7 @@ _COMMON: Final[Made] = {
         "torch.tensor([[5, 1, 2, 7, 8, 9], [5, 1, 3, 4, 0, 0], [6, 2, 2, 1, 3, 0], [6, 2, 4, 4, 1, 2]])",
         "of the responses",
     ),
+    "segment_ids": ("torch.where(mask, torch.arange(6) // 3, -1)", "the turn of each token"),
     "tree": ("fr.PrefixTree(tokens, mask, group_ids)", ""),
     "node_entropy": ("torch.rand(tree.num_nodes)", "of the policy, mean over the node's tokens"),
     "node_visits": ("torch.arange(1, tree.num_nodes + 1)", "of the search"),
@@ -77,6 +78,11 @@ _LIKELIHOOD: Final[Made] = {
     "label_logit": ("8 + torch.rand(4, 6)", "another"),
     "rating_logprobs": ("torch.randn(4, 9).log_softmax(-1)", "of the tokens 1 to 9 behind each response"),
     "bin_logprobs": ("torch.randn(4, 2, 3)", "of reserved tokens: two values, three lengths"),
+    "likelihoods": ("torch.rand(4, 3)", "of the reference answer, behind the prompt and behind each turn"),
+    "gains": ("torch.rand(4, 2, 5)", "of each step, on each suffix of the best reasoning"),
+    "answer_scores": ("-3 * torch.rand(4)", "log-probs of the reference answer behind each response"),
+    "answers": ('["7", "7", "12", "4"]', "as they were read from the responses"),
+    "scores": ("torch.tensor([0.9, 0.2, 0.1, 0.8])", "of recipes.laser_score"),
     "score_logprobs": ("-20 - 5 * torch.rand(4)", "of a fixed token behind each response"),
 }
 _DISTILLATION: Final[Made] = {}

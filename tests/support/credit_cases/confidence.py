@@ -10,7 +10,7 @@ import torch
 from reference_credit import confidence as reference
 from torch import Tensor
 
-from credit_cases.case import ROWS, Arguments, Case, floats, logprobs, rollout_mask, scores
+from credit_cases.case import ROWS, Arguments, Case, floats, groups, logprobs, rollout_mask, scores
 from fastreward import recipes
 
 
@@ -48,6 +48,15 @@ def _scores(rng: random.Random, ref: bool = False) -> Arguments:
     return {name: floats(rng, low=-25.0, high=-10.0) for name in names}
 
 
+def _mixed(rng: random.Random) -> Arguments:
+    own = floats(rng, low=-0.2, high=1.3)
+    return {"advantages": floats(rng), "scores": own, "group_ids": groups(rng)}
+
+
+def _votes(rng: random.Random) -> Arguments:
+    return {"answers": [rng.choice(["7", "12", "x", None]) for _ in range(ROWS)], "group_ids": groups(rng)}
+
+
 _BINS = {"values": [0.0, 1.0], "lengths": [4.0, 8.0, 16.0]}
 CASES = {
     "intuitor": Case(recipes.intuitor, reference.intuitor, lambda rng: _tokens(rng, "logsumexp", "mean_logit")),
@@ -76,6 +85,11 @@ CASES = {
     "zip_rc, cost": Case(
         recipes.zip_rc, reference.zip_rc, lambda rng: _ids(rng, "bin_logprobs", 2, 3, **_BINS), {"cost": 0.05}
     ),
+    "laser_advantages": Case(recipes.laser_advantages, reference.laser_advantages, _mixed),
+    "laser_advantages, sure": Case(
+        recipes.laser_advantages, reference.laser_advantages, _mixed, {"weight": 1.0, "min_std": 0.5}
+    ),
+    "majority_vote": Case(recipes.majority_vote, reference.majority_vote, _votes),
     "laser_score": Case(recipes.laser_score, reference.laser_score, _scores),
     "laser_score, reference": Case(
         recipes.laser_score, reference.laser_score, partial(_scores, ref=True), {"temperature": 0.7}
@@ -83,6 +97,7 @@ CASES = {
     "value_augmented": Case(recipes.value_augmented, reference.value_augmented, _next_token),
 }
 MARKS = {
+    "majority_vote": "note",
     "shop_r1": "note",
     "negative_entropy": "note",
     "own_likelihood": "note",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from reference_credit.likelihood import Row, Rows, _counted, _score
+from reference_credit.likelihood import Row, Rows, _counted, _score, _std
 
 
 def _mean(tokens: Row) -> float:
@@ -75,4 +75,25 @@ def value_augmented(logits: Rows, values: Rows, token_ids: list[list[int]], beta
         center = sum(values[b]) / len(values[b])
         for k, token in enumerate(ids):
             found[b][token] += beta * (values[b][k] - center)
+    return found
+
+
+def laser_advantages(
+    advantages: Row, scores: Row, group_ids: list[str], weight: float = 0.1, min_std: float = 0.1, ddof: int = 1
+) -> Row:
+    found, clipped = [], [min(max(s, 0.0), 1.0) for s in scores]
+    for i, a in enumerate(advantages):
+        members = [s for s, g in zip(clipped, group_ids, strict=True) if g == group_ids[i]]
+        std = _std(members, ddof)
+        own = (clipped[i] - sum(members) / len(members)) / std if std > min_std else 0.0
+        found.append((1 - weight) * a + weight * own if std > min_std else a)
+    return found
+
+
+def majority_vote(answers: list[str | None], group_ids: list[str]) -> Row:
+    found = []
+    for i, own in enumerate(answers):
+        members = [a for a, g in zip(answers, group_ids, strict=True) if g == group_ids[i] and a is not None]
+        winner = max(members, key=members.count, default=None)  # the first of several
+        found.append(1.0 if own is not None and own == winner else 0.0)
     return found

@@ -86,3 +86,60 @@ def rlpt(verdict_logprobs: Rows, soft: bool = False) -> Row:
     if soft:
         return [math.exp(yes) / (math.exp(yes) + math.exp(no)) for yes, no in verdict_logprobs]
     return [1.0 if yes > no else 0.0 for yes, no in verdict_logprobs]
+
+
+# ------------------------------------------------------------------------------------------------------------- groups
+def _std(x: Row, ddof: int) -> float:
+    if len(x) <= ddof:
+        return math.nan
+    center = sum(x) / len(x)
+    return math.sqrt(sum((v - center) ** 2 for v in x) / (len(x) - ddof))
+
+
+def rlpr_filter(
+    rewards: Row, group_ids: list[str], running_std: float, ratio: float = 0.5, ddof: int = 1
+) -> list[bool]:
+    found = []
+    for g in group_ids:
+        members = [r for r, other in zip(rewards, group_ids, strict=True) if other == g and r == r]
+        found.append(_std(members, ddof) >= ratio * running_std)
+    return found
+
+
+def jepo_advantages(answer_logprobs: Rows, answer_mask: Rows, group_ids: list[str]) -> Row:
+    p = [math.exp(sum(tokens)) if tokens else None for tokens in _counted(answer_logprobs, answer_mask)]
+    found = []
+    for i, own in enumerate(p):
+        members = [j for j, g in enumerate(group_ids) if g == group_ids[i] and p[j] is not None]
+        others = [p[j] for j in members if j != i]
+        if own is None or not others:
+            found.append(0.0)
+            continue
+        found.append(math.log(sum(p[j] for j in members) / len(members)) - math.log(sum(others) / len(others)))
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- turns and steps
+def igpo_gain(likelihoods: Rows, segment_ids: list[list[int]], rewards: Row) -> Rows:
+    found = [[0.0] * len(row) for row in segment_ids]
+    for b, row in enumerate(segment_ids):
+        ends = {s: t for t, s in enumerate(row) if s >= 0}
+        for k, t in ends.items():
+            found[b][t] = rewards[b] if k == max(ends) else likelihoods[b][k + 1] - likelihoods[b][k]
+    return found
+
+
+def p2s(
+    gains: list[Rows], answer_scores: Row, rewards: Row, group_ids: list[str], well_formed: Row | None = None,
+    steepness: float = 10.0, malformed: float = -1.0,
+) -> Row:  # fmt: skip
+    found = []
+    for b, steps in enumerate(gains):
+        best = [max((x for x in suffixes if x == x), default=None) for suffixes in steps] + [answer_scores[b]]
+        weights = [1 / (1 + math.exp(-steepness * ((i + 1) / len(best) - 0.5))) for i in range(len(best))]
+        pairs = [(w, r) for w, r in zip(weights, best, strict=True) if r is not None]
+        process = sum(w * r for w, r in pairs) / sum(w for w, _ in pairs)
+        right = any(r > 0 for r, g in zip(rewards, group_ids, strict=True) if g == group_ids[b])
+        formed = well_formed is None or well_formed[b]
+        found.append((rewards[b] if right else process) if formed else malformed)
+    return found
