@@ -55,9 +55,9 @@ def on_example(names: Collection[str] = ()) -> tuple[list[Scheme], dict[str, str
         found.append(Scheme(_OPERATION, "Operations", _per_token(own, given["mask"])[:2]))
     for recipe in _recipes():
         if _wanted(recipe.name, names):
+            own = outcome(recipe.example(), "advantages")
             try:
-                advantages = _per_token(outcome(recipe.example(), "advantages"), given["mask"])
-                found.append(Scheme(recipe.name, FAMILIES[recipe.family], advantages[:2]))
+                found.append(Scheme(recipe.name, FAMILIES[recipe.family], _per_token(own, given["mask"])[:2]))
             except ValueError as error:  # the responses of its example are others
                 missing[recipe.name] = str(error)
     return found, missing
