@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import as_tensor
-from fastreward._arguments.groups import GroupIds
+from fastreward._arguments.groups import GroupIds, Groups
 from fastreward._arguments.tokens import Tokens, token_bounds
 
 #: Token id -> its text, or what makes text of ids, such as a tokenizer's `decode`.
@@ -56,7 +56,7 @@ def batch_of(
     """The batch of a call. named: by kind, values by name: per token, or per sequence.
 
     Raises:
-        TypeError, ValueError: wrong dtypes or shapes, a name given twice, nothing to show.
+        TypeError, ValueError: wrong dtypes or shapes, a name given twice.
     """
     ids = check.tensor("tokens", as_tensor(tokens))
     check.integers("tokens", ids)
@@ -146,11 +146,15 @@ def _rewards(rewards: Any, rows: int) -> list[float] | None:
 
 def _groups(group_ids: GroupIds | None, rows: int) -> list[str]:
     """The group of each sequence, by its name."""
-    given: list[Hashable] = [""] * rows if group_ids is None else list(_as_list(group_ids))
+    given: list[Hashable] = [""] * rows if group_ids is None else _labels(group_ids)
     if len(given) != rows:
         raise ValueError(f"group_ids: expected one for each of the {rows} sequences, got {len(given)}")
     return [str(name) for name in given]
 
 
-def _as_list(x: Any) -> Any:
-    return x.tolist() if hasattr(x, "tolist") else x
+def _labels(group_ids: GroupIds) -> list[Hashable]:
+    """What each sequence's group is called; "" where it is in none."""
+    if isinstance(group_ids, Groups):
+        called = group_ids.labels
+        return [called[k] if k >= 0 else "" for k in group_ids.index.flatten().tolist()]
+    return list(group_ids.tolist() if hasattr(group_ids, "tolist") else group_ids)

@@ -124,6 +124,13 @@ def test_other_layouts_are_the_same_page(page: str, kind: str, tmp_path: Path) -
     assert np.array_equal(data["values"][0]["numbers"], expected, equal_nan=True)
 
 
+def test_groups_of_any_kind(tmp_path: Path) -> None:
+    for given in (["a", "b", "a"], fr.Groups(["a", "b", "a"]), np.array([7, -1, 7]), torch.tensor([7, -1, 7])):
+        data = content(written(tmp_path / "groups.html", TOKENS, torch.ones(3), group_ids=given))
+        assert data["groups"]["of"].tolist() == [0, 1, 0]
+        assert data["groups"]["names"] in (["a", "b"], ["7", "-1"])
+
+
 def test_a_quarter_of_a_million_tokens(tmp_path: Path) -> None:
     """Of the 30 MB for a million tokens a quarter: random numbers, which hardly compress, and a text for each id."""
     shape, generator = (64, 4096), torch.Generator().manual_seed(0)
