@@ -19,6 +19,9 @@ Advantages and weights:
     segment_diff              what each segment has added to a potential
     scatter_rewards           values of segments or responses on their tokens
     token_rewards             a score on a token of its sequence, less a KL penalty on each
+    discounted_returns        rewards of later tokens, discounted
+    gae                       advantages and returns from rewards and values
+    lambda_returns, vtrace    targets of a value function, on- and off-policy
     correction_weights        for what the inference engine sampled with slightly other probabilities
     off_policy_sequence_mask  sequences to drop
     PrefixTree                rollouts that share prefixes: credit for each token, and batches without repetition
@@ -51,6 +54,7 @@ from fastreward.logits_policy_loss import logits_policy_loss
 from fastreward.logprobs import token_logprobs
 from fastreward.policy_loss import policy_loss
 from fastreward.preference_loss import preference_loss
+from fastreward.returns import discounted_returns, gae, lambda_returns, vtrace
 from fastreward.rewards import token_rewards
 from fastreward.segments import scatter_rewards, segment_diff, segment_ids, segment_reduce
 from fastreward.whiten import whiten
@@ -71,8 +75,11 @@ __all__ = [
     "backend",
     "correction_weights",
     "credit_page",
+    "discounted_returns",
+    "gae",
     "group_advantages",
     "group_statistics",
+    "lambda_returns",
     "linear_policy_loss",
     "linear_token_logprobs",
     "logits_policy_loss",
@@ -89,6 +96,7 @@ __all__ = [
     "segment_reduce",
     "token_logprobs",
     "token_rewards",
+    "vtrace",
     "whiten",
 ]
 

@@ -109,6 +109,16 @@ def token_rewards(
     out: int,
     threads: int,
 ) -> bool: ...
+def returns_scan(
+    tensors: list[int],
+    numbers: list[float],
+    options: list[int],
+    rows: int,
+    columns: int,
+    out: int,
+    second: int,
+    threads: int,
+) -> bool: ...
 def whiten_apply(
     x: int,
     mask: int,

@@ -11,7 +11,6 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.numbers import Number, joined, number, split
-from fastreward._arguments.transforms import transformed
 from fastreward._runtime.addresses import count_valid
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
@@ -122,7 +121,7 @@ def whiten(
     if process_group is not None:
         return _whiten_across(source, mask, shift_mean, ddof, eps, process_group, out, backend)
     if check.values_checked(x):
-        _check_counted(x.numel() if mask is None else count_valid(mask), ddof)
+        check_counted(x.numel() if mask is None else count_valid(mask), ddof)
         if backend != "cpu":  # which finds it in the statistics
             check.counted_finite("x", source, mask)
     if out is None:
@@ -134,15 +133,7 @@ def whiten(
 
 def _check_out(out: Tensor, x: Tensor, source: Tensor) -> bool:
     """Whether `out` is `source`, the memory of a contiguous x."""
-    check.dtype("out", check.tensor("out", out), (torch.float32,))
-    check.shape("out", out, x.shape, "as x")
-    check.same_device("out", out, "x", x)
-    if not out.is_contiguous():
-        raise ValueError(f"out: expected a contiguous tensor, got strides {list(out.stride())}")
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out: expected a tensor without requires_grad (no gradient flows through it); use .detach()")
-    if transformed():
-        raise NotImplementedError("fastreward: whiten(out=) is not available under torch.func or with dual tensors")
+    check.output("whiten", "out", out, x, "x")
     if torch.compiler.is_compiling():  # a traced tensor has no address
         return out is x
     distance = abs(out.data_ptr() - source.data_ptr())
@@ -151,7 +142,8 @@ def _check_out(out: Tensor, x: Tensor, source: Tensor) -> bool:
     return distance == 0
 
 
-def _check_counted(counted: int, ddof: int) -> None:
+def check_counted(counted: int, ddof: int) -> None:
+    """That so many positions have a variance."""
     if counted < ddof + 1:
         raise ValueError(f"mask: expected at least {ddof + 1} counted positions for ddof={ddof}, got {counted}")
 
@@ -179,7 +171,7 @@ def _whiten_across(
         mean = mean + delta * other_count / total
         count = count + other_count
     if check.values_checked(x):  # the same on every rank, so that none is left waiting
-        _check_counted(int(count), ddof)
+        check_counted(int(count), ddof)
         if not math.isfinite(squares):
             check.counted_finite("x", x, mask)
             raise ValueError("x: expected finite values where mask is set, got others on another rank")

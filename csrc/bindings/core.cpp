@@ -17,6 +17,7 @@ PYBIND11_MODULE(_core, m) {
   fastreward::register_group(m);
   fastreward::register_whiten(m);
   fastreward::register_segments(m);
+  fastreward::register_returns(m);
   fastreward::register_prefix_tree(m);
   fastreward::register_rewards(m);
 }

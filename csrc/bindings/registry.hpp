@@ -13,6 +13,7 @@ void register_prefix_tree(pybind11::module_& m);
 void register_segments(pybind11::module_& m);
 void register_rewards(pybind11::module_& m);
 void register_whiten(pybind11::module_& m);
+void register_returns(pybind11::module_& m);
 void register_mask(pybind11::module_& m);
 void register_memory(pybind11::module_& m);
 

@@ -222,6 +222,25 @@ def numbers_where_set(named: Mapping[str, Tensor], mask: Tensor | None) -> None:
         every(name, there if mask is None else there | (mask == 0), x, "numbers where mask is set")
 
 
+def output(function: str, name: str, out: object, like: Tensor, reference: str) -> Tensor:
+    """`out`, a contiguous f32 tensor in the shape of `like` into which `function` may write."""
+    out = tensor(name, out)
+    dtype(name, out, (torch.float32,))
+    shape(name, out, like.shape, f"as {reference}")
+    same_device(name, out, reference, like)
+    if not out.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(out.stride())}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor without requires_grad (no gradient flows through it); use .detach()"
+        )
+    if transformed():
+        raise NotImplementedError(
+            f"fastreward: {function}({name}=) is not available under torch.func or with dual tensors"
+        )
+    return out
+
+
 # ------------------------------------------------------------------------------------------------------- output files
 PICTURES: Final = (".png", ".svg", ".pdf")
 

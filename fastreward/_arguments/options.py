@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
+
+from fastreward._arguments import check
 
 Aggregation = Literal[
     "token-mean",
@@ -33,6 +35,10 @@ SegmentBy = Literal["runs", "labels"]
 SegmentOp = Literal["sum", "mean", "min", "max", "first", "last", "count", "logsumexp", "mean-exp", "softmin"]
 SegmentDiff = Literal["backward", "forward", "lookahead"]
 SegmentPlace = Literal["end", "start", "broadcast", "spread"]
+AtMasked = Literal["carry", "decay", "reset", "zero"]
+MaskedRewards = Literal["to-last-valid", "drop"]
+ReturnsKind = Literal["returns", "gae", "lambda", "vtrace"]
+ReturnsOp = Literal["sum", "min", "max", "logsumexp"]
 #: (initial value, lower bound, upper bound) of a recurrence from the roots; f64 [] where only a kernel may read it.
 Rules = tuple[float | Tensor, float | Tensor, float | Tensor]
 
@@ -54,6 +60,10 @@ SEGMENT_BYS: tuple[SegmentBy, ...] = get_args(SegmentBy)
 SEGMENT_OPS: tuple[SegmentOp, ...] = get_args(SegmentOp)
 SEGMENT_DIFFS: tuple[SegmentDiff, ...] = get_args(SegmentDiff)
 SEGMENT_PLACES: tuple[SegmentPlace, ...] = get_args(SegmentPlace)
+AT_MASKED: tuple[AtMasked, ...] = get_args(AtMasked)
+MASKED_REWARDS: tuple[MaskedRewards, ...] = get_args(MaskedRewards)
+RETURNS_KINDS: tuple[ReturnsKind, ...] = get_args(ReturnsKind)
+RETURNS_OPS: tuple[ReturnsOp, ...] = get_args(ReturnsOp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +119,58 @@ class SegmentOptions:
     op: SegmentOp = "sum"
     temperature: float | Tensor = 1.0  # softmin; f64 [] where only a kernel may read it
     empty: float | Tensor = 0.0  # of a segment without a token, but for sum and count
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnsOptions:
+    """Which recurrence runs over the tokens of a row, and how masked tokens take part."""
+
+    kind: ReturnsKind = "returns"
+    at_masked: AtMasked = "carry"
+    op: ReturnsOp = "sum"  # logsumexp: soft, with the scale among the numbers; negative: a soft minimum
+    reverse: bool = True
+    move: bool = False  # rewards on masked tokens count at the valid token before them
+
+    @property
+    def timed(self) -> bool:
+        """Whether masked tokens take time: they are tokens with reward 0 and value 0."""
+        return self.at_masked in ("decay", "zero")
+
+    def text(self) -> str:
+        """All of it as one argument of an op."""
+        return f"{self.kind}|{self.at_masked}|{self.op}|{int(self.reverse)}|{int(self.move)}"
+
+    @staticmethod
+    def of(text: str) -> ReturnsOptions:
+        """The options whose `text` it is."""
+        kind, at_masked, op, reverse, move = text.split("|")
+        return ReturnsOptions(
+            next(x for x in RETURNS_KINDS if x == kind),
+            next(x for x in AT_MASKED if x == at_masked),
+            next(x for x in RETURNS_OPS if x == op),
+            reverse == "1",
+            move == "1",
+        )
+
+
+class ReturnsInputs(NamedTuple):
+    """Tensors that a recurrence reads, f32 in the tokens' shape where nothing else is said; None where absent."""
+
+    rewards: Tensor
+    values: Tensor | None = None
+    log_ratios: Tensor | None = None
+    next_values: Tensor | None = None
+    gamma: Tensor | None = None  # also [B]; instead of the number
+    lam: Tensor | None = None  # also [B]
+    terminated: Tensor | None = None  # bool
+    done: Tensor | None = None  # bool
+    beyond: Tensor | None = None  # [B]: the recurrence's value, or the state's, after the last valid token
+
+    def check_finite(self, mask: Tensor | None) -> None:
+        """That what counts is finite; a log-ratio may be infinite, as it is bounded."""
+        for name, x in (("rewards", self.rewards), ("values", self.values), ("next_values", self.next_values)):
+            if x is not None:
+                check.counted_finite(name, x, mask)
+        if self.log_ratios is not None:
+            good = ~self.log_ratios.isnan() if mask is None else ~self.log_ratios.isnan() | (mask == 0)
+            check.every("log_ratios", good, self.log_ratios, "numbers where mask is set")

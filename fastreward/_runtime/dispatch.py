@@ -36,6 +36,7 @@ OPERATIONS: Final = (
     "whiten",
     "segments",
     "rewards",
+    "returns",
     "prefix_tree",
 )
 
@@ -123,6 +124,8 @@ def implementation(operation: Literal["segments"], name: str) -> protocols.Segme
 @overload
 def implementation(operation: Literal["rewards"], name: str) -> protocols.RewardsKernels: ...
 @overload
+def implementation(operation: Literal["returns"], name: str) -> protocols.ReturnsKernels: ...
+@overload
 def implementation(operation: Literal["program"], name: str) -> protocols.ProgramKernels: ...
 @overload
 def implementation(operation: Literal["logits_policy_loss"], name: str) -> protocols.LogitsPolicyLossKernels: ...
@@ -154,7 +157,7 @@ def generated(operation: str) -> bool:
 
 def absent(operation: str, name: str) -> str | None:
     """Why backend `name` has no kernels of `operation`, on whatever machine; None where it has."""
-    if name in ("triton", "cuda") and operation == "segments":
+    if name in ("triton", "cuda") and operation in ("segments", "returns"):
         return "there are no GPU kernels of it yet"
     return _ABSENT.get((operation, name))
 

@@ -17,6 +17,8 @@ from fastreward._arguments.options import (
     AggregateOptions,
     GroupOptions,
     Place,
+    ReturnsInputs,
+    ReturnsOptions,
     RewardKL,
     Rules,
     SegmentOptions,
@@ -170,6 +172,21 @@ class RewardsKernels(Protocol):
         out: Tensor,  # f32 as the tokens, contiguous
     ) -> None:
         """Write the scores at their place, less kl_coef * KL on valid tokens; 0 elsewhere."""
+
+
+class ReturnsKernels(Protocol):
+    """Linear recurrences over the tokens of a row: returns, GAE, lambda-returns, V-trace."""
+
+    def scan(
+        self,
+        inputs: ReturnsInputs,
+        tokens: Tokens,
+        numbers: Sequence[float] | Tensor,  # gamma, lam, scale, rho_bar, c_bar; f64 [5] where a kernel has to read them
+        options: ReturnsOptions,
+        out: Tensor,  # f32 in tokens.shape: returns, advantages (gae), targets (vtrace)
+        second: Tensor | None,  # the same: returns (gae), advantages (vtrace)
+    ) -> None:
+        """Write every element of the results."""
 
 
 class ProgramKernels(Protocol):

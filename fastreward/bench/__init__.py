@@ -26,6 +26,7 @@ OPERATIONS = (
     "whiten",
     "segments",
     "rewards",
+    "returns",
     "prefix_tree",
 )
 BESIDES = ("busy", "small_calls")  # no operations: run where they are named, on the CPU

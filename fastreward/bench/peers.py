@@ -17,7 +17,7 @@ import torch
 from fastreward.bench.case import Case, Contender
 
 #: Name in the tables -> module that has to import.
-MODULES = {"TRL": "trl", "verl": "verl", "liger-kernel": "liger_kernel"}
+MODULES = {"TRL": "trl", "verl": "verl", "liger-kernel": "liger_kernel", "torchrl": "torchrl"}
 
 
 _wanted = True  # False inside `left_out`

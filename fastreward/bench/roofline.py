@@ -128,6 +128,11 @@ def segment_credit(tokens: int, segments: int) -> Traffic:
     return Traffic(tokens * 12 + segments * 16, tokens * 4 + segments * 16)
 
 
+def returns(tokens: int, read: int, written: int, mask_itemsize: int = 1) -> Traffic:
+    """So many arrays of tokens read and written once, and the mask read."""
+    return Traffic(tokens * (4 * read + mask_itemsize), tokens * 4 * written)
+
+
 def prefix_tree_build(tokens: int, unique: int) -> Traffic:
     """Tokens that are shared read once for each sequence (what is new need not be read), each token's node written."""
     return Traffic((tokens - unique) * 8, tokens * 4)

@@ -296,6 +296,47 @@ def token_rewards(
     return rewards - torch.where(counted, kl_coef * estimate, 0.0)
 
 
+# -------------------------------------------------------------------------------------------------- returns
+def discounted_returns(rewards: Tensor, mask: Tensor | None = None, *, gamma: float = 1.0) -> Tensor:
+    """Reverse loop over time [B, T], masked tokens skipped, as trainers write it."""
+    valid = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask != 0
+    running, found = rewards.new_zeros(rewards.shape[0]), torch.zeros_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        running = torch.where(valid[:, t], rewards[:, t] + gamma * running, running)
+        found[:, t] = torch.where(valid[:, t], running, 0.0)
+    return found
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor | None = None, *, gamma: float = 1.0, lam: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) [B, T] by the same loop."""
+    valid = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask != 0
+    following, running = rewards.new_zeros(rewards.shape[0]), rewards.new_zeros(rewards.shape[0])
+    advantages = torch.zeros_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        here, value = valid[:, t], values[:, t]
+        running = torch.where(here, rewards[:, t] + gamma * following - value + gamma * lam * running, running)
+        following = torch.where(here, value, following)
+        advantages[:, t] = torch.where(here, running, 0.0)
+    return advantages, torch.where(valid, advantages + values, 0.0)
+
+
+def vtrace(
+    log_ratios: Tensor, rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(targets, advantages) [B, T] by a loop, every token valid."""
+    clipped = log_ratios.exp().clamp(max=1.0)
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    delta = clipped * (rewards + gamma * following - values)
+    above, targets, after = rewards.new_zeros(rewards.shape[0]), torch.empty_like(values), torch.empty_like(values)
+    for t in reversed(range(rewards.shape[1])):
+        after[:, t] = following[:, t] + above
+        above = delta[:, t] + gamma * lam * clipped[:, t] * above
+        targets[:, t] = values[:, t] + above
+    return targets, clipped * (rewards + gamma * after - values)
+
+
 # -------------------------------------------------------------------------------------------------- prefix trees
 def tree_aggregate(
     tree: Any,

@@ -89,6 +89,10 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
     "segment_reduce": (fr.segment_reduce, (OLD, TOKENS - 1), {"op": "max", "weights": MASK, "empty": -9.0}),
     "segment_diff": (fr.segment_diff, (OLD,), {"mask": MASK, "first": ADVANTAGES, "rewards": OTHER}),
     "scatter_rewards": (fr.scatter_rewards, (numbers(4, 9), TOKENS - 1), {"mask": MASK, "place": "spread"}),
+    "discounted_returns": (fr.discounted_returns, (OLD, MASK), {"gamma": ADVANTAGES}),
+    "gae": (fr.gae, (OLD, OTHER, MASK), {"next_values": ADVANTAGES, "lam": 0.5}),
+    "lambda_returns": (fr.lambda_returns, (OLD, MASK), {"next_values": OTHER}),
+    "vtrace": (fr.vtrace, (LOGPROBS, OLD, OTHER, MASK), {"done": MASK}),
     "PrefixTree": (tree_values, (TOKENS, MASK, ADVANTAGES, IDS), {}),
     "cov_mask": (
         losses.cov_mask, (LOGPROBS, ADVANTAGES, MASK), {"method": "clip", "old_logprobs": OLD, "cov_low": 0.1},

@@ -199,6 +199,13 @@ CALLS: dict[str, tuple[Callable[[Tensor], object], Tensor]] = {
     ),
     "segment_diff mask": (lambda x: fr.segment_diff(lp(), mask=x), ones(B, T)),
     "scatter_rewards mask": (lambda x: fr.scatter_rewards(ones(B), mask=x), ones(B, T)),
+    "discounted_returns rewards": (fr.discounted_returns, lp()),
+    "discounted_returns initial": (lambda x: fr.discounted_returns(lp(), initial=x), ones(B)),
+    "discounted_returns gamma": (lambda x: fr.discounted_returns(lp(), gamma=x), ones(B, T)),
+    "gae values": (lambda x: fr.gae(lp(), x), lp()),
+    "gae next_values": (lambda x: fr.gae(lp(), lp(), next_values=x), ones(B)),
+    "gae done": (lambda x: fr.gae(lp(), lp(), done=x), ones(B, T)),
+    "vtrace log_ratios": (lambda x: fr.vtrace(x, lp(), lp()), lp()),
     "PrefixTree.aggregate weights": (lambda x: tree().aggregate(ones(B), weights=x), ones(B)),
     "PrefixTree.aggregate child_weights": (
         lambda x: (t := tree()).aggregate(ones(B), over="children", child_weights=x[: t.num_nodes]),

@@ -79,6 +79,10 @@ CALLS: dict[str, tuple[Callable[[Any], Tensor], float | None]] = {
     "token_rewards kl_value_clamp": (lambda x: rewards(kl_coef=0.5, kl_value_clamp=x), -1.0),
     "token_rewards clip[0]": (lambda x: rewards(clip=(x, None)), None),
     "whiten eps": (lambda x: fr.whiten(LP, eps=x), -1.0),
+    "discounted_returns gamma": (lambda x: fr.discounted_returns(LP, gamma=x), None),
+    "discounted_returns temperature": (lambda x: fr.discounted_returns(LP, op="min", temperature=x), 0.0),
+    "gae lam": (lambda x: fr.gae(LP, LP, lam=x)[0], None),
+    "vtrace rho_bar": (lambda x: fr.vtrace(LP, LP, LP, rho_bar=x)[0], 0.0),
 }
 NAMES = pytest.mark.parametrize("name", CALLS)
 

@@ -104,6 +104,7 @@ def _operations() -> dict[str, Operation]:
             fr.token_rewards(x[:, 0], mask, logprobs=x, ref_logprobs=old, kl_coef=0.1, kl="k3", place=place)
             for place in ("end", "broadcast")
         ],
+        "returns": lambda: [*fr.gae(x, -x, mask, gamma=0.9, lam=0.8)],
         "group": lambda: [fr.group_advantages(rewards, group_size=4)],
         "group ids": lambda: [fr.group_advantages(rewards, ids)],
         "segments": segments,

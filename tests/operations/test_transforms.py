@@ -112,6 +112,12 @@ OPERATIONS = {
         lambda x: fr.group_statistics(x, group_size=2, statistics=("mean",))["mean"], (normal(4),), gradient=False
     ),
     "whiten": Operation(lambda x: fr.whiten(x, MASK), (normal(B, T),), gradient=False),
+    "discounted_returns": Operation(lambda r: fr.discounted_returns(r, MASK), (normal(B, T),), gradient=False),
+    "gae": Operation(lambda r, v: torch.stack(fr.gae(r, v, MASK)), (normal(B, T), normal(B, T)), gradient=False),
+    "lambda_returns": Operation(
+        lambda r, v: fr.lambda_returns(r, MASK, next_values=v), (normal(B, T), normal(B, T)), gradient=False
+    ),
+    "vtrace": Operation(lambda w, r, v: torch.stack(fr.vtrace(w, r, v, MASK)), (normal(B, T),) * 3, gradient=False),
     "PrefixTree.aggregate": Operation(lambda x: TREE.aggregate(x), (normal(B),)),
     "PrefixTree.advantages": Operation(lambda x: TREE.advantages(x), (normal(NODES),), gradient=False),
     "PrefixTree.propagate": Operation(lambda a, b: TREE.propagate(a, b), (normal(NODES), normal(NODES))),

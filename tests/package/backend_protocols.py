@@ -9,6 +9,7 @@ import fastreward.cpu.logits_policy_loss
 import fastreward.cpu.logprobs
 import fastreward.cpu.prefix_tree
 import fastreward.cpu.program
+import fastreward.cpu.returns
 import fastreward.cpu.rewards
 import fastreward.cpu.segments
 import fastreward.cpu.whiten
@@ -23,6 +24,7 @@ import fastreward.reference.group
 import fastreward.reference.logprobs
 import fastreward.reference.prefix_tree
 import fastreward.reference.program
+import fastreward.reference.returns
 import fastreward.reference.rewards
 import fastreward.reference.segments
 import fastreward.reference.whiten
@@ -62,6 +64,10 @@ REWARDS: Final[tuple[protocols.RewardsKernels, ...]] = (
     fastreward.cpu.rewards,
     kernels.rewards,
     fastreward.cuda.rewards,
+)
+RETURNS: Final[tuple[protocols.ReturnsKernels, ...]] = (
+    fastreward.reference.returns,
+    fastreward.cpu.returns,
 )
 PROGRAM: Final[tuple[protocols.ProgramKernels, ...]] = (
     fastreward.reference.program,

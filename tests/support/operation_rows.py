@@ -238,6 +238,28 @@ ROWS = [
     Row("token_rewards", "packed",
         lambda B, T: {"scores": torch.randn(B), "mask": torch.ones(int(lengths(B, T)[-1])), "place": "broadcast",
                       "cu_seqlens": lengths(B, T), "clip": (-0.5, 0.5)}),
+    Row(
+        "discounted_returns", "min",
+        lambda B, T: per_token(B, T, "rewards") | {
+            "mask": mask(B, T), "gamma": 0.1 * B, "temperature": 1.0 * T, "op": "min", "initial": torch.rand(B),
+        },
+    ),
+    Row("discounted_returns", "left",
+        lambda B, T: packed(B, T, "rewards") | {"gamma": torch.rand(B), "reverse": False}),
+    Row(
+        "gae", "whitened",
+        lambda B, T: per_token(B, T, "rewards", "values", "lam") | {
+            "mask": mask(B, T), "gamma": 0.1 * B, "next_values": torch.rand(B), "whiten": True, "at_masked": "zero",
+        },
+    ),
+    Row("lambda_returns", "packed",
+        lambda B, T: packed(B, T, "rewards", "next_values") | {"gamma": 0.1 * B, "lam": 1.0 / T}),
+    Row(
+        "vtrace", "masked",
+        lambda B, T: per_token(B, T, "log_ratios", "rewards", "values", "next_values") | {
+            "mask": mask(B, T), "rho_bar": 0.2 * B, "c_bar": 0.1 * T, "done": mask(B, T),
+        },
+    ),
     Row("whiten", "masked", lambda B, T: {"x": torch.randn(B, T), "mask": mask(B, T), "eps": 0.1 * B}),
 ]  # fmt: skip
 
