@@ -81,6 +81,10 @@ if [ "$built" -eq 0 ]; then
     suite=backends/gpu/test_prefix_tree.py
     tests trees 170 ${workers[@]+"${workers[@]}"}
   ) &
+  (
+    suite=backends/gpu/test_credit_recipes.py
+    tests credit 110
+  ) &
 
   if "$python" -c 'import cupy' 2>/dev/null; then # the same .cu files, compiled by NVRTC
     (
