@@ -34,6 +34,7 @@ import kernels.logprobs
 import kernels.prefix_tree
 import kernels.program
 import kernels.rewards
+import kernels.segments
 import kernels.whiten
 from fastreward._runtime import protocols
 
@@ -58,6 +59,7 @@ WHITEN: Final[tuple[protocols.WhitenKernels, ...]] = (
 SEGMENTS: Final[tuple[protocols.SegmentsKernels, ...]] = (
     fastreward.reference.segments,
     fastreward.cpu.segments,
+    kernels.segments,
 )
 REWARDS: Final[tuple[protocols.RewardsKernels, ...]] = (
     fastreward.reference.rewards,

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of log-probs, groups, rewards and whitening; a program, for test_compile.py."""
+"""Compiles the Triton kernels of log-probs, groups, rewards, segments and whitening; a program, for test_compile.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import compiled
 import torch
-from fastreward.kernels import group, logprobs, rewards, whiten
+from fastreward.kernels import group, logprobs, rewards, segments, whiten
 
-from fastreward._arguments.options import GroupOptions
+from fastreward._arguments.options import SEGMENT_OPS, GroupOptions, SegmentOptions
 from fastreward._arguments.tokens import Tokens
 
 
@@ -83,7 +83,23 @@ def small_cases(everything: bool) -> dict[str, Any]:
         b = 4096
         group.statistics(torch.zeros(b), None if size else torch.zeros(b, dtype=torch.long), size, None, exponentials)
 
+    def segmented(op: Any, weights: Any = None, packed: bool = False) -> None:
+        shape = (64 * 512,) if packed else (64, 512)
+        x, ids = torch.zeros(shape), torch.zeros(shape, dtype=torch.int32)
+        w = None if weights is None else torch.zeros(shape, dtype=weights)
+        bounds = torch.zeros(65, dtype=torch.int64) if packed else None
+        values = segments.reduce(x, ids, w, bounds, 8, SegmentOptions(op), False)
+        segments.adjoint(values, x, ids, w, bounds, SegmentOptions(op), x)
+
+    def cut() -> None:
+        mask = torch.zeros(64, 512, dtype=torch.bool)
+        segments.ids(mask, None, None, True, None)
+        segments.ids(mask, None, mask, False, None)
+
     cases = {
+        "segments: ids": cut,
+        "segments: mean": lambda: segmented("mean", torch.bool),
+        "segments: softmin": lambda: segmented("softmin", torch.float32, packed=True),
         "whiten": white,
         "token_rewards": placed,
         "group: statistics": lambda: counted(0, True),
@@ -91,6 +107,11 @@ def small_cases(everything: bool) -> dict[str, Any]:
         "group: neighbours": lambda: grouped(8),
     }
     if everything:
+        cases |= {
+            f"segments: {op}": lambda op=op: segmented(op)
+            for op in SEGMENT_OPS
+            if op in ("last", "min", "logsumexp", "mean-exp")
+        }
         cases |= {
             "group: components, batch-std": lambda: grouped(0, 3, scale="batch-std", normalize="normalize-then-sum"),
             "group: weighted sum": lambda: grouped(64, 3, center="length-weighted"),

@@ -16,6 +16,7 @@ from fastreward._runtime.layout import DIFFERENTIABLE
 from fastreward.reference import group as group_reference
 from fastreward.reference import logprobs as logprobs_reference
 from fastreward.reference import policy_loss as policy_reference
+from fastreward.reference import segments as segments_reference
 from fastreward.reference import whiten as whiten_reference
 
 
@@ -157,6 +158,32 @@ def check_whiten(device: str) -> None:
     close(fr.whiten(given, mask.to(device, torch.float16), out=out), want, "out")
     assert fr.whiten(given, mask.to(device), out=given) is given
     close(given, want, "in place")
+
+
+def check_segments(device: str) -> None:
+    """Turns of a mask, their rewards, and back to the tokens, with gradients, padded and packed."""
+    mask, x = noise(5, 40, seed=1) > -0.8, noise(5, 40)
+    turns = segments_reference.segment_ids(mask)
+    count = int(turns.max()) + 1
+    exact = x.double().requires_grad_()
+    options: dict[str, Any] = {"op": "softmin", "temperature": 0.5, "num_segments": count}
+    want = segments_reference.segment_reduce(exact, turns, **options)
+    placed = segments_reference.scatter_rewards(want, turns, place="spread")
+    (want_grad,) = torch.autograd.grad(total({"values": want, "tokens": placed}), exact)
+    for packed in (False, True):
+        shape = (-1,) if packed else (5, 40)
+        bounds = torch.arange(6, device=device) * 40 if packed else None
+        leaf = x.to(device).requires_grad_()
+        ids = fr.segment_ids(mask.to(device).reshape(shape), cu_seqlens=bounds)
+        assert torch.equal(ids.cpu().view(5, 40), turns)
+        values = fr.segment_reduce(leaf.reshape(shape), ids, cu_seqlens=bounds, **options)
+        tokens = fr.scatter_rewards(values, ids, place="spread", cu_seqlens=bounds)
+        close(values, want, "values")
+        close(tokens.view(5, 40), placed, "tokens")
+        (grad,) = torch.autograd.grad(total({"values": values, "tokens": tokens}), leaf)
+        close(grad, want_grad, "gradient")
+    ends = fr.scatter_rewards(noise(5).to(device), mask=mask.to(device))
+    close(ends, segments_reference.scatter_rewards(noise(5).unsqueeze(-1), None, mask=mask), "outcomes")
 
 
 # ------------------------------------------------------------------------------------------------- bad values

@@ -15,12 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreward._arguments.options import CENTERS, NORMALIZES, SINGLETONS, GroupOptions, Place, RewardKL
+from fastreward._arguments.options import (
+    CENTERS,
+    NORMALIZES,
+    SEGMENT_OPS,
+    SINGLETONS,
+    GroupOptions,
+    Place,
+    RewardKL,
+    SegmentOptions,
+)
 from fastreward._arguments.tokens import Tokens
 from fastreward._runtime.layout import FLAG, INDICES, VALUES
 from fastreward.reference import group as reference_group
 from fastreward.reference import logprobs as reference_logprobs
 from fastreward.reference import rewards as reference_rewards
+from fastreward.reference import segments as reference_segments
 from fastreward.reference import whiten as reference_whiten
 
 EVERYTHING = 31
@@ -454,6 +464,79 @@ def check_whiten_corners(module: ModuleType, device: str) -> None:
         assert out.tolist() == [0.0, want, 0.0]
     module.forward(few, torch.zeros(3, device=device), True, 1, 0.0, few)
     assert few.tolist() == [0.0, 0.0, 0.0]
+
+
+#: How a row's tokens are cut: by runs with holes, in any order, whole.
+SEGMENTS = ("runs", "anywhere", "whole")
+
+
+def check_segments(module: ModuleType, device: str, kind: str, packed: bool, tokens: int = 300) -> None:
+    """Every reduction and its adjoint: weights or none, an empty segment, a row without tokens, NaN in between."""
+    g = torch.Generator().manual_seed(2)
+    rows, segments = 3, 4
+    x = torch.randn(rows, tokens, generator=g)
+    anywhere = torch.randint(-1, segments - 1, (rows, tokens), generator=g)
+    ids = (anywhere if kind == "anywhere" else anywhere.sort(-1).values).roll(7, -1)
+    weights = torch.rand(rows, tokens, generator=g) * (torch.rand(rows, tokens, generator=g) < 0.7)
+    weights[1] = 0.0
+    x[(weights == 0) | ((ids < 0) & (kind != "whole"))] = torch.nan
+    bounds = torch.tensor([0, tokens, tokens, 3 * tokens]) if packed else None
+    upstream = torch.randn(rows, segments if kind != "whole" else 1, generator=g)
+    shaped = [t.reshape(-1) if packed else t for t in (x, ids, weights)]
+    for i, op in enumerate(SEGMENT_OPS):  # weights, a mask, nothing in turn, and numbers on the host and on the device
+        form = (shaped[2], shaped[2] > 0, None)[(i + SEGMENTS.index(kind)) % 3]
+        given_x = shaped[0].nan_to_num(0.3) if form is None else shaped[0]
+        chosen = None if kind == "whole" else shaped[1] if op != "max" else shaped[1].int()
+        known = SegmentOptions(op, 0.3, -7.0)
+        on_device = SegmentOptions(op, *torch.tensor([0.3, -7.0], dtype=torch.float64, device=device))
+        options = on_device if (i + packed) % 2 else known
+        tensors = [None if t is None else t.to(device) for t in (given_x, chosen, form, bounds)]
+        want = reference_segments.reduce(given_x, chosen, form, bounds, upstream.shape[1], known, False)
+        close(module.reduce(*tensors, upstream.shape[1], options, False), want, 1e-6, 1e-6, op)
+        want, out = torch.empty_like(given_x), torch.full_like(given_x, torch.nan).to(device)
+        reference_segments.adjoint(upstream, given_x, chosen, form, bounds, known, want)
+        module.adjoint(upstream.to(device), *tensors, options, out)
+        close(out, want, 1e-6, 1e-6, f"adjoint of {op}")
+
+
+def check_segment_ids(module: ModuleType, device: str, tokens: int = 300) -> None:
+    """Runs, labels and ends, the tail in and out, padded and packed."""
+    g = torch.Generator().manual_seed(4)
+    mask = torch.rand(3, tokens, generator=g) < 0.9
+    labels = torch.randint(-1, 2, (3, tokens), generator=g)
+    ends = torch.rand(3, tokens, generator=g) < 0.05
+    mask[1], ends[2] = False, False
+    counts = ends.int() * 2
+    for packed in (False, True):
+        bounds = torch.tensor([0, 3, 3, 3 * tokens]) if packed else None
+        for given in ((mask, None, None), (None, labels, None), (mask, labels.int(), None), (mask, None, ends),
+                      (None, None, counts)):  # fmt: skip
+            flat = [t if t is None or not packed else t.reshape(-1) for t in given]
+            for tail in (True, False):
+                want = reference_segments.ids(*flat, tail, bounds)
+                moved = [None if t is None else t.to(device) for t in (*flat, bounds)]
+                assert torch.equal(module.ids(*moved[:3], tail, moved[3]).cpu(), want)
+
+
+def check_segment_corners(module: ModuleType, device: str) -> None:
+    """Infinite values, no tokens, no rows, no segments, ids out of range."""
+    inf = torch.inf
+    x = torch.tensor([[-inf, -inf, 1.0, -inf, inf, 2.0]], device=device)
+    ids = torch.tensor([[0, 0, 1, 1, 2, 2]], device=device)
+    for op, want in (("logsumexp", [-inf, 1.0, inf]), ("max", [-inf, 1.0, inf]), ("min", [-inf, -inf, 2.0])):
+        assert module.reduce(x, ids, None, None, 3, SegmentOptions(op), False).tolist() == [want]
+    assert module.reduce(x, ids, None, None, 3, SegmentOptions("softmin", 1e-3), False).tolist()[0][2] == 2.0
+    out = torch.full_like(x, 9.0)
+    module.adjoint(torch.ones(1, 2, device=device), None, ids - 1, None, None, SegmentOptions("last"), out)
+    assert out.tolist() == [[0, 0, 0, 1, 0, 1]]
+    for shape, segments in (((0, 4), 3), ((3, 0), 3), ((3, 4), 0)):
+        tokens, none = torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.int64, device=device)
+        got = module.reduce(tokens, none - 1, None, None, segments, SegmentOptions("mean", 1.0, 5.0), False)
+        assert torch.equal(got.cpu(), torch.full((shape[0], segments), 5.0))
+        out = torch.full(shape, 9.0, device=device)
+        module.adjoint(got, None, none - 1, None, None, SegmentOptions("mean"), out)
+        assert not out.any()
+        assert module.ids(none == 0, None, None, True, None).shape == shape
 
 
 def check_extreme_temperatures(module: ModuleType, device: str, dtype: torch.dtype, vocab: int) -> None:

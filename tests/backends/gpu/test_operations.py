@@ -479,6 +479,7 @@ class TestPublic:
     def test_group_and_whiten(self) -> None:
         public_checks.check_group("cuda")
         public_checks.check_whiten("cuda")
+        public_checks.check_segments("cuda")
 
     def test_messages_in_debug_mode(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FASTREWARD_DEBUG", "1")

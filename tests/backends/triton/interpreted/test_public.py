@@ -50,6 +50,10 @@ def test_group_and_whiten() -> None:
     public_checks.check_whiten("cpu")
 
 
+def test_segments() -> None:
+    public_checks.check_segments("cpu")
+
+
 @pytest.mark.parametrize("row", [row for row in ROWS if row.numbers], ids=name_of)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_numbers_that_only_a_kernel_may_read(row: Row) -> None:
