@@ -540,7 +540,7 @@ def scatter_rewards(
     values = (values.unsqueeze(-1) if flat else values).contiguous()
     values = torch.where(values.isnan(), 0.0, values)
     op = _REDUCTION[place]
-    if ids is not None and check.values_checked(values) and (out is not None or backend != "cpu"):
+    if ids is not None and check.values_checked(values) and backend != "cpu":  # which looks at them itself
         check.segment_ids("segment_ids", ids, values.shape[1])
     if out is not None:
         _check_out(out, like)

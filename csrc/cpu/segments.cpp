@@ -284,47 +284,53 @@ struct ExponentialShare {
   static ExponentialShare of(const SegmentProblem&, const SegmentState& s, double g) { return {s, g}; }
 };
 
+// Whether all ids are legal: looked at before anything is written.
+template <class I>
+bool legal(const SegmentProblem& p, const I& ids) {
+  std::atomic<bool> all{true};
+  parallel_ranges(p.threads, p.tokens.rows, grain(p.tokens), [&](std::int64_t first, std::int64_t last, int) {
+    for (std::int64_t b = first; b < last; ++b)
+      if (!for_runs(ids, p.tokens.begin(b), p.tokens.end(b), p.segments, [](auto, auto, auto) {})) all = false;
+  });
+  return all;
+}
+
 template <class Op, class Share, class I, class W>
-int adjoint(const SegmentProblem& p, const float* values, SegmentState* scratch, float* out) {
+void adjoint(const SegmentProblem& p, const float* values, SegmentState* scratch, float* out) {
   const I ids(p.ids);
   const W weights(p.weights);
   const bool one_pass = p.op == SegmentOp::sum || p.op == SegmentOp::count;
-  std::atomic<int> faults{0};
   parallel_ranges(p.threads, p.tokens.rows, grain(p.tokens), [&](std::int64_t first, std::int64_t last, int slot) {
     SegmentState* states = scratch + slot * p.segments;
     for (std::int64_t b = first; b < last; ++b) {
       if (!one_pass) collect<Op>(p, ids, weights, b, states);
       std::int64_t done = p.tokens.begin(b);
       const std::int64_t end = p.tokens.end(b);
-      const bool legal = for_runs(ids, done, end, p.segments, [&](std::int64_t id, std::int64_t begin, std::int64_t stop) {
+      for_runs(ids, done, end, p.segments, [&](std::int64_t id, std::int64_t begin, std::int64_t stop) {
         std::fill(out + done, out + begin, 0.0f);
         const double g = static_cast<double>(values[b * p.segments + id]);
         Share::of(p, one_pass ? SegmentState{} : states[id], g).write(p, weights, begin, stop, out);
         done = stop;
       });
       std::fill(out + done, out + end, 0.0f);
-      if (!legal) faults |= kIllegalId;
     }
   });
-  return faults;
 }
 
 // The same for ops that choose one token of a segment.
 template <class Op, class I, class W>
-int adjoint_of_one(const SegmentProblem& p, const float* values, SegmentState* scratch, float* out) {
+void adjoint_of_one(const SegmentProblem& p, const float* values, SegmentState* scratch, float* out) {
   const I ids(p.ids);
   const W weights(p.weights);
-  std::atomic<int> faults{0};
   parallel_ranges(p.threads, p.tokens.rows, grain(p.tokens), [&](std::int64_t first, std::int64_t last, int slot) {
     SegmentState* states = scratch + slot * p.segments;
     for (std::int64_t b = first; b < last; ++b) {
-      if (!collect<Op>(p, ids, weights, b, states)) faults |= kIllegalId;
+      collect<Op>(p, ids, weights, b, states);
       std::fill(out + p.tokens.begin(b), out + p.tokens.end(b), 0.0f);
       for (std::int64_t s = 0; s < p.segments; ++s)
         if (states[s].at >= 0) out[states[s].at] = values[b * p.segments + s];
     }
   });
-  return faults;
 }
 
 // -------------------------------------------------------------------------------------------- types to templates
@@ -399,22 +405,29 @@ int segment_adjoint(const SegmentProblem& p, const float* values, SegmentState* 
   return with_ids(p, [&](auto ids, auto weights) {
     using I = decltype(ids);
     using W = decltype(weights);
+    if (!legal(p, ids)) return static_cast<int>(kIllegalId);
     switch (p.op) {
       case SegmentOp::sum:
       case SegmentOp::mean:
       case SegmentOp::count:
-        return adjoint<Sums<false>, LinearShare, I, W>(p, values, scratch, out);
+        adjoint<Sums<false>, LinearShare, I, W>(p, values, scratch, out);
+        break;
       case SegmentOp::min:
-        return adjoint_of_one<Extremes<true>, I, W>(p, values, scratch, out);
+        adjoint_of_one<Extremes<true>, I, W>(p, values, scratch, out);
+        break;
       case SegmentOp::max:
-        return adjoint_of_one<Extremes<false>, I, W>(p, values, scratch, out);
+        adjoint_of_one<Extremes<false>, I, W>(p, values, scratch, out);
+        break;
       case SegmentOp::first:
-        return adjoint_of_one<Firsts, I, W>(p, values, scratch, out);
+        adjoint_of_one<Firsts, I, W>(p, values, scratch, out);
+        break;
       case SegmentOp::last:
-        return adjoint_of_one<Lasts, I, W>(p, values, scratch, out);
+        adjoint_of_one<Lasts, I, W>(p, values, scratch, out);
+        break;
       default:
-        return adjoint<Exponentials, ExponentialShare, I, W>(p, values, scratch, out);
+        adjoint<Exponentials, ExponentialShare, I, W>(p, values, scratch, out);
     }
+    return 0;
   });
 }
 

@@ -19,6 +19,7 @@ import fastreward.cuda.logprobs
 import fastreward.cuda.prefix_tree
 import fastreward.cuda.program
 import fastreward.cuda.rewards
+import fastreward.cuda.segments
 import fastreward.cuda.whiten
 import fastreward.reference.group
 import fastreward.reference.logprobs
@@ -60,6 +61,7 @@ SEGMENTS: Final[tuple[protocols.SegmentsKernels, ...]] = (
     fastreward.reference.segments,
     fastreward.cpu.segments,
     kernels.segments,
+    fastreward.cuda.segments,
 )
 REWARDS: Final[tuple[protocols.RewardsKernels, ...]] = (
     fastreward.reference.rewards,

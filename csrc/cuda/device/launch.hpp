@@ -21,6 +21,7 @@ struct KernelTable {
 KernelTable logprobs_kernels();
 KernelTable group_kernels();
 KernelTable whiten_kernels();
+KernelTable segments_kernels();
 KernelTable rewards_kernels();
 KernelTable prefix_tree_kernels();
 

@@ -18,7 +18,7 @@ import torch
 from emulation import Emulator
 
 from fastreward._arguments.options import PLACES, REWARD_KLS, Place
-from fastreward.cuda import group, logprobs, rewards, whiten
+from fastreward.cuda import group, logprobs, rewards, segments, whiten
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     stand_in = Emulator(folder)
-    modules: tuple[ModuleType, ...] = (logprobs, group, rewards, whiten)
+    modules: tuple[ModuleType, ...] = (logprobs, group, rewards, segments, whiten)
     for module in modules:
         for name in ("launch", "multiprocessors", "has_clusters", "counter"):
             if hasattr(module, name):
@@ -157,3 +157,13 @@ def test_whiten_where_nothing_counts(emulator: Emulator) -> None:
     assert (out == 0).all()
     assert whiten.statistics(x, torch.zeros(3, 4)).tolist() == [0.0, 0.0, 0.0]
     assert whiten.statistics(x[:0], None).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("kind", "packed"), [("runs", False), ("anywhere", True), ("whole", False)])
+def test_segments(kind: str, packed: bool, emulator: Emulator) -> None:
+    raw_checks.check_segments(segments, "cpu", kind, packed, 300)
+
+
+def test_segment_ids_and_corners(emulator: Emulator) -> None:
+    raw_checks.check_segment_ids(segments, "cpu", 300)
+    raw_checks.check_segment_corners(segments, "cpu")

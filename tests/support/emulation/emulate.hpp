@@ -220,6 +220,11 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int d) {
   return emulation::exchanged(value, (emulation::block->current % 32u) ^ unsigned(d));
 }
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned d) {
+  const unsigned lane = emulation::block->current % 32u;
+  return emulation::exchanged(value, lane < d ? lane : lane - d);
+}
 inline unsigned __reduce_add_sync(unsigned, unsigned x) {
   return emulation::reduced(x, [](unsigned a, unsigned b) { return a + b; });
 }
@@ -231,6 +236,11 @@ inline unsigned __ballot_sync(unsigned, bool x) {
   return emulation::reduced(bit, [](unsigned a, unsigned b) { return a | b; });
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int atomicMax(int* p, int x) {
+  const int old = *p;
+  *p = old < x ? x : old;
+  return old;
+}
 inline unsigned atomicInc(unsigned* p, unsigned most) {
   const unsigned old = *p;
   *p = old >= most ? 0u : old + 1u;
