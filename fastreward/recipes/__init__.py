@@ -17,6 +17,7 @@ from fastreward.recipes import (
     confidence,
     correction,
     distillation,
+    group_advantage,
     likelihood,
     preference,
     ratio,
@@ -24,6 +25,7 @@ from fastreward.recipes import (
     sequence,
     tree,
     tree_search,
+    turn_credit,
 )
 from fastreward.recipes._catalogue.registry import RECIPES, Recipe
 from fastreward.recipes._catalogue.registry import hint as _hint
@@ -31,6 +33,7 @@ from fastreward.recipes._catalogue.registry import names_by_returns as _names_by
 from fastreward.recipes.confidence import *
 from fastreward.recipes.correction import *
 from fastreward.recipes.distillation import *
+from fastreward.recipes.group_advantage import *
 from fastreward.recipes.likelihood import *
 from fastreward.recipes.preference import *
 from fastreward.recipes.ratio import *
@@ -38,11 +41,13 @@ from fastreward.recipes.score import *
 from fastreward.recipes.sequence import *
 from fastreward.recipes.tree import *
 from fastreward.recipes.tree_search import *
+from fastreward.recipes.turn_credit import *
 
 __all__ = ["RECIPES", "Recipe"]
 __all__ += confidence.__all__
 __all__ += correction.__all__
 __all__ += distillation.__all__
+__all__ += group_advantage.__all__
 __all__ += likelihood.__all__
 __all__ += preference.__all__
 __all__ += ratio.__all__
@@ -50,6 +55,7 @@ __all__ += score.__all__
 __all__ += sequence.__all__
 __all__ += tree.__all__
 __all__ += tree_search.__all__
+__all__ += turn_credit.__all__
 
 __doc__ = f"{__doc__}\nBy what they return:\n\n{_names_by_returns()}\n"
 

@@ -56,8 +56,14 @@ _COMMON: Final[Made] = {
 }
 #: What only the recipes of one family take; a line may name what stands above it.
 _TOKEN_CREDIT: Final[Made] = {}
-_TURN_CREDIT: Final[Made] = {}
-_GROUP_ADVANTAGE: Final[Made] = {}
+_TURN_CREDIT: Final[Made] = {
+    "turn_rewards": ("torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.0, 0.0]])", "one per turn"),
+    "segment_ids": ("torch.where(mask, torch.arange(6) // 3, -1)", "the turn of each token"),
+}
+_GROUP_ADVANTAGE: Final[Made] = {
+    "lengths": ("torch.tensor([6, 4, 5, 6])", "tokens of each response"),
+    "greedy_rewards": ("torch.tensor([0.0, 0.0, 1.0, 1.0])", "of the greedy response to the same prompt"),
+}
 _REWARD_SHAPING: Final[Made] = {}
 _LIKELIHOOD: Final[Made] = {
     "answer_logprobs": ("-torch.rand(4, 3)", "of the reference answer, spliced in behind each response"),
@@ -98,6 +104,8 @@ MADE: Final[Made] = {
 }
 #: The same where a recipe's arguments are of another kind.
 MADE_FOR: Final[dict[str, Made]] = {
+    "bnpo": {"rewards": ("torch.tensor([1.0, 0.0, 1.0, 1.0])", "prompts have to differ")},
+    "gdpo": {"rewards": ("torch.tensor([[1.0, 0.2], [0.0, 0.3], [0.0, 0.1], [1.0, 0.4]])", "two components")},
     "sdpo_topk": {
         "student": ("torch.randn(4, 6, 32).log_softmax(-1)", "log-probs of the whole vocabulary"),
         "ids": ("student.topk(5).indices", "[responses, tokens, k]"),
