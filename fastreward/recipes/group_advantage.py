@@ -71,7 +71,7 @@ def grpo(
     """A = (R - mean) / (std + eps).
 
     trainer: whose ddof, eps and singletons: "verl", "skyrl" (1, 1e-6, R itself), "trl" (1, 1e-4, 0), "trl-async" (0,
-    1e-8, 0), "openrlhf" (1, 1e-9, NaN), "slime" (1, 1e-6, NaN), "rl-kernel" (0, 1e-8, 0). mask [B]: responses that are there.
+    1e-8, 0), "openrlhf" (1, 1e-9, NaN), "slime" (1, 1e-6, NaN), "rl-kernel" (0, 1e-8, 0). mask [B]: nonzero = there.
     """
     check.choice("trainer", trainer, get_args(Trainer))
     return group_advantages(rewards, group_ids, group_size=group_size, mask=mask, **CONVENTIONS[trainer])

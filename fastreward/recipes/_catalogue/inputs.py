@@ -61,7 +61,6 @@ _TURN_CREDIT: Final[Made] = {
     "segment_ids": ("torch.where(mask, torch.arange(6) // 3, -1)", "the turn of each token"),
 }
 _GROUP_ADVANTAGE: Final[Made] = {
-    "lengths": ("torch.tensor([6, 4, 5, 6])", "tokens of each response"),
     "greedy_rewards": ("torch.tensor([0.0, 0.0, 1.0, 1.0])", "of the greedy response to the same prompt"),
 }
 _REWARD_SHAPING: Final[Made] = {}
@@ -105,6 +104,7 @@ MADE: Final[Made] = {
 #: The same where a recipe's arguments are of another kind.
 MADE_FOR: Final[dict[str, Made]] = {
     "bnpo": {"rewards": ("torch.tensor([1.0, 0.0, 1.0, 1.0])", "prompts have to differ")},
+    "opo": {"lengths": ("torch.tensor([6, 4, 5, 6])", "tokens of each response")},
     "gdpo": {"rewards": ("torch.tensor([[1.0, 0.2], [0.0, 0.3], [0.0, 0.1], [1.0, 0.4]])", "two components")},
     "sdpo_topk": {
         "student": ("torch.randn(4, 6, 32).log_softmax(-1)", "log-probs of the whole vocabulary"),

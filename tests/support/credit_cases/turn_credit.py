@@ -11,7 +11,7 @@ from fastreward import recipes
 
 
 def _turns(rng: random.Random) -> Arguments:
-    rewards = floats(rng, ROWS, COLUMNS)
+    rewards = floats(rng, ROWS, COLUMNS + 1)  # a turn that nobody has
     rewards[2, 1] = float("nan")
     return {"turn_rewards": rewards, "segment_ids": segments(rng, rollout_mask(rng)), "group_ids": groups(rng)}
 
