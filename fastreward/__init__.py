@@ -7,6 +7,7 @@ Losses, with their gradient in the same pass (a `PolicyLoss`):
     policy_loss               from log-probs: PPO, CISPO, GSPO, ... (`losses`), or one of your own (`losses.define`)
     logits_policy_loss        from logits
     linear_policy_loss        from hidden states and LM head
+    value_loss                of a critic's values
     preference_loss           from the log-probs of chosen and rejected responses: DPO, SimPO, ...
     Clip                      which clip acted on a token, where return_tokens=("clip",) asks
 Advantages and weights:
@@ -57,6 +58,7 @@ from fastreward.preference_loss import preference_loss
 from fastreward.returns import discounted_returns, gae, lambda_returns, vtrace
 from fastreward.rewards import token_rewards
 from fastreward.segments import scatter_rewards, segment_diff, segment_ids, segment_reduce
+from fastreward.value_loss import value_loss
 from fastreward.whiten import whiten
 
 if _TYPE_CHECKING:
@@ -96,6 +98,7 @@ __all__ = [
     "segment_reduce",
     "token_logprobs",
     "token_rewards",
+    "value_loss",
     "vtrace",
     "whiten",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -38,6 +38,9 @@ _TERMS: Final = {
     "rollout_logprob": "rollout_logprobs",
     "weight": "weights",
     "entropy": "entropy",
+    "value": "values",
+    "old_value": "old_values",
+    "returns": "returns",
 }
 
 #: What one can do about a batch in which nothing counts.
@@ -46,19 +49,12 @@ NO_TOKEN: Final = 'pass empty="zero" where a micro-batch may be empty (or normal
 
 @dataclass(slots=True, eq=False, repr=False)
 class PolicyArguments:
-    """The arguments that `policy_loss`, `logits_policy_loss` and `linear_policy_loss` share, as they were given."""
+    """The arguments that the losses over log-probs and `value_loss` share, as they were given."""
 
-    old_logprobs: Tensor | None
-    advantages: Tensor | None
     mask: Tensor | None
     loss: Loss
     aggregation: Aggregation | None
     normalizer: Number | None
-    ref_logprobs: Tensor | None
-    rollout_logprobs: Tensor | None
-    kl: KL | None
-    kl_coef: Number
-    entropy_coef: Number
     weights: Tensor | None
     keep: Tensor | None
     group_ids: GroupIds | None
@@ -67,7 +63,18 @@ class PolicyArguments:
     extra: Mapping[str, Tensor] | None
     empty: Empty
     token_loss: bool
-    return_tokens: Sequence[str]
+    old_logprobs: Tensor | None = None
+    advantages: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
+    kl: KL | None = None
+    kl_coef: Number = 0.0
+    entropy_coef: Number = 0.0
+    return_tokens: Sequence[str] = ()
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+    explained_variance: bool = False
+    numbers: Mapping[str, Number] = field(default_factory=dict)  # of the loss, in place of its own
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -127,8 +134,12 @@ def prepare(
     entropy: bool,
     backend: str,
     from_logits: bool = False,
+    trained: str = "logprob",
 ) -> Call:
-    """`like`: in the tokens' shape and on their device, called `name` in messages. entropy: whether it is given."""
+    """`like`: in the tokens' shape and on their device, called `name` in messages. entropy: whether it is given.
+
+    trained: the term whose gradient is wanted.
+    """
     loss = given.loss
     aggregation: str = loss.aggregation if given.aggregation is None else given.aggregation
     check.choice("aggregation", aggregation, AGGREGATIONS)
@@ -140,12 +151,12 @@ def prepare(
     packed = tokens.cu_seqlens is not None
     ready = parameters(_numbers(like, given, packed), backend)
     levels = [(term, level_of(x, like)) for term, x in terms.items()]
-    levels += [("logprob", Level.TOKEN), ("entropy", Level.TOKEN)] if entropy else [("logprob", Level.TOKEN)]
+    levels += [(trained, Level.TOKEN), ("entropy", Level.TOKEN)] if entropy else [(trained, Level.TOKEN)]
     bonus = may_differ_from_0(given.entropy_coef)
     formula = (tuple(levels), aggregation, given.normalizer is not None, packed, given.kl, bonus)
     unknown = tuple(ready.inputs)
     # On a GPU the aggregation's weights are known only when all tokens have been seen.
-    plan = loss.policy_plan(*formula, given.token_loss, backend != "cpu", unknown, wanted)
+    plan = loss.policy_plan(*formula, given.token_loss, backend != "cpu", unknown, wanted, given.explained_variance)
     objective, inputs, metrics, grouped = plan
     gradient = loss.gradient_plan(*formula, False, False, unknown) if from_logits else None
     _check_read(given)
@@ -217,11 +228,18 @@ def checked_loss(loss: object, default: Loss) -> Loss:
     if not isinstance(loss, Loss):
         example, hint = f"losses.{default.name}()", _how_to_make(loss, published(default.pairs))
         raise TypeError(f"loss: expected a loss such as {example}, got {type(loss).__name__}{hint}")
-    if loss.definition.pairs != default.definition.pairs:
-        pairs = loss.definition.pairs
-        kind, place = ("a loss over pairs", "preference_loss") if pairs else ("a policy loss", "policy_loss")
+    if _place(loss) != _place(default):
+        kind, place = _place(loss)
         raise TypeError(f"loss: {loss.name} is {kind}; it goes to {place}")
     return loss
+
+
+def _place(loss: Loss) -> tuple[str, str]:
+    """What kind of loss it is, and the operation that takes it."""
+    if loss.pairs:
+        return "a loss over pairs", "preference_loss"
+    of_values = loss.asks("value") and not loss.asks("logprob")  # a policy's may have an extra that is called value
+    return ("a loss of values", "value_loss") if of_values else ("a policy loss", "policy_loss")
 
 
 def _how_to_make(loss: object, known: list[str]) -> str:
@@ -284,6 +302,9 @@ def _checked_terms(name: str, like: Tensor, given: PolicyArguments, rows: int) -
         terms["ref_logprob"] = _per_token("ref_logprobs", given.ref_logprobs, like, name)
     if given.rollout_logprobs is not None:
         terms["rollout_logprob"] = _per_token("rollout_logprobs", given.rollout_logprobs, like, name)
+    for term, argument, x in (("old_value", "old_values", given.old_values), ("returns", "returns", given.returns)):
+        if x is not None:
+            terms[term] = _per_token(argument, x, like, name)
     if given.weights is not None:
         terms["weight"] = _weights("weights", given.weights, like, rows, name)
     for term, (argument, x) in checked_extra("extra", given.extra, _TERMS).items():
@@ -305,7 +326,8 @@ def _numbers(like: Tensor, given: PolicyArguments, packed: bool) -> dict[str, Nu
         "call.entropy_coef": number("entropy_coef", given.entropy_coef, like, check.finite),
     }
     for term in sorted(scalars):
-        named[term] = number(term, scalars[term], like, anything)
+        own = given.numbers.get(term)
+        named[term] = number(term, scalars[term], like, anything) if own is None else own
     return named
 
 

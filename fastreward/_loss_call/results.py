@@ -27,6 +27,12 @@ class Metrics(Mapping[str, Tensor]):
         ratio_mean, ratio_min, ratio_max: mean, smallest and largest e^d.
         entropy_mean: mean entropy; where it is given, or read by a loss from logits or hidden states.
         token_count: counted tokens.
+    value_loss:
+        value_mean, return_mean: mean value, mean return.
+        explained_variance: 1 - var(returns - values) / (var(returns) + 1e-5), ddof 1; where it is asked for, NaN of
+            fewer than two tokens. While values still are old_values it is verl's critic/vf_explained_var.
+        token_count: counted tokens.
+        clip_fraction: share where the clipped value's loss is the larger; where it clips.
     Preference losses:
         pair_count: pairs with a counted token on either side.
         chosen_logprob, rejected_logprob: mean over the pairs of that side's summed log-probs.

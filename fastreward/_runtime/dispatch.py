@@ -31,6 +31,7 @@ OPERATIONS: Final = (
     "logits_policy_loss",
     "linear_policy_loss",
     "preference_loss",
+    "value_loss",
     "correction",
     "group",
     "whiten",
@@ -55,6 +56,7 @@ _KERNELS: Final = {
     "policy_loss": "program",
     "linear_policy_loss": "program",
     "preference_loss": "program",
+    "value_loss": "program",
     "correction": "program",
     "prefix_tree_build": "prefix_tree",
 }

@@ -79,6 +79,8 @@ class Clip(IntEnum):
     DUAL = 3
 
 
+#: The same for `value_loss`.
+VALUE_METRICS: Final = ("value_mean", "return_mean", "explained_variance", "token_count")
 #: As METRICS, for `preference_loss`, where all are always there.
 PAIR_METRICS: Final = ("pair_count", "chosen_logprob", "rejected_logprob", "chosen_tokens", "rejected_tokens")
 

@@ -19,6 +19,7 @@ OPERATIONS = (
     "linear_logprobs",
     "policy_loss",
     "preference_loss",
+    "value_loss",
     "logits_policy_loss",
     "linear_policy_loss",
     "correction",

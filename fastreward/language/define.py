@@ -97,7 +97,10 @@ class Definition(Generic[P]):
     @property
     def published(self) -> bool:
         """Whether it is one of `fastreward.losses`."""
-        return (self.function.__module__ or "").startswith("fastreward.losses.")
+        module = self.function.__module__ or ""
+        return (
+            module.startswith("fastreward.losses.") and module != "fastreward.losses.value"
+        )  # those have a name alone
 
     @property
     def place(self) -> str:

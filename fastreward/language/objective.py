@@ -5,14 +5,14 @@ All of it is written in the loss language, so that one program gives the loss, i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Final, get_args
 
 from fastreward._arguments.options import KL, Aggregation
-from fastreward._runtime.layout import METRICS, Clip
+from fastreward._runtime.layout import METRICS, VALUE_METRICS, Clip
 from fastreward.language.derivative import gradients
 from fastreward.language.functions import (
     abs,
@@ -127,6 +127,7 @@ class PolicyCall:
     deferred: bool = False
     on_device: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
+    explained_variance: bool = False
 
 
 def kl(t: Terms, kind: KL = "k3", *, clamp: float | None = LOG_RATIO_CLAMP, value_clamp: float | None = None) -> Node:
@@ -208,7 +209,7 @@ def _cached_terms(key: Key) -> tuple[frozenset[str], frozenset[tuple[str, Level,
 @lru_cache(maxsize=512)
 def _cached_policy(key: Key, call: PolicyCall) -> Objective:
     t, total, wanted, weight, value = _traced(key.loss, call)
-    metrics, tokens = _policy_metrics(t, dict(call.levels)), _tokens(key.loss, t, call, value)
+    metrics, tokens = _policy_metrics(t, call), _tokens(key.loss, t, call, value)
 
     def assembled(found: Sequence[Node | None], tokens: Sequence[Node], *, weighted: bool) -> Objective:
         return _assemble(
@@ -237,9 +238,21 @@ def _traced(loss: TracedLoss, call: PolicyCall) -> tuple[Terms, Node, list[Node]
         value = value - t.graph.parameter("call.entropy_coef") * t.entropy
     weight = _row_weight(t.graph, call)
     total = t.graph.reduce("batch_sum", _weighted(weight, value))
-    wanted = [t.logprob, *([t.entropy] if "entropy" in levels else [])]
+    wanted = trained_terms(t, levels)
     check_depends(loss, surrogate, wanted)
     return t, total, wanted, weight, value
+
+
+def trained_terms(t: Terms, levels: Mapping[str, Level]) -> list[Node]:
+    """The differentiable inputs of a call: log-probs and, where they are given, entropies; of a critic its values."""
+    if of_values(levels):
+        return [t.value]
+    return [t.logprob, *([t.entropy] if "entropy" in levels else [])]
+
+
+def of_values(names: Container[str]) -> bool:
+    """Whether terms of these names are those of a critic's loss (a policy's may have an extra that is called value)."""
+    return "value" in names and "logprob" not in names
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,9 +345,11 @@ def nonzero(gradient: Node | None) -> Node | None:
     return None if gradient is not None and gradient.op == "constant" and gradient.value == 0.0 else gradient
 
 
-def _policy_metrics(t: Terms, levels: Mapping[str, Level]) -> dict[str, Node]:
+def _policy_metrics(t: Terms, call: PolicyCall) -> dict[str, Node]:
     """Those of METRICS that the call has the terms for, in order, then what the loss reports besides."""
-    graph = t.graph
+    graph, levels = t.graph, dict(call.levels)
+    if of_values(levels):
+        return _value_metrics(t, call.explained_variance)
     values: dict[str, Node] = {name: t.reports[name] for name in CLIP_FRACTIONS if name in t.reports}
     if "old_logprob" in levels:
         log_ratio = batch_mean(clip(t.log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
@@ -353,6 +368,23 @@ def _policy_metrics(t: Terms, levels: Mapping[str, Level]) -> dict[str, Node]:
         values["entropy_mean"] = measured(batch_mean(t.entropy))
     values["token_count"] = graph.reduce("batch_sum", graph.length())
     assert tuple(values) == tuple(name for name in METRICS if name in values)
+    return {**values, **{name: x for name, x in t.reports.items() if name not in values}}
+
+
+def _value_metrics(t: Terms, explained_variance: bool) -> dict[str, Node]:
+    """VALUE_METRICS in order, as far as they are asked for, then what the loss reports besides."""
+    tokens = t.graph.reduce("batch_sum", t.graph.length())
+    values = {"value_mean": measured(batch_mean(t.value)), "return_mean": measured(batch_mean(t.returns))}
+    if explained_variance:
+
+        def variance(x: Node) -> Node:
+            off = x - batch_mean(x)
+            return batch_sum(off * off) / (tokens - 1.0)
+
+        explained = 1.0 - variance(t.returns - t.value) / (variance(t.returns) + 1e-5)
+        values["explained_variance"] = where(tokens > 1.0, explained, float("nan"))
+    values["token_count"] = tokens
+    assert tuple(values) == tuple(name for name in VALUE_METRICS if name in values)
     return {**values, **{name: x for name, x in t.reports.items() if name not in values}}
 
 
@@ -450,8 +482,9 @@ def sources(built: Program, wanted: Sequence[Node]) -> tuple[int, ...]:
 
 
 def _per_token(value: Node) -> Node:
-    """The value per token: one per sequence is broadcast to its tokens (NaN where the log-prob is)."""
+    """The value per token: one per sequence is broadcast to its tokens (NaN where what is trained is)."""
     if value.level == Level.TOKEN:
         return value
-    logprob = value.graph.input("logprob", Level.TOKEN)
-    return where(logprob == logprob, value, float("nan"))
+    trained = "value" if of_values({name for name, _, _ in value.graph.inputs()}) else "logprob"
+    x = value.graph.input(trained, Level.TOKEN)
+    return where(x == x, value, float("nan"))

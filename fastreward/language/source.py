@@ -7,7 +7,7 @@ from typing import Any
 
 from fastreward._runtime.dispatch import module
 from fastreward.language.node import Level
-from fastreward.language.objective import PolicyCall, policy_objective
+from fastreward.language.objective import PolicyCall, of_values, policy_objective
 from fastreward.language.pair_objective import PairCall, pair_objective
 from fastreward.language.terms import PairTerms
 from fastreward.language.traced import TracedLoss
@@ -32,7 +32,7 @@ def source(loss: TracedLoss, backend: str, **options: Any) -> str:
         names = dict(
             (*_levels(given, 0, Level.TOKEN), *_levels(given, 0, Level.SEQUENCE), *_levels(given, 0, Level.BATCH))
         )
-        for term in ("logprob", "old_logprob", "advantage"):
+        for term in () if of_values(names) else ("logprob", "old_logprob", "advantage"):
             names.setdefault(term, Level.TOKEN)
         names |= {"ref_logprob": Level.TOKEN} if options.get("kl") else {}
         names |= {"entropy": Level.TOKEN} if options.get("entropy_bonus") else {}

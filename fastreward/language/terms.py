@@ -23,6 +23,9 @@ _SOURCES: Final = {
     "advantage": "advantages",
     "entropy": "entropy",
     "weight": "weights",
+    "value": "values",
+    "old_value": "old_values",
+    "returns": "returns",
 }
 _PAIR_SOURCES: Final = {
     "logprob": "{side}_logprobs",
@@ -30,7 +33,10 @@ _PAIR_SOURCES: Final = {
     "weight": "{side}_weights",
 }
 #: What a policy loss gets per token always; the others may be per sequence.
-_PER_TOKEN: Final = ("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "entropy")
+_PER_TOKEN: Final = (
+    *("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "entropy"),
+    *("value", "old_value", "returns"),
+)
 #: What a call gives beside extras, of a pair on each side.
 TERMS: Final = tuple(_SOURCES)
 PAIR_TERMS: Final = tuple(_PAIR_SOURCES)
@@ -127,6 +133,9 @@ class Terms(_Inputs):
     logprob, old_logprob, ref_logprob, rollout_logprob, entropy, weight: as passed to the call. advantage: per token or
     per sequence. log_ratio: logprob - old_logprob. ratio: exp(log_ratio), the log-ratio clamped to +-20. length:
     valid tokens, per sequence. extra(name): the caller's own. Gradients flow through logprob and entropy.
+
+    A loss of a critic, for `value_loss`, is written with value, old_value and returns instead; its gradient flows
+    through value.
     """
 
     NAMES: Final = (*_SOURCES, "log_ratio", "ratio", "length", "extra", "report")

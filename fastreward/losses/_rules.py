@@ -63,6 +63,8 @@ PAIR_RULES: Final[dict[str, Rule]] = {
     "weight": _NOT_NEGATIVE,
     "ld_alpha": _UNIT,
 }
+#: Of losses of a critic.
+VALUE_RULES: Final[dict[str, Rule]] = {"clip": _OPTIONAL, "delta": _POSITIVE}
 
 
 def check(**parameters: Any) -> None:
@@ -73,6 +75,11 @@ def check(**parameters: Any) -> None:
 def check_pair(**parameters: Any) -> None:
     """`check` for preference losses."""
     apply(PAIR_RULES, parameters)
+
+
+def check_value(**parameters: Any) -> None:
+    """`check` for losses of a critic."""
+    apply(VALUE_RULES, parameters)
 
 
 def apply(rules: dict[str, Rule], parameters: dict[str, Any]) -> None:

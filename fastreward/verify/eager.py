@@ -249,6 +249,17 @@ def _center(v: Tensor, rows: list[int], center: str | Tensor, lengths: Tensor | 
     return v.mean() if center == "mean" else torch.zeros_like(v)
 
 
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None = None, *, clip: float | None = 0.2
+) -> Tensor:
+    """PPO's clipped value loss, token-mean, as the trainers write it."""
+    loss = (values - returns) ** 2
+    if clip is not None:
+        clipped = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+        loss = torch.maximum(loss, (clipped - returns) ** 2)
+    return 0.5 * (loss.mean() if mask is None else torch.where(mask != 0, loss, 0.0).sum() / (mask != 0).sum())
+
+
 def whiten(
     x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, ddof: int = 1, eps: float = 1e-8
 ) -> Tensor:

@@ -84,6 +84,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
         (numbers(4), IDS, ("weighted-mean", "rank", "std")),
         {"weights": numbers(4).exp(), "mask": torch.tensor([1, 1, 1, 0])},
     ),
+    "value_loss": (fr.value_loss, (LOGPROBS, OLD, OTHER, MASK), {"loss": "huber"}),
     "whiten": (fr.whiten, (OLD, MASK), {}),
     "segment_ids": (fr.segment_ids, (TOKENS,), {"separators": [2, 4], "mask": MASK}),
     "segment_reduce": (fr.segment_reduce, (OLD, TOKENS - 1), {"op": "max", "weights": MASK, "empty": -9.0}),

@@ -78,6 +78,8 @@ CALLS: dict[str, tuple[Callable[[Any], Tensor], float | None]] = {
     "token_rewards kl_clamp": (lambda x: rewards(kl_coef=0.5, kl_clamp=x), 0.0),
     "token_rewards kl_value_clamp": (lambda x: rewards(kl_coef=0.5, kl_value_clamp=x), -1.0),
     "token_rewards clip[0]": (lambda x: rewards(clip=(x, None)), None),
+    "value_loss clip": (lambda x: fr.value_loss(LP, LP.flip(0), LP + 1.0, clip=x).loss, 0.0),
+    "value_loss delta": (lambda x: fr.value_loss(LP, LP, LP + 1.0, loss="huber", delta=x).loss, -1.0),
     "whiten eps": (lambda x: fr.whiten(LP, eps=x), -1.0),
     "discounted_returns gamma": (lambda x: fr.discounted_returns(LP, gamma=x), None),
     "discounted_returns temperature": (lambda x: fr.discounted_returns(LP, op="min", temperature=x), 0.0),

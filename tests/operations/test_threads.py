@@ -41,6 +41,13 @@ def _operations() -> dict[str, Operation]:
         assert leaf.grad is not None
         return [result.loss.detach(), leaf.grad]
 
+    def values() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        result = fr.value_loss(leaf, old, advantages, mask)
+        result.loss.backward()
+        assert leaf.grad is not None
+        return [result.loss.detach(), result.metrics.values_tensor, leaf.grad]
+
     def logprobs(logits: Tensor, labels: Tensor) -> list[Tensor]:
         leaf = logits.clone().requires_grad_()
         stats = fr.token_logprobs(leaf, labels, outputs=("logprobs", "entropy", "rank"))
@@ -100,6 +107,7 @@ def _operations() -> dict[str, Operation]:
 
     return {
         "whiten": lambda: [fr.whiten(x, mask)],
+        "value_loss": values,
         "rewards": lambda: [
             fr.token_rewards(x[:, 0], mask, logprobs=x, ref_logprobs=old, kl_coef=0.1, kl="k3", place=place)
             for place in ("end", "broadcast")

@@ -260,6 +260,12 @@ ROWS = [
             "mask": mask(B, T), "rho_bar": 0.2 * B, "c_bar": 0.1 * T, "done": mask(B, T),
         },
     ),
+    Row("value_loss", "masked",
+        lambda B, T: per_token(B, T, "values", "old_values", "returns", grad=("values",))
+        | {"mask": mask(B, T), "clip": 0.1 * B, "normalizer": 1.0 * T}),
+    Row("value_loss", "packed",
+        lambda B, T: packed(B, T, "values", "old_values", "returns", grad=("values",))
+        | {"loss": "huber", "delta": 0.1 * T, "clip": None, "aggregation": "seq-mean-token-mean"}),
     Row("whiten", "masked", lambda B, T: {"x": torch.randn(B, T), "mask": mask(B, T), "eps": 0.1 * B}),
 ]  # fmt: skip
 

@@ -18,8 +18,8 @@ Run = Callable[[Loss, Mapping[str, Any]], tuple[Tensor, Tensors]]
 
 
 def problem(operation: str, name: str, loss: Loss, inputs: Mapping[str, Any], run: Run, seed: int = 0) -> Problem:
-    """`inputs`: terms by name, the differentiable ones "logprob" or "chosen_logprob" and "rejected_logprob"; "mask" (or
-    two), "group_ids". `run` calls the public function on leaves and gives (loss, leaves)."""
+    """`inputs`: terms by name, the differentiable ones "logprob", "value", or "chosen_logprob" and "rejected_logprob";
+    "mask" (or two), "group_ids". `run` calls the public function on leaves and gives (loss, leaves)."""
     return Problem(
         operation,
         name,
@@ -48,7 +48,7 @@ def _torch(loss: Loss, dtype: torch.dtype, seed: int, inputs: Mapping[str, Any])
 
 def differentiable(inputs: Mapping[str, Any]) -> list[str]:
     """Names of the inputs that gradients flow to."""
-    return [name for name in ("logprob", "chosen_logprob", "rejected_logprob") if name in inputs]
+    return [name for name in ("logprob", "value", "chosen_logprob", "rejected_logprob") if name in inputs]
 
 
 def _aggregated(loss: Loss, value: Tensor, mask: Tensor, groups: Tensor | None) -> Tensor:

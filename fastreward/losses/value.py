@@ -1,0 +1,54 @@
+"""Losses of a critic, for `value_loss`: the distance of values from returns, with PPO's clip.
+
+v = value, R = returns. The clip holds v within old_value +- clip and takes the larger of the two losses, so that a
+value which has moved further than that from where the rollouts saw it is only ever pulled back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastreward.language.define import define
+from fastreward.language.functions import abs, clip, maximum, minimum
+from fastreward.language.node import Node
+from fastreward.language.terms import Terms
+from fastreward.losses._rules import check_value
+
+__all__ = ["huber", "squared"]
+
+
+def _larger(t: Terms, bound: float | None, loss: Callable[[Node], Node]) -> Node:
+    """The larger of the losses of the value and of the clipped value; reports where that is the clipped one's."""
+    whole = loss(t.value)
+    if bound is None:
+        return whole
+    clipped = loss(clip(t.value, t.old_value - bound, t.old_value + bound))
+    t.report(clip_fraction=clipped > whole)
+    return maximum(whole, clipped)
+
+
+@define(check=check_value)
+def squared(t: Terms, clip: float | None = 0.2) -> Node:
+    """PPO's value loss: max((v - R)^2, (clip(v, old_value - clip, old_value + clip) - R)^2) / 2.
+
+    clip: None does not clip, and reads no old_value.
+
+    PPO as OpenAI's baselines have it. Verified in code: verl core_algos.py `compute_value_loss`, OpenRLHF
+    models/loss.py `ValueLoss`. Aggregation: token-mean.
+    """
+    return _larger(t, clip, lambda v: 0.5 * (v - t.returns) * (v - t.returns))
+
+
+@define(check=check_value)
+def huber(t: Terms, clip: float | None = 0.2, delta: float = 1.0) -> Node:
+    """The same with Huber's loss, which is e^2 / 2 where |e| <= delta and delta (|e| - delta / 2) beyond, e = v - R.
+
+    Huber 1964, torch's huber_loss; the clip is PPO's. Aggregation: token-mean.
+    """
+
+    def loss(v: Node) -> Node:
+        gap = abs(v - t.returns)
+        inside = minimum(gap, delta)
+        return inside * (gap - 0.5 * inside)
+
+    return _larger(t, clip, loss)
