@@ -19,6 +19,7 @@ Advantages and weights:
     segment_reduce            one value for each segment: sum, mean, min, soft minimum, ...
     segment_diff              what each segment has added to a potential
     scatter_rewards           values of segments or responses on their tokens
+    rewards                   a module: shaping, gates and combinations of rewards before that
     token_rewards             a score on a token of its sequence, less a KL penalty on each
     discounted_returns        rewards of later tokens, discounted
     gae                       advantages and returns from rewards and values
