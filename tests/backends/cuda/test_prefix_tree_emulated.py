@@ -6,6 +6,7 @@ import platform
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import prefix_tree_raw_checks as checks
 import pytest
@@ -14,6 +15,8 @@ from criterion import MASK_DTYPES
 from emulation import Emulator
 from torch import Tensor
 
+import fastreward as fr
+from fastreward._runtime import dispatch
 from fastreward._runtime.layout import NODES
 from fastreward.cuda import prefix_tree as kernels
 
@@ -32,8 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "launch", Emulator(folder).launch)
+def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    stand_in = Emulator(folder)
+    monkeypatch.setattr(kernels, "launch", stand_in.launch)
+    return stand_in
 
 
 @pytest.mark.parametrize(("seed", "mask"), list(enumerate((None, *MASK_DTYPES))))
@@ -65,6 +70,32 @@ def test_empty_batches() -> None:
     empty = checks.batch_of([[], [], []], [3, 1, 3], random.Random(0), padded=False)
     checks.check_values(kernels, "cpu", empty, 0, torch.bool, checks.WithRoom)
     assert kernels.node_of_token(*empty.build(checks.WithRoom)[:2], empty.extents, 0).shape == none.shape
+
+
+def test_public(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tree that another backend has built, in a block that chooses cuda: values, gradients, numbers on the device."""
+    monkeypatch.setattr(dispatch, "unavailable", lambda operation, name, device: dispatch.absent(operation, name))
+    g = torch.Generator().manual_seed(0)
+    tokens, mask = torch.randint(0, 2, (6, 9), generator=g), torch.rand(6, 9, generator=g) < 0.8
+    tree = fr.PrefixTree(tokens, mask, ["b", "a", "b", "b", "a", "c"])
+
+    def credit(backend: Any) -> list[Tensor]:
+        rewards = torch.linspace(-1, 2, 6).requires_grad_()
+        with fr.backend(backend):
+            values = tree.aggregate(rewards, "mean", over="children", discount=torch.tensor(0.9))
+            tree.to_tokens(tree.propagate(values, 0.25, initial=1.0, high=0.5)).square().sum().backward()
+            advantages = tree.to_tokens(tree.advantages(values.detach()), row_values=rewards.detach(), place="start")
+            unique = tree.from_tokens(advantages, "mean").requires_grad_()
+            tree.unique_to_tokens(unique).square().sum().backward()
+        assert rewards.grad is not None
+        assert unique.grad is not None
+        return [values.detach(), advantages, unique.detach(), rewards.grad, unique.grad]
+
+    for got, want in zip(credit("cuda"), credit("cpu"), strict=True):
+        torch.testing.assert_close(got, want)
+    assert "prefix_tree_propagate_backward" in emulator.launched
+    with fr.backend("cuda"), pytest.raises(fr.BackendError, match="no CUDA C\\+\\+ kernel builds or packs trees"):
+        tree.pack()
 
 
 def test_groups_do_not_meet() -> None:
