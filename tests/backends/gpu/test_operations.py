@@ -266,6 +266,18 @@ def test_group_statistics(contiguous: bool, backend: Callable[[str], ModuleType]
     raw_checks.check_whiten_corners(backend("whiten"), "cuda")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", raw_checks.SEGMENTS)
+def test_small_segments(kind: str, packed: bool, backend: Callable[[str], ModuleType]) -> None:
+    for tokens in (23, 5000):
+        raw_checks.check_segments(backend("segments"), "cuda", kind, packed, tokens)
+
+
+def test_small_segment_ids_and_corners(backend: Callable[[str], ModuleType]) -> None:
+    raw_checks.check_segment_ids(backend("segments"), "cuda", 5000)
+    raw_checks.check_segment_corners(backend("segments"), "cuda")
+
+
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_small_whiten(shift_mean: bool, masked: bool, backend: Callable[[str], ModuleType]) -> None:
