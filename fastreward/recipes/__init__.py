@@ -21,6 +21,7 @@ from fastreward.recipes import (
     likelihood,
     preference,
     ratio,
+    reward_shaping,
     score,
     sequence,
     tree,
@@ -37,6 +38,7 @@ from fastreward.recipes.group_advantage import *
 from fastreward.recipes.likelihood import *
 from fastreward.recipes.preference import *
 from fastreward.recipes.ratio import *
+from fastreward.recipes.reward_shaping import *
 from fastreward.recipes.score import *
 from fastreward.recipes.sequence import *
 from fastreward.recipes.tree import *
@@ -51,6 +53,7 @@ __all__ += group_advantage.__all__
 __all__ += likelihood.__all__
 __all__ += preference.__all__
 __all__ += ratio.__all__
+__all__ += reward_shaping.__all__
 __all__ += score.__all__
 __all__ += sequence.__all__
 __all__ += tree.__all__

@@ -63,7 +63,28 @@ _TURN_CREDIT: Final[Made] = {
 _GROUP_ADVANTAGE: Final[Made] = {
     "greedy_rewards": ("torch.tensor([0.0, 0.0, 1.0, 1.0])", "of the greedy response to the same prompt"),
 }
-_REWARD_SHAPING: Final[Made] = {}
+_REWARD_SHAPING: Final[Made] = {
+    "components": (
+        "torch.tensor([[1.0, 0.2], [0.0, 0.3], [0.6, 0.1], [1.0, 0.9]])",
+        "several rewards of each response",
+    ),
+    "reference_rewards": ("torch.randn(4, 10)", "of ten responses of the reference model to the same prompt"),
+    "mean": ("torch.tensor([0.4, 0.3])", "of the reference model's rewards"),
+    "std": ("torch.tensor([0.5, 0.3])", ""),
+    "constrained": ("torch.rand(4, 2)", "rewards that have to reach a threshold"),
+    "bottom_line": ("torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 0.9], [0.8, 1.0]])", "what has to hold"),
+    "utilities": ("torch.rand(4, 3)", "what is good to have"),
+    "progress": ("torch.tensor([1.0, 0.4, 0.7, 0.9])", "what has been achieved"),
+    "factors": ("torch.tensor([[1.0, 1.0], [0.5, 1.0], [1.0, 0.7], [1.0, 1.0]])", "below 1: a fault"),
+    "conciseness": ("torch.tensor([0.9, 0.3, 0.5, 0.7])", "of the conciseness reward model"),
+    "difficulty": ("torch.tensor([0.5, 0.5, 0.0, 0.0])", "of the prompt"),
+    "veto": ("torch.tensor([True, False])", "items without which nothing counts"),
+    "format_rewards": ("torch.tensor([0.0, -1.0, 0.0, 0.0])", "of the format"),
+    "matches": ("torch.tensor([1.0, 0.2, 0.5, 0.8])", "the share of the calls that is right"),
+    "costs": ("torch.tensor([0.3, 0.9, 0.5, 0.1])", "higher for cheaper models"),
+    "relevance": ("torch.tensor([0.9, 0.4, 0.6, 0.8])", "of the response to the prompt"),
+    "length_incentive": ("torch.tensor([1.0, 0.5, 0.8, 0.9])", "grows with the length"),
+}
 _LIKELIHOOD: Final[Made] = {
     "answer_logprobs": ("-torch.rand(4, 3)", "of the reference answer, spliced in behind each response"),
     "answer_mask": ("torch.arange(3) < torch.tensor([[3], [3], [2], [2]])", "its tokens"),
@@ -125,6 +146,7 @@ MADE_FOR: Final[dict[str, Made]] = {
     # ----------------------------------------------------------------------------------------------- turn_credit
     # ------------------------------------------------------------------------------------------- group_advantage
     # -------------------------------------------------------------------------------------------- reward_shaping
+    "dapo_overlong": {"lengths": ("torch.tensor([20_000, 900, 12_000, 17_500])", "tokens of each response")},
     # ------------------------------------------------------------------------------------------------ likelihood
     "shop_r1": {"entropy": ("torch.rand(4, 6)", "an output of fr.token_logprobs")},
     "negative_entropy": {"entropy": ("torch.rand(4, 6)", "an output of fr.token_logprobs")},
