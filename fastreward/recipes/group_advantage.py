@@ -16,11 +16,12 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.numbers import Number
-from fastreward._arguments.options import Singleton
+from fastreward._arguments.options import MaskedRewards, Singleton
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.tokens import per_response
+from fastreward.returns import discounted_returns
 from fastreward.whiten import whiten
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "pass_at_k",
     "pass_at_k_training",
     "prpo",
+    "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
     "remax",
     "rloo",
@@ -246,6 +248,29 @@ def gdpo(
     if batch_eps is None:
         return summed
     return prpo(summed, mask=_there(rewards, mask), eps=batch_eps)
+
+
+@recipe(
+    "REINFORCE++",
+    "arXiv 2501.03262",
+    code="verl core_algos.py `compute_reinforce_plus_plus_outcome_advantage`",
+    returns="advantages",
+)
+def reinforce_plus_plus(
+    token_rewards: Tensor,
+    mask: Tensor,
+    *,
+    gamma: Number = 1.0,
+    masked_rewards: MaskedRewards = "drop",
+    eps: Number = 1e-8,
+) -> Tensor:
+    """A = G whitened over the tokens of the batch, G_t = r_t + gamma G_{t+1}; tool tokens are skipped. [B, T].
+
+    token_rewards: [B, T], of `fastreward.token_rewards`: a score less the KL. mask: [B, T]. masked_rewards: "drop"
+    those on masked tokens (verl), or move them "to-last-valid", where none is lost.
+    """
+    returns = discounted_returns(token_rewards, mask, gamma=gamma, masked_rewards=masked_rewards)
+    return whiten(returns, mask, eps=eps)
 
 
 @recipe(

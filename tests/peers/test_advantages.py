@@ -92,6 +92,13 @@ def test_verl_whitened(verl: Any) -> None:
     arguments = {"token_level_rewards": placed, "response_mask": MASK.double(), "index": np.array(UIDS, dtype=object)}
     theirs, _ = verl.compute_reinforce_plus_plus_baseline_outcome_advantage(**arguments)
     same(recipes.reinforce_plus_plus_baseline(scores, MASK, UIDS), theirs, 5e-7)
+    held = MASK.clone()
+    held[:, 2] = False  # a tool's token
+    theirs, _ = verl.compute_reinforce_plus_plus_outcome_advantage(
+        token_level_rewards=placed, response_mask=held.double(), config=types.SimpleNamespace(gamma=0.9)
+    )
+    ours = recipes.reinforce_plus_plus(placed, held, gamma=0.9)
+    same(ours, theirs, 2e-6)  # returns are float32 here
     both = rewards(8, 2, seed=1)
     theirs, _ = verl.compute_gdpo_outcome_advantage(
         **arguments,

@@ -61,6 +61,7 @@ _TURN_CREDIT: Final[Made] = {
     "segment_ids": ("torch.where(mask, torch.arange(6) // 3, -1)", "the turn of each token"),
 }
 _GROUP_ADVANTAGE: Final[Made] = {
+    "token_rewards": ("fr.token_rewards(rewards, mask)", "each score on the last token of its response"),
     "greedy_rewards": ("torch.tensor([0.0, 0.0, 1.0, 1.0])", "of the greedy response to the same prompt"),
 }
 _REWARD_SHAPING: Final[Made] = {

@@ -8,7 +8,7 @@ import torch
 from reference_credit import group_advantage as reference
 from torch import Tensor
 
-from credit_cases.case import ROWS, Arguments, Case, groups, rollout_mask, scores
+from credit_cases.case import ROWS, Arguments, Case, floats, groups, rollout_mask, scores
 from fastreward import recipes
 
 
@@ -31,6 +31,11 @@ def _components(rng: random.Random) -> Arguments:
 
 def _greedy(rng: random.Random) -> Arguments:
     return {"rewards": scores(rng, nan=True), "greedy_rewards": scores(rng)}
+
+
+def _rewarded(rng: random.Random) -> Arguments:
+    mask = rollout_mask(rng)
+    return {"token_rewards": floats(rng, mask=mask), "mask": mask}
 
 
 def _on_tokens(rng: random.Random) -> Arguments:
@@ -62,6 +67,9 @@ CASES = {
     "gpg": Case(recipes.gpg, reference.gpg, _scored, {"f_norm": 2.0}, scales_with=("rewards",), of_the_batch=True),
     "gdpo": Case(recipes.gdpo, reference.gdpo, _components, of_the_batch=True),
     "gdpo, without the batch": Case(recipes.gdpo, reference.gdpo, _components, {"batch_eps": None}),
+    "reinforce_plus_plus": Case(
+        recipes.reinforce_plus_plus, reference.reinforce_plus_plus, _rewarded, {"gamma": 0.9}, of_the_batch=True
+    ),
     "reinforce_plus_plus_baseline": Case(
         recipes.reinforce_plus_plus_baseline, reference.reinforce_plus_plus_baseline, _on_tokens, of_the_batch=True
     ),

@@ -95,6 +95,22 @@ def gdpo(rewards: list[Row], group_ids: Ids, component_weights: Row, batch_eps: 
     return prpo([s if any(map(there, row)) else math.nan for s, row in zip(summed, rewards, strict=True)], batch_eps)
 
 
+def reinforce_plus_plus(token_rewards: list[Row], mask: list[Row], gamma: float = 1.0) -> list[Row]:
+    out = [[0.0] * len(row) for row in mask]
+    for b, row in enumerate(mask):
+        valid = [t for t, counts in enumerate(row) if counts]
+        after = 0.0
+        for t in reversed(valid):
+            after = token_rewards[b][t] + gamma * after
+            out[b][t] = after
+    tokens = [out[b][t] for b, row in enumerate(mask) for t, counts in enumerate(row) if counts]
+    m, var = mean(tokens), std(tokens) ** 2
+    return [
+        [(x - m) / math.sqrt(var + 1e-8) if counts else 0.0 for x, counts in zip(xs, row, strict=True)]
+        for xs, row in zip(out, mask, strict=True)
+    ]
+
+
 def reinforce_plus_plus_baseline(rewards: Row, mask: list[Row], group_ids: Ids) -> list[Row]:
     centred = dr_grpo(rewards, group_ids, "raw")
     tokens = [centred[b] for b, row in enumerate(mask) for counts in row if counts]
