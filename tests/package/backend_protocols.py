@@ -18,6 +18,7 @@ import fastreward.cuda.logits_policy_loss
 import fastreward.cuda.logprobs
 import fastreward.cuda.prefix_tree
 import fastreward.cuda.program
+import fastreward.cuda.returns
 import fastreward.cuda.rewards
 import fastreward.cuda.segments
 import fastreward.cuda.whiten
@@ -34,6 +35,7 @@ import kernels.logits_policy_loss
 import kernels.logprobs
 import kernels.prefix_tree
 import kernels.program
+import kernels.returns
 import kernels.rewards
 import kernels.segments
 import kernels.whiten
@@ -72,6 +74,8 @@ REWARDS: Final[tuple[protocols.RewardsKernels, ...]] = (
 RETURNS: Final[tuple[protocols.ReturnsKernels, ...]] = (
     fastreward.reference.returns,
     fastreward.cpu.returns,
+    kernels.returns,
+    fastreward.cuda.returns,
 )
 PROGRAM: Final[tuple[protocols.ProgramKernels, ...]] = (
     fastreward.reference.program,

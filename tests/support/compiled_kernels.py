@@ -9,6 +9,9 @@ import torch
 from fastreward.kernels import group, logprobs, rewards, segments, whiten
 
 from fastreward._arguments.options import SEGMENT_OPS, GroupOptions, SegmentOptions
+from fastreward.kernels import group, logprobs, returns, rewards, whiten
+
+from fastreward._arguments.options import GroupOptions, ReturnsInputs, ReturnsOptions
 from fastreward._arguments.tokens import Tokens
 
 
@@ -100,6 +103,20 @@ def small_cases(everything: bool) -> dict[str, Any]:
         "segments: ids": cut,
         "segments: mean": lambda: segmented("mean", torch.bool),
         "segments: softmin": lambda: segmented("softmin", torch.float32, packed=True),
+    def recurring(numbers: Any, packed: bool = False, **options: Any) -> None:
+        chosen = ReturnsOptions(**options)
+        x = torch.zeros(4096) if packed else torch.zeros(64, 512)
+        token = None if chosen.kind == "returns" else x
+        bounds = torch.tensor([0, 96, 4096]) if packed else None
+        inputs = ReturnsInputs(x, token, token, x if chosen.kind == "lambda" else None)
+        tokens = Tokens(tuple(x.shape), torch.ones_like(x, dtype=torch.bool), bounds)
+        returns.scan(inputs, tokens, numbers, chosen, x.clone(), x.clone())
+
+    numbers = (0.99, 0.95, 1.0, 1.0, 1.0)
+    cases = {
+        "returns: gae": lambda: recurring(numbers, kind="gae", move=True),
+        "returns: vtrace": lambda: recurring(torch.ones(5).double(), packed=True, kind="vtrace", at_masked="zero"),
+        "returns: soft": lambda: recurring(numbers, op="logsumexp"),
         "whiten": white,
         "token_rewards": placed,
         "group: statistics": lambda: counted(0, True),

@@ -22,6 +22,7 @@ KernelTable logprobs_kernels();
 KernelTable group_kernels();
 KernelTable whiten_kernels();
 KernelTable segments_kernels();
+KernelTable returns_kernels();
 KernelTable rewards_kernels();
 KernelTable prefix_tree_kernels();
 

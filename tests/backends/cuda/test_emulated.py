@@ -14,11 +14,14 @@ from types import ModuleType
 
 import pytest
 import raw_checks
+import returns_checks
 import torch
 from emulation import Emulator
 
 from fastreward._arguments.options import PLACES, REWARD_KLS, Place
 from fastreward.cuda import group, logprobs, rewards, segments, whiten
+from fastreward._arguments.options import PLACES, REWARD_KLS, Place, ReturnsOptions
+from fastreward.cuda import group, logprobs, returns, rewards, whiten
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     stand_in = Emulator(folder)
     modules: tuple[ModuleType, ...] = (logprobs, group, rewards, segments, whiten)
+    modules: tuple[ModuleType, ...] = (logprobs, group, returns, rewards, whiten)
     for module in modules:
         for name in ("launch", "multiprocessors", "has_clusters", "counter"):
             if hasattr(module, name):
@@ -167,3 +171,14 @@ def test_segments(kind: str, packed: bool, emulator: Emulator) -> None:
 def test_segment_ids_and_corners(emulator: Emulator) -> None:
     raw_checks.check_segment_ids(segments, "cpu", 300)
     raw_checks.check_segment_corners(segments, "cpu")
+@pytest.mark.parametrize("form", range(6))
+def test_returns(form: int, emulator: Emulator) -> None:
+    for k, chosen in enumerate(returns_checks.options()):
+        if (k + form) % 6 == 0:
+            shape = (3, 1100) if k % 8 == 0 and chosen.op == "sum" else (3, 40)
+            returns_checks.check_numbers(returns, "cpu", shape, chosen, packed=k % 4 < 2, form=form)
+
+
+def test_bits_of_returns(emulator: Emulator) -> None:
+    for chosen in (ReturnsOptions("gae", move=True), ReturnsOptions("vtrace", "zero")):
+        returns_checks.check_bits(returns, "cpu", (3, 1030), chosen)

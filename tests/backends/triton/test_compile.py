@@ -37,6 +37,8 @@ def test_every_kernel_compiles_for_every_architecture(kernels: list[dict[str, An
         "_reduce_kernel",
         "_adjoint_kernel",
         "_ids_kernel",
+        "_scan_kernel",
+        "_loop_kernel",
     }
     for capability in CAPABILITIES:
         assert expected <= {kernel["kernel"] for kernel in kernels if kernel["sm"] == capability}
