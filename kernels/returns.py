@@ -83,10 +83,7 @@ def _first_valid(mask, start, end, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
         valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
         if tl.max(valid.to(tl.int32), axis=0) != 0:
             done = 1
-            if REVERSE:
-                found = tl.max(tl.where(valid, at, start), axis=0)
-            else:
-                found = tl.min(tl.where(valid, at, end), axis=0)
+            found = tl.max(tl.where(valid, at, start), axis=0) if REVERSE else tl.min(tl.where(valid, at, end), axis=0)
         k += 1
     return found
 

@@ -19,9 +19,8 @@ const std::unordered_map<std::string, Kernel>& kernels() {
   static const std::unordered_map<std::string, Kernel> all = [] {
     std::unordered_map<std::string, Kernel> map;
     for (const fastreward::KernelTable table : {fastreward::logprobs_kernels(), fastreward::group_kernels(),
-                                                fastreward::whiten_kernels(), fastreward::segments_kernels(), fastreward::rewards_kernels(),
                                                 fastreward::whiten_kernels(), fastreward::returns_kernels(),
-                                                fastreward::rewards_kernels(),
+                                                fastreward::segments_kernels(), fastreward::rewards_kernels(),
                                                 fastreward::prefix_tree_kernels()})
       for (std::size_t i = 0; i < table.count; ++i) map.emplace(table.kernels[i].name, table.kernels[i]);
     return map;

@@ -159,8 +159,6 @@ def generated(operation: str) -> bool:
 
 def absent(operation: str, name: str) -> str | None:
     """Why backend `name` has no kernels of `operation`, on whatever machine; None where it has."""
-    if name in ("triton", "cuda") and operation == "returns":
-        return "there are no GPU kernels of it yet"
     return _ABSENT.get((operation, name))
 
 

@@ -6,12 +6,9 @@ from typing import Any
 
 import compiled
 import torch
-from fastreward.kernels import group, logprobs, rewards, segments, whiten
+from fastreward.kernels import group, logprobs, returns, rewards, segments, whiten
 
-from fastreward._arguments.options import SEGMENT_OPS, GroupOptions, SegmentOptions
-from fastreward.kernels import group, logprobs, returns, rewards, whiten
-
-from fastreward._arguments.options import GroupOptions, ReturnsInputs, ReturnsOptions
+from fastreward._arguments.options import SEGMENT_OPS, GroupOptions, ReturnsInputs, ReturnsOptions, SegmentOptions
 from fastreward._arguments.tokens import Tokens
 
 
@@ -99,10 +96,12 @@ def small_cases(everything: bool) -> dict[str, Any]:
         segments.ids(mask, None, None, True, None)
         segments.ids(mask, None, mask, False, None)
 
-    cases = {
+    cases: dict[str, Any] = {
         "segments: ids": cut,
         "segments: mean": lambda: segmented("mean", torch.bool),
         "segments: softmin": lambda: segmented("softmin", torch.float32, packed=True),
+    }
+
     def recurring(numbers: Any, packed: bool = False, **options: Any) -> None:
         chosen = ReturnsOptions(**options)
         x = torch.zeros(4096) if packed else torch.zeros(64, 512)
@@ -113,7 +112,7 @@ def small_cases(everything: bool) -> dict[str, Any]:
         returns.scan(inputs, tokens, numbers, chosen, x.clone(), x.clone())
 
     numbers = (0.99, 0.95, 1.0, 1.0, 1.0)
-    cases = {
+    cases |= {
         "returns: gae": lambda: recurring(numbers, kind="gae", move=True),
         "returns: vtrace": lambda: recurring(torch.ones(5).double(), packed=True, kind="vtrace", at_masked="zero"),
         "returns: soft": lambda: recurring(numbers, op="logsumexp"),

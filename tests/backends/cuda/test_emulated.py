@@ -18,10 +18,8 @@ import returns_checks
 import torch
 from emulation import Emulator
 
-from fastreward._arguments.options import PLACES, REWARD_KLS, Place
-from fastreward.cuda import group, logprobs, rewards, segments, whiten
 from fastreward._arguments.options import PLACES, REWARD_KLS, Place, ReturnsOptions
-from fastreward.cuda import group, logprobs, returns, rewards, whiten
+from fastreward.cuda import group, logprobs, returns, rewards, segments, whiten
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,8 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     stand_in = Emulator(folder)
-    modules: tuple[ModuleType, ...] = (logprobs, group, rewards, segments, whiten)
-    modules: tuple[ModuleType, ...] = (logprobs, group, returns, rewards, whiten)
+    modules: tuple[ModuleType, ...] = (logprobs, group, returns, rewards, segments, whiten)
     for module in modules:
         for name in ("launch", "multiprocessors", "has_clusters", "counter"):
             if hasattr(module, name):
@@ -171,6 +168,8 @@ def test_segments(kind: str, packed: bool, emulator: Emulator) -> None:
 def test_segment_ids_and_corners(emulator: Emulator) -> None:
     raw_checks.check_segment_ids(segments, "cpu", 300)
     raw_checks.check_segment_corners(segments, "cpu")
+
+
 @pytest.mark.parametrize("form", range(6))
 def test_returns(form: int, emulator: Emulator) -> None:
     for k, chosen in enumerate(returns_checks.options()):
