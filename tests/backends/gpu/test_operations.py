@@ -15,6 +15,7 @@ import public_checks
 import public_loss_checks
 import pytest
 import raw_checks
+import returns_checks
 import torch
 from torch import Tensor
 
@@ -283,6 +284,18 @@ def test_small_segment_ids_and_corners(backend: Callable[[str], ModuleType]) -> 
 def test_small_whiten(shift_mean: bool, masked: bool, backend: Callable[[str], ModuleType]) -> None:
     for shape, offset in (((3, 7), 0.0), ((9, 1000), 1e4), ((300, 4096), -3.0)):
         raw_checks.check_whiten(backend("whiten"), "cuda", shape, shift_mean=shift_mean, masked=masked, offset=offset)
+
+
+@pytest.mark.parametrize("form", range(6))
+def test_small_returns(form: int, backend: Callable[[str], ModuleType]) -> None:
+    for k, chosen in enumerate(returns_checks.options()):
+        shape = (3, 2500) if chosen.op == "sum" else (3, 40)
+        returns_checks.check_numbers(backend("returns"), "cuda", shape, chosen, packed=k % 2 == 0, form=form)
+
+
+def test_bits_of_returns(backend: Callable[[str], ModuleType]) -> None:
+    for chosen in returns_checks.options():
+        returns_checks.check_bits(backend("returns"), "cuda", (3, 1030), chosen)
 
 
 @pytest.mark.parametrize("packed", [False, True])
