@@ -15,14 +15,15 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.groups import GroupIds, Groups
 from fastreward._arguments.numbers import Number, number
+from fastreward._arguments.tokens import broadcast_to_tokens
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.tokens import Score, beside, likelihood, mean, per_response, token_values
+from fastreward.recipes._shared.tokens import Score, beside, likelihood, mean, per_response, token_values, total
 
 __all__ = [
     "endogenous", "intuitor", "laser_advantages", "laser_score", "majority_vote", "negative_entropy", "oprm",
-    "own_likelihood", "shop_r1", "value_augmented", "zip_rc",
+    "oprm_win_rate", "own_likelihood", "shop_r1", "value_augmented", "zip_rc",
 ]  # fmt: skip
 
 
@@ -163,35 +164,37 @@ def endogenous(
     *,
     final: Tensor | None = None,
     alpha: Number = 1.0,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """r_t = alpha (z_t - V_{t+1}), z the label's logit over alpha, V logsumexp: alpha lp + alpha (V_t - V_{t+1}).
 
     Logits as Q values, by the inverse soft Bellman operator. The sum telescopes to alpha (sum lp + V_1 - V_end).
 
     Args:
-        label_logit, logsumexp: outputs of `fastreward.token_logprobs(..., temperature=alpha)`, [B, T].
-        mask: [B, T]; nonzero = a token of the response; the next token is the next one that counts.
+        label_logit, logsumexp: outputs of `fastreward.token_logprobs(..., temperature=alpha)`, [B, T] or [N].
+        mask: their shape; nonzero = a token of the response; the next token is the next one that counts.
         final: [B], V behind the last token; None: 0, the response is over.
         alpha: the temperature, which the two outputs have been divided by.
+        cu_seqlens: [B + 1], of packed responses.
     """
     value = token_values("logsumexp", logsumexp, mask)
-    if value.ndim != 2:
-        raise ValueError(f"logsumexp: expected shape [B, T], got {list(value.shape)}")
     taken = beside("label_logit", label_logit, "logsumexp", value, mask)
-    end = value.new_zeros(value.shape[0]) if final is None else per_response("final", final, "logsumexp", value)
-    following = torch.cat([value, end.unsqueeze(-1)], -1).gather(-1, _next_counted(value, mask))
+    end = total(torch.zeros_like(value), "logsumexp", cu_seqlens)
+    end = end if final is None else per_response("final", final, "logsumexp", end)
+    following = _of_next_token(value, mask, end.float(), cu_seqlens)
     rewards = number("alpha", alpha, value, check.positive) * (taken - following)
     return rewards if mask is None else torch.where(mask != 0, rewards, 0.0)
 
 
-def _next_counted(like: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, T]: the place of the next token that counts, T behind the last."""
-    places = torch.arange(1, like.shape[1] + 1, device=like.device).expand(like.shape)
-    if mask is None:
-        return places
-    counted = torch.where(mask != 0, places - 1, like.shape[1])
-    after = torch.nn.functional.pad(counted[:, 1:], (0, 1), value=like.shape[1])
-    return after.flip(-1).cummin(-1).values.flip(-1)
+def _of_next_token(x: Tensor, mask: Tensor | None, end: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """In the shape of x: its value at the next token that counts; `end` [B] behind the last."""
+    places = torch.arange(x.numel(), device=x.device)
+    counted = places if mask is None else torch.where(mask.flatten() != 0, places, x.numel())
+    after = torch.nn.functional.pad(counted, (0, 1), value=x.numel())[1:].flip(0).cummin(0).values.flip(0)
+    bounds = torch.arange(1, x.shape[0] + 1, device=x.device) * x.shape[-1] if cu_seqlens is None else cu_seqlens[1:]
+    last = broadcast_to_tokens(bounds, x.shape, cu_seqlens)
+    value = torch.nn.functional.pad(x.flatten(), (0, 1))[after].view(x.shape)
+    return torch.where(after.view(x.shape) < last, value, broadcast_to_tokens(end, x.shape, cu_seqlens))
 
 
 # ------------------------------------------------------------------------------------------ of some tokens at one place
@@ -211,6 +214,30 @@ def oprm(rating_logprobs: Tensor, *, ratings: Tensor | None = None) -> Tensor:
     x = _ids("rating_logprobs", rating_logprobs, 2)
     values = torch.arange(1, x.shape[1] + 1, device=x.device) if ratings is None else _bins("ratings", ratings, x, 1)
     return (x.softmax(-1) * values).sum(-1).float()
+
+
+@recipe(
+    "OPRM's comparison of two responses",
+    "arXiv 2602.12660",
+    reconstructed="notes on the paper; that ties count half is our guess",
+    passes=("other_logprobs=other_logprobs",),
+)
+def oprm_win_rate(rating_logprobs: Tensor, *, other_logprobs: Tensor, ties: Number = 0.5) -> Tensor:
+    """P = sum of p(s) p_other(r) over s > r, + ties times that over s = r: how likely a response has the higher rating.
+
+    The reward model is trained with -log P of the chosen response over the rejected one.
+
+    Args:
+        rating_logprobs: [B, K], of the rating tokens behind each response, as of `recipes.oprm`.
+        other_logprobs: [B, K], behind the other response.
+        ties: what an equal rating counts.
+    """
+    x, y = _ids("rating_logprobs", rating_logprobs, 2), _ids("other_logprobs", other_logprobs, 2)
+    check.shape("other_logprobs", y, x.shape, "as rating_logprobs")
+    check.same_device("other_logprobs", y, "rating_logprobs", x)
+    p, q = x.softmax(-1), y.softmax(-1)
+    below = q.cumsum(-1) - q
+    return (p * (below + number("ties", ties, q, check.not_negative) * q)).sum(-1).float()
 
 
 @recipe(

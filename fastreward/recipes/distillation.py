@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.numbers import Number, number, single
+from fastreward._arguments.tokens import broadcast_to_tokens
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.tokens import beside, on_tokens, token_values
+from fastreward.recipes._shared.tokens import beside, on_tokens, token_values, total
+from fastreward.returns import discounted_returns
 
 __all__ = ["iw_opd", "opd", "rlsd", "sdar"]
 
@@ -61,27 +63,28 @@ def iw_opd(
     *,
     gamma: Number = 0.5,
     eps: Number = 1e-8,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """A = (1 + gamma (1 - P_t / P)) (t - lp), P_t = sum of |t - lp| before the token, P = that of the response.
+    """A = (1 + gamma P_t / P) (t - lp), P_t = sum of |t - lp| from the token on, P = that of the response.
 
     Later tokens, whose prefix has left what the teacher would write, count less. TRL trains with -A lp.
 
     Args:
-        rollout_logprobs: of the student, as the inference engine reported them, [B, T].
-        teacher_logprobs: [B, T].
-        mask: [B, T]; nonzero = a token of the response.
+        rollout_logprobs: of the student, as the inference engine reported them, [B, T] or [N].
+        teacher_logprobs: its shape.
+        mask: its shape; nonzero = a token of the response.
         gamma: what the first token counts more than the last.
         eps: the least P, so that a response on which both agree divides by no 0.
+        cu_seqlens: [B + 1], of packed responses.
     """
     rollout = token_values("rollout_logprobs", rollout_logprobs, mask)
-    if rollout.ndim != 2:
-        raise ValueError(f"rollout_logprobs: expected shape [B, T], got {list(rollout.shape)}")
     gap = _gap(teacher_logprobs, "rollout_logprobs", rollout, mask)
     gamma, eps = number("gamma", gamma, gap, check.finite), number("eps", eps, gap, check.positive)
-    distance = gap.double().abs()
-    through = distance.cumsum(-1)
-    weights = 1 + gamma * (1 - (through - distance) / through[:, -1:].clamp(min=eps))
-    return (weights * gap).float()
+    whole = total(gap.abs(), "rollout_logprobs", cu_seqlens).clamp(min=eps)
+    share = discounted_returns(gap.abs(), mask, cu_seqlens=cu_seqlens) / broadcast_to_tokens(
+        whole, gap.shape, cu_seqlens
+    )
+    return ((1 + gamma * share) * gap).float()
 
 
 @recipe(

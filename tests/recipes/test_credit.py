@@ -154,6 +154,16 @@ def test_packed_is_padded(case: Case) -> None:
 
 
 @every
+def test_no_rows_and_no_columns(case: Case) -> None:
+    arguments = case.arguments(3)
+    assert case(rows(arguments, case, [])).shape[0] == 0
+    names = {name for pair in aligned(arguments).items() for name in (pair[0], *pair[1])}
+    empty = case(changed(arguments, tuple(names), lambda x: x[:, :0]))
+    assert empty.shape[0] == ROWS
+    assert not empty.isinf().any()
+
+
+@every
 def test_shift_scale_and_the_method_s_own_law(case: Case) -> None:
     arguments = case.arguments(4)
     result = case(arguments)

@@ -24,7 +24,7 @@ RETURNED: Final = {
     "advantages": ("advantages", (_LOSS,)),
     "response advantages": ("advantages", (_LOSS,)),
     "rewards": ("rewards", ("advantages = fr.group_advantages(rewards, group_ids)", _LOSS)),
-    "token rewards": ("token_rewards", ("advantages = fr.whiten(token_rewards, mask)", _LOSS)),
+    "token rewards": ("token_rewards", ("advantages = fr.discounted_returns(token_rewards, mask)", _LOSS)),
     "values": ("values", ("loss = (predicted - values).square()[mask].mean()",)),
     "node values": ("node_values", ("advantages = tree.to_tokens(tree.advantages(node_values))", _LOSS)),
     "decision": ("branch", ('print("branch:", branch.tolist())', _LOSS)),

@@ -104,6 +104,7 @@ _LIKELIHOOD: Final[Made] = {
     "mean_logit": ("torch.rand(4, 6)", "another"),
     "label_logit": ("8 + torch.rand(4, 6)", "another"),
     "rating_logprobs": ("torch.randn(4, 9).log_softmax(-1)", "of the tokens 1 to 9 behind each response"),
+    "other_logprobs": ("torch.randn(4, 9).log_softmax(-1)", "behind another response to each prompt"),
     "bin_logprobs": ("torch.randn(4, 2, 3)", "of reserved tokens: two values, three lengths"),
     "likelihoods": ("torch.rand(4, 3)", "of the reference answer, behind the prompt and behind each turn"),
     "gains": ("torch.rand(4, 2, 5)", "of each step, on each suffix of the best reasoning"),

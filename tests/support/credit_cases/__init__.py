@@ -24,10 +24,10 @@
 `tests/recipes/test_credit.py` compares recipe and reference on two seeds, on the CPU, and the Triton kernels in the
 interpreter once. It puts every case through what must hold for all, without being asked: rows in another order give the
 same in that order; a group without the others gives the same bits; so do padding on both sides and other values under a
-mask; results are float32 (or bool) and 0 under the mask; where the recipe takes cu_seqlens, packed is padded. A mask
-is an argument "mask" or "..._mask" [B, W], and what has its two sizes first is aligned with it: give two masks of one
-call different widths (`columns=`). Fields of Case that say what else holds, or that one of these does not, are
-described there.
+mask; results are float32 (or bool) and 0 under the mask; no rows and no columns are no error; where the recipe takes
+cu_seqlens, packed is padded. A mask is an argument "mask" or "..._mask" [B, W] (segment_ids, where there is none), and
+what has its two sizes first is aligned with it: give two masks of one call different widths (`columns=`). Fields of
+Case that say what else holds, or that one of these does not, are described there.
 """
 
 from __future__ import annotations

@@ -38,6 +38,12 @@ def _ids(rng: random.Random, name: str, *shape: int, **more: list[float]) -> Arg
     return {name: floats(rng, ROWS, *shape, low=-4.0), **{key: torch.tensor(x) for key, x in more.items()}}
 
 
+def _wins_and_losses(arguments: Arguments, result: Tensor) -> None:
+    """Of the two sides come to 1."""
+    own, other = arguments["rating_logprobs"], arguments["other_logprobs"]
+    torch.testing.assert_close(result + recipes.oprm_win_rate(other, other_logprobs=own), torch.ones(ROWS))
+
+
 def _next_token(rng: random.Random) -> Arguments:
     ids = torch.tensor([rng.sample(range(7), 3) for _ in range(ROWS)])
     return {"logits": floats(rng, ROWS, 7), "values": floats(rng, ROWS, 3), "token_ids": ids}
@@ -81,6 +87,12 @@ CASES = {
     "oprm, ratings": Case(
         recipes.oprm, reference.oprm, lambda rng: _ids(rng, "rating_logprobs", 3, ratings=[-1.0, 0.0, 4.0])
     ),
+    "oprm_win_rate": Case(
+        recipes.oprm_win_rate,
+        reference.oprm_win_rate,
+        lambda rng: _ids(rng, "rating_logprobs", 4) | _ids(rng, "other_logprobs", 4),
+        law=_wins_and_losses,
+    ),
     "zip_rc": Case(recipes.zip_rc, reference.zip_rc, lambda rng: _ids(rng, "bin_logprobs", 2, 3, values=[0.0, 1.0])),
     "zip_rc, cost": Case(
         recipes.zip_rc, reference.zip_rc, lambda rng: _ids(rng, "bin_logprobs", 2, 3, **_BINS), {"cost": 0.05}
@@ -103,5 +115,6 @@ MARKS = {
     "own_likelihood": "note",
     "endogenous": "note",
     "oprm": "note",
+    "oprm_win_rate": "reconstructed",
     "zip_rc": "note",
 }

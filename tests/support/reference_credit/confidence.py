@@ -49,6 +49,17 @@ def oprm(rating_logprobs: Rows, ratings: Row | None = None) -> Row:
     return [sum(p * (ratings[k] if ratings else k + 1) for k, p in enumerate(_softmax(row))) for row in rating_logprobs]
 
 
+def oprm_win_rate(rating_logprobs: Rows, other_logprobs: Rows, ties: float = 0.5) -> Row:
+    found = []
+    for x, y in zip(rating_logprobs, other_logprobs, strict=True):
+        p, q, wins = _softmax(x), _softmax(y), 0.0
+        for i in range(len(p)):
+            for j in range(len(q)):
+                wins += p[i] * q[j] * (1.0 if i > j else ties if i == j else 0.0)
+        found.append(wins)
+    return found
+
+
 def zip_rc(bin_logprobs: list[Rows], values: Row, lengths: Row | None = None, cost: float = 0.0) -> Row:
     found = []
     for bins in bin_logprobs:
