@@ -146,7 +146,7 @@ def majority_vote(answers: GroupIds, group_ids: GroupIds | None = None, *, group
     there = index >= 0
     place = torch.arange(len(index), device=index.device)
     votes, first = group_statistics(place, Groups.by(prompts, index), ("count", "min")).values()
-    most = there & (votes == group_statistics(votes.where(there, torch.nan), prompts, ("max",))["max"])
+    most = there & (votes == group_statistics(votes, prompts, ("max",))["max"])
     winner = group_statistics(first.where(most, torch.nan), prompts, ("min",))["min"]
     return (most & (first == winner)).float()
 
