@@ -87,7 +87,7 @@ def on_rollouts(rollouts: Rollouts, names: Collection[str] = ()) -> tuple[list[S
     groups = [0] * len(rollouts.tokens) if rollouts.groups is None else rollouts.groups
     rewards = rollouts.rewards.float()
     there = {"tokens": rollouts.tokens, "mask": mask, "rewards": rewards, "group_ids": groups, "tree": tree}
-    there |= rollouts.numbers
+    there |= {"lengths": mask.sum(-1), **rollouts.numbers}
     found, missing = [], {}
     if _wanted(_OPERATION, names):
         own = group_advantages(rewards, groups)
@@ -121,12 +121,13 @@ def _check(names: Collection[str]) -> None:
 
 
 def _arguments(recipe: Recipe, there: dict[str, Any]) -> dict[str, Any]:
-    """What the recipe takes of what there is."""
+    """What the recipe takes of what there is. A mask by keyword alone is one of responses, all of which are there."""
     own = inspect.signature(recipe.function).parameters
     needed = [n for n, p in own.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and n not in there]
     if needed:
         raise ValueError(f"needs {', '.join(needed)}")
-    return {name: x for name, x in there.items() if name in own}
+    responses_there = own.get("mask") is not None and own["mask"].kind is inspect.Parameter.KEYWORD_ONLY
+    return {name: x for name, x in there.items() if name in own and not (name == "mask" and responses_there)}
 
 
 def _advantages(recipe: Recipe, there: dict[str, Any]) -> Tensor:

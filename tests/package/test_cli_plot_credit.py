@@ -82,6 +82,9 @@ def test_schemes_on_a_file(file: Path) -> None:
     assert torch.equal(advantages["group_advantages"], torch.where(table.mask, own[:, None], 0.0))
     expected = recipes.tempo(table.tokens, table.mask, table.rewards, group_ids=table.groups)
     assert torch.equal(advantages["tempo"], expected)
+    own = recipes.grpo(table.rewards.float(), group_ids=table.groups)
+    assert torch.equal(advantages["grpo"], torch.where(table.mask, own[:, None], 0.0))
+    assert {"opo", "reinforce_plus_plus_baseline"} <= set(advantages)
     with pytest.raises(ValueError, match="slate: needs step_rewards"):
         schemes.on_rollouts(table, ["tempo", "slate"])
 
