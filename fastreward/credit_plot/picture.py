@@ -23,6 +23,7 @@ _INK, _FAINT, _NOTHING = "#22303c", "#5c6b78", "#eef1f4"
 _WRITTEN: Final = 40  # tokens of a rollout that are written above it; of more only positions
 _ABREAST: Final = 24  # tokens of all rollouts that stand beside one another
 _LINE: Final = 0.26  # inches
+_ROUNDING: Final = 1e-6  # what is left of a 0
 
 
 def draw(
@@ -79,7 +80,8 @@ def draw(
 def _shares(schemes: Sequence[Scheme], rows: Sequence[int]) -> list[torch.Tensor]:
     """Advantages [rows, T] of each scheme over its largest."""
     chosen = [scheme.advantages[list(rows)] for scheme in schemes]
-    return [x / (float(x.nan_to_num(0.0, 0.0, 0.0).abs().max()) or 1.0) for x in chosen]
+    largest = [float(x.nan_to_num(0.0, 0.0, 0.0).abs().max()) for x in chosen]
+    return [x / (most if most > _ROUNDING else 1.0) for x, most in zip(chosen, largest, strict=True)]
 
 
 def _draw_row(
@@ -134,5 +136,6 @@ def _word(text: str) -> str:
 
 def short(x: float) -> str:
     """An advantage with its sign, in a few digits; 0 has none."""
-    text = f"{x:+.2f}" if abs(x) < 100 else f"{x:+.3g}"
-    return "0" if float(text) == 0 else text
+    if abs(x) <= _ROUNDING:
+        return "0"
+    return f"{x:+.2f}" if 0.005 <= abs(x) < 100 else f"{x:+.{1 if abs(x) < 1 else 3}g}"

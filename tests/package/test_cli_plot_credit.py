@@ -145,7 +145,8 @@ def test_a_long_rollout_has_no_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "text"), [(0.0, "0"), (-0.001, "0"), (0.7071, "+0.71"), (-1.4, "-1.40"), (1234.5, "+1.23e+03")]
+    ("x", "text"),
+    [(0.0, "0"), (-1e-8, "0"), (-0.0012, "-0.001"), (0.7071, "+0.71"), (-1.4, "-1.40"), (1234.5, "+1.23e+03")],
 )
 def test_short_numbers(x: float, text: str) -> None:
     assert picture.short(x) == text
