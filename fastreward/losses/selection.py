@@ -106,6 +106,8 @@ def tw_grpo_importance(logprobs: Tensor, mask: Tensor, *, group_size: int) -> Te
     if group_size < 1 or rows % group_size:
         raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size}")
     kept = torch.where((mask != 0).unsqueeze(-1), logprobs.float(), -math.log(vocabulary))
+    if not length:
+        return kept.new_zeros((rows, 0))
     kept = kept.reshape(-1, group_size, length, vocabulary)
     x = (kept.mean(1, keepdim=True) - kept).clamp(-11, 11)
     divergence = (torch.expm1(x) - x).sum(-1).mean(1)  # [groups, T]

@@ -24,6 +24,10 @@ from fastreward.recipes import (
     reward_shaping,
     score,
     sequence,
+    step_credit,
+    step_rewards,
+    step_values,
+    token_credit,
     tree,
     tree_search,
     turn_credit,
@@ -41,6 +45,10 @@ from fastreward.recipes.ratio import *
 from fastreward.recipes.reward_shaping import *
 from fastreward.recipes.score import *
 from fastreward.recipes.sequence import *
+from fastreward.recipes.step_credit import *
+from fastreward.recipes.step_rewards import *
+from fastreward.recipes.step_values import *
+from fastreward.recipes.token_credit import *
 from fastreward.recipes.tree import *
 from fastreward.recipes.tree_search import *
 from fastreward.recipes.turn_credit import *
@@ -56,6 +64,10 @@ __all__ += ratio.__all__
 __all__ += reward_shaping.__all__
 __all__ += score.__all__
 __all__ += sequence.__all__
+__all__ += step_credit.__all__
+__all__ += step_rewards.__all__
+__all__ += step_values.__all__
+__all__ += token_credit.__all__
 __all__ += tree.__all__
 __all__ += tree_search.__all__
 __all__ += turn_credit.__all__

@@ -25,7 +25,7 @@ _COMMON: Final[Made] = {
         "torch.tensor([[5, 1, 2, 7, 8, 9], [5, 1, 3, 4, 0, 0], [6, 2, 2, 1, 3, 0], [6, 2, 4, 4, 1, 2]])",
         "of the responses",
     ),
-    "segment_ids": ("torch.where(mask, torch.arange(6) // 3, -1)", "the turn of each token"),
+    "segment_ids": ("torch.where(mask, torch.arange(6) // 3, -1)", "the turn, or step, of each token"),
     "tree": ("fr.PrefixTree(tokens, mask, group_ids)", ""),
     "node_entropy": ("torch.rand(tree.num_nodes)", "of the policy, mean over the node's tokens"),
     "node_visits": ("torch.arange(1, tree.num_nodes + 1)", "of the search"),
@@ -55,10 +55,24 @@ _COMMON: Final[Made] = {
     "dimensions": ('["helpful", "helpful", "harmless", "concise"]', "of the pairs"),
 }
 #: What only the recipes of one family take; a line may name what stands above it.
-_TOKEN_CREDIT: Final[Made] = {}
+_TOKEN_CREDIT: Final[Made] = {
+    "rm_logprobs": ("ref_logprobs + 0.1 * torch.randn(4, 6)", "by the reward model"),
+    "step_scores": ("torch.rand(4, 2)", "a reward model's, per step"),
+    "step_values": ("torch.rand(4, 2)", "what more rollouts get on average, per step"),
+    "verdicts": ("torch.tensor([[1, 1], [1, 0], [0, 1], [1, 0]])", "a judge's, per step"),
+    "accuracies": ("torch.rand(4, 2)", "of probes where each step ends"),
+    "confidences": ("torch.rand(4, 2)", "of the same"),
+    "completeness": ("torch.randn(4)", "of the whole responses, by a third reward model"),
+    "errors": ("torch.rand(4, 6, 4) < 0.3", "tokens that each of four critiques calls wrong"),
+    "deviations": ("torch.rand(4, 6)", "of the hidden states, from a flow model's"),
+    "ranks": ("10 + torch.rand(4, 3)", "effective rank of the hidden states, velocity, acceleration"),
+    "averages": ("torch.tensor([10.4, 10.5, 10.5])", "of the batches before"),
+    "vocab_logprobs": ("torch.randn(4, 6, 32).log_softmax(-1)", "of the whole vocabulary"),
+    "residuals": ("torch.eye(5)[tokens % 5] - 0.2", "one-hot less probabilities"),
+    "hidden": ("torch.randn(4, 6, 3)", "last hidden states"),
+}
 _TURN_CREDIT: Final[Made] = {
     "turn_rewards": ("torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.0, 0.0]])", "one per turn"),
-    "segment_ids": ("torch.where(mask, torch.arange(6) // 3, -1)", "the turn of each token"),
 }
 _GROUP_ADVANTAGE: Final[Made] = {
     "token_rewards": ("fr.token_rewards(rewards, mask)", "each score on the last token of its response"),
@@ -145,6 +159,7 @@ MADE_FOR: Final[dict[str, Made]] = {
         "tree": ("fr.PrefixTree.from_branches(parents, positions, lengths, group_ids, mask=mask)", ""),
     },
     # ---------------------------------------------------------------------------------------------- token_credit
+    "fine_grained_rlhf": {"values": ("torch.rand(4, 6)", "of a critic")},
     # ----------------------------------------------------------------------------------------------- turn_credit
     # ------------------------------------------------------------------------------------------- group_advantage
     # -------------------------------------------------------------------------------------------- reward_shaping

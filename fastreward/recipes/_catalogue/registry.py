@@ -51,6 +51,8 @@ _OF_FILE: Final[dict[str, tuple[Family, Returns]]] = {
     "tree_search": ("tree", "advantages"),
     "token_credit": ("token_credit", "advantages"),
     "step_credit": ("token_credit", "advantages"),
+    "step_rewards": ("token_credit", "token rewards"),
+    "step_values": ("token_credit", "advantages"),
     "turn_credit": ("turn_credit", "advantages"),
     "agent_credit": ("turn_credit", "advantages"),
     "group_advantage": ("group_advantage", "response advantages"),
