@@ -14,6 +14,7 @@ Advantages and weights:
     group_advantages          rewards against those of the same group
     group_statistics          baselines, spreads, ranks, win rates and pass@k of groups
     Groups                    which rollouts or turns belong together, worked out once
+    EmaBaseline               a moving average of rewards for each key, from batch to batch
     whiten                    to mean 0 and variance 1
     segment_ids               turns, steps or thoughts of responses: the segment of each token
     segment_reduce            one value for each segment: sum, mean, min, soft minimum, ...
@@ -47,6 +48,7 @@ from fastreward._runtime.errors import BackendError
 from fastreward._runtime.layout import Clip
 from fastreward._runtime.logprobs import TokenStats
 from fastreward.correction import correction_weights, off_policy_sequence_mask
+from fastreward.ema_baseline import EmaBaseline
 from fastreward.group import Groups as Groups
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
@@ -71,6 +73,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Clip",
+    "EmaBaseline",
     "Groups",
     "PolicyLoss",
     "PrefixTree",

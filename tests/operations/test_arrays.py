@@ -21,7 +21,17 @@ from fastreward.recipes import RECIPES
 
 #: Public names that take no tensors: results, a context manager, a module of functions, the language's own classes.
 TAKES_NONE = {
-    fr: {"BackendError", "Clip", "Groups", "PolicyLoss", "TokenStats", "backend", "credit_page", "losses"},
+    fr: {
+        "BackendError",
+        "Clip",
+        "EmaBaseline",
+        "Groups",
+        "PolicyLoss",
+        "TokenStats",
+        "backend",
+        "credit_page",
+        "losses",
+    },
     losses: {"Loss", "Node", "PairTerms", "Terms", "Definition", "define"},
     recipes: {"RECIPES", "Recipe"},
 }

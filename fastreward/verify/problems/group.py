@@ -1,4 +1,6 @@
-"""group_advantages: every centre, scale and convention, with singletons, unscored components and near-equal rewards."""
+"""group_advantages: every centre, scale and convention, with singletons, unscored components and near-equal rewards.
+
+And every statistic of group_statistics."""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 
 from fastreward.group import group_advantages
+from fastreward.group_statistics import STATISTICS, group_statistics
 from fastreward.reference import group as reference
 from fastreward.verify import eager
 from fastreward.verify.problem import Problem, Tensors, seeded
@@ -21,6 +24,30 @@ def problems(quick: bool) -> Iterator[Problem]:
     """Every mode, then what breaks statistics."""
     functions = (group_advantages, reference.group_advantages, eager.group_advantages)
     yield from seeded("group", quick, _inputs, *(partial(_call, function) for function in functions))
+    yield from seeded("group", quick, _statistics_inputs, _statistics, _each_statistic, _each_statistic)
+
+
+def _statistics_inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = 48
+    x = torch.randn(rows, generator=generator)
+    x[: rows // 2] = x[: rows // 2].round()  # ties
+    ids = torch.randint(0, 7, (rows,), generator=generator)
+    ids[5] = 77
+    absent = torch.where(torch.rand(rows, generator=generator) < 0.2, torch.nan, x)
+    base: dict[str, Any] = {"group_ids": ids, "weights": torch.rand(rows, generator=generator)}
+    yield "statistics", {"x": x} | base
+    yield "statistics, NaN", {"x": absent, "q": 0.1, "k": 2, "ddof": 0, "ties": "ordinal"} | base
+    yield "statistics far from zero", {"x": 1e4 + 1e-2 * x} | base
+
+
+def _statistics(seed: int, inputs: Mapping[str, Any]) -> Tensors:
+    return group_statistics(statistics=STATISTICS, **inputs)
+
+
+def _each_statistic(seed: int, inputs: Mapping[str, Any]) -> Tensors:
+    given: dict[str, Any] = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    return {name: reference.group_statistics(statistic=name, **given) for name in STATISTICS}
 
 
 def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
