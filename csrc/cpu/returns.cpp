@@ -5,7 +5,7 @@
 // chain runs through them; a vectorised step writes the results, past the caches where they are large.
 //
 // The chain is one fma after the other, each waiting for the last: kLanes rows run through it side by side, which hides
-// that. A lane that has finished its row takes the next one, so that unequal rows leave none idle. A row's numbers are
+// that; it runs in float64, as long discounts forget nothing then. A lane that has finished its row takes the next one, so that unequal rows leave none idle. A row's numbers are
 // those of the plain loop over its valid tokens, whatever is beside it: padding, place and threads change no bit.
 #include "cpu/returns.hpp"
 
@@ -45,12 +45,13 @@ struct Lane {
   const std::uint8_t* mask = nullptr;  // of the block; nullptr: all valid
   bool started = false;                // a valid token has been seen
   bool after_valid = false;            // the token after the block is valid
-  float y = 0.0f, value = 0.0f, pending = 0.0f;  // of the token after the block: y, V, rewards that move on
+  double y = 0.0;                      // of the recurrence, before the block
+  float value = 0.0f, pending = 0.0f;  // of the token after the block: V, rewards that move on
 };
 
 struct Buffers {
   alignas(64) float x[kLanes][kStride];  // then y
-  alignas(64) float c[kLanes][kStride];
+  alignas(64) double c[kLanes][kStride];
   alignas(64) float plain[kLanes][kStride];   // V-trace: the advantage without what the recurrence brings,
   alignas(64) float factor[kLanes][kStride];  // and the factor of that
   alignas(64) float rewards[kStride], next_values[kStride];
@@ -58,7 +59,7 @@ struct Buffers {
 };
 
 // ------------------------------------------------------------------------------------------------------------- numbers
-inline float fused(float a, float b, float c) { return kHasFma ? __builtin_fmaf(a, b, c) : a * b + c; }
+inline double fused(double a, double b, double c) { return kHasFma ? __builtin_fma(a, b, c) : a * b + c; }
 
 inline F32 load_some(const float* p, int n) { return n == kF32 ? load(p) : load_n(p, n, 0.0f); }
 inline M32 nonzero_some(const std::uint8_t* p, int n) { return n == kF32 ? nonzero(p) : nonzero_n(p, n); }
@@ -162,20 +163,22 @@ void prepare(const ReturnsInput& in, Lane& lane, int l, Buffers& room, F32& wron
   const std::uint8_t* terminated = in.terminated == nullptr ? nullptr : in.terminated + lane.base;
   const std::uint8_t* done = in.done == nullptr ? nullptr : in.done + lane.base;
   const Factor gamma(in.gamma, lane), lam(in.lam, lane);
-  const bool plain = in.gamma.values == nullptr && in.lam.values == nullptr;
-  const F32 product = f32(static_cast<float>(in.gamma.number * in.lam.number));
+  // Numbers are factors in float64; coefficients per row or token are multiplied in as they are.
+  const bool plain = in.gamma.values == nullptr && (kKind == ReturnsKind::returns || in.lam.values == nullptr);
+  const double number = !plain ? 1.0 : kKind == ReturnsKind::returns ? in.gamma.number : in.gamma.number * in.lam.number;
+  const F64 scale = f64(number);
   const F32 zero = f32(0.0f), one = f32(1.0f), neutral = f32(identity(in));
   const bool carried = in.at_masked == AtMasked::carry, reset = in.at_masked == AtMasked::reset;
   // NaN times whatever came is NaN, which min, max and logsumexp take for nothing.
-  const F32 ending = in.op == ReturnsOp::sum ? zero : f32(__builtin_nanf(""));
+  const double ending = in.op == ReturnsOp::sum ? 0.0 : static_cast<double>(__builtin_nanf(""));
   float* xs = room.x[l];
-  float* cs = room.c[l];
+  double* cs = room.c[l];
   for_vectors(lane.n, [&](int i, int width) {
     const bool masked = lane.mask != nullptr;
     const M32 valid = masked ? nonzero_some(lane.mask + i, width) : first32(width);
     const auto counted = [&](F32 v) { return masked ? select(valid, v, zero) : v; };
     const F32 r = counted(load_some(rewards + i, width)), g = gamma.at(i, width);
-    F32 x = r, c = g;
+    F32 x = r, c = plain ? one : g;
     if constexpr (kKind != ReturnsKind::returns) {
       F32 discount = g, going_on = one;
       if (terminated != nullptr) {
@@ -188,11 +191,11 @@ void prepare(const ReturnsInput& in, Lane& lane, int l, Buffers& room, F32& wron
       if constexpr (kKind == ReturnsKind::lambda) {
         const F32 traced = lam.at(i, width) * going_on;
         x = fma(discount * (one - traced), masked ? select(valid, next, zero) : next, r);
-        c = g * traced;
+        c = plain ? going_on : g * traced;
       } else {
         const F32 v = counted(load_some(values + i, width));
         x = fma(discount, next, r) - v;
-        c = (plain ? product : g * lam.at(i, width)) * going_on;
+        c = plain ? going_on : g * lam.at(i, width) * going_on;
       }
       if constexpr (kKind == ReturnsKind::vtrace) {
         const F32 ratio = exp(counted(load_some(in.log_ratios + lane.base + i, width)));
@@ -210,17 +213,18 @@ void prepare(const ReturnsInput& in, Lane& lane, int l, Buffers& room, F32& wron
     }
     if (masked) {
       if (kKind == ReturnsKind::returns) x = select(valid, x, neutral);
-      if (carried) c = select(valid, c, one);
-      if (reset) c = select(valid, c, ending);
       if (kKind != ReturnsKind::returns && (carried || reset)) x = counted(x);
     }
     store(xs + i, x);
-    store(cs + i, c);
+    store(cs + i, lower_f64(c) * scale);
+    store(cs + i + kF64, upper_f64(c) * scale);
   });
+  if (lane.mask != nullptr && (carried || reset))
+    for (int i = 0; i < lane.n; ++i) cs[i] = lane.mask[i] != 0 ? cs[i] : carried ? 1.0 : ending;
   const auto close = [&](int i) {  // the last token of a sequence: lambda has nothing to look at beyond the next value
     const float discount = terminated != nullptr && terminated[i] != 0 ? 0.0f : gamma.at(i);
-    xs[i] = fused(discount, following[i], rewards[i]);
-    cs[i] = 0.0f;
+    xs[i] = discount * following[i] + rewards[i];
+    cs[i] = 0.0;
   };
   const auto valid = [&](int i) { return lane.mask == nullptr || lane.mask[i] != 0; };
   if (kKind == ReturnsKind::lambda) {
@@ -231,43 +235,41 @@ void prepare(const ReturnsInput& in, Lane& lane, int l, Buffers& room, F32& wron
   }
   lane.after_valid = valid(0);
   lane.started = true;
-  for (int i = 0; i < lane.low; ++i) xs[i] = identity(in), cs[i] = 1.0f;
-  for (int i = lane.high; i < kWidth; ++i) xs[i] = identity(in), cs[i] = 1.0f;
-  xs[kWidth] = lane.y;
+  for (int i = 0; i < lane.low; ++i) xs[i] = identity(in), cs[i] = 1.0;
+  for (int i = lane.high; i < kWidth; ++i) xs[i] = identity(in), cs[i] = 1.0;
+  xs[kWidth] = static_cast<float>(lane.y);
 }
 
 // ----------------------------------------------------------------------------------------------------------- the chain
 // y = f(c, y, x) along all lanes, in place of x.
 template <bool kReverse, class F>
-void chain(Buffers& room, const float (&start)[kLanes], const F& f) {
-  float y[kLanes];
-  for (int l = 0; l < kLanes; ++l) y[l] = start[l];
+void chain(Buffers& room, double (&y)[kLanes], const F& f) {
   for (int k = 0; k < kWidth; ++k) {
     const int i = kReverse ? kWidth - 1 - k : k;
     for (int l = 0; l < kLanes; ++l) {
-      y[l] = f(room.c[l][i], y[l], room.x[l][i]);
-      room.x[l][i] = y[l];
+      y[l] = f(room.c[l][i], y[l], static_cast<double>(room.x[l][i]));
+      room.x[l][i] = static_cast<float>(y[l]);
     }
   }
 }
 
 template <bool kReverse>
-void chain(const ReturnsInput& in, Buffers& room, const float (&start)[kLanes]) {
-  const float scale = in.scale;
+void chain(const ReturnsInput& in, Buffers& room, double (&carried)[kLanes]) {
+  const double scale = static_cast<double>(in.scale);
   switch (in.op) {
     case ReturnsOp::sum:
-      return chain<kReverse>(room, start, [](float c, float y, float x) { return fused(c, y, x); });
+      return chain<kReverse>(room, carried, [](double c, double y, double x) { return fused(c, y, x); });
     case ReturnsOp::min:  // c * y is NaN where the past ends, and where it is empty and c is 0: x then
-      return chain<kReverse>(room, start, [](float c, float y, float x) { return c * y < x ? c * y : x; });
+      return chain<kReverse>(room, carried, [](double c, double y, double x) { return c * y < x ? c * y : x; });
     case ReturnsOp::max:
-      return chain<kReverse>(room, start, [](float c, float y, float x) { return c * y > x ? c * y : x; });
+      return chain<kReverse>(room, carried, [](double c, double y, double x) { return c * y > x ? c * y : x; });
     case ReturnsOp::logsumexp:
-      return chain<kReverse>(room, start, [scale](float c, float y, float x) {
-        const double a = x, b = static_cast<double>(c) * static_cast<double>(y);
+      return chain<kReverse>(room, carried, [scale](double c, double y, double x) {
+        const double b = c * y;
         if (std::isinf(y) || std::isnan(b)) return x;
-        if (std::isinf(x)) return static_cast<float>(b);
-        const double best = (scale > 0.0f) == (a > b) ? a : b;
-        return static_cast<float>(best + scale * std::log1p(std::exp(-std::fabs(a - b) / std::fabs(scale))));
+        if (std::isinf(x)) return b;
+        const double best = (scale > 0.0) == (x > b) ? x : b;
+        return best + scale * std::log1p(std::exp(-std::fabs(x - b) / std::fabs(scale)));
       });
   }
 }
@@ -319,7 +321,7 @@ void start(const ReturnsInput& in, Lane& lane, std::int64_t row) {
   lane.row = row;
   lane.begin = in.begin(row);
   lane.end = in.begin(row + 1);
-  lane.y = of_recurrence ? beyond : 0.0f;
+  lane.y = of_recurrence ? static_cast<double>(beyond) : 0.0;
   lane.value = of_recurrence ? 0.0f : beyond;
 }
 
@@ -371,7 +373,7 @@ bool run_rows(const ReturnsInput& in, std::int64_t first, std::int64_t last, flo
   Lane lanes[kLanes];
   F32 wrong = f32(0.0f);
   for (int l = 0; l < kLanes; ++l)
-    for (int i = 0; i < kStride; ++i) room.x[l][i] = 0.0f, room.c[l][i] = 1.0f;
+    for (int i = 0; i < kStride; ++i) room.x[l][i] = 0.0f, room.c[l][i] = 1.0;
   // The next block with something to compute, in the lane's row or in the next one.
   const auto step = [&](Lane& lane, int l) {
     while (true) {
@@ -387,7 +389,7 @@ bool run_rows(const ReturnsInput& in, std::int64_t first, std::int64_t last, flo
   };
   while (true) {
     bool active[kLanes], any = false;
-    float y[kLanes];
+    double y[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       any |= active[l] = step(lanes[l], l);
       y[l] = lanes[l].y;
@@ -401,7 +403,7 @@ bool run_rows(const ReturnsInput& in, std::int64_t first, std::int64_t last, flo
     in.reverse ? chain<true>(in, room, y) : chain<false>(in, room, y);
     for (int l = 0; l < kLanes; ++l) {
       if (!active[l]) continue;
-      lanes[l].y = room.x[l][in.reverse ? 0 : kWidth - 1];
+      lanes[l].y = y[l];
       write<kKind>(in, lanes[l], l, room, out, second, large);
     }
   }

@@ -26,7 +26,7 @@ def problems(quick: bool) -> Iterator[Problem]:
 
 def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     generator = torch.Generator().manual_seed(seed)
-    shape = (5, 301)
+    shape = (40, 301)
     r, v, w = torch.randn(3, *shape, generator=generator)
     mask = torch.arange(shape[1]) < torch.randint(0, shape[1] + 1, (shape[0], 1), generator=generator)
     mask &= torch.rand(shape, generator=generator) < 0.9
