@@ -6,10 +6,8 @@ value which has moved further than that from where the rollouts saw it is only e
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from fastreward.language.define import define
-from fastreward.language.functions import abs, clip, maximum, minimum
+from fastreward.language.functions import abs, clip, minimum, where
 from fastreward.language.node import Node
 from fastreward.language.terms import Terms
 from fastreward.losses._rules import check_value
@@ -17,26 +15,28 @@ from fastreward.losses._rules import check_value
 __all__ = ["huber", "squared"]
 
 
-def _larger(t: Terms, bound: float | None, loss: Callable[[Node], Node]) -> Node:
-    """The larger of the losses of the value and of the clipped value; reports where that is the clipped one's."""
-    whole = loss(t.value)
+def _gap(t: Terms, bound: float | None) -> Node:
+    """v - R, or that of the clipped value where it is the larger; reports where. Both losses grow with its size."""
+    whole = t.value - t.returns
     if bound is None:
         return whole
-    clipped = loss(clip(t.value, t.old_value - bound, t.old_value + bound))
-    t.report(clip_fraction=clipped > whole)
-    return maximum(whole, clipped)
+    clipped = clip(t.value, t.old_value - bound, t.old_value + bound) - t.returns
+    larger = abs(clipped) > abs(whole)
+    t.report(clip_fraction=larger)
+    return where(larger, clipped, whole)
 
 
 @define(check=check_value)
 def squared(t: Terms, clip: float | None = 0.2) -> Node:
     """PPO's value loss: max((v - R)^2, (clip(v, old_value - clip, old_value + clip) - R)^2) / 2.
 
-    clip: None does not clip, and reads no old_value.
+    clip: None does not clip, and reads no old_value. Where both are equal the gradient is that of (v - R)^2.
 
     PPO as OpenAI's baselines have it. Verified in code: verl core_algos.py `compute_value_loss`, OpenRLHF
     models/loss.py `ValueLoss`. Aggregation: token-mean.
     """
-    return _larger(t, clip, lambda v: 0.5 * (v - t.returns) * (v - t.returns))
+    gap = _gap(t, clip)
+    return 0.5 * gap * gap
 
 
 @define(check=check_value)
@@ -45,10 +45,6 @@ def huber(t: Terms, clip: float | None = 0.2, delta: float = 1.0) -> Node:
 
     Huber 1964, torch's huber_loss; the clip is PPO's. Aggregation: token-mean.
     """
-
-    def loss(v: Node) -> Node:
-        gap = abs(v - t.returns)
-        inside = minimum(gap, delta)
-        return inside * (gap - 0.5 * inside)
-
-    return _larger(t, clip, loss)
+    gap = abs(_gap(t, clip))
+    inside = minimum(gap, delta)
+    return inside * (gap - 0.5 * inside)

@@ -176,3 +176,24 @@ def check_correction(device: str, mode: Any, level: Any, *, in_one_row: bool = F
     assert torch.equal(keep.cpu(), kept)
     for name in metrics:
         close(measured[name], metrics[name], name)
+
+
+def check_value_loss(device: str, loss: Any) -> None:
+    """Loss, every metric and the gradient, ragged and packed, with a clip that only a kernel may read."""
+    values, old, moved = noise(3, 40), noise(3, 40, seed=1), noise(3, 40, seed=2)
+    mask = torch.arange(40) < torch.tensor([[40], [0], [17]])
+    clip = torch.tensor(0.4, dtype=torch.float64)
+
+    def run(on: str, packed: bool) -> list[Tensor]:
+        leaf = values.to(on).requires_grad_()
+        given = [x[mask.to(on)] if packed else x for x in (leaf, old.to(on), (old + moved).to(on))]
+        layout: dict[str, Tensor] = {"cu_seqlens": torch.tensor([0, 40, 40, 57], device=on)} if packed else {}
+        counted = None if packed else mask.to(on)
+        result = fr.value_loss(*given, counted, clip=clip.to(on), loss=loss, explained_variance=True, **layout)
+        return [result.loss, result.metrics.values_tensor, *torch.autograd.grad(result.loss, leaf)]
+
+    with fr.backend("reference"):
+        want = run("cpu", False)
+    for packed in (False, True):
+        for name, x, w in zip(("loss", "metrics", "gradient"), run(device, packed), want, strict=True):
+            close(x, w, name)

@@ -461,6 +461,10 @@ class TestPublic:
     def test_under_the_mask(self, loss: losses.Loss) -> None:
         public_loss_checks.check_under_the_mask("cuda", loss)
 
+    @pytest.mark.parametrize("loss", ["squared", "huber"])
+    def test_value_loss(self, loss: str) -> None:
+        public_loss_checks.check_value_loss("cuda", loss)
+
     @pytest.mark.parametrize("loss", [losses.dpo(label_smoothing=0.1), losses.dpo(variant="aot")], ids=["dpo", "aot"])
     def test_preference_loss(self, loss: losses.Loss) -> None:
         for in_one_row in (False, True):

@@ -93,6 +93,11 @@ def test_preference_loss(loss: losses.Loss) -> None:
         public_loss_checks.check_preference_loss("cpu", loss, in_one_row=in_one_row)
 
 
+@pytest.mark.parametrize("loss", ["squared", "huber"])
+def test_value_loss(loss: str) -> None:
+    public_loss_checks.check_value_loss("cpu", loss)
+
+
 @pytest.mark.parametrize(("mode", "level"), [("truncate", "token"), ("mask", "sequence"), ("icepop", "geometric")])
 def test_correction_weights(mode: str, level: str) -> None:
     for in_one_row in (False, True):
