@@ -10,7 +10,9 @@ import torch
 
 import fastreward as fr
 from fastreward import losses
+from fastreward._arguments.groups import membership
 from fastreward._arguments.labels import renumbered
+from fastreward.group_statistics import _Order
 
 UIDS = ["b", "a", "b", "c", "a", "b"]
 
@@ -106,6 +108,16 @@ def test_without_the_core_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert all(torch.equal(renumbered(labels, absent=a), e) for a, e in zip((True, False), expected, strict=True))
     assert renumbered(labels[:0]).shape == (0,)
+
+
+def test_no_host_reads_integers_of_a_device() -> None:
+    """A tensor on "meta" has no values to read."""
+    ids, turns = torch.zeros(4, dtype=torch.long, device="meta"), torch.zeros(4, 3, dtype=torch.long, device="meta")
+    groups = fr.Groups.by(ids, turns, mask=torch.ones(4, device="meta"))
+    assert groups.partial
+    assert repr(groups) == "Groups([4, 3] on meta)"
+    order = _Order.of(torch.zeros(12, device="meta"), membership(groups, None, torch.zeros(4, 3, device="meta")))
+    assert order.below.shape == (12,)
 
 
 def test_compiles_in_one_graph() -> None:

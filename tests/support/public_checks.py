@@ -148,6 +148,14 @@ def check_group(device: str) -> None:
     want = group_reference.group_advantages(rewards, group_size=6, center="leave-one-out", scale="none")
     got = fr.group_advantages(rewards.to(device), group_size=6, center="leave-one-out", scale="none")
     close(got, want, "leave-one-out")
+    turns = torch.arange(24).view(8, 3) % 5 - 1  # -1: no such turn
+    groups, scores = fr.Groups.by(ids[:8].to(device), turns.to(device)), noise(8, 3)
+    for name in ("std", "leave-one-out-logsumexp", "win-rate", "quantile"):
+        found = fr.group_statistics(scores.to(device), groups, (name,))[name]
+        there = turns.flatten() >= 0
+        labels = (ids[:8, None] * 10 + turns).flatten()
+        want = group_reference.group_statistics(scores.flatten()[there], labels[there], statistic=name)
+        close(found.flatten()[there], want, name)
 
 
 def check_whiten(device: str) -> None:
