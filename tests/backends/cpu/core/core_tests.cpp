@@ -17,6 +17,7 @@
 #include "cpu/common/number_integers.hpp"
 #include "cpu/logprobs/logprobs.hpp"
 #include "cpu/program/program.hpp"
+#include "cpu/rewards.hpp"
 #include "cpu/threads.hpp"
 
 namespace {
@@ -482,6 +483,47 @@ CASE(kept_memory_from_many_threads) {
       }
     });
   for (std::thread& thread : threads) thread.join();
+}
+
+// --------------------------------------------------------------------------------------------------------- rewards
+CASE(token_rewards_packed) {
+  // Sequences of every length around a vector's and a block's, memory that ends where the tokens do, every place.
+  std::mt19937 random(3);
+  std::vector<std::int64_t> bounds{0};
+  for (const int length : {0, 1, 15, 16, 17, 2047, 2049, 0, 40, 5000, 3}) bounds.push_back(bounds.back() + length);
+  const auto tokens = static_cast<std::size_t>(bounds.back()), rows = bounds.size() - 1;
+  std::vector<float> logprobs(tokens), reference(tokens), scores(rows);
+  std::vector<std::uint8_t> mask(tokens);
+  for (float& x : logprobs) x = -static_cast<float>(random() % 64) / 16.0f;
+  for (float& x : reference) x = -static_cast<float>(random() % 64) / 16.0f;
+  for (float& x : scores) x = static_cast<float>(random() % 9);
+  for (std::uint8_t& m : mask) m = random() % 3 != 0;
+  scores[4] = std::numeric_limits<float>::quiet_NaN();
+  for (const auto place : {fr::ScorePlace::all, fr::ScorePlace::start, fr::ScorePlace::end}) {
+    fr::TokenRewards in;
+    in.scores = scores.data(), in.logprobs = logprobs.data(), in.ref_logprobs = reference.data();
+    in.mask = {mask.data(), fr::MaskKind::bytes};
+    in.sequences = static_cast<std::int64_t>(rows), in.cu_seqlens = bounds.data();
+    in.kl = fr::KlEstimate::k1, in.place = place;
+    in.kl_coef = 0.5f, in.clamp = 2.0f, in.value_clamp = 1.5f, in.low = 1.0f, in.high = 6.0f;
+    for (const int threads : {1, 3}) {
+      std::vector<float> out(tokens, -9.0f);
+      CHECK(!FASTREWARD_DISPATCH(token_rewards)(in, out.data(), threads));
+      for (std::size_t row = 0; row < rows; ++row) {
+        const auto begin = static_cast<std::size_t>(bounds[row]), end = static_cast<std::size_t>(bounds[row + 1]);
+        const double score = std::isnan(scores[row]) ? 0.0 : std::clamp(static_cast<double>(scores[row]), 1.0, 6.0);
+        std::size_t first = end, last = end;
+        for (std::size_t i = begin; i < end; ++i)
+          if (mask[i]) first = first == end ? i : first, last = i;
+        for (std::size_t i = begin; i < end; ++i) {
+          const double gap = static_cast<double>(logprobs[i]) - static_cast<double>(reference[i]);
+          const bool here = place == fr::ScorePlace::all || i == (place == fr::ScorePlace::start ? first : last);
+          const double expected = mask[i] ? (here ? score : 0.0) - 0.5 * std::clamp(gap, -1.5, 1.5) : 0.0;
+          CHECK_NEAR(static_cast<double>(out[i]), expected, 0.0);
+        }
+      }
+    }
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------- numbering
