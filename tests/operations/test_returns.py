@@ -188,7 +188,9 @@ def test_what_is_the_same_by_other_names() -> None:
     torch.testing.assert_close(fr.gae(r, v, mask, next_values=following, **options)[0], advantages)
     per_token = {name: torch.full((5, 60), x) for name, x in options.items()}
     torch.testing.assert_close(fr.gae(r, v, mask, **per_token)[0], advantages, atol=2e-5, rtol=0)
-    assert torch.equal(fr.gae(r, v, mask, **{k: tensor(x, dtype=torch.float64) for k, x in options.items()})[0], advantages)
+    assert torch.equal(
+        fr.gae(r, v, mask, **{k: tensor(x, dtype=torch.float64) for k, x in options.items()})[0], advantages
+    )
 
 
 def test_whitened() -> None:
