@@ -1,7 +1,8 @@
 """group_advantages: GRPO's advantages for rows that uid strings group, as verl's driver computes them.
 
-uid-strings has `shape`'s rows, uid-strings-16x sixteen times as many: the cost is linear in them. prompt-and-turn has
-eight turns a row, some without a reward, and groups what agrees in uid and turn; the keys are worked out in the call.
+uid-strings has `shape`'s rows; uid-strings-16x sixteen times as many, whose strings no longer fit into the caches.
+prompt-and-turn has eight turns a row, some without a reward, and groups what agrees in uid and turn; the keys are
+worked out in the call.
 """
 
 from __future__ import annotations
