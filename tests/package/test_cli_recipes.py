@@ -24,7 +24,7 @@ def test_lists_every_recipe_by_family() -> None:
     assert result.exit_code == 0, result.output
     rows = {row[1].strip(): row for line in result.output.splitlines() if len(row := line.split("│")) == 6}
     for name, recipe in RECIPES.items():
-        assert rows[name][3].strip() == recipe.source
+        assert recipe.source.startswith(rows[name][3].strip())
         assert rows[name][4].strip() == VERIFIED[recipe.verified][0]
         assert recipe.summary.startswith(rows[name][2].strip())
     tables = [(heading, family) for heading, families in by_returns().items() for family in families]
@@ -59,8 +59,8 @@ def test_the_printed_example_can_be_pasted(capsys: pytest.CaptureFixture[str]) -
     ("written", "near"),
     [
         ("cisop", "cispo"),
-        ("grpo", "grpo_loss"),
-        ("dr-grpo", "dr_grpo_loss"),
+        ("grop", "grpo"),
+        ("dr-gpro", "dr_grpo"),
         ("tdpo", "tgdpo"),
         ("GSPO token!", "gspo_token"),
     ],
