@@ -61,8 +61,8 @@ def pure(
         group_ids, group_size: one of them, as in `fastreward.group_advantages`.
         temperature: near 0 it is the minimum.
         weighted: False: w_k = 1 / K.
-        baseline: "token": what the others get per token, times the tokens of the step; "step": the mean of what the
-            others get per step.
+        baseline: "token": what the others get per token, times the tokens of the step before its end; "step": the mean
+            of what the others get per step.
         outcome_coef: of the outcome.
         keep_ends: False, as published: the tokens at which steps end get no advantage.
         cu_seqlens: [B + 1], of packed responses.
@@ -76,7 +76,7 @@ def pure(
     if baseline == "token":
         others = of_others(_there(total, steps), group_ids, group_size)
         others = others / of_others(_there(steps.lengths(), steps), group_ids, group_size)
-        p = p - others.nan_to_num(0.0).unsqueeze(-1) * steps.tokens
+        p = p - others.nan_to_num(0.0).unsqueeze(-1) * (steps.tokens - 1)
     else:
         others = of_others(total / steps.count[:, 0], group_ids, group_size)
         p = p - others.nan_to_num(0.0).unsqueeze(-1)

@@ -15,11 +15,12 @@ from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.numbers import Number, number
 from fastreward.group import group_advantages
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.steps import Steps, steps_of, whitened
+from fastreward.recipes._shared.steps import Steps, responses_of, steps_of, whitened
 from fastreward.recipes._shared.tokens import beside, per_response, token_values
-from fastreward.segments import segment_diff
+from fastreward.returns import discounted_returns
+from fastreward.segments import scatter_rewards, segment_diff
 
-__all__ = ["spae", "spo_chain", "spo_mask", "vine_ppo"]
+__all__ = ["spae", "spo_chain", "spo_cuts", "spo_mask", "vine_ppo"]
 
 
 @recipe(
@@ -41,8 +42,8 @@ def spo_chain(
 ) -> Tensor:
     """A = V_k - V_{k-1} on the tokens of segment k with exp(old_lp) < prob_threshold, whitened over these; V_K = R.
 
-    Segments end where V was estimated: the authors cut at every fifth token that is followed by an unsure one. Tokens
-    that are sure get 0; leave them out of the loss too: keep=recipes.spo_mask(...).
+    Segments end where V was estimated (`recipes.spo_cuts`). Tokens that are sure get 0; leave them out of the loss too:
+    keep=recipes.spo_mask(...).
 
     Args:
         step_values: V, [B, K]: the mean reward of rollouts (nine) from the end of each segment; that of a response's
@@ -85,6 +86,48 @@ def spo_mask(old_logprobs: Tensor, mask: Tensor | None = None, *, prob_threshold
     old = token_values("old_logprobs", check.tensor("old_logprobs", old_logprobs).detach(), mask)
     unsure = old.exp() < number("prob_threshold", prob_threshold, old, check.finite)
     return unsure if mask is None else unsure & (mask != 0)
+
+
+@recipe(
+    "SPO-chain's cuts",
+    "arXiv 2505.23564",
+    code="AIFrameResearch/SPO math_episode_generator_with_mc_advantages.py",
+    returns="ends",
+)
+def spo_cuts(
+    old_logprobs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    interval: int = 5,
+    prob_threshold: Number = 0.9,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """ends = before the first, the sixth, the eleventh, ... token with exp(old_lp) < prob_threshold, and at the end.
+
+    Segments for `recipes.spo_chain`: `fastreward.segment_ids(mask, ends=ends)`. The value of each is estimated where it
+    ends; where the first token is unsure, that of the prompt too, for start_values.
+
+    Args:
+        old_logprobs: [B, T] or [N].
+        mask: its shape; nonzero = a token of the response.
+        interval: unsure tokens of a segment.
+        prob_threshold: from where on a token is sure.
+        cu_seqlens: [B + 1], of packed responses.
+
+    Returns:
+        Truth values in the shape of the tokens: a segment ends with this one.
+    """
+    interval = check.whole("interval", interval, "unsure tokens of a segment")
+    if interval < 1:
+        raise ValueError(f"interval: expected at least 1, got {interval}")
+    unsure = spo_mask(old_logprobs, mask, prob_threshold=prob_threshold)
+    tokens = responses_of("old_logprobs", unsure, mask, None, cu_seqlens)
+    so_far = discounted_returns(unsure, tokens.mask, reverse=False, cu_seqlens=cu_seqlens)
+    segment = (so_far / interval).ceil().int()  # from 0, or from 1 where the first token is unsure
+    ids = torch.where(tokens.mask, segment, -1)
+    columns = unsure.shape[-1] // interval + 2
+    there = ids.new_ones((tokens.lengths().shape[0], columns))
+    return scatter_rewards(there, ids, place="end", mask=tokens.mask, cu_seqlens=cu_seqlens) != 0
 
 
 def _unsure(old_logprobs: Tensor, steps: Steps, prob_threshold: Number) -> Tensor:

@@ -26,7 +26,7 @@ from fastreward.recipes._shared.steps import Responses, responses_of, whitened
 from fastreward.recipes._shared.tokens import beside, on_tokens, token_values
 from fastreward.returns import discounted_returns
 
-__all__ = ["capo", "nthr", "prime", "rlfr", "thr", "tw_grpo_weights", "verl_shaping"]
+__all__ = ["capo", "effective_ranks", "nthr", "prime", "rlfr", "thr", "tw_grpo_weights", "verl_shaping"]
 
 Vote = Literal["intersection", "majority", "union", "average", "first"]
 
@@ -174,7 +174,7 @@ def verl_shaping(
 
     Args:
         advantages: [B], or [B, T] or [N], GRPO's or PPO's.
-        ranks: [B, 3]: ER, ERV and ERA of each response.
+        ranks: [B, 3]: ER, ERV and ERA of each response, of `recipes.effective_ranks`.
         mask: [B, T] or [N]; nonzero = a token of the response.
         averages: [3], of the batches before (the authors' keep 0.7 of the old one, or 0.3).
         gain, scale, kappa: as in the formula; the code's own gain is 1.5.
@@ -196,6 +196,60 @@ def verl_shaping(
     bonus = (number("scale", scale, base, check.finite) * bonus).relu()
     given = tokens.at_end(bonus) if place == "end" else tokens.on_tokens(bonus)
     return base + torch.minimum(given, base.abs() / number("kappa", kappa, base, check.positive))
+
+
+@recipe(
+    "VERL's effective ranks",
+    "arXiv 2509.23808",
+    code="hf618/VERL metrics_utils.py, metrics_calculator.py",
+    returns="statistics",
+    settings={"stride": 2},
+)
+def effective_ranks(hidden: Tensor, mask: Tensor, *, stride: int = 40, max_tokens: int | None = 512) -> Tensor:
+    """ER = exp(entropy of the singular values' shares) of the centred hidden states; ERV, ERA: how prefixes change it.
+
+    m_j = ER of the first j stride tokens. ERV = mean of d_j = m_j - mean of those before, ERA = mean of d_j - d_{j-1};
+    0 where there are too few prefixes. For `recipes.verl_shaping`. Row by row, as most of the time goes to eigenvalues,
+    for which it waits on a GPU.
+
+    Args:
+        hidden: [B, T, D], hidden states of one layer; half precision too.
+        mask: [B, T]; nonzero = a token of the response.
+        stride: tokens from one prefix to the next.
+        max_tokens: of the longest prefix; None: any.
+
+    Returns:
+        float32 [B, 3]: ER, ERV, ERA.
+    """
+    counted = check.constant("mask", check.tensor("mask", mask)) != 0
+    stride = check.whole("stride", stride, "tokens from one prefix to the next")
+    if stride < 1:
+        raise ValueError(f"stride: expected at least 1, got {stride}")
+    longest = counted.shape[-1] if max_tokens is None else check.whole("max_tokens", max_tokens, "tokens of a prefix")
+    h = _per_token("hidden", hidden, counted)
+    found = [_ranks(states[there], stride, longest) for states, there in zip(h, counted, strict=True)]
+    return torch.stack(found).float() if found else h.new_zeros((0, 3), dtype=torch.float32)
+
+
+def _ranks(h: Tensor, stride: int, longest: int) -> Tensor:
+    """ER, ERV and ERA of one response, [tokens, D]: f64 [3]."""
+    prefixes = range(stride, min(h.shape[0], longest) + 1, stride)
+    m = torch.stack([_effective_rank(h[:k]) for k in prefixes]) if prefixes else h.new_zeros(0)
+    before = m.cumsum(0)[:-1] / torch.arange(1, max(len(prefixes), 1), device=h.device)
+    velocity = m[1:] - before
+    changes = [x.mean() if x.numel() else h.new_zeros(()) for x in (velocity, velocity.diff())]
+    return torch.stack([_effective_rank(h), *changes])
+
+
+def _effective_rank(h: Tensor) -> Tensor:
+    """Of the rows of h less their mean; 0 of fewer than two."""
+    if h.shape[0] < 2:
+        return h.new_zeros(())
+    h = h - h.mean(0)
+    gram = h @ h.mT if h.shape[0] < h.shape[1] else h.mT @ h
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0.0).sqrt()
+    share = singular / singular.sum().clamp(min=1e-300)
+    return (-torch.xlogy(share, share)).sum().exp()
 
 
 def _spread(name: str, x: Tensor, tokens: Responses) -> Tensor:

@@ -91,7 +91,7 @@ def test_example_makes_what_is_declared(recipe: Recipe) -> None:
     assert recipe.returns not in ("loss", "weights")
     names = run_example(recipe)
     made = names[RETURNED[recipe.returns][0]]
-    if recipe.returns in ("decision", "mask"):
+    if recipe.returns in ("decision", "ends", "mask"):
         assert made.dtype == torch.bool
         return
     assert made.dtype == torch.float32
@@ -103,6 +103,8 @@ def test_example_makes_what_is_declared(recipe: Recipe) -> None:
             assert made[~names["mask"]].count_nonzero() == 0
     elif recipe.returns == "node values":
         assert made.shape == (names["tree"].num_nodes,)
+    elif recipe.returns == "statistics":
+        assert made.shape[0] == names["logprobs"].shape[0]
     elif recipe.returns != "logits":
         assert made.shape == names["logprobs"].shape[:1]
 

@@ -28,6 +28,8 @@ RETURNED: Final = {
     "values": ("values", ("loss = (predicted - values).square()[mask].mean()",)),
     "node values": ("node_values", ("advantages = tree.to_tokens(tree.advantages(node_values))", _LOSS)),
     "decision": ("branch", ('print("branch:", branch.tolist())', _LOSS)),
+    "ends": ("ends", ("print(fr.segment_ids(mask, ends=ends).tolist())", _LOSS)),
+    "statistics": ("statistics", ("print(statistics.tolist())", _LOSS)),
     "logits": ("steered", ('print("next:", steered.argmax(-1).tolist())', _LOSS)),
 }
 _HEAD: Final = """import torch

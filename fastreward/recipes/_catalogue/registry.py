@@ -23,7 +23,7 @@ Family = Literal[
 ]  # fmt: skip
 Returns = Literal[
     "loss", "advantages", "response advantages", "rewards", "token rewards", "values", "node values", "weights",
-    "token weights", "mask", "decision", "logits",
+    "token weights", "mask", "decision", "logits", "ends", "statistics",
 ]  # fmt: skip
 Verified = Literal["code", "paper", "note", "reconstructed"]
 
@@ -77,6 +77,8 @@ RETURNS: Final[dict[Returns, str]] = {
     "mask": "Weights and masks",
     "decision": "Decisions of a sampler",
     "logits": "Decisions of a sampler",
+    "ends": "Segments",
+    "statistics": "Statistics",
 }
 #: What the formulas' letters stand for.
 NOTATION: Final[dict[Family, str]] = {

@@ -51,10 +51,17 @@ def _verdicts(rng: random.Random) -> Arguments:
     return {**arguments, "verdicts": arguments["verdicts"] > 0}
 
 
+def _right_or_wrong(rng: random.Random) -> Arguments:
+    """Rewards 1 and -1."""
+    arguments = _verdicts(rng)
+    return {**arguments, "rewards": 2 * scores(rng, binary=True) - 1}
+
+
 def _models(rng: random.Random, ref: bool = True) -> Arguments:
     mask = rollout_mask(rng)
     names = ("rm_logprobs", "ref_logprobs") if ref else ("rm_logprobs",)
-    return {**{name: logprobs(rng, mask) for name in names}, "segment_ids": segments(rng, mask), "mask": mask}
+    found = {**{name: logprobs(rng, mask) for name in names}, "segment_ids": segments(rng, mask), "mask": mask}
+    return {**found, "num_segments": STEPS}
 
 
 def _unsure(rng: random.Random, start: bool = False) -> Arguments:
@@ -140,7 +147,10 @@ CASES = {
     "lare": Case(recipes.lare, reference.lare, partial(_clip, rewards=False)),
     "lare, as it is": Case(recipes.lare, reference.lare, partial(_clip, rewards=False), {"per_step": False}),
     "lare, uniform": Case(
-        recipes.lare, reference.lare, lambda rng: {k: v for k, v in _clip(rng).items() if k != "step_scores"}
+        recipes.lare,
+        reference.lare,
+        lambda rng: {k: v for k, v in _clip(rng).items() if k != "step_scores"},
+        {"num_segments": STEPS},
     ),
     # advantages
     "pure": _pure(),
@@ -151,7 +161,8 @@ CASES = {
     "pure_verl, released": _verl({"capped": True, "columns": 6.0, "whiten": True}, of_the_batch=True, tolerance=1e-5),
     "pure_verl, sum": _verl({"form": "sum", "outcome_coef": 2.0}),
     "pure_verl, no outcome": Case(recipes.pure_verl, reference.pure_verl, _without_outcome),
-    "tp_grpo": Case(recipes.tp_grpo, reference.tp_grpo, _verdicts, {"alpha": 0.5}),
+    "tp_grpo": Case(recipes.tp_grpo, reference.tp_grpo, _right_or_wrong, {"alpha": 0.5}),
+    "tp_grpo, not all": Case(recipes.tp_grpo, reference.tp_grpo, _verdicts),
     "spark": Case(recipes.spark, reference.spark, _verdicts, unmoved_by_shift=("rewards",)),
     "spark, augmented": Case(recipes.spark, reference.spark, _verdicts, {"variant": "augmented"}),
     "fine_grained_rlhf": Case(
@@ -174,6 +185,8 @@ CASES = {
         recipes.spo_chain, reference.spo_chain, _unsure, {"prob_threshold": 0.5}, of_the_batch=True
     ),
     "spo_mask": Case(recipes.spo_mask, reference.spo_mask, _own),
+    "spo_cuts": Case(recipes.spo_cuts, reference.spo_cuts, _own, {"interval": 2}),
+    "spo_cuts, every one": Case(recipes.spo_cuts, reference.spo_cuts, _own, {"interval": 1, "prob_threshold": 0.8}),
     "vine_ppo": Case(recipes.vine_ppo, reference.vine_ppo, _values, law=_telescopes),
     "vine_ppo, not all": Case(recipes.vine_ppo, reference.vine_ppo, _not_estimated),
     "spae": Case(

@@ -48,6 +48,11 @@ def _hidden(rng: random.Random) -> Arguments:
     return {**common, **more, "advantages": floats(rng)}
 
 
+def _states(rng: random.Random) -> Arguments:
+    mask = rollout_mask(rng)
+    return {"hidden": floats(rng, 4, mask=mask), "mask": mask}
+
+
 def _vocabulary(rng: random.Random) -> Arguments:
     mask = rollout_mask(rng)
     return {"vocab_logprobs": floats(rng, 5, low=-4.0, mask=mask), "mask": mask}
@@ -77,6 +82,10 @@ CASES = {
     "verl_shaping": Case(recipes.verl_shaping, reference.verl_shaping, _ranks, law=_only_grows),
     "verl_shaping, all tokens": Case(
         recipes.verl_shaping, reference.verl_shaping, partial(_ranks, of_tokens=True), {"place": "broadcast"}
+    ),
+    "effective_ranks": Case(recipes.effective_ranks, reference.effective_ranks, _states, {"stride": 1}),
+    "effective_ranks, short": Case(
+        recipes.effective_ranks, reference.effective_ranks, _states, {"stride": 2, "max_tokens": 4}
     ),
     "tw_grpo_weights": Case(
         recipes.tw_grpo_weights,

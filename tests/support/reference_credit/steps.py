@@ -49,7 +49,7 @@ def _implicit(
 
 def implicit_prm(
     rm_logprobs: Rows, segment_ids: Ids, mask: Rows, ref_logprobs: Rows | None = None,
-    coef: float = 0.001, form: str = "single",
+    coef: float = 0.001, form: str = "single", num_segments: int = 0,
 ) -> Rows:  # fmt: skip
     found = _blank(mask)
     for b, scores in enumerate(_implicit(rm_logprobs, segment_ids, mask, ref_logprobs, coef, form)):
@@ -60,7 +60,7 @@ def implicit_prm(
 
 def implicit_prm_score(
     rm_logprobs: Rows, segment_ids: Ids, mask: Rows, ref_logprobs: Rows | None = None,
-    coef: float = 0.001, form: str = "single", op: str = "min",
+    coef: float = 0.001, form: str = "single", op: str = "min", num_segments: int = 0,
 ) -> Row:  # fmt: skip
     found = []
     for own in _implicit(rm_logprobs, segment_ids, mask, ref_logprobs, coef, form):
@@ -147,8 +147,9 @@ def vsrm(
 
 
 def lare(
-    segment_ids: Ids, mask: Rows, step_scores: Rows | None = None, rewards: Row | None = None, per_step: bool = True
-) -> Rows:
+    segment_ids: Ids, mask: Rows, step_scores: Rows | None = None, rewards: Row | None = None, per_step: bool = True,
+    num_segments: int = 0,
+) -> Rows:  # fmt: skip
     found = _blank(mask)
     for b, own in enumerate(_steps(segment_ids, scored(mask, rewards))):
         for k, tokens in own.items():
@@ -193,7 +194,7 @@ def pure(
             else:
                 base = _others({j: sum(p[j].values()) / len(p[j]) for j in group if p[j]} | {b: 0.0}, b) or 0.0
             for k, tokens in own[b].items():
-                r[b][tokens[-1]] = p[b][k] - base * (len(tokens) if baseline == "token" else 1)
+                r[b][tokens[-1]] = p[b][k] - base * (len(tokens) - 1 if baseline == "token" else 1)
             if places[b] and rewards:
                 r[b][places[b][-1]] += outcome_coef * less[b]
     found = ahead(r, places)
@@ -338,6 +339,18 @@ def spo_mask(old_logprobs: Rows, mask: Rows, prob_threshold: float = 0.9) -> lis
         [bool(m) and math.exp(x) < prob_threshold for m, x in zip(*rows, strict=True)]
         for rows in zip(mask, old_logprobs, strict=True)
     ]
+
+
+def spo_cuts(old_logprobs: Rows, mask: Rows, interval: int = 5, prob_threshold: float = 0.9) -> list[list[bool]]:
+    found = [[False] * len(row) for row in mask]
+    for b, tokens in enumerate(scored(mask, None)):
+        unsure = [i for i, t in enumerate(tokens) if math.exp(old_logprobs[b][t]) < prob_threshold]
+        for i in unsure[::interval]:
+            if i:
+                found[b][tokens[i - 1]] = True
+        if tokens:
+            found[b][tokens[-1]] = True
+    return found
 
 
 def vine_ppo(step_values: Rows, segment_ids: Ids, mask: Rows, rewards: Row) -> Rows:

@@ -1,8 +1,10 @@
-"""Credit of tokens."""
+"""Credit of tokens. Singular values alone are torch's."""
 
 from __future__ import annotations
 
 import math
+
+import torch
 
 Row = list[float]
 Rows = list[list[float]]
@@ -146,6 +148,25 @@ def verl_shaping(
         aux = scale * (w * math.tanh(distance[0]) + (1 - w) * math.tanh(distance[1]))
         for t in tokens[-1:] if place == "end" else tokens:
             found[b][t] += min(max(aux, 0.0), abs(found[b][t]) / kappa)
+    return found
+
+
+def effective_ranks(hidden: list[Rows], mask: Rows, stride: int = 40, max_tokens: int | None = 512) -> Rows:
+    def rank(rows: Rows) -> float:
+        if len(rows) < 2:
+            return 0.0
+        x = torch.tensor(rows, dtype=torch.float64)
+        singular = torch.linalg.svdvals(x - x.mean(0)).tolist()
+        return math.exp(-sum(s / sum(singular) * math.log(s / sum(singular)) for s in singular if s > 1e-12))
+
+    found = []
+    for b, tokens in enumerate(scored(mask, None)):
+        rows = [hidden[b][t] for t in tokens]
+        last = min(len(rows), max_tokens or len(rows))
+        m = [rank(rows[:k]) for k in range(stride, last + 1, stride)]
+        d = [m[j] - sum(m[:j]) / j for j in range(1, len(m))]
+        dd = [d[j] - d[j - 1] for j in range(1, len(d))]
+        found.append([rank(rows), sum(d) / len(d) if d else 0.0, sum(dd) / len(dd) if dd else 0.0])
     return found
 
 
