@@ -1,10 +1,10 @@
-// Rewards per token: out = score on the sequence's last (or first) valid token, or on all, less kl_coef times an estimate
-// of KL(policy || reference) at each valid token; 0 elsewhere.
+// Rewards per token: out = score on the sequence's last (or first) valid token, or on all, less kl_coef times an
+// estimate of KL(policy || reference) at each valid token; 0 elsewhere.
 //
 // Fused: one read of log-probs, reference log-probs and mask, one write of the rewards. The penalty knows no sequences
-// and takes ranges of flat tokens (with a place in each sequence there would be no telling how long a range is); log-probs
-// under a run of zeros in the mask are not read at all. The scores follow: from a sequence's end the mask is read back to
-// its last valid token, and one element is added to. Nothing is allocated.
+// and takes ranges of flat tokens, so that few long sequences occupy the threads as many short ones do; log-probs under
+// a run of zeros in the mask are not read at all. The scores follow: from a sequence's end the mask is read back to its
+// last valid token, and one element is added to. Nothing is allocated.
 #include "cpu/rewards.hpp"
 
 #include <atomic>
@@ -144,7 +144,8 @@ std::int64_t position(const TokenRewards& in, std::int64_t begin, std::int64_t e
 }
 
 void place_scores(const TokenRewards& in, float* out, int threads) {
-  parallel_ranges(threads, in.sequences, grain_of(in.sequences, kRows), [&](std::int64_t first, std::int64_t last, int) {
+  const std::int64_t grain = grain_of(in.sequences, kRows);
+  parallel_ranges(threads, in.sequences, grain, [&](std::int64_t first, std::int64_t last, int) {
     for (std::int64_t row = first; row < last; ++row) {
       const std::int64_t at = position(in, in.begin(row), in.begin(row + 1));
       if (at >= 0) out[at] += placed(in, row);

@@ -1,5 +1,5 @@
-// Rewards per token: a score on the sequence's last (or first) valid token, or on all, less kl_coef * KL on each; 0 where
-// the mask is.
+// Rewards per token: a score on the sequence's last (or first) valid token, or on all, less kl_coef * KL on each; 0
+// where the mask is.
 //
 // Fused: one launch, one read of log-probs, reference log-probs and mask, one write. A block takes tiles of a sequence.
 // Whether its last valid token is the sequence's own last one it sees from the mask of the tiles behind: it looks until
