@@ -23,7 +23,7 @@ _INK, _FAINT, _NOTHING = "#22303c", "#5c6b78", "#eef1f4"
 _WRITTEN: Final = 40  # tokens of a rollout that are written above it; of more only positions
 _ABREAST: Final = 24  # tokens of all rollouts that stand beside one another
 _LINE: Final = 0.26  # inches
-_ROUNDING: Final = 1e-6  # what is left of a 0
+_ROUNDING: Final = 1e-5  # what rounding and an eps leave of a 0
 
 
 def draw(
