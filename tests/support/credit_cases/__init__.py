@@ -22,7 +22,8 @@
     CASES = {"method": Case(recipes.method, reference.method, _arguments, unmoved_by_shift=("rewards",))}
 
 `tests/recipes/test_credit.py` compares recipe and reference on two seeds, on the CPU, and the Triton kernels in the
-interpreter once. It puts every case through what must hold for all, without being asked: rows in another order give the
+interpreter once (a case of each recipe). It puts every case through what must hold for all, without being asked:
+rows in another order give the
 same in that order; a group without the others gives the same bits; so do padding on both sides and other values under a
 mask; results are float32 (or bool) and 0 under the mask; no rows and no columns are no error; where the recipe takes
 cu_seqlens, packed is padded. A mask is an argument "mask" or "..._mask" [B, W] (segment_ids, where there is none), and

@@ -1,4 +1,7 @@
-"""Recipes of rewards and credit on the Triton kernels in the interpreter, beside plain loops."""
+"""Recipes of rewards and credit on the Triton kernels in the interpreter, beside plain loops: one case of each.
+
+Options of a recipe change the arithmetic around its operations, which the CPU's tests go through.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,16 @@ from credit_cases import CASES
 from credit_cases.case import Case
 
 import fastreward as fr
-from fastreward._runtime.errors import BackendError
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+ONE_OF_EACH = {case.recipe.__name__: case for case in reversed(CASES.values())}
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+@pytest.mark.parametrize("case", ONE_OF_EACH.values(), ids=ONE_OF_EACH.keys())
 def test_is_the_loops(case: Case) -> None:
     arguments = case.arguments(5)
-    try:
-        with fr.backend("triton"):
-            got = case(arguments)
-    except BackendError as reason:
-        if "no GPU kernels of it yet" not in str(reason):
-            raise
-        pytest.skip(str(reason))
+    with fr.backend("triton"):
+        got = case(arguments)
     tolerance = max(case.tolerance, 2e-6)
     torch.testing.assert_close(got.double(), case.expected(arguments), rtol=tolerance, atol=tolerance, equal_nan=True)
