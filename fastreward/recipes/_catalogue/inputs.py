@@ -72,7 +72,7 @@ _TOKEN_CREDIT: Final[Made] = {
     "hidden": ("torch.randn(4, 6, 3)", "last hidden states"),
 }
 _TURN_CREDIT: Final[Made] = {
-    "turn_rewards": ("torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.0, 0.0]])", "one per turn"),
+    "turn_rewards": ("torch.tensor([[0.2, 1.0], [0.5, 0.0], [0.0, 0.3], [0.1, 1.0]])", "one per turn"),
     "turn_scores": ("torch.tensor([[0.9, 0.8], [0.9, 0.2], [0.3, 0.6], [0.7, 0.9]])", "a judge's, one per turn"),
     "states": (
         '[["start", "hall"], ["start", "attic"], ["start", "hall"], ["start", "hall"]]',
