@@ -49,6 +49,7 @@ def prime(
     beta: Number = 0.05,
     lam: Number = 0.0,
     granularity: Literal["token", "whole"] = "token",
+    use_gt: bool = False,
     keep_last: bool = False,
     batch_norm: bool = True,
     process_coef: Number = 5.0,
@@ -68,6 +69,8 @@ def prime(
         group_ids, group_size: one of them, as in `fastreward.group_advantages`.
         beta, lam: as in the formula; lam = 0 is what was run.
         granularity: "token", or "whole": the sum of r_t on the last token.
+        use_gt: the last token's ratio is replaced by what the others' sum lacks of R (verl's prime_use_gt, which needs
+            lam > 0 to have an effect).
         keep_last: the last token keeps its r_t, as in the authors' first code; in verl's it has none.
         batch_norm: r_t by the batch's largest |sum of r from t on|.
         process_coef, outcome_coef: of the two parts.
@@ -78,6 +81,8 @@ def prime(
     tokens = responses_of("rm_logprobs", own, mask, rewards, cu_seqlens)
     ratio = own - beside("ref_logprobs", ref_logprobs, "rm_logprobs", own, mask)
     ratio = number("beta", beta, own, check.finite) * ratio.masked_fill(~tokens.mask, 0.0)
+    if check.flag("use_gt", use_gt):
+        ratio = ratio + tokens.at_end(tokens.outcomes - tokens.total(ratio))
     process = discounted_returns(ratio, tokens.mask, gamma=lam, cu_seqlens=cu_seqlens)
     if granularity == "whole":
         process = tokens.at_end(tokens.total(process))

@@ -77,6 +77,7 @@ _prime = partial(
 CASES = {
     "prime": _prime(),
     "prime, whole": _prime({"granularity": "whole", "lam": 0.5}),
+    "prime, use_gt": _prime({"use_gt": True, "lam": 0.5}, unmoved_by_shift=()),
     "prime, first code": _prime({"keep_last": True, "batch_norm": False, "lam": 0.9}),
     "rlfr": Case(recipes.rlfr, reference.rlfr, _deviations, unmoved_by_shift=("rewards",)),
     "rlfr, two": Case(
