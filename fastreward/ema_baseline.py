@@ -65,13 +65,18 @@ class EmaBaseline:
         bounds = torch.nn.functional.pad(groups.sizes.to(rewards.device).cumsum(0), (1, 0))
         kept = [self.values.get(label, self.initial) for label in groups.labels]
         before = torch.tensor(kept, dtype=torch.float32, device=rewards.device)
-        taken = (1 - self.decay) * own
         averages = discounted_returns(
-            taken, there, gamma=self.decay, reverse=False, initial=before, masked_rewards="drop", cu_seqlens=bounds
+            torch.where(there, (1 - self.decay) * own, 0.0),
+            gamma=torch.where(there, self.decay, 1.0),  # what was not scored leaves the average as it is
+            reverse=False,
+            initial=before,
+            cu_seqlens=bounds,
         )
         self._keep(groups.labels, averages, there, bounds)
         if when == "before":
-            averages = (averages - taken) / self.decay if self.decay else torch.zeros_like(averages)
+            key = index[order]
+            begins = torch.arange(len(order), device=order.device) == bounds[key]
+            averages = torch.where(begins, before[key], averages.roll(1))
         baselines = torch.zeros(rewards.numel(), dtype=torch.float32, device=rewards.device)
         baselines[order] = torch.where(there, averages, 0.0)
         return baselines.view(rewards.shape)

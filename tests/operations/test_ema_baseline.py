@@ -39,6 +39,11 @@ def test_is_the_loop_from_batch_to_batch(when: Any) -> None:
     assert torch.equal(again(rewards, KEYS, when=when), baseline(rewards, fr.Groups(KEYS), when=when))
 
 
+def test_without_a_memory_the_one_before_is_the_baseline() -> None:
+    got = fr.EmaBaseline(0.0, initial=7.0)(torch.tensor([1.0, math.nan, 2.0, 4.0]), [0, 0, 1, 0], when="before")
+    assert got.tolist() == [7.0, 0.0, 7.0, 1.0]
+
+
 def test_arrays_and_entries_in_no_group() -> None:
     got = fr.EmaBaseline(0.5)(np.array([1.0, 2.0, 4.0]), fr.Groups.by(["a", None, "a"]))
     assert isinstance(got, np.ndarray)
