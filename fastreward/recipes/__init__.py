@@ -14,12 +14,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastreward.recipes import (
-    agent_credit,
-    agent_rewards,
     confidence,
     correction,
     distillation,
     group_advantage,
+    group_baseline,
+    group_pairwise,
+    group_rewards,
+    group_selection,
     likelihood,
     preference,
     ratio,
@@ -37,12 +39,14 @@ from fastreward.recipes import (
 from fastreward.recipes._catalogue.registry import RECIPES, Recipe
 from fastreward.recipes._catalogue.registry import hint as _hint
 from fastreward.recipes._catalogue.registry import names_by_returns as _names_by_returns
-from fastreward.recipes.agent_credit import *
-from fastreward.recipes.agent_rewards import *
 from fastreward.recipes.confidence import *
 from fastreward.recipes.correction import *
 from fastreward.recipes.distillation import *
 from fastreward.recipes.group_advantage import *
+from fastreward.recipes.group_baseline import *
+from fastreward.recipes.group_pairwise import *
+from fastreward.recipes.group_rewards import *
+from fastreward.recipes.group_selection import *
 from fastreward.recipes.likelihood import *
 from fastreward.recipes.preference import *
 from fastreward.recipes.ratio import *
@@ -62,6 +66,10 @@ __all__ += confidence.__all__
 __all__ += correction.__all__
 __all__ += distillation.__all__
 __all__ += group_advantage.__all__
+__all__ += group_baseline.__all__
+__all__ += group_pairwise.__all__
+__all__ += group_rewards.__all__
+__all__ += group_selection.__all__
 __all__ += likelihood.__all__
 __all__ += preference.__all__
 __all__ += ratio.__all__
@@ -75,8 +83,6 @@ __all__ += token_credit.__all__
 __all__ += tree.__all__
 __all__ += tree_search.__all__
 __all__ += turn_credit.__all__
-__all__ += agent_credit.__all__
-__all__ += agent_rewards.__all__
 
 __doc__ = f"{__doc__}\nBy what they return:\n\n{_names_by_returns()}\n"
 

@@ -85,6 +85,29 @@ def test_verl(name: str, verl: Any) -> None:
     same(recipe(scores, uids).unsqueeze(-1) * MASK, theirs)
 
 
+@pytest.mark.parametrize("holes", [False, True], ids=["single turn", "multi-turn"])
+def test_verl_optimal_token_baseline(holes: bool, verl: Any) -> None:
+    mask = MASK.clone()
+    mask[[0, 3, 6], 1] &= not holes  # a tool's token
+    p = rewards(8, 5, seed=1).sigmoid()
+    collision, weights = p**2 + 0.1 * (1 - p) ** 2, 2 * rewards(8, 5, seed=2).sigmoid()
+    given = {"old_log_probs": p.log(), "sum_pi_squared": collision, "rollout_is_weights": weights}
+    form = "multi_turn_optimal_token_baseline" if holes else "optimal_token_baseline"
+    theirs, _ = getattr(verl, f"compute_{form}_advantage")(
+        token_level_rewards=rewards(8, 5), response_mask=mask.double(), index=np.array(UIDS, dtype=object), **given
+    )
+    ours = recipes.otb(
+        rewards(8, 5).float(),
+        p.log().float(),
+        collision.log().float(),
+        mask,
+        UIDS,
+        weights=weights.float(),
+        positions="token" if holes else "column",
+    )
+    same(ours, theirs, tolerance=2e-6)
+
+
 def test_verl_whitened(verl: Any) -> None:
     """REINFORCE++'s baseline form, GDPO and ReMax."""
     scores = rewards()

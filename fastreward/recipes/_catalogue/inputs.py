@@ -72,25 +72,36 @@ _TOKEN_CREDIT: Final[Made] = {
     "hidden": ("torch.randn(4, 6, 3)", "last hidden states"),
 }
 _TURN_CREDIT: Final[Made] = {
-    "turn_rewards": ("torch.tensor([[0.2, 1.0], [0.5, 0.0], [0.0, 0.3], [0.1, 1.0]])", "one per turn"),
-    "turn_scores": ("torch.tensor([[0.9, 0.8], [0.9, 0.2], [0.3, 0.6], [0.7, 0.9]])", "a judge's, one per turn"),
-    "states": (
-        '[["start", "hall"], ["start", "attic"], ["start", "hall"], ["start", "hall"]]',
-        "seen before each turn",
-    ),
-    "tags": ('[["plan", "explore"], ["plan", "explore"], ["plan", "reflect"], ["plan", "reflect"]]', "of each turn"),
-    "prm_logprobs": ("-1 - torch.rand(4, 6)", "of the same tokens, by the implicit reward model"),
-    "criteria": ("torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])", "which each response meets"),
-    "open_criteria": ("torch.eye(2).expand(4, 2, 2)", "the first at the first turn, the second at the second"),
-    "evidence": ("torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])", "1: a chunk that is of use"),
-    "answerability": ("torch.rand(4, 2)", "per step"),
-    "decomposition": ("torch.rand(4, 2)", "per step"),
-    "intents": ("torch.rand(4, 2)", "F1 of each query with the gold rewrite"),
-    "rubrics": ("torch.tensor([0.8, 0.4, 0.5, 0.6])", "share of the rubrics that are met"),
+    "turn_rewards": ("torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.0, 0.0]])", "one per turn"),
 }
 _GROUP_ADVANTAGE: Final[Made] = {
     "token_rewards": ("fr.token_rewards(rewards, mask)", "each score on the last token of its response"),
     "greedy_rewards": ("torch.tensor([0.0, 0.0, 1.0, 1.0])", "of the greedy response to the same prompt"),
+    "wins": ("torch.tensor([1.0, 0.0, 0.5, 0.5])", "points of each response in its group"),
+    "comparisons": ("torch.tensor([[1.0, 0.5], [0.0, 0.5], [1.0, 1.0], [0.0, 0.0]])", "won, lost, tied"),
+    "differences": ("torch.tensor([[0.0, 2.0], [-2.0, 0.0], [0.0, -1.0], [1.0, 0.0]])", "how much i beats j"),
+    "criteria": ("torch.tensor([[2.0, -1.0], [0.0, 0.0], [-3.0, 1.0], [1.0, 1.0]])", "of a rubric, against another"),
+    "criterion_weights": ("torch.tensor([5.0, 1.0])", "core, highlight"),
+    "critical": ("torch.tensor([False, False])", "fatal flaws"),
+    "votes": ("torch.tensor([[1.0, 1.0], [0.0, 0.0], [-1.0, 1.0], [0.0, 0.0]])", "against the group's reference"),
+    "reference": ("torch.tensor([False, True, False, True])", "of each group"),
+    "log_sum_sq_probs": ("-0.5 - torch.rand(4, 6)", "an output of fr.token_logprobs"),
+    "bundle_ids": ('["x", "y", "x", "y"]', "the first response to each prompt, the second, ..."),
+    "roles": ("torch.tensor([0, 1, 0, 1])", "who played"),
+    "problem_ids": ("torch.tensor([7, 7, 8, 8])", "which a solver was given; -1: a proposer"),
+    "hardness": ("torch.tensor([0.4, 0.4, 0.7, 0.7])", "of the prompt"),
+    "reward_gaps": ("torch.tensor([0.2, 0.9, 0.8, 0.1])", "to the demonstration"),
+    "easy": ("torch.tensor([False, False, True, True])", "the easy prompt of its pair"),
+    "passed": ("(torch.rand(4, 2, 3) < 0.5).float()", "tests of each turn's code"),
+    "thinking_rewards": ("torch.tensor([0.6, 0.4, 0.1, 0.9])", "a judge's"),
+    "flawed": ("torch.tensor([True, False, False, False])", "right, but by a mistake"),
+    "partner_ids": ('["b", "b", "a", "a"]', "the other form of the question"),
+    "semantic_rewards": ("torch.tensor([0.91, 0.87, 0.88, 0.9])", "of the meaning"),
+    "image_scores": ("torch.rand(4, 3)", "of each sentence"),
+    "text_scores": ("torch.rand(4, 3)", "its likelihood"),
+    "process_rewards": ("torch.tensor([0.7, 0.2, 0.3, 0.8])", "mean over the steps"),
+    "losses": ("torch.rand(2, 4)", "of two objectives, at the steps before"),
+    "objectives": ("torch.tensor([0, 0, 1, 1])", "what a response is trained on"),
 }
 _REWARD_SHAPING: Final[Made] = {
     "components": (
@@ -175,8 +186,13 @@ MADE_FOR: Final[dict[str, Made]] = {
     # ---------------------------------------------------------------------------------------------- token_credit
     "fine_grained_rlhf": {"values": ("torch.rand(4, 6)", "of a critic")},
     # ----------------------------------------------------------------------------------------------- turn_credit
-    "multi_turn_ppo": {"values": ("torch.rand(4, 6)", "of the critic, per token")},
     # ------------------------------------------------------------------------------------------- group_advantage
+    "riskpo": {"rewards": ("torch.tensor([1.0, 0.0, 1.0, 0.0])", "one per response")},
+    "copo": {"rewards": ("torch.tensor([1.0, 0.0, 1.0, 1.0])", "one per response")},
+    "hierarchical_grpo": {"roles": ("torch.tensor([0, 0, 1, 1])", "who did it")},
+    "weighted_grpo": {"group_ids": ('["p", "p", "p", "p"]', "a hard prompt and an easy one")},
+    "co_reward": {"answers": ('["7", "12", "7", "4"]', "as they were read from the responses")},
+    "dars": {"rewards": ("torch.tensor([1.0, 0.0, 0.0, 0.0])", "one per response")},
     # -------------------------------------------------------------------------------------------- reward_shaping
     "dapo_overlong": {"lengths": ("torch.tensor([20_000, 900, 12_000, 17_500])", "tokens of each response")},
     # ------------------------------------------------------------------------------------------------ likelihood

@@ -23,7 +23,7 @@ Family = Literal[
 ]  # fmt: skip
 Returns = Literal[
     "loss", "advantages", "response advantages", "rewards", "token rewards", "values", "node values", "weights",
-    "token weights", "mask", "decision", "logits", "ends", "statistics",
+    "token weights", "response weights", "mask", "decision", "rollouts", "logits", "ends", "statistics",
 ]  # fmt: skip
 Verified = Literal["code", "paper", "note", "reconstructed"]
 
@@ -55,8 +55,10 @@ _OF_FILE: Final[dict[str, tuple[Family, Returns]]] = {
     "step_values": ("token_credit", "advantages"),
     "turn_credit": ("turn_credit", "advantages"),
     "agent_credit": ("turn_credit", "advantages"),
-    "agent_rewards": ("turn_credit", "rewards"),
     "group_advantage": ("group_advantage", "response advantages"),
+    "group_baseline": ("group_advantage", "response advantages"),
+    "group_pairwise": ("group_advantage", "response advantages"),
+    "group_rewards": ("group_advantage", "response advantages"),
     "group_selection": ("group_advantage", "mask"),
     "reward_shaping": ("reward_shaping", "rewards"),
     "reward_gates": ("reward_shaping", "rewards"),
@@ -75,8 +77,10 @@ RETURNS: Final[dict[Returns, str]] = {
     "node values": "Values",
     "weights": "Weights and masks",
     "token weights": "Weights and masks",
+    "response weights": "Weights and masks",
     "mask": "Weights and masks",
     "decision": "Decisions of a sampler",
+    "rollouts": "Decisions of a sampler",
     "logits": "Decisions of a sampler",
     "ends": "Segments",
     "statistics": "Statistics",
