@@ -14,6 +14,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastreward.recipes import (
+    agent_credit,
+    agent_rewards,
     confidence,
     correction,
     distillation,
@@ -39,6 +41,8 @@ from fastreward.recipes import (
 from fastreward.recipes._catalogue.registry import RECIPES, Recipe
 from fastreward.recipes._catalogue.registry import hint as _hint
 from fastreward.recipes._catalogue.registry import names_by_returns as _names_by_returns
+from fastreward.recipes.agent_credit import *
+from fastreward.recipes.agent_rewards import *
 from fastreward.recipes.confidence import *
 from fastreward.recipes.correction import *
 from fastreward.recipes.distillation import *
@@ -83,6 +87,8 @@ __all__ += token_credit.__all__
 __all__ += tree.__all__
 __all__ += tree_search.__all__
 __all__ += turn_credit.__all__
+__all__ += agent_credit.__all__
+__all__ += agent_rewards.__all__
 
 __doc__ = f"{__doc__}\nBy what they return:\n\n{_names_by_returns()}\n"
 

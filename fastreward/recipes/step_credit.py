@@ -89,7 +89,7 @@ def pure(
     advantages = discounted_returns(reward, steps.mask, cu_seqlens=cu_seqlens)
     if check.flag("keep_ends", keep_ends):
         return advantages
-    return torch.where(_ends(steps), 0.0, advantages)
+    return advantages.masked_fill(_ends(steps), 0.0)
 
 
 def _min_weights(p: Tensor, steps: Steps, temperature: Number) -> Tensor:
@@ -170,15 +170,15 @@ def pure_verl(
     )
     others = of_others(_there(steps.total(ahead), steps), group_ids, group_size)
     baseline = (others / width).nan_to_num(0.0)
-    advantages = (ahead - steps.on_tokens(baseline)).float()
+    advantages = ahead - steps.on_tokens(baseline)
     return whitened(advantages, steps.mask) if check.flag("whiten", whiten) else advantages
 
 
 def _least_ahead(reward: Tensor, bears: Tensor, steps: Steps, capped: bool) -> Tensor:
     """The least of the rewards from each token on, 0 where there is none."""
     nothing = torch.finfo(torch.float32).max
-    least = discounted_returns(torch.where(bears, reward, nothing), steps.mask, op="min", cu_seqlens=steps.cu_seqlens)
-    least = torch.where(least == nothing, 0.0, least)
+    least = discounted_returns(reward.masked_fill(~bears, nothing), steps.mask, op="min", cu_seqlens=steps.cu_seqlens)
+    least = least.masked_fill(least == nothing, 0.0)
     return least.clamp(max=0.0) if check.flag("capped", capped) else least
 
 
@@ -225,7 +225,7 @@ def tp_grpo(
     scored = torch.where(steps.outcomes.isnan(), torch.nan, right.double())
     share = group_statistics(scored, group_ids, ("mean",), group_size=group_size)["mean"].double()
     change = torch.where(right, -number("alpha", alpha, outcome, check.finite) * share, -outcome)
-    return steps.on_tokens(outcome.float()) + steps.scatter(torch.where(fine, 0.0, change.unsqueeze(-1)))
+    return steps.on_tokens(outcome) + steps.scatter(torch.where(fine, 0.0, change.unsqueeze(-1)))
 
 
 @recipe(
@@ -364,8 +364,9 @@ def _scaled(x: Tensor, mask: Tensor, root: bool, *, shift_mean: bool) -> Tensor:
     """Whitened with ddof 0; root: divided by the root of the std instead."""
     if not root:
         return whitened(x, mask, ddof=0, shift_mean=shift_mean)
-    counted, size = torch.where(mask, x, 0.0).double(), mask.sum().clamp(min=1)
-    mean = counted.sum() / size
-    centred = torch.where(mask, counted - mean, 0.0)
-    scaled = centred * ((centred.square().sum() / size).sqrt() + 1e-8).rsqrt()
-    return (scaled if shift_mean else torch.where(mask, scaled + mean, 0.0)).float()
+    nothing, size = ~mask, mask.sum().clamp(min=1)
+    mean = x.masked_fill(nothing, 0.0).sum(dtype=torch.float64) / size
+    centred = (x - mean).masked_fill(nothing, 0.0)
+    variance = centred.square().sum(dtype=torch.float64) / size
+    scaled = centred * (variance.sqrt() + 1e-8).rsqrt()
+    return scaled if shift_mean else (scaled + mean).masked_fill(nothing, 0.0)

@@ -63,7 +63,7 @@ def spo_chain(
     first = "zero" if start_values is None else per_response("start_values", start_values, "segment_ids", v)
     gains = steps.scatter(segment_diff(v, mask=steps.there, first=first))
     unsure = _unsure(old_logprobs, steps, prob_threshold)
-    gains = torch.where(unsure, gains, 0.0)
+    gains = gains.masked_fill(~unsure, 0.0)
     if not check.flag("whiten", whiten):
         return gains
     return whitened(gains, unsure | (steps.mask & ~unsure.any()))  # none: all are 0, but whitening needs tokens
@@ -124,9 +124,9 @@ def spo_cuts(
     tokens = responses_of("old_logprobs", unsure, mask, None, cu_seqlens)
     so_far = discounted_returns(unsure, tokens.mask, reverse=False, cu_seqlens=cu_seqlens)
     segment = (so_far / interval).ceil().int()  # from 0, or from 1 where the first token is unsure
-    ids = torch.where(tokens.mask, segment, -1)
+    ids = segment.masked_fill(~tokens.mask, -1)
     columns = unsure.shape[-1] // interval + 2
-    there = ids.new_ones((tokens.lengths().shape[0], columns))
+    there = ids.new_ones((tokens.rows, columns))
     return scatter_rewards(there, ids, place="end", mask=tokens.mask, cu_seqlens=cu_seqlens) != 0
 
 

@@ -49,6 +49,7 @@ def prime(
     beta: Number = 0.05,
     lam: Number = 0.0,
     granularity: Literal["token", "whole"] = "token",
+    use_gt: bool = False,
     keep_last: bool = False,
     batch_norm: bool = True,
     process_coef: Number = 5.0,
@@ -68,6 +69,8 @@ def prime(
         group_ids, group_size: one of them, as in `fastreward.group_advantages`.
         beta, lam: as in the formula; lam = 0 is what was run.
         granularity: "token", or "whole": the sum of r_t on the last token.
+        use_gt: the last token's ratio is replaced by what the others' sum lacks of R (verl's prime_use_gt, which needs
+            lam > 0 to have an effect).
         keep_last: the last token keeps its r_t, as in the authors' first code; in verl's it has none.
         batch_norm: r_t by the batch's largest |sum of r from t on|.
         process_coef, outcome_coef: of the two parts.
@@ -77,12 +80,14 @@ def prime(
     own = token_values("rm_logprobs", rm_logprobs, mask)
     tokens = responses_of("rm_logprobs", own, mask, rewards, cu_seqlens)
     ratio = own - beside("ref_logprobs", ref_logprobs, "rm_logprobs", own, mask)
-    ratio = number("beta", beta, own, check.finite) * torch.where(tokens.mask, ratio, 0.0)
+    ratio = number("beta", beta, own, check.finite) * ratio.masked_fill(~tokens.mask, 0.0)
+    if check.flag("use_gt", use_gt):
+        ratio = ratio + tokens.at_end(tokens.outcomes - tokens.total(ratio))
     process = discounted_returns(ratio, tokens.mask, gamma=lam, cu_seqlens=cu_seqlens)
     if granularity == "whole":
         process = tokens.at_end(tokens.total(process))
     elif not check.flag("keep_last", keep_last):
-        process = torch.where(tokens.is_last(), 0.0, process)
+        process = process.masked_fill(tokens.is_last(), 0.0)
     if check.flag("batch_norm", batch_norm) and process.numel():
         ahead = discounted_returns(process, tokens.mask, cu_seqlens=cu_seqlens)
         process = process / (ahead.abs().amax() + 1e-6)
@@ -137,15 +142,23 @@ def rlfr(
     tokens = responses_of("deviations", s, mask, rewards, None)
     bound, weight = number("threshold", threshold, s, check.finite), number("weight", weight, s, check.finite)
     top = check.whole("top", top, "tokens of a response")
-    low = torch.where(tokens.mask, s, torch.inf).amin(-1, keepdim=True) if s.shape[1] else s
-    high = torch.where(tokens.mask, s, -torch.inf).amax(-1, keepdim=True) if s.shape[1] else s
-    u = torch.where(tokens.mask & (high > low), (s - low) / (high - low), 0.0)
-    u = torch.where(u > bound, u, 0.0)
-    order = u.sort(dim=-1, descending=True, stable=True).indices
-    among = torch.zeros_like(tokens.mask).scatter_(-1, order[:, :top], True)
-    u = torch.where(among, u, 0.0)
+    nothing = ~tokens.mask
+    low = s.masked_fill(nothing, torch.inf).amin(-1, keepdim=True) if s.shape[1] else s
+    high = s.masked_fill(nothing, -torch.inf).amax(-1, keepdim=True) if s.shape[1] else s
+    u = ((s - low) / (high - low)).masked_fill(nothing | (high <= low), 0.0)
+    u = _largest(u.masked_fill(u <= bound, 0.0), top)
     outcome = group_advantages(tokens.outcomes, group_ids, group_size=group_size, eps=eps)
     return discounted_returns(tokens.at_end(outcome) - weight * u, tokens.mask)
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """The `count` largest of each row, of equal ones the first; 0 elsewhere."""
+    if count < 1 or count >= x.shape[1]:
+        return x if count > 0 else torch.zeros_like(x)
+    least = x.topk(count, dim=-1).values[:, -1:]
+    above, equal = x > least, x == least
+    among = equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)
+    return x.masked_fill(~(above | (equal & among)), 0.0)
 
 
 @recipe(
@@ -186,8 +199,7 @@ def verl_shaping(
     tokens = replace(responses_of("mask", counted, None, None, cu_seqlens), mask=counted)
     base = _spread("advantages", advantages, tokens)
     ranks, averages = (check.constant(n, check.reals(n, x)) for n, x in (("ranks", ranks), ("averages", averages)))
-    rows = tokens.lengths().shape[0]
-    check.shape("ranks", ranks, (rows, 3), "effective rank, velocity, acceleration of each response")
+    check.shape("ranks", ranks, (tokens.rows, 3), "effective rank, velocity, acceleration of each response")
     check.shape("averages", averages, (3,), "of each of ranks")
     distance = ((ranks - averages) / (averages.abs() + 1e-8)).clamp(-5.0, 5.0)
     rank, velocity, acceleration = distance.unbind(-1)
@@ -422,9 +434,9 @@ def nthr(
     found = _influence(residuals, hidden, mask, rewards, group_ids, group_size)
     base = _spread("advantages", advantages, found.tokens)
     tau = number("beta", beta, base, check.finite) * found.least
-    tokens, pushed = found.tokens, ~found.right & (found.share > 0) & (found.share < 1)
-    damped = tokens.on_tokens(pushed.double()).bool() & (found.score > tokens.on_tokens(tau))
-    return torch.where(damped, base * tokens.on_tokens(2 * (0.5 - found.share).abs()), base).float()
+    tokens, pushed = found.tokens, ~found.right & (found.share > 0) & (found.share < 1) & ~found.least.isnan()
+    damped = tokens.on_tokens(pushed).bool() & (found.score > tau.unsqueeze(-1))
+    return torch.where(damped, base * tokens.on_tokens(2 * (0.5 - found.share).abs()), base)
 
 
 @recipe(
@@ -460,7 +472,7 @@ def thr(
     base, tokens = _spread("advantages", advantages, found.tokens), found.tokens
     p, beta = number("p", p, base, check.finite), number("beta", beta, base, check.finite)
     signed = torch.where(found.right, 1.0, -1.0) / found.count.clamp(min=1)
-    score = found.score * tokens.on_tokens(signed.double())
-    dominant = score.abs() > tokens.on_tokens(beta * (found.least / found.count.clamp(min=1)).abs())
-    compared = tokens.on_tokens((~found.least.isnan()).double()).bool()
-    return torch.where(compared, torch.where(dominant, base * (1 + p * score.sign()), 0.0), base).float()
+    score = found.score * signed.unsqueeze(-1)
+    dominant = score.abs() > (beta * (found.least / found.count.clamp(min=1)).abs()).unsqueeze(-1)
+    compared = tokens.on_tokens(~found.least.isnan()).bool()
+    return torch.where(compared, torch.where(dominant, base * (1 + p * score.sign()), 0.0).float(), base)

@@ -72,7 +72,21 @@ _TOKEN_CREDIT: Final[Made] = {
     "hidden": ("torch.randn(4, 6, 3)", "last hidden states"),
 }
 _TURN_CREDIT: Final[Made] = {
-    "turn_rewards": ("torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.0, 0.0]])", "one per turn"),
+    "turn_rewards": ("torch.tensor([[0.2, 1.0], [0.5, 0.0], [0.0, 0.3], [0.1, 1.0]])", "one per turn"),
+    "turn_scores": ("torch.tensor([[0.9, 0.8], [0.9, 0.2], [0.3, 0.6], [0.7, 0.9]])", "a judge's, one per turn"),
+    "states": (
+        '[["start", "hall"], ["start", "attic"], ["start", "hall"], ["start", "hall"]]',
+        "seen before each turn",
+    ),
+    "tags": ('[["plan", "explore"], ["plan", "explore"], ["plan", "reflect"], ["plan", "reflect"]]', "of each turn"),
+    "prm_logprobs": ("-1 - torch.rand(4, 6)", "of the same tokens, by the implicit reward model"),
+    "criteria": ("torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])", "which each response meets"),
+    "open_criteria": ("torch.eye(2).expand(4, 2, 2)", "the first at the first turn, the second at the second"),
+    "evidence": ("torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])", "1: a chunk that is of use"),
+    "answerability": ("torch.rand(4, 2)", "per step"),
+    "decomposition": ("torch.rand(4, 2)", "per step"),
+    "intents": ("torch.rand(4, 2)", "F1 of each query with the gold rewrite"),
+    "rubrics": ("torch.tensor([0.8, 0.4, 0.5, 0.6])", "share of the rubrics that are met"),
 }
 _GROUP_ADVANTAGE: Final[Made] = {
     "token_rewards": ("fr.token_rewards(rewards, mask)", "each score on the last token of its response"),
@@ -186,6 +200,7 @@ MADE_FOR: Final[dict[str, Made]] = {
     # ---------------------------------------------------------------------------------------------- token_credit
     "fine_grained_rlhf": {"values": ("torch.rand(4, 6)", "of a critic")},
     # ----------------------------------------------------------------------------------------------- turn_credit
+    "multi_turn_ppo": {"values": ("torch.rand(4, 6)", "of the critic, per token")},
     # ------------------------------------------------------------------------------------------- group_advantage
     "riskpo": {"rewards": ("torch.tensor([1.0, 0.0, 1.0, 0.0])", "one per response")},
     "copo": {"rewards": ("torch.tensor([1.0, 0.0, 1.0, 1.0])", "one per response")},

@@ -55,6 +55,7 @@ _OF_FILE: Final[dict[str, tuple[Family, Returns]]] = {
     "step_values": ("token_credit", "advantages"),
     "turn_credit": ("turn_credit", "advantages"),
     "agent_credit": ("turn_credit", "advantages"),
+    "agent_rewards": ("turn_credit", "rewards"),
     "group_advantage": ("group_advantage", "response advantages"),
     "group_baseline": ("group_advantage", "response advantages"),
     "group_pairwise": ("group_advantage", "response advantages"),

@@ -38,10 +38,14 @@ class Responses:
             raise ValueError("rewards: expected one per response, got None")
         return self.rewards
 
+    @property
+    def rows(self) -> int:
+        """How many responses."""
+        return self.mask.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
     def on_tokens(self, x: Tensor) -> Tensor:
-        """[B] on the tokens of each response, 0 elsewhere; the dtype of x."""
-        spread = Tokens(tuple(self.mask.shape), None, self.cu_seqlens).broadcast(x)
-        return torch.where(self.mask, spread, 0.0)
+        """[B] on the tokens of each response, float32; NaN on none."""
+        return scatter_rewards(x, mask=self.mask, place="broadcast", cu_seqlens=self.cu_seqlens)
 
     def at_end(self, x: Tensor) -> Tensor:
         """[B] on the last token of each response, float32."""
@@ -49,18 +53,20 @@ class Responses:
 
     def is_last(self) -> Tensor:
         """Bool in the shape of tokens: the last one of its response."""
-        return self.at_end(torch.ones_like(self.lengths())) != 0
+        return self.at_end(torch.ones(self.rows, device=self.mask.device)) != 0
 
     def total(self, x: Tensor) -> Tensor:
         """[B] float64: sums over the tokens of each response."""
-        counted = torch.where(self.mask, x, 0.0).double()
-        if self.cu_seqlens is None:
-            return counted.sum(-1)
-        return torch.segment_reduce(counted, "sum", offsets=self.cu_seqlens, initial=0)
+        return self._summed(x.masked_fill(~self.mask, 0.0))
 
     def lengths(self) -> Tensor:
         """[B] float64: tokens."""
-        return self.total(torch.ones_like(self.mask, dtype=torch.float64))
+        return self._summed(self.mask)
+
+    def _summed(self, x: Tensor) -> Tensor:
+        if self.cu_seqlens is None:
+            return x.sum(-1, dtype=torch.float64)
+        return torch.segment_reduce(x.double(), "sum", offsets=self.cu_seqlens, initial=0)
 
     def means(self, x: Tensor) -> Tensor:
         """[B] float64; NaN, as what is not scored, without a token."""
@@ -70,12 +76,11 @@ class Responses:
         self, x: Tensor, group_ids: GroupIds | None, group_size: int | None, *, ddof: int, eps: Number
     ) -> Tensor:
         """(x - mean) / (std + eps) over all tokens of the group, 0 where no token is; float32."""
-        rows = self.lengths().shape[0]
-        labels = group_labels(group_ids, group_size, rows, x.device)
+        labels = group_labels(group_ids, group_size, self.rows, x.device)
         if labels is None:
             raise ValueError("group_ids, group_size: expected exactly one of them")
         of_tokens = Tokens(tuple(x.shape), None, self.cu_seqlens).broadcast(labels)
-        counted = torch.where(self.mask, x.double(), torch.nan)
+        counted = x.masked_fill(~self.mask, torch.nan)
         return group_advantages(counted.flatten(), of_tokens.flatten(), ddof=ddof, eps=eps).view(x.shape)
 
 

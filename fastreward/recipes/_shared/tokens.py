@@ -24,7 +24,7 @@ def token_values(name: str, x: Tensor, mask: Tensor | None, mask_name: str = "ma
     mask = check.mask(mask, name, x, mask_name)
     if check.values_checked(x):
         check.counted_finite(name, x, mask)
-    return x if mask is None else torch.where(mask != 0, x, 0.0)
+    return x if mask is None else x.masked_fill(mask == 0, 0.0)
 
 
 def beside(name: str, x: Tensor, reference: str, like: Tensor, mask: Tensor | None) -> Tensor:

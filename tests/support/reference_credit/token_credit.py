@@ -82,7 +82,7 @@ def of_tokens(x: Row | Rows, places: list[list[int]], columns: int) -> Rows:
 # -------------------------------------------------------------------------------------------------------- the methods
 def prime(
     rm_logprobs: Rows, ref_logprobs: Rows, mask: Rows, rewards: Row, group_ids: list[str],
-    beta: float = 0.05, lam: float = 0.0, granularity: str = "token", keep_last: bool = False,
+    beta: float = 0.05, lam: float = 0.0, granularity: str = "token", use_gt: bool = False, keep_last: bool = False,
     batch_norm: bool = True, process_coef: float = 5.0, outcome_coef: float = 5.0,
 ) -> Rows:  # fmt: skip
     places, columns = scored(mask, rewards), len(mask[0])
@@ -90,6 +90,8 @@ def prime(
     for b, tokens in enumerate(places):
         for t in tokens:
             q[b][t] = beta * (rm_logprobs[b][t] - ref_logprobs[b][t])
+        if use_gt and tokens:
+            q[b][tokens[-1]] = rewards[b] - sum(q[b][t] for t in tokens[:-1])
     r = ahead(q, places, lam)
     for b, tokens in enumerate(places):
         if not tokens:

@@ -9,10 +9,24 @@ import pytest
 import torch
 from credit_cases import CASES
 from credit_cases.case import Case
+from fastreward.kernels import returns, segments
 
 import fastreward as fr
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreted scan goes through its block in Python; a row here has six tokens."""
+    for kernels, name, value in (
+        (returns, "BLOCK", 8),
+        (returns, "LANES", 8),
+        (segments, "BLOCK", 16),
+        (segments, "SEGMENT", 8),
+    ):
+        monkeypatch.setattr(kernels, name, value)
+
 
 ONE_OF_EACH = {case.recipe.__name__: case for case in reversed(CASES.values())}
 
