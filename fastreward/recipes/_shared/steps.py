@@ -18,6 +18,7 @@ from fastreward._arguments.options import SegmentPlace
 from fastreward._arguments.tokens import Tokens, token_bounds
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
+from fastreward.recipes._shared.tokens import total
 from fastreward.segments import scatter_rewards, segment_reduce
 from fastreward.whiten import whiten
 
@@ -57,16 +58,11 @@ class Responses:
 
     def total(self, x: Tensor) -> Tensor:
         """[B] float64: sums over the tokens of each response."""
-        return self._summed(x.masked_fill(~self.mask, 0.0))
+        return total(x.masked_fill(~self.mask, 0.0), "mask", self.cu_seqlens)
 
     def lengths(self) -> Tensor:
         """[B] float64: tokens."""
-        return self._summed(self.mask)
-
-    def _summed(self, x: Tensor) -> Tensor:
-        if self.cu_seqlens is None:
-            return x.sum(-1, dtype=torch.float64)
-        return torch.segment_reduce(x.double(), "sum", offsets=self.cu_seqlens, initial=0)
+        return total(self.mask, "mask", self.cu_seqlens)
 
     def means(self, x: Tensor) -> Tensor:
         """[B] float64; NaN, as what is not scored, without a token."""
@@ -92,7 +88,7 @@ def responses_of(
     if bounds is None and like.ndim != 2:
         raise ValueError(f"{name}: expected shape [B, T], or [N] with cu_seqlens, got {list(like.shape)}")
     mask = check.mask(mask, name, like)
-    counted = torch.ones_like(like, dtype=torch.bool) if mask is None else mask != 0
+    counted = torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
     if rewards is None:
         return Responses(counted, None, bounds)
     rows = like.shape[0] if bounds is None else bounds.shape[0] - 1

@@ -84,6 +84,6 @@ def total(x: Tensor, name: str, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         if x.ndim != 2:
             raise ValueError(f"{name}: expected shape [B, T], or [N] with cu_seqlens, got {list(x.shape)}")
-        return x.double().sum(-1)
+        return x.sum(-1, dtype=torch.float64)
     bounds = token_bounds(cu_seqlens, x, name)
     return torch.segment_reduce(x.double(), "sum", offsets=bounds, initial=0)
