@@ -22,9 +22,15 @@ def token_values(name: str, x: Tensor, mask: Tensor | None, mask_name: str = "ma
     """`x` as a constant, float32, 0 where the mask is; finite where it counts."""
     x = check.constant(name, check.floats(name, x))
     mask = check.mask(mask, name, x, mask_name)
-    if check.values_checked(x):
-        check.counted_finite(name, x, mask)
-    return x if mask is None else x.masked_fill(mask == 0, 0.0)
+    counted = x if mask is None else x.masked_fill(mask == 0, 0.0)
+    if check.values_checked(x) and not all(bound.isfinite() for bound in _bounds(counted)):
+        check.counted_finite(name, x, mask)  # one pass finds whether, three where
+    return counted
+
+
+def _bounds(x: Tensor) -> tuple[Tensor, ...]:
+    """Its least and largest value, NaN where one is NaN; none of nothing."""
+    return tuple(x.aminmax()) if x.numel() else ()
 
 
 def beside(name: str, x: Tensor, reference: str, like: Tensor, mask: Tensor | None) -> Tensor:

@@ -40,10 +40,9 @@ class Turns:
             shape = list(segment_ids.shape)
             raise ValueError(f"segment_ids: expected shape [B, T], or [N] with cu_seqlens, got {shape}")
         token_bounds(cu_seqlens, segment_ids, "segment_ids")
-        if check.values_checked(segment_ids):
+        last = _largest(segment_ids, cu_seqlens)
+        if check.values_checked(segment_ids) and (last >= count).any():
             check.segment_ids("segment_ids", segment_ids, count)
-        row = segment_ids.clamp(max=0)  # all turns as one segment
-        last = segment_reduce(segment_ids, row, op="max", num_segments=1, empty=-1.0, cu_seqlens=cu_seqlens)
         return cls(segment_ids, cu_seqlens, torch.arange(count, device=segment_ids.device) <= last)
 
     @property
@@ -107,6 +106,15 @@ class Turns:
             return Groups.by(torch.zeros_like(self.number))
         padded: list[Any] = [row + [None] * (turns - len(row)) for row in rows]
         return Groups.by(padded)
+
+
+def _largest(segment_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[B, 1]: the last turn that has a token, -1 = none."""
+    if cu_seqlens is None:
+        width = segment_ids.shape[1]
+        return segment_ids.amax(-1, keepdim=True) if width else segment_ids.new_full((len(segment_ids), 1), -1)
+    row = segment_ids.clamp(max=0)  # all turns as one segment
+    return segment_reduce(segment_ids, row, op="max", num_segments=1, empty=-1.0, cu_seqlens=cu_seqlens)
 
 
 def turns_of(name: str, x: Tensor, segment_ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Turns, Tensor]:
