@@ -99,8 +99,8 @@ def multi_turn_grpo(
     """A = G - mean of G, weighted by the responses' tokens, G = sum of the rewards of all turns.
 
     token_weighted False: the plain mean. norm "mean-std": over std + eps. A response alone gets 0. level "turn": G_k =
-    r_k + gamma G_{k+1}, against turn k of the responses that have one; biased where the policy decides when to stop,
-    which `turn_baseline` is not.
+    r_k + gamma G_{k+1}, against turn k of the responses that have one. As the mean has the response itself in it, turns
+    that few reach get less, (n - 1) / n of n; and, weighted by tokens, it moves with when the response itself stops.
 
     Args:
         turn_rewards: [B, S], NaN = none.
@@ -138,8 +138,8 @@ def multi_turn_rloo(
 ) -> Tensor:
     """A = G - mean of G of the other responses, G = sum of the rewards of all turns.
 
-    A response alone keeps G. level "turn": G_k = r_k + gamma G_{k+1}, against turn k of the others that have one;
-    biased where the policy decides when to stop, which `turn_baseline` is not.
+    A response alone keeps G. level "turn": G_k = r_k + gamma G_{k+1}, against turn k of the others that have one. Both
+    are unbiased, also where the policy decides when to stop; `turn_baseline` counts those that have none as 0.
 
     Args:
         turn_rewards: [B, S], NaN = none.

@@ -55,8 +55,8 @@ def turn_baseline(
     """A = G_k - mean of G_k over the other responses to the prompt, G_k = r_k + gamma G_{k+1}, 0 of an ended one.
 
     Unbiased where the policy decides when to stop: the baseline is made of other responses only, all of them, however
-    many turns they have. Normalising over "turn k of every response" is not: the baseline is then taken only from
-    responses that go on, and so the number of turns itself carries reward.
+    many turns they have. Rewards that are normalised over "turn k of every response" and then added up are not: the
+    baseline of a later turn is subtracted from those alone that go on, and so the number of turns carries reward.
 
     Args:
         turn_rewards: [B, S], NaN = none.
@@ -88,8 +88,8 @@ def match_tir(
 ) -> Tensor:
     """A = (norm of sum_j r_j over the responses + norm of D_k over turn k of each) / 2, D_k = r_k + lam D_{k+1}.
 
-    norm = (x - mean) / (std + eps). A response or turn alone in its group keeps its value. Biased where the policy
-    decides when to stop, as everything over "turn k of each": see `turn_baseline`.
+    norm = (x - mean) / (std + eps). A response or turn alone in its group keeps its value. As the mean has the response
+    itself in it, turns that few responses reach get less: (n - 1) / n of n.
 
     Args:
         turn_rewards: [B, S], the mean match of a turn's tool calls with those of the reference; of the last turn the
@@ -124,7 +124,8 @@ def igpo(
 ) -> Tensor:
     """A = x_k + gamma x_{k+1} + ..., x = (r - mean) / sqrt(var + 1e-8) over all turns of all responses to the prompt.
 
-    The variance is biased. norm "separate": gains and outcomes each on their own.
+    The variance is biased. norm "separate": gains and outcomes each on their own. The mean is subtracted once for each
+    turn that follows, so the number of turns itself carries reward, which it does not in `turn_baseline`.
 
     Args:
         turn_rewards: [B, S], what each turn has added to the answer's likelihood, and the outcome at the last turn:

@@ -5,6 +5,8 @@ At each of at most four turns the policy goes on or stops; every turn has a rewa
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,11 +56,30 @@ def test_returns_against_those_of_the_others_are_unbiased() -> None:
     assert errors(torch.where(turns >= 0, 2.0, 0.0), scores).min() > 10  # what is no advantage is seen to be none
 
 
+@pytest.mark.parametrize("level", ["response", "turn"])
+def test_a_baseline_of_others_that_have_the_turn_is_unbiased_as_well(level: Literal["response", "turn"]) -> None:
+    rewards, turns, scores = sampled()
+    assert errors(recipes.multi_turn_rloo(rewards, turns, group_size=GROUP, level=level), scores).max() < 3
+
+
+def test_a_mean_with_the_response_itself_in_it_shrinks_turns_that_few_reach() -> None:
+    rewards, turns, scores = sampled()
+    advantages = recipes.multi_turn_grpo(rewards, turns, group_size=GROUP, level="turn", token_weighted=False)
+    share = (advantages.double() * scores).mean(0) / exact()
+    assert (share.diff() < 0).all()
+    assert share[0] == pytest.approx((GROUP - 1) / GROUP, abs=0.02)
+
+
+def test_normalised_rewards_added_up_are_biased() -> None:
+    rewards, turns, scores = sampled()
+    assert errors(recipes.igpo(rewards, turns, group_size=GROUP), scores).max() > 10
+
+
 @pytest.mark.parametrize("center", ["mean", "leave-one-out"])
 def test_normalising_turn_k_of_every_response_is_biased(center: str) -> None:
     """The baseline of a later turn is subtracted from those alone that get there: going on is worth nothing."""
     rewards, turns, scores = sampled()
     prompts = torch.arange(len(rewards)) // GROUP
     normalised = fr.group_advantages(rewards, fr.Groups.by(prompts, turns), center=center, scale="none")
-    advantages = normalised.flip(-1).cumsum(-1).flip(-1)  # the sum from that turn on, as MatchTIR and others have it
+    advantages = normalised.flip(-1).cumsum(-1).flip(-1)  # the sum from that turn on
     assert errors(advantages, scores).max() > 10
