@@ -164,8 +164,8 @@ def discounted_returns(
         out: where the result goes; float32, contiguous, memory of its own.
 
     Returns:
-        float32 in the shape of rewards; a row without a valid token is 0. A row's bits depend on its valid tokens
-        alone. Rewards are constants.
+        float32 in the shape of rewards; a row without a valid token is 0. A row's bits depend on what is
+        between its first and its last valid token alone. Rewards are constants.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, name or number; an argument that needs a gradient; on the CPU
@@ -232,8 +232,8 @@ def gae(
         out: (advantages, returns), where the results go; float32, contiguous, memory of their own.
 
     Returns:
-        (advantages, returns), float32 in the shape of rewards. A row's bits depend on its valid tokens alone (whitening
-        depends on all). All arguments are constants.
+        (advantages, returns), float32 in the shape of rewards. A row's bits depend on what is between its first and
+        its last valid token alone (whitening depends on all). All arguments are constants.
 
     Raises:
         TypeError, ValueError: as `discounted_returns`, and with whiten=True as `whiten`.

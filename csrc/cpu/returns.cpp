@@ -1,18 +1,21 @@
 // Returns, GAE, lambda-returns and V-trace: y_t = x_t + c_t y_{t+1} along each row.
 //
 // Fused: masks, moved rewards, next values, episode ends, the recurrence and both results in one pass. A row is read in
-// blocks of kWidth tokens from its end. A vectorised step makes x and c of a block in the first-level cache; a scalar
-// chain runs through them; a vectorised step writes the results, past the caches where they are large.
+// blocks from its end. A vectorised step makes x and c of a block in the first-level cache, the recurrence runs through
+// them in place, and a vectorised step writes the results, past the caches where they are large.
 //
-// The chain is one fma after the other, each waiting for the last: kLanes rows run through it side by side, which hides
-// that; it runs in float64, as long discounts forget nothing then. A lane that has finished its row takes the next one, so that unequal rows leave none idle. A row's numbers are
-// those of the plain loop over its valid tokens, whatever is beside it: padding, place and threads change no bit.
+// The recurrence takes eight tokens at a time: three steps of shifts join them (x and c of 1, 2, 4 and 8 neighbours),
+// and one multiply-add each brings in what lies behind. So the chain in which each waits for the last has one link for
+// eight tokens; it is kept in float64, with the powers of a constant coefficient as they are, so that long discounts
+// forget nothing. The eights are counted from the row's last valid token (running from the left: its first), wherever
+// it lies: padding, place, packing and threads change no bit.
 #include "cpu/returns.hpp"
 
 #include <atomic>
 #include <cmath>
 #include <cstring>
 
+#include "cpu/simd/lanes8.hpp"
 #include "cpu/simd/simd.hpp"
 #include "cpu/threads.hpp"
 
@@ -21,9 +24,8 @@ namespace {
 
 using namespace simd;
 
-constexpr int kLanes = 8;
-constexpr int kWidth = 256;
-constexpr int kStride = kWidth + 16;  // a row of a buffer, with room for a vector beyond its end
+constexpr int kWidth = 512;  // tokens of a block: a multiple of eight
+constexpr int kRoom = 16;    // floats around a buffer, for a vector beyond either end
 
 // Outputs beyond this many bytes are written past the caches: nobody finds them there anyway.
 constexpr std::int64_t kStreamBytes = std::int64_t{64} << 20;
@@ -31,45 +33,45 @@ constexpr std::int64_t kStreamBytes = std::int64_t{64} << 20;
 // Tokens that a thread takes at a time, at least: some 5 us.
 constexpr std::int64_t kTokens = 8192;
 
-// How many lanes ahead memory is asked for.
-constexpr int kAhead = 1;
+// Distance in floats of the prefetches: hardware stops at each 4 KiB page.
+constexpr int kAhead = 512;
 
 constexpr float kInfinity = __builtin_inff();
 
-// The block of a row that a lane is at, and what the recurrence has brought there.
-struct Lane {
-  std::int64_t row = -1, begin = 0, end = 0;  // the tokens that are left: [begin, end)
-  std::int64_t base = 0;                      // the block: [base, base + n)
+// A row on its way: the block at hand, and what has been brought there.
+struct Row {
+  std::int64_t row = 0, begin = 0, end = 0;  // the tokens that are left: [begin, end)
+  std::int64_t base = 0;                     // the block: [base, base + n)
   int n = 0;
-  int low = 0, high = 0;               // where the recurrence runs in the block: not beyond the outermost valid token
   const std::uint8_t* mask = nullptr;  // of the block; nullptr: all valid
-  bool started = false;                // a valid token has been seen
+  bool started = false;                // the block is not the first
   bool after_valid = false;            // the token after the block is valid
   double y = 0.0;                      // of the recurrence, before the block
   float value = 0.0f, pending = 0.0f;  // of the token after the block: V, rewards that move on
 };
 
+struct Buffer {
+  alignas(64) float around[kRoom + kWidth + kRoom];
+  float* at() { return around + kRoom; }
+};
+
 struct Buffers {
-  alignas(64) float x[kLanes][kStride];  // then y
-  alignas(64) double c[kLanes][kStride];
-  alignas(64) float plain[kLanes][kStride];   // V-trace: the advantage without what the recurrence brings,
-  alignas(64) float factor[kLanes][kStride];  // and the factor of that
-  alignas(64) float rewards[kStride], next_values[kStride];
-  std::uint8_t mask[kLanes][kWidth];
+  Buffer x, c;           // x becomes y
+  Buffer plain, factor;  // V-trace: the advantage without what the recurrence brings, and the factor of that
+  Buffer rewards, next_values;
+  std::uint8_t mask[kWidth];
 };
 
 // ------------------------------------------------------------------------------------------------------------- numbers
-inline double fused(double a, double b, double c) { return kHasFma ? __builtin_fma(a, b, c) : a * b + c; }
-
 inline F32 load_some(const float* p, int n) { return n == kF32 ? load(p) : load_n(p, n, 0.0f); }
 inline M32 nonzero_some(const std::uint8_t* p, int n) { return n == kF32 ? nonzero(p) : nonzero_n(p, n); }
 
-// f(first token, tokens) for the vectors of a block.
+// f(first token, tokens) for the vectors of a block, from its end: rows are read so, and memory likes one direction.
 template <class F>
 inline void for_vectors(int n, F&& f) {
-  int i = 0;
-  for (; i + kF32 <= n; i += kF32) f(i, kF32);
+  int i = n / kF32 * kF32;
   if (i < n) f(i, n - i);
+  for (i -= kF32; i >= 0; i -= kF32) f(i, kF32);
 }
 
 // What `op` makes no difference with.
@@ -87,342 +89,499 @@ float identity(const ReturnsInput& in) {
   return 0.0f;
 }
 
+bool timed(const ReturnsInput& in) { return in.at_masked == AtMasked::decay || in.at_masked == AtMasked::zero; }
+
 // A coefficient of a block's tokens.
 class Factor {
  public:
-  Factor(const Coefficient& c, const Lane& lane)
-      : tokens_(c.values == nullptr || c.per_row ? nullptr : c.values + lane.base),
-        all_(c.values != nullptr && c.per_row ? c.values[lane.row] : static_cast<float>(c.number)) {}
-  F32 at(int i, int width) const { return tokens_ == nullptr ? f32(all_) : load_some(tokens_ + i, width); }
-  float at(int i) const { return tokens_ == nullptr ? all_ : tokens_[i]; }
+  Factor(const Coefficient& c, const Row& row)
+      : tokens_(c.values == nullptr || c.per_row ? nullptr : c.values + row.base),
+        all_(c.values != nullptr && c.per_row ? static_cast<double>(c.values[row.row]) : c.number) {}
+  bool constant() const { return tokens_ == nullptr; }
+  double all() const { return all_; }
+  F32 at(int i, int width) const {
+    return tokens_ == nullptr ? f32(static_cast<float>(all_)) : load_some(tokens_ + i, width);
+  }
+  float at(int i) const { return tokens_ == nullptr ? static_cast<float>(all_) : tokens_[i]; }
 
  private:
   const float* tokens_;
-  float all_;
+  double all_;
 };
 
 // ------------------------------------------------------------------------------------------------- a block, made ready
-bool timed(const ReturnsInput& in) { return in.at_masked == AtMasked::decay || in.at_masked == AtMasked::zero; }
+// Whether a reward other than 0 lies on a masked token of [base, base + n); mask nullptr: all are masked.
+bool some_masked_reward(const float* rewards, const std::uint8_t* mask, int n) {
+  M32 some = first32(0);
+  for_vectors(n, [&](int i, int width) {
+    __builtin_prefetch(rewards + i - kAhead);
+    const M32 nonzero_reward = ~(load_some(rewards + i, width) == f32(0.0f)) & first32(width);
+    some = some | (mask == nullptr ? nonzero_reward : nonzero_reward & ~nonzero_some(mask + i, width));
+  });
+  return any(some);
+}
 
-// Rewards of masked tokens go to the valid token before them. nullptr: there are none.
-const float* moved_rewards(const ReturnsInput& in, Lane& lane, float* room) {
-  const float* given = in.rewards + lane.base;
-  bool some = lane.pending != 0.0f;
-  if (lane.mask != nullptr)
-    for_vectors(lane.n, [&](int i, int width) {
-      const M32 zero = load_some(given + i, width) == f32(0.0f);
-      some |= any(~(nonzero_some(lane.mask + i, width) | zero));
-    });
-  if (!some) return given;
-  for (int i = lane.n - 1; i >= 0; --i) {
-    if (lane.mask == nullptr || lane.mask[i] != 0) {
-      room[i] = given[i] + lane.pending;
-      lane.pending = 0.0f;
+// Adds the rewards of masked tokens from the last on; one that is not finite is none.
+void collect(const float* rewards, int n, float& pending) {
+  if (some_masked_reward(rewards, nullptr, n))
+    for (int i = n - 1; i >= 0; --i)
+      if (std::isfinite(rewards[i])) pending += rewards[i];
+}
+
+// The block's rewards, those of masked tokens moved to the valid token before them.
+const float* moved_rewards(const ReturnsInput& in, Row& row, float* room) {
+  const float* given = in.rewards + row.base;
+  if (row.pending == 0.0f && (row.mask == nullptr || !some_masked_reward(given, row.mask, row.n))) return given;
+  for (int i = row.n - 1; i >= 0; --i) {
+    if (row.mask == nullptr || row.mask[i] != 0) {
+      room[i] = given[i] + row.pending;
+      row.pending = 0.0f;
     } else {
       room[i] = 0.0f;
-      if (std::isfinite(given[i])) lane.pending += given[i];
+      if (std::isfinite(given[i])) row.pending += given[i];
     }
   }
   return room;
 }
 
-// Values of the states that follow each token; lane.value for the block before.
-const float* next_values(const ReturnsInput& in, Lane& lane, float* room) {
-  const float* own = in.values == nullptr ? nullptr : in.values + lane.base;
-  const float* given = in.next_values == nullptr ? nullptr : in.next_values + lane.base;
-  const auto value = [&](int i) { return own != nullptr && (lane.mask == nullptr || lane.mask[i] != 0) ? own[i] : 0.0f; };
-  const float after = lane.value;
-  if (in.at_masked != AtMasked::carry || lane.mask == nullptr) lane.value = value(0);
-  if (given != nullptr && (lane.mask == nullptr || !timed(in))) return given;
-  if (lane.mask == nullptr) {
-    std::memcpy(room, own + 1, static_cast<std::size_t>(lane.n - 1) * sizeof(float));
-    room[lane.n - 1] = after;
+// Values of the states that follow each token; row.value for the block before.
+const float* next_values(const ReturnsInput& in, Row& row, float* room) {
+  const float* own = in.values == nullptr ? nullptr : in.values + row.base;
+  const float* given = in.next_values == nullptr ? nullptr : in.next_values + row.base;
+  const auto value = [&](int i) { return own != nullptr && (row.mask == nullptr || row.mask[i] != 0) ? own[i] : 0.0f; };
+  const float after = row.value;
+  if (in.at_masked != AtMasked::carry || row.mask == nullptr) row.value = value(0);
+  if (given != nullptr && (row.mask == nullptr || !timed(in))) return given;
+  if (row.mask == nullptr) {
+    std::memcpy(room, own + 1, static_cast<std::size_t>(row.n - 1) * sizeof(float));
+    room[row.n - 1] = after;
   } else if (in.at_masked == AtMasked::carry) {
     float next = after;
-    for (int i = lane.n - 1; i >= 0; --i) {
+    for (int i = row.n - 1; i >= 0; --i) {
       room[i] = next;
-      next = lane.mask[i] != 0 ? own[i] : next;
+      next = row.mask[i] != 0 ? own[i] : next;
     }
-    lane.value = next;
+    row.value = next;
   } else {
-    for (int i = 0; i + 1 < lane.high; ++i) room[i] = value(i + 1);
-    for (int i = lane.high - 1; i < lane.n; ++i) room[i] = after;
+    for (int i = 0; i + 1 < row.n; ++i) room[i] = value(i + 1);
+    room[row.n - 1] = after;
   }
   if (given != nullptr)
-    for (int i = 0; i < lane.n; ++i)
-      if (lane.mask[i] != 0) room[i] = given[i];
+    for (int i = 0; i < row.n; ++i)
+      if (row.mask[i] != 0) room[i] = given[i];
   return room;
 }
 
-// x and c of a block into lane l of the buffers; what is not finite shows in `wrong`.
+// Where all tokens have one coefficient, that; in float64, as a number or the product of two.
 template <ReturnsKind kKind>
-void prepare(const ReturnsInput& in, Lane& lane, int l, Buffers& room, F32& wrong) {
-  const float* rewards = in.move ? moved_rewards(in, lane, room.rewards) : in.rewards + lane.base;
-  const float* following = kKind == ReturnsKind::returns ? nullptr : next_values(in, lane, room.next_values);
-  const float* values = in.values + lane.base;
-  const std::uint8_t* terminated = in.terminated == nullptr ? nullptr : in.terminated + lane.base;
-  const std::uint8_t* done = in.done == nullptr ? nullptr : in.done + lane.base;
-  const Factor gamma(in.gamma, lane), lam(in.lam, lane);
-  // Numbers are factors in float64; coefficients per row or token are multiplied in as they are.
-  const bool plain = in.gamma.values == nullptr && (kKind == ReturnsKind::returns || in.lam.values == nullptr);
-  const double number = !plain ? 1.0 : kKind == ReturnsKind::returns ? in.gamma.number : in.gamma.number * in.lam.number;
-  const F64 scale = f64(number);
-  const F32 zero = f32(0.0f), one = f32(1.0f), neutral = f32(identity(in));
-  const bool carried = in.at_masked == AtMasked::carry, reset = in.at_masked == AtMasked::reset;
-  // NaN times whatever came is NaN, which min, max and logsumexp take for nothing.
-  const double ending = in.op == ReturnsOp::sum ? 0.0 : static_cast<double>(__builtin_nanf(""));
-  float* xs = room.x[l];
-  double* cs = room.c[l];
-  for_vectors(lane.n, [&](int i, int width) {
-    const bool masked = lane.mask != nullptr;
-    const M32 valid = masked ? nonzero_some(lane.mask + i, width) : first32(width);
-    const auto counted = [&](F32 v) { return masked ? select(valid, v, zero) : v; };
-    const F32 r = counted(load_some(rewards + i, width)), g = gamma.at(i, width);
-    F32 x = r, c = plain ? one : g;
+bool one_coefficient(const ReturnsInput& in, const Row& row, double& coefficient) {
+  const Factor gamma(in.gamma, row), lam(in.lam, row);
+  const bool both = kKind != ReturnsKind::returns;
+  coefficient = both ? gamma.all() * lam.all() : gamma.all();
+  return kKind != ReturnsKind::vtrace && gamma.constant() && (!both || lam.constant());
+}
+
+// The values that follow those of a block's last vector, which begins at i; the very last is `after`.
+inline F32 last_following(const float* values, int i, int n, float after) {
+  float next[kF32] = {};
+  for (int k = i + 1; k < n; ++k) next[k - i - 1] = values[k];
+  next[n - 1 - i] = after;
+  return load(next);
+}
+
+// x of a block in which every token is valid and has the same coefficient; what is not finite shows in `wrong`.
+template <ReturnsKind kKind>
+void prepare_plain(const ReturnsInput& in, Row& row, Buffers& room, F32& wrong) {
+  const float* rewards = in.move ? moved_rewards(in, row, room.rewards.at()) : in.rewards + row.base;
+  const float* values = in.values + row.base;
+  const float* given = in.next_values == nullptr ? nullptr : in.next_values + row.base;
+  const float after = row.value;
+  if (kKind == ReturnsKind::gae) row.value = values[0];
+  const double gamma = Factor(in.gamma, row).all(), lam = Factor(in.lam, row).all();
+  const F32 discount = f32(static_cast<float>(kKind == ReturnsKind::lambda ? gamma * (1.0 - lam) : gamma));
+  const int n = row.n;
+  float* xs = room.x.at();
+  F32 bad = f32(0.0f);
+  for_vectors(n, [&](int i, int width) {
+    __builtin_prefetch(rewards + i - kAhead);
+    F32 x = load_some(rewards + i, width);
     if constexpr (kKind != ReturnsKind::returns) {
-      F32 discount = g, going_on = one;
-      if (terminated != nullptr) {
-        const F32 ends = counted(select(nonzero_some(terminated + i, width), one, zero));
-        going_on = one - ends;
-        discount = g * going_on;
-      }
-      if (done != nullptr) going_on = going_on * (one - counted(select(nonzero_some(done + i, width), one, zero)));
-      const F32 next = load_some(following + i, width);
+      if (given == nullptr) __builtin_prefetch(values + i - kAhead);
+      const F32 following = given != nullptr     ? load_some(given + i, width)
+                            : i + kF32 < n ? load(values + i + 1)
+                                           : last_following(values, i, n, after);
+      x = fma(discount, following, x);
+    }
+    if constexpr (kKind == ReturnsKind::gae) x = x - load_some(values + i, width);
+    bad = fma(x, f32(0.0f), bad);
+    store(xs + i, x);
+  });
+  wrong = wrong + bad;
+}
+
+// x and c of any block.
+template <ReturnsKind kKind>
+void prepare(const ReturnsInput& in, Row& row, Buffers& room, F32& wrong) {
+  const float* rewards = in.move ? moved_rewards(in, row, room.rewards.at()) : in.rewards + row.base;
+  const float* following = kKind == ReturnsKind::returns ? nullptr : next_values(in, row, room.next_values.at());
+  const float* values = in.values + row.base;
+  const std::uint8_t* terminated = in.terminated == nullptr ? nullptr : in.terminated + row.base;
+  const std::uint8_t* done = in.done == nullptr ? nullptr : in.done + row.base;
+  const Factor gamma(in.gamma, row), lam(in.lam, row);
+  double coefficient;
+  const bool one = one_coefficient<kKind>(in, row, coefficient);
+  const F32 all = f32(static_cast<float>(coefficient)), nothing = f32(0.0f), unit = f32(1.0f);
+  const F32 neutral = f32(identity(in));
+  const bool masked = row.mask != nullptr, carried = in.at_masked == AtMasked::carry;
+  const bool reset = in.at_masked == AtMasked::reset;
+  // What a masked token does with what follows it: passes it on, or ends it. NaN times whatever came is NaN, which min,
+  // max and logsumexp take for nothing.
+  const F32 across = carried ? unit : in.op == ReturnsOp::sum ? nothing : f32(__builtin_nanf(""));
+  const double lambda_discount = gamma.all() * (1.0 - lam.all());
+  float *xs = room.x.at(), *cs = room.c.at();
+  for_vectors(row.n, [&](int i, int width) {
+    __builtin_prefetch(rewards + i - kAhead);
+    if (kKind == ReturnsKind::gae || kKind == ReturnsKind::vtrace) __builtin_prefetch(values + i - kAhead);
+    const M32 valid = masked ? nonzero_some(row.mask + i, width) : first32(width);
+    const auto counted = [&](F32 v) { return masked ? select(valid, v, nothing) : v; };
+    const auto flagged = [&](const std::uint8_t* flags) {
+      return counted(select(nonzero_some(flags + i, width), unit, nothing));
+    };
+    const F32 r = counted(load_some(rewards + i, width)), g = gamma.at(i, width);
+    F32 x = r, c = one ? all : g;
+    if constexpr (kKind != ReturnsKind::returns) {
+      const F32 bootstrapped = terminated == nullptr ? unit : unit - flagged(terminated);
+      const F32 going_on = done == nullptr ? bootstrapped : bootstrapped * (unit - flagged(done));
+      const F32 discount = g * bootstrapped, next = counted(load_some(following + i, width));
+      c = one ? all * going_on : g * lam.at(i, width) * going_on;
       if constexpr (kKind == ReturnsKind::lambda) {
         const F32 traced = lam.at(i, width) * going_on;
-        x = fma(discount * (one - traced), masked ? select(valid, next, zero) : next, r);
-        c = plain ? going_on : g * traced;
+        // As prepare_plain has it where nothing ends, to the bit.
+        F32 looked = discount * (unit - traced);
+        if (one) looked = select(going_on == unit, f32(static_cast<float>(lambda_discount)), looked);
+        x = fma(looked, next, r);
       } else {
-        const F32 v = counted(load_some(values + i, width));
-        x = fma(discount, next, r) - v;
-        c = plain ? going_on : g * lam.at(i, width) * going_on;
+        const F32 after = carried || reset ? next : load_some(following + i, width);
+        x = fma(discount, after, r) - counted(load_some(values + i, width));
       }
       if constexpr (kKind == ReturnsKind::vtrace) {
-        const F32 ratio = exp(counted(load_some(in.log_ratios + lane.base + i, width)));
+        const F32 ratio = exp(counted(load_some(in.log_ratios + row.base + i, width)));
         const F32 rho = min(f32(in.rho_bar), ratio);
         x = rho * x;
         c = c * min(f32(in.c_bar), ratio);
-        store(room.plain[l] + i, x);
-        store(room.factor[l] + i, rho * discount * going_on);
+        store(room.plain.at() + i, x);
+        store(room.factor.at() + i, rho * discount * going_on);
       }
     }
-    if (masked && !carried && !reset) {
-      wrong = fma(select(first32(width), x, zero), zero, wrong);
-    } else {
-      wrong = fma(counted(x), zero, wrong);
-    }
-    if (masked) {
-      if (kKind == ReturnsKind::returns) x = select(valid, x, neutral);
-      if (kKind != ReturnsKind::returns && (carried || reset)) x = counted(x);
-    }
+    wrong = fma(masked && (carried || reset) ? counted(x) : select(first32(width), x, nothing), nothing, wrong);
+    if (masked && kKind == ReturnsKind::returns) x = select(valid, x, neutral);
+    if (masked && kKind != ReturnsKind::returns && (carried || reset)) x = counted(x);
+    if (masked && (carried || reset)) c = select(valid, c, across);
     store(xs + i, x);
-    store(cs + i, lower_f64(c) * scale);
-    store(cs + i + kF64, upper_f64(c) * scale);
+    store(cs + i, c);
   });
-  if (lane.mask != nullptr && (carried || reset))
-    for (int i = 0; i < lane.n; ++i) cs[i] = lane.mask[i] != 0 ? cs[i] : carried ? 1.0 : ending;
-  const auto close = [&](int i) {  // the last token of a sequence: lambda has nothing to look at beyond the next value
-    const float discount = terminated != nullptr && terminated[i] != 0 ? 0.0f : gamma.at(i);
-    xs[i] = discount * following[i] + rewards[i];
-    cs[i] = 0.0;
-  };
-  const auto valid = [&](int i) { return lane.mask == nullptr || lane.mask[i] != 0; };
   if (kKind == ReturnsKind::lambda) {
+    const auto valid = [&](int i) { return !masked || row.mask[i] != 0; };
+    // The last token of a sequence: there is nothing beyond the next value for lambda to look at.
+    const auto close = [&](int i) {
+      const float discount = terminated != nullptr && terminated[i] != 0 ? 0.0f : gamma.at(i);
+      xs[i] = discount * following[i] + rewards[i];
+      cs[i] = 0.0f;
+    };
     if (reset)
-      for (int i = 0; i < lane.n; ++i)
-        if (valid(i) && !(i + 1 < lane.n ? valid(i + 1) : lane.after_valid)) close(i);
-    if (!reset && !lane.after_valid && valid(lane.high - 1) && !lane.started) close(lane.high - 1);
+      for (int i = 0; i < row.n; ++i)
+        if (valid(i) && !(i + 1 < row.n ? valid(i + 1) : row.after_valid)) close(i);
+    if (!reset && !row.started) close(row.n - 1);
   }
-  lane.after_valid = valid(0);
-  lane.started = true;
-  for (int i = 0; i < lane.low; ++i) xs[i] = identity(in), cs[i] = 1.0;
-  for (int i = lane.high; i < kWidth; ++i) xs[i] = identity(in), cs[i] = 1.0;
-  xs[kWidth] = static_cast<float>(lane.y);
 }
 
-// ----------------------------------------------------------------------------------------------------------- the chain
-// y = f(c, y, x) along all lanes, in place of x.
+// ------------------------------------------------------------------------------------------------------ the recurrence
+// Powers of a coefficient: what n tokens make of what lies behind them.
+struct Powers {
+  double of[9];
+  explicit Powers(double c) {
+    of[0] = 1.0;
+    for (int n = 1; n < 9; ++n) of[n] = of[n - 1] * c;
+  }
+};
+
+inline double fused(double a, double b, double c) { return kHasFma ? __builtin_fma(a, b, c) : a * b + c; }
+
+// The eights of a block, in the order in which the recurrence meets them: f(first token).
 template <bool kReverse, class F>
-void chain(Buffers& room, double (&y)[kLanes], const F& f) {
-  for (int k = 0; k < kWidth; ++k) {
-    const int i = kReverse ? kWidth - 1 - k : k;
-    for (int l = 0; l < kLanes; ++l) {
-      y[l] = f(room.c[l][i], y[l], static_cast<double>(room.x[l][i]));
-      room.x[l][i] = static_cast<float>(y[l]);
-    }
+inline void for_eights(int n, F&& f) {
+  if (kReverse)
+    for (int i = n - 8; i > -8; i -= 8) f(i);
+  else
+    for (int i = 0; i < n; i += 8) f(i);
+}
+
+// Sums with the coefficients of each token. one: all are `coefficient`, 1 or 0.
+template <bool kReverse>
+void sum_any(float* xs, const float* cs, int n, bool one, double coefficient, double& carried) {
+  constexpr bool kUp = !kReverse;
+  const Powers powers(coefficient);
+  const F8 all = f8(static_cast<float>(coefficient)), nothing = f8(0.0f), unit = f8(1.0f);
+  double y = carried;
+  for_eights<kReverse>(n, [&](int i) {
+    const F8 given = load8(cs + i);
+    F8 x = load8(xs + i), c = given;
+    x = fma(c, moved<kUp, 1>(x, nothing), x), c = mul(c, moved<kUp, 1>(c, unit));
+    x = fma(c, moved<kUp, 2>(x, nothing), x), c = mul(c, moved<kUp, 2>(c, unit));
+    x = fma(c, moved<kUp, 4>(x, nothing), x), c = mul(c, moved<kUp, 4>(c, unit));
+    store8(xs + i, fma(c, f8(static_cast<float>(y)), x));
+    double product = static_cast<double>(kReverse ? first(c) : last(c));
+    if (one && product != 0.0) product = powers.of[__builtin_popcount(equal(given, all))];
+    y = fused(product, y, static_cast<double>(kReverse ? first(x) : last(x)));
+  });
+  carried = y;
+}
+
+// The same where every token has `coefficient`, to the bit.
+template <bool kReverse>
+void sum_one(float* xs, int n, double coefficient, double& carried) {
+  constexpr bool kUp = !kReverse;
+  const F8 nothing = f8(0.0f), unit = f8(1.0f);
+  const F8 c1 = f8(static_cast<float>(coefficient)), c2 = mul(c1, c1), c4 = mul(c2, c2);
+  F8 product = mul(c1, moved<kUp, 1>(c1, unit));
+  product = mul(product, moved<kUp, 2>(product, unit));
+  product = mul(product, moved<kUp, 4>(product, unit));
+  const double eighth = Powers(coefficient).of[8];
+  double y = carried;
+  for_eights<kReverse>(n, [&](int i) {
+    F8 x = load8(xs + i);
+    x = fma(c1, moved<kUp, 1>(x, nothing), x);
+    x = fma(c2, moved<kUp, 2>(x, nothing), x);
+    x = fma(c4, moved<kUp, 4>(x, nothing), x);
+    store8(xs + i, fma(product, f8(static_cast<float>(y)), x));
+    y = fused(eighth, y, static_cast<double>(kReverse ? first(x) : last(x)));
+  });
+  carried = y;
+}
+
+// The least or the greatest so far, without a discount.
+template <bool kReverse, class F>
+void extreme(float* xs, int n, float neutral, double& y, const F& f) {
+  constexpr bool kUp = !kReverse;
+  const F8 none = f8(neutral);
+  F8 so_far = f8(static_cast<float>(y));
+  for_eights<kReverse>(n, [&](int i) {
+    F8 x = load8(xs + i);
+    x = f(moved<kUp, 1>(x, none), x);
+    x = f(moved<kUp, 2>(x, none), x);
+    x = f(moved<kUp, 4>(x, none), x);
+    x = f(so_far, x);
+    store8(xs + i, x);
+    so_far = f8(kReverse ? first(x) : last(x));
+  });
+  y = static_cast<double>(first(so_far));
+}
+
+// y = f(c, y, x) token by token.
+template <bool kReverse, class F>
+void chain(float* xs, const float* cs, int n, bool one, double coefficient, double& y, const F& f) {
+  const float all = static_cast<float>(coefficient);
+  for (int k = 0; k < n; ++k) {
+    const int i = kReverse ? n - 1 - k : k;
+    y = f(one && cs[i] == all ? coefficient : static_cast<double>(cs[i]), y, static_cast<double>(xs[i]));
+    xs[i] = static_cast<float>(y);
   }
 }
 
 template <bool kReverse>
-void chain(const ReturnsInput& in, Buffers& room, double (&carried)[kLanes]) {
+void recur(const ReturnsInput& in, Row& row, Buffers& room, bool plain, bool one, double coefficient) {
+  float* xs = room.x.at();
+  const float* cs = room.c.at();
+  const int n = row.n;
   const double scale = static_cast<double>(in.scale);
-  switch (in.op) {
-    case ReturnsOp::sum:
-      return chain<kReverse>(room, carried, [](double c, double y, double x) { return fused(c, y, x); });
-    case ReturnsOp::min:  // c * y is NaN where the past ends, and where it is empty and c is 0: x then
-      return chain<kReverse>(room, carried, [](double c, double y, double x) { return c * y < x ? c * y : x; });
-    case ReturnsOp::max:
-      return chain<kReverse>(room, carried, [](double c, double y, double x) { return c * y > x ? c * y : x; });
-    case ReturnsOp::logsumexp:
-      return chain<kReverse>(room, carried, [scale](double c, double y, double x) {
-        const double b = c * y;
-        if (std::isinf(y) || std::isnan(b)) return x;
-        if (std::isinf(x)) return b;
-        const double best = (scale > 0.0) == (x > b) ? x : b;
-        return best + scale * std::log1p(std::exp(-std::fabs(x - b) / std::fabs(scale)));
-      });
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------------- the results
-template <ReturnsKind kKind>
-void write(const ReturnsInput& in, const Lane& lane, int l, Buffers& room, float* out, float* second, bool large) {
-  float* ys = room.x[l];
-  for (int i = 0; i < lane.low; ++i) ys[i] = room.plain[l][i] = room.factor[l][i] = 0.0f;
-  for (int i = lane.high; i < lane.n; ++i) ys[i] = room.plain[l][i] = room.factor[l][i] = 0.0f;
-  const bool keep = in.at_masked == AtMasked::decay;
-  const bool streamed = large && lane.base % kF32 == 0;
-  const auto put = [&](float* p, F32 v, int width) {
-    if (width != kF32)
-      store_n(p, v, width);
-    else if (streamed)
-      stream(p, v);
-    else
-      store(p, v);
-  };
-  for_vectors(lane.n, [&](int i, int width) {
-    const bool masked = lane.mask != nullptr;
-    const M32 valid = masked ? nonzero_some(lane.mask + i, width) : first32(width);
-    const auto shown = [&](F32 v) { return masked && !keep ? select(valid, v, f32(0.0f)) : v; };
-    const F32 y = load(ys + i);
-    if constexpr (kKind == ReturnsKind::returns || kKind == ReturnsKind::lambda) {
-      put(out + lane.base + i, shown(y), width);
-    } else {
-      const F32 given = load_some(in.values + lane.base + i, width);
-      const F32 sum = y + (masked ? select(valid, given, f32(0.0f)) : given);
-      const bool gae = kKind == ReturnsKind::gae;
-      const F32 other = gae ? y : fma(load(room.factor[l] + i), load(ys + i + 1), load(room.plain[l] + i));
-      put((gae ? second : out) + lane.base + i, shown(sum), width);
-      put((gae ? out : second) + lane.base + i, shown(other), width);
-    }
-  });
-}
-
-void write_nothing(const Lane& lane, float* out, float* second) {
-  std::memset(out + lane.base, 0, static_cast<std::size_t>(lane.n) * sizeof(float));
-  if (second != nullptr) std::memset(second + lane.base, 0, static_cast<std::size_t>(lane.n) * sizeof(float));
-}
-
-// ------------------------------------------------------------------------------------------------------------ the lanes
-void start(const ReturnsInput& in, Lane& lane, std::int64_t row) {
-  const float beyond = in.beyond == nullptr ? identity(in) : in.beyond[row];
-  const bool of_recurrence = in.kind == ReturnsKind::returns;
-  lane = Lane();
-  lane.row = row;
-  lane.begin = in.begin(row);
-  lane.end = in.begin(row + 1);
-  lane.y = of_recurrence ? static_cast<double>(beyond) : 0.0;
-  lane.value = of_recurrence ? 0.0f : beyond;
-}
-
-// The next block of the lane's row, from its end or from its beginning. Blocks end at multiples of kWidth in memory.
-void advance(const ReturnsInput& in, Lane& lane) {
-  if (in.reverse) {
-    const std::int64_t edge = (lane.end - 1) / kWidth * kWidth;
-    lane.base = edge > lane.begin ? edge : lane.begin;
-    lane.n = static_cast<int>(lane.end - lane.base);
-    lane.end = lane.base;
+  const bool undiscounted = one && coefficient == 1.0 && in.at_masked != AtMasked::reset;
+  if (in.op == ReturnsOp::sum) {
+    plain ? sum_one<kReverse>(xs, n, coefficient, row.y) : sum_any<kReverse>(xs, cs, n, one, coefficient, row.y);
+  } else if (in.op == ReturnsOp::min && undiscounted) {
+    extreme<kReverse>(xs, n, kInfinity, row.y, [](F8 a, F8 b) { return min(a, b); });
+  } else if (in.op == ReturnsOp::max && undiscounted) {
+    extreme<kReverse>(xs, n, -kInfinity, row.y, [](F8 a, F8 b) { return max(a, b); });
+  } else if (in.op == ReturnsOp::min) {  // c * y is NaN where the past ends, and where it is empty and c is 0: x then
+    chain<kReverse>(xs, cs, n, one, coefficient, row.y,
+                    [](double c, double y, double x) { return c * y < x ? c * y : x; });
+  } else if (in.op == ReturnsOp::max) {
+    chain<kReverse>(xs, cs, n, one, coefficient, row.y,
+                    [](double c, double y, double x) { return c * y > x ? c * y : x; });
   } else {
-    const std::int64_t edge = (lane.begin / kWidth + 1) * kWidth;
-    lane.base = lane.begin;
-    lane.n = static_cast<int>((edge < lane.end ? edge : lane.end) - lane.base);
-    lane.begin = lane.base + lane.n;
+    chain<kReverse>(xs, cs, n, one, coefficient, row.y, [scale](double c, double y, double x) {
+      const double b = c * y;
+      if (std::isinf(y) || std::isnan(b)) return x;
+      if (std::isinf(x)) return b;
+      const double best = (scale > 0.0) == (x > b) ? x : b;
+      return best + scale * std::log1p(std::exp(-std::fabs(x - b) / std::fabs(scale)));
+    });
   }
 }
 
-// Looks at the block's mask; false: there is nothing to compute yet.
-bool look(const ReturnsInput& in, Lane& lane, std::uint8_t* bytes) {
-  lane.low = 0, lane.high = lane.n;
-  lane.mask = mask_block(in.mask, lane.base, lane.n, bytes);
-  if (lane.mask == nullptr) return true;
-  std::uint8_t any = 0, none = 0;
-  for (int i = 0; i < lane.n; ++i) any |= lane.mask[i], none |= static_cast<std::uint8_t>(lane.mask[i] == 0);
-  if (none == 0) lane.mask = nullptr;
-  if (lane.started) return true;
-  if (any == 0) return false;
-  if (lane.mask == nullptr) return true;
-  if (in.reverse)
-    while (lane.mask[lane.high - 1] == 0) --lane.high;
-  else
-    while (lane.mask[lane.low] == 0) ++lane.low;
-  return true;
-}
+// --------------------------------------------------------------------------------------------------------- the results
+// Where results go; large ones past the caches.
+class Output {
+ public:
+  Output(float* p, bool large) : p_(p), large_(large) {}
 
-// The lane's block, soon to be read. Not long before: rows a power of two apart fall into the same few lines of a cache.
-void prefetch(const ReturnsInput& in, const Lane& lane) {
-  for (int i = 0; i < lane.n; i += 16) {
-    __builtin_prefetch(in.rewards + lane.base + i);
-    if (in.values != nullptr) __builtin_prefetch(in.values + lane.base + i);
+  // f(first token, tokens) -> F32, for tokens [0, n) from p + base on; vectors lie as memory has them.
+  template <class F>
+  void fill(std::int64_t base, int n, F&& f) const {
+    float* p = p_ + base;
+    int lead = 0;  // up to where a vector may be streamed
+    if (large_)
+      lead = static_cast<int>(-(reinterpret_cast<std::intptr_t>(p) / std::intptr_t{sizeof(float)})) & (kF32 - 1);
+    if (lead > n) lead = n;
+    int i = lead + (n - lead) / kF32 * kF32;
+    if (i < n) store_n(p + i, f(i, n - i), n - i);
+    if (large_)
+      for (i -= kF32; i >= lead; i -= kF32) stream(p + i, f(i, kF32));
+    else
+      for (i -= kF32; i >= lead; i -= kF32) store(p + i, f(i, kF32));
+    if (lead > 0) store_n(p, f(0, lead), lead);
   }
-}
+  void zero(std::int64_t base, std::int64_t n) const {
+    if (p_ == nullptr) return;
+    for (; n > 0; base += kWidth, n -= kWidth)
+      fill(base, n < kWidth ? static_cast<int>(n) : kWidth, [](int, int) { return f32(0.0f); });
+  }
 
-// Rows [first, last) through the lanes; false: something was not finite.
+ private:
+  float* p_;
+  bool large_;
+};
+
 template <ReturnsKind kKind>
-bool run_rows(const ReturnsInput& in, std::int64_t first, std::int64_t last, float* out, float* second, bool large) {
-  Buffers room;
-  Lane lanes[kLanes];
-  F32 wrong = f32(0.0f);
-  for (int l = 0; l < kLanes; ++l)
-    for (int i = 0; i < kStride; ++i) room.x[l][i] = 0.0f, room.c[l][i] = 1.0;
-  // The next block with something to compute, in the lane's row or in the next one.
-  const auto step = [&](Lane& lane, int l) {
-    while (true) {
-      while (lane.begin == lane.end) {
-        if (first == last) return false;
-        start(in, lane, first++);
-      }
-      advance(in, lane);
-      if (look(in, lane, room.mask[l])) return true;
-      if (in.move) moved_rewards(in, lane, room.rewards);
-      write_nothing(lane, out, second);
-    }
+void write(const ReturnsInput& in, const Row& row, Buffers& room, const Output& out, const Output& second) {
+  const float* ys = room.x.at();
+  const bool masked = row.mask != nullptr && in.at_masked != AtMasked::decay;
+  const auto shown = [&](int i, int width, F32 v) {
+    return masked ? select(nonzero_some(row.mask + i, width), v, f32(0.0f)) : v;
   };
-  while (true) {
-    bool active[kLanes], any = false;
-    double y[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      any |= active[l] = step(lanes[l], l);
-      y[l] = lanes[l].y;
-    }
-    if (!any) break;
-    prefetch(in, lanes[0]);
-    for (int l = 0; l < kLanes; ++l) {
-      if (l + kAhead < kLanes) prefetch(in, lanes[l + kAhead]);
-      if (active[l]) prepare<kKind>(in, lanes[l], l, room, wrong);
-    }
-    in.reverse ? chain<true>(in, room, y) : chain<false>(in, room, y);
-    for (int l = 0; l < kLanes; ++l) {
-      if (!active[l]) continue;
-      lanes[l].y = y[l];
-      write<kKind>(in, lanes[l], l, room, out, second, large);
-    }
+  const auto result = [&](int i, int width) { return shown(i, width, load(ys + i)); };
+  const auto with_value = [&](int i, int width) {
+    const F32 value = load_some(in.values + row.base + i, width);
+    const F32 counted = row.mask == nullptr ? value : select(nonzero_some(row.mask + i, width), value, f32(0.0f));
+    return shown(i, width, load(ys + i) + counted);
+  };
+  if constexpr (kKind == ReturnsKind::gae) {
+    out.fill(row.base, row.n, result);
+    second.fill(row.base, row.n, with_value);
+  } else if constexpr (kKind == ReturnsKind::vtrace) {
+    out.fill(row.base, row.n, with_value);
+    second.fill(row.base, row.n, [&](int i, int width) {
+      return shown(i, width, fma(load(room.factor.at() + i), load(ys + i + 1), load(room.plain.at() + i)));
+    });
+  } else {
+    out.fill(row.base, row.n, result);
   }
-  if (large) fence();
-  return sum(wrong) == 0.0f;
+}
+
+// --------------------------------------------------------------------------------------------------------------- a row
+Row start(const ReturnsInput& in, std::int64_t index) {
+  const float beyond = in.beyond == nullptr ? identity(in) : in.beyond[index];
+  const bool of_recurrence = in.kind == ReturnsKind::returns;
+  Row row;
+  row.row = index;
+  row.begin = in.begin(index);
+  row.end = in.begin(index + 1);
+  row.y = of_recurrence ? static_cast<double>(beyond) : 0.0;
+  row.value = of_recurrence ? 0.0f : beyond;
+  return row;
+}
+
+// The next block of the row, from its end or from its beginning.
+void advance(const ReturnsInput& in, Row& row) {
+  const std::int64_t left = row.end - row.begin;
+  row.n = left < kWidth ? static_cast<int>(left) : kWidth;
+  row.base = in.reverse ? row.end - row.n : row.begin;
+  if (in.reverse)
+    row.end = row.base;
+  else
+    row.begin = row.base + row.n;
+}
+
+// Looks at the block's mask; false: all of it is masked.
+bool look(const ReturnsInput& in, Row& row, std::uint8_t* bytes) {
+  row.mask = mask_block(in.mask, row.base, row.n, bytes);
+  if (row.mask == nullptr) return true;
+  if (in.mask.kind == MaskKind::bytes)  // the block after the next
+    for (int i = 0; i < kWidth; i += 64) __builtin_prefetch(row.mask + i - 2 * kWidth);
+  std::uint8_t some = 0, none = 0;
+  for (int i = 0; i < row.n; ++i) some |= row.mask[i], none |= static_cast<std::uint8_t>(row.mask[i] == 0);
+  if (none == 0) row.mask = nullptr;
+  return some != 0;
+}
+
+// Leaves out what lies beyond the outermost valid token: no recurrence has begun there. Its rewards may move.
+void skip(const ReturnsInput& in, Row& row, std::uint8_t* bytes, const Output& out, const Output& second) {
+  while (in.mask.kind != MaskKind::none && row.begin < row.end) {
+    advance(in, row);
+    int outer = row.n;
+    if (look(in, row, bytes)) {
+      outer = 0;
+      if (row.mask != nullptr)
+        while (row.mask[in.reverse ? row.n - 1 - outer : outer] == 0) ++outer;
+    }
+    const std::int64_t from = in.reverse ? row.base + row.n - outer : row.base;
+    if (in.move) collect(in.rewards + from, outer, row.pending);
+    out.zero(from, outer);
+    second.zero(from, outer);
+    if (outer == row.n) continue;
+    (in.reverse ? row.end : row.begin) = in.reverse ? from : row.base + outer;
+    return;
+  }
+}
+
+template <ReturnsKind kKind>
+void run_row(const ReturnsInput& in, std::int64_t index, Buffers& room, const Output& out, const Output& second,
+             F32& wrong) {
+  Row row = start(in, index);
+  skip(in, row, room.mask, out, second);
+  while (row.begin < row.end) {
+    advance(in, row);
+    const bool some = look(in, row, room.mask);
+    if (!some && in.at_masked == AtMasked::carry) {  // nothing but rewards to move
+      if (in.move) collect(in.rewards + row.base, row.n, row.pending);
+      out.zero(row.base, row.n);
+      second.zero(row.base, row.n);
+      row.after_valid = false;
+      continue;
+    }
+    double coefficient;
+    const bool one = one_coefficient<kKind>(in, row, coefficient);
+    const bool opened = kKind == ReturnsKind::lambda && !row.after_valid;  // by a token that has to be closed
+    const bool plain = one && !opened && row.mask == nullptr && in.terminated == nullptr && in.done == nullptr &&
+                       in.op == ReturnsOp::sum;
+    float *xs = room.x.at(), *cs = room.c.at();
+    plain ? prepare_plain<kKind>(in, row, room, wrong) : prepare<kKind>(in, row, room, wrong);
+    for (int i = 0; i < 8; ++i) {  // what an eight has too many
+      const int beyond = in.reverse ? -1 - i : row.n + i;
+      xs[beyond] = identity(in), cs[beyond] = 1.0f;
+    }
+    if (in.reverse) xs[row.n] = static_cast<float>(row.y);  // V-trace looks one token ahead
+    in.reverse ? recur<true>(in, row, room, plain, one, coefficient)
+               : recur<false>(in, row, room, plain, one, coefficient);
+    write<kKind>(in, row, room, out, second);
+    row.started = true;
+    row.after_valid = row.mask == nullptr || row.mask[0] != 0;
+  }
 }
 
 template <ReturnsKind kKind>
 bool run(const ReturnsInput& in, float* out, float* second, int threads) {
-  const auto aligned = [](const float* p) { return reinterpret_cast<std::uintptr_t>(p) % (kF32 * sizeof(float)) == 0; };
   const std::int64_t tokens = in.bounds == nullptr ? in.rows * in.columns : in.bounds[in.rows];
-  const bool large = tokens * 4 >= kStreamBytes && aligned(out) && aligned(second);
+  const bool large = tokens * 4 >= kStreamBytes;
   const std::int64_t least = kTokens * in.rows / (tokens + 1) + 1;
-  const std::int64_t full = in.rows >= 2 * kLanes ? kLanes : (in.rows + 1) / 2;  // few rows: half of them each
   std::atomic<bool> good{true};
-  parallel_ranges(threads, in.rows, grain_of(in.rows, least > full ? least : full),
-                  [&](std::int64_t first, std::int64_t last, int) {
-                    if (!run_rows<kKind>(in, first, last, out, second, large)) good = false;
-                  });
+  parallel_ranges(threads, in.rows, grain_of(in.rows, least), [&](std::int64_t first_row, std::int64_t last_row, int) {
+    Buffers room;
+    F32 wrong = f32(0.0f);
+    for (std::int64_t b = first_row; b < last_row; ++b)
+      run_row<kKind>(in, b, room, Output(out, large), Output(second, large), wrong);
+    if (large) fence();
+    if (!(sum(wrong) == 0.0f)) good = false;
+  });
   return good;
 }
 
