@@ -5,17 +5,24 @@ row and goes through it in blocks, from its last valid token to the left (from i
 recurrence does): in each an associative scan of (c, x), then what came from the blocks before. Blocks are counted from
 that token, so that no padding, on whichever side, changes a bit.
 
-Next values and moved rewards skip masked tokens; a scan of its own brings them along. Recurrences that are no sums
-(minimum, maximum, logsumexp) have no associative form under a discount: there a lane has a row and goes token by token.
+Next values and moved rewards skip masked tokens; a scan of its own brings them along. Minima and maxima without a
+discount are scanned as sums are. Under one, and with logsumexp, they have no associative form: there a lane has a row
+and goes token by token.
 
-Bytes a token: 4 for each array that is read, 4 for each that is written, and the mask; neighbours come from L1.
+A few long rows leave the chip idle that way, so there each block has a program of its own, in several launches: where
+the rows begin, what their blocks hand on over masked tokens (both only under a mask), each block's map y -> c y + x,
+a row's blocks one after the other, and the results. Blocks are the same and are joined in the same order, and so the
+bits are the same.
+
+Bytes a token: 4 for each array that is read, 4 for each that is written, and the mask; neighbours come from L1. In
+several launches what is read is read twice, and what masked tokens hand on a third time.
 
 Raw function: `scan`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreward._arguments.options import RETURNS_OPS, ReturnsInputs, ReturnsOptions
-from fastreward._arguments.tokens import Tokens
+from fastreward._arguments.tokens import Tokens, few_and_long
 
 from ._shared.launch import OPTIONS, mask_bytes, on_device_of
 
@@ -33,8 +40,13 @@ from ._shared.launch import OPTIONS, mask_bytes, on_device_of
 BLOCK = 1024
 WARPS = 4
 LANES = 32  # rows of a program where they are gone through token by token
+UNROLL = 32  # blocks whose maps are loaded at once where a row's blocks are joined
 
 _SUM, _MIN, _MAX, _LOGSUMEXP = (tl.constexpr(i) for i in range(len(RETURNS_OPS)))
+# What a program of `_scan_kernel` does: a row, a block's map, a block's results.
+_ROW, _MAP, _RESULTS = (tl.constexpr(i) for i in range(3))
+# Rows of `blocks`. Joining a row's blocks leaves what comes into each in the place of what it handed on.
+_SEEN, _PENDING, _VALUE, _C, _X = (tl.constexpr(i) for i in range(5))
 
 
 # --------------------------------------------------------------------------------------------------------- kernel
@@ -42,6 +54,34 @@ _SUM, _MIN, _MAX, _LOGSUMEXP = (tl.constexpr(i) for i in range(len(RETURNS_OPS))
 def _compose(c, x, c_after, x_after):
     """y -> c y + x, then y -> c_after y + x_after."""
     return c * c_after, tl.fma(c_after, x, x_after)
+
+
+@triton.jit
+def _lower(c, x, c_after, x_after):
+    """y -> min(x, y), or x where c is 0; twice."""
+    return c * c_after, tl.where((c_after != 0.0) & (x < x_after), x, x_after)
+
+
+@triton.jit
+def _higher(c, x, c_after, x_after):
+    """y -> max(x, y), or x where c is 0; twice."""
+    return c * c_after, tl.where((c_after != 0.0) & (x > x_after), x, x_after)
+
+
+@triton.jit
+def _mapped(c, x, y, OP: tl.constexpr):
+    """The map's value at y."""
+    if OP == _MIN:
+        return tl.where((c != 0.0) & (y < x), y, x)
+    if OP == _MAX:
+        return tl.where((c != 0.0) & (y > x), y, x)
+    return tl.fma(c, y, x)
+
+
+@triton.jit
+def _nothing(OP: tl.constexpr):
+    """What the recurrence starts from where nothing lies beyond."""
+    return float("inf") if OP == _MIN else float("-inf") if OP == _MAX else 0.0
 
 
 @triton.jit
@@ -70,22 +110,77 @@ def _bounds(cu_seqlens, row, T, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _first_valid(mask, start, end, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the recurrence begins: the row's last valid token, or its first; `end` without any."""
-    lane = tl.arange(0, BLOCK)
-    found = end
-    done = 0
-    blocks = tl.cdiv(end - start, BLOCK)
-    k = blocks * 0
-    while (k < blocks) & (done == 0):
-        at = end - 1 - k * BLOCK - lane if REVERSE else start + k * BLOCK + lane
-        inside = (at >= start) & (at < end)
-        valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-        if tl.max(valid.to(tl.int32), axis=0) != 0:
-            done = 1
-            found = tl.max(tl.where(valid, at, start), axis=0) if REVERSE else tl.min(tl.where(valid, at, end), axis=0)
+def _first_valid(mask, start, end, k, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """The first valid token in the k-th block of a row, counted from where the recurrence begins; else its length."""
+    place = k * BLOCK + tl.arange(0, BLOCK)
+    at = end - 1 - place if REVERSE else start + place
+    inside = place < end - start
+    valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
+    return tl.min(tl.where(valid, place, end - start), axis=0)
+
+
+@triton.jit
+def _masked_in_front(mask, start, end, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens before the recurrence's first valid one; all of them without any."""
+    front = end - start
+    k = front * 0
+    while k * BLOCK < front:  # which a valid token ends
+        front = tl.minimum(front, _first_valid(mask, start, end, k, REVERSE, BLOCK))
         k += 1
-    return found
+    return front
+
+
+@triton.jit
+def _slot(cu_seqlens, row, T, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Where a row's blocks begin among all rows': there is room for those on both sides of its first valid token."""
+    if PACKED:
+        return 2 * row + tl.load(cu_seqlens + row) // BLOCK
+    return row * (T // BLOCK + 2)
+
+
+@triton.jit
+def _row_of(slot, cu_seqlens, B, T, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """The row that has a slot."""
+    row = slot * 0
+    if PACKED:
+        last = row + B - 1
+        while row < last:
+            middle = (row + last + 1) // 2
+            below = _slot(cu_seqlens, middle, T, PACKED, BLOCK) <= slot
+            row = tl.where(below, middle, row)
+            last = tl.where(below, last, middle - 1)
+    else:
+        row = slot // (T // BLOCK + 2)
+    return row
+
+
+@triton.jit
+def _front_reward(rewards, first, k, front, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum over the k-th block of masked tokens in front, counted from the token `first` behind them."""
+    place = k * BLOCK + tl.arange(0, BLOCK)
+    at = first + 1 + place if REVERSE else first - 1 - place
+    r = tl.load(rewards + at, mask=place < front, other=0.0)
+    return tl.sum(tl.where(tl.abs(r) < float("inf"), r, 0.0), axis=0)
+
+
+@triton.jit
+def _handed_on(
+    rewards, values, mask, first, k, length,
+    REVERSE: tl.constexpr, MOVE: tl.constexpr, VALUED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What masked tokens hand on to each token of the k-th block, from those of the block alone and the one before."""
+    place = k * BLOCK + tl.arange(0, BLOCK)
+    before = first + 1 - place if REVERSE else first - 1 + place
+    passed = (place < length) & (place > 0)
+    valid = passed & (tl.load(mask + before, mask=passed, other=0) != 0)
+    p = tl.zeros([BLOCK], tl.float32)
+    if MOVE:
+        p = tl.load(rewards + before, mask=passed & (valid == 0), other=0.0)
+        p = tl.where(tl.abs(p) < float("inf"), p, 0.0)
+    w = tl.zeros([BLOCK], tl.float32)
+    if VALUED:
+        w = tl.load(values + before, mask=valid, other=0.0)
+    return tl.associative_scan((valid.to(tl.int32), p, w), 0, _skip_masked)
 
 
 @triton.jit
@@ -104,7 +199,109 @@ def _flag(flags, at, valid):
     return tl.where(valid & (tl.load(flags + at, mask=valid, other=0) != 0), 1.0, 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "gamma", "lam", "product", "rho_bar", "c_bar"])
+@triton.jit(do_not_specialize=["B", "T"])
+def _reach_kernel(
+    mask,  # u8 [N]
+    cu_seqlens,  # i64 [B + 1]
+    reach,  # i64 [B], zero
+    B, T, REVERSE: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block: how far the recurrence goes in its row, from the first valid token on, as far as the block knows."""
+    slot = tl.program_id(0).to(tl.int64)
+    row = _row_of(slot, cu_seqlens, B, T, PACKED, BLOCK)
+    start, end = _bounds(cu_seqlens, row, T, PACKED)
+    first = _first_valid(mask, start, end, slot - _slot(cu_seqlens, row, T, PACKED, BLOCK), REVERSE, BLOCK)
+    if first < end - start:
+        tl.atomic_max(reach + row, end - start - first)
+
+
+@triton.jit(do_not_specialize=["B", "T", "slots"])
+def _handed_on_kernel(
+    rewards, values,  # f32 [N]
+    mask,  # u8 [N]
+    cu_seqlens,  # i64 [B + 1]
+    reach,  # i64 [B]
+    blocks,  # f32 [5, slots]
+    B, T, slots,
+    VALUED: tl.constexpr, REVERSE: tl.constexpr, MOVE: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block: what it hands on over masked tokens."""
+    slot = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    row = _row_of(slot, cu_seqlens, B, T, PACKED, BLOCK)
+    start, end = _bounds(cu_seqlens, row, T, PACKED)
+    length = tl.load(reach + row)
+    front = end - start - length
+    first = start + length - 1 if REVERSE else end - length
+    k = slot - _slot(cu_seqlens, row, T, PACKED, BLOCK)
+    fronts = tl.cdiv(front, BLOCK)
+    if k < fronts:
+        tl.store(blocks + _SEEN * slots + slot, 0.0)
+        if MOVE:
+            tl.store(blocks + _PENDING * slots + slot, _front_reward(rewards, first, k, front, REVERSE, BLOCK))
+    else:
+        seen, p, w = _handed_on(
+            rewards, values, mask, first, k - fronts, length, REVERSE, MOVE, VALUED, BLOCK
+        )  # fmt: skip
+        tl.store(blocks + _SEEN * slots + slot, tl.max(seen, axis=0).to(tl.float32))
+        tl.store(blocks + _PENDING * slots + slot, _last(p, lane, BLOCK))
+        tl.store(blocks + _VALUE * slots + slot, _last(w, lane, BLOCK))
+
+
+@triton.jit(do_not_specialize=["T", "slots"])
+def _join_kernel(
+    blocks,  # f32 [5, slots]
+    beyond,  # f32 [B]
+    cu_seqlens,  # i64 [B + 1]
+    reach,  # i64 [B]
+    T, slots,
+    HANDED_ON: tl.constexpr, OP: tl.constexpr, STATES: tl.constexpr, HAS_BEYOND: tl.constexpr,
+    HAS_MASK: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """A row: what comes into each of its blocks, one after the other."""
+    row = tl.program_id(0).to(tl.int64)
+    start, end = _bounds(cu_seqlens, row, T, PACKED)
+    length = end - start
+    if HAS_MASK:
+        length = tl.load(reach + row)
+    fronts = tl.cdiv(end - start - length, BLOCK)
+    count = fronts + tl.cdiv(length, BLOCK)
+    own = blocks + _slot(cu_seqlens, row, T, PACKED, BLOCK)
+    lane = tl.arange(0, UNROLL)
+    after = 0.0 if STATES else _nothing(OP)
+    if HAS_BEYOND:
+        after = tl.load(beyond + row)
+    if HANDED_ON:
+        value = after
+        pending = 0.0
+        for k in range(0, count, UNROLL):
+            pendings = tl.zeros([UNROLL], tl.float32)
+            came = tl.zeros([UNROLL], tl.float32)
+            for j in tl.static_range(UNROLL):
+                there = k + j < count
+                seen = tl.load(own + _SEEN * slots + k + j, mask=there, other=0.0)
+                p = tl.load(own + _PENDING * slots + k + j, mask=there, other=0.0)
+                w = tl.load(own + _VALUE * slots + k + j, mask=there, other=0.0)
+                pendings = tl.where(lane == j, pending, pendings)
+                came = tl.where(lane == j, value, came)
+                pending = tl.where(seen != 0.0, p, p + pending)
+                value = tl.where(seen != 0.0, w, value)
+            tl.store(own + _PENDING * slots + k + lane, pendings, mask=k + lane < count)
+            tl.store(own + _VALUE * slots + k + lane, came, mask=k + lane < count)
+    else:
+        y = 0.0 if STATES else after
+        for k in range(fronts, count, UNROLL):
+            came = tl.zeros([UNROLL], tl.float32)
+            for j in tl.static_range(UNROLL):
+                there = k + j < count
+                c = tl.load(own + _C * slots + k + j, mask=there, other=0.0)
+                x = tl.load(own + _X * slots + k + j, mask=there, other=0.0)
+                came = tl.where(lane == j, y, came)
+                y = _mapped(c, x, y, OP) + 0.0  # no -0, as from _last
+            tl.store(own + _X * slots + k + lane, came, mask=k + lane < count)
+
+
+@triton.jit(do_not_specialize=["B", "T", "slots", "gamma", "lam", "product", "rho_bar", "c_bar"])
 def _scan_kernel(
     rewards, values, log_ratios, next_values,  # f32 [N]
     gammas, lams,  # f32 [N] or [B]
@@ -114,18 +311,22 @@ def _scan_kernel(
     cu_seqlens,  # i64 [B + 1]
     given,  # f64 [5]: gamma, lam, scale, rho_bar, c_bar, where the host does not know them
     out, second,  # f32 [N]
-    T, gamma, lam, product, rho_bar, c_bar,
-    GAE: tl.constexpr, LAMBDA: tl.constexpr, VTRACE: tl.constexpr,
+    reach,  # i64 [B]
+    blocks,  # f32 [5, slots]
+    B, T, slots, gamma, lam, product, rho_bar, c_bar,
+    DOES: tl.constexpr, OP: tl.constexpr, GAE: tl.constexpr, LAMBDA: tl.constexpr, VTRACE: tl.constexpr,
     CARRY: tl.constexpr, TIMED: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr, MOVE: tl.constexpr,
-    HAS_NEXT: tl.constexpr, GAMMA: tl.constexpr, LAM: tl.constexpr, HAS_TERMINATED: tl.constexpr,
+    SKIP: tl.constexpr, HAS_NEXT: tl.constexpr, GAMMA: tl.constexpr, LAM: tl.constexpr, HAS_TERMINATED: tl.constexpr,
     HAS_DONE: tl.constexpr, HAS_BEYOND: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     GIVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row: one pass."""
+    """A row, one pass; or a block of one."""
     VALUED: tl.constexpr = GAE or VTRACE
-    SKIP: tl.constexpr = HAS_MASK and (MOVE or (VALUED and CARRY and not HAS_NEXT))
     SHIFTED: tl.constexpr = VALUED and not (CARRY and HAS_MASK) and not (HAS_NEXT and not (TIMED and HAS_MASK))
-    row = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(0).to(tl.int64)
+    row = slot
+    if DOES != _ROW:
+        row = _row_of(slot, cu_seqlens, B, T, PACKED, BLOCK)
     lane = tl.arange(0, BLOCK)
     start, end = _bounds(cu_seqlens, row, T, PACKED)
     if GIVEN:
@@ -134,36 +335,49 @@ def _scan_kernel(
         product = (tl.load(given) * tl.load(given + 1)).to(tl.float32)
         rho_bar = tl.load(given + 3).to(tl.float32)
         c_bar = tl.load(given + 4).to(tl.float32)
-    after = 0.0
+    after = 0.0 if (VALUED or LAMBDA) else _nothing(OP)
     if HAS_BEYOND:
         after = tl.load(beyond + row)
     y = 0.0 if (VALUED or LAMBDA) else after
     value = after
     pending = 0.0
-    origin = end - 1 if REVERSE else start
+    front = (end - start) * 0
     if HAS_MASK:
-        origin = _first_valid(mask, start, end, REVERSE, BLOCK)
-        # Beyond it there are no results; rewards there move.
-        low = origin + 1 if REVERSE else start
-        high = end if REVERSE else origin
-        if origin == end:  # no valid token at all
-            low = start
-            high = end
-        for k in range(tl.cdiv(high - low, BLOCK)):
-            at = low + k * BLOCK + lane
-            inside = at < high
-            if MOVE:
-                r = tl.load(rewards + at, mask=inside, other=0.0)
-                pending += tl.sum(tl.where(tl.abs(r) < float("inf"), r, 0.0), axis=0)
-            tl.store(out + at, tl.zeros([BLOCK], tl.float32), mask=inside)
+        if DOES == _ROW:
+            front = _masked_in_front(mask, start, end, REVERSE, BLOCK)
+        else:
+            front = end - start - tl.load(reach + row)
+    length = end - start - front
+    first = start + length - 1 if REVERSE else start + front
+    # Its blocks: those of masked tokens in front, then those of the recurrence.
+    fronts = tl.cdiv(front, BLOCK)
+    front_from = fronts * 0
+    front_to = fronts
+    block_from = front_from
+    block_to = tl.cdiv(length, BLOCK)
+    if DOES != _ROW:
+        front_from = slot - _slot(cu_seqlens, row, T, PACKED, BLOCK)
+        front_to = tl.minimum(fronts, front_from + 1)
+        block_from = tl.where(front_from < fronts, block_to, front_from - fronts)
+        block_to = tl.minimum(block_to, block_from + 1)
+    if DOES == _RESULTS:
+        y = tl.load(blocks + _X * slots + slot)
+        if SKIP:
+            pending = tl.load(blocks + _PENDING * slots + slot)
+            value = tl.load(blocks + _VALUE * slots + slot)
+    if HAS_MASK and DOES != _MAP:
+        # No results in front; rewards there move.
+        for k in range(front_from, front_to):
+            if MOVE and DOES == _ROW:
+                pending += _front_reward(rewards, first, k, front, REVERSE, BLOCK)
+            place = k * BLOCK + lane
+            at = first + 1 + place if REVERSE else first - 1 - place
+            tl.store(out + at, tl.zeros([BLOCK], tl.float32), mask=place < front)
             if VALUED:
-                tl.store(second + at, tl.zeros([BLOCK], tl.float32), mask=inside)
-    length = origin - start + 1 if REVERSE else end - origin
-    if HAS_MASK:
-        length = tl.where(origin == end, 0, length)
-    for k in range(tl.cdiv(length, BLOCK)):
+                tl.store(second + at, tl.zeros([BLOCK], tl.float32), mask=place < front)
+    for k in range(block_from, block_to):
         place = k * BLOCK + lane
-        at = origin - place if REVERSE else origin + place
+        at = first - place if REVERSE else first + place
         before = at + 1 if REVERSE else at - 1  # what the recurrence has just been at
         inside = place < length
         valid = inside
@@ -173,15 +387,7 @@ def _scan_kernel(
             was_valid = was_valid & (tl.load(mask + before, mask=was_valid, other=0) != 0)
         r = tl.load(rewards + at, mask=valid, other=0.0)
         if SKIP:
-            passed = inside & (place > 0)
-            p = tl.zeros([BLOCK], tl.float32)
-            if MOVE:
-                p = tl.load(rewards + before, mask=passed & (was_valid == 0), other=0.0)
-                p = tl.where(tl.abs(p) < float("inf"), p, 0.0)
-            w = tl.zeros([BLOCK], tl.float32)
-            if VALUED:
-                w = tl.load(values + before, mask=was_valid, other=0.0)
-            seen, p, w = tl.associative_scan((was_valid.to(tl.int32), p, w), 0, _skip_masked)
+            seen, p, w = _handed_on(rewards, values, mask, first, k, length, REVERSE, MOVE, VALUED, BLOCK)
             p = tl.where(seen != 0, p, p + pending)
             w = tl.where(seen != 0, w, value)
             pending = _last(p, lane, BLOCK)
@@ -231,24 +437,36 @@ def _scan_kernel(
                 x = rho * x
                 c = c * tl.where(ratio > c_bar, c_bar, ratio)
                 factor = rho * discount * going_on
-        if HAS_MASK and not TIMED:
-            x = tl.where(valid, x, 0.0)
-            c = tl.where(valid, c, 1.0 if CARRY else 0.0)
-        products, sums = tl.associative_scan((c, x), 0, _compose)
-        came = y
-        found = tl.fma(products, came, sums)
-        y = _last(tl.where(inside, found, 0.0), lane, BLOCK)
-        shown = inside if KEEP else valid
-        if GAE:
-            tl.store(out + at, tl.where(shown, found, 0.0), mask=inside)
-            tl.store(second + at, tl.where(shown, found + v, 0.0), mask=inside)
-        elif VTRACE:
-            above = tl.gather(found, tl.where(lane > 0, lane - 1, 0), 0)
-            above = tl.where(lane > 0, above, came)
-            tl.store(out + at, tl.where(shown, found + v, 0.0), mask=inside)
-            tl.store(second + at, tl.where(shown, tl.fma(factor, above, x), 0.0), mask=inside)
+        if OP != _SUM:  # gamma is 1
+            x = tl.where(valid, x, _nothing(OP))
+            c = tl.where(valid | (CARRY or TIMED), 1.0, 0.0)
+            if OP == _MIN:
+                products, sums = tl.associative_scan((c, x), 0, _lower)
+            else:
+                products, sums = tl.associative_scan((c, x), 0, _higher)
         else:
-            tl.store(out + at, tl.where(shown, found, 0.0), mask=inside)
+            if HAS_MASK and not TIMED:
+                x = tl.where(valid, x, 0.0)
+                c = tl.where(valid, c, 1.0 if CARRY else 0.0)
+            products, sums = tl.associative_scan((c, x), 0, _compose)
+        if DOES == _MAP:
+            tl.store(blocks + _C * slots + slot, _last(products, lane, BLOCK))
+            tl.store(blocks + _X * slots + slot, _last(sums, lane, BLOCK))
+        else:
+            came = y
+            found = _mapped(products, sums, came, OP)
+            y = _last(tl.where(inside, found, 0.0), lane, BLOCK)
+            shown = inside if KEEP else valid
+            if GAE:
+                tl.store(out + at, tl.where(shown, found, 0.0), mask=inside)
+                tl.store(second + at, tl.where(shown, found + v, 0.0), mask=inside)
+            elif VTRACE:
+                above = tl.gather(found, tl.where(lane > 0, lane - 1, 0), 0)
+                above = tl.where(lane > 0, above, came)
+                tl.store(out + at, tl.where(shown, found + v, 0.0), mask=inside)
+                tl.store(second + at, tl.where(shown, tl.fma(factor, above, x), 0.0), mask=inside)
+            else:
+                tl.store(out + at, tl.where(shown, found, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["B", "T", "gamma", "scale"])
@@ -298,9 +516,9 @@ def _loop_kernel(
         if GAMMA == 2:
             g = tl.load(gammas + at, mask=inside, other=0.0)
         later = g * y
-        if OP == 1:
+        if OP == _MIN:
             joined = tl.where(later < x, later, x)
-        elif OP == 2:
+        elif OP == _MAX:
             joined = tl.where(later > x, later, x)
         else:
             larger = tl.where(later > x, later, x)
@@ -331,35 +549,75 @@ def scan(
     out: Tensor,
     second: Tensor | None,
 ) -> None:
-    """Writes the results of `options.kind`: one launch."""
-    rows = tokens.rows
+    """Writes the results of `options.kind`: one launch, or several where rows are few and long."""
+    rows, columns = tokens.rows, tokens.shape[-1]
     if rows == 0 or out.numel() == 0:
         return
     mask, given = mask_bytes(tokens.mask), numbers if isinstance(numbers, Tensor) else None
-    gamma, lam, scale, rho_bar, c_bar = [1.0] * 5 if isinstance(numbers, Tensor) else numbers
+    gamma, lam, scale, rho_bar, c_bar = [1.0] * 5 if isinstance(numbers, Tensor) else map(float, numbers)
     flavour: dict[str, Any] = {
-        "CARRY": options.at_masked == "carry", "TIMED": options.timed, "KEEP": options.at_masked == "decay",
-        "REVERSE": options.reverse, "GAMMA": _mode(inputs.gamma, tokens), "HAS_BEYOND": inputs.beyond is not None,
-        "HAS_MASK": mask is not None, "PACKED": tokens.cu_seqlens is not None, "GIVEN": given is not None, **OPTIONS,
+        "OP": RETURNS_OPS.index(options.op), "CARRY": options.at_masked == "carry", "TIMED": options.timed,
+        "KEEP": options.at_masked == "decay", "REVERSE": options.reverse, "GAMMA": _mode(inputs.gamma, tokens),
+        "HAS_BEYOND": inputs.beyond is not None, "HAS_MASK": mask is not None,
+        "PACKED": tokens.cu_seqlens is not None, "GIVEN": given is not None, **OPTIONS,
     }  # fmt: skip
-    with on_device_of(out):
-        if options.op != "sum":
-            _loop_kernel[(triton.cdiv(rows, LANES),)](
-                inputs.rewards, inputs.gamma, inputs.beyond, mask, tokens.cu_seqlens, given, out,
-                rows, tokens.shape[-1], float(gamma), float(scale),
-                OP=RETURNS_OPS.index(options.op), LANES=LANES, num_warps=1, **flavour,
-            )  # fmt: skip
-            return
-        _scan_kernel[(rows,)](
+    move = options.move and mask is not None
+    skip = move or (second is not None and options.at_masked == "carry" and inputs.next_values is None)
+
+    def run(does: tl.constexpr, programs: int, reach: Tensor | None, blocks: Tensor | None) -> None:
+        _scan_kernel[(programs,)](
             inputs.rewards, inputs.values, inputs.log_ratios, inputs.next_values, inputs.gamma, inputs.lam,
             _bytes(inputs.terminated), _bytes(inputs.done), inputs.beyond, mask, tokens.cu_seqlens, given,
-            out, second, tokens.shape[-1], float(gamma), float(lam), float(gamma) * float(lam), float(rho_bar),
-            float(c_bar),
-            GAE=options.kind == "gae", LAMBDA=options.kind == "lambda", VTRACE=options.kind == "vtrace",
-            MOVE=options.move and mask is not None, HAS_NEXT=inputs.next_values is not None,
-            LAM=_mode(inputs.lam, tokens), HAS_TERMINATED=inputs.terminated is not None,
-            HAS_DONE=inputs.done is not None, BLOCK=BLOCK, num_warps=WARPS, **flavour,
+            out, second, reach, blocks, rows, columns, 0 if blocks is None else blocks.shape[1],
+            gamma, lam, gamma * lam, rho_bar, c_bar,
+            DOES=does.value, GAE=options.kind == "gae", LAMBDA=options.kind == "lambda",
+            VTRACE=options.kind == "vtrace", MOVE=move, SKIP=skip and mask is not None,
+            HAS_NEXT=inputs.next_values is not None, LAM=_mode(inputs.lam, tokens),
+            HAS_TERMINATED=inputs.terminated is not None, HAS_DONE=inputs.done is not None,
+            BLOCK=BLOCK, num_warps=WARPS, **flavour,
         )  # fmt: skip
+
+    with on_device_of(out):
+        if not options.scans(inputs, numbers):
+            _loop_kernel[(triton.cdiv(rows, LANES),)](
+                inputs.rewards, inputs.gamma, inputs.beyond, mask, tokens.cu_seqlens, given, out, rows, columns,
+                gamma, scale, LANES=LANES, num_warps=1, **flavour,
+            )  # fmt: skip
+        elif few_and_long(tokens, BLOCK):
+            _in_blocks(run, inputs, tokens, mask, options, move, skip)
+        else:
+            run(_ROW, rows, None, None)
+
+
+def _in_blocks(
+    run: Callable[[tl.constexpr, int, Tensor | None, Tensor | None], None],
+    inputs: ReturnsInputs, tokens: Tokens, mask: Tensor | None, options: ReturnsOptions, move: bool, skip: bool,
+) -> None:  # fmt: skip
+    """A program for each block of each row."""
+    rows, columns, bounds = tokens.rows, tokens.shape[-1], tokens.cu_seqlens
+    slots = columns // BLOCK + 2 * rows if bounds is not None else rows * (columns // BLOCK + 2)
+    blocks = inputs.rewards.new_empty((5, slots))
+    reach = None if mask is None else torch.zeros(rows, dtype=torch.int64, device=mask.device)
+    layout: dict[str, Any] = {"PACKED": bounds is not None, "BLOCK": BLOCK, **OPTIONS}
+
+    def join(handed_on: bool) -> None:
+        _join_kernel[(rows,)](
+            blocks, inputs.beyond, bounds, reach, columns, slots, HANDED_ON=handed_on,
+            OP=RETURNS_OPS.index(options.op), STATES=options.kind != "returns", HAS_BEYOND=inputs.beyond is not None,
+            HAS_MASK=mask is not None, UNROLL=UNROLL, num_warps=1, **layout,
+        )  # fmt: skip
+
+    if mask is not None:
+        _reach_kernel[(slots,)](mask, bounds, reach, rows, columns, REVERSE=options.reverse, num_warps=WARPS, **layout)
+        if skip:
+            _handed_on_kernel[(slots,)](
+                inputs.rewards, inputs.values, mask, bounds, reach, blocks, rows, columns, slots,
+                VALUED=inputs.values is not None, REVERSE=options.reverse, MOVE=move, num_warps=WARPS, **layout,
+            )  # fmt: skip
+            join(True)
+    run(_MAP, slots, reach, blocks)
+    join(False)
+    run(_RESULTS, slots, reach, blocks)
 
 
 def _bytes(flags: Tensor | None) -> Tensor | None:

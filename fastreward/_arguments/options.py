@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -135,6 +136,12 @@ class ReturnsOptions:
     def timed(self) -> bool:
         """Whether masked tokens take time: they are tokens with reward 0 and value 0."""
         return self.at_masked in ("decay", "zero")
+
+    def scans(self, inputs: ReturnsInputs, numbers: Sequence[float] | Tensor) -> bool:
+        """Whether it has an associative form: a sum, or a minimum or maximum that the host knows to be undiscounted."""
+        if self.op in ("sum", "logsumexp"):
+            return self.op == "sum"
+        return inputs.gamma is None and not isinstance(numbers, Tensor) and numbers[0] == 1.0
 
     def text(self) -> str:
         """All of it as one argument of an op."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastreward._arguments import check
+
+#: About as many as a GPU has multiprocessors: with fewer rows most of it has nothing to do.
+FEW_ROWS = 128
+#: Blocks of a long row on average: what takes longer one after the other than a few launches do.
+LONG_ROW = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,15 @@ class Tokens:
     def broadcast(self, x: Tensor) -> Tensor:
         """Values per sequence [B] in the tokens' shape."""
         return broadcast_to_tokens(x, self.shape, self.cu_seqlens)
+
+
+def few_and_long(tokens: Tokens, block: int) -> bool:
+    """Whether a program per row would leave a GPU idle: by shapes alone, as the host does not know packed lengths.
+
+    From both sides of it a call has the same bits.
+    """
+    rows, count = tokens.rows, math.prod(tokens.shape)
+    return rows <= FEW_ROWS and count >= rows * LONG_ROW * block
 
 
 def broadcast_to_tokens(x: Tensor, shape: tuple[int, ...] | torch.Size, cu_seqlens: Tensor | None) -> Tensor:

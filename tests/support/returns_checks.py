@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Call:
     inputs: ReturnsInputs
     tokens: Tokens
     options: ReturnsOptions
+    numbers: tuple[float, ...] = NUMBERS
 
     def results(self, module: ModuleType, device: str) -> list[Tensor]:
         def moved(x: Any) -> Any:
@@ -33,7 +35,7 @@ class Call:
         tokens = Tokens(self.tokens.shape, moved(self.tokens.mask), moved(self.tokens.cu_seqlens))
         outputs = [torch.full(tokens.shape, torch.nan, device=device) for _ in range(self.count)]
         module.scan(
-            ReturnsInputs(*map(moved, self.inputs)), tokens, NUMBERS, self.options, outputs[0],
+            ReturnsInputs(*map(moved, self.inputs)), tokens, self.numbers, self.options, outputs[0],
             outputs[1] if self.count == 2 else None,
         )  # fmt: skip
         return [x.cpu() for x in outputs]
@@ -156,3 +158,33 @@ def check_bits(module: ModuleType, device: str, shape: tuple[int, int], chosen: 
     )
     for x, y in zip(one.results(module, device), want, strict=True):
         assert torch.equal(x[0], y[1]), chosen
+
+
+#: What `check_blocks` is put through: options, packed, form.
+BLOCKS = (
+    (ReturnsOptions("gae", move=True), True, 1),
+    (ReturnsOptions("gae", "reset"), False, 0),
+    (ReturnsOptions("vtrace", "zero", move=True), False, 3),
+    (ReturnsOptions("lambda", "decay"), True, 2),
+    (ReturnsOptions("returns", "decay", reverse=False), True, 1),
+    (ReturnsOptions("returns", move=True), False, 4),
+    (ReturnsOptions("vtrace"), False, 5),
+    (ReturnsOptions("returns", "reset", "min"), False, 3),
+    (ReturnsOptions("returns", "decay", "max", reverse=False), True, 0),
+)
+
+
+def check_blocks(
+    module: ModuleType, device: str, shape: tuple[int, int], chosen: ReturnsOptions, packed: bool, form: int
+) -> None:
+    """A program per block gives the bits of a program per row; minima and maxima, undiscounted, are the reference's."""
+    given = call(shape, chosen, packed=packed, form=form)
+    if chosen.op != "sum":
+        given = replace(given, numbers=(1.0, *NUMBERS[1:]))
+        want = reference.truth(given.inputs, given.tokens, given.numbers, chosen)[0].float()
+        assert torch.equal(given.results(module, device)[0], want), (chosen, packed, form)
+    with mock.patch.object(module, "few_and_long", return_value=False):
+        rows = given.results(module, device)
+    with mock.patch.object(module, "few_and_long", return_value=True):
+        for x, y in zip(given.results(module, device), rows, strict=True):
+            assert torch.equal(x.view(torch.int32), y.view(torch.int32)), (chosen, packed, form)

@@ -16,6 +16,7 @@ def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a few tokens take several blocks."""
     monkeypatch.setattr(kernels, "BLOCK", 16)
     monkeypatch.setattr(kernels, "LANES", 4)
+    monkeypatch.setattr(kernels, "UNROLL", 2)
 
 
 @pytest.mark.parametrize("form", range(6))
@@ -28,3 +29,8 @@ def test_numbers(form: int) -> None:
 @pytest.mark.parametrize("chosen", [ReturnsOptions("gae", move=True), ReturnsOptions("vtrace", "zero")], ids=str)
 def test_bits(chosen: ReturnsOptions) -> None:
     returns_checks.check_bits(kernels, "cpu", (3, 37), chosen)
+
+
+@pytest.mark.parametrize(("chosen", "packed", "form"), returns_checks.BLOCKS, ids=str)
+def test_blocks(chosen: ReturnsOptions, packed: bool, form: int) -> None:
+    returns_checks.check_blocks(kernels, "cpu", (3, 53), chosen, packed, form)
