@@ -36,9 +36,9 @@ from fastreward._arguments.tokens import Tokens, few_and_long
 from ._shared.launch import OPTIONS, mask_bytes, on_device_of
 
 # --------------------------------------------------------------------------------------------------------- config
-# 1024 tokens a block, eight to a thread.
+# 1024 tokens a block, four to a thread: with eight, V-trace does not fit into the registers.
 BLOCK = 1024
-WARPS = 4
+WARPS = 8
 LANES = 32  # rows of a program where they are gone through token by token
 UNROLL = 32  # blocks whose maps are loaded at once where a row's blocks are joined
 
@@ -360,11 +360,11 @@ def _scan_kernel(
         front_to = tl.minimum(fronts, front_from + 1)
         block_from = tl.where(front_from < fronts, block_to, front_from - fronts)
         block_to = tl.minimum(block_to, block_from + 1)
-    if DOES == _RESULTS:
-        y = tl.load(blocks + _X * slots + slot)
         if SKIP:
             pending = tl.load(blocks + _PENDING * slots + slot)
             value = tl.load(blocks + _VALUE * slots + slot)
+    if DOES == _RESULTS:
+        y = tl.load(blocks + _X * slots + slot)
     if HAS_MASK and DOES != _MAP:
         # No results in front; rewards there move.
         for k in range(front_from, front_to):
@@ -562,7 +562,7 @@ def scan(
         "PACKED": tokens.cu_seqlens is not None, "GIVEN": given is not None, **OPTIONS,
     }  # fmt: skip
     move = options.move and mask is not None
-    skip = move or (second is not None and options.at_masked == "carry" and inputs.next_values is None)
+    skip = move or (options.kind in ("gae", "vtrace") and options.at_masked == "carry" and inputs.next_values is None)
 
     def run(does: tl.constexpr, programs: int, reach: Tensor | None, blocks: Tensor | None) -> None:
         _scan_kernel[(programs,)](

@@ -102,11 +102,12 @@ def small_cases(everything: bool) -> dict[str, Any]:
         "segments: softmin": lambda: segmented("softmin", torch.float32, packed=True),
     }
 
-    def recurring(numbers: Any, packed: bool = False, **options: Any) -> None:
+    def recurring(numbers: Any, packed: bool = False, long: bool = False, **options: Any) -> None:
         chosen = ReturnsOptions(**options)
-        x = torch.zeros(4096) if packed else torch.zeros(64, 512)
+        count = 1 << 16 if long else 4096  # long: a program for each block
+        x = torch.zeros(count) if packed else torch.zeros(4, count // 4)
         token = None if chosen.kind == "returns" else x
-        bounds = torch.tensor([0, 96, 4096]) if packed else None
+        bounds = torch.tensor([0, 96, count]) if packed else None
         inputs = ReturnsInputs(x, token, token, x if chosen.kind == "lambda" else None)
         tokens = Tokens(tuple(x.shape), torch.ones_like(x, dtype=torch.bool), bounds)
         returns.scan(inputs, tokens, numbers, chosen, x.clone(), x.clone())
@@ -115,6 +116,7 @@ def small_cases(everything: bool) -> dict[str, Any]:
     cases |= {
         "returns: gae": lambda: recurring(numbers, kind="gae", move=True),
         "returns: vtrace": lambda: recurring(torch.ones(5).double(), packed=True, kind="vtrace", at_masked="zero"),
+        "returns: long, gae": lambda: recurring(numbers, packed=True, long=True, kind="gae", move=True),
         "returns: soft": lambda: recurring(numbers, op="logsumexp"),
         "whiten": white,
         "token_rewards": placed,
@@ -123,6 +125,7 @@ def small_cases(everything: bool) -> dict[str, Any]:
         "group: neighbours": lambda: grouped(8),
     }
     if everything:
+        cases["returns: long, max"] = lambda: recurring((1.0,) * 5, long=True, op="max", reverse=False)
         cases |= {
             f"segments: {op}": lambda op=op: segmented(op)
             for op in SEGMENT_OPS

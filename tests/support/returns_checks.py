@@ -174,11 +174,22 @@ BLOCKS = (
 )
 
 
+def with_long_gaps(given: Call) -> Call:
+    """A padded call of two rows that have whole blocks without a valid token: inside the first, around the second's."""
+    if given.tokens.mask is None:
+        return given
+    mask, columns = given.tokens.mask.clone(), given.tokens.shape[1]
+    mask[0, columns // 4 : columns // 4 + columns // 2 + 1] = False
+    mask[1] = (torch.arange(columns) - columns // 2).abs() < columns // 20
+    return replace(given, tokens=Tokens(given.tokens.shape, mask))
+
+
 def check_blocks(
-    module: ModuleType, device: str, shape: tuple[int, int], chosen: ReturnsOptions, packed: bool, form: int
+    module: ModuleType, device: str, columns: int, chosen: ReturnsOptions, packed: bool, form: int
 ) -> None:
     """A program per block gives the bits of a program per row; minima and maxima, undiscounted, are the reference's."""
-    given = call(shape, chosen, packed=packed, form=form)
+    given = with_long_gaps(call((2, columns), chosen, packed=False, form=form))
+    given = pack(given, torch.tensor([columns - 3, columns])) if packed else given
     if chosen.op != "sum":
         given = replace(given, numbers=(1.0, *NUMBERS[1:]))
         want = reference.truth(given.inputs, given.tokens, given.numbers, chosen)[0].float()

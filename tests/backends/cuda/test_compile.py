@@ -140,8 +140,8 @@ def test_module_imports_without_touching_cuda() -> None:
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"CUDA_VISIBLE_DEVICES": ""}
     )
-    # logprobs by type, its finish, group, returns, rewards, whiten, prefix_tree
-    assert int(run.stdout) == 3 * 11 + 1 + 3 + 2 + 1 + 4 + 2 + 11
+    # logprobs by type, its finish, group, returns, rewards, segments, whiten, prefix_tree
+    assert int(run.stdout) == 3 * 11 + 1 + 3 + 8 + 1 + 4 + 2 + 11
 
 
 @needs_module

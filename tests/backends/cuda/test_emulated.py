@@ -181,3 +181,8 @@ def test_returns(form: int, emulator: Emulator) -> None:
 def test_bits_of_returns(emulator: Emulator) -> None:
     for chosen in (ReturnsOptions("gae", move=True), ReturnsOptions("vtrace", "zero")):
         returns_checks.check_bits(returns, "cpu", (3, 1030), chosen)
+
+
+@pytest.mark.parametrize(("chosen", "packed", "form"), returns_checks.BLOCKS, ids=str)
+def test_blocks_of_returns(chosen: ReturnsOptions, packed: bool, form: int, emulator: Emulator) -> None:
+    returns_checks.check_blocks(returns, "cpu", 4100, chosen, packed, form)

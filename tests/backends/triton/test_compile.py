@@ -38,6 +38,9 @@ def test_every_kernel_compiles_for_every_architecture(kernels: list[dict[str, An
         "_adjoint_kernel",
         "_ids_kernel",
         "_scan_kernel",
+        "_reach_kernel",
+        "_handed_on_kernel",
+        "_join_kernel",
         "_loop_kernel",
     }
     for capability in CAPABILITIES:

@@ -221,6 +221,10 @@ T __shfl_xor_sync(unsigned, T value, int d) {
   return emulation::exchanged(value, (emulation::block->current % 32u) ^ unsigned(d));
 }
 template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulation::exchanged(value, unsigned(lane));
+}
+template <class T>
 T __shfl_up_sync(unsigned, T value, unsigned d) {
   const unsigned lane = emulation::block->current % 32u;
   return emulation::exchanged(value, lane < d ? lane : lane - d);
@@ -236,8 +240,9 @@ inline unsigned __ballot_sync(unsigned, bool x) {
   return emulation::reduced(bit, [](unsigned a, unsigned b) { return a | b; });
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int atomicMax(int* p, int x) {
-  const int old = *p;
+template <class T>
+T atomicMax(T* p, T x) {
+  const T old = *p;
   *p = old < x ? x : old;
   return old;
 }
