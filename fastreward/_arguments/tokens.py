@@ -12,7 +12,7 @@ from fastreward._arguments import check
 
 #: About as many as a GPU has multiprocessors: with fewer rows most of it has nothing to do.
 FEW_ROWS = 128
-#: Blocks of a long row on average: what takes longer one after the other than a few launches do.
+#: Blocks of a long row on average: what takes longer one after the other than a few launches do (estimated).
 LONG_ROW = 16
 
 

@@ -162,7 +162,7 @@ def check_bits(module: ModuleType, device: str, shape: tuple[int, int], chosen: 
 
 #: What `check_blocks` is put through: options, packed, form.
 BLOCKS = (
-    (ReturnsOptions("gae", move=True), True, 1),
+    (ReturnsOptions("gae", move=True), True, 2),
     (ReturnsOptions("gae", "reset"), False, 0),
     (ReturnsOptions("vtrace", "zero", move=True), False, 3),
     (ReturnsOptions("lambda", "decay"), True, 2),
@@ -175,9 +175,12 @@ BLOCKS = (
 
 
 def with_long_gaps(given: Call) -> Call:
-    """A padded call of two rows that have whole blocks without a valid token: inside the first, around the second's."""
+    """A padded call of two rows that have whole blocks without a valid token: inside the first, around the second's.
+
+    Without a mask it is one without next values: those of the tokens themselves go from block to block.
+    """
     if given.tokens.mask is None:
-        return given
+        return replace(given, inputs=given.inputs._replace(next_values=None))
     mask, columns = given.tokens.mask.clone(), given.tokens.shape[1]
     mask[0, columns // 4 : columns // 4 + columns // 2 + 1] = False
     mask[1] = (torch.arange(columns) - columns // 2).abs() < columns // 20

@@ -296,6 +296,8 @@ def test_small_returns(form: int, backend: Callable[[str], ModuleType]) -> None:
 def test_bits_of_returns(backend: Callable[[str], ModuleType]) -> None:
     for chosen in returns_checks.options():
         returns_checks.check_bits(backend("returns"), "cuda", (3, 1030), chosen)
+    for chosen, packed, form in returns_checks.BLOCKS:
+        returns_checks.check_blocks(backend("returns"), "cuda", 50_000, chosen, packed, form)
 
 
 @pytest.mark.parametrize("packed", [False, True])
