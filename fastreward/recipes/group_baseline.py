@@ -21,7 +21,7 @@ from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.groups import beside_rewards, given, prompts, truths
 from fastreward.recipes._shared.tokens import beside, token_values
 from fastreward.returns import discounted_returns
-from fastreward.segments import scatter_rewards
+from fastreward.segments import scatter_rewards, segment_reduce
 
 __all__ = ["copo", "grpo_s", "hierarchical_grpo", "otb", "rae", "riskpo", "verpo", "weighted_grpo"]
 
@@ -74,12 +74,20 @@ def otb(
     returns = discounted_returns(token_rewards, mask, masked_rewards="drop")
     energy = discounted_returns(step, mask, reverse=False)
     there = mask != 0
-    place = torch.arange(lp.shape[-1], device=lp.device).expand(lp.shape) if positions == "column" else there.cumsum(-1)
-    groups = Groups.by(prompts(group_ids, group_size, lp), torch.where(there, place, -1))
-    found = group_statistics(returns, groups, ("count", "weighted-mean"), weights=energy)
-    total = found["count"] * group_statistics(energy, groups, ("mean",))["mean"]
-    baseline = found["weighted-mean"].nan_to_num(0.0) * total / (total + number("eps", eps, lp, check.positive))
-    return torch.where(there, returns - torch.where(found["count"] > 1, baseline, 0.0), 0.0)
+    index = prompts(group_ids, group_size, lp).index.to(lp.device)
+    at = None if positions == "column" else (there.cumsum(-1) - 1).clamp(min=0)
+    weighed, total, count = (_sums(x, index, at) for x in (returns * energy, energy, there.float()))
+    baseline = torch.where(count > 1, weighed / (total + number("eps", eps, lp, check.positive)), 0.0)
+    own = baseline[:, torch.where(index < 0, len(index), index)].mT
+    return torch.where(there, returns - (own if at is None else own.gather(1, at)), 0.0)
+
+
+def _sums(x: Tensor, index: Tensor, at: Tensor | None) -> Tensor:
+    """[T, B + 1] from [B, T]: sums over each group at each position, the last 0. at: positions, else the columns."""
+    x = x if at is None else torch.zeros_like(x).scatter_add(1, at, x)
+    order = index.argsort(stable=True)
+    columns = x[order].mT.contiguous()
+    return segment_reduce(columns, index[order].expand(columns.shape), op="sum", num_segments=len(index) + 1)
 
 
 @recipe(
