@@ -108,6 +108,11 @@ def _swiss(rng: random.Random) -> Arguments:
     return {"wins": _whole(rng, 3) / 2, "tie_breaks": _whole(rng, 3) / 2, "group_ids": groups(rng)}
 
 
+def _ties_share_the_better_place(arguments: Arguments, result: Tensor) -> None:
+    places = fr.group_advantages(torch.tensor([1.0, 2 / 3, 2 / 3, 0.0]), group_size=4)
+    torch.testing.assert_close(recipes.arena_rl(torch.tensor([3.0, 1.5, 1.5, 0.0]), group_size=4), places)
+
+
 def _rated(rng: random.Random) -> Arguments:
     return {"comparisons": _results(rng), "group_ids": groups(rng)}
 
@@ -233,7 +238,7 @@ CASES = {
         lambda rng: _scored(rng, binary=True, easy=_flags(rng)),
         {"success": 2.0, "failure": 0.5},
     ),
-    "arena_rl": Case(recipes.arena_rl, pairwise.arena_rl, _won),
+    "arena_rl": Case(recipes.arena_rl, pairwise.arena_rl, _won, law=_ties_share_the_better_place),
     "arena_rl, elimination": Case(recipes.arena_rl, pairwise.arena_rl, _won, {"tournament": "elimination"}),
     "arena_rl, swiss": Case(recipes.arena_rl, pairwise.arena_rl, _swiss, {"tournament": "swiss"}),
     "pref_grpo": Case(recipes.pref_grpo, pairwise.pref_grpo, _rated),
