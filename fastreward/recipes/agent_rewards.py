@@ -1,6 +1,7 @@
-"""Rewards of an agent's trajectories: answers found by searching, judged traces, masks drawn in several turns.
+"""Rewards of an agent's trajectories: calls of tools, answers found by searching, judged traces, masks drawn in turns.
 
-All return a reward per response, for `fastreward.group_advantages`, but `r3_rag`, which returns rewards per token.
+All return a reward per response, for `fastreward.group_advantages`, but `match_tir_rewards` and `r3_rag`, which return
+rewards per token.
 Turns and segment_ids as at the head of `fastreward.recipes.turn_credit`; NaN where there is nothing, or no score.
 """
 
@@ -17,17 +18,104 @@ from fastreward._arguments.numbers import Number, number
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.tokens import per_response
-from fastreward.recipes._shared.turns import outcomes, over_row, scores, turns_of
-from fastreward.segments import scatter_rewards, segment_diff
+from fastreward.recipes._shared.turns import Turns, outcomes, over_row, scores, turns_of
+from fastreward.segments import scatter_rewards, segment_diff, segment_reduce
 
 __all__ = [
     "chat_r1",
     "long_trace_rl",
+    "match_tir_rewards",
     "medsam_agent",
     "r3_rag",
     "search_r2",
     "sub_search",
 ]
+
+
+@recipe(
+    "MatchTIR's rewards (calls matched with those of a reference)",
+    "arXiv 2601.10712",
+    code="quchangle1/MatchTIR tool.py",
+    returns="token rewards",
+)
+def match_tir_rewards(
+    rewards: Tensor,
+    call_scores: Tensor,
+    call_turns: Tensor,
+    segment_ids: Tensor,
+    *,
+    assignment: Literal["hard", "soft"] = "hard",
+    reg: Number = 0.1,
+    iterations: int = 100,
+    num_segments: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """r_k = mean over turn k's calls of their scores with the reference calls that they are matched with; last, R.
+
+    On the last token of each turn; `fastreward.segment_reduce(..., op="last")` makes them turn_rewards. hard: pairs by
+    falling score, each call once, scores above 0; a call without a partner gets 0. soft: sum_q T_pq S_pq, T the plan of
+    optimal transport between the calls (each 1 / P, and 1 / Q) with cost -S and entropy reg.
+
+    Args:
+        rewards: [B], F1 of the answers, of the last turns.
+        call_scores: [B, P, Q], S in [0, 1] of each call with each reference call; NaN = there is no such pair.
+        call_turns: integers [B, P], the turn of each call, -1 = there is none.
+        segment_ids, cu_seqlens: as at the head of `fastreward.recipes.turn_credit`.
+        assignment, reg: as above.
+        iterations: of Sinkhorn's algorithm.
+        num_segments: more than any of segment_ids; default: the largest + 1, which a GPU has to be told.
+    """
+    check.choice("assignment", assignment, ("hard", "soft"))
+    check.integers("call_turns", call_turns)
+    lengths = segment_reduce(
+        torch.ones_like(check.tensor("segment_ids", segment_ids), dtype=torch.float32),
+        segment_ids,
+        op="count",
+        num_segments=num_segments,
+        cu_seqlens=cu_seqlens,
+    )
+    turns = Turns.of(segment_ids, lengths.shape[1], cu_seqlens)
+    outcome = per_response("rewards", rewards, "segment_ids", lengths)
+    score = check.constant("call_scores", check.reals("call_scores", call_scores))
+    if score.ndim != 3 or score.shape[0] != len(lengths):
+        raise ValueError(f"call_scores: expected shape [{len(lengths)}, P, Q], got {list(score.shape)}")
+    if check.values_checked(score):
+        check.every("call_scores", score.isfinite() | score.isnan(), score, "finite numbers, or NaN for no pair")
+    check.shape("call_turns", call_turns, score.shape[:2], "[B, P]")
+    if assignment == "hard":
+        matched = _greedy(score)
+    else:
+        matched = _transported(
+            score, number("reg", reg, score, check.positive), check.whole("iterations", iterations, "")
+        )
+    found = segment_reduce(matched, call_turns, op="mean", num_segments=lengths.shape[1])
+    return scatter_rewards(torch.where(turns.last, outcome.unsqueeze(-1), found), segment_ids, cu_seqlens=cu_seqlens)
+
+
+def _greedy(score: Tensor) -> Tensor:
+    """[B, P]: each call's partner's score; the best pair first, then the best of what is left."""
+    left, found = score.nan_to_num(0.0).clamp(min=0), score.new_zeros(score.shape[:2])
+    calls, partners = score.shape[1:]
+    for _ in range(min(calls, partners)):
+        best, at = left.flatten(1).max(-1, keepdim=True)
+        found.scatter_add_(1, at // partners, best)  # 0 where nothing is left
+        left = left.scatter(1, (at // partners).unsqueeze(-1).expand(-1, 1, partners), 0.0)
+        left = left.scatter(2, (at % partners).unsqueeze(-1).expand(-1, calls, 1), 0.0)
+    return found
+
+
+def _transported(score: Tensor, reg: Number, iterations: int) -> Tensor:
+    """[B, P]: sum over q of T S, T by Sinkhorn's algorithm on logarithms."""
+    there = ~score.isnan()
+    calls, partners = there.any(2, keepdim=True), there.any(1, keepdim=True)
+    s = torch.where(there, score, 0.0).double()
+    kernel = torch.where(there, s / reg, -torch.inf)
+    share = -calls.sum(1, keepdim=True).log(), -partners.sum(2, keepdim=True).log()
+    u, v = torch.zeros_like(s[:, :, :1]), torch.zeros_like(s[:, :1])
+    for _ in range(iterations):
+        u = torch.where(calls, share[0] - (kernel + v).logsumexp(2, keepdim=True), 0.0)
+        v = torch.where(partners, share[1] - (kernel + u).logsumexp(1, keepdim=True), 0.0)
+    return ((u + kernel + v).exp() * s).sum(-1).float()
 
 
 @recipe(

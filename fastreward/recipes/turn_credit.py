@@ -93,7 +93,7 @@ def match_tir(
 
     Args:
         turn_rewards: [B, S], the mean match of a turn's tool calls with those of the reference; of the last turn the
-            answer's F1. NaN = none.
+            answer's F1 (`recipes.match_tir_rewards`). NaN = none.
         segment_ids, group_ids, group_size, cu_seqlens: as at the head of `fastreward.recipes.turn_credit`.
         lam: discount per turn.
         eps: as in the formula.

@@ -80,6 +80,8 @@ _TURN_CREDIT: Final[Made] = {
     ),
     "tags": ('[["plan", "explore"], ["plan", "explore"], ["plan", "reflect"], ["plan", "reflect"]]', "of each turn"),
     "prm_logprobs": ("-1 - torch.rand(4, 6)", "of the same tokens, by the implicit reward model"),
+    "call_scores": ("torch.rand(4, 2, 2)", "of each call with each call of the reference"),
+    "call_turns": ("torch.tensor([[0, 1], [0, 0], [0, 1], [0, -1]])", "the turn of each call, -1: there is none"),
     "criteria": ("torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])", "which each response meets"),
     "open_criteria": ("torch.eye(2).expand(4, 2, 2)", "the first at the first turn, the second at the second"),
     "evidence": ("torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])", "1: a chunk that is of use"),

@@ -38,6 +38,17 @@ def _implicit(rng: random.Random) -> Arguments:
     return {"rewards": scores(rng), "segment_ids": ids, **models, "group_ids": groups(rng)}
 
 
+def _called(rng: random.Random) -> Arguments:
+    """Up to three calls, beside up to two of the reference."""
+    call_scores = floats(rng, ROWS, 3, 2, low=-0.2)
+    call_turns = torch.tensor([[rng.randrange(-1, 4) for _ in range(3)] for _ in range(ROWS)])
+    call_scores[call_turns < 0] = float("nan")
+    call_scores[2, :, 1] = float("nan")
+    call_scores[3] = float("nan")
+    ids = segments(rng, rollout_mask(rng))
+    return {"rewards": scores(rng), "call_scores": call_scores, "call_turns": call_turns, "segment_ids": ids}
+
+
 def _states(rng: random.Random) -> Arguments:
     return labelled(rng, "states", outcomes=False)
 
@@ -47,6 +58,13 @@ CASES = {
     "turn_baseline": Case(recipes.turn_baseline, reference.turn_baseline, turns, scales_with=("turn_rewards",)),
     "turn_baseline, discounted": Case(recipes.turn_baseline, reference.turn_baseline, turns, {"gamma": 0.5}),
     "match_tir": Case(recipes.match_tir, reference.match_tir, turns),
+    "match_tir_rewards": Case(recipes.match_tir_rewards, reference.match_tir_rewards, _called, {"num_segments": TURNS}),
+    "match_tir_rewards, soft": Case(
+        recipes.match_tir_rewards,
+        reference.match_tir_rewards,
+        _called,
+        {"assignment": "soft", "iterations": 20, "num_segments": TURNS},
+    ),
     "igpo": Case(recipes.igpo, reference.igpo, turns, tolerance=1e-5, unmoved_by_shift=("turn_rewards",)),
     "igpo, separate": Case(recipes.igpo, reference.igpo, turns, {"norm": "separate", "gamma": 0.5}, tolerance=1e-4),
     "gigpo": Case(

@@ -133,6 +133,45 @@ def match_tir(
     return spread([[(a + d) / 2 for d in line] for a, line in zip(whole, step, strict=True)], segment_ids)
 
 
+def match_tir_rewards(
+    rewards: Row, call_scores: list[Rows], call_turns: Ids, segment_ids: Ids, assignment: str = "hard",
+    reg: float = 0.1, iterations: int = 100, num_segments: int | None = None,
+) -> Rows:  # fmt: skip
+    found = []
+    for b, ids in enumerate(segment_ids):
+        score = call_scores[b]
+        pairs = [(s, p, q) for p, row in enumerate(score) for q, s in enumerate(row) if s == s]
+        matched = _greedy(pairs) if assignment == "hard" else _transported(pairs, reg, iterations)
+        turns = [[matched.get(p, 0.0) for p, turn in enumerate(call_turns[b]) if turn == k] for k in range(count(ids))]
+        values = [mean(of) if of else 0.0 for of in turns[:-1]] + [rewards[b]] * (count(ids) > 0)
+        ends = {k: max(t for t, j in enumerate(ids) if j == k) for k in range(count(ids))}
+        line = [0.0] * len(ids)
+        for k, t in ends.items():
+            line[t] = values[k]
+        found.append(line)
+    return found
+
+
+def _greedy(pairs: list[tuple[float, int, int]]) -> dict[int, float]:
+    matched: dict[int, float] = {}
+    taken = set()
+    for s, p, q in sorted(pairs, key=lambda pair: -pair[0]):
+        if s > 0 and p not in matched and q not in taken:
+            matched[p] = s
+            taken.add(q)
+    return matched
+
+
+def _transported(pairs: list[tuple[float, int, int]], reg: float, iterations: int) -> dict[int, float]:
+    calls, partners = sorted({p for _, p, _ in pairs}), sorted({q for _, _, q in pairs})
+    kernel = {(p, q): math.exp(s / reg) for s, p, q in pairs}
+    u, v = dict.fromkeys(calls, 1.0), dict.fromkeys(partners, 1.0)
+    for _ in range(iterations):
+        u = {p: 1 / len(calls) / sum(kernel.get((p, q), 0.0) * v[q] for q in partners) for p in calls}
+        v = {q: 1 / len(partners) / sum(kernel.get((p, q), 0.0) * u[p] for p in calls) for q in partners}
+    return {p: sum(u[p] * kernel[i, q] * v[q] * s for s, i, q in pairs if i == p) for p in calls}
+
+
 def igpo(
     turn_rewards: Rows, segment_ids: Ids, group_ids: list[Hashable], norm: str = "joint", gamma: float = 1.0
 ) -> Rows:
