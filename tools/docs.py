@@ -28,13 +28,10 @@ OURS = "fastreward"
 #: The README's figures: (what, operation, case, dtype) of the newest run that has them.
 FIGURES: Final = (
     ("log-probs of 2048 x 151,936 logits", "logprobs", "forward", "float32"),
-    ("log-probs and entropy of the same", "logprobs", "forward+entropy", "float32"),
     ("log-probs, forward + backward in place", "logprobs", "backward-inplace", "float32"),
     ("log-probs from hidden states, forward + backward", "linear_logprobs", "backward", "float32"),
     ("logits to PPO loss and gradient", "logits_policy_loss", "fresh", "float32"),
     ("PPO loss of 4M tokens, forward + backward", "policy_loss", "ppo", "float32"),
-    ("DPO loss of 2M tokens a side", "preference_loss", "dpo", "float32"),
-    ("correction weights with metrics (eager: without), 4M tokens", "correction", "tis", "float32"),
     ("advantages of 4096 rewards by uid", "group", "uid-strings", "float32"),
     ("prefix tree of 3.1M tokens", "prefix_tree", "build-g8-30", "int64"),
     ("training step on packed trees, 70 % shared", "prefix_tree", "train-g8-70", "float32"),

@@ -48,7 +48,7 @@ def test_programs_run_as_written(program: str, tmp_path: Path) -> None:
 
 
 def test_the_training_step_runs_as_written() -> None:
-    (example,) = [block for block in BLOCKS if "fr.group_advantages" in block]
+    (example,) = [block for block in BLOCKS if "fr.token_logprobs" in block]
     names: dict[str, object] = {}
     exec(example, names)
     model = names["model"]
