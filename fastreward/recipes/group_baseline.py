@@ -279,7 +279,9 @@ def hierarchical_grpo(
     for name, x in (("roles", roles), ("problem_ids", problem_ids)):
         check.integers(name, x)
         check.shape(name, x, scored.shape, "one per response")
-    # as keys of groups -1 is none: proposers are 0
+    if check.values_checked(problem_ids):
+        check.every("problem_ids", problem_ids >= -1, problem_ids, "a problem, or -1")
+    # as a key of Groups -1 is none: proposers are 0
     compared = Groups.by(prompts(group_ids, group_size, scored), roles, problem_ids + 1)
     return group_advantages(scored, compared, scale="none")
 

@@ -13,6 +13,8 @@ def prompts(group_ids: GroupIds | None, group_size: int | None, like: Tensor) ->
     """The groups of B responses, one for each row of `like`, once for several operations."""
     if isinstance(group_ids, Groups) and group_size is None:
         return group_ids
+    if (group_ids is None) == (group_size is None):
+        raise ValueError("group_ids, group_size: expected exactly one of them")
     return Groups(group_ids, group_size=group_size, count=None if group_size is None else like.shape[0])
 
 
