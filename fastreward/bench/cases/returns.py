@@ -71,7 +71,9 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
             Target("share", 0.85, device="cuda"),
         ),
     )
-    if how != "packed":
+    if how == "packed":
+        _add_packed_peers(built, flat, given["cu_seqlens"])
+    else:
         _add_peers(built, pair, plain, inputs, mask, numbers)
     return built
 
@@ -81,11 +83,20 @@ def _add_peers(
 ) -> None:
     built.contenders.append(Contender("torch eager", partial(plain, *inputs, mask, **numbers)))
     built.absent["torch.compile"] = "unrolls the loop over tokens, which takes minutes to compile"
-    peers.add(built, NUMBA, partial(_numba, pair, inputs, mask))
+    peers.add(built, NUMBA, partial(_numba, "gae" if pair else "returns", inputs, mask))
     if pair:
         peers.add(built, "verl", partial(_verl, inputs[0], inputs[1], mask))
         peers.add(built, "torchrl", partial(_torchrl, inputs[0], inputs[1], mask))
+    else:
+        built.absent["verl"] = "only inside REINFORCE++'s estimator, by the loop of torch eager"
     built.absent["TRL"] = "its loop is verl's"
+    built.absent["liger-kernel"] = "no such function"
+
+
+def _add_packed_peers(built: Case, flat: list[Tensor], bounds: Tensor) -> None:
+    peers.add(built, NUMBA, partial(_numba, "gae-packed", flat, bounds))
+    for name in ("torch eager", "torch.compile", "verl", "torchrl", "TRL"):
+        built.absent[name] = "loops over the columns of padded rows: no packed form"
     built.absent["liger-kernel"] = "no such function"
 
 
@@ -147,15 +158,16 @@ def _torchrl(rewards: Tensor, values: Tensor, mask: Tensor) -> Contender:
     return Contender("torchrl", call)
 
 
-def _numba(pair: bool, inputs: list[Tensor], mask: Tensor) -> Contender:
-    if mask.device.type != "cpu":
+def _numba(name: str, inputs: list[Tensor], layout: Tensor) -> Contender:
+    """layout: a mask, or the bounds of packed sequences."""
+    if layout.device.type != "cpu":
         raise peers.Absent("runs on the CPU")
     if importlib.util.find_spec("numba") is None:
         raise peers.Absent("not installed")
-    arrays = [x.numpy() for x in (*inputs, mask)]
+    arrays = [x.numpy() for x in (*inputs, layout)]
     outputs = [torch.zeros_like(inputs[0]) for _ in inputs]
-    loop = _numba_loops()[0 if pair else 1]
-    numbers = (GAMMA, LAM) if pair else (GAMMA,)
+    loop = _numba_loops()[name]
+    numbers = (GAMMA, LAM) if len(inputs) == 2 else (GAMMA,)
 
     def call() -> tuple[Tensor, ...]:
         import numba
@@ -169,7 +181,7 @@ def _numba(pair: bool, inputs: list[Tensor], mask: Tensor) -> Contender:
 
 
 @cache
-def _numba_loops() -> tuple[Callable[..., None], Callable[..., None]]:
+def _numba_loops() -> dict[str, Callable[..., None]]:
     """What a user writes who knows numba: rows in parallel, a loop over tokens in each."""
     import numba
     import numpy as np
@@ -186,6 +198,15 @@ def _numba_loops() -> tuple[Callable[..., None], Callable[..., None]]:
                     out[b, t], returns[b, t] = running, running + v[b, t]
 
     @numba.njit(parallel=True)
+    def packed(r: Any, v: Any, bounds: Any, gamma: Any, lam: Any, out: Any, returns: Any) -> None:
+        for b in numba.prange(bounds.shape[0] - 1):
+            following = running = np.float32(0)
+            for t in range(bounds[b + 1] - 1, bounds[b] - 1, -1):
+                running = r[t] + gamma * following - v[t] + gamma * lam * running
+                following = v[t]
+                out[t], returns[t] = running, running + v[t]
+
+    @numba.njit(parallel=True)
     def discounted(r: Any, mask: Any, gamma: Any, out: Any) -> None:
         for b in numba.prange(r.shape[0]):
             running = np.float32(0)
@@ -195,4 +216,4 @@ def _numba_loops() -> tuple[Callable[..., None], Callable[..., None]]:
                     running = r[b, t] + gamma * running
                     out[b, t] = running
 
-    return advantages, discounted
+    return {"gae": advantages, "gae-packed": packed, "returns": discounted}
