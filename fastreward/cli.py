@@ -89,7 +89,7 @@ def bench(
     operations: Annotated[list[str] | None, typer.Argument(help="Operations; all when none is named.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
     plot_path: Annotated[
-        Path | None, typer.Option("--plot", help="Write a bar chart to this file (.png, .svg, .pdf).")
+        Path | None, typer.Option("--plot", help="Write a chart to this file (.png, .svg, .pdf).")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few rounds, no memory measurement.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -100,6 +100,9 @@ def bench(
     seconds: Annotated[float | None, typer.Option(help="Budget of one case's timed rounds (at least 3 run).")] = None,
     memory: Annotated[bool | None, typer.Option("--memory/--no-memory", help="Peak memory too.")] = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Beside the peers, or fastreward alone.")] = True,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="At growing sizes, B and then T; the chart is of time per token.")
+    ] = False,
 ) -> None:
     """Time every operation beside its peers and the machine's limit. Nothing is timed before its results are equal.
 
@@ -121,16 +124,29 @@ def bench(
     _check_output("--json", json_path)
     _check_output("--plot", plot_path, picture=True)
     settings = Settings(seconds or 0.5, 3, 15) if quick else Settings(seconds or 20.0)
-    wants_memory = not quick if memory is None else memory
+    if sweep and set(names) & {*room.BESIDES, "prefix_tree"}:
+        raise typer.BadParameter(f"--sweep: {', '.join((*room.BESIDES, 'prefix_tree'))} have sizes of their own")
+    wants_memory = not (quick or sweep) if memory is None else memory
     known = sorted({case for name in names for case in room.operation(name).CASES})
     for case in cases or ():
         if case not in known:
             raise typer.BadParameter(f"--case: expected one of {', '.join(known)}, got {case!r}")
     plan = Plan(
-        names, device, quick, rows, vocab, tuple(dtypes or ()), tuple(cases or ()), wants_memory, settings, peers
+        names,
+        device,
+        quick,
+        rows,
+        vocab,
+        tuple(dtypes or ()),
+        tuple(cases or ()),
+        wants_memory,
+        settings,
+        peers,
+        sweep,
     )
     console, done = _console(), []
-    facts: dict[str, Any] = {"machine": report.machine(device), "cases": []}
+    key = "sweep" if sweep else "cases"
+    facts: dict[str, Any] = {"machine": report.machine(device), key: []}
     if json_path is not None:  # now, and after every case: whoever stops the run keeps what it has measured
         _write_json(json_path, facts)
     try:
@@ -139,7 +155,7 @@ def bench(
             for result in results(plan, lambda text: progress.update(task, description=text)):
                 progress.advance(task)
                 done.append(result)
-                facts["cases"].append(result.as_dict())
+                facts[key].append(result.as_dict())
                 if json_path is not None:
                     _write_json(json_path, facts)
                 report.print_case(console, result)
@@ -148,7 +164,7 @@ def bench(
         raise typer.Exit(1) from error
     report.print_summary(console, done)
     if plot_path is not None:
-        report.plot(facts["cases"], plot_path)
+        (report.plot_sweep if sweep else report.plot)(facts[key], plot_path)
     if any(reason.startswith("not equivalent") for result in done for reason in result.outcome.case.absent.values()):
         raise typer.Exit(1)
 

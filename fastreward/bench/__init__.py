@@ -39,6 +39,9 @@ WITH_VOCABULARY = (
 )  # their last dimension is V
 
 
+_SMALLEST = 8  # the size at which a sweep begins, or up to four times that
+
+
 class Operation(Protocol):
     """The contents of an operation's file."""
 
@@ -68,3 +71,22 @@ def shape_of(name: str, quick: bool, rows: int | None, vocab: int | None) -> tup
     if vocab is not None and name in WITH_VOCABULARY:
         shape[-1] = vocab
     return tuple(shape)
+
+
+def growing(name: str) -> tuple[int, ...]:
+    """The dimensions that count what there is to do: B and T of tokens; else the first, rows or rollouts."""
+    return (0,) if name in (*WITH_VOCABULARY, "group") else (0, 1)
+
+
+def sweep(name: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes up to `shape`: one of its growing dimensions from small to full, the others full; then the next."""
+    grown = [(*shape[:d], size, *shape[d + 1 :]) for d in growing(name) for size in _quarters(shape[d])]
+    return list(dict.fromkeys(grown))  # all of them end at `shape`
+
+
+def _quarters(size: int) -> list[int]:
+    """Rising up to `size`, each a quarter of the next."""
+    sizes = [size]
+    while sizes[0] >= 4 * _SMALLEST:
+        sizes.insert(0, sizes[0] // 4)
+    return sizes

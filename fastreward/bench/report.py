@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 import subprocess
@@ -13,12 +14,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastreward.bench import growing
 from fastreward.bench.case import OURS, Timing
 from fastreward.bench.run import Result
 from fastreward.bench.targets import Verdict
 
 _ABOVE = "; above 100 %: the rate was measured in a slower moment, or the data fits in a cache"
 _OURS_COLOUR, _PEER_COLOUR = "#1b7f5c", "#9aa5b1"
+_LIMIT = "limit"
+_PEER_STYLE: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1}
+_STYLES: dict[str, dict[str, Any]] = {  # lines of a sweep
+    OURS: {"marker": "o", "markersize": 3, "linewidth": 2, "color": _OURS_COLOUR},
+    _LIMIT: {"linestyle": "--", "linewidth": 1, "color": "black"},
+}
 
 
 def print_case(console: Console, result: Result) -> None:
@@ -157,3 +165,47 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def plot_sweep(results: list[dict[str, Any]], path: Path) -> None:
+    """Time per token against B and against T, a row of panels for each case; the measured limit dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        cases.setdefault((result["operation"], result["case"], result["dtype"]), []).append(result)
+    figure, axes = pyplot.subplots(len(cases), 2, figsize=(12, 3 * len(cases)), squeeze=False)
+    for panels, (case, sized) in zip(axes, cases.items(), strict=True):
+        dimensions = growing(case[0])
+        for axis in panels[len(dimensions) :]:
+            axis.set_axis_off()
+        whole = max((result["shape"] for result in sized), key=math.prod)
+        for axis, d in zip(panels, dimensions, strict=False):
+            along = [r for r in sized if [*r["shape"][:d], *r["shape"][d + 1 :]] == [*whole[:d], *whole[d + 1 :]]]
+            _lines(axis, sorted(along, key=lambda r: int(r["shape"][d])), d, dimensions)
+            sizes = ", ".join("BT"[d] if k == d else str(size) for k, size in enumerate(whole))
+            axis.set_title(f"{' '.join(case)} [{sizes}]", fontsize=9)
+        panels[len(dimensions) - 1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.supylabel("median ns per token (group: per rollout)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _lines(axis: Any, results: list[dict[str, Any]], along: int, dimensions: tuple[int, ...]) -> None:
+    """A line for each contender and the limit's; what grows is counted."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for result in results:
+        count = math.prod(result["shape"][d] for d in dimensions)
+        times = {c["name"]: c["median_ms"] for c in result["contenders"]} | {_LIMIT: result["limit_ms"]}
+        for name, ms in times.items():
+            lines.setdefault(name, []).append((result["shape"][along], ms * 1e6 / count))
+    for name, points in lines.items():
+        axis.plot(*zip(*points, strict=True), label=name, **_STYLES.get(name, _PEER_STYLE))
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel("BT"[along], fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)

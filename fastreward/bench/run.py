@@ -30,15 +30,18 @@ class Plan:
     memory: bool = True
     settings: Settings = field(default_factory=Settings)
     peers: bool = True
+    sweep: bool = False
 
-    def jobs(self) -> list[tuple[str, str, str]]:
-        """(operation, dtype, case) in the order in which they run: cases of one dtype share their data."""
+    def jobs(self) -> list[tuple[str, str, str, tuple[int, ...]]]:
+        """(operation, dtype, case, shape) in the order in which they run: cases of one dtype and shape share data."""
         jobs = []
         for name in self.operations:
             module = bench.operation(name)
             chosen = [d for d in module.DTYPES if not self.dtypes or d in self.dtypes]
             cases = [c for c in module.CASES if not self.cases or c in self.cases]
-            jobs += [(name, dtype, case) for dtype in chosen for case in cases]
+            whole = bench.shape_of(name, self.quick, self.rows, self.vocab)
+            shapes = bench.sweep(name, whole) if self.sweep else [whole]
+            jobs += [(name, dtype, case, shape) for dtype in chosen for shape in shapes for case in cases]
         return jobs
 
 
@@ -88,9 +91,8 @@ class Result:
 
 def results(plan: Plan, step: Callable[[str], None]) -> Iterator[Result]:
     """Runs the plan, case by case; `step` is told what happens next."""
-    for name, dtype, case_name in plan.jobs():
+    for name, dtype, case_name, shape in plan.jobs():
         module = bench.operation(name)
-        shape = bench.shape_of(name, plan.quick, plan.rows, plan.vocab)
         step(f"{name} {case_name} {dtype}: data")
         with nullcontext() if plan.peers else peers.left_out():
             case = module.build(case_name, getattr(torch, dtype), shape, plan.device)
