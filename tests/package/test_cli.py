@@ -20,7 +20,7 @@ from fastreward._arguments import check
 from fastreward._runtime import dispatch
 from fastreward._runtime.dispatch import BACKENDS, OPERATIONS
 from fastreward.bench import OPERATIONS as BENCHED
-from fastreward.bench import engine, memory, report, roofline, targets
+from fastreward.bench import engine, memory, report, roofline, sweep, targets
 from fastreward.bench.case import PEERS, Case, Contender, Target, Timing
 from fastreward.bench.cases import whiten as bench_whiten
 from fastreward.bench.run import Result
@@ -188,6 +188,23 @@ def test_bench_writes_json_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert known >= set(PEERS), "every peer has a row: a figure, or why not"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "Summary" in result.output
+
+
+def test_bench_sweeps_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    figures, picture = tmp_path / "sweep.json", tmp_path / "sweep.png"
+    few = ("--no-peers", "--quick", "--rows", "8", "--seconds", "0.001", "--json", str(figures), "--plot", str(picture))
+    result = _run("bench", "value_loss", "--sweep", *few)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(figures.read_text())
+    assert "cases" not in facts, "docs/benchmarks.md has tables of these"
+    assert [case["shape"] for case in facts["sweep"]] == [[8, 256], [8, 16], [8, 64]]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sweep("group", (40, 8)) == [(10, 8), (40, 8)]
+    assert sweep("logprobs", (8, 999)) == [(8, 999)]
+    result = _run("bench", "prefix_tree", "--sweep")
+    assert result.exit_code == 2
+    assert "--sweep: busy, small_calls, prefix_tree have sizes of their own" in result.output
 
 
 def test_bench_looks_where_it_will_write_before_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
