@@ -272,8 +272,8 @@ def lambda_returns(
         out: where the result goes; float32, contiguous, memory of its own.
 
     Returns:
-        float32 in the shape of rewards; with next_values = V_{t+1} it is the return of `gae`. All arguments are
-        constants.
+        float32 in the shape of rewards; with next_values = V_{t+1} it is the return of `gae`, except that a masked
+        token which takes time has next value 0 here. All arguments are constants.
 
     Raises:
         TypeError, ValueError: as `discounted_returns`.
@@ -480,13 +480,11 @@ def _soft_scale(op: str, temperature: Number | None, like: Tensor) -> Number | N
 
 
 def _moved(call: _Call) -> Tensor:
-    """Rewards with those of masked tokens at the valid token before them: itself such a recurrence."""
-    assert call.mask is not None
-    counted = call.mask != 0
-    gap = torch.nn.functional.pad((~counted)[..., 1:], (0, 1)).float()
-    rewards = torch.where(counted | call.x.isfinite(), call.x, 0.0)
-    inputs = ReturnsInputs(rewards, gamma=gap)
-    backend = select("returns", rewards)
+    """Rewards with those of masked tokens at the valid token before them: what they come to from the right, gamma 0."""
+    inputs, options = ReturnsInputs(call.x), ReturnsOptions(move=True)
+    numbers = [0.0, 1.0, 1.0, 1.0, 1.0]
     moved: Tensor
-    moved, _ = _returns(*inputs, None, call.bounds, [1.0] * 5, None, ReturnsOptions().text(), False, backend)
+    moved, _ = _returns(
+        *inputs, call.mask, call.bounds, numbers, None, options.text(), False, select("returns", call.x)
+    )
     return moved

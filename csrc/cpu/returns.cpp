@@ -47,7 +47,8 @@ struct Row {
   bool started = false;                // the block is not the first
   bool after_valid = false;            // the token after the block is valid
   double y = 0.0;                      // of the recurrence, before the block
-  float value = 0.0f, pending = 0.0f;  // of the token after the block: V, rewards that move on
+  double pending = 0.0;                // rewards that move on
+  float value = 0.0f;                  // V of the token after the block
 };
 
 struct Buffer {
@@ -122,23 +123,23 @@ bool some_masked_reward(const float* rewards, const std::uint8_t* mask, int n) {
 }
 
 // Adds the rewards of masked tokens from the last on; one that is not finite is none.
-void collect(const float* rewards, int n, float& pending) {
+void collect(const float* rewards, int n, double& pending) {
   if (some_masked_reward(rewards, nullptr, n))
     for (int i = n - 1; i >= 0; --i)
-      if (std::isfinite(rewards[i])) pending += rewards[i];
+      if (std::isfinite(rewards[i])) pending += static_cast<double>(rewards[i]);
 }
 
 // The block's rewards, those of masked tokens moved to the valid token before them.
 const float* moved_rewards(const ReturnsInput& in, Row& row, float* room) {
   const float* given = in.rewards + row.base;
-  if (row.pending == 0.0f && (row.mask == nullptr || !some_masked_reward(given, row.mask, row.n))) return given;
+  if (row.pending == 0.0 && (row.mask == nullptr || !some_masked_reward(given, row.mask, row.n))) return given;
   for (int i = row.n - 1; i >= 0; --i) {
     if (row.mask == nullptr || row.mask[i] != 0) {
-      room[i] = given[i] + row.pending;
-      row.pending = 0.0f;
+      room[i] = static_cast<float>(static_cast<double>(given[i]) + row.pending);
+      row.pending = 0.0;
     } else {
       room[i] = 0.0f;
-      if (std::isfinite(given[i])) row.pending += given[i];
+      if (std::isfinite(given[i])) row.pending += static_cast<double>(given[i]);
     }
   }
   return room;
@@ -401,12 +402,13 @@ void recur(const ReturnsInput& in, Row& row, Buffers& room, bool plain, bool one
     extreme<kReverse>(xs, n, kInfinity, row.y, [](F8 a, F8 b) { return min(a, b); });
   } else if (in.op == ReturnsOp::max && undiscounted) {
     extreme<kReverse>(xs, n, -kInfinity, row.y, [](F8 a, F8 b) { return max(a, b); });
-  } else if (in.op == ReturnsOp::min) {  // c * y is NaN where the past ends, and where it is empty and c is 0: x then
-    chain<kReverse>(xs, cs, n, one, coefficient, row.y,
-                    [](double c, double y, double x) { return c * y < x ? c * y : x; });
-  } else if (in.op == ReturnsOp::max) {
-    chain<kReverse>(xs, cs, n, one, coefficient, row.y,
-                    [](double c, double y, double x) { return c * y > x ? c * y : x; });
+  } else if (in.op == ReturnsOp::min || in.op == ReturnsOp::max) {
+    // An infinite y is an empty past, whatever the sign of c; c is NaN where the past ends.
+    const bool least = in.op == ReturnsOp::min;
+    chain<kReverse>(xs, cs, n, one, coefficient, row.y, [least](double c, double y, double x) {
+      const double b = c * y;
+      return !std::isinf(y) && (least ? b < x : b > x) ? b : x;
+    });
   } else {
     chain<kReverse>(xs, cs, n, one, coefficient, row.y, [scale](double c, double y, double x) {
       const double b = c * y;

@@ -75,6 +75,9 @@ RETURNS: dict[str, tuple[dict[str, Any], list[float]]] = {
                 [3.5, 5, 0]),
     "min": ({"rewards": [3, 0, 0, 2, 0], "mask": [1, 0, 1, 1, 0], "op": "min"}, [0, 0, 0, 2, 0]),
     "min, positive steps": ({"rewards": [3, 0, 4, 5, 0], "mask": [1, 0, 1, 1, 0], "op": "min"}, [3, 0, 4, 5, 0]),
+    "min, below 0": ({"rewards": [1, 0, 2], "mask": [1, 0, 1], "op": "min", "gamma": -0.5}, [-1, 0, 2]),
+    "max, below 0": ({"rewards": [1, 0, 2], "mask": [1, 0, 1], "op": "max", "gamma": -0.5, "at_masked": "zero"},
+                     [1, 0, 2]),
     "max": ({"rewards": [-3, 0, -4], "mask": [1, 0, 1], "op": "max"}, [-3, 0, -4]),
     "soft min": ({"rewards": [1, 2], "op": "min", "temperature": 0.5},
                  [-0.5 * math.log(math.exp(-2) + math.exp(-4)), 2]),
@@ -154,6 +157,13 @@ def test_numbers_over_blocks_cpu(kind: Any) -> None:
 @pytest.mark.parametrize("chosen", [x for x in returns_checks.options() if x.reverse or x.op == "sum"], ids=str)
 def test_bits(chosen: ReturnsOptions) -> None:
     returns_checks.check_bits(cpu, "cpu", (3, 270), chosen)
+
+
+def test_bits_of_moved_rewards_from_the_left() -> None:
+    r, mask = torch.randn(2, 61), torch.rand(2, 61) > 0.5
+    wide, given = (torch.nn.functional.pad(x, (3, 7)) for x in (r, mask))
+    want = fr.discounted_returns(r, mask, gamma=0.9, reverse=False)
+    assert torch.equal(fr.discounted_returns(wide, given, gamma=0.9, reverse=False)[:, 3:-7], want)
 
 
 @pytest.mark.usefixtures("threads")
