@@ -25,13 +25,17 @@ RESULTS = ROOT / "bench" / "results"
 COMMAND = "python tools/docs.py"
 OURS = "fastreward"
 
-#: The README's figures: (what, operation, case, dtype) of the newest run that has them.
+#: The README's figures: (what, operation, case, dtype) of the newest run that has them; what none has is left out.
 FIGURES: Final = (
     ("log-probs of 2048 x 151,936 logits", "logprobs", "forward", "float32"),
     ("log-probs, forward + backward in place", "logprobs", "backward-inplace", "float32"),
     ("log-probs from hidden states, forward + backward", "linear_logprobs", "backward", "float32"),
     ("logits to PPO loss and gradient", "logits_policy_loss", "fresh", "float32"),
     ("PPO loss of 4M tokens, forward + backward", "policy_loss", "ppo", "float32"),
+    ("GAE of 34M tokens, into given memory", "returns", "gae-out", "float32"),
+    ("scores and KL to rewards of 34M tokens", "rewards", "k1-out", "float32"),
+    ("value loss of 4M tokens, forward + backward", "value_loss", "clipped", "float32"),
+    ("advantages of the turns of 4M tokens", "segments", "turn-advantage", "float32"),
     ("advantages of 4096 rewards by uid", "group", "uid-strings", "float32"),
     ("prefix tree of 3.1M tokens", "prefix_tree", "build-g8-30", "int64"),
     ("training step on packed trees, 70 % shared", "prefix_tree", "train-g8-70", "float32"),
@@ -108,7 +112,8 @@ def figures() -> str:
     }
     rows = []
     for what, operation, name, dtype in FIGURES:
-        case = found[operation, name, dtype]
+        if (case := found.get((operation, name, dtype))) is None:
+            continue
         times = {contender["name"]: contender["fastreward_speedup"] for contender in case["contenders"]}
         others = [f"{name} {_ratio(times[name])}" for name in times if name not in (OURS, *_PEERS) and _foreign(name)]
         rows.append(

@@ -191,6 +191,7 @@ def test_bench_writes_json_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_bench_sweeps_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastreward.bench.peers.compiled", lambda function: function)
     monkeypatch.setenv("COLUMNS", "400")
     figures, picture = tmp_path / "sweep.json", tmp_path / "sweep.png"
     few = ("--no-peers", "--quick", "--rows", "8", "--seconds", "0.001", "--json", str(figures), "--plot", str(picture))

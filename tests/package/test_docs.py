@@ -75,6 +75,13 @@ def test_commands_of_the_figures_are_those_of_the_benchmark() -> None:
         assert dtype in (*module.DTYPES, "")
 
 
+def test_figures_to_come_are_cases_of_the_benchmark(docs: ModuleType) -> None:
+    for _, operation, case, dtype in docs.FIGURES:
+        module = bench.operation(operation)
+        assert case in module.CASES
+        assert dtype in (*module.DTYPES, "int64")
+
+
 def test_every_method_is_listed() -> None:
     page = _read("docs/methods.md")
     names = [name for name in losses.__all__ if isinstance(getattr(losses, name), losses.Definition)]
