@@ -114,7 +114,7 @@ def group_advantages(
             for values that are not finite (lengths: negative) where a rollout is scored.
     """
     rewards = check.rewards("rewards", rewards)
-    groups = membership(group_ids, group_size, rewards)
+    groups = membership(group_ids, group_size, rewards, "rewards")
     if rewards.shape != groups.shape and rewards.shape[:-1] != groups.shape:
         shape = "[B] or [B, K]" if not isinstance(group_ids, Groups) else f"{list(groups.shape)} or [..., K]"
         raise ValueError(f"rewards: expected shape {shape}, got {list(rewards.shape)}")

@@ -244,7 +244,7 @@ def group_statistics(
         raise ValueError(f"statistics: {wrong[0]!r} is a statistic of an entry; expected per='entry'")
     if ("weighted-mean" in statistics) != (weights is not None):
         raise ValueError("weights: needed for 'weighted-mean', and only for it")
-    groups = membership(group_ids, group_size, x)
+    groups = membership(group_ids, group_size, x, "x")
     check.shape("x", x, groups.shape, "one per entry of the groups")
     there = _there(x, mask, groups)
     call = _call(

@@ -215,9 +215,8 @@ def _spread(name: str, x: Tensor, shape: torch.Size) -> Tensor:
     if x.shape == shape:
         return x
     if x.ndim != 1 or x.shape[0] != shape[0]:
-        raise ValueError(
-            f"{name}: expected shape {[shape[0]]} or {list(shape)}, as the other keys, got {list(x.shape)}"
-        )
+        either = f"{[shape[0]]}" if len(shape) == 1 else f"{[shape[0]]} or {list(shape)}"
+        raise ValueError(f"{name}: expected shape {either}, as the other keys have, got {list(x.shape)}")
     return x.unsqueeze(-1).expand(shape)
 
 
@@ -232,8 +231,10 @@ class Membership:
     partial: bool  # whether entries are in no group, where index is -1
 
 
-def membership(group_ids: GroupIds | None, group_size: int | None, x: Tensor) -> Membership:
-    """Of the values x [B], or with more dimensions behind; given Groups, in their shape."""
+def membership(group_ids: GroupIds | None, group_size: int | None, x: Tensor, name: str) -> Membership:
+    """Of the values x [B] of the argument `name`, or with more dimensions behind; given Groups, in their shape."""
+    if x.ndim == 0:
+        raise ValueError(f"{name}: expected at least one dimension, [B], got a single number")
     if (group_ids is None) == (group_size is None):
         raise ValueError("group_ids, group_size: expected exactly one of them")
     rows = x.shape[:1]

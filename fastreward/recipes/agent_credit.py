@@ -15,8 +15,9 @@ from fastreward._arguments.groups import GroupIds, Groups
 from fastreward._arguments.numbers import Number, number
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.groups import finite_or_nan, prompts
 from fastreward.recipes._shared.tokens import token_values
-from fastreward.recipes._shared.turns import Norm, Turns, against, over_row, prompts, scores, turns_of
+from fastreward.recipes._shared.turns import Norm, Turns, against, over_row, scores, turns_of
 from fastreward.returns import gae
 from fastreward.segments import scatter_rewards, segment_reduce
 from fastreward.whiten import whiten
@@ -280,7 +281,7 @@ def cm2(
     groups = Groups.by(prompts(group_ids, group_size, len(x)), numbers)
     count = group_statistics(x, groups, ("count",))["count"]
     enough = count >= check.whole("min_scores", min_scores, "responses with a score")
-    weights = torch.ones_like(x) if weights is None else check.constant("weights", check.reals("weights", weights))
+    weights = torch.ones_like(x) if weights is None else finite_or_nan("weights", weights).float()
     check.shape("weights", weights, x.shape, "as criteria")
     found = torch.where(enough, weights * against(x, groups, "mean", 0.0, singleton="zero"), 0.0)
     applies = (is_open != 0).double()

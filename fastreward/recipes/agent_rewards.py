@@ -17,6 +17,7 @@ from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.numbers import Number, number
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.groups import given
 from fastreward.recipes._shared.tokens import per_response
 from fastreward.recipes._shared.turns import Turns, outcomes, over_row, scores, turns_of
 from fastreward.segments import scatter_rewards, segment_diff, segment_reduce
@@ -185,7 +186,7 @@ def search_r2(rewards: Tensor, *, evidence: Tensor, weight: Number = 1.0) -> Ten
         evidence: [B, K], 1 for a useful chunk, 0 for another; NaN = there is none. Without any the mean is 0.
         weight: as in the formula.
     """
-    outcome = outcomes("rewards", rewards, check.tensor("rewards", rewards))
+    outcome = given("rewards", rewards).float()
     density = over_row(scores("evidence", evidence, outcome), "mean", empty=0.0)
     return (outcome * (1 + number("weight", weight, outcome, check.finite) * density)).float()
 
@@ -218,7 +219,7 @@ def sub_search(
         beta: its largest value; the code warms up and decays it (`fastreward.rewards.anneal`).
         high: the cap.
     """
-    outcome = outcomes("rewards", rewards, check.tensor("rewards", rewards))
+    outcome = given("rewards", rewards).float()
     means = [
         over_row(scores(name, x, outcome), "mean", empty=0.0)
         for name, x in (("answerability", answerability), ("decomposition", decomposition))
@@ -243,7 +244,7 @@ def chat_r1(rewards: Tensor, *, intents: Tensor, alpha: Number = 0.5) -> Tensor:
         intents: [B, K], of each query; NaN = there is none. Without any the maximum is 0.
         alpha: as in the formula.
     """
-    outcome = outcomes("rewards", rewards, check.tensor("rewards", rewards))
+    outcome = given("rewards", rewards).float()
     best = over_row(scores("intents", intents, outcome), "max", empty=0.0)
     return (outcome + number("alpha", alpha, outcome, check.finite) * best).float()
 
@@ -276,7 +277,7 @@ def long_trace_rl(
         mode, rho, eta: as above; eta is our guess.
     """
     check.choice("mode", mode, ("positive", "negative", "always", "longrlvr"))
-    outcome = outcomes("rewards", rewards, check.tensor("rewards", rewards))
+    outcome = given("rewards", rewards).float()
     rubric = outcomes("rubrics", rubrics, outcome)
     largest = group_statistics(rubric, group_ids, ("max",), group_size=group_size)["max"]
     share = torch.where(largest > 0, rubric / largest, rubric).nan_to_num(0.0)

@@ -19,6 +19,7 @@ from fastreward._arguments.tokens import broadcast_to_tokens
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.groups import prompts
 from fastreward.recipes._shared.tokens import Score, beside, likelihood, mean, per_response, token_values, total
 
 __all__ = [
@@ -140,14 +141,12 @@ def majority_vote(answers: GroupIds, group_ids: GroupIds | None = None, *, group
         group_ids, group_size: as in `fastreward.group_advantages`.
     """
     index = Groups.by(answers).index
-    prompts = group_ids if group_size is None else Groups(group_ids, group_size=group_size, count=len(index))
-    if prompts is None:
-        raise ValueError("group_ids, group_size: expected exactly one of them")
+    groups = prompts(group_ids, group_size, len(index))
     there = index >= 0
     place = torch.arange(len(index), device=index.device)
-    votes, first = group_statistics(place, Groups.by(prompts, index), ("count", "min")).values()
-    most = there & (votes == group_statistics(votes, prompts, ("max",))["max"])
-    winner = group_statistics(first.where(most, torch.nan), prompts, ("min",))["min"]
+    votes, first = group_statistics(place, Groups.by(groups, index), ("count", "min")).values()
+    most = there & (votes == group_statistics(votes, groups, ("max",))["max"])
+    winner = group_statistics(first.where(most, torch.nan), groups, ("min",))["min"]
     return (most & (first == winner)).float()
 
 
@@ -278,6 +277,8 @@ def _bins(name: str, values: Tensor, like: Tensor, dim: int) -> Tensor:
     values = check.constant(name, check.reals(name, values))
     check.shape(name, values, like.shape[dim : dim + 1], "one per token")
     check.same_device(name, values, "their log-probs", like)
+    if check.values_checked(values):
+        check.every(name, values.isfinite(), values, "finite numbers")
     return values.double()
 
 
@@ -378,6 +379,7 @@ def value_augmented(logits: Tensor, values: Tensor, *, token_ids: Tensor, beta: 
     check.shape("values", values, (*steered.shape[:-1], *token_ids.shape[-1:]), "one per token id")
     check.shape("token_ids", token_ids, values.shape, "as values")
     if check.values_checked(token_ids):
+        check.every("values", values.isfinite(), values, "finite numbers")
         inside = (token_ids >= 0) & (token_ids < steered.shape[-1])
         check.every("token_ids", inside, token_ids, f"ids in [0, {steered.shape[-1]})")
     gain = number("beta", beta, values, check.finite) * (values - values.mean(-1, keepdim=True))

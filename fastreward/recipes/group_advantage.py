@@ -20,6 +20,7 @@ from fastreward._arguments.options import MaskedRewards, Singleton
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.groups import finite_or_nan, given
 from fastreward.recipes._shared.tokens import per_response
 from fastreward.returns import discounted_returns
 from fastreward.whiten import whiten
@@ -178,14 +179,15 @@ def lite_ppo(
 @recipe("PRPO (mean and standard deviation of the batch)", "rLLM, github.com/rllm-org/rllm", code="rLLM advantage.py")
 def prpo(rewards: Tensor, *, mask: Tensor | None = None, eps: Number = 1e-6) -> Tensor:
     """A = (R - mean of the batch) / (std of the batch + eps)."""
-    everyone = torch.zeros(check.tensor("rewards", rewards).shape[:1], dtype=torch.int64, device=rewards.device)
+    rewards = given("rewards", rewards)
+    everyone = torch.zeros(rewards.shape, dtype=torch.int64, device=rewards.device)
     return group_advantages(rewards, everyone, mask=mask, eps=eps)
 
 
 @recipe("ReMax (a greedy response as the baseline)", "arXiv 2310.10505", code="verl core_algos.py")
 def remax(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
     """A = R - reward of the greedy response to the same prompt."""
-    rewards = check.constant("rewards", check.reals("rewards", rewards))
+    rewards = given("rewards", rewards).float()
     return (rewards - per_response("greedy_rewards", greedy_rewards, "rewards", rewards)).nan_to_num(0.0)
 
 
@@ -208,8 +210,8 @@ def gpg(
     A response alone in its group gets alpha R / f_norm.
     """
     centred = dr_grpo(rewards, group_ids, group_size=group_size, mask=mask, singleton="raw")
-    scored = _there(rewards, mask)
-    alpha = scored.sum() / (scored & (rewards != 0)).sum().clamp(min=1)
+    there = _there(rewards, mask)
+    alpha = there.sum() / (there & (rewards != 0)).sum().clamp(min=1)
     return centred * (alpha / check.positive("f_norm", f_norm))
 
 
@@ -269,6 +271,7 @@ def reinforce_plus_plus(
     token_rewards: [B, T], of `fastreward.token_rewards`: a score less the KL. mask: [B, T]. masked_rewards: "drop"
     those on masked tokens (verl), or move them "to-last-valid", where none is lost.
     """
+    token_rewards = check.constant("token_rewards", check.rewards("token_rewards", token_rewards))
     returns = discounted_returns(token_rewards, mask, gamma=gamma, masked_rewards=masked_rewards)
     return whiten(returns, mask, eps=eps)
 
@@ -293,7 +296,8 @@ def reinforce_plus_plus_baseline(
     mask: [B, T]. A response alone keeps its reward. The variance is added eps, and is unbiased.
     """
     centred = dr_grpo(rewards, group_ids, group_size=group_size, singleton="raw")
-    check.shape("mask", check.tensor("mask", mask), (centred.shape[0], mask.shape[-1]), "[B, T]")
+    if check.tensor("mask", mask).ndim != 2 or mask.shape[0] != centred.shape[0]:
+        raise ValueError(f"mask: expected shape [{centred.shape[0]}, T], got {list(mask.shape)}")
     return whiten(centred.unsqueeze(-1).expand(mask.shape), mask, eps=eps)
 
 
@@ -347,6 +351,7 @@ def pass_at_k_training(
     k = check.whole("k", k, "responses that are drawn")
     if k < 1:
         raise ValueError(f"k: expected an integer of at least 1, got {k}")
+    rewards = finite_or_nan("rewards", rewards)
     right = torch.where(rewards.isnan(), torch.nan, (rewards > 0).float())
     found = group_statistics(right, group_ids, ("count", "mean"), group_size=group_size, mask=mask)
     n, rate = found["count"].double(), found["mean"].double()
@@ -367,8 +372,8 @@ def _log_falling(n: Tensor, k: int) -> Tensor:
 
 def _there(rewards: Tensor, mask: Tensor | None) -> Tensor:
     """bool [B]: which responses are scored, in any component, and there."""
-    scored = ~rewards.isnan() if rewards.ndim == 1 else ~rewards.isnan().all(-1)
-    return scored if mask is None else scored & (mask != 0)
+    there = ~rewards.isnan() if rewards.ndim == 1 else ~rewards.isnan().all(-1)
+    return there if mask is None else there & (mask != 0)
 
 
 @recipe(
@@ -385,6 +390,7 @@ def maxrl(
     mask: Tensor | None = None,
 ) -> Tensor:
     """A = (R - mean) / mean, 0 where the mean is not above 0."""
+    rewards = finite_or_nan("rewards", rewards)
     mean = group_statistics(rewards, group_ids, ("mean",), group_size=group_size, mask=mask)["mean"]
     positive = mean > 0
     advantages = group_advantages(
@@ -418,7 +424,7 @@ def bnpo(
     low, high = check.finite("low", low), check.finite("high", high)
     if not low < high:
         raise ValueError(f"high: expected a number above low ({low}), got {high}")
-    scaled = (check.rewards("rewards", rewards).double() - low) / (high - low)
+    scaled = (finite_or_nan("rewards", rewards).double() - low) / (high - low)
     found = group_statistics(scaled, group_ids, ("count", "mean"), group_size=group_size, mask=mask)
     there = _there(scaled, mask)
     p = torch.where(found["count"] > 1, found["mean"].double(), 0.0)

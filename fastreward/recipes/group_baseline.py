@@ -18,7 +18,7 @@ from fastreward.ema_baseline import EmaBaseline, When
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.groups import beside_rewards, given, prompts, truths
+from fastreward.recipes._shared.groups import beside_rewards, finite_or_nan, given, prompts, truths
 from fastreward.recipes._shared.tokens import beside, token_values
 from fastreward.returns import discounted_returns
 from fastreward.segments import scatter_rewards, segment_reduce
@@ -66,6 +66,7 @@ def otb(
         eps: as in the formula.
     """
     check.choice("positions", positions, get_args(Positions))
+    token_rewards = check.constant("token_rewards", check.rewards("token_rewards", token_rewards))
     lp = token_values("old_logprobs", old_logprobs, mask)
     collision = beside("log_sum_sq_probs", log_sum_sq_probs, "old_logprobs", lp, mask)
     step = (1 - 2 * lp.exp() + collision.exp()).clamp(min=0.0)
@@ -74,7 +75,7 @@ def otb(
     returns = discounted_returns(token_rewards, mask, masked_rewards="drop")
     energy = discounted_returns(step, mask, reverse=False)
     there = mask != 0
-    index = prompts(group_ids, group_size, lp).index.to(lp.device)
+    index = prompts(group_ids, group_size, len(lp)).index.to(lp.device)
     at = None if positions == "column" else (there.cumsum(-1) - 1).clamp(min=0)
     weighed, total, count = (_sums(x, index, at) for x in (returns * energy, energy, there.float()))
     baseline = torch.where(count > 1, weighed / (total + number("eps", eps, lp, check.positive)), 0.0)
@@ -123,10 +124,10 @@ def verpo(
         group_ids, group_size: as in `fastreward.group_advantages`.
         alpha, sigma, delta, beta, gamma: as in the formulas; the values are not the paper's.
     """
-    outcome, results = given("rewards", rewards), check.constant("passed", check.rewards("passed", passed))
+    outcome, results = given("rewards", rewards), finite_or_nan("passed", passed)
     if results.ndim != 3 or results.shape[0] != outcome.shape[0]:
         raise ValueError(f"passed: expected shape [{outcome.shape[0]}, S, J], got {list(results.shape)}")
-    groups = prompts(group_ids, group_size, outcome)
+    groups = prompts(group_ids, group_size, len(outcome))
     rho = _pass_rates(results, groups)
     width = 2.0 * check.positive("sigma", sigma) ** 2
     alike = (-(rho.unsqueeze(-1) - rho.unsqueeze(-2)).square() / width).exp().nansum(-1)
@@ -192,7 +193,7 @@ def riskpo(
         raise ValueError(f"high: expected a number in (low, 1] with low = {low}, got {high}")
     tail, floor = check.not_negative("weight", weight), check.positive("eps", eps)
     scored = given("rewards", rewards)
-    bundles = prompts(bundle_ids, None, scored)
+    bundles = prompts(bundle_ids, None, len(scored), "bundle_ids")
     found = group_statistics(scored, bundles, ("count", "mean", "rank"), ties="ordinal")
     total = found["mean"].double() * found["count"]
     once = torch.where(found["rank"] == 0, total, torch.nan)  # each bundle as one
@@ -209,7 +210,7 @@ def riskpo(
         spread = group_statistics(advantages.where(~once.isnan(), torch.nan), everyone, ("std",))["std"]
         advantages = advantages / (spread.nan_to_num(0.0) + floor)
     if credit == "std":
-        std = group_statistics(scored, prompts(group_ids, group_size, scored), ("std",))["std"]
+        std = group_statistics(scored, prompts(group_ids, group_size, len(scored)), ("std",))["std"]
         advantages = advantages / (torch.where(std >= 1e-3, std, 1.0) + floor)
     elif credit == "score":
         advantages = advantages * torch.where(scored > 0, 0.5, 1.5)
@@ -219,6 +220,8 @@ def riskpo(
 def _tracked(quantiles: Tensor, like: Tensor) -> list[Tensor]:
     q = check.constant("quantiles", check.reals("quantiles", quantiles))
     check.shape("quantiles", q, (2,), "q_low and q_high")
+    if check.values_checked(q):
+        check.every("quantiles", q.isfinite(), q, "finite numbers")
     return list(q.to(like.device).double())
 
 
@@ -281,8 +284,8 @@ def hierarchical_grpo(
         check.shape(name, x, scored.shape, "one per response")
     if check.values_checked(problem_ids):
         check.every("problem_ids", problem_ids >= -1, problem_ids, "a problem, or -1")
-    # as a key of Groups -1 is none: proposers are 0
-    compared = Groups.by(prompts(group_ids, group_size, scored), roles, problem_ids + 1)
+    # Groups of each: as a bare key -1 would be no group, and is the proposers' here
+    compared = Groups.by(prompts(group_ids, group_size, len(scored)), Groups(roles), Groups(problem_ids))
     return group_advantages(scored, compared, scale="none")
 
 
@@ -314,9 +317,11 @@ def copo(
         gamma, rho, eps: as in the formulas.
     """
     scored = given("rewards", rewards)
-    groups = prompts(group_ids, group_size, scored)
+    groups = prompts(group_ids, group_size, len(scored))
     found = group_statistics(scored, groups, ("count", "mean", "rank"), ties="ordinal")
-    same = group_statistics(scored, Groups.by(groups, prompts(answers, None, scored)), ("count",))["count"]
+    same = group_statistics(scored, Groups.by(groups, prompts(answers, None, len(scored), "answers")), ("count",))[
+        "count"
+    ]
     surprise = torch.where(scored.isnan(), torch.nan, (found["count"] / same).log())
     entropy = group_statistics(surprise, groups, ("mean",))["mean"].double()
     w = (check.positive("gamma", gamma) * (entropy - check.finite("rho", rho))).sigmoid()
@@ -360,7 +365,7 @@ def grpo_s(
     h = torch.where(scored.isnan(), torch.nan, beside_rewards("hardness", hardness, scored))
     gaps = torch.where(scored.isnan(), torch.nan, beside_rewards("reward_gaps", reward_gaps, scored))
     everyone = torch.zeros(scored.shape, dtype=torch.int64, device=scored.device)
-    categories = everyone if category_ids is None else prompts(category_ids, None, scored)
+    categories = everyone if category_ids is None else prompts(category_ids, None, len(scored), "category_ids")
     of_all = group_statistics(gaps, everyone, ("mean",))["mean"]
     of_category = group_statistics(gaps, categories, ("mean",))["mean"]
     data = h.sigmoid() / group_statistics(h, everyone, ("mean",))["mean"].sigmoid()

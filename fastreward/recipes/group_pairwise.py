@@ -18,7 +18,7 @@ from fastreward._arguments.numbers import Number, number
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.groups import beside_rewards, of_responses, prompts, sums, truths
+from fastreward.recipes._shared.groups import beside_rewards, finite_or_nan, of_responses, prompts, sums, truths
 
 __all__ = ["arena_rl", "brpo", "openrs", "pref_grpo", "think_rm"]
 
@@ -53,7 +53,7 @@ def arena_rl(
     """
     check.choice("tournament", tournament, get_args(Tournament))
     points = sums(of_responses("wins", wins))
-    groups = prompts(group_ids, group_size, points)
+    groups = prompts(group_ids, group_size, len(points))
     if tie_breaks is not None:
         second = torch.where(points.isnan(), torch.nan, beside_rewards("tie_breaks", tie_breaks, points))
         found = group_statistics(points, groups, ("rank", "count"), ties="min")
@@ -139,7 +139,7 @@ def think_rm(
     d = of_responses("differences", differences).double()
     compared = ~d.isnan().all(-1)
     squares = torch.where(compared, d.square().nansum(-1), torch.nan)
-    found = group_statistics(squares, prompts(group_ids, group_size, d), ("count", "mean"))
+    found = group_statistics(squares, prompts(group_ids, group_size, len(d)), ("count", "mean"))
     n, mean = found["count"].double(), found["mean"].double()
     floor = number("eps", eps, d, check.not_negative)
     spread = (mean / (2.0 * (n - 1.0).clamp(min=1.0)) + floor).sqrt()
@@ -194,7 +194,7 @@ def openrs(
         verified: [B], the difference of what can be verified; where it is not 0 it is R.
         eps: as in the formula.
     """
-    d = check.constant("criteria", check.rewards("criteria", criteria)).double()
+    d = finite_or_nan("criteria", criteria).double()
     if d.ndim != 2:
         raise ValueError(f"criteria: expected shape [B, K], got {list(d.shape)}")
     d = d.nan_to_num(0.0)
@@ -205,14 +205,14 @@ def openrs(
     score = torch.where(fatal.any(-1), torch.where(fatal, d, 0.0).sum(-1), score)
     if verified is not None:
         check.shape("verified", check.tensor("verified", verified), d.shape[:1], "one per response")
-        known = check.constant("verified", check.rewards("verified", verified)).nan_to_num(0.0)
+        known = finite_or_nan("verified", verified).nan_to_num(0.0)
         score = torch.where(known != 0, known, score)
     return score.float()
 
 
 def _per_criterion(name: str, x: Tensor, like: Tensor) -> Tensor:
     """[K] or [B, K] as [B, K]."""
-    x = check.constant(name, check.rewards(name, x))
+    x = finite_or_nan(name, x)
     check.same_device(name, x, "criteria", like)
     if not check.shape_among(x, like.shape, like.shape[1:]):
         raise ValueError(f"{name}: expected shape {list(like.shape[1:])} or {list(like.shape)}, got {list(x.shape)}")

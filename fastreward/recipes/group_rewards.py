@@ -17,7 +17,7 @@ from fastreward._arguments.numbers import Number, number
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.groups import beside_rewards, given, of_responses, prompts, truths
+from fastreward.recipes._shared.groups import beside_rewards, finite_or_nan, given, of_responses, prompts, truths
 from fastreward.recipes._shared.tokens import likelihood
 from fastreward.recipes.confidence import majority_vote
 from fastreward.rewards import denoise
@@ -56,7 +56,7 @@ def trust_grpo(
         step, steps, weight, eps: as in the formulas.
     """
     scored = given("rewards", rewards)
-    groups = prompts(group_ids, group_size, scored)
+    groups = prompts(group_ids, group_size, len(scored))
     bounds = group_statistics(scored, groups, ("min", "max"))
     decided = (bounds["min"] >= 0.9) | (bounds["max"] <= 0.1)
     think = torch.where(decided | (scored < 0.2), 0.0, beside_rewards("thinking_rewards", thinking_rewards, scored))
@@ -99,7 +99,7 @@ def unlikeliness(
     scored = given("rewards", rewards)
     mean = likelihood("old_logprobs", old_logprobs, mask, "mean", cu_seqlens)
     check.shape("rewards", scored, mean.shape, "one per response")
-    groups = prompts(group_ids, group_size, scored)
+    groups = prompts(group_ids, group_size, len(scored))
     found = group_statistics(torch.where(scored.isnan(), torch.nan, mean), groups, ("rank",), ties="ordinal")
     count = group_statistics(scored, groups, ("count",))["count"]
     unlikely = (found["rank"] / count).nan_to_num(0.0)
@@ -201,6 +201,9 @@ def _joined(first: GroupIds, second: GroupIds) -> GroupIds:
         return torch.cat([first.long(), second.to(first.device).long()])
     if isinstance(first, Groups) or isinstance(second, Groups):
         raise TypeError("group_ids, partner_ids: expected ids that name the same forms, got Groups")
+    for name, ids in (("group_ids", first), ("partner_ids", second)):
+        if not isinstance(ids, Tensor) and (isinstance(ids, str) or not hasattr(ids, "__iter__")):
+            raise TypeError(f"{name}: expected integers [B] or a sequence of hashables, got {ids!r}")
     return [*first, *second]
 
 
@@ -233,7 +236,7 @@ def armed(
         weight, min_range, eps: as in the formula; none is the paper's.
     """
     scored = given("rewards", rewards)
-    groups = prompts(group_ids, group_size, scored)
+    groups = prompts(group_ids, group_size, len(scored))
     s = torch.where(scored.isnan(), torch.nan, beside_rewards("semantic_rewards", semantic_rewards, scored))
     found = group_statistics(s, groups, ("min", "max"))
     span = found["max"] - found["min"]
@@ -261,7 +264,7 @@ def csr(image_scores: Tensor, text_scores: Tensor, *, image_weight: Number = 0.9
         image_weight: as in the formula.
     """
     image = of_responses("image_scores", image_scores).double()
-    text = check.constant("text_scores", check.rewards("text_scores", text_scores))
+    text = finite_or_nan("text_scores", text_scores)
     check.shape("text_scores", text, image_scores.shape, "as image_scores")
     check.same_device("text_scores", text, "image_scores", image)
     share = number("image_weight", image_weight, image, check.not_negative)

@@ -86,7 +86,7 @@ def prof(
         raise ValueError(f"kept: expected an integer of at least 1, got {kept}")
     scored = given("rewards", rewards)
     quality = beside_rewards("process_rewards", process_rewards, scored)
-    groups = prompts(group_ids, group_size, scored)
+    groups = prompts(group_ids, group_size, len(scored))
 
     def ranked(x: Tensor) -> tuple[Tensor, Tensor]:
         found = group_statistics(x, groups, ("rank", "count"), ties="ordinal")
@@ -133,7 +133,7 @@ def pf_ppo(
     if strategy == "power":
         p = scored.double().abs() ** check.positive("power", power) + check.positive("eps", eps)
     else:
-        groups = prompts(group_ids, group_size, scored)
+        groups = prompts(group_ids, group_size, len(scored))
         found = group_statistics(scored, groups, ("rank", "count"), ties="ordinal")
         best, worst = found["rank"] == found["count"] - 1, found["rank"] == 0
         p = (best | worst).double() if strategy == "max-min" else torch.where(best, 0.4, 0.1).double()
@@ -219,6 +219,8 @@ def recap(
     history = check.constant("losses", check.reals("losses", losses)).double()
     if history.ndim != 2 or not 1 < width <= history.shape[1] // 2:
         raise ValueError(f"losses: expected shape [K, at least 2 * {width}], window > 1, got {list(history.shape)}")
+    if check.values_checked(history):
+        check.every("losses", history.isfinite(), history, "finite numbers")
     check.integers("objectives", objectives)
     if check.values_checked(objectives):
         known = (objectives >= 0) & (objectives < len(history))
@@ -253,6 +255,7 @@ def stable_reinforce_filter(
 
     The loss is `recipes.stable_reinforce`.
     """
+    check.tensor("mask", mask)
     tokens = on_tokens("advantages", advantages, "mask", mask, mask).float()
     z = whiten(tokens, mask, ddof=0, eps=1e-8)
     bound = number("sigmas", sigmas, z, check.positive)

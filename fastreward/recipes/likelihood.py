@@ -16,6 +16,7 @@ from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.numbers import Number, number
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.groups import finite_or_nan, given
 from fastreward.recipes._shared.tokens import Score, beside, likelihood, mean, per_response, token_values, total
 from fastreward.segments import scatter_rewards, segment_diff, segment_reduce
 
@@ -146,7 +147,7 @@ def rlpr_filter(
     Returns:
         bool [B]; False for a group of no more than ddof.
     """
-    std = group_statistics(rewards, group_ids, ("std",), group_size=group_size, ddof=ddof)["std"]
+    std = group_statistics(given("rewards", rewards), group_ids, ("std",), group_size=group_size, ddof=ddof)["std"]
     bound = number("ratio", ratio, std, check.not_negative) * number(
         "running_std", running_std, std, check.not_negative
     )
@@ -244,7 +245,7 @@ def igpo_gain(likelihoods: Tensor, segment_ids: Tensor, rewards: Tensor, *, cu_s
         rewards: [B], of the outcome (F1).
         cu_seqlens: [B + 1], of packed tokens.
     """
-    p = check.constant("likelihoods", check.floats("likelihoods", likelihoods))
+    p = finite_or_nan("likelihoods", check.floats("likelihoods", likelihoods))
     if p.ndim != 2 or not p.shape[1]:
         raise ValueError(f"likelihoods: expected shape [B, S + 1], got {list(p.shape)}")
     outcome = per_response("rewards", rewards, "likelihoods", p)
@@ -289,7 +290,7 @@ def p2s(
         malformed: the reward of a malformed response.
     """
     outcome = per_response("rewards", rewards, "the call", rewards)
-    x = check.constant("gains", check.floats("gains", gains))
+    x = finite_or_nan("gains", check.floats("gains", gains))
     if x.ndim != 3:
         raise ValueError(f"gains: expected shape [B, steps, suffixes], got {list(x.shape)}")
     best = torch.where(x.isnan(), -torch.inf, x).amax(-1) if x.shape[2] else x.new_full(x.shape[:2], -torch.inf)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.groups import GroupIds
-from fastreward._arguments.numbers import Number
+from fastreward._arguments.numbers import Number, number
 from fastreward.group import group_advantages
 from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.groups import finite_or_nan, given
 from fastreward.rewards import affine, combine, gate, logsigmoid, overlong, pareto_mask, sigmoid, standardize, tiers
 
 __all__ = [
@@ -37,7 +38,8 @@ def par(rewards: Tensor, reference_rewards: Tensor, *, scale: Number = 1.0) -> T
         reference_rewards: [B, M], of M responses (the paper: 10) that the reference model gave to the same prompt.
         scale: as in the formula.
     """
-    scores, references = _constant("rewards", rewards), _constant("reference_rewards", reference_rewards)
+    scores = _rewards("rewards", rewards)
+    references = _components("reference_rewards", reference_rewards, scores)
     return combine(sigmoid(scores.unsqueeze(-1), references, scale), "mean").float()
 
 
@@ -66,10 +68,9 @@ def lsc(
         quantile: the reference point of its rewards.
         eps: added to std.
     """
-    scores = _constant("components", components)
+    scores = _components("components", components)
     z = float(torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64)))
-    given = (torch.as_tensor(x, dtype=torch.float64, device=scores.device) for x in (mean, std))
-    center, deviation = (check.constant("mean, std", x) for x in given)
+    center, deviation = _per_component("mean", mean, scores), _per_component("std", std, scores)
     return combine(logsigmoid(scores, center + z * (deviation + eps))).float()
 
 
@@ -84,7 +85,7 @@ def wco(components: Tensor) -> Tensor:
     Args:
         components: [B, K].
     """
-    return combine(_constant("components", components), "min").float()
+    return combine(_components("components", components), "min").float()
 
 
 @recipe(
@@ -102,7 +103,7 @@ def uwo(components: Tensor, *, penalty: Number = 0.1, ddof: int = 1) -> Tensor:
         penalty: as in the formula.
         ddof: of the variance.
     """
-    scores = _constant("components", components)
+    scores = _components("components", components)
     return combine(scores, "mean-minus-variance", penalty=penalty, ddof=ddof).float()
 
 
@@ -128,7 +129,9 @@ def quark(
         weights: [K]; None: 1.
         eps: as in the formula.
     """
-    return combine(standardize(_constant("components", components), mean, std, eps), weights=weights).float()
+    scores = _components("components", components)
+    center, deviation = _per_component("mean", mean, scores), _per_component("std", std, scores)
+    return combine(standardize(scores, center, deviation, eps), weights=weights).float()
 
 
 # --------------------------------------------------------------------------------------------------- several objectives
@@ -150,7 +153,8 @@ def constrained_rlhf(
         multipliers: mu [K]; `fastreward.rewards.LagrangeMultipliers` makes them (`.values`).
         eps: added to the standard deviation (ddof 1).
     """
-    main, others = _constant("rewards", rewards), _constant("constrained", constrained)
+    main = _rewards("rewards", rewards)
+    others = _components("constrained", constrained, main)
     mu = torch.as_tensor(multipliers, dtype=torch.float64, device=main.device)
     check.shape("multipliers", mu, others.shape[1:], "one per constraint")
     weights = torch.cat([(len(mu) - mu.sum()).unsqueeze(0), mu])
@@ -187,7 +191,7 @@ def sd_e2(
         eps: added to the standard deviations.
     """
     return group_advantages(
-        components,
+        _components("components", components),
         group_ids,
         group_size=group_size,
         component_weights=weights,
@@ -204,7 +208,7 @@ def parrot(components: Tensor, *, weights: Sequence[float] | None = None) -> Ten
         components: [B, K]; a response with a component that was not scored is dominated.
         weights: [K]; None: 1.
     """
-    scores = _constant("components", components)
+    scores = _components("components", components)
     return torch.where(pareto_mask(scores), combine(scores, weights=weights), 0.0).float()
 
 
@@ -225,8 +229,8 @@ def searchllm(
         weights: [M]; None: 1.
         smoothing: how much is left where one of them fails.
     """
-    floor = combine(_constant("bottom_line", bottom_line), "geometric-mean", smoothing=smoothing)
-    return (floor * combine(_constant("utilities", utilities), "mean", weights=weights)).float()
+    floor = combine(_components("bottom_line", bottom_line), "geometric-mean", smoothing=smoothing)
+    return (floor * combine(_components("utilities", utilities, floor), "mean", weights=weights)).float()
 
 
 @recipe("CaRL", "arXiv 2504.17838", reconstructed="the abstract; the terminal penalty is from memory")
@@ -239,9 +243,12 @@ def carl(progress: Tensor, factors: Tensor, *, failed: Tensor | None = None, ter
         failed: [B], nonzero = ended by a hard fault; None: none.
         terminal_penalty: as above.
     """
-    total = _constant("progress", progress) * combine(_constant("factors", factors), "product")
+    achieved = _rewards("progress", progress)
+    total = achieved * combine(_components("factors", factors, achieved), "product")
     if failed is not None:
-        total = total + gate(torch.zeros_like(total), -_constant("failed", failed), 0.0, otherwise=-terminal_penalty)
+        total = total + gate(
+            torch.zeros_like(total), -_rewards("failed", failed, total), 0.0, otherwise=-terminal_penalty
+        )
     return total.float()
 
 
@@ -258,8 +265,9 @@ def crf(
         alpha: as in the formula.
         annealed: falls during the run (`fastreward.rewards.anneal`).
     """
-    bonus = _constant("conciseness", conciseness) * affine(_constant("difficulty", difficulty), 1.0, annealed)
-    return (_constant("rewards", rewards) * affine(bonus, alpha, 1.0)).float()
+    outcome = _rewards("rewards", rewards)
+    hard = affine(_rewards("difficulty", difficulty, outcome), 1.0, annealed)
+    return (outcome * affine(_rewards("conciseness", conciseness, outcome) * hard, alpha, 1.0)).float()
 
 
 @recipe(
@@ -283,12 +291,12 @@ def rubric(
         veto: bool [K]: items below 0.5 of which nothing else counts for.
         saturation: from which mean on the reward is 1: not every item has to hold.
     """
-    scores = _constant("components", components)
+    scores = _components("components", components)
     mean = combine(scores, "mean", weights=weights)
     total = torch.where(mean > saturation, saturation, mean) / check.positive("saturation", saturation)
     if veto is None:
         return total.float()
-    check.shape("veto", veto, scores.shape[-1:], "one per item")
+    check.shape("veto", check.tensor("veto", veto), scores.shape[-1:], "one per item")
     failed = ((scores < 0.5) & (check.constant("veto", veto) != 0)).any(-1)
     return gate(total, -failed.double(), 0.0).float()
 
@@ -302,8 +310,8 @@ def toolrl(format_rewards: Tensor, matches: Tensor, *, scale: Number = 3.0) -> T
         matches: [B], in [0, 1]: the share of tool names, parameters and values that are right.
         scale: of correctness beside the format.
     """
-    correct = affine(affine(_constant("matches", matches), 2.0, -1.0), scale)
-    return (_constant("format_rewards", format_rewards) + correct).float()
+    formed = _rewards("format_rewards", format_rewards)
+    return (formed + affine(affine(_rewards("matches", matches, formed), 2.0, -1.0), scale)).float()
 
 
 @recipe("Router-R1", "arXiv 2506.09033", reconstructed="from memory: the hierarchy of format, outcome and cost")
@@ -316,8 +324,9 @@ def router_r1(format_rewards: Tensor, rewards: Tensor, costs: Tensor, *, alpha: 
         costs: R_cost [B], higher for cheaper models.
         alpha: how much the cost counts.
     """
-    formed = _constant("format_rewards", format_rewards)
-    shares = affine(_constant("rewards", rewards), 1.0 - alpha) + affine(_constant("costs", costs), alpha)
+    formed = _rewards("format_rewards", format_rewards)
+    right, cheap = _rewards("rewards", rewards, formed), _rewards("costs", costs, formed)
+    shares = affine(right, 1.0 - alpha) + affine(cheap, alpha)
     return (formed + gate(shares, formed, 0.0)).float()
 
 
@@ -331,7 +340,7 @@ def ssl_tiers(
         rewards: [B], a score.
         bounds, values: as in `fastreward.rewards.tiers`.
     """
-    return tiers(_constant("rewards", rewards), bounds, values).float()
+    return tiers(_rewards("rewards", rewards), bounds, values).float()
 
 
 # -------------------------------------------------------------------------------------------------- length, repetition
@@ -357,8 +366,9 @@ def dapo_overlong(
         max_length, buffer, factor: as in `fastreward.rewards.overlong`.
         floor: None: verl's, which goes on falling.
     """
-    penalty = overlong(_constant("lengths", lengths), max_length, buffer, factor=factor, floor=floor)
-    return (_constant("rewards", rewards) + penalty).float()
+    scores = _rewards("rewards", rewards)
+    penalty = overlong(_rewards("lengths", lengths, scores), max_length, buffer, factor=factor, floor=floor)
+    return (scores + penalty).float()
 
 
 @recipe("R3 (rule-based proxy of a reward model)", "arXiv 2403.02469", note="third-party notes")
@@ -372,11 +382,14 @@ def r3(relevance: Tensor, length_incentive: Tensor, tokens: Tensor, mask: Tensor
         mask: [B, T], nonzero = a token of the response.
     """
     check.integers("tokens", tokens)
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: expected shape [B, T], got {list(tokens.shape)}")
     counted = check.mask(mask, "tokens", tokens)
     rows = [row if counted is None else row[counted[b] != 0] for b, row in enumerate(tokens)]
     unique = [_unique_trigrams(row) for row in rows]
-    parts = [_constant("relevance", relevance), _constant("length_incentive", length_incentive)]
-    return (parts[0] * parts[1] * torch.tensor(unique, dtype=torch.float64, device=tokens.device)).float()
+    fits = _rewards("relevance", relevance, tokens)
+    incentive = _rewards("length_incentive", length_incentive, tokens)
+    return (fits * incentive * torch.tensor(unique, dtype=torch.float64, device=tokens.device)).float()
 
 
 def _unique_trigrams(row: Tensor) -> float:
@@ -386,6 +399,34 @@ def _unique_trigrams(row: Tensor) -> float:
     return len(torch.unique(trigrams, dim=0)) / len(trigrams)
 
 
-def _constant(name: str, x: Tensor) -> Tensor:
-    """Rewards as float64 constants."""
-    return check.constant(name, check.rewards(name, x)).double()
+# ------------------------------------------------------------------------------------------------------------ arguments
+def _rewards(name: str, x: Tensor, like: Tensor | None = None) -> Tensor:
+    """[B] float64, a constant; as many as the rows of `like`, another argument."""
+    x = given(name, x).double()
+    return x if like is None else _of_rows(name, x, like)
+
+
+def _components(name: str, x: Tensor, like: Tensor | None = None) -> Tensor:
+    """[B, K] float64, a constant; as many rows as `like`, another argument, has."""
+    x = finite_or_nan(name, x).double()
+    if x.ndim != 2 or not x.shape[1]:
+        raise ValueError(f"{name}: expected shape [B, K], K at least 1, got {list(x.shape)}")
+    return x if like is None else _of_rows(name, x, like)
+
+
+def _of_rows(name: str, x: Tensor, like: Tensor) -> Tensor:
+    check.shape(name, x, (like.shape[0], *x.shape[1:]), "a row for each response")
+    check.same_device(name, x, "the first argument", like)
+    return x
+
+
+def _per_component(name: str, x: Tensor | Number, like: Tensor) -> float | Tensor:
+    """A number, or one for each component [K] of `like`, float64, finite; a constant."""
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        return number(name, x, like, check.finite)
+    x = check.constant(name, check.rewards(name, x)).double()
+    check.shape(name, x, like.shape[-1:], "one per component")
+    check.same_device(name, x, "components", like)
+    if check.values_checked(x):
+        check.every(name, x.isfinite(), x, "finite numbers")
+    return x

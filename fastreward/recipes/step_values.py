@@ -163,7 +163,7 @@ def vine_ppo(
         cu_seqlens: [B + 1], of packed responses.
     """
     steps = steps_of("step_values", step_values, segment_ids, mask, rewards, cu_seqlens)
-    known = ~step_values.isnan()
+    known = ~check.tensor("step_values", step_values).isnan()
     v = steps.values("step_values", step_values, among=known)
     return steps.scatter(segment_diff(v, mode="forward", mask=steps.there & known, last=steps.outcomes.nan_to_num(0.0)))
 

@@ -22,6 +22,7 @@ from fastreward._arguments.numbers import Number, number
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.groups import finite_or_nan
 from fastreward.recipes._shared.steps import Responses, responses_of, whitened
 from fastreward.recipes._shared.tokens import beside, on_tokens, token_values
 from fastreward.returns import discounted_returns
@@ -198,7 +199,7 @@ def verl_shaping(
     counted = check.constant("mask", check.tensor("mask", mask)) != 0
     tokens = replace(responses_of("mask", counted, None, None, cu_seqlens), mask=counted)
     base = _spread("advantages", advantages, tokens)
-    ranks, averages = (check.constant(n, check.reals(n, x)) for n, x in (("ranks", ranks), ("averages", averages)))
+    ranks, averages = (finite_or_nan(n, x).float() for n, x in (("ranks", ranks), ("averages", averages)))
     check.shape("ranks", ranks, (tokens.rows, 3), "effective rank, velocity, acceleration of each response")
     check.shape("averages", averages, (3,), "of each of ranks")
     distance = ((ranks - averages) / (averages.abs() + 1e-8)).clamp(-5.0, 5.0)
@@ -234,6 +235,8 @@ def effective_ranks(hidden: Tensor, mask: Tensor, *, stride: int = 40, max_token
         float32 [B, 3]: ER, ERV, ERA.
     """
     counted = check.constant("mask", check.tensor("mask", mask)) != 0
+    if counted.ndim != 2:
+        raise ValueError(f"mask: expected shape [B, T], got {list(counted.shape)}")
     stride = check.whole("stride", stride, "tokens from one prefix to the next")
     if stride < 1:
         raise ValueError(f"stride: expected at least 1, got {stride}")

@@ -20,8 +20,9 @@ from fastreward._arguments.numbers import Number, number
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.groups import prompts
 from fastreward.recipes._shared.tokens import beside
-from fastreward.recipes._shared.turns import Norm, TurnLabels, Turns, against, over_row, prompts, turns_of
+from fastreward.recipes._shared.turns import Norm, TurnLabels, Turns, against, over_row, turns_of
 from fastreward.segments import segment_reduce
 
 __all__ = [
@@ -326,6 +327,7 @@ def istar(
         beta, alpha, norm, eps: as above.
         num_segments: more than any of segment_ids; default: the largest + 1, which a GPU has to be told.
     """
+    check.integers("segment_ids", segment_ids)
     mask = segment_ids >= 0
     prm = beside("prm_logprobs", prm_logprobs, "segment_ids", segment_ids, mask)
     ratio = prm - beside("old_logprobs", old_logprobs, "segment_ids", segment_ids, mask)

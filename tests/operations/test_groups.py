@@ -116,7 +116,7 @@ def test_no_host_reads_integers_of_a_device() -> None:
     groups = fr.Groups.by(ids, turns, mask=torch.ones(4, device="meta"))
     assert groups.partial
     assert repr(groups) == "Groups([4, 3] on meta)"
-    order = _Order.of(torch.zeros(12, device="meta"), membership(groups, None, torch.zeros(4, 3, device="meta")))
+    order = _Order.of(torch.zeros(12, device="meta"), membership(groups, None, torch.zeros(4, 3, device="meta"), "x"))
     assert order.below.shape == (12,)
 
 

@@ -16,7 +16,9 @@ from fastreward.recipes import RECIPES
 
 FAMILIES = ("token_credit", "turn_credit", "group_advantage", "reward_shaping", "likelihood", "distillation")
 OF_FAMILIES = {r.name: r for r in RECIPES.values() if r.family in FAMILIES}
+ONE_OF_EACH = {case.recipe.__name__: case for case in CASES.values()}
 LEFT, RIGHT = 2, 3
+MAY_BE_INFINITE = ("logits", "vocab_logprobs", "errors")  # probabilities of 0; of critiques whether it is 0
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
@@ -163,6 +165,21 @@ def test_no_rows_and_no_columns(case: Case) -> None:
     empty = case(changed(arguments, tuple(names), lambda x: x[:, :0]))
     assert empty.shape[0] == ROWS
     assert not empty.isinf().any()
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
+def test_what_is_refused_is_refused_in_words(case: Case) -> None:
+    """Infinity, and a row less than other arguments have, which would broadcast or end in an error of torch's."""
+    arguments = case.arguments(5)
+    sized = {n: x for n, x in arguments.items() if isinstance(x, Tensor | list) and n not in case.fixed}
+    of_rows = [name for name, x in sized.items() if len(x) == ROWS and name != "objectives"]
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and x.is_floating_point() and name not in MAY_BE_INFINITE:
+            with pytest.raises(ValueError, match=r": expected .* got "):
+                case(arguments | {name: torch.full_like(x, torch.inf)})
+        if isinstance(x, Tensor) and name in of_rows and len(of_rows) > 1:
+            with pytest.raises(ValueError, match=r": expected .* got "):
+                case(arguments | {name: x[:-1]})
 
 
 @every

@@ -9,18 +9,29 @@ from fastreward._arguments import check
 from fastreward._arguments.groups import GroupIds, Groups
 
 
-def prompts(group_ids: GroupIds | None, group_size: int | None, like: Tensor) -> Groups:
-    """The groups of B responses, one for each row of `like`, once for several operations."""
-    if isinstance(group_ids, Groups) and group_size is None:
-        return group_ids
+def prompts(group_ids: GroupIds | None, group_size: int | None, count: int, name: str = "group_ids") -> Groups:
+    """The groups of `count` responses, once for several operations."""
     if (group_ids is None) == (group_size is None):
-        raise ValueError("group_ids, group_size: expected exactly one of them")
-    return Groups(group_ids, group_size=group_size, count=None if group_size is None else like.shape[0])
+        raise ValueError(f"{name}, group_size: expected exactly one of them")
+    if group_size is not None:
+        return Groups(group_size=group_size, count=count)
+    groups = group_ids if isinstance(group_ids, Groups) else Groups(group_ids)
+    if tuple(groups.shape) != (count,):
+        raise ValueError(f"{name}: expected {count} ids (one per response), got {list(groups.shape)}")
+    return groups
+
+
+def finite_or_nan(name: str, x: Tensor) -> Tensor:
+    """Real numbers of any shape, a constant: finite, or NaN for what is not there."""
+    x = check.constant(name, check.rewards(name, x))
+    if check.values_checked(x):
+        check.every(name, ~x.isinf(), x, "finite numbers, or NaN for what is not there")
+    return x
 
 
 def beside_rewards(name: str, x: Tensor, rewards: Tensor) -> Tensor:
     """Real numbers, one for each of the rewards [B], NaN where there is none; a constant."""
-    x = check.constant(name, check.rewards(name, x))
+    x = finite_or_nan(name, x)
     check.shape(name, x, rewards.shape, "as rewards")
     check.same_device(name, x, "rewards", rewards)
     return x
@@ -35,7 +46,7 @@ def truths(name: str, x: Tensor, rewards: Tensor) -> Tensor:
 
 def given(name: str, x: Tensor) -> Tensor:
     """Rewards [B], a constant; NaN = not scored."""
-    x = check.constant(name, check.rewards(name, x))
+    x = finite_or_nan(name, x)
     if x.ndim != 1:
         raise ValueError(f"{name}: expected shape [B], got {list(x.shape)}")
     return x
@@ -43,7 +54,7 @@ def given(name: str, x: Tensor) -> Tensor:
 
 def of_responses(name: str, x: Tensor) -> Tensor:
     """[B, M], a constant: several numbers of each response, such as the results of its comparisons; NaN = none."""
-    x = check.constant(name, check.rewards(name, x))
+    x = finite_or_nan(name, x)
     if x.ndim not in (1, 2):
         raise ValueError(f"{name}: expected shape [B] or [B, M], got {list(x.shape)}")
     return x.unsqueeze(-1) if x.ndim == 1 else x

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
-from fastreward._arguments.groups import GroupIds, Groups
+from fastreward._arguments.groups import Groups
 from fastreward._arguments.numbers import Number
 from fastreward._arguments.options import SegmentOp, Singleton
 from fastreward._arguments.tokens import token_bounds
@@ -98,6 +98,8 @@ class Turns:
             if tuple(x.shape) != tuple(self.there.shape):
                 raise ValueError(f"{name}: expected shape {list(self.there.shape)}, got {list(x.shape)}")
             return Groups.by(x)
+        if not isinstance(x, Sequence) or isinstance(x, str):
+            raise TypeError(f"{name}: expected integers [B, S], or B lists of labels, got {type(x).__name__}")
         rows, turns = [list(row) for row in x], self.there.shape[1]
         if len(rows) != self.there.shape[0] or any(len(row) > turns for row in rows):
             shape = f"{len(rows)} of up to {max(map(len, rows), default=0)}"
@@ -151,13 +153,6 @@ def over_row(x: Tensor, op: SegmentOp, empty: float = torch.nan) -> Tensor:
     there = ~x.isnan()
     found = segment_reduce(x, torch.where(there, 0, -1), op=op, num_segments=1).squeeze(-1)
     return torch.where(there.any(-1), found, empty)
-
-
-def prompts(group_ids: GroupIds | None, group_size: int | None, count: int) -> Groups:
-    """Which of the `count` responses are to one prompt."""
-    if isinstance(group_ids, Groups) and group_size is None:
-        return group_ids
-    return Groups(group_ids, group_size=group_size, count=None if group_size is None else count)
 
 
 def against(
