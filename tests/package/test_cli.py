@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -171,6 +172,9 @@ def test_distance() -> None:
 @pytest.mark.slow
 def test_bench_writes_json_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastreward.bench.peers.compiled", lambda function: function)  # compiling is tested below
+    if importlib.util.find_spec("numba") is not None:  # which takes a quarter of a minute to compile a loop
+        monkeypatch.setattr("numba.njit", lambda **_: lambda function: function)
+        monkeypatch.setattr("numba.prange", range)
     figures, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     tiny = ("--quick", "--rows", "16", "--vocab", "200", "--seconds", "0.01", "--dtype", "float32")
     result = _run("bench", *tiny, "--json", str(figures), "--plot", str(picture))
