@@ -426,7 +426,7 @@ class _Call:
         whiten: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Both results; the second is empty where there is one only."""
-        given = {} if out is None else {"out[0]": out, "out[1]": second} if pair else {"out": out}
+        given = {"out[0]": out, "out[1]": second} if pair else {} if out is None else {"out": out}
         outputs = self._outputs(given)
         backend = select("returns", self.x)
         inputs = ReturnsInputs(**{"rewards": self.x, **self.inputs})  # type: ignore[arg-type]
@@ -445,19 +445,10 @@ class _Call:
     def _outputs(self, given: dict[str, Any]) -> list[Tensor]:
         """The tensors that the results go to: memory of their own."""
         outputs = [check.output(self.function, name, x, self.x, "rewards") for name, x in given.items()]
-        if torch.compiler.is_compiling():  # a traced tensor has no address
-            return outputs
-        others = [x for x in (self.x, self.mask, *self.inputs.values()) if x is not None]
         for name, x in zip(given, outputs, strict=True):
-            own = [y for key, y in given.items() if key != name]
-            if any(_overlap(x, y) for y in (*others, *own)):
-                raise ValueError(f"{name}: expected memory of its own, got some that another argument lies in")
+            others = [y for key, y in zip(given, outputs, strict=True) if key != name]
+            check.own_memory(name, x, (self.x, self.mask, self.bounds, *self.inputs.values(), *others))
         return outputs
-
-
-def _overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether two contiguous tensors share memory."""
-    return x.data_ptr() < y.data_ptr() + y.nbytes and y.data_ptr() < x.data_ptr() + x.nbytes
 
 
 def _numbers(named: dict[str, Number], like: Tensor) -> tuple[list[float], Tensor | None]:

@@ -23,7 +23,7 @@ from fastreward._arguments.options import (
     SegmentPlace,
 )
 from fastreward._arguments.tokens import token_bounds
-from fastreward._arguments.transforms import refuse_double_backward, transformed
+from fastreward._arguments.transforms import refuse_double_backward
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.memory import empty
@@ -510,7 +510,7 @@ def scatter_rewards(
         mask: the tokens' shape, nonzero = valid; needed without segment_ids. A segment without a valid token gets
             nothing, and its value is lost.
         cu_seqlens: integers [B + 1], for packed tokens [N].
-        out: where the result goes, float32, contiguous. No gradient flows through it.
+        out: where the result goes, float32, contiguous, memory of its own. No gradient flows through it.
 
     Returns:
         float32 [B, T] or [N]. The gradient flows to values.
@@ -543,7 +543,8 @@ def scatter_rewards(
     if ids is not None and check.values_checked(values) and backend != "cpu":  # which looks at them itself
         check.segment_ids("segment_ids", ids, values.shape[1])
     if out is not None:
-        _check_out(out, like)
+        check.output("scatter_rewards", "out", out, like, "the tokens")
+        check.own_memory("out", out, (values, ids, counted, cu_seqlens))
         _scatter_(check.constant("values", values), ids, counted, cu_seqlens, op, out, backend)
         return out
     result: Tensor = _adjoint(values, None, ids, counted, cu_seqlens, op, 1.0, None, backend)
@@ -558,20 +559,6 @@ def _shape_of_tokens(segment_ids: Tensor | None, ends: Tensor | None, mask: Tens
     if ends is not None and check.tensor("ends", ends).dtype == torch.bool:
         return ends
     raise ValueError("mask: needed without segment_ids, to know the tokens")
-
-
-def _check_out(out: Tensor, like: Tensor) -> None:
-    check.dtype("out", check.tensor("out", out), (torch.float32,))
-    check.shape("out", out, like.shape, "as the tokens")
-    check.same_device("out", out, "the tokens", like)
-    if not out.is_contiguous():
-        raise ValueError(f"out: expected a contiguous tensor, got strides {list(out.stride())}")
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out: expected a tensor without requires_grad (no gradient flows through it); use .detach()")
-    if transformed():
-        raise NotImplementedError(
-            "fastreward: scatter_rewards(out=) is not available under torch.func or with dual tensors"
-        )
 
 
 # ------------------------------------------------------------------------------------------------------------ tokens

@@ -33,7 +33,7 @@ bool returns_scan(const std::vector<Address>& tensors, const std::vector<double>
   in.bounds = at<const std::int64_t>(tensors[10]);
   in.rows = rows;
   in.columns = columns;
-  in.scale = static_cast<float>(numbers[2]);
+  in.scale = numbers[2];
   in.rho_bar = static_cast<float>(numbers[3]);
   in.c_bar = static_cast<float>(numbers[4]);
   in.kind = static_cast<ReturnsKind>(options[0]);

@@ -36,6 +36,9 @@ constexpr std::int64_t kTokens = 8192;
 // Distance in floats of the prefetches: hardware stops at each 4 KiB page.
 constexpr int kAhead = 512;
 
+// The eighth power of a coefficient up to this is well within float32.
+constexpr double kTame = 6e4;
+
 constexpr float kInfinity = __builtin_inff();
 
 // A row on its way: the block at hand, and what has been brought there.
@@ -85,7 +88,7 @@ float identity(const ReturnsInput& in) {
     case ReturnsOp::max:
       return -kInfinity;
     case ReturnsOp::logsumexp:
-      return in.scale > 0.0f ? -kInfinity : kInfinity;
+      return in.scale > 0.0 ? -kInfinity : kInfinity;
   }
   return 0.0f;
 }
@@ -317,6 +320,17 @@ inline void for_eights(int n, F&& f) {
     for (int i = 0; i < n; i += 8) f(i);
 }
 
+// y = f(c, y, x) token by token.
+template <bool kReverse, class F>
+void chain(float* xs, const float* cs, int n, bool one, double coefficient, double& y, const F& f) {
+  const float all = static_cast<float>(coefficient);
+  for (int k = 0; k < n; ++k) {
+    const int i = kReverse ? n - 1 - k : k;
+    y = f(one && cs[i] == all ? coefficient : static_cast<double>(cs[i]), y, static_cast<double>(xs[i]));
+    xs[i] = static_cast<float>(y);
+  }
+}
+
 // Sums with the coefficients of each token. one: all are `coefficient`, 1 or 0.
 template <bool kReverse>
 void sum_any(float* xs, const float* cs, int n, bool one, double coefficient, double& carried) {
@@ -330,6 +344,10 @@ void sum_any(float* xs, const float* cs, int n, bool one, double coefficient, do
     x = fma(c, moved<kUp, 1>(x, nothing), x), c = mul(c, moved<kUp, 1>(c, unit));
     x = fma(c, moved<kUp, 2>(x, nothing), x), c = mul(c, moved<kUp, 2>(c, unit));
     x = fma(c, moved<kUp, 4>(x, nothing), x), c = mul(c, moved<kUp, 4>(c, unit));
+    if (equal(mul(c, nothing), nothing) != 0xffu) {  // a product beyond float32, whose y need not be
+      chain<kReverse>(xs + i, cs + i, 8, one, coefficient, y, fused);
+      return;
+    }
     store8(xs + i, fma(c, f8(static_cast<float>(y)), x));
     double product = static_cast<double>(kReverse ? first(c) : last(c));
     if (one && product != 0.0) product = powers.of[__builtin_popcount(equal(given, all))];
@@ -378,23 +396,12 @@ void extreme(float* xs, int n, float neutral, double& y, const F& f) {
   y = static_cast<double>(first(so_far));
 }
 
-// y = f(c, y, x) token by token.
-template <bool kReverse, class F>
-void chain(float* xs, const float* cs, int n, bool one, double coefficient, double& y, const F& f) {
-  const float all = static_cast<float>(coefficient);
-  for (int k = 0; k < n; ++k) {
-    const int i = kReverse ? n - 1 - k : k;
-    y = f(one && cs[i] == all ? coefficient : static_cast<double>(cs[i]), y, static_cast<double>(xs[i]));
-    xs[i] = static_cast<float>(y);
-  }
-}
-
 template <bool kReverse>
 void recur(const ReturnsInput& in, Row& row, Buffers& room, bool plain, bool one, double coefficient) {
   float* xs = room.x.at();
   const float* cs = room.c.at();
   const int n = row.n;
-  const double scale = static_cast<double>(in.scale);
+  const double scale = in.scale;
   const bool undiscounted = one && coefficient == 1.0 && in.at_masked != AtMasked::reset;
   if (in.op == ReturnsOp::sum) {
     plain ? sum_one<kReverse>(xs, n, coefficient, row.y) : sum_any<kReverse>(xs, cs, n, one, coefficient, row.y);
@@ -554,7 +561,7 @@ void run_row(const ReturnsInput& in, std::int64_t index, Buffers& room, const Ou
     const bool one = one_coefficient<kKind>(in, row, coefficient);
     const bool opened = kKind == ReturnsKind::lambda && !row.after_valid;  // by a token that has to be closed
     const bool plain = one && !opened && row.mask == nullptr && in.terminated == nullptr && in.done == nullptr &&
-                       in.op == ReturnsOp::sum;
+                       in.op == ReturnsOp::sum && std::fabs(coefficient) <= kTame;
     float *xs = room.x.at(), *cs = room.c.at();
     plain ? prepare_plain<kKind>(in, row, room, wrong) : prepare<kKind>(in, row, room, wrong);
     for (int i = 0; i < 8; ++i) {  // what an eight has too many

@@ -33,7 +33,8 @@ struct ReturnsInput {
   const std::int64_t* bounds = nullptr;  // [rows + 1]; nullptr: rows of `columns` tokens
   std::int64_t rows = 0;
   std::int64_t columns = 0;
-  float scale = 1.0f, rho_bar = 1.0f, c_bar = 1.0f;
+  double scale = 1.0;
+  float rho_bar = 1.0f, c_bar = 1.0f;
   ReturnsKind kind = ReturnsKind::returns;
   AtMasked at_masked = AtMasked::carry;
   ReturnsOp op = ReturnsOp::sum;

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -239,6 +239,16 @@ def output(function: str, name: str, out: object, like: Tensor, reference: str) 
             f"fastreward: {function}({name}=) is not available under torch.func or with dual tensors"
         )
     return out
+
+
+def own_memory(name: str, out: Tensor, others: Iterable[Tensor | None]) -> None:
+    """`out` shares no memory with the other tensors, all of them contiguous."""
+    if torch.compiler.is_compiling():  # a traced tensor has no address
+        return
+    begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
+    for x in others:
+        if x is not None and x.data_ptr() < end and begin < x.data_ptr() + x.nbytes:
+            raise ValueError(f"{name}: expected memory of its own, got some that another argument lies in")
 
 
 # ------------------------------------------------------------------------------------------------------- output files

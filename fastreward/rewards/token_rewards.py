@@ -13,7 +13,6 @@ from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.numbers import Number, joined_all, may_differ_from_0, number, split_all
 from fastreward._arguments.options import PLACES, REWARD_KLS, Place, RewardKL
 from fastreward._arguments.tokens import Tokens, token_bounds
-from fastreward._arguments.transforms import transformed
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.memory import empty
@@ -163,7 +162,7 @@ def token_rewards(
     if out is None:
         rewards: Tensor = _token_rewards(*arguments, backend)
         return rewards
-    _check_out(out, like, reference, (scores, *pair, counted))
+    check.own_memory("out", check.output("token_rewards", "out", out, like, reference), (*arguments[:4], bounds))
     _token_rewards_(*arguments, out, backend)
     return out
 
@@ -197,23 +196,3 @@ def _numbers(
     if isinstance(lowest, float) and isinstance(highest, float) and lowest > highest:
         raise ValueError(f"clip: expected a lowest score that is not above the highest, got {clip!r}")
     return found
-
-
-def _check_out(out: Tensor, like: Tensor, reference: str, inputs: tuple[Tensor | None, ...]) -> None:
-    check.dtype("out", check.tensor("out", out), (torch.float32,))
-    check.shape("out", out, like.shape, f"as {reference}")
-    check.same_device("out", out, reference, like)
-    if not out.is_contiguous():
-        raise ValueError(f"out: expected a contiguous tensor, got strides {list(out.stride())}")
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out: expected a tensor without requires_grad (no gradient flows through it); use .detach()")
-    if transformed():
-        raise NotImplementedError(
-            "fastreward: token_rewards(out=) is not available under torch.func or with dual tensors"
-        )
-    if torch.compiler.is_compiling():  # a traced tensor has no address
-        return
-    begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
-    for x in inputs:
-        if x is not None and x.data_ptr() < end and begin < x.data_ptr() + x.nbytes:
-            raise ValueError("out: expected memory of its own, got memory that overlaps an argument")

@@ -71,6 +71,10 @@ RETURNS: dict[str, tuple[dict[str, Any], list[float]]] = {
     "from the left": (
         {"rewards": [1, 2, 0, 1, 5], "mask": [1, 0, 1, 1, 0], "gamma": 0.9, "reverse": False}, [3, 0, 2.7, 8.43, 0]
     ),
+    "large discount": ({"rewards": [1, 0, 0, 0, 0, 0, 0, 0, 0], "gamma": 1e5}, [1, 0, 0, 0, 0, 0, 0, 0, 0]),
+    "large discounts": (
+        {"rewards": [0.0] * 8 + [1], "gamma": [1e30, 1e30, 1e-30, 1e-30] * 2 + [1.0]}, [1, 0, 0, 0, 1, 0, 0, 0, 1]
+    ),
     "initial": ({"rewards": [1, 1, 9], "mask": [1, 1, 0], "gamma": 0.5, "initial": [8.0], "masked_rewards": "drop"},
                 [3.5, 5, 0]),
     "min": ({"rewards": [3, 0, 0, 2, 0], "mask": [1, 0, 1, 1, 0], "op": "min"}, [0, 0, 0, 2, 0]),
@@ -81,6 +85,7 @@ RETURNS: dict[str, tuple[dict[str, Any], list[float]]] = {
     "max": ({"rewards": [-3, 0, -4], "mask": [1, 0, 1], "op": "max"}, [-3, 0, -4]),
     "soft min": ({"rewards": [1, 2], "op": "min", "temperature": 0.5},
                  [-0.5 * math.log(math.exp(-2) + math.exp(-4)), 2]),
+    "hard soft min": ({"rewards": [1, 1, 2], "op": "min", "temperature": 1e-300}, [1, 1, 2]),
     "logsumexp": ({"rewards": [1, 0, 2], "mask": [1, 0, 1], "op": "logsumexp"},
                   [math.log(math.exp(1) + math.exp(2)), 0, 2]),
 }  # fmt: skip
@@ -308,6 +313,7 @@ def test_values_that_are_not_finite(name: str, value: float) -> None:
         (ValueError, r"out\[1\]: expected shape", {"out": (torch.zeros(2, 4), torch.zeros(2, 3))}),
         (ValueError, r"out\[0\]: expected memory of its own", {"values": BUFFER[:1].view(2, 4),
                                                                 "out": (BUFFER[:1].view(2, 4), torch.zeros(2, 4))}),
+        (TypeError, r"out\[0\]: expected a torch tensor", {"out": (None, torch.zeros(2, 4))}),
         (ValueError, r"out\[1\]: expected a tensor without requires_grad",
          {"out": (torch.zeros(2, 4), torch.zeros(2, 4, requires_grad=True))}),
     ],
@@ -330,6 +336,9 @@ def test_messages_of_other_functions() -> None:
         fr.vtrace(x, x, x, rho_bar=-1.0)
     with pytest.raises(ValueError, match=r"out: expected memory of its own"):
         fr.discounted_returns(x, out=x)
+    bounds = tensor([0, 4, 6])
+    with pytest.raises(ValueError, match=r"out: expected memory of its own"):
+        fr.discounted_returns(torch.ones(6), cu_seqlens=bounds, out=bounds.view(torch.float32))
 
 
 def test_the_reference_is_float64() -> None:

@@ -86,7 +86,7 @@ def test_out() -> None:
     assert fr.token_rewards(**call, out=out) is out
     assert torch.equal(out, fr.token_rewards(**call))
     for bad, message in (
-        (call["logprobs"], "overlaps an argument"),
+        (call["logprobs"], "memory of its own"),
         (out.t().contiguous().t(), "contiguous"),
         (out.double(), "dtype float32"),
         (out[:2], "expected shape"),

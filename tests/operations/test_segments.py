@@ -292,6 +292,10 @@ X, IDS, MASK = torch.randn(2, 3), torch.tensor([[0, 1, -1], [0, 0, 1]]), torch.o
         (lambda: fr.scatter_rewards(torch.ones(2, 1), IDS), r"segment_ids: .* got 1 at index \[0, 1\]"),
         (lambda: fr.scatter_rewards(torch.ones(2), mask=MASK, place="last"), "place: expected one of"),
         (lambda: fr.scatter_rewards(torch.ones(2, 2), IDS, ends=IDS), "segment_ids, ends: expected at most one"),
+        (
+            lambda: fr.scatter_rewards(torch.ones(2, 1), x := torch.zeros(2, 3).int(), out=x.view(torch.float32)),
+            "out: expected memory of its own",
+        ),
         (lambda: fr.scatter_rewards(torch.ones(2), mask=MASK, out=torch.ones(3, 2).t()), "out: expected a contiguous"),
         (lambda: fr.segment_diff(X, mode="central"), "mode: expected one of"),
     ],
