@@ -95,9 +95,12 @@ class EmaBaseline:
         return {"decay": self.decay, "initial": self.initial, "values": dict(self.values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict`."""
-        self.decay, self.initial = float(state["decay"]), float(state["initial"])
-        self.values = dict(state["values"])
+        """Continues from a `state_dict`; raises ValueError, and changes nothing, where it is none."""
+        if missing := [name for name in self.state_dict() if name not in state]:
+            raise ValueError(f"state: expected what state_dict() gave, got no {missing[0]!r}")
+        restored = EmaBaseline(state["decay"], initial=state["initial"])
+        restored.values = {key: check.finite(f"values[{key!r}]", x) for key, x in dict(state["values"]).items()}
+        self.__dict__ |= restored.__dict__
 
     def __repr__(self) -> str:
         """Decay and how many keys there are."""

@@ -26,7 +26,7 @@ class Drawn:
 
     def lines(self) -> list[str]:
         """The same in words."""
-        lines = [f"{len(self.names)} schemes: {', '.join(self.names)}"]
+        lines = [f"{len(self.names)} {'scheme' if len(self.names) == 1 else 'schemes'}: {', '.join(self.names)}"]
         if self.missing:
             lines.append(f"{len(self.missing)} others are not there:")
             lines += [f"  {name}: {reason}" for name, reason in self.missing.items()]

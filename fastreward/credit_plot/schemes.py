@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -117,7 +118,9 @@ def _check(names: Collection[str]) -> None:
     known = [_OPERATION, *(recipe.name for recipe in _recipes())]
     for name in names:
         if name not in known:
-            raise ValueError(f"expected one of {', '.join(known)}, got {name!r}")
+            near = difflib.get_close_matches(name, known)
+            hint = f"did you mean {', '.join(near)}?" if near else f"expected one of {', '.join(known)}"
+            raise ValueError(f"no scheme {name!r}; {hint}")
 
 
 def _arguments(recipe: Recipe, there: dict[str, Any]) -> dict[str, Any]:

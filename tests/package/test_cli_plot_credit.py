@@ -154,7 +154,8 @@ def test_short_numbers(x: float, text: str) -> None:
 
 def test_refused_options(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "c.html"
-    assert "expected one of group_advantages, tempo" in _refusal(_run("--scheme", "grop", "--out", page))
+    assert "no scheme 'grop'; did you mean grpo" in _refusal(_run("--scheme", "grop", "--out", page))
+    assert "expected one of group_advantages, tempo" in _refusal(_run("--scheme", "xyz", "--out", page))
     assert "group: expected one of a, b, got 'c'" in _refusal(_run(file, "--group", "c", "--out", page))
     assert "slate: needs step_rewards" in _refusal(_run(file, "--scheme", "slate", "--out", page))
     assert "ends in .png, .svg, .pdf" in _refusal(_run("--out", tmp_path / "c.gif"))

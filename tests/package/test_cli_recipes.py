@@ -44,6 +44,7 @@ def test_explains_one(name: str) -> None:
         assert recipe.url in result.output
     for line in recipe.documentation.splitlines():
         assert line in result.output
+    assert ("at the head of" in recipe.documentation) == ("segment_ids [B, T] in [-1, S)" in result.output)
     assert ("d/d " in result.output) == (recipe.definition is not None)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
+import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping
@@ -152,6 +154,12 @@ class Recipe:
     def documentation(self) -> str:
         """The docstring."""
         return inspect.getdoc(self.function) or ""
+
+    @property
+    def head(self) -> str:
+        """What the docstring refers to as being "at the head of" a module, without the module's first line."""
+        module = re.search(r"at the head of\s+`([\w.]+)`", self.documentation)
+        return (sys.modules[module[1]].__doc__ or "").partition("\n\n")[2].strip() if module else ""
 
     @property
     def summary(self) -> str:

@@ -65,6 +65,8 @@ def explain(console: Console, recipe: Recipe) -> None:
     write(f"read in: {recipe.where}")
     section("Call", recipe.signature + (f"\n**options: the others of {recipe.operation}" if recipe.operation else ""))
     section("Formula", f"{recipe.documentation}\n\n{NOTATION[recipe.family]}")
+    if head := recipe.head:
+        section("Arguments of the family", head)
     loss = recipe.loss()
     if loss is not None:
         section("The loss in fastreward.losses, and the derivative made of it", str(loss))
