@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
-from fastreward._arguments.groups import GroupIds
+from fastreward._arguments.groups import GroupIds, Groups
 from fastreward._arguments.numbers import Number
 from fastreward._arguments.options import MaskedRewards, Singleton
 from fastreward.group import group_advantages
@@ -179,9 +179,9 @@ def lite_ppo(
 @recipe("PRPO (mean and standard deviation of the batch)", "rLLM, github.com/rllm-org/rllm", code="rLLM advantage.py")
 def prpo(rewards: Tensor, *, mask: Tensor | None = None, eps: Number = 1e-6) -> Tensor:
     """A = (R - mean of the batch) / (std of the batch + eps)."""
-    rewards = given("rewards", rewards)
+    rewards = given("rewards", _scores(rewards, None, mask))
     everyone = torch.zeros(rewards.shape, dtype=torch.int64, device=rewards.device)
-    return group_advantages(rewards, everyone, mask=mask, eps=eps)
+    return group_advantages(rewards, everyone, eps=eps)
 
 
 @recipe("ReMax (a greedy response as the baseline)", "arXiv 2310.10505", code="verl core_algos.py")
@@ -210,7 +210,7 @@ def gpg(
     A response alone in its group gets alpha R / f_norm.
     """
     centred = dr_grpo(rewards, group_ids, group_size=group_size, mask=mask, singleton="raw")
-    there = _there(rewards, mask)
+    there = _there(rewards, group_ids, mask)
     alpha = there.sum() / (there & (rewards != 0)).sum().clamp(min=1)
     return centred * (alpha / check.positive("f_norm", f_norm))
 
@@ -249,7 +249,8 @@ def gdpo(
     )
     if batch_eps is None:
         return summed
-    return prpo(summed, mask=_there(rewards, mask), eps=batch_eps)
+    there = _there(rewards, group_ids, mask)
+    return prpo(summed.flatten(), mask=there.flatten(), eps=batch_eps).view(summed.shape)
 
 
 @recipe(
@@ -351,7 +352,7 @@ def pass_at_k_training(
     k = check.whole("k", k, "responses that are drawn")
     if k < 1:
         raise ValueError(f"k: expected an integer of at least 1, got {k}")
-    rewards = finite_or_nan("rewards", rewards)
+    rewards = _scores(rewards, group_ids, mask)
     right = torch.where(rewards.isnan(), torch.nan, (rewards > 0).float())
     found = group_statistics(right, group_ids, ("count", "mean"), group_size=group_size, mask=mask)
     n, rate = found["count"].double(), found["mean"].double()
@@ -361,7 +362,7 @@ def pass_at_k_training(
     lost = torch.where(wrong > 0, -fail * (n - wrong) / wrong, 0.0)
     spread = (fail * (1 - fail)).sqrt() + check.not_negative("eps", eps)
     advantages = torch.where(right > 0, fail, lost) / spread
-    return torch.where(_there(rewards, mask) & (n >= k), advantages, 0.0).float()
+    return torch.where(_there(rewards, group_ids, mask) & (n >= k), advantages, 0.0).float()
 
 
 def _log_falling(n: Tensor, k: int) -> Tensor:
@@ -370,10 +371,27 @@ def _log_falling(n: Tensor, k: int) -> Tensor:
     return torch.lgamma(n + 1) - torch.lgamma(n - k + 1)
 
 
-def _there(rewards: Tensor, mask: Tensor | None) -> Tensor:
-    """bool [B]: which responses are scored, in any component, and there."""
-    there = ~rewards.isnan() if rewards.ndim == 1 else ~rewards.isnan().all(-1)
+def _there(rewards: Tensor, group_ids: GroupIds | None, mask: Tensor | None) -> Tensor:
+    """bool [B], or in the shape of Groups: which are scored, in any component, and there, and in a group."""
+    there = ~rewards.isnan()
+    if isinstance(group_ids, Groups):
+        there = there if there.shape == group_ids.shape else there.any(-1)
+        there = there & (group_ids.index.to(there.device) >= 0)
+    elif there.ndim > 1:
+        there = there.any(-1)
     return there if mask is None else there & (mask != 0)
+
+
+def _scores(rewards: Tensor, group_ids: GroupIds | None, mask: Tensor | None) -> Tensor:
+    """One of each response, a constant, finite; NaN: not scored, not there, or in no group."""
+    rewards = check.constant("rewards", check.rewards("rewards", rewards))
+    if mask is not None:
+        check.shape("mask", check.tensor("mask", mask), rewards.shape, "as rewards")
+        check.same_device("mask", mask, "rewards", rewards)
+        rewards = rewards.masked_fill(check.constant("mask", mask) == 0, torch.nan)
+    if isinstance(group_ids, Groups) and group_ids.shape == rewards.shape:
+        rewards = rewards.masked_fill(group_ids.index.to(rewards.device) < 0, torch.nan)
+    return finite_or_nan("rewards", rewards)
 
 
 @recipe(
@@ -390,7 +408,7 @@ def maxrl(
     mask: Tensor | None = None,
 ) -> Tensor:
     """A = (R - mean) / mean, 0 where the mean is not above 0."""
-    rewards = finite_or_nan("rewards", rewards)
+    rewards = _scores(rewards, group_ids, mask)
     mean = group_statistics(rewards, group_ids, ("mean",), group_size=group_size, mask=mask)["mean"]
     positive = mean > 0
     advantages = group_advantages(
@@ -417,16 +435,20 @@ def bnpo(
 ) -> Tensor:
     """A = (R - p) / f(p), p = mean, f = density of Beta(1 + a / 3, 1 + b / 3), both at least 1.
 
-    low, high: rewards are mapped from there to 0 and 1. weight_max: of 1 / f. A response alone has p = 0. a and b are
-    fitted to the mean and variance of p over the prompts; f is 1 for one prompt, and where no p differs from another
-    (the code divides by 0).
+    low, high: rewards lie between, and are mapped from there to 0 and 1. weight_max: of 1 / f. A response alone has p =
+    0. a and b are fitted to the mean and variance of p over the prompts; f is 1 for one prompt, and where no p differs
+    from another (the code divides by 0).
     """
     low, high = check.finite("low", low), check.finite("high", high)
     if not low < high:
         raise ValueError(f"high: expected a number above low ({low}), got {high}")
-    scaled = (finite_or_nan("rewards", rewards).double() - low) / (high - low)
+    rewards = _scores(rewards, group_ids, mask)
+    if check.values_checked(rewards):
+        within = rewards.isnan() | ((rewards >= low) & (rewards <= high))
+        check.every("rewards", within, rewards, f"numbers from low = {low:g} to high = {high:g}, or NaN")
+    scaled = (rewards.double() - low) / (high - low)
     found = group_statistics(scaled, group_ids, ("count", "mean"), group_size=group_size, mask=mask)
-    there = _there(scaled, mask)
+    there = _there(scaled, group_ids, mask)
     p = torch.where(found["count"] > 1, found["mean"].double(), 0.0)
     share = torch.where(there, 1.0 / found["count"].double(), 0.0)  # so that every prompt counts as one
     prompts = share.sum().round()

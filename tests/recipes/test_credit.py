@@ -12,11 +12,24 @@ from credit_cases import CASES, MARKS
 from credit_cases.case import ROWS, Arguments, Case
 from torch import Tensor
 
+import fastreward as fr
 from fastreward.recipes import RECIPES
 
 FAMILIES = ("token_credit", "turn_credit", "group_advantage", "reward_shaping", "likelihood", "distillation")
 OF_FAMILIES = {r.name: r for r in RECIPES.values() if r.family in FAMILIES}
 ONE_OF_EACH = {case.recipe.__name__: case for case in CASES.values()}
+OF_TURNS = [
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "lite_ppo",
+    "gpg",
+    "gdpo",
+    "pass_at_k",
+    "pass_at_k_training",
+    "maxrl",
+    "bnpo",
+]
 LEFT, RIGHT = 2, 3
 MAY_BE_INFINITE = ("logits", "vocab_logprobs", "errors")  # probabilities of 0; of critiques whether it is 0
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -180,6 +193,22 @@ def test_what_is_refused_is_refused_in_words(case: Case) -> None:
         if isinstance(x, Tensor) and name in of_rows and len(of_rows) > 1:
             with pytest.raises(ValueError, match=r": expected .* got "):
                 case(arguments | {name: x[:-1]})
+
+
+@pytest.mark.parametrize("name", OF_TURNS)
+def test_turns_in_groups_are_rows_in_groups(name: str) -> None:
+    """[B, S] with Groups of that shape; an infinity under the mask, and in no group, is not there."""
+    recipe = RECIPES[name].function
+    rewards = torch.tensor([[1.0, 0.0], [0.0, torch.inf], [0.5, torch.inf], [1.0, 0.25]])
+    groups = fr.Groups.by(["a", "a", "b", "b"], torch.tensor([[0, 1], [0, 1], [0, -1], [0, 1]]))
+    mask = torch.ones(4, 2)
+    mask[1, 1] = 0
+    options = {"k": 1} if name == "pass_at_k_training" else {}
+    got = recipe(rewards, groups, mask=mask, **options)
+    there = (mask != 0) & (groups.index >= 0)
+    want = recipe(rewards[there], groups.index[there], **options)
+    torch.testing.assert_close(got[there], want)
+    assert not got[~there].any()
 
 
 @every
