@@ -428,40 +428,66 @@ void recur(const ReturnsInput& in, Row& row, Buffers& room, bool plain, bool one
 }
 
 // --------------------------------------------------------------------------------------------------------- the results
-// Where results go; large ones past the caches.
+// Where a row's results go, block after block.
+//
+// Large ones go past the caches, whole lines at a time: a line that is written in two parts costs two ways to memory.
+// Blocks are counted from the last valid token and lines are not, so what a block leaves of its first line waits for the
+// block before it.
 class Output {
  public:
   Output(float* p, bool large) : p_(p), large_(large) {}
 
-  // f(first token, tokens) -> F32, for tokens [0, n) from p + base on; vectors lie as memory has them.
+  // f(first token, tokens) -> F32 for the tokens [0, n) from p + base on, right before those of the last call.
   template <class F>
-  void fill(std::int64_t base, int n, F&& f) const {
-    float* p = p_ + base;
-    int lead = 0;  // up to where a vector may be streamed
-    if (large_)
-      lead = static_cast<int>(-(reinterpret_cast<std::intptr_t>(p) / std::intptr_t{sizeof(float)})) & (kF32 - 1);
-    if (lead > n) lead = n;
-    int i = lead + (n - lead) / kF32 * kF32;
-    if (i < n) store_n(p + i, f(i, n - i), n - i);
-    if (large_)
-      for (i -= kF32; i >= lead; i -= kF32) stream(p + i, f(i, kF32));
-    else
-      for (i -= kF32; i >= lead; i -= kF32) store(p + i, f(i, kF32));
-    if (lead > 0) store_n(p, f(0, lead), lead);
-  }
-  void zero(std::int64_t base, std::int64_t n) const {
+  void put(std::int64_t base, int n, F&& f) {
     if (p_ == nullptr) return;
-    for (; n > 0; base += kWidth, n -= kWidth)
-      fill(base, n < kWidth ? static_cast<int>(n) : kWidth, [](int, int) { return f32(0.0f); });
+    float* p = p_ + base;
+    const int first = large_ ? before_line(p) : 0;
+    if (first == 0 && waiting_ == 0) {
+      for_vectors(n, [&](int i, int width) { write(p + i, f(i, width), width); });
+      return;
+    }
+    float* results = results_.at();
+    std::memmove(results + n, results, static_cast<std::size_t>(waiting_) * sizeof(float));
+    for_vectors(n, [&](int i, int width) {
+      width == kF32 ? store(results + i, f(i, width)) : store_n(results + i, f(i, width), width);
+    });
+    const int there = n + waiting_;
+    waiting_ = first < there ? first : there;
+    for_vectors(there - waiting_, [&](int i, int width) {
+      write(p + waiting_ + i, load_some(results + waiting_ + i, width), width);
+    });
+  }
+  void zero(std::int64_t base, int n) {
+    put(base, n, [](int, int) { return f32(0.0f); });
+  }
+  // The row begins at p + base: nothing more will come.
+  void finish(std::int64_t base) {
+    for (int i = 0; i < waiting_; ++i) p_[base + i] = results_.at()[i];
+    waiting_ = 0;
   }
 
  private:
+  static int before_line(const float* p) {
+    return static_cast<int>(-(reinterpret_cast<std::intptr_t>(p) / std::intptr_t{sizeof(float)})) & 15;
+  }
+  void write(float* p, F32 v, int width) const {
+    if (width != kF32)
+      store_n(p, v, width);
+    else if (large_)
+      stream(p, v);
+    else
+      store(p, v);
+  }
+
   float* p_;
   bool large_;
+  int waiting_ = 0;
+  Buffer results_;
 };
 
 template <ReturnsKind kKind>
-void write(const ReturnsInput& in, const Row& row, Buffers& room, const Output& out, const Output& second) {
+void write(const ReturnsInput& in, const Row& row, Buffers& room, Output& out, Output& second) {
   const float* ys = room.x.at();
   const bool masked = row.mask != nullptr && in.at_masked != AtMasked::decay;
   const auto shown = [&](int i, int width, F32 v) {
@@ -474,15 +500,15 @@ void write(const ReturnsInput& in, const Row& row, Buffers& room, const Output& 
     return shown(i, width, load(ys + i) + counted);
   };
   if constexpr (kKind == ReturnsKind::gae) {
-    out.fill(row.base, row.n, result);
-    second.fill(row.base, row.n, with_value);
+    out.put(row.base, row.n, result);
+    second.put(row.base, row.n, with_value);
   } else if constexpr (kKind == ReturnsKind::vtrace) {
-    out.fill(row.base, row.n, with_value);
-    second.fill(row.base, row.n, [&](int i, int width) {
+    out.put(row.base, row.n, with_value);
+    second.put(row.base, row.n, [&](int i, int width) {
       return shown(i, width, fma(load(room.factor.at() + i), load(ys + i + 1), load(room.plain.at() + i)));
     });
   } else {
-    out.fill(row.base, row.n, result);
+    out.put(row.base, row.n, result);
   }
 }
 
@@ -523,7 +549,7 @@ bool look(const ReturnsInput& in, Row& row, std::uint8_t* bytes) {
 }
 
 // Leaves out what lies beyond the outermost valid token: no recurrence has begun there. Its rewards may move.
-void skip(const ReturnsInput& in, Row& row, std::uint8_t* bytes, const Output& out, const Output& second) {
+void skip(const ReturnsInput& in, Row& row, std::uint8_t* bytes, Output& out, Output& second) {
   while (in.mask.kind != MaskKind::none && row.begin < row.end) {
     advance(in, row);
     int outer = row.n;
@@ -543,8 +569,7 @@ void skip(const ReturnsInput& in, Row& row, std::uint8_t* bytes, const Output& o
 }
 
 template <ReturnsKind kKind>
-void run_row(const ReturnsInput& in, std::int64_t index, Buffers& room, const Output& out, const Output& second,
-             F32& wrong) {
+void run_row(const ReturnsInput& in, std::int64_t index, Buffers& room, Output& out, Output& second, F32& wrong) {
   Row row = start(in, index);
   skip(in, row, room.mask, out, second);
   while (row.begin < row.end) {
@@ -575,19 +600,21 @@ void run_row(const ReturnsInput& in, std::int64_t index, Buffers& room, const Ou
     row.started = true;
     row.after_valid = row.mask == nullptr || row.mask[0] != 0;
   }
+  out.finish(in.begin(index));
+  second.finish(in.begin(index));
 }
 
 template <ReturnsKind kKind>
 bool run(const ReturnsInput& in, float* out, float* second, int threads) {
   const std::int64_t tokens = in.bounds == nullptr ? in.rows * in.columns : in.bounds[in.rows];
-  const bool large = tokens * 4 >= kStreamBytes;
+  const bool large = in.reverse && tokens * 4 >= kStreamBytes;
   const std::int64_t least = kTokens * in.rows / (tokens + 1) + 1;
   std::atomic<bool> good{true};
   parallel_ranges(threads, in.rows, grain_of(in.rows, least), [&](std::int64_t first_row, std::int64_t last_row, int) {
     Buffers room;
+    Output results(out, large), others(second, large);
     F32 wrong = f32(0.0f);
-    for (std::int64_t b = first_row; b < last_row; ++b)
-      run_row<kKind>(in, b, room, Output(out, large), Output(second, large), wrong);
+    for (std::int64_t b = first_row; b < last_row; ++b) run_row<kKind>(in, b, room, results, others, wrong);
     if (large) fence();
     if (!(sum(wrong) == 0.0f)) good = false;
   });
