@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
-from fastreward._arguments.groups import GroupIds, Groups
+from fastreward._arguments.groups import GroupIds, Groups, groups_of
 from fastreward.returns import discounted_returns
 
 When = Literal["after", "before"]
@@ -48,8 +48,7 @@ class EmaBaseline:
             TypeError, ValueError: wrong dtype, shape or name, values that are not finite. On a GPU the host waits.
         """
         check.choice("when", when, get_args(When))
-        groups = keys if isinstance(keys, Groups) else Groups(keys)
-        return self._baselines(rewards, groups, when)
+        return self._baselines(rewards, groups_of("keys", keys), when)
 
     @accepts_arrays
     def _baselines(self, rewards: Tensor, groups: Groups, when: When) -> Tensor:

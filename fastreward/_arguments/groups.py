@@ -156,6 +156,15 @@ class Groups:
 GroupIds = Labels | Groups
 
 
+def groups_of(name: str, ids: GroupIds) -> Groups:
+    """The groups of an argument of this name."""
+    if isinstance(ids, Groups):
+        return ids
+    groups = Groups.__new__(Groups)
+    groups._set([_key(name, ids, absent=False)], None)
+    return groups
+
+
 @dataclass(frozen=True, slots=True)
 class _Key:
     """One key: numbers of its labels, i64 [B] or [B, S], -1 where there is none; the labels themselves."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
-from fastreward._arguments.groups import GroupIds, Groups
+from fastreward._arguments.groups import GroupIds, Groups, groups_of
 from fastreward._arguments.numbers import Number, number
 from fastreward.ema_baseline import EmaBaseline, When
 from fastreward.group import group_advantages
@@ -253,7 +253,7 @@ def rae(
     if not isinstance(kept, EmaBaseline):
         raise TypeError(f"baseline: expected an EmaBaseline, got {type(kept).__name__}")
     scored = given("rewards", rewards).float()
-    return torch.where(scored.isnan(), 0.0, scored - kept(scored, roles, when=when))
+    return torch.where(scored.isnan(), 0.0, scored - kept(scored, groups_of("roles", roles), when=when))
 
 
 @recipe(

@@ -56,6 +56,7 @@ def test_arrays_and_entries_in_no_group() -> None:
     [
         (ValueError, r"decay: expected a number in \[0, 1\), got 1.0", lambda: fr.EmaBaseline(1.0)),
         (ValueError, "state: expected .* got no 'decay'", lambda: fr.EmaBaseline().load_state_dict({})),
+        (TypeError, "keys: expected hashable labels", lambda: fr.EmaBaseline()(torch.ones(1), [[0]])),
         (ValueError, "when: expected one of", lambda: fr.EmaBaseline()(torch.ones(2), [0, 1], when="later")),
         (ValueError, r"rewards: expected shape \[2\]", lambda: fr.EmaBaseline()(torch.ones(3), [0, 1])),
         (

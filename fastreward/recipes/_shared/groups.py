@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
-from fastreward._arguments.groups import GroupIds, Groups
+from fastreward._arguments.groups import GroupIds, Groups, groups_of
 
 
 def prompts(group_ids: GroupIds | None, group_size: int | None, count: int, name: str = "group_ids") -> Groups:
     """The groups of `count` responses, once for several operations."""
     if (group_ids is None) == (group_size is None):
         raise ValueError(f"{name}, group_size: expected exactly one of them")
-    if group_size is not None:
+    if group_ids is None:
         return Groups(group_size=group_size, count=count)
-    groups = group_ids if isinstance(group_ids, Groups) else Groups(group_ids)
+    groups = groups_of(name, group_ids)
     if tuple(groups.shape) != (count,):
         raise ValueError(f"{name}: expected {count} ids (one per response), got {list(groups.shape)}")
     return groups
