@@ -52,8 +52,9 @@ _SEEN, _PENDING, _VALUE, _C, _X = (tl.constexpr(i) for i in range(5))
 # --------------------------------------------------------------------------------------------------------- kernel
 @triton.jit
 def _compose(c, x, c_after, x_after):
-    """y -> c y + x, then y -> c_after y + x_after."""
-    return c * c_after, tl.fma(c_after, x, x_after)
+    """y -> c y + x, then y -> c_after y + x_after; a 0 stays one beside a product beyond float32."""
+    product = tl.where((c == 0.0) | (c_after == 0.0), 0.0, c * c_after)
+    return product, tl.where(x == 0.0, x_after, tl.fma(c_after, x, x_after))
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def _mapped(c, x, y, OP: tl.constexpr):
         return tl.where((c != 0.0) & (y < x), y, x)
     if OP == _MAX:
         return tl.where((c != 0.0) & (y > x), y, x)
-    return tl.fma(c, y, x)
+    return tl.where(y == 0.0, x, tl.fma(c, y, x))
 
 
 @triton.jit

@@ -99,8 +99,8 @@ struct Map {
 struct JoinMaps {
   i64 op;
   __device__ __forceinline__ Map operator()(const Map& m, const Map& after) const {
-    const float c = m.c * after.c;
-    if (op == OP_SUM) return {c, fmaf(after.c, m.x, after.x)};
+    const float c = m.c == 0.f || after.c == 0.f ? 0.f : m.c * after.c;  // a 0 stays one beside what is beyond float32
+    if (op == OP_SUM) return {c, m.x == 0.f ? after.x : fmaf(after.c, m.x, after.x)};
     const bool replaced = after.c != 0.f && (op == OP_MIN ? m.x < after.x : m.x > after.x);
     return {c, replaced ? m.x : after.x};
   }

@@ -202,3 +202,12 @@ def check_blocks(
     with mock.patch.object(module, "few_and_long", return_value=True):
         for x, y in zip(given.results(module, device), rows, strict=True):
             assert torch.equal(x.view(torch.int32), y.view(torch.int32)), (chosen, packed, form)
+
+
+def check_products_beyond_float32(module: ModuleType, device: str) -> None:
+    """Rewards of 0 stay 0 under any discount."""
+    x, got = torch.zeros(1, 21, device=device), torch.empty(1, 21, device=device)
+    x[0, 2] = 1.0
+    module.scan(ReturnsInputs(x), Tokens((1, 21)), (1e10, *NUMBERS[1:]), ReturnsOptions(), got, None)
+    torch.testing.assert_close(got[0, :3].cpu(), torch.tensor([1e20, 1e10, 1.0]))
+    assert not got[0, 3:].any()

@@ -181,6 +181,7 @@ def test_returns(form: int, emulator: Emulator) -> None:
 def test_bits_of_returns(emulator: Emulator) -> None:
     for chosen in (ReturnsOptions("gae", move=True), ReturnsOptions("vtrace", "zero")):
         returns_checks.check_bits(returns, "cpu", (3, 1030), chosen)
+    returns_checks.check_products_beyond_float32(returns, "cpu")
 
 
 @pytest.mark.parametrize(("chosen", "packed", "form"), returns_checks.BLOCKS, ids=str)

@@ -34,3 +34,7 @@ def test_bits(chosen: ReturnsOptions) -> None:
 @pytest.mark.parametrize(("chosen", "packed", "form"), returns_checks.BLOCKS, ids=str)
 def test_blocks(chosen: ReturnsOptions, packed: bool, form: int) -> None:
     returns_checks.check_blocks(kernels, "cpu", 61, chosen, packed, form)
+
+
+def test_products_beyond_float32() -> None:
+    returns_checks.check_products_beyond_float32(kernels, "cpu")
