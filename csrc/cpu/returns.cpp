@@ -431,8 +431,8 @@ void recur(const ReturnsInput& in, Row& row, Buffers& room, bool plain, bool one
 // Where a row's results go, block after block.
 //
 // Large ones go past the caches, whole lines at a time: a line that is written in two parts costs two ways to memory.
-// Blocks are counted from the last valid token and lines are not, so what a block leaves of its first line waits for the
-// block before it.
+// Blocks are counted from the last valid token and lines are not, so what a block leaves of its first line waits for
+// the block before it.
 class Output {
  public:
   Output(float* p, bool large) : p_(p), large_(large) {}

@@ -234,7 +234,10 @@ def recipe(title: str, source: str, **facts: Any) -> Callable[[Callable[P, R]], 
     def register(function: Callable[P, R]) -> Callable[P, R]:
         family, returns = _OF_FILE[function.__module__.rpartition(".")[2]]
         known = Recipe(accepts_arrays(function), family, title, source, verified, where, **{"returns": returns} | facts)
-        RECIPES[function.__name__] = known
+        if RECIPES.setdefault(function.__name__, known) is not known:
+            raise ValueError(
+                f"{function.__name__}: there is a recipe of this name already, {RECIPES[known.name].title}"
+            )
         return known.function
 
     return register
