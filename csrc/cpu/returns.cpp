@@ -442,21 +442,17 @@ class Output {
   void put(std::int64_t base, int n, F&& f) {
     if (p_ == nullptr) return;
     float* p = p_ + base;
-    const int first = large_ ? before_line(p) : 0;
-    if (first == 0 && waiting_ == 0) {
-      for_vectors(n, [&](int i, int width) { write(p + i, f(i, width), width); });
-      return;
-    }
+    if (!large_) return put_vectors(p, n, f, [](float* to, F32 v) { store(to, v); });
+    const int first = before_line(p);
+    if (first == 0 && waiting_ == 0) return put_vectors(p, n, f, [](float* to, F32 v) { stream(to, v); });
     float* results = results_.at();
     std::memmove(results + n, results, static_cast<std::size_t>(waiting_) * sizeof(float));
-    for_vectors(n, [&](int i, int width) {
-      width == kF32 ? store(results + i, f(i, width)) : store_n(results + i, f(i, width), width);
-    });
+    put_vectors(results, n, f, [](float* to, F32 v) { store(to, v); });
     const int there = n + waiting_;
     waiting_ = first < there ? first : there;
-    for_vectors(there - waiting_, [&](int i, int width) {
-      write(p + waiting_ + i, load_some(results + waiting_ + i, width), width);
-    });
+    put_vectors(
+        p + waiting_, there - waiting_, [&](int i, int width) { return load_some(results + waiting_ + i, width); },
+        [](float* to, F32 v) { stream(to, v); });
   }
   void zero(std::int64_t base, int n) {
     put(base, n, [](int, int) { return f32(0.0f); });
@@ -471,13 +467,15 @@ class Output {
   static int before_line(const float* p) {
     return static_cast<int>(-(reinterpret_cast<std::intptr_t>(p) / std::intptr_t{sizeof(float)})) & 15;
   }
-  void write(float* p, F32 v, int width) const {
-    if (width != kF32)
-      store_n(p, v, width);
-    else if (large_)
-      stream(p, v);
-    else
-      store(p, v);
+  // A function of its own for each way to store, as this is the innermost loop.
+  template <class F, class Store>
+  static void put_vectors(float* p, int n, const F& f, const Store& whole) {
+    for_vectors(n, [&](int i, int width) {
+      if (width == kF32)
+        whole(p + i, f(i, width));
+      else
+        store_n(p + i, f(i, width), width);
+    });
   }
 
   float* p_;

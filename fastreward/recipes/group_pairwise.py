@@ -20,7 +20,7 @@ from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.groups import beside_rewards, finite_or_nan, of_responses, prompts, sums, truths
 
-__all__ = ["arena_rl", "brpo", "openrs", "pref_grpo", "think_rm"]
+__all__ = ["arena_rl", "brpo", "heron", "openrs", "pref_grpo", "think_rm"]
 
 Tournament = Literal["round-robin", "anchor", "swiss", "elimination"]
 
@@ -217,3 +217,59 @@ def _per_criterion(name: str, x: Tensor, like: Tensor) -> Tensor:
     if not check.shape_among(x, like.shape, like.shape[1:]):
         raise ValueError(f"{name}: expected shape {list(like.shape[1:])} or {list(like.shape)}, got {list(x.shape)}")
     return x.expand(like.shape)
+
+
+@recipe(
+    "HERON (hierarchical comparisons)",
+    "arXiv 2309.02632",
+    reconstructed="the abstract and a review: a decision tree over signals ranked by importance",
+    returns="rewards",
+    passes=("group_ids",),
+)
+def heron(
+    signals: Tensor,
+    group_ids: GroupIds | None = None,
+    *,
+    group_size: int | None = None,
+    margins: Number | Tensor = 0.0,
+) -> Tensor:
+    """R = share of the group's others that it beats (ties: half): by the first signal that differs beyond its margin.
+
+    No weights: a less important signal speaks only where the more important ones are silent. These comparisons are what
+    the paper fits a reward model to.
+
+    Args:
+        signals: [B, K], the most important one first; NaN = not there, silent.
+        group_ids, group_size: as in `fastreward.group_advantages`. A response alone gets 0.5.
+        margins: a number or [K], at least 0.
+    """
+    x = of_responses("signals", signals).double()
+    groups = prompts(group_ids, group_size, len(x))
+    labels = torch.where(x.isnan().all(-1), -1, groups.index.to(x.device))  # -1: nobody to compare with
+    bounds = _margins(margins, x)
+    shares = [
+        _share_beaten(x[begin : begin + 256], labels[begin : begin + 256], x, labels, bounds)
+        for begin in range(0, len(x), 256)
+    ]
+    share = torch.cat(shares) if shares else x.new_zeros(0)
+    return torch.where(labels < 0, torch.nan, share).float()
+
+
+def _margins(margins: Number | Tensor, signals: Tensor) -> Tensor | float:
+    if not isinstance(margins, Tensor) or margins.ndim == 0:
+        return number("margins", margins, signals, check.not_negative)
+    check.shape("margins", margins, signals.shape[1:], "one per signal")
+    check.same_device("margins", margins, "signals", signals)
+    return check.constant("margins", check.reals("margins", margins)).double()
+
+
+def _share_beaten(rows: Tensor, row_labels: Tensor, x: Tensor, labels: Tensor, margins: Tensor | float) -> Tensor:
+    """Of a few rows, against all of their groups: time B^2 K, memory B K for each of them."""
+    gap = rows.unsqueeze(1) - x.unsqueeze(0)  # [rows, B, K]
+    speaks = gap.abs() > margins
+    first = speaks.long().argmax(-1, keepdim=True)
+    decided = torch.where(speaks.any(-1), gap.gather(-1, first).squeeze(-1).sign(), 0.0)
+    met = (row_labels.unsqueeze(1) == labels.unsqueeze(0)) & (row_labels >= 0).unsqueeze(1)
+    others = met.sum(-1) - 1  # itself, a tie
+    won = torch.where(met, (decided + 1) / 2, 0.0).sum(-1) - 0.5
+    return torch.where(others > 0, won / others, 0.5)

@@ -18,11 +18,22 @@ from fastreward._arguments.numbers import Number, number
 from fastreward.group import group_advantages
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.groups import finite_or_nan, given
-from fastreward.rewards import affine, combine, gate, logsigmoid, overlong, pareto_mask, sigmoid, standardize, tiers
+from fastreward.rewards import (
+    affine,
+    combine,
+    gate,
+    logsigmoid,
+    overlong,
+    pareto_mask,
+    priority_gate,
+    sigmoid,
+    standardize,
+    tiers,
+)
 
 __all__ = [
-    "carl", "constrained_rlhf", "crf", "dapo_overlong", "lsc", "par", "parrot", "quark", "r3", "router_r1", "rubric",
-    "sd_e2", "searchllm", "ssl_tiers", "toolrl", "uwo", "wco",
+    "carl", "chat_shop_buddy", "constrained_rlhf", "crf", "dapo_overlong", "lsc", "par", "parrot", "quark", "r3",
+    "router_r1", "rubric", "sd_e2", "searchllm", "ssl_tiers", "toolrl", "uwo", "wco",
 ]  # fmt: skip
 
 
@@ -250,6 +261,23 @@ def carl(progress: Tensor, factors: Tensor, *, failed: Tensor | None = None, ter
             torch.zeros_like(total), -_rewards("failed", failed, total), 0.0, otherwise=-terminal_penalty
         )
     return total.float()
+
+
+@recipe(
+    "ChatShopBuddy (hierarchical reward modeling)",
+    "arXiv 2603.06065",
+    reconstructed="the abstract: rewards behind conditional gates; their order, thresholds and sum are a guess",
+)
+def chat_shop_buddy(components: Tensor, *, thresholds: Number | Sequence[float] = 0.5) -> Tensor:
+    """R = sum over k of R_k where all R_j before it are above their thresholds: correct, then convincing, then thrifty.
+
+    Args:
+        components: [B, K], by falling importance: the product is right, the response is good, few tools were used.
+        thresholds: a number or [K - 1]: what a component must exceed for those behind it to count.
+    """
+    x = _components("components", components)
+    bounds = thresholds if isinstance(thresholds, Sequence) else [float(thresholds)] * (x.shape[1] - 1)
+    return torch.where(x.isnan().all(-1), torch.nan, combine(priority_gate(x, bounds))).float()
 
 
 @recipe("CRF (conciseness reward function)", "arXiv 2511.09158", note="third-party notes")

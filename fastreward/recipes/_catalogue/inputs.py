@@ -95,6 +95,7 @@ _GROUP_ADVANTAGE: Final[Made] = {
     "greedy_rewards": ("torch.tensor([0.0, 0.0, 1.0, 1.0])", "of the greedy response to the same prompt"),
     "wins": ("torch.tensor([1.0, 0.0, 0.5, 0.5])", "points of each response in its group"),
     "comparisons": ("torch.tensor([[1.0, 0.5], [0.0, 0.5], [1.0, 1.0], [0.0, 0.0]])", "won, lost, tied"),
+    "signals": ("torch.tensor([[1.0, 0.2], [1.0, 0.9], [0.0, 0.5], [1.0, 0.1]])", "the most important one first"),
     "differences": ("torch.tensor([[0.0, 2.0], [-2.0, 0.0], [0.0, -1.0], [1.0, 0.0]])", "how much i beats j"),
     "criteria": ("torch.tensor([[2.0, -1.0], [0.0, 0.0], [-3.0, 1.0], [1.0, 1.0]])", "of a rubric, against another"),
     "criterion_weights": ("torch.tensor([5.0, 1.0])", "core, highlight"),

@@ -39,6 +39,13 @@ def _flags(rng: random.Random) -> Tensor:
     return torch.tensor([rng.random() < 0.5 for _ in range(ROWS)])
 
 
+def _signals(rng: random.Random) -> Arguments:
+    """Three of each response, a few not there; one response without any."""
+    signals = _with_nan(floats(rng, ROWS, 3), rng, 3)
+    signals[rng.randrange(ROWS)] = NAN
+    return {"signals": signals, "group_ids": groups(rng)}
+
+
 def _whole(rng: random.Random, below: int) -> Tensor:
     return torch.tensor([rng.randrange(below) for _ in range(ROWS)])
 
@@ -205,7 +212,8 @@ def _advantages(rng: random.Random) -> Arguments:
 
 
 MARKS = {
-    "armed": "reconstructed", "brpo": "note", "copo": "note", "grpo_s": "note", "noise_correction": "paper",
+    "armed": "reconstructed", "brpo": "note", "copo": "note", "grpo_s": "note", "heron": "reconstructed",
+    "noise_correction": "paper",
     "prof": "note", "raft_selection": "reconstructed", "recap": "note", "verpo": "note",
     "weighted_grpo": "reconstructed",
 }  # fmt: skip
@@ -245,6 +253,8 @@ CASES = {
     "pref_grpo, several": Case(recipes.pref_grpo, pairwise.pref_grpo, _rated_and_scored),
     "think_rm": Case(recipes.think_rm, pairwise.think_rm, _differences, law=_grpo_of_differences),
     "brpo": Case(recipes.brpo, pairwise.brpo, _votes),
+    "heron": Case(recipes.heron, pairwise.heron, _signals, unmoved_by_shift=("signals",)),
+    "heron, margins": Case(recipes.heron, pairwise.heron, _signals, {"margins": 0.4}),
     "openrs": Case(
         recipes.openrs, pairwise.openrs, _rubric, fixed=(), unmoved_by_scale=("criterion_weights",)
     ),

@@ -12,6 +12,22 @@ def members(values: Row, group_ids: Ids, b: int) -> list[int]:
     return [c for c in range(len(values)) if group_ids[c] == group_ids[b] and there(values[c])]
 
 
+def heron(signals: list[Row], group_ids: Ids, margins: float = 0.0) -> Row:
+    found = []
+    for b, own in enumerate(signals):
+        if not any(map(there, own)):
+            found.append(math.nan)
+            continue
+        results = []
+        for c, other in enumerate(signals):
+            if c != b and group_ids[c] == group_ids[b] and any(map(there, other)):
+                gaps = [x - y for x, y in zip(own, other, strict=True)]
+                decisive = next((gap for gap in gaps if abs(gap) > margins), 0.0)
+                results.append(0.5 if decisive == 0 else float(decisive > 0))
+        found.append(sum(results) / len(results) if results else 0.5)
+    return found
+
+
 def arena_rl(
     wins: list[Row] | Row, group_ids: Ids, tournament: str = "round-robin", tie_breaks: Row | None = None
 ) -> Row:

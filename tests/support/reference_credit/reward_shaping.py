@@ -9,6 +9,18 @@ Row = list[float]
 Rows = list[Row]
 
 
+def chat_shop_buddy(components: Rows, thresholds: float = 0.5) -> Row:
+    found = []
+    for row in components:
+        total, some = 0.0, False
+        for k, x in enumerate(row):
+            if all(before > thresholds for before in row[:k]):
+                some |= not math.isnan(x)
+                total += 0.0 if math.isnan(x) else x
+        found.append(total if some or not all(map(math.isnan, row)) else math.nan)
+    return found
+
+
 def _there(row: Row) -> Row:
     return [x for x in row if not math.isnan(x)]
 
