@@ -247,6 +247,8 @@ def test_recipes_take_arrays(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     exec(RECIPES[name].example(), {})
     args, kwargs = convert(calls[-1], lambda x: x.detach())
     arrays = convert((args, kwargs), lambda x: FORMS["backwards"](x.numpy()))
+    if not any(leaves(arrays)):
+        pytest.skip("takes answers as texts, and no arrays")
     assert_arrays_of(seeded(original, *arrays), seeded(original, args, kwargs))
 
 

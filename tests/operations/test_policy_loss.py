@@ -458,7 +458,7 @@ def test_opcheck() -> None:
             backend,
         )
         torch.library.opcheck(torch.ops.fastreward.objective, arguments)
-        _, _, saved, saved_entropy, row_weight, _ = (x.detach() for x in torch.ops.fastreward.objective(*arguments))
+        _, _, saved, saved_entropy, row_weight, *_ = (x.detach() for x in torch.ops.fastreward.objective(*arguments))
         weight = row_weight if deferred else None
         like = data["logprobs"].detach()
         upstream = torch.tensor(1.0)

@@ -25,6 +25,10 @@ _CALLS: Final[dict[str, tuple[str, tuple[int, ...], float | None]]] = {
     "correction": ("tis", (8, 128), None),
     "group": ("uid-strings", (64, 8), None),
     "whiten": ("fresh", (8, 128), None),
+    "returns": ("gae-fresh", (8, 128), None),
+    "segments": ("turn-advantage", (8, 128), None),
+    "rewards": ("k1-fresh", (8, 128), None),
+    "value_loss": ("clipped", (8, 128), None),
     "prefix_tree": ("credit-g8-70", (16, 128), None),
 }
 CASES = tuple(_CALLS)
