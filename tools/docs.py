@@ -36,7 +36,7 @@ FIGURES: Final = (
     ("scores and KL to rewards of 34M tokens", "rewards", "k1-out", "float32"),
     ("value loss of 4M tokens, forward + backward", "value_loss", "clipped", "float32"),
     ("advantages of the turns of 4M tokens", "segments", "turn-advantage", "float32"),
-    ("advantages of 4096 rewards by uid", "group", "uid-strings", "float32"),
+    ("advantages of 65,536 rewards by uid", "group", "uid-strings-16x", "float32"),
     ("prefix tree of 3.1M tokens", "prefix_tree", "build-g8-30", "int64"),
     ("training step on packed trees, 70 % shared", "prefix_tree", "train-g8-70", "float32"),
 )

@@ -68,7 +68,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_commands_of_the_figures_are_those_of_the_benchmark() -> None:
     commands = re.findall(r"`(\w+) --case (\S+)(?: --dtype (\w+))?`", _read("README.md"))
-    assert len(commands) >= 8
+    assert len(commands) >= 10
     for operation, case, dtype in commands:
         module = bench.operation(operation)
         assert case in module.CASES
