@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
+from instruction_sets import in_use
 
 ISAS = ("baseline", "avx2", "avx512")
 
@@ -66,6 +67,8 @@ def core_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(1500)  # the sanitized build alone takes minutes on a busy machine
 @pytest.mark.parametrize("isa", ISAS)
 def test_core_is_clean(core_tests: Path, isa: str) -> None:
+    if in_use(isa) != isa:
+        pytest.skip(f"this machine has no {isa}")
     result = _run(core_tests, env={"FASTREWARD_ISA": isa})
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 failures" in result.stdout
