@@ -47,5 +47,5 @@ struct ReturnsInput {
 
 FASTREWARD_DECLARE(
     // Writes every token of out, and of second where the kind has two results. False: something that counts was not
-    // finite (or a result was beyond float32).
+    // finite. A result beyond float32 is an infinity, and no error.
     bool returns_scan(const ReturnsInput& input, float* out, float* second, int threads);)

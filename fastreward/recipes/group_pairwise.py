@@ -260,7 +260,10 @@ def _margins(margins: Number | Tensor, signals: Tensor) -> Tensor | float:
         return number("margins", margins, signals, check.not_negative)
     check.shape("margins", margins, signals.shape[1:], "one per signal")
     check.same_device("margins", margins, "signals", signals)
-    return check.constant("margins", check.reals("margins", margins)).double()
+    margins = check.constant("margins", check.reals("margins", margins))
+    if check.values_checked(margins):
+        check.every("margins", margins >= 0, margins, "numbers >= 0")
+    return margins.double()
 
 
 def _share_beaten(rows: Tensor, row_labels: Tensor, x: Tensor, labels: Tensor, margins: Tensor | float) -> Tensor:

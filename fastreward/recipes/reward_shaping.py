@@ -268,7 +268,7 @@ def carl(progress: Tensor, factors: Tensor, *, failed: Tensor | None = None, ter
     "arXiv 2603.06065",
     reconstructed="the abstract: rewards behind conditional gates; their order, thresholds and sum are a guess",
 )
-def chat_shop_buddy(components: Tensor, *, thresholds: Number | Sequence[float] = 0.5) -> Tensor:
+def chat_shop_buddy(components: Tensor, *, thresholds: Number | Tensor | Sequence[float] = 0.5) -> Tensor:
     """R = sum over k of R_k where all R_j before it are above their thresholds: correct, then convincing, then thrifty.
 
     Args:
@@ -276,8 +276,10 @@ def chat_shop_buddy(components: Tensor, *, thresholds: Number | Sequence[float] 
         thresholds: a number or [K - 1]: what a component must exceed for those behind it to count.
     """
     x = _components("components", components)
-    bounds = thresholds if isinstance(thresholds, Sequence) else [float(thresholds)] * (x.shape[1] - 1)
-    return torch.where(x.isnan().all(-1), torch.nan, combine(priority_gate(x, bounds))).float()
+    if not isinstance(thresholds, Sequence):
+        bounds = _per_component("thresholds", thresholds, x[:, 1:])
+        thresholds = torch.as_tensor(bounds, dtype=x.dtype, device=x.device).expand(x.shape[1] - 1)
+    return torch.where(x.isnan().all(-1), torch.nan, combine(priority_gate(x, thresholds))).float()
 
 
 @recipe("CRF (conciseness reward function)", "arXiv 2511.09158", note="third-party notes")
