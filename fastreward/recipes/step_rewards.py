@@ -264,7 +264,7 @@ def vsrm(
     steps = steps_of("step_values", step_values, segment_ids, mask, rewards, cu_seqlens)
     v = steps.values("step_values", step_values)
     change = segment_diff(v, mode="lookahead", mask=steps.there, decay=decay, horizon=horizon, threshold=threshold)
-    return _with_outcome(change, steps)  # the last step's own change is 0
+    return steps.scatter(change, "end") + steps.at_end(steps.outcomes)  # the last step's own change is 0
 
 
 @recipe(
