@@ -13,7 +13,7 @@ from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.groups import GroupIds, Membership, membership
 from fastreward._arguments.groups import Groups as Groups
-from fastreward._arguments.numbers import Number, joined, number, split
+from fastreward._arguments.numbers import Number, joined, number, split, stacked
 from fastreward._arguments.options import CENTERS, NORMALIZES, SCALES, SINGLETONS, GroupOptions, Normalize, Singleton
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
@@ -194,20 +194,10 @@ def _per_rollout(name: str, x: Tensor, components: Tensor, groups: Membership, a
 def _weights(weights: Tensor | Sequence[Number] | None, components: Tensor) -> Tensor | None:
     if weights is None:
         return None
-    tensor = weights if isinstance(weights, Tensor) else _stacked("component_weights", weights, components)
+    tensor = weights if isinstance(weights, Tensor) else stacked("component_weights", weights, components, check.finite)
     tensor = check.constant("component_weights", check.reals("component_weights", tensor))
     check.same_device("component_weights", tensor, "rewards", components)
     check.shape("component_weights", tensor, components.shape[1:], "one per reward component")
     if check.values_checked(tensor):
         check.every("component_weights", tensor.isfinite(), tensor, "finite numbers")
     return tensor.contiguous()
-
-
-def _stacked(name: str, values: Sequence[Number], like: Tensor) -> Tensor:
-    """Numbers and 0-d tensors as one tensor, f64."""
-    if not isinstance(values, Sequence):
-        raise TypeError(f"{name}: expected a tensor or a sequence of numbers, got {values!r}")
-    numbers = [number(f"{name}[{k}]", x, like, check.finite) for k, x in enumerate(values)]
-    if all(isinstance(x, float) for x in numbers):
-        return torch.tensor(numbers, dtype=torch.float64, device=like.device)
-    return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=like.device) for x in numbers])

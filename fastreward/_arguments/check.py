@@ -134,6 +134,14 @@ def finite(name: str, value: object) -> float:
     return result
 
 
+def not_nan(name: str, value: object) -> float:
+    """`value` as a float, if it is a number or an infinity."""
+    result = _real(name, value, "a number")
+    if result != result:
+        raise ValueError(f"{name}: expected a number, got {_shown(value)}")
+    return result
+
+
 def _real(name: str, value: object, expected: str) -> float:
     """`value` as a float."""
     if isinstance(value, _NO_NUMBERS):

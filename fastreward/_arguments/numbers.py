@@ -56,6 +56,16 @@ def single(name: str, x: object, like: Tensor, rule: Callable[[str, object], flo
     return torch.scalar_tensor(value, dtype=torch.float32, device=like.device)
 
 
+def stacked(name: str, values: object, like: Tensor, rule: Callable[[str, object], float]) -> Tensor:
+    """A sequence of numbers and 0-d tensors as one tensor f64 on the device of `like`; rule: as of `number`."""
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a tensor or a sequence of numbers, got {values!r}")
+    numbers = [number(f"{name}[{k}]", x, like, rule) for k, x in enumerate(values)]
+    if all(isinstance(x, float) for x in numbers):
+        return torch.tensor(numbers, dtype=torch.float64, device=like.device)
+    return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=like.device) for x in numbers])
+
+
 def is_number(x: object) -> bool:
     """Whether `x` is a number or a 0-d tensor."""
     return x.ndim == 0 if isinstance(x, Tensor) else isinstance(x, Real) and not isinstance(x, bool)

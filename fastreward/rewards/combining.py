@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
-from fastreward._arguments.numbers import Number, number
+from fastreward._arguments.numbers import Number, number, stacked
 
 Combination = Literal["sum", "mean", "min", "max", "product", "geometric-mean", "mean-minus-variance"]
 
@@ -147,8 +147,13 @@ def _components(rewards: Tensor) -> Tensor:
 def component_weights(
     values: Tensor | Sequence[float], like: Tensor, name: str = "weights", *, spare: bool = False
 ) -> Tensor:
-    """[K], one for each component of `like`; with `spare` there may be one more."""
-    x = values if isinstance(values, Tensor) else torch.tensor(list(values), dtype=like.dtype)
+    """[K], one for each component of `like`, finite; thresholds, with `spare`: one more or none, infinities too."""
+    x = values if isinstance(values, Tensor) else stacked(name, values, like, check.not_nan if spare else check.finite)
+    if x.dtype.is_complex:
+        raise TypeError(f"{name}: expected real numbers, got {str(x.dtype).removeprefix('torch.')}")
+    if check.values_checked(x):
+        good = ~x.isnan() if spare else x.isfinite()
+        check.every(name, good, x.detach(), "no NaN" if spare else "finite numbers")
     components = like.shape[-1]
     if spare and x.ndim == 1 and x.shape[0] == components + 1:
         x = x[:components]

@@ -201,3 +201,22 @@ def test_all_are_documented() -> None:
     for name in rewards.__all__:
         assert inspect.getdoc(getattr(rewards, name))
         assert name in (rewards.__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("ab", r"\[0\]: expected a number, got 'a'"),
+        ([1.0, math.nan], r"\[1\]: expected a (finite )?number, got nan"),
+        (torch.tensor([1.0, math.nan]), r"got nan at index \[1\]"),
+        (torch.tensor([1.0 + 2.0j, 1.0]), "expected real numbers, got complex64"),
+        (5.0, "expected a tensor or a sequence of numbers, got 5.0"),
+    ],
+)
+def test_weights_and_thresholds_are_numbers(values: Any, message: str) -> None:
+    """None of them would be noticed in the sum; infinite thresholds are gates that are always open, or never."""
+    with pytest.raises((TypeError, ValueError), match=f"weights.*{message}"):
+        rewards.combine(torch.rand(3, 2), weights=values)
+    with pytest.raises((TypeError, ValueError), match=f"thresholds.*{message}"):
+        rewards.priority_gate(torch.rand(3, 2), values)
+    assert torch.equal(rewards.priority_gate(torch.ones(1, 2), [-math.inf]), torch.ones(1, 2))
