@@ -33,6 +33,7 @@ from ._shared.launch import OPTIONS, numbers, on_device_of
 BLOCK = 1024  # tokens at a time, of a row
 SEGMENT = 256  # of a segment
 WARPS = 4
+MOST = 65_535  # programs along a grid's second dimension
 PROGRAMS = 4224  # packed rows, whose lengths the host does not know, get this many programs together
 
 _SUM, _MEAN, _MIN, _MAX, _FIRST, _LAST, _COUNT, _LOGSUMEXP, _MEAN_EXP, _SOFTMIN = (
@@ -184,6 +185,7 @@ def _reduce_kernel(
             top = tl.where(better, best, top)
         if nan != 0:
             top = tl.full([], float("nan"), tl.float64)
+            place = tl.where(place < 0, first, place)  # where nothing else is
     there = (place >= 0) | (weight > 0.0)
     soft = tl.full([], 0.0, tl.float64)
     if KIND == _EXPONENTIALS:
@@ -470,7 +472,7 @@ def _grid(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
     """(rows, programs of a row)."""
     rows = max(_rows(tokens, cu_seqlens), 1)
     blocks = triton.cdiv(tokens.shape[-1], BLOCK)
-    return rows, max(min(blocks, blocks if cu_seqlens is None else triton.cdiv(PROGRAMS, rows)), 1)
+    return rows, max(min(blocks, MOST if cu_seqlens is None else triton.cdiv(PROGRAMS, rows)), 1)
 
 
 def _bytes(x: Tensor | None) -> Tensor | None:

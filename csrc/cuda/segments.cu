@@ -153,7 +153,7 @@ __device__ __forceinline__ i64 extreme(const ReduceArguments& a, const Segment& 
     if (at == none || y > top) top = y, at = t;
   }
   const double largest = warp_max(at == none ? -double(__int_as_float(0x7f800000)) : top);
-  at = warp_min(at != none && top == largest ? at : none);
+  at = warp_min(at != none && (top == largest || isnan(top)) ? at : none);
   top = __ballot_sync(FULL, nan) ? double(not_a_number()) : largest;
   return at == none ? -1 : at;
 }

@@ -519,8 +519,13 @@ def check_segment_ids(module: ModuleType, device: str, tokens: int = 300) -> Non
 
 
 def check_segment_corners(module: ModuleType, device: str) -> None:
-    """Infinite values, no tokens, no rows, no segments, ids out of range."""
+    """NaN, infinite values, no tokens, no rows, no segments, ids out of range."""
     inf = torch.inf
+    if device != "cpu" or module.__name__ != "fastreward.cpu.segments":  # which refuses it
+        x, ids = torch.tensor([[torch.nan, 1.0, torch.nan]], device=device), torch.tensor([[0, 1, 1]], device=device)
+        for op in ("sum", "mean", "min", "max", "first", "last", "logsumexp", "mean-exp", "softmin"):
+            got = module.reduce(x, ids, None, None, 2, SegmentOptions(op, 1.0, 5.0), False)
+            assert got.isnan().tolist() == [[True, op != "first"]], op
     x = torch.tensor([[-inf, -inf, 1.0, -inf, inf, 2.0]], device=device)
     ids = torch.tensor([[0, 0, 1, 1, 2, 2]], device=device)
     for op, want in (("logsumexp", [-inf, 1.0, inf]), ("max", [-inf, 1.0, inf]), ("min", [-inf, -inf, 2.0])):
