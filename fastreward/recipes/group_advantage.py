@@ -21,7 +21,7 @@ from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.groups import finite_or_nan, given
-from fastreward.recipes._shared.tokens import per_response
+from fastreward.recipes._shared.tokens import per_response, rewards_of_tokens
 from fastreward.returns import discounted_returns
 from fastreward.whiten import whiten
 
@@ -272,8 +272,8 @@ def reinforce_plus_plus(
     token_rewards: [B, T], of `fastreward.token_rewards`: a score less the KL. mask: [B, T]. masked_rewards: "drop"
     those on masked tokens (verl), or move them "to-last-valid", where none is lost.
     """
-    token_rewards = check.constant("token_rewards", check.rewards("token_rewards", token_rewards))
-    returns = discounted_returns(token_rewards, mask, gamma=gamma, masked_rewards=masked_rewards)
+    x = rewards_of_tokens("token_rewards", token_rewards, mask)
+    returns = discounted_returns(x, mask, gamma=gamma, masked_rewards=masked_rewards)
     return whiten(returns, mask, eps=eps)
 
 
@@ -362,7 +362,7 @@ def pass_at_k_training(
     lost = torch.where(wrong > 0, -fail * (n - wrong) / wrong, 0.0)
     spread = (fail * (1 - fail)).sqrt() + check.not_negative("eps", eps)
     advantages = torch.where(right > 0, fail, lost) / spread
-    return torch.where(_there(rewards, group_ids, mask) & (n >= k), advantages, 0.0).float()
+    return torch.where(~rewards.isnan() & (n >= k), advantages, 0.0).float()
 
 
 def _log_falling(n: Tensor, k: int) -> Tensor:
@@ -385,11 +385,15 @@ def _there(rewards: Tensor, group_ids: GroupIds | None, mask: Tensor | None) -> 
 def _scores(rewards: Tensor, group_ids: GroupIds | None, mask: Tensor | None) -> Tensor:
     """One of each response, a constant, finite; NaN: not scored, not there, or in no group."""
     rewards = check.constant("rewards", check.rewards("rewards", rewards))
+    if not rewards.ndim:
+        raise ValueError("rewards: expected shape [B], got []")
+    entries = group_ids.shape if isinstance(group_ids, Groups) else rewards.shape[:1]
+    check.shape("rewards", rewards, entries, "one per entry of the groups")
     if mask is not None:
         check.shape("mask", check.tensor("mask", mask), rewards.shape, "as rewards")
         check.same_device("mask", mask, "rewards", rewards)
         rewards = rewards.masked_fill(check.constant("mask", mask) == 0, torch.nan)
-    if isinstance(group_ids, Groups) and group_ids.shape == rewards.shape:
+    if isinstance(group_ids, Groups):
         rewards = rewards.masked_fill(group_ids.index.to(rewards.device) < 0, torch.nan)
     return finite_or_nan("rewards", rewards)
 
@@ -448,7 +452,7 @@ def bnpo(
         check.every("rewards", within, rewards, f"numbers from low = {low:g} to high = {high:g}, or NaN")
     scaled = (rewards.double() - low) / (high - low)
     found = group_statistics(scaled, group_ids, ("count", "mean"), group_size=group_size, mask=mask)
-    there = _there(scaled, group_ids, mask)
+    there = ~rewards.isnan()
     p = torch.where(found["count"] > 1, found["mean"].double(), 0.0)
     share = torch.where(there, 1.0 / found["count"].double(), 0.0)  # so that every prompt counts as one
     prompts = share.sum().round()

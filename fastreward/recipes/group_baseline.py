@@ -19,7 +19,7 @@ from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.groups import beside_rewards, finite_or_nan, given, prompts, truths
-from fastreward.recipes._shared.tokens import beside, token_values
+from fastreward.recipes._shared.tokens import beside, rewards_of_tokens, token_values
 from fastreward.returns import discounted_returns
 from fastreward.segments import scatter_rewards, segment_reduce
 
@@ -66,13 +66,13 @@ def otb(
         eps: as in the formula.
     """
     check.choice("positions", positions, get_args(Positions))
-    token_rewards = check.constant("token_rewards", check.rewards("token_rewards", token_rewards))
+    x = rewards_of_tokens("token_rewards", token_rewards, mask)
     lp = token_values("old_logprobs", old_logprobs, mask)
     collision = beside("log_sum_sq_probs", log_sum_sq_probs, "old_logprobs", lp, mask)
     step = (1 - 2 * lp.exp() + collision.exp()).clamp(min=0.0)
     if weights is not None:
         step = step * beside("weights", weights, "old_logprobs", lp, mask).square()
-    returns = discounted_returns(token_rewards, mask, masked_rewards="drop")
+    returns = discounted_returns(x, mask, masked_rewards="drop")
     energy = discounted_returns(step, mask, reverse=False)
     there = mask != 0
     index = prompts(group_ids, group_size, len(lp)).index.to(lp.device)
@@ -127,6 +127,8 @@ def verpo(
     outcome, results = given("rewards", rewards), finite_or_nan("passed", passed)
     if results.ndim != 3 or results.shape[0] != outcome.shape[0]:
         raise ValueError(f"passed: expected shape [{outcome.shape[0]}, S, J], got {list(results.shape)}")
+    if check.tensor("segment_ids", segment_ids).ndim != 2 or len(segment_ids) != len(outcome):
+        raise ValueError(f"segment_ids: expected shape [{len(outcome)}, T], got {list(segment_ids.shape)}")
     groups = prompts(group_ids, group_size, len(outcome))
     rho = _pass_rates(results, groups)
     width = 2.0 * check.positive("sigma", sigma) ** 2

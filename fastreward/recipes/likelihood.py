@@ -17,8 +17,9 @@ from fastreward._arguments.numbers import Number, number
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.groups import finite_or_nan, given
+from fastreward.recipes._shared.steps import steps_of
 from fastreward.recipes._shared.tokens import Score, beside, likelihood, mean, per_response, token_values, total
-from fastreward.segments import scatter_rewards, segment_diff, segment_reduce
+from fastreward.segments import scatter_rewards, segment_diff
 
 __all__ = [
     "cdr", "darl", "flr", "igpo_gain", "jepo_advantages", "likelihood_reward", "p2s", "prompt_echo", "rlpr",
@@ -249,11 +250,10 @@ def igpo_gain(likelihoods: Tensor, segment_ids: Tensor, rewards: Tensor, *, cu_s
     if p.ndim != 2 or not p.shape[1]:
         raise ValueError(f"likelihoods: expected shape [B, S + 1], got {list(p.shape)}")
     outcome = per_response("rewards", rewards, "likelihoods", p)
-    turns = torch.ones_like(check.tensor("segment_ids", segment_ids), dtype=torch.float32)
-    sizes = segment_reduce(turns, segment_ids, op="count", num_segments=p.shape[1] - 1, cu_seqlens=cu_seqlens)
-    gains = segment_diff(p[:, 1:], mask=sizes > 0, first=p[:, 0])
-    last = (sizes > 0) & ((sizes > 0).flip(-1).cumsum(-1).flip(-1) == 1)
-    gains = torch.where(last, outcome.unsqueeze(-1), gains)
+    turns = steps_of("likelihoods", p.shape[1] - 1, segment_ids, None, None, cu_seqlens)
+    check.shape("likelihoods", p, (turns.rows, p.shape[1]), "a row for each of segment_ids")
+    gains = segment_diff(p[:, 1:], mask=turns.there, first=p[:, 0])
+    gains = torch.where(turns.final, outcome.unsqueeze(-1), gains)
     return scatter_rewards(gains, segment_ids, cu_seqlens=cu_seqlens)
 
 

@@ -19,6 +19,7 @@ from fastreward._arguments.numbers import Number, number
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
+from fastreward.recipes._shared.groups import finite_or_nan
 from fastreward.recipes._shared.steps import Steps, of_others, responses_of, steps_of, whitened
 from fastreward.recipes._shared.tokens import beside, token_values
 from fastreward.returns import discounted_returns, gae
@@ -350,7 +351,7 @@ def fine_grained_rlhf(
             signs = torch.where(steps.values(name, verdicts) != 0, 1.0, -1.0)
             total = total + number(f"{name}_weight", weight, v, check.finite) * steps.scatter(signs, "end")
     if completeness is not None:
-        score = check.constant("completeness", check.reals("completeness", completeness))
+        score = finite_or_nan("completeness", check.reals("completeness", completeness))
         score = score - number("completeness_mean", completeness_mean, v, check.finite)
         score = score / number("completeness_std", completeness_std, v, check.positive)
         total = total + tokens.at_end(number("completeness_weight", completeness_weight, v, check.finite) * score)

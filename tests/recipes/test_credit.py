@@ -182,17 +182,22 @@ def test_no_rows_and_no_columns(case: Case) -> None:
 
 @pytest.mark.parametrize("case", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
 def test_what_is_refused_is_refused_in_words(case: Case) -> None:
-    """Infinity, and a row less than other arguments have, which would broadcast or end in an error of torch's."""
+    """Infinity, nothing, and a row less than other arguments have (it would broadcast or end in torch's errors)."""
     arguments = case.arguments(5)
     sized = {n: x for n, x in arguments.items() if isinstance(x, Tensor | list) and n not in case.fixed}
     of_rows = [name for name, x in sized.items() if len(x) == ROWS and name != "objectives"]
+    parameters = inspect.signature(case.recipe).parameters
+    words = rf"^({'|'.join(parameters)}): expected .* got "  # of its own arguments
     for name, x in arguments.items():
         if isinstance(x, Tensor) and x.is_floating_point() and name not in MAY_BE_INFINITE:
-            with pytest.raises(ValueError, match=r": expected .* got "):
+            with pytest.raises(ValueError, match=words):
                 case(arguments | {name: torch.full_like(x, torch.inf)})
         if isinstance(x, Tensor) and name in of_rows and len(of_rows) > 1:
-            with pytest.raises(ValueError, match=r": expected .* got "):
+            with pytest.raises(ValueError, match=words):
                 case(arguments | {name: x[:-1]})
+        if parameters[name].annotation == "Tensor" and name != "mask":
+            with pytest.raises((TypeError, ValueError)):
+                case(arguments | {name: None})
 
 
 @pytest.mark.parametrize("name", OF_TURNS)

@@ -40,6 +40,17 @@ def beside(name: str, x: Tensor, reference: str, like: Tensor, mask: Tensor | No
     return token_values(name, x, mask)
 
 
+def rewards_of_tokens(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Rewards [B, T] of the argument `name`, constants, as `check.rewards` has them; finite where the mask counts."""
+    x = check.constant(name, check.rewards(name, x))
+    if x.ndim != 2:
+        raise ValueError(f"{name}: expected shape [B, T], got {list(x.shape)}")
+    mask = check.mask(mask, name, x)
+    if check.values_checked(x):
+        check.counted_finite(name, x, mask)
+    return x
+
+
 def per_response(name: str, x: Tensor, reference: str, like: Tensor) -> Tensor:
     """[B] float32, a constant, finite: one for each row of `like`."""
     x = check.constant(name, check.reals(name, x))
