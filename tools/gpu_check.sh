@@ -72,6 +72,7 @@ workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
 one_of_each="(small_program and real and False) or (small_program and gspo and True) or (small_cluster and dtype0)"
 one_of_each="$one_of_each or (small_logits and masked) or (small_whiten and True-True) or (small_segments and runs-False) or (small_group and grpo-False)"
+one_of_each="$one_of_each or small_group_statistics or (small_token_rewards and end-False) or returns_in_tiles"
 
 if [ "$built" -eq 0 ]; then
   # ---------------------------------------------------------------------------------------------------------- tests
@@ -89,7 +90,7 @@ if [ "$built" -eq 0 ]; then
   if "$python" -c 'import cupy' 2>/dev/null; then # the same .cu files, compiled by NVRTC
     (
       export FASTREWARD_CUDA_ROUTE=cupy
-      tests cupy 60 -k "cuda and (small_logprobs or small_illegal or small_accumulate or small_group or small_segment or small_whiten)"
+      tests cupy 60 -k "cuda and (small_logprobs or small_illegal or small_accumulate or small_group or small_segment or small_returns or small_token_rewards or small_whiten)"
     ) &
   else
     skip cupy "CuPy is not installed"
@@ -117,7 +118,7 @@ if [ "$built" -eq 0 ]; then
   # ---------------------------------------------------------------------------------------------------------- bench
   # By what matters most. The peers are the same whatever our backend is, and take longest: most of them compile.
   bench=("$python" -m fastreward.cli bench logits_policy_loss logprobs policy_loss linear_policy_loss linear_logprobs
-    preference_loss correction group segments whiten --device cuda --no-memory)
+    preference_loss correction group segments returns rewards whiten value_loss prefix_tree --device cuda --no-memory)
   for backend in triton cuda; do
     FASTREWARD_BACKEND=$backend part "bench_$backend" 50 "${bench[@]}" --seconds 0.5 --no-peers \
       --json "$work/bench_$backend.json"

@@ -22,7 +22,7 @@ from torch import Tensor
 import fastreward as fr
 import fastreward.cuda
 from fastreward import losses
-from fastreward._arguments.options import PLACES, REWARD_KLS, Place
+from fastreward._arguments.options import PLACES, REWARD_KLS, Place, ReturnsInputs, ReturnsOptions, SegmentOptions
 from fastreward._arguments.tokens import Tokens
 from fastreward.language.node import Level
 
@@ -259,12 +259,12 @@ def test_small_group(name: str, contiguous: bool, backend: Callable[[str], Modul
 
 def test_small_corners(backend: Callable[[str], ModuleType]) -> None:
     raw_checks.check_group_corners(backend("group"), "cuda")
+    raw_checks.check_whiten_corners(backend("whiten"), "cuda")
 
 
 @pytest.mark.parametrize("contiguous", [False, True])
-def test_group_statistics(contiguous: bool, backend: Callable[[str], ModuleType]) -> None:
+def test_small_group_statistics(contiguous: bool, backend: Callable[[str], ModuleType]) -> None:
     raw_checks.check_group_statistics(backend("group"), "cuda", 5001, contiguous=contiguous, wide=contiguous)
-    raw_checks.check_whiten_corners(backend("whiten"), "cuda")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -296,6 +296,9 @@ def test_small_returns(form: int, backend: Callable[[str], ModuleType]) -> None:
 def test_bits_of_returns(backend: Callable[[str], ModuleType]) -> None:
     for chosen in returns_checks.options():
         returns_checks.check_bits(backend("returns"), "cuda", (3, 1030), chosen)
+
+
+def test_small_returns_in_tiles(backend: Callable[[str], ModuleType]) -> None:
     for chosen, packed, form in returns_checks.BLOCKS:
         returns_checks.check_blocks(backend("returns"), "cuda", 50_000, chosen, packed, form)
 
@@ -348,6 +351,20 @@ def _calls(backend: Callable[[str], ModuleType]) -> dict[str, Callable[[], tuple
         backend("rewards").token_rewards(lp[:, 0].contiguous(), lp, -lp, tokens, "k3", "end", numbers, out)
         return (out,)
 
+    def run_segments() -> tuple[Tensor, ...]:
+        segments, out, chosen = backend("segments"), torch.empty_like(lp), SegmentOptions("softmin", 0.3)
+        ids = segments.ids(mask, None, None, True, None)
+        values = segments.reduce(lp, ids, mask, None, 600, chosen, False)
+        segments.adjoint(values, lp, ids, mask, None, chosen, out)
+        return ids, values, out
+
+    gae, long = ReturnsOptions("gae", move=True), torch.randn(2, 50_000, generator=g, device="cuda")
+
+    def run_returns(x: Tensor, counted: Tensor) -> tuple[Tensor, ...]:
+        out, inputs = torch.empty(2, *x.shape, device="cuda"), ReturnsInputs(x, x, *[None] * 7)
+        backend("returns").scan(inputs, Tokens(tuple(x.shape), counted), returns_checks.NUMBERS, gae, out[0], out[1])
+        return (out,)
+
     def run_group(name: str) -> tuple[Tensor, ...]:
         return (group.forward(rewards, index, 0, None, None, None, None, raw_checks.GROUP_OPTIONS[name]),)
 
@@ -371,7 +388,7 @@ def _calls(backend: Callable[[str], ModuleType]) -> dict[str, Callable[[], tuple
     gradients = {entropy: _gradient(entropy) for entropy in (False, True)}
     ones, bounds = torch.ones(9, device="cuda"), torch.tensor([0, 2, 3, 9], device="cuda")
     one, three = torch.ones((), device="cuda"), torch.full((), 3.0, device="cuda")
-    wide = logits.float()
+    wide, positive = logits.float(), long > 0
 
     return {
         "logits": lambda: run_logits(logits, False, False),
@@ -383,14 +400,17 @@ def _calls(backend: Callable[[str], ModuleType]) -> dict[str, Callable[[], tuple
         "group loss": lambda: run_program("real", False),
         "group": lambda: run_group("grpo"),
         "group batch-std": lambda: run_group("gdpo_batch"),
+        "returns": lambda: run_returns(lp, mask),
+        "returns in tiles": lambda: run_returns(long, positive),
         "rewards": run_rewards,
+        "segments": run_segments,
         "whiten": run_whiten,
     }
 
 
 _CALLS = (
     "logits", "logits packed", "logprobs", "ppo", "ppo packed", "gspo", "group loss", "group", "group batch-std",
-    "rewards", "whiten",
+    "returns", "returns in tiles", "rewards", "segments", "whiten",
 )  # fmt: skip
 
 
