@@ -149,14 +149,16 @@ def _reduce_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _adjoint_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values, _, *tokens, op, _, _, ctx.backend = inputs
     ctx.save_for_backward(*tokens)
-    ctx.segments, ctx.op = values.shape[1], op
+    ctx.shape, ctx.op = values.shape, op
 
 
 def _adjoint_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    if ctx.op == "count":  # the one adjoint that is 0, whatever the values are
+        return grad.new_zeros(ctx.shape), *[None] * 8
     if ctx.op not in _LINEAR:
         refuse_double_backward()
     numbers = (1.0, None, 0.0, None)
-    values = _reduce(grad.contiguous(), *ctx.saved_tensors, ctx.segments, ctx.op, *numbers, False, ctx.backend)
+    values = _reduce(grad.contiguous(), *ctx.saved_tensors, ctx.shape[1], ctx.op, *numbers, False, ctx.backend)
     return values, *[None] * 8
 
 
@@ -211,7 +213,7 @@ def segment_ids(
     tail = separators is not None
     if separators is not None:
         check.integers("x", x)
-        marks = torch.isin(x, _separators(separators, x))
+        marks = torch.isin(x, _separators(separators, x))  # in their common dtype: none of them wraps
         marks = marks if counted is None else marks & counted
     elif by == "labels":
         check.integers("x", x)
@@ -232,7 +234,7 @@ def _separators(separators: int | Sequence[int] | Tensor, x: Tensor) -> Tensor:
     if found.numel():
         check.integers("separators", found)
     check.same_device("separators", found, "x", x)
-    return found.reshape(-1).to(x.dtype)
+    return found.reshape(-1)
 
 
 def _marks(ends: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -311,3 +311,18 @@ def test_nothing_is_written_before_an_error() -> None:
     with pytest.raises(ValueError, match="segment_ids: expected"):
         fr.scatter_rewards(torch.ones(2, 1), IDS, out=out)
     assert (out == 9).all()
+
+
+def test_a_separator_beyond_the_ids_dtype_ends_nothing() -> None:
+    ids = torch.tensor([[44, 1, 2]], dtype=torch.uint8)
+    assert fr.segment_ids(ids, separators=[1, 300]).tolist() == [[0, 0, 1]]  # 300 is 44 in 8 bits
+
+
+def test_a_counts_second_derivative_is_0() -> None:
+    x = torch.ones(1, 5, requires_grad=True)
+    ids = torch.tensor([[0, 0, 1, 1, 1]])
+    counts, sums = (fr.segment_reduce(x, ids, op=op, num_segments=2) for op in ("count", "sum"))
+    (gradient,) = torch.autograd.grad((counts * sums).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    assert gradient.tolist() == [[2, 2, 3, 3, 3]]
+    assert second.tolist() == [[0] * 5]
