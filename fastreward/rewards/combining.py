@@ -92,8 +92,8 @@ def gate(rewards: Tensor, gates: Tensor, threshold: Number | Tensor = 0.5, *, ot
     x, open_ = check.rewards("rewards", rewards), check.rewards("gates", gates)
     check.same_device("gates", open_, "rewards", x)
     bound = threshold if isinstance(threshold, Tensor) else number("threshold", threshold, x, check.finite)
-    closed = torch.where(open_.isnan(), torch.nan, number("otherwise", otherwise, x, check.finite))
-    return torch.where(open_ >= bound, x, closed)
+    closed = torch.where(open_.isnan(), x.new_full((), torch.nan), number("otherwise", otherwise, x, check.finite))
+    return torch.where(open_ >= bound, x, closed.to(x.dtype))
 
 
 @accepts_arrays

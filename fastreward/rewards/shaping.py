@@ -63,7 +63,7 @@ def standardize(rewards: Tensor, mean: Number | Tensor, std: Number | Tensor, ep
     """
     x = check.rewards("rewards", rewards)
     divisor = _broadcast("std", std, x) + number("eps", eps, x, check.not_negative)
-    return (x - _broadcast("mean", mean, x)) / divisor
+    return ((x - _broadcast("mean", mean, x)) / divisor).to(x.dtype)
 
 
 @accepts_arrays
@@ -80,7 +80,8 @@ def tiers(scores: Tensor, bounds: Sequence[float] | Tensor, values: Sequence[flo
     edges, steps = _vector("bounds", bounds, x), _vector("values", values, x)
     check.shape("values", steps, (edges.shape[0] + 1,), "one more than bounds")
     if check.values_checked(edges):
-        check.every("bounds", edges.diff(prepend=edges[:1] - 1) > 0, edges, "bounds that increase")
+        before = torch.full_like(edges[:1], -torch.inf)
+        check.every("bounds", edges.diff(prepend=before) > 0, edges, "bounds that increase")
     found = steps[torch.bucketize(x.detach(), edges.detach(), right=True)]
     return torch.where(x.isnan(), torch.nan, found)
 
@@ -119,7 +120,8 @@ def overlong(
     if width < (least := 0 if floor is not None else 1):
         raise ValueError(f"buffer: expected at least {least}, got {width}")
     exceed = (x - (longest - width)).clamp(min=0.0)
-    penalty = torch.where(exceed > 0, -exceed / width * number("factor", factor, x, check.not_negative), 0.0)
+    share = (exceed / width).clamp(max=torch.finfo(x.dtype).max)  # finite without a buffer too, so that 0 of it is 0
+    penalty = torch.where(exceed == 0, 0.0, -share * number("factor", factor, x, check.not_negative))
     if floor is not None:
         penalty = penalty.clamp(min=number("floor", floor, x, check.finite))
     return penalty.float()
@@ -149,20 +151,20 @@ def denoise(
     x = check.rewards("rewards", rewards)
     fp, fn = _rate("false_positive", false_positive, x), _rate("false_negative", false_negative, x)
     if method == "forward":
-        return x - (1.0 - fn)
+        return (x - (1.0 - fn)).to(x.dtype)
     kept = 1.0 - fp - fn
     if isinstance(kept, float):
         if kept <= 0:
             raise ValueError(f"false_positive, false_negative: expected a sum below 1, got {1.0 - kept}")
     elif check.values_checked(kept):
         check.every("false_positive + false_negative", kept > 0, 1.0 - kept, "sums below 1")
-    return (x - fp) / kept
+    return ((x - fp) / kept).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 def _centred(rewards: Tensor, center: Number | Tensor, scale: Number) -> Tensor:
     x = check.rewards("rewards", rewards)
-    return number("scale", scale, x, check.finite) * (x - _broadcast("center", center, x))
+    return (number("scale", scale, x, check.finite) * (x - _broadcast("center", center, x))).to(x.dtype)
 
 
 def _broadcast(name: str, value: Number | Tensor, like: Tensor) -> Number | Tensor:

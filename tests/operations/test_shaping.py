@@ -220,3 +220,29 @@ def test_weights_and_thresholds_are_numbers(values: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"thresholds.*{message}"):
         rewards.priority_gate(torch.rand(3, 2), values)
     assert torch.equal(rewards.priority_gate(torch.ones(1, 2), [-math.inf]), torch.ones(1, 2))
+
+
+def test_tiers_with_large_bounds() -> None:
+    assert rewards.tiers(torch.tensor([5e8, 1e9]), [1e9], [0.0, 1.0]).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="bounds that increase"):
+        rewards.tiers(SCORES, [NAN], [0.0, 1.0])
+
+
+def test_overlong_keeps_nan_and_may_weigh_nothing() -> None:
+    assert rewards.overlong(torch.tensor([NAN, 5.0]), 10, 4).isnan().tolist() == [True, False]
+    assert rewards.overlong(torch.tensor([5, 15]), 10, 0).tolist() == [0, -1]
+    assert rewards.overlong(torch.tensor([5, 15]), 10, 0, factor=0.0).tolist() == [0, 0]
+
+
+def test_the_rewards_alone_decide_on_the_dtype() -> None:
+    x, other = torch.ones(3), torch.full((3,), 0.25, dtype=torch.float64)
+    results = [
+        rewards.standardize(x, other, other),
+        rewards.sigmoid(x, other),
+        rewards.logsigmoid(x, other),
+        rewards.denoise(x, false_positive=other, false_negative=other),
+        rewards.denoise(x, false_positive=other, false_negative=other, method="forward"),
+        rewards.gate(x, other),
+    ]
+    assert {result.dtype for result in results} == {torch.float32}
+    assert rewards.gate(x.double(), other, otherwise=0.1).tolist() == [0.1] * 3
