@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
-from fastreward._arguments.numbers import Number, number, read
+from fastreward._arguments.numbers import Number, joined_all, number, split_all
 from fastreward._arguments.options import (
     AT_MASKED,
     MASKED_REWARDS,
@@ -116,7 +116,7 @@ def _scan(
     backend: str,
 ) -> None:
     tokens = Tokens(tuple(inputs.rewards.shape), mask, cu_seqlens)
-    known = read(numbers, given) if backend in ("cpu", "reference") or given is None else given
+    known = joined_all(numbers, given, backend)
     implementation("returns", backend).scan(inputs, tokens, known, ReturnsOptions.of(options), out, second)
     if whiten:
         implementation("whiten", backend).forward(out, mask, True, 1, 1e-8, out)
@@ -434,7 +434,8 @@ class _Call:
             inputs.check_finite(self.mask)
         if whiten and check.values_checked(self.x):
             check_counted(self.x.numel() if self.mask is None else count_valid(self.mask), 1)
-        arguments = (*inputs, self.mask, self.bounds, *_numbers(self.numbers | numbers, self.x), options.text(), whiten)
+        values = list((self.numbers | numbers).values())
+        arguments = (*inputs, self.mask, self.bounds, *split_all(values), options.text(), whiten)
         if not outputs:
             fresh: tuple[Tensor, Tensor] = _returns(*arguments, backend)
             return fresh
@@ -449,15 +450,6 @@ class _Call:
             others = [y for key, y in zip(given, outputs, strict=True) if key != name]
             check.own_memory(name, x, (self.x, self.mask, self.bounds, *self.inputs.values(), *others))
         return outputs
-
-
-def _numbers(named: dict[str, Number], like: Tensor) -> tuple[list[float], Tensor | None]:
-    """As an op takes them: what the host knows, and all of them f64 [5] where that is not everything."""
-    values = list(named.values())
-    if all(isinstance(x, float) for x in values):
-        return values, None  # type: ignore[return-value]
-    new = torch.empty((), dtype=torch.float64, device=like.device).new_full
-    return [0.0] * len(values), torch.stack([x if isinstance(x, Tensor) else new((), x) for x in values])
 
 
 def _soft_scale(op: str, temperature: Number | None, like: Tensor) -> Number | None:
