@@ -1,12 +1,13 @@
 """Drop fastreward into an installed trainer: `fastreward.patch.trl()`, and no other change to a training script.
 
 Importing this package imports no trainer. Each patch returns a `Report` of what was replaced and what was left and why;
-`undo()` restores every binding, `status()` tells what is in place.
+`undo()` restores every binding, `status()` tells what is in place and how much it has served.
 """
 
 from __future__ import annotations
 
-from fastreward.patch.bindings import Entry, PatchRefused, Report, status, undo
+from fastreward.patch.bindings import Entry, PatchRefused, Report, Status, status, undo
 from fastreward.patch.trl import trl
+from fastreward.patch.usage import Usage
 
-__all__ = ["Entry", "PatchRefused", "Report", "status", "trl", "undo"]
+__all__ = ["Entry", "PatchRefused", "Report", "Status", "Usage", "status", "trl", "undo"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple, dataclass, field
 from types import ModuleType
 from typing import Any
 
 from rich.table import Table
+
+from fastreward.patch.usage import P, R, Usage, counted
 
 
 class PatchRefused(RuntimeError):
@@ -26,12 +29,18 @@ class Entry:
 
 @dataclass(slots=True)
 class Report:
-    """A patch's account of what it replaced and what it kept. `rich.print(report)` shows it as a table."""
+    """A patch's account of what it replaced and what it kept. `rich.print(report)` shows it as a table.
+
+    `usage` has what each replaced function has done in this process, by its dotted name; `share` is the part of the
+    time since the patch was applied that they took.
+    """
 
     trainer: str
     version: str
     replaced: list[Entry] = field(default_factory=list)
     kept: list[Entry] = field(default_factory=list)
+    usage: dict[str, Usage] = field(default_factory=dict)
+    since: float = field(default_factory=time.perf_counter)
 
     def __str__(self) -> str:
         lines = [f"{self._title}; `fastreward.patch.undo()` takes it out"]
@@ -48,9 +57,61 @@ class Report:
                 table.add_row(mark, entry.target, entry.what, entry.why)
         return table
 
+    def counted(self, target: str, function: Callable[P, R], tokens: Callable[P, int]) -> Callable[P, R]:
+        """`function`, whose calls are entered in `usage` under `target`; `tokens` says how many a call has."""
+        return counted(self.usage.setdefault(target, Usage()), function, tokens)
+
+    @property
+    def total(self) -> Usage:
+        """All of `usage` added up."""
+        rows = self.usage.values()
+        return Usage(*(sum(column) for column in zip(*map(astuple, rows), strict=True))) if rows else Usage()
+
+    @property
+    def share(self) -> float:
+        """The part of the wall time since the patch was applied that its replaced functions took."""
+        return self.total.seconds / max(time.perf_counter() - self.since, 1e-9)
+
+    def metrics(self) -> dict[str, float]:
+        """`total` and `share` as numbers to log: `fastreward/calls`, `/tokens`, `/seconds`, `/handed_on`, `/share`."""
+        return {f"fastreward/{name}": float(x) for name, x in asdict(self.total).items()} | {
+            "fastreward/share": self.share
+        }
+
     @property
     def _title(self) -> str:
         return f"fastreward in {self.trainer} {self.version}"
+
+
+class Status(dict[str, Report]):
+    """The report of every patch in place, by trainer. Printed, it is what each replaced function has done since."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "fastreward.patch: no patch is in place in this process"
+        return "\n".join(line for report in self.values() for line in _usage_lines(report))
+
+    def __rich__(self) -> Table:
+        table = Table(title="fastreward.patch in this process", title_justify="left")
+        table.add_column("function", overflow="fold")
+        for heading in ("calls", "tokens", "seconds", "of the time", "handed on"):
+            table.add_column(heading, justify="right")
+        for report in self.values():
+            for target, usage in [*report.usage.items(), (f"all of {report.trainer}", report.total)]:
+                table.add_row(target, *_usage_cells(report, usage), end_section=usage == report.total)
+        return table
+
+
+def _usage_cells(report: Report, usage: Usage) -> tuple[str, ...]:
+    elapsed = max(time.perf_counter() - report.since, 1e-9)
+    share = f"{100 * usage.seconds / elapsed:.1f} %"
+    return f"{usage.calls:,}", f"{usage.tokens:,}", f"{usage.seconds:.3f}", share, f"{usage.handed_on:,}"
+
+
+def _usage_lines(report: Report) -> Iterator[str]:
+    yield f"{report._title}: calls, tokens, seconds, share of the time, handed on to {report.trainer}"
+    for target, usage in [*report.usage.items(), ("all", report.total)]:
+        yield f"  {target}: {', '.join(_usage_cells(report, usage))}"
 
 
 @dataclass(slots=True)
@@ -120,6 +181,10 @@ def undo(trainer: str | None = None) -> None:
             patch.undo()
 
 
-def status() -> dict[str, Report]:
-    """The report of every patch in place, by trainer; empty when there is none."""
-    return {trainer: patch.report for trainer, patch in _applied.items()}
+def status() -> Status:
+    """The report of every patch in place, by trainer; empty when there is none.
+
+    Printed (`print`, or `rich.print` for a table), it shows for each replaced function how many calls, tokens and
+    seconds it has served in this process since the patch was applied.
+    """
+    return Status({trainer: patch.report for trainer, patch in _applied.items()})

@@ -28,6 +28,7 @@ from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.logprobs import token_logprobs
 from fastreward.patch import measure
 from fastreward.patch.bindings import Entry, Patch, PatchRefused, Report, active, bindings, install, undo
+from fastreward.patch.usage import handed_on
 
 _SERIES: Final = "1.16"
 _KERNEL, _COMPACT = "_ChunkedLogProbFunction", "_use_triton"
@@ -80,7 +81,7 @@ def trl(*, exact: bool = False) -> Report:
     _check_bindings(utils)
     report = Report("trl", version)
     head = _Head(getattr(utils, _KERNEL), report)
-    logits = _Logits(utils, exact)
+    logits = _Logits(utils, exact, report)
     head.serves, logits.serves = _choose(head, logits, report)
     patch = Patch(report, {"exact": exact}, "trl")
     patch.single = [
@@ -100,8 +101,11 @@ class _Head:
 
     def __init__(self, stock: Any, report: Report) -> None:
         self.stock, self.report = stock, report
+        self.apply = report.counted(
+            f"trl.trainer.utils.{_KERNEL}", self._apply, lambda hidden, *_, **__: hidden.shape[0]
+        )
 
-    def apply(
+    def _apply(
         self,
         hidden: Tensor,  # [N, H]
         weight: Tensor,  # [V, H]
@@ -117,6 +121,7 @@ class _Head:
         number = _number(temperature)
         capped = final_logit_softcapping is None or _number(final_logit_softcapping) is not None
         if number is None or not capped or not self.serves(hidden.device) or self._left(hidden, weight):
+            handed_on()
             return self.stock.apply(  # type: ignore[no-any-return]
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
@@ -177,13 +182,14 @@ class _Logits:
 
     serves: Serves
 
-    def __init__(self, utils: ModuleType, exact: bool) -> None:
+    def __init__(self, utils: ModuleType, exact: bool, report: Report) -> None:
         self.stock: dict[str, Callable[..., Any]] = {name: getattr(utils, name) for name in _FUNCTIONS}
         self._has_kernel: Callable[..., bool] = utils._supports_trl_loss_kernel
         self.exact = exact
         # One bound method each, made once: undo() finds them by identity.
         for name in _FUNCTIONS:
-            setattr(self, name, getattr(self, f"_{name}"))
+            served = report.counted(f"trl.trainer.utils.{name}", getattr(self, f"_{name}"), _rows)
+            setattr(self, name, served)
 
     def _selective_log_softmax(
         self, logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
@@ -192,6 +198,7 @@ class _Logits:
         number = _number(temperature)
         several = index.ndim == logits.ndim and index.shape[-1] > 0
         if number is None or not self._ours(logits, index[..., 0] if several else index, row_mask, several):
+            handed_on()
             return self.stock["selective_log_softmax"](logits, index, temperature, row_mask)  # type: ignore[no-any-return]
         dtype = self._dtype(logits, index, row_mask)
         if not several:
@@ -205,6 +212,7 @@ class _Logits:
         """Entropy [...] in nats of softmax(logits [..., V]), in TRL's dtype."""
         index = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
         if not self._ours(logits, index):
+            handed_on()
             return self.stock["entropy_from_logits"](logits, chunk_size)  # type: ignore[no-any-return]
         return token_logprobs(logits, index, outputs=("entropy",)).entropy.to(self._dtype(logits))
 
@@ -219,6 +227,7 @@ class _Logits:
         """Both of them for index [...], in one pass over the logits."""
         number = _number(temperature)
         if number is None or not self._ours(logits, index, row_mask):
+            handed_on()
             stock = self.stock["selective_log_softmax_and_entropy"]
             return stock(logits, index, entropy_requires_grad, temperature, row_mask)  # type: ignore[no-any-return]
         dtype = self._dtype(logits, index, row_mask)
@@ -250,6 +259,10 @@ class _Logits:
     def _dtype(self, logits: Tensor, *args: Tensor | None) -> torch.dtype:
         """TRL's Triton kernel returns float32, its torch code the dtype of the logits."""
         return torch.float32 if self._has_kernel(logits, *args) else logits.dtype
+
+
+def _rows(logits: Tensor, *_: Any, **__: Any) -> int:
+    return math.prod(logits.shape[:-1])
 
 
 def _number(x: object) -> float | None:
@@ -313,7 +326,7 @@ def _choose(head: _Head, logits: _Logits, report: Report) -> tuple[Serves, Serve
     head.serves = logits.serves = _on("cpu", "cuda")
     device = torch.device("cuda", torch.cuda.current_device())
     timings = (
-        measure.linear_head(head.stock.apply, head.apply, device),
+        measure.linear_head(head.stock.apply, head._apply, device),
         measure.whole_logits(
             logits.stock["selective_log_softmax_and_entropy"], logits._selective_log_softmax_and_entropy, device
         ),
