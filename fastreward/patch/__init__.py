@@ -9,5 +9,6 @@ from __future__ import annotations
 from fastreward.patch.bindings import Entry, PatchRefused, Report, Status, status, undo
 from fastreward.patch.trl import trl
 from fastreward.patch.usage import Usage
+from fastreward.patch.verl import verl
 
-__all__ = ["Entry", "PatchRefused", "Report", "Status", "Usage", "status", "trl", "undo"]
+__all__ = ["Entry", "PatchRefused", "Report", "Status", "Usage", "status", "trl", "undo", "verl"]

@@ -1,16 +1,21 @@
-"""Rebinding names in someone else's modules so that every one of them can be put back, and the report about it."""
+"""Rebinding names in someone else's modules so that every one of them can be put back, and the report about it.
+
+A name is a module's attribute, or an entry of a dictionary that is one: a registry. Names are found by the identity of
+what they hold, so that modules which imported a function from elsewhere are served too.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, field
 from types import ModuleType
 from typing import Any
 
 from rich.table import Table
 
+from fastreward.patch.imports import AfterImport
 from fastreward.patch.usage import P, R, Usage, counted
 
 
@@ -31,6 +36,7 @@ class Entry:
 class Report:
     """A patch's account of what it replaced and what it kept. `rich.print(report)` shows it as a table.
 
+    `pending` is what it replaces once the trainer imports the module, which it has not done yet in this process.
     `usage` has what each replaced function has done in this process, by its dotted name; `share` is the part of the
     time since the patch was applied that they took.
     """
@@ -39,12 +45,14 @@ class Report:
     version: str
     replaced: list[Entry] = field(default_factory=list)
     kept: list[Entry] = field(default_factory=list)
+    pending: list[Entry] = field(default_factory=list)
     usage: dict[str, Usage] = field(default_factory=dict)
     since: float = field(default_factory=time.perf_counter)
 
     def __str__(self) -> str:
         lines = [f"{self._title}; `fastreward.patch.undo()` takes it out"]
         lines += [f"  replaced  {e.target} -> {e.what}: {e.why}" for e in self.replaced]
+        lines += [f"  pending   {e.target} -> {e.what}: {e.why}" for e in self.pending]
         lines += [f"  kept      {e.target}: {e.what}, because {e.why}" for e in self.kept]
         return "\n".join(lines)
 
@@ -52,7 +60,7 @@ class Report:
         table = Table("", title=self._title, title_justify="left")
         for heading in ("what", "now served by", "why"):
             table.add_column(heading, overflow="fold")
-        for mark, entries in (("replaced", self.replaced), ("kept", self.kept)):
+        for mark, entries in (("replaced", self.replaced), ("pending", self.pending), ("kept", self.kept)):
             for entry in entries:
                 table.add_row(mark, entry.target, entry.what, entry.why)
         return table
@@ -123,39 +131,75 @@ class Patch:
     package: str
     everywhere: list[tuple[Any, Any]] = field(default_factory=list)  # (theirs, ours), wherever the package binds theirs
     single: list[tuple[ModuleType, str, Any, Any]] = field(default_factory=list)  # (module, name, theirs, ours)
+    added: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # (registry, a key of ours, ours)
+    imports: AfterImport | None = None  # serves modules that are imported later
 
     def apply(self) -> None:
         """Put ours in."""
-        for theirs, ours in self.everywhere:
-            exchange(self.package, theirs, ours)
+        exchange(self.package, self.everywhere)
         for module, name, _, ours in self.single:
             setattr(module, name, ours)
+        for registry, key, ours in self.added:
+            registry[key] = ours
+        if self.imports is not None:
+            self.imports.start()
 
     def undo(self) -> None:
         """Put theirs back, also in modules that were imported since; what someone else has rebound meanwhile stays."""
-        for theirs, ours in self.everywhere:
-            exchange(self.package, ours, theirs)
+        if self.imports is not None:
+            self.imports.stop()
+        # A script's own module has taken ours where it imported a name after the patch.
+        exchange(self.package, [(ours, theirs) for theirs, ours in self.everywhere], beyond=True)
         for module, name, theirs, ours in self.single:
             if vars(module).get(name) is ours:
                 setattr(module, name, theirs)
+        for registry, key, ours in self.added:
+            if registry.get(key) is ours:
+                del registry[key]
 
 
-def exchange(package: str, old: Any, new: Any) -> list[str]:
-    """Rebind every module-level name of `package` that is `old` to `new`; returns the dotted names."""
-    found = list(bindings(package, old))
-    for module, name in found:
-        setattr(module, name, new)
-    return [f"{module.__name__}.{name}" for module, name in found]
+def exchange(package: str, pairs: Iterable[tuple[Any, Any]], *, beyond: bool = False) -> dict[int, list[str]]:
+    """Rebind to `new`, for each of the pairs (old, new), every name and registry entry of `package` that is `old`.
+
+    Returns the dotted places by the id of the old object. `beyond`: names of modules outside the package too.
+    """
+    new = {id(old): (old, ours) for old, ours in pairs}  # which keeps old, so that its id is nobody else's
+    places: dict[int, list[str]] = {found: [] for found in new}
+    for module in _modules("" if beyond else package):
+        for registry, namespace in _namespaces(module, registries=_is_in(module.__name__, package)):
+            for key, bound in list(namespace.items()):
+                if id(bound) in new:
+                    namespace[key] = new[id(bound)][1]
+                    place = f"{registry}[{key!r}]" if registry else key
+                    places[id(bound)].append(f"{module.__name__}.{place}")
+    return places
 
 
 def bindings(package: str, value: Any) -> Iterator[tuple[ModuleType, str]]:
     """Module-level names in the imported modules of `package` that are bound to this very object."""
-    for module_name, module in list(sys.modules.items()):
-        if module is None or not (module_name == package or module_name.startswith(f"{package}.")):
-            continue
-        # vars() and not getattr: a lazy module would import its whole trainer zoo on attribute access
+    for module in _modules(package):
         for name in [name for name, bound in vars(module).items() if bound is value]:
             yield module, name
+
+
+def _modules(package: str) -> Iterator[ModuleType]:
+    """The imported modules of `package`; of all packages, where it is ""."""
+    for name, module in list(sys.modules.items()):
+        if isinstance(module, ModuleType) and (not package or _is_in(name, package)):
+            yield module
+
+
+def _is_in(module_name: str, package: str) -> bool:
+    return module_name == package or module_name.startswith(f"{package}.")
+
+
+def _namespaces(module: ModuleType, *, registries: bool) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """The names of a module, as ("", them), and its dictionaries by their names."""
+    # vars() and not getattr: a lazy module would import its whole trainer zoo on attribute access
+    names = vars(module)
+    yield "", names
+    if registries:
+        yield from [(n, x) for n, x in names.items() if isinstance(x, dict) and not n.startswith("__")]
 
 
 _applied: dict[str, Patch] = {}

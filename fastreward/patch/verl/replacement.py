@@ -1,0 +1,116 @@
+"""What a row of the tables says, and the function that is bound in verl's place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Final
+
+from torch import Tensor
+
+from fastreward.patch.bindings import Report
+
+CORE: Final = "verl.trainer.ppo.core_algos"
+TORCH: Final = "verl.utils.torch_functional"
+
+
+def elements(*args: Any, **kwargs: Any) -> int:
+    """The size of a call's first tensor: how many tokens it has, where that is [B, T]."""
+    return next((x.numel() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """One function of verl's, and what is called in its place.
+
+    Attributes:
+        target: its dotted name, where it is defined; every other binding is found by identity.
+        parameters: the names of its parameters, for which `ours` was written. Another signature is left alone.
+        ours: called with verl's own function and then the call's arguments; `handed_on()` before it calls that one.
+        what, why: for the report: the operation of fastreward's behind it, and what is gained.
+        tokens: called with the call's arguments, how many tokens it has.
+    """
+
+    target: str
+    parameters: tuple[str, ...]
+    ours: Callable[..., Any]
+    what: str
+    why: str
+    tokens: Callable[..., int] = elements
+
+    @property
+    def module(self) -> str:
+        """The module that has to be imported for it."""
+        return self.target.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """What it is called there."""
+        return self.target.rpartition(".")[2]
+
+    def stock(self, module: ModuleType) -> Any:
+        """verl's own; raises `Unrecognised` where it isn't what `ours` was written for."""
+        stock = vars(module).get(self.name)
+        if stock is None:
+            raise Unrecognised(f"{self.module} has no {self.name}")
+        if not callable(stock) or getattr(stock, "__module__", None) != self.module:
+            raise Unrecognised(f"it is not verl's own any more but {stock!r}")
+        try:
+            found = tuple(inspect.signature(stock).parameters)
+        except (TypeError, ValueError) as problem:  # compiled code may not say
+            raise Unrecognised(f"its parameters are not known: {problem}") from problem
+        if found != self.parameters:
+            raise Unrecognised(f"it takes {', '.join(found)}; expected {', '.join(self.parameters)}")
+        return stock
+
+    def bound(self, stock: Any, report: Report) -> Any:
+        """Ours, counted, under the name, signature and docstring of verl's.
+
+        The name is what Ray pickles: a worker looks it up in its own process, and calls what is bound there.
+        """
+        served = report.counted(self.target, functools.partial(self.ours, stock), self.tokens)
+        return functools.wraps(stock)(served)
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A name of ours in one of verl's registries, which its configuration then takes.
+
+    Attributes:
+        registry: the dotted name of the dictionary.
+        key: the name, "fastreward...".
+        make: returns the function; called when the registry's module is imported.
+        what: for the report.
+        tokens: called with a call's arguments, how many tokens it has.
+    """
+
+    registry: str
+    key: str
+    make: Callable[[], Callable[..., Any]]
+    what: str
+    tokens: Callable[..., int] = elements
+
+    @property
+    def module(self) -> str:
+        """The module that has to be imported for it."""
+        return self.registry.rpartition(".")[0]
+
+    def dictionary(self, module: ModuleType) -> dict[str, Any]:
+        """The registry; raises `Unrecognised` where it has this name, or is none."""
+        registry = vars(module).get(self.registry.rpartition(".")[2])
+        if not isinstance(registry, dict):
+            raise Unrecognised(f"{self.registry} is no dictionary")
+        if self.key in registry:
+            raise Unrecognised(f"{self.key!r} is registered already, as {registry[self.key]!r}")
+        return registry
+
+    def bound(self, report: Report) -> Callable[..., Any]:
+        """The function, counted."""
+        return report.counted(f"{self.registry}[{self.key!r}]", self.make(), self.tokens)
+
+
+class Unrecognised(Exception):
+    """The place isn't as expected, and is left alone."""
