@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from fastreward.patch.bindings import Entry
-from fastreward.patch.verl import aggregation, linear, logprobs, losses, masked
+from fastreward.patch.verl import aggregation, balancing, linear, logprobs, losses, masked
 from fastreward.patch.verl.replacement import Registration, Replacement
 
 REPLACEMENTS: Final[tuple[Replacement, ...]] = (
@@ -14,6 +14,7 @@ REPLACEMENTS: Final[tuple[Replacement, ...]] = (
     *aggregation.REPLACEMENTS,
     *logprobs.REPLACEMENTS,
     *linear.REPLACEMENTS,
+    *balancing.REPLACEMENTS,
 )
 REGISTRATIONS: Final[tuple[Registration, ...]] = ()
 KEPT: Final[tuple[Entry, ...]] = (*losses.KEPT, *logprobs.KEPT, *linear.KEPT)
