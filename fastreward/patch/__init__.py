@@ -7,8 +7,21 @@ Importing this package imports no trainer. Each patch returns a `Report` of what
 from __future__ import annotations
 
 from fastreward.patch.bindings import Entry, PatchRefused, Report, Status, status, undo
+from fastreward.patch.openrlhf import openrlhf, openrlhf_runtime_env
 from fastreward.patch.trl import trl
 from fastreward.patch.usage import Usage
 from fastreward.patch.verl import verl
 
-__all__ = ["Entry", "PatchRefused", "Report", "Status", "Usage", "status", "trl", "undo", "verl"]
+__all__ = [
+    "Entry",
+    "PatchRefused",
+    "Report",
+    "Status",
+    "Usage",
+    "openrlhf",
+    "openrlhf_runtime_env",
+    "status",
+    "trl",
+    "undo",
+    "verl",
+]

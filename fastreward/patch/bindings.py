@@ -130,15 +130,15 @@ class Patch:
     options: dict[str, Any]
     package: str
     everywhere: list[tuple[Any, Any]] = field(default_factory=list)  # (theirs, ours), wherever the package binds theirs
-    single: list[tuple[Any, str, Any, Any]] = field(default_factory=list)  # (module or class, name, theirs, ours)
+    single: list[tuple[ModuleType | type, str, Any, Any]] = field(default_factory=list)  # (owner, name, theirs, ours)
     added: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # (registry, a key of ours, ours)
     imports: AfterImport | None = None  # serves modules that are imported later
 
     def apply(self) -> None:
         """Put ours in."""
         exchange(self.package, self.everywhere)
-        for module, name, _, ours in self.single:
-            setattr(module, name, ours)
+        for owner, name, _, ours in self.single:
+            setattr(owner, name, ours)
         for registry, key, ours in self.added:
             registry[key] = ours
         if self.imports is not None:
@@ -150,9 +150,9 @@ class Patch:
             self.imports.stop()
         # A script's own module has taken ours where it imported a name after the patch.
         exchange(self.package, [(ours, theirs) for theirs, ours in self.everywhere], beyond=True)
-        for module, name, theirs, ours in self.single:
-            if vars(module).get(name) is ours:
-                setattr(module, name, theirs)
+        for owner, name, theirs, ours in self.single:
+            if vars(owner).get(name) is ours:
+                setattr(owner, name, theirs)
         for registry, key, ours in self.added:
             if registry.get(key) is ours:
                 del registry[key]

@@ -1,0 +1,88 @@
+"""OpenRLHF's status, with what fastreward has served in each process: `fastreward.patch.openrlhf(metrics=True)`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from fastreward.patch.bindings import Report
+from fastreward.patch.openrlhf.serving import Serving
+from fastreward.patch.openrlhf.source import Unrecognised, check_own
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """A method that returns a status to log, as a dict or first in a tuple, and whose process it is."""
+
+    module: str
+    name: str
+    process: str
+    parameters: tuple[str, ...]
+
+    what = "itself, with Report.metrics()"
+    why = "metrics=True asks for it"
+    method = True
+
+    @property
+    def target(self) -> str:
+        """Its dotted name."""
+        return f"{self.module}.{self.name}"
+
+    @property
+    def short(self) -> str:
+        """What it is called in its class."""
+        return self.name.rpartition(".")[2]
+
+    def check_source(self, root: Path) -> None:
+        """Only what it returns matters, and that shows."""
+
+    def owner(self, module: ModuleType) -> Any:
+        """The class that has it; raises `Unrecognised` where there is none."""
+        owner = getattr(module, self.name.partition(".")[0], None)
+        if owner is None or self.short not in vars(owner):
+            raise Unrecognised(f"{self.module} has no {self.name}")
+        return owner
+
+    def stock(self, module: ModuleType) -> Any:
+        """OpenRLHF's own; raises `Unrecognised` where its parameters are others."""
+        value = vars(self.owner(module))[self.short]
+        check_own(value, self.module, self.name)
+        found = tuple(inspect.signature(value).parameters)
+        if found != self.parameters:
+            raise Unrecognised(f"it takes {', '.join(found)}; expected {', '.join(self.parameters)}")
+        return value
+
+    def bound(self, stock: Any, module: ModuleType, serving: Serving) -> Any:
+        """The method, whose status gets the metrics of this process."""
+        report = serving.report
+
+        @functools.wraps(stock)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = stock(*args, **kwargs)
+            status = result[0] if isinstance(result, tuple) else result
+            if isinstance(status, dict):
+                status.update(_named(report, self.process))
+            return result
+
+        return call
+
+
+def _named(report: Report, process: str) -> dict[str, float]:
+    """`fastreward/actor/calls` and so on: the statuses of all processes end in one."""
+    return {name.replace("/", f"/{process}/"): value for name, value in report.metrics().items()}
+
+
+ROWS: Final = (
+    Logged(
+        "openrlhf.trainer.ppo_trainer",
+        "BasePPOTrainer.train_step",
+        "driver",
+        ("self", "rollout_samples", "global_step"),
+    ),
+    Logged("openrlhf.trainer.ray.ppo_actor", "ActorPPOTrainer.ppo_train", "actor", ("self", "kl_ctl")),
+    Logged("openrlhf.trainer.ray.ppo_critic", "CriticPPOTrainer.ppo_train", "critic", ("self",)),
+)
