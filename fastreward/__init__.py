@@ -29,6 +29,8 @@ Advantages and weights:
     off_policy_sequence_mask  sequences to drop
     PrefixTree                rollouts that share prefixes: credit for each token, and batches without repetition
     credit_page               an HTML page of a batch, token by token: advantages, log-probs, ratios, which clip acted
+Batches:
+    balance_partitions        sequences to ranks or micro-batches of nearly equal length
 Published methods, each in one call:
     recipes                   `fastreward recipes` lists them
 Trainers:
@@ -47,6 +49,7 @@ from fastreward._runtime.dispatch import backend
 from fastreward._runtime.errors import BackendError
 from fastreward._runtime.layout import Clip
 from fastreward._runtime.logprobs import TokenStats
+from fastreward.balance import balance_partitions
 from fastreward.correction import correction_weights, off_policy_sequence_mask
 from fastreward.ema_baseline import EmaBaseline
 from fastreward.group import Groups as Groups
@@ -79,6 +82,7 @@ __all__ = [
     "PrefixTree",
     "TokenStats",
     "backend",
+    "balance_partitions",
     "correction_weights",
     "credit_page",
     "discounted_returns",

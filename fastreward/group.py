@@ -17,7 +17,8 @@ from fastreward._arguments.numbers import Number, joined, number, split, stacked
 from fastreward._arguments.options import CENTERS, NORMALIZES, SCALES, SINGLETONS, GroupOptions, Normalize, Singleton
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
-from fastreward.distributed.rollouts import Ranks, labels_of_all_ranks
+from fastreward.distributed.ranks import Ranks, refused_together
+from fastreward.distributed.rollouts import Rollouts, labels_of_all_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -61,6 +62,7 @@ def _(rewards: Tensor, *_: Any) -> Tensor:
 
 
 @accepts_arrays
+@refused_together
 def group_advantages(
     rewards: Tensor,
     group_ids: GroupIds | None = None,
@@ -133,9 +135,11 @@ def group_advantages(
         center_values,
         scale_values,
     )
-    ranks = None if process_group is None else Ranks(process_group, components.shape[0])
-    if ranks is not None:
-        rows = ranks.gather([components, labels_of_all_ranks(groups.index, group_ids), *rows[2:]])
+    everyone = None
+    if process_group is not None:
+        labels = labels_of_all_ranks(groups.index, group_ids)
+        everyone = Rollouts("rewards", Ranks.of(process_group), components, [labels, *rows[2:]])
+        rows = [everyone.values, *everyone.columns]
     advantages: Tensor = _group_advantages(
         rows[0],
         rows[1],
@@ -150,7 +154,7 @@ def group_advantages(
         check.flag("eps_inside", eps_inside),
         select("group", rewards),
     )
-    return (advantages if ranks is None else ranks.own(advantages)).view(groups.shape)
+    return (advantages if everyone is None else everyone.own(advantages)).view(groups.shape)
 
 
 def _components(rewards: Tensor, mask: Tensor | None, groups: Membership) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from fastreward._arguments.groups import GroupIds, Groups, Membership, membershi
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.layout import GROUP_STATISTICS
+from fastreward.distributed.ranks import Ranks, refused_together
+from fastreward.distributed.rollouts import Rollouts, labels_of_all_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Ties = Literal["average", "min", "max", "ordinal"]
 Per = Literal["entry", "group"]
@@ -192,6 +197,7 @@ STATISTICS: Final = (*_OF_GROUP, *_OF_ENTRY)
 
 # ---------------------------------------------------------------------------------------------------------- the call
 @accepts_arrays
+@refused_together
 def group_statistics(
     x: Tensor,
     group_ids: GroupIds | None = None,
@@ -205,6 +211,7 @@ def group_statistics(
     k: int = 1,
     ties: Ties = "average",
     per: Per = "entry",
+    process_group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of each entry's group, by name; several cost little more than one.
 
@@ -226,6 +233,8 @@ def group_statistics(
         ties: "rank" among equal ones: their "average", the "min", the "max", or "ordinal", as they come in the batch.
         per: "entry" gives values in the shape of x, to all entries of a group; "group" one value for each group, in
             the order of `Groups` (first-seen), for statistics of the group. Counting groups waits for a GPU.
+        process_group: groups may straddle ranks, and the batch is that of all of them; as of `group_advantages`. Each
+            rank gets what belongs to its own entries, or groups.
 
     Returns:
         {name: float32}. NaN where there is nothing to make the statistic of: no entry, of one entry what concerns
@@ -247,11 +256,19 @@ def group_statistics(
     groups = membership(group_ids, group_size, x, "x")
     check.shape("x", x, groups.shape, "one per entry of the groups")
     there = _there(x, mask, groups)
+    value = torch.where(there, x, torch.nan).flatten()
+    weight = None if weights is None else _weights(weights, x, there)
+    everyone, everywhere = None, groups
+    if process_group is not None:
+        labels = labels_of_all_ranks(groups.index, group_ids)
+        everyone = Rollouts("x", Ranks.of(process_group), value, [labels, weight])
+        value, (index, weight) = everyone.values, everyone.columns
+        everywhere = replace(groups, index=index)
     call = _call(
         statistics,
-        torch.where(there, x, torch.nan).flatten(),
-        groups,
-        None if weights is None else _weights(weights, x, there),
+        value,
+        everywhere,
+        weight,
         select("group", x),
         ddof=check.whole("ddof", ddof, "the divisor of a variance is count - ddof"),
         q=_fraction("q", q),
@@ -259,6 +276,8 @@ def group_statistics(
         ties=ties,
     )
     found = {name: (_OF_GROUP | _OF_ENTRY)[name](call).float() for name in statistics}
+    if everyone is not None:
+        found = {name: everyone.own(values) for name, values in found.items()}
     if per == "group":
         first = _first(group_ids, group_size, x)
         return {name: values[first] for name, values in found.items()}

@@ -6,7 +6,7 @@ in the backward it is recomputed and turned into its own gradient in place.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,21 @@ from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.layout import FLAG, INDICES, OUTPUT_VALUES, STATE, VALUES, flags_of
 from fastreward._runtime.lm_head import (
     Head,
-    HeadGradients,
     check_head,
     compute_dtype_of,
     fake_gradients,
+    head_gradients,
+    head_ranks,
+    head_state,
     inverse_temperature,
-    rows_of,
     scaling,
 )
-from fastreward._runtime.logprobs import TokenStats, collect, initial_state
+from fastreward._runtime.logprobs import TokenStats, collect
+from fastreward.distributed.lm_head import HeadShard, sharded_linear_token_logprobs
+from fastreward.distributed.ranks import Ranks, refused_together
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _OUTPUTS = (*OUTPUT_VALUES, *INDICES)
 _LABEL = STATE.index("label_logit")
@@ -62,22 +68,9 @@ def _linear_token_logprobs(
     inverse = inverse_temperature(temperature, temperature_scalar)
     scale, cap = joined(logit_scale, given_scale, backend), joined(softcap, given_softcap, backend)
     head = Head(hidden, weight, bias, scale, cap, tile, compute_dtype)
-    state = initial_state(hidden.shape[0], hidden.device)
-    for columns in head.column_chunks():
-        for rows in head.row_chunks():
-            logits = head.logits(rows, columns)
-            kernels.accumulate(
-                logits, labels[rows], columns.start, rows_of(inverse, rows), state[rows], flags & ~FLAG["rank"], None
-            )
+    state = head_state(kernels, head, labels, inverse, flags)
     if flags & FLAG["rank"]:  # counting needs the label's logit first: a second pass over the tiles
-        label_logits = state[:, _LABEL].float()
-        counts = initial_state(hidden.shape[0], hidden.device)
-        for columns in head.column_chunks():
-            for rows in head.row_chunks():
-                logits, threshold = head.logits(rows, columns), label_logits[rows]
-                scale = rows_of(inverse, rows)
-                kernels.accumulate(logits, labels[rows], columns.start, scale, counts[rows], FLAG["rank"], threshold)
-        state[:, _RANK] = counts[:, _RANK]
+        state[:, _RANK] = head_ranks(kernels, head, labels, inverse, state[:, _LABEL].float())
     values, indices = kernels.finish(state, inverse, weight.shape[0], flags)
     return values, indices
 
@@ -111,15 +104,7 @@ def _linear_token_logprobs_backward(
     inverse = inverse_temperature(temperature, temperature_scalar)
     factor, cap = joined(logit_scale, given_scale, backend), joined(softcap, given_softcap, backend)
     head = Head(hidden, weight, bias, factor, cap, tile, compute_dtype, backward=True)
-    grads = HeadGradients(head, needs)
-    slices = [(rows, values[:, rows].contiguous(), grad_values[:, rows].contiguous()) for rows in head.row_chunks()]
-    for columns in head.column_chunks():
-        for rows, stats, upstream in slices:
-            logits = head.logits(rows, columns)
-            local, scale = labels[rows] - columns.start, rows_of(inverse, rows)
-            head.backward(kernels, logits, local, scale, stats, upstream)
-            grads.add(rows, columns, logits)
-    return grads.finish()
+    return head_gradients(kernels, head, labels, inverse, values, grad_values, needs).finish()
 
 
 @_linear_token_logprobs_backward.register_fake
@@ -167,6 +152,7 @@ _linear_token_logprobs.register_autograd(_backward, setup_context=_setup_context
 
 # ------------------------------------------------------------------------------------------------- public function
 @accepts_arrays
+@refused_together
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -179,6 +165,8 @@ def linear_token_logprobs(
     mask: Tensor | None = None,
     outputs: tuple[str, ...] = ("logprobs",),
     chunk_size: int | None = None,
+    process_group: ProcessGroup | None = None,
+    sum_hidden_grad: bool = True,
 ) -> TokenStats:
     """`token_logprobs` of hidden @ weight.T, without ever holding the logits [N, V].
 
@@ -194,6 +182,13 @@ def linear_token_logprobs(
             torch.compile(fullgraph=True) it needs torch._dynamo.config.capture_dynamic_output_shape_ops.)
         outputs: as in `token_logprobs`, except id_logprobs. `rank` costs a second pass of GEMMs.
         chunk_size: vocabulary columns per tile (default: what suits the device's caches).
+        process_group: weight and bias are this rank's contiguous rows of the LM head, in rank order (of any number, 0
+            too; drop those that only pad the vocabulary); labels are global, and all else is the same on every rank.
+            What crosses is that of `token_logprobs`, and in the backward the gradient for hidden, float32 [N, H].
+        sum_hidden_grad: with process_group: that gradient is summed over the ranks, so that it is the whole head's, as
+            Megatron's column-parallel layer does. False where the model does it itself (an autograd function that
+            copies forwards and sums backwards, or sequence parallelism's reduce-scatter): each rank then gives its own
+            slice's part.
 
     Returns:
         TokenStats, float32 (argmax, rank int64). Gradients flow to hidden, weight and bias through logprobs, entropy,
@@ -205,33 +200,32 @@ def linear_token_logprobs(
         TypeError, ValueError: wrong dtype, shape, device, label or name, before anything runs.
     """
     check.names("outputs", outputs, _OUTPUTS)
-    check_head(hidden, weight, bias, labels)
+    sliced = process_group is not None
+    check_head(hidden, weight, bias, labels, sliced=sliced)
     factor, cap = scaling(logit_scale, softcap, hidden)
+    sum_hidden_grad = check.flag("sum_hidden_grad", sum_hidden_grad)
     if chunk_size is not None and check.whole("chunk_size", chunk_size, "columns of a tile") < 1:
         raise ValueError(f"chunk_size: expected a positive number of columns, got {chunk_size}")
     rows = row_mask(mask, labels)
     scalar, per_token = temperatures(temperature, labels, mask)
-    if check.values_checked(hidden, labels):
+    if check.values_checked(hidden, labels) and not sliced:
         check_token_ids("labels", labels, weight.shape[0], mask)
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     kept = None if rows is None else rows.nonzero().squeeze(-1)
     if kept is not None:
         flat, flat_labels = flat[kept], flat_labels[kept]
         per_token = None if per_token is None else per_token[kept]
-    values, indices = _linear_token_logprobs(
-        flat,
-        weight,
-        bias,
-        flat_labels,
-        per_token,
-        scalar,
-        *split(factor),
-        *split(cap),
-        flags_of(outputs),
-        _tile(hidden.device, chunk_size),
-        compute_dtype_of(hidden),
-        select("linear_logprobs", hidden),
-    )
+    flags, tile = flags_of(outputs), _tile(hidden.device, chunk_size)
+    dtype, backend = compute_dtype_of(hidden), select("linear_logprobs", hidden)
+    if process_group is not None:
+        shard = HeadShard(
+            flat_labels, per_token, scalar, factor, cap, flags, tile, dtype, sum_hidden_grad, backend
+        )  # fmt: skip
+        values, indices = sharded_linear_token_logprobs(flat, weight, bias, shard, Ranks.of(process_group))
+    else:
+        values, indices = _linear_token_logprobs(
+            flat, weight, bias, flat_labels, per_token, scalar, *split(factor), *split(cap), flags, tile, dtype, backend
+        )
     if kept is not None:
         values = values.new_zeros((len(VALUES), labels.numel())).index_copy(1, kept, values)
         indices = indices.new_zeros((len(INDICES), labels.numel())).index_copy(1, kept, indices)

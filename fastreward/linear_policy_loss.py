@@ -9,7 +9,7 @@ way: `linear_token_logprobs`, `policy_loss` and their backwards.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -39,9 +39,13 @@ from fastreward._runtime.lm_head import (
     scaling,
 )
 from fastreward._runtime.precomputed_grad import with_precomputed_grad
+from fastreward.distributed.ranks import refused_together
 from fastreward.language.objective import gradient_program
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.losses import Loss, ppo
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Logits that exist at a time, as elements: on a GPU enough rows to keep the GEMMs at full rate.
 _CPU_LOGITS: Final = 1 << 26
@@ -117,6 +121,7 @@ def _(
 
 # ------------------------------------------------------------------------------------------------- public function
 @accepts_arrays
+@refused_together
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -148,6 +153,8 @@ def linear_policy_loss(
     empty: Empty = "raise",
     return_token_loss: bool = False,
     return_tokens: Sequence[str] = (),
+    process_group: ProcessGroup | None = None,
+    sum_hidden_grad: bool = True,
 ) -> PolicyLoss:
     """`policy_loss` of the log-probs that hidden @ weight.T gives to labels, without ever holding the logits [N, V].
 
@@ -159,6 +166,10 @@ def linear_policy_loss(
         temperature, logit_scale, softcap: as in `linear_token_logprobs`.
         chunk_size: tokens whose logits exist at a time (default: what the device likes).
         scale: the upstream gradient that is expected, as in `logits_policy_loss`.
+        process_group, sum_hidden_grad: weight and bias are this rank's contiguous rows of the LM head, as in
+            `linear_token_logprobs`; all else is the same on every rank, and so are the loss's bits. The logits are then
+            computed once more in the backward. (Denominators over data-parallel ranks:
+            `normalizer=loss_normalizer(...)`.)
 
     Returns:
         PolicyLoss, as policy_loss gives it. Gradients flow to hidden, weight and bias; for all losses but those with
@@ -167,7 +178,8 @@ def linear_policy_loss(
     Raises:
         TypeError, ValueError: as policy_loss and linear_token_logprobs.
     """
-    check_head(hidden, weight, bias, labels)
+    sliced = process_group is not None
+    check_head(hidden, weight, bias, labels, sliced=sliced)
     factor, cap = scaling(logit_scale, softcap, hidden)
     if chunk_size is not None and check.whole("chunk_size", chunk_size, "tokens at a time") < 1:
         raise ValueError(f"chunk_size: expected a positive number of tokens, got {chunk_size}")
@@ -200,14 +212,15 @@ def linear_policy_loss(
     call = prepare("labels", labels, given, entropy=wants_entropy, backend=backend, from_logits=True)
     valid = call.tokens.mask
     scalar, per_token = temperatures(temperature, labels, valid)
-    if check.values_checked(hidden, labels):
+    if check.values_checked(hidden, labels) and not sliced:
         check_token_ids("labels", labels, weight.shape[0], valid)
     inputs = (hidden, weight, bias)
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
-    if call.gradient is None or not any(needs) or transformed():
+    if sliced or call.gradient is None or not any(needs) or transformed():
         stats = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
             mask=valid, outputs=("logprobs", "entropy") if wants_entropy else ("logprobs",),
+            process_group=process_group, sum_hidden_grad=sum_hidden_grad,
         )  # fmt: skip
         entropy = stats.entropy if wants_entropy else None
         return finish(call, stats.logprobs, entropy, backend, {"hidden": stats.logprobs})

@@ -8,7 +8,7 @@ statistics and a pass for the gradient: `token_logprobs`, `policy_loss` and thei
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -28,10 +28,14 @@ from fastreward._runtime import logit_rows
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.precomputed_grad import with_precomputed_grad
+from fastreward.distributed.ranks import refused_together
 from fastreward.language.node import Level
 from fastreward.language.objective import gradient_program
 from fastreward.logprobs import token_logprobs
 from fastreward.losses import Loss, ppo
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _DEFAULT_LOSS: Final = ppo()
 
@@ -150,6 +154,7 @@ def _with_gaps(
 
 # ------------------------------------------------------------------------------------------------- public function
 @accepts_arrays
+@refused_together
 def logits_policy_loss(
     logits: Tensor,
     labels: Tensor,
@@ -177,6 +182,7 @@ def logits_policy_loss(
     empty: Empty = "raise",
     return_token_loss: bool = False,
     return_tokens: Sequence[str] = (),
+    process_group: ProcessGroup | None = None,
 ) -> PolicyLoss:
     """`policy_loss` of the log-probs that logits give to labels, with the gradient for the logits, in one call.
 
@@ -200,7 +206,7 @@ def logits_policy_loss(
     Raises:
         TypeError, ValueError: as policy_loss and token_logprobs.
     """
-    check_logits(logits, labels)
+    check_logits(logits, labels, sliced=process_group is not None)
     inplace = check.flag("inplace", inplace)
     if inplace:
         check_own_memory(logits)
@@ -236,12 +242,13 @@ def logits_policy_loss(
     scalar, per_token = temperatures(temperature, labels, call.tokens.mask)
     wanted = logits.requires_grad and torch.is_grad_enabled()
     fused = call.gradient is not None and wanted and backend != "reference" and not transformed()
-    if not fused or not _one_block(logits, inplace):
+    if process_group is not None or not fused or not _one_block(logits, inplace):
         outputs = ("logprobs", "entropy") if wants_entropy else ("logprobs",)
         valid = call.tokens.mask
         stats = token_logprobs(
-            logits, labels, temperature=temperature, mask=valid, outputs=outputs, inplace_backward=inplace
-        )
+            logits, labels, temperature=temperature, mask=valid, outputs=outputs, inplace_backward=inplace,
+            process_group=process_group,
+        )  # fmt: skip
         entropy = stats.entropy if wants_entropy else None
         on = select("policy_loss", logits)
         return finish(call, stats.logprobs, entropy, on, {"logits": stats.logprobs})

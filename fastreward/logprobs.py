@@ -24,6 +24,8 @@ from fastreward._runtime.dispatch import select
 from fastreward._runtime.layout import ALL_OUTPUTS, flags_of
 from fastreward._runtime.logprobs import TokenStats, collect
 from fastreward._runtime.logprobs import token_logprobs as op
+from fastreward.distributed.ranks import Ranks, refused_together
+from fastreward.distributed.vocab_parallel import Shard, sharded_token_logprobs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 # ------------------------------------------------------------------------------------------------- public function
 @accepts_arrays
+@refused_together
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -58,8 +61,11 @@ def token_logprobs(
         kept_tokens: the tokens that sampling kept (top-k, top-p): bool [..., V], or ids [..., k] in [0, V), unique in a
             row, negative = padding (anything where masked out). Probabilities are renormalised over them; with ids only
             those logits are read.
-        process_group: the logits are this rank's contiguous slice of the vocabulary, in rank order; labels, token_ids
-            are global. Per token only the slice's statistics cross ranks (64 bytes), never a logit.
+        process_group: the logits are this rank's contiguous slice of the vocabulary, in rank order (of any width, 0
+            too; set what only pads the vocabulary to -inf, or slice it off), as is a boolean kept_tokens; labels and
+            other ids are global, and all but the logits is the same on every rank. Per token 3 floats cross, one more
+            for each of entropy, log_sum_sq_probs, mean_logit and argmax, two for rank, K for id_logprobs; never a
+            logit. Results have the same bits on every rank; each rank's gradient is that of its slice.
         inplace_backward: the backward overwrites `logits` with its gradient (no second [..., V] tensor). Only where
             nothing else needs the logits afterwards.
         keep: the old name of kept_tokens, deprecated.
@@ -81,7 +87,7 @@ def token_logprobs(
             raise ValueError("keep: is the old name of kept_tokens; pass kept_tokens alone")
         warnings.warn("keep: is called kept_tokens now", DeprecationWarning, stacklevel=3)
         kept_tokens = keep
-    check_logits(logits, labels)
+    check_logits(logits, labels, sliced=process_group is not None)
     inplace_backward = check.flag("inplace_backward", inplace_backward)
     if inplace_backward:
         check_own_memory(logits)
@@ -93,12 +99,11 @@ def token_logprobs(
     ids = None if token_ids is None else ids_of_tokens(token_ids, labels)
     flat = labels.reshape(-1).long()
     if process_group is not None:
-        from fastreward.distributed.vocab_parallel import sharded_token_logprobs
-
-        if kept_tokens is not None or inplace_backward or token_ids is not None:
-            raise ValueError("process_group: kept_tokens, token_ids and inplace_backward are not supported with it")
-        values, indices = sharded_token_logprobs(logits, flat, per_token, scalar, rows, outputs, process_group)
-        return collect(outputs, values, indices, values.new_empty(0), lead)
+        shard = Shard(
+            flat, per_token, scalar, rows, keep_mask, keep_ids, ids, flags_of(outputs), inplace_backward,
+            select("logprobs", logits),
+        )  # fmt: skip
+        return collect(outputs, *sharded_token_logprobs(logits, shard, Ranks.of(process_group)), lead)
     if check.values_checked(logits, labels):
         check_token_ids("labels", labels, vocab, mask)
         if token_ids is not None:

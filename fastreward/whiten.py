@@ -15,6 +15,7 @@ from fastreward._runtime.addresses import count_valid
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.memory import empty_like
+from fastreward.distributed.ranks import Ranks, refused_together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,6 +80,7 @@ def _affine(count: Tensor, mean: Tensor, squares: Tensor, shift_mean: bool, ddof
 
 
 @accepts_arrays
+@refused_together
 def whiten(
     x: Tensor,
     mask: Tensor | None = None,
@@ -99,7 +101,8 @@ def whiten(
         ddof: 1 divides the squared deviations by count - 1 (Bessel), 0 by count.
         eps: added to the variance; a number or a 0-d tensor. May be 0: where nothing differs from the mean, x - mean
             stays 0.
-        process_group: mean and variance are over all ranks (24 bytes cross, never an element).
+        process_group: mean and variance are over all ranks, which may have different shapes, or nothing at all (three
+            numbers of each cross, never an element).
         out: where the result goes, contiguous; may be x itself.
 
     Returns:
@@ -119,7 +122,7 @@ def whiten(
     inplace = out is not None and _check_out(out, x, source)
     backend = select("whiten", x)
     if process_group is not None:
-        return _whiten_across(source, mask, shift_mean, ddof, eps, process_group, out, backend)
+        return _whiten_across(source, mask, shift_mean, ddof, eps, Ranks.of(process_group), out, backend)
     if check.values_checked(x):
         check_counted(x.numel() if mask is None else count_valid(mask), ddof)
         if backend != "cpu":  # which finds it in the statistics
@@ -154,15 +157,14 @@ def _whiten_across(
     shift_mean: bool,
     ddof: int,
     eps: Number,
-    group: ProcessGroup,
+    ranks: Ranks,
     out: Tensor | None,
     backend: str,
 ) -> Tensor:
     """Whitening with the statistics of every rank, merged in rank order (Chan's pairwise update)."""
     kernels = implementation("whiten", backend)
-    mine = kernels.statistics(x, mask)
-    gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(gathered, mine, group=group)
+    ranks.meet()
+    gathered = ranks.gather(kernels.statistics(x, mask))
     count, mean, squares = gathered[0]
     for other_count, other_mean, other_squares in gathered[1:]:
         total = (count + other_count).clamp(min=1)

@@ -9,6 +9,7 @@ void register_logprobs(pybind11::module_& m);
 void register_program(pybind11::module_& m);
 void register_logits_policy_loss(pybind11::module_& m);
 void register_group(pybind11::module_& m);
+void register_balance(pybind11::module_& m);
 void register_prefix_tree(pybind11::module_& m);
 void register_segments(pybind11::module_& m);
 void register_rewards(pybind11::module_& m);

@@ -14,11 +14,11 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLDEST, _HOTTEST = 1e-300, 1e300
 
 
-def check_logits(logits: Tensor, labels: Tensor) -> None:
-    """Logits [..., V] that kernels take as they are, and integer labels [...]."""
+def check_logits(logits: Tensor, labels: Tensor, *, sliced: bool = False) -> None:
+    """Logits [..., V] that kernels take as they are, and integer labels [...]. sliced: V may be 0, others have more."""
     check.dtype("logits", check.tensor("logits", logits), LOGITS_DTYPES)
     check.integers("labels", labels)
-    if logits.ndim < 1 or logits.shape[-1] == 0:
+    if logits.ndim < 1 or (logits.shape[-1] == 0 and not sliced):
         raise ValueError(f"logits: expected shape [..., V] with V > 0, got {list(logits.shape)}")
     check.shape("labels", labels, logits.shape[:-1], "the logits' shape without V")
     check.same_device("labels", labels, "logits", logits)

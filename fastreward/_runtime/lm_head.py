@@ -13,7 +13,10 @@ from torch.nn.functional import pad
 from fastreward._arguments import check
 from fastreward._arguments.logits import LOGITS_DTYPES
 from fastreward._arguments.numbers import Number, may_differ_from_0, number
+from fastreward._runtime.layout import FLAG, STATE
+from fastreward._runtime.logprobs import initial_state
 from fastreward._runtime.memory import empty_like
+from fastreward._runtime.protocols import LogprobsKernels
 
 #: What one GEMM call on the CPU sums over at most, and the fewest rows it gets. Elsewhere MKL adds in an order that
 #: depends on the number of rows and of threads, and so would a token's bits; inside, its AVX-512 kernels do not (its
@@ -50,7 +53,8 @@ def _float32(name: str, value: object) -> float:
     return result
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, sliced: bool = False) -> None:
+    """Tensors that fit each other. sliced: the weight may have no row, others have more."""
     check.dtype("hidden", check.tensor("hidden", hidden), LOGITS_DTYPES)
     check.dtype("weight", check.tensor("weight", weight), LOGITS_DTYPES)
     check.integers("labels", labels)
@@ -63,7 +67,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
     check.shape("labels", labels, hidden.shape[:-1], "hidden's shape without H")
     check.same_device("weight", weight, "hidden", hidden)
     check.same_device("labels", labels, "hidden", hidden)
-    if not len(weight):
+    if not len(weight) and not sliced:
         raise ValueError(f"weight: expected at least one token of vocabulary, got shape {list(weight.shape)}")
     if bias is not None:
         check.dtype("bias", check.tensor("bias", bias), LOGITS_DTYPES)
@@ -194,6 +198,51 @@ class HeadGradients:
             _none(head) if self.weight is None else self.weight,
             _none(head) if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype),
         )
+
+
+# ------------------------------------------------------------------------------------------------- over all the tiles
+def head_state(kernels: LogprobsKernels, head: Head, labels: Tensor, inverse: float | Tensor, flags: int) -> Tensor:
+    """The state f64 [N, 8] of the head's columns, but for rank; labels count from the first of them."""
+    state = initial_state(head.hidden.shape[0], head.hidden.device)
+    for columns in head.column_chunks():
+        for rows in head.row_chunks():
+            logits, scale = head.logits(rows, columns), rows_of(inverse, rows)
+            kernels.accumulate(logits, labels[rows], columns.start, scale, state[rows], flags & ~FLAG["rank"], None)
+    return state
+
+
+def head_ranks(
+    kernels: LogprobsKernels, head: Head, labels: Tensor, inverse: float | Tensor, label_logits: Tensor
+) -> Tensor:
+    """How many of the head's columns have a logit above the label's, f64 [N]."""
+    counts = initial_state(head.hidden.shape[0], head.hidden.device)
+    for columns in head.column_chunks():
+        for rows in head.row_chunks():
+            logits, scale = head.logits(rows, columns), rows_of(inverse, rows)
+            threshold = label_logits[rows]
+            kernels.accumulate(logits, labels[rows], columns.start, scale, counts[rows], FLAG["rank"], threshold)
+    return counts[:, STATE.index("rank")]
+
+
+def head_gradients(
+    kernels: LogprobsKernels,
+    head: Head,
+    labels: Tensor,
+    inverse: float | Tensor,
+    values: Tensor,  # [8, N], of the whole vocabulary
+    grad_values: Tensor,  # [8, N]
+    needs: list[bool],
+) -> HeadGradients:
+    """The gradients of what token_logprobs gives, for hidden, weight and bias."""
+    grads = HeadGradients(head, needs)
+    slices = [(rows, values[:, rows].contiguous(), grad_values[:, rows].contiguous()) for rows in head.row_chunks()]
+    for columns in head.column_chunks():
+        for rows, stats, upstream in slices:
+            logits = head.logits(rows, columns)
+            local, scale = labels[rows] - columns.start, rows_of(inverse, rows)
+            head.backward(kernels, logits, local, scale, stats, upstream)
+            grads.add(rows, columns, logits)
+    return grads
 
 
 def fake_gradients(

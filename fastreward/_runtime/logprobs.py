@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from fastreward._arguments.transforms import refuse_double_backward
 from fastreward._runtime import logit_rows
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation
-from fastreward._runtime.layout import ALL_OUTPUTS, DIFFERENTIABLE, INDICES, STATE, VALUES
+from fastreward._runtime.layout import ALL_OUTPUTS, DIFFERENTIABLE, FLAG, INDICES, STATE, VALUES
 from fastreward._runtime.logit_rows import RowBlock
 
 
@@ -262,6 +262,10 @@ token_logprobs.register_autograd(_backward, setup_context=_setup_context)
 
 
 # ------------------------------------------------------------------------------------------- slices of a vocabulary
+#: A distance of two maxima in nats beyond which the lower one vanishes, also where it is multiplied by the distance.
+_FAR: Final = -1e4
+
+
 def initial_state(count: int, device: torch.device) -> Tensor:
     """The state of `count` rows before the first column, f64 [N, 8]."""
     state = torch.zeros((count, len(STATE)), dtype=torch.float64, device=device)
@@ -270,13 +274,64 @@ def initial_state(count: int, device: torch.device) -> Tensor:
     return state
 
 
-def merge(states: list[Tensor], inverse: float | Tensor) -> Tensor:
-    """One state [N, 8] from those of consecutive slices, in their order."""
-    stacked = torch.stack(states)  # [ranks, N, 8]
-    peaks, sums, weighted, squares, logits, labels, argmax, ranks = stacked.unbind(-1)
+def slice_state(
+    logits: Tensor,  # [..., V of the slice]
+    labels: Tensor,  # see _Rows; labels and ids count from where the slice begins
+    temperature: Tensor | None,
+    temperature_scalar: float,
+    mask: Tensor | None,
+    keep_mask: Tensor | None,
+    keep_ids: Tensor | None,
+    flags: int,
+    label_logits: Tensor | None,  # [N] f32 raw, what rank compares with
+    backend: str,
+) -> Tensor:
+    """The state of a slice of the vocabulary, f64 [N, 8]. With a kept set: its label_logit and rank say nothing."""
+    count = labels.shape[0]
+    if not logits.shape[-1] or not count:
+        return initial_state(count, logits.device)
+    kernels = implementation("logprobs", backend)
+    rows = _Rows(labels, temperature, temperature_scalar, mask, keep_mask, keep_ids, None)
+    inverse, parts = rows.inverse(), []
+    for block in rows.blocks(logits):
+        matrix, local, scale, counted, kept, ids, _ = rows.of(block, logits, inverse)
+        if kept is None and ids is None:
+            state = initial_state(matrix.shape[0], logits.device)
+            kernels.accumulate(matrix, local, 0, scale, state, flags, block.per_row(label_logits))
+        else:
+            flags &= ~FLAG["rank"]
+            values, indices, _ = kernels.forward(matrix, local, scale, counted, kept, ids, None, flags)
+            columns = kept.sum(-1) if kept is not None else _inside(ids, matrix.shape[1]).sum(-1)
+            state = _state_of(values, indices, scale, columns)
+        parts.append(state[block.inside(logits.device)] if block.gap else state)
+    return torch.cat(parts)
+
+
+def _state_of(values: Tensor, indices: Tensor, inverse: float | Tensor, columns: Tensor) -> Tensor:
+    """The state that these results were made of, but for label_logit and rank."""
+    _, entropy, _, _, mean, log_squares, max_logprob, peak = values.double()
+    nothing, log_total = peak == -torch.inf, -max_logprob
+    total = log_total.exp()
+    zero = torch.zeros_like(total)
+    logit_sum = torch.where(columns > 0, mean * columns / inverse, 0.0)
+    sums = total, total * (log_total - entropy), (log_squares + 2.0 * log_total).exp()
+    return torch.stack(
+        [peak, *(torch.where(nothing, 0.0, x) for x in sums), logit_sum, zero + torch.nan, indices[0].double(), zero],
+        -1,
+    )
+
+
+def _inside(ids: Tensor | None, columns: int) -> Tensor:
+    assert ids is not None
+    return (ids >= 0) & (ids < columns)
+
+
+def merge(states: Tensor, inverse: float | Tensor) -> Tensor:
+    """One state [N, 8] from those of consecutive slices [slices, N, 8], f64, in their order."""
+    peaks, sums, weighted, squares, logits, labels, argmax, ranks = states.unbind(-1)
     peak = peaks.amax(0)
     base = torch.where(peak == -torch.inf, 0.0, peak)
-    shift = torch.where(peaks == -torch.inf, 0.0, (peaks - base) * inverse)
+    shift = torch.where(peaks == -torch.inf, 0.0, ((peaks - base) * inverse).clamp(min=_FAR))
     scale = torch.where(peaks == -torch.inf, 0.0, shift.exp())
     first = (peaks == peak).to(torch.int8).argmax(0, keepdim=True)
     seen = ~labels.isnan()

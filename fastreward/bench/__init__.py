@@ -24,6 +24,7 @@ OPERATIONS = (
     "linear_policy_loss",
     "correction",
     "group",
+    "balance",
     "whiten",
     "segments",
     "rewards",
@@ -75,7 +76,7 @@ def shape_of(name: str, quick: bool, rows: int | None, vocab: int | None) -> tup
 
 def growing(name: str) -> tuple[int, ...]:
     """The dimensions that count what there is to do: B and T of tokens; else the first, rows or rollouts."""
-    return (0,) if name in (*WITH_VOCABULARY, "group") else (0, 1)
+    return (0,) if name in (*WITH_VOCABULARY, "group", "balance") else (0, 1)
 
 
 def sweep(name: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -3,55 +3,53 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastreward._arguments.groups import GroupIds, Groups
-from fastreward._arguments.transforms import transformed
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from fastreward.distributed.ranks import Ranks
 
 
-class Ranks:
-    """The rows of every rank of a process group: all of them, or this rank's among all.
+class Rollouts:
+    """The rollouts of every rank: `values` and `columns` of all, one rank behind the other; or this rank's part.
 
     Rows rather than statistics cross: a reward is no larger than a group's count, mean and squares, and everything that
     one process computes from a batch (ranks inside a group, second maxima, whatever rule) is computed as there.
     """
 
-    def __init__(self, group: ProcessGroup, rows: int) -> None:
-        if transformed():
-            raise NotImplementedError(
-                "fastreward: process_group is not available under torch.func or with dual tensors"
+    def __init__(self, name: str, ranks: Ranks, values: Tensor, columns: Sequence[Tensor | None]) -> None:
+        """values: [rows, ...] f32 or f64, called `name` in messages; columns: [rows, ...], of one dtype everywhere."""
+        rows, width = values.shape[0], math.prod(values.shape[1:])
+        said: list[list[int]] = ranks.meet(rows, width, values.element_size()).tolist()
+        self._ranks, self._rows = ranks, rows
+        self._counts = [count for count, _, _ in said]
+        kinds = {(width, size) for count, width, size in said if count}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{name}: expected as many components and the same dtype on every rank, got "
+                + ", ".join(f"{width} of {8 * size} bits" for width, size in sorted(kinds))
             )
-        self._group, self._rows = group, rows
-        self._counts: list[int] = []
-
-    def gather(self, columns: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Tensors [rows, ...] of every rank, one behind the other."""
-        device = next(x.device for x in columns if x is not None)
-        self._counts = torch.stack(self._all(torch.tensor(self._rows, device=device))).tolist()
-        return [None if x is None else self._joined(x) for x in columns]
+        if kinds and not rows:  # nothing has no kind of its own
+            width, size = kinds.pop()
+            dtype = torch.float64 if size == 8 else torch.float32
+            values = values.new_empty((0, width) if values.ndim > 1 else (0,), dtype=dtype)
+        self.values = self._joined(values)
+        self.columns = [None if x is None else self._joined(x) for x in columns]
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's part of what was gathered."""
-        start = sum(self._counts[: dist.get_rank(self._group)])
+        start = sum(self._counts[: self._ranks.rank])
         return x[start : start + self._rows]
 
     def _joined(self, x: Tensor) -> Tensor:
         padded = x.new_zeros((max(self._counts), *x.shape[1:]))
         padded[: x.shape[0]] = x
-        return torch.cat([part[:count] for part, count in zip(self._all(padded), self._counts, strict=True)])
-
-    def _all(self, x: Tensor) -> list[Tensor]:
-        out = [torch.empty_like(x) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(out, x, group=self._group)
-        return out
+        parts = self._ranks.gather(padded)
+        return torch.cat([part[:count] for part, count in zip(parts, self._counts, strict=True)])
 
 
 def labels_of_all_ranks(index: Tensor | None, group_ids: GroupIds | None) -> Tensor | None:

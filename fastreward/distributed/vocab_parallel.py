@@ -2,100 +2,163 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastreward._arguments import check
-from fastreward._arguments.transforms import refuse_double_backward, transformed
-from fastreward._runtime.dispatch import implementation, select
-from fastreward._runtime.layout import STATE, flags_of
-from fastreward._runtime.logprobs import initial_state, merge
-from fastreward._runtime.memory import empty_like
+from fastreward._arguments.logits import check_kept_ids, check_token_ids
+from fastreward._arguments.transforms import refuse_double_backward
+from fastreward._runtime.dispatch import implementation
+from fastreward._runtime.layout import FLAG, STATE
+from fastreward._runtime.lm_head import inverse_temperature
+from fastreward._runtime.logprobs import slice_state, token_logprobs_backward, token_logprobs_backward_
+from fastreward.distributed.crossing import Slices
+from fastreward.distributed.ranks import Ranks
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+
+class Shard(NamedTuple):
+    """One rank's part of a call; ids are global."""
+
+    labels: Tensor  # [N] i64
+    temperature: Tensor | None  # [N] f64
+    temperature_scalar: float  # where that is None
+    mask: Tensor | None  # [N] bool
+    keep_mask: Tensor | None  # [..., V of this rank] bool
+    keep_ids: Tensor | None  # [N, k] i64
+    token_ids: Tensor | None  # [N, K] i64
+    flags: int
+    inplace_backward: bool
+    backend: str
 
 
 def sharded_token_logprobs(
     logits: Tensor,  # [..., V of this rank]
-    labels: Tensor,  # [N] i64, global
-    temperature: Tensor | None,  # [N] f64
-    temperature_scalar: float,
-    mask: Tensor | None,  # [N] bool
-    outputs: tuple[str, ...],
-    group: ProcessGroup,
-) -> tuple[Tensor, Tensor]:
-    """values f32 [8, N] and indices i64 [2, N], the same on every rank; differentiable for this rank's logits."""
-    if transformed():
-        raise NotImplementedError("fastreward: process_group is not available under torch.func or with dual tensors")
-    rows = logits.reshape(-1, logits.shape[-1])
-    own = torch.full((), rows.shape[1], dtype=torch.int64, device=rows.device)
-    widths = torch.stack(_gather(own, group))  # stays on the device: the host need not know where our slice starts
-    start, vocab = widths[: dist.get_rank(group)].sum(), widths.sum()
-    if check.values_checked(logits, labels):
-        lead = logits.shape[:-1]
-        good = (labels >= 0) & (labels < vocab)
-        good = good if mask is None else good | ~mask
-        check.every(
-            "labels", good.view(lead), labels.view(lead), f"integers in [0, {int(vocab)}), the whole vocabulary"
-        )
-    inverse: float | Tensor = 1.0 / temperature_scalar if temperature is None else temperature.reciprocal()
-    settings = (start, vocab, flags_of(outputs), group, select("logprobs", logits))
-    values, indices = _Sharded.apply(rows, labels, inverse, mask, settings)  # type: ignore[no-untyped-call]
-    return values, indices
+    shard: Shard,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """values f32 [8, N], indices i64 [2, N], id_logprobs f32 [N, K]: the bits are the same on every rank.
+
+    Differentiable for this rank's logits; the upstream gradients are taken to be the same on every rank.
+    """
+    checked, mask = check.values_checked(logits, shard.labels), shard.mask
+    counted = shard.labels if mask is None else shard.labels.masked_fill(~mask, 0)
+    slices = Slices(ranks, logits.shape[-1], counted, checked=checked)
+    if checked:
+        vocab, lead = int(slices.vocab), logits.shape[:-1]
+        shaped = None if mask is None else mask.view(lead)
+        check_token_ids("labels", shard.labels.view(lead), vocab, shaped)
+        if shard.token_ids is not None:
+            check_token_ids("token_ids", shard.token_ids, vocab, mask)
+        if shard.keep_ids is not None:
+            check_kept_ids(shard.keep_ids, vocab, mask)
+    result: tuple[Tensor, Tensor, Tensor] = _Sharded.apply(logits, shard, slices)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Sharded(torch.autograd.Function):
-    """A collective is no part of a custom op's schema, so this is an autograd function on the raw kernels."""
+    """A collective is no part of a custom op's schema, so this is an autograd function on the ops of one slice."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, labels: Tensor, inverse: float | Tensor, mask: Tensor | None, settings: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor]:
-        start, vocab, flags, group, backend = settings
-        kernels = implementation("logprobs", backend)
-        state = initial_state(rows.shape[0], rows.device)
-        local = labels - start
-        kernels.accumulate(rows, local, 0, inverse, state, flags, _label_logits(rows, local, group))
-        state[:, STATE.index("argmax")] += start
-        merged = merge(_gather(state, group), inverse)
-        merged[:, STATE.index("sum_logit")] /= vocab
-        values, indices = kernels.finish(merged, inverse, 1, flags)
-        if mask is not None:
-            values, indices = values.masked_fill(~mask, 0.0), indices.masked_fill(~mask, 0)
-        ctx.save_for_backward(rows, labels, mask, values.clone())  # the caller may edit the outputs
-        ctx.inverse, ctx.start, ctx.backend = inverse, start, backend
+    def forward(ctx: Any, logits: Tensor, shard: Shard, slices: Slices) -> tuple[Tensor, Tensor, Tensor]:
+        own = shard._replace(
+            labels=slices.local(shard.labels),
+            keep_ids=None if shard.keep_ids is None else slices.local(shard.keep_ids),
+            token_ids=None if shard.token_ids is None else slices.local(shard.token_ids),
+        )
+        inverse = inverse_temperature(shard.temperature, shard.temperature_scalar)
+        merged = _merged(logits, own, slices, inverse)
+        values, indices = implementation("logprobs", shard.backend).finish(merged, inverse, 1, shard.flags)
+        id_logprobs = _id_logprobs(logits, own, slices, merged, inverse)
+        if shard.mask is not None:
+            out = ~shard.mask
+            values, indices = values.masked_fill(out, 0.0), indices.masked_fill(out, 0)
+            id_logprobs = id_logprobs.masked_fill(out.unsqueeze(-1), 0.0)
+        # Copies, small beside the logits: the caller may edit the outputs in place before the backward.
+        tensors = (own.labels, own.temperature, own.mask, own.keep_mask, own.keep_ids, own.token_ids)
+        ctx.save_for_backward(logits, *tensors, values.clone(), id_logprobs.clone())
+        ctx.scalar, ctx.inplace, ctx.backend = own.temperature_scalar, own.inplace_backward, own.backend
         ctx.mark_non_differentiable(indices)
-        return values, indices
+        return values, indices, id_logprobs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         if torch.is_grad_enabled():  # create_graph=True; torch's own once_differentiable sees no gradient to refuse
             refuse_double_backward()
-        rows, labels, mask, values = ctx.saved_tensors
-        grad = empty_like(rows)
-        local = labels - ctx.start
-        none = values.new_empty((rows.shape[0], 0))
-        kernels = implementation("logprobs", ctx.backend)
-        kernels.backward(
-            rows, local, ctx.inverse, mask, None, None, None, values, none, grads[0].contiguous(), None, grad
-        )
-        return grad, None, None, None, None
+        logits, labels, temperature, mask, keep_mask, keep_ids, token_ids, values, id_logprobs = ctx.saved_tensors
+        if not logits.numel():
+            return torch.zeros_like(logits), None, None
+        rows = (labels, temperature, ctx.scalar, mask, keep_mask, keep_ids, token_ids)
+        upstream = (values, id_logprobs, grads[0].contiguous(), grads[2].contiguous())
+        if not ctx.inplace:
+            return token_logprobs_backward(logits, *rows, *upstream, ctx.backend), None, None
+        token_logprobs_backward_(logits, *rows, *upstream, ctx.backend)
+        return logits.detach(), None, None
 
 
-def _label_logits(rows: Tensor, local: Tensor, group: ProcessGroup) -> Tensor:
-    """The label's raw logit on every rank, f32 [N]: each rank looks into its slice, the largest is the one found."""
-    inside = (local >= 0) & (local < rows.shape[1])
-    found = rows.gather(1, local.clamp(0, rows.shape[1] - 1).unsqueeze(1)).squeeze(1).float()
-    found = torch.where(inside, found, -torch.inf)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    return found
+def _merged(logits: Tensor, own: Shard, slices: Slices, inverse: float | Tensor) -> Tensor:
+    """The state of the whole vocabulary. Rank needs the label's logit, wherever it is, before the slice is read."""
+    found = _kept_logits(logits, own, own.labels.unsqueeze(-1), slices).squeeze(-1)
+    kept = own.keep_mask is not None or own.keep_ids is not None
+    whole = slices.largest(found) if own.flags & FLAG["rank"] else None
+    state = slice_state(
+        logits, own.labels, own.temperature, own.temperature_scalar, own.mask, own.keep_mask, own.keep_ids, own.flags,
+        whole, own.backend,
+    )  # fmt: skip
+    state[:, STATE.index("label_logit")] = torch.where(slices.inside(own.labels), found, torch.nan)
+    if kept and whole is not None:
+        state[:, STATE.index("rank")] = _kept_above(logits, own, slices, whole)
+    columns = None
+    if kept and own.flags & FLAG["mean_logit"]:
+        counted = slices.inside(own.keep_ids) if own.keep_ids is not None else own.keep_mask
+        assert counted is not None
+        columns = counted.reshape(own.labels.shape[0], -1).sum(-1)
+    return slices.whole(state, inverse, own.flags, columns)
 
 
-def _gather(x: Tensor, group: ProcessGroup) -> list[Tensor]:
-    out = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(out, x.contiguous(), group=group)
-    return out
+def _id_logprobs(logits: Tensor, own: Shard, slices: Slices, merged: Tensor, inverse: float | Tensor) -> Tensor:
+    """f32 [N, K]; K floats a token cross."""
+    if own.token_ids is None:
+        return logits.new_empty((own.labels.shape[0], 0), dtype=torch.float32)
+    found = slices.largest(_kept_logits(logits, own, own.token_ids, slices)).double()
+    scale = inverse.unsqueeze(-1) if isinstance(inverse, Tensor) else inverse
+    peak, total = (merged[:, [STATE.index(name)]] for name in ("max", "sum_exp"))
+    ids = own.token_ids + slices.start
+    known = (ids >= 0) & (ids < slices.vocab)
+    return torch.where(known, (found - peak) * scale - total.log(), torch.nan).float()
+
+
+def _kept_logits(logits: Tensor, own: Shard, columns: Tensor, slices: Slices) -> Tensor:
+    """Raw logits f32 [N, K] at this slice's columns [N, K]; -inf where it has no such column, or has not kept it."""
+    shape, inside = (*logits.shape[:-1], columns.shape[-1]), slices.inside(columns)
+    if not slices.width:
+        return columns.new_full(columns.shape, -torch.inf, dtype=torch.float32)
+    at = columns.clamp(0, slices.width - 1)
+    found = logits.detach().gather(-1, at.view(shape)).view(columns.shape).float()
+    if own.keep_mask is not None:
+        inside = inside & own.keep_mask.gather(-1, at.view(shape)).view(columns.shape)
+    if own.keep_ids is not None:
+        inside = inside & _listed(columns, own.keep_ids)
+    return torch.where(inside, found, -torch.inf)
+
+
+def _listed(columns: Tensor, listed: Tensor) -> Tensor:
+    """Whether each of the columns [N, K] is among its row's list [N, k]."""
+    if columns.shape[-1] <= listed.shape[-1]:
+        return torch.stack([(listed == x.unsqueeze(-1)).any(-1) for x in columns.unbind(-1)], -1)
+    return torch.stack([columns == x.unsqueeze(-1) for x in listed.unbind(-1)]).any(0)
+
+
+def _kept_above(logits: Tensor, own: Shard, slices: Slices, label_logits: Tensor) -> Tensor:
+    """How many kept columns of this slice have a logit above the label's, f64 [N]."""
+    threshold, count = label_logits.unsqueeze(-1), own.labels.shape[0]
+    if not slices.width:
+        return label_logits.new_zeros(count, dtype=torch.float64)
+    if own.keep_ids is not None:
+        at = own.keep_ids.clamp(0, slices.width - 1)
+        x = logits.detach().gather(-1, at.view(*logits.shape[:-1], at.shape[-1])).view(at.shape)
+        return (slices.inside(own.keep_ids) & (x > threshold)).sum(-1).double()
+    assert own.keep_mask is not None
+    above = (logits.detach() > threshold.view(*logits.shape[:-1], 1)) & own.keep_mask
+    return above.sum(-1).flatten().double()

@@ -130,7 +130,7 @@ class Patch:
     options: dict[str, Any]
     package: str
     everywhere: list[tuple[Any, Any]] = field(default_factory=list)  # (theirs, ours), wherever the package binds theirs
-    single: list[tuple[ModuleType | type, str, Any, Any]] = field(default_factory=list)  # (owner, name, theirs, ours)
+    single: list[tuple[Any, str, Any, Any]] = field(default_factory=list)  # (module or class, name, theirs, ours)
     added: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # (registry, a key of ours, ours)
     imports: AfterImport | None = None  # serves modules that are imported later
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -290,59 +287,3 @@ def test_numpy_and_uid_arrays() -> None:
     got = fr.group_advantages(np.array([1.0, 2.0, 3.0, 5.0]), uids)
     assert isinstance(got, np.ndarray)
     assert np.allclose(got, [-0.7071, -0.7071, 0.7071, 0.7071], atol=1e-4)
-
-
-class Ranks:
-    """Ranks as threads of one process, each of which waits for what the others send."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-        self.count, self.sent, self.own = count, [None] * count, threading.local()
-        self.barrier = threading.Barrier(count, timeout=20)
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: count)
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda group: self.own.rank)
-        monkeypatch.setattr(torch.distributed, "all_gather", self.all_gather)
-
-    def all_gather(self, received: list[torch.Tensor], mine: torch.Tensor, group: object) -> None:
-        self.sent[self.own.rank] = mine
-        self.barrier.wait()
-        for room, other in zip(received, self.sent, strict=True):
-            room.copy_(other)
-        self.barrier.wait()
-
-    def run(self, function: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        def of_rank(rank: int) -> torch.Tensor:
-            self.own.rank = rank
-            return function(rank)
-
-        with ThreadPoolExecutor(self.count) as pool:
-            return torch.cat(list(pool.map(of_rank, range(self.count))))
-
-
-@pytest.mark.parametrize("kind", ["integers", "strings", "composite", "size"])
-def test_groups_straddle_ranks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rank gets the bits that one process gets from all of them, ranks of other sizes and empty ones too."""
-    sizes = [4, 0, 10]
-    rewards, lengths = torch.randn(14, 2), torch.rand(14)
-    rewards[3] = torch.nan
-    numbers = torch.randint(0, 4, (14,)) * 10**12
-    parts = [x.split(sizes) for x in (rewards, lengths, numbers)]
-    options = {"center": "length-weighted", "scale": "batch-std"}
-
-    def ids(x: torch.Tensor) -> dict[str, Any]:
-        names = [f"uid {n}" for n in x.tolist()]
-        groups: dict[str, Any] = {
-            "integers": x, "strings": names, "composite": fr.Groups.by(names, [7] * len(names)), "size": None,
-        }  # fmt: skip
-        return {"group_size": 2} if kind == "size" else {"group_ids": groups[kind]}
-
-    def of_rank(rank: int) -> torch.Tensor:
-        own, length, number = (part[rank] for part in parts)
-        return fr.group_advantages(own, **ids(number), lengths=length, process_group=object(), **options)
-
-    got = Ranks(monkeypatch, 3).run(of_rank)
-    assert torch.equal(got, fr.group_advantages(rewards, **ids(numbers), lengths=lengths, **options))
-
-
-def test_labels_that_no_other_process_knows() -> None:
-    with pytest.raises(TypeError, match="group_ids: expected integers, strings or tuples of them over a process group"):
-        fr.group_advantages(torch.ones(2), [frozenset({1}), frozenset({2})], process_group=object())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from criterion import MASK_DTYPES, assert_as_good_as_torch
@@ -66,66 +64,6 @@ def test_values_that_are_not_finite(value: float, inplace: bool) -> None:
     torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
     mask[1, 2] = 0
     assert fr.whiten(x, mask).isfinite().all()
-
-
-class Ranks:
-    """Three ranks in one process: what each has gathered is what the others would send."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, xs: list[torch.Tensor], masks: list[torch.Tensor]) -> None:
-        self.xs, self.masks = xs, masks
-        sent = [cpu.statistics(x, mask) for x, mask in zip(xs, masks, strict=True)]
-
-        def all_gather(received: list[torch.Tensor], mine: torch.Tensor, group: object) -> None:
-            assert any(torch.equal(mine.nan_to_num(7.0), other.nan_to_num(7.0)) for other in sent)
-            for room, other in zip(received, sent, strict=True):
-                room.copy_(other)
-
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: len(xs))
-        monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
-
-    def whiten(self, **options: Any) -> torch.Tensor:
-        everyone = zip(self.xs, self.masks, strict=True)
-        return torch.cat([fr.whiten(x, mask, process_group=object(), **options) for x, mask in everyone])
-
-
-@pytest.mark.parametrize("full", [0, 1, 2])
-def test_ranks_that_count_nothing(full: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    xs = [torch.randn(2, 40) * 3 + 50 for _ in range(3)]
-    masks = [torch.full((2, 40), float(rank == full)) for rank in range(3)]
-    for x, mask in zip(xs, masks, strict=True):
-        x[mask == 0] = torch.nan
-    x, mask = torch.cat(xs), torch.cat(masks)
-    ranks = Ranks(monkeypatch, xs, masks)
-    for options in ({}, {"shift_mean": False, "ddof": 0}):
-        truth = truth_of(x, mask, **options)
-        assert_as_good_as_torch(ranks.whiten(**options), truth, truth)
-
-
-def test_one_token_here_and_three_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = Ranks(monkeypatch, [torch.ones(1), torch.zeros(3)], [torch.ones(1), torch.ones(3)])
-    torch.testing.assert_close(ranks.whiten(eps=0.0), torch.tensor([1.5, -0.5, -0.5, -0.5]))
-    population = torch.tensor([1.7320508, -0.5773503, -0.5773503, -0.5773503])
-    torch.testing.assert_close(ranks.whiten(ddof=0, eps=0.0), population)
-
-
-def test_equal_values_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = Ranks(monkeypatch, [torch.full((7,), 0.1)] * 3, [torch.ones(7)] * 3)
-    assert not ranks.whiten(eps=0.0).any()
-
-
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (torch.ones(2), "x: expected finite values where mask is set"),
-        (torch.zeros(2), "mask: expected at least 2 counted positions for ddof=1, got 0"),
-    ],
-)
-def test_an_error_is_raised_on_every_rank(mask: torch.Tensor, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that left the others waiting would hang the job."""
-    ranks = Ranks(monkeypatch, [torch.tensor([1.0, torch.nan]), torch.tensor([2.0, 3.0])], [mask] * 2)
-    for x in ranks.xs:
-        with pytest.raises(ValueError, match=message):
-            fr.whiten(x, mask, process_group=object())
 
 
 def test_equals_verls_masked_whiten() -> None:

@@ -576,7 +576,7 @@ def test_importing_the_patches_imports_no_trainer() -> None:
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("older", "found 1.15.2"),
+        ("older", "found 1.13.2"),
         ("newer", "found 1.17.0"),
         ("absent", "not installed"),
         ("unsloth", "Unsloth"),
@@ -591,7 +591,7 @@ def test_refusals_say_why_and_change_nothing(
     def version(_: str) -> str:
         if case == "absent":
             raise importlib.metadata.PackageNotFoundError("trl")
-        return {"older": "1.15.2", "newer": "1.17.0"}.get(case, "1.16.3")
+        return {"older": "1.13.2", "newer": "1.17.0"}.get(case, "1.16.3")
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     if case == "unsloth":

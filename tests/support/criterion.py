@@ -29,3 +29,15 @@ def assert_as_good_as_torch(
     torch_error = (same - truth)[usable].abs().max().item() if usable.any() else 0.0
     scale = max(1.0, truth[finite].abs().max().item())
     assert error <= torch_error + slack * scale, f"{what}: error {error:.3e}, torch's {torch_error:.3e}"
+
+
+def close_to_one_process(got: Tensor, expected: Tensor, what: str = "") -> None:
+    """What ranks give is within 1e-6 of what one process gives, or a rounding of the dtype; integers are equal."""
+    assert got.dtype == expected.dtype, f"{what}: {got.dtype}, expected {expected.dtype}"
+    if not got.dtype.is_floating_point:
+        assert torch.equal(got, expected), f"{what}: {got} instead of {expected}"
+        return
+    rounding = torch.finfo(got.dtype).eps
+    torch.testing.assert_close(
+        got, expected, rtol=rounding, atol=1e-6, equal_nan=True, msg=lambda text: f"{what}: {text}"
+    )
