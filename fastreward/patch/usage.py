@@ -85,6 +85,11 @@ def handed_on() -> None:
         _frames.open[-1].handed_on = True
 
 
+def is_handed_on() -> bool:
+    """Whether the replacement that is running has handed its call on already."""
+    return bool(_frames.open) and _frames.open[-1].handed_on
+
+
 def _enter(usage: Usage) -> _Frame:
     frame = _Frame(usage, time.perf_counter())
     _frames.open.append(frame)

@@ -15,17 +15,13 @@ from fastreward._arguments.transforms import transformed
 from fastreward.losses import Loss
 from fastreward.patch.usage import handed_on
 from fastreward.patch.verl import formulas
-from fastreward.patch.verl.replacement import CORE, Replacement
+from fastreward.patch.verl.replacement import CORE, NotServed, Replacement
 from fastreward.policy_loss import PolicyLoss, policy_loss
 from fastreward.value_loss import value_loss
 
 #: float64 is verl's: fastreward would round it.
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _IDENTITY: Final[Loss] = formulas.identity()
-
-
-class NotServed(Exception):
-    """The call is one for verl's own function."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from fastreward.losses import Loss
 from fastreward.patch.bindings import Entry
 from fastreward.patch.usage import handed_on
 from fastreward.patch.verl import formulas
-from fastreward.patch.verl.aggregation import Normalised, NotServed, check_tokens, finished, normalised
+from fastreward.patch.verl.aggregation import Normalised, check_tokens, finished, normalised
 from fastreward.patch.verl.formulas import CLIPPED
-from fastreward.patch.verl.replacement import CORE, Replacement
+from fastreward.patch.verl.replacement import CORE, NotServed, Replacement
 from fastreward.policy_loss import policy_loss
 
 Metrics = Mapping[str, tuple[str, ...]]

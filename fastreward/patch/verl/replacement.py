@@ -11,7 +11,9 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from fastreward._runtime.errors import BackendError
 from fastreward.patch.bindings import Report
+from fastreward.patch.usage import handed_on, is_handed_on
 
 CORE: Final = "verl.trainer.ppo.core_algos"
 TORCH: Final = "verl.utils.torch_functional"
@@ -29,7 +31,9 @@ class Replacement:
     Attributes:
         target: its dotted name, where it is defined; every other binding is found by identity.
         parameters: the names of its parameters, for which `ours` was written. Another signature is left alone.
-        ours: called with verl's own function and then the call's arguments; `handed_on()` before it calls that one.
+        ours: called with verl's own function and then the call's arguments. Where it raises `NotServed`, or fastreward
+            refuses an argument, verl's own function is called with them: an error is verl's to raise. Until it knows,
+            it writes nothing.
         what, why: for the report: the operation of fastreward's behind it, and what is gained.
         tokens: called with the call's arguments, how many tokens it has.
     """
@@ -71,8 +75,18 @@ class Replacement:
 
         The name is what Ray pickles: a worker looks it up in its own process, and calls what is bound there.
         """
-        served = report.counted(self.target, functools.partial(self.ours, stock), self.tokens)
-        return functools.wraps(stock)(served)
+        ours = self.ours
+
+        def served(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return ours(stock, *args, **kwargs)
+            except (NotServed, ValueError, TypeError, BackendError):
+                if is_handed_on():  # verl's own error
+                    raise
+                handed_on()
+            return stock(*args, **kwargs)
+
+        return functools.wraps(stock)(report.counted(self.target, served, self.tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +124,10 @@ class Registration:
     def bound(self, report: Report) -> Callable[..., Any]:
         """The function, counted."""
         return report.counted(f"{self.registry}[{self.key!r}]", self.make(), self.tokens)
+
+
+class NotServed(Exception):
+    """The call is one for verl's own function."""
 
 
 class Unrecognised(Exception):

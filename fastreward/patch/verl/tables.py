@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Final
 
 from fastreward.patch.bindings import Entry
-from fastreward.patch.verl import aggregation, balancing, linear, logprobs, losses, masked
+from fastreward.patch.verl import advantages, aggregation, balancing, linear, logprobs, losses, masked, rewards
 from fastreward.patch.verl.replacement import Registration, Replacement
 
-REPLACEMENTS: Final[tuple[Replacement, ...]] = (
-    *masked.REPLACEMENTS,
-    *losses.REPLACEMENTS,
-    *aggregation.REPLACEMENTS,
-    *logprobs.REPLACEMENTS,
-    *linear.REPLACEMENTS,
-    *balancing.REPLACEMENTS,
+_FILES: Final = (
+    advantages,
+    rewards,
+    masked,
+    losses,
+    aggregation,
+    logprobs,
+    linear,
+    balancing,
 )
+REPLACEMENTS: Final[tuple[Replacement, ...]] = tuple(row for file in _FILES for row in file.REPLACEMENTS)
 REGISTRATIONS: Final[tuple[Registration, ...]] = ()
-KEPT: Final[tuple[Entry, ...]] = (*losses.KEPT, *logprobs.KEPT, *linear.KEPT)
+KEPT: Final[tuple[Entry, ...]] = tuple(row for file in _FILES for row in getattr(file, "KEPT", ()))
