@@ -5,7 +5,7 @@ y_t = x_t + c_t y_{t+1}: rewards of later tokens, discounted, counted for the to
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,13 @@ from fastreward._runtime.addresses import count_valid
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.memory import empty, empty_like
+from fastreward.distributed.ranks import Ranks, refused_together
+from fastreward.distributed.sequence_parallel import SHARDINGS, Shard, Sharding, sharded_scan
 from fastreward.whiten import check_counted
+from fastreward.whiten import whiten as whiten_all
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Kinds with two results.
 _PAIRS = ("gae", "vtrace")
@@ -124,6 +130,7 @@ def _scan(
 
 # --------------------------------------------------------------------------------------------------- public functions
 @accepts_arrays
+@refused_together
 def discounted_returns(
     rewards: Tensor,
     mask: Tensor | None = None,
@@ -137,6 +144,8 @@ def discounted_returns(
     masked_rewards: MaskedRewards = "to-last-valid",
     cu_seqlens: Tensor | None = None,
     out: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    sharding: Sharding = "contiguous",
 ) -> Tensor:
     """y_t = r_t + gamma_t y_{t+1}: the discounted rewards from each token on.
 
@@ -162,6 +171,12 @@ def discounted_returns(
             token's doing and never counts.
         cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N.
         out: where the result goes; float32, contiguous, memory of its own.
+        process_group: each rank holds a part of every row's tokens (context parallelism), in rank order and of any
+            length, 0 too; what is [B] is the same on every rank. Results are those of one process to 1e-6: what crosses
+            is one carry (a, b) per row and rank, the recurrence y -> a + b y, and five numbers about its ends. Sums
+            only. The tokens are read three times.
+        sharding: how they are split: "contiguous", or "zigzag": rank r of n holds the chunks r and 2n - 1 - r of each
+            row's 2n, all of one length, the one behind the other (Megatron-LM, slime). Striped shards are not served.
 
     Returns:
         float32 in the shape of rewards; a row without a valid token is 0. A row's bits depend on what is
@@ -174,12 +189,14 @@ def discounted_returns(
     check.choice("op", op, RETURNS_OPS)
     check.choice("masked_rewards", masked_rewards, MASKED_REWARDS)
     forward, summed = not check.flag("reverse", reverse), op == "sum"
-    call = _Call("discounted_returns", "rewards", rewards, mask, cu_seqlens, at_masked)
+    call = _Call("discounted_returns", "rewards", rewards, mask, cu_seqlens, at_masked, process_group, sharding)
     scale = _soft_scale(op, temperature, call.x)
-    move = summed and masked_rewards == "to-last-valid" and call.mask is not None
+    if not summed and process_group is not None:
+        raise ValueError(f"process_group: only sums go over ranks, got op={op!r}")
+    move = summed and call.moves(masked_rewards)
     call.add("beyond", "initial", initial, per_row=True)
     call.coefficient("gamma", gamma)
-    if move and forward:
+    if move and forward and process_group is None:
         call.x, move = _moved(call), False
     kind = op if summed or scale is None else "logsumexp"
     options = ReturnsOptions("returns", call.at_masked, kind, not forward, move)
@@ -187,6 +204,7 @@ def discounted_returns(
 
 
 @accepts_arrays
+@refused_together
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -202,6 +220,8 @@ def gae(
     whiten: bool = False,
     cu_seqlens: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
+    process_group: ProcessGroup | None = None,
+    sharding: Sharding = "contiguous",
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (arXiv 1506.02438): advantages, and returns = advantages + values.
 
@@ -230,6 +250,8 @@ def gae(
         whiten: the advantages as `whiten` gives them (verl, TRL); returns are those of the advantages as they were.
         cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N.
         out: (advantages, returns), where the results go; float32, contiguous, memory of their own.
+        process_group, sharding: rows that go on at other ranks, as in `discounted_returns`; whiten is then
+            over all of them.
 
     Returns:
         (advantages, returns), float32 in the shape of rewards. A row's bits depend on what is between its first and
@@ -240,15 +262,16 @@ def gae(
     """
     check.choice("masked_rewards", masked_rewards, MASKED_REWARDS)
     whitened = check.flag("whiten", whiten)
-    call = _Call("gae", "rewards", rewards, mask, cu_seqlens, at_masked)
+    call = _Call("gae", "rewards", rewards, mask, cu_seqlens, at_masked, process_group, sharding)
     call.add("values", "values", values)
     call.transitions(gamma, lam, next_values, terminated, done)
-    move = masked_rewards == "to-last-valid" and call.mask is not None
+    move = call.moves(masked_rewards)
     options = ReturnsOptions("gae", call.at_masked, move=move)
     return call.run_pair(options, {}, out, ("advantages", "returns"), whiten=whitened)
 
 
 @accepts_arrays
+@refused_together
 def lambda_returns(
     rewards: Tensor,
     mask: Tensor | None = None,
@@ -262,6 +285,8 @@ def lambda_returns(
     masked_rewards: MaskedRewards = "to-last-valid",
     cu_seqlens: Tensor | None = None,
     out: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    sharding: Sharding = "contiguous",
 ) -> Tensor:
     """TD(lambda) targets: G_t = r_t + gamma ((1 - lam) V_{t+1} + lam G_{t+1}), and r_t + gamma V_{t+1} at the end.
 
@@ -270,6 +295,7 @@ def lambda_returns(
             token. Finite where valid.
         mask, gamma, lam, terminated, done, at_masked, masked_rewards, cu_seqlens: as in `gae`.
         out: where the result goes; float32, contiguous, memory of its own.
+        process_group, sharding: rows that go on at other ranks, as in `discounted_returns`.
 
     Returns:
         float32 in the shape of rewards; with next_values = V_{t+1} it is the return of `gae`, except that a masked
@@ -279,14 +305,15 @@ def lambda_returns(
         TypeError, ValueError: as `discounted_returns`.
     """
     check.choice("masked_rewards", masked_rewards, MASKED_REWARDS)
-    call = _Call("lambda_returns", "rewards", rewards, mask, cu_seqlens, at_masked)
+    call = _Call("lambda_returns", "rewards", rewards, mask, cu_seqlens, at_masked, process_group, sharding)
     call.add("next_values", "next_values", next_values)
     call.transitions(gamma, lam, None, terminated, done)
-    move = masked_rewards == "to-last-valid" and call.mask is not None
+    move = call.moves(masked_rewards)
     return call.run(ReturnsOptions("lambda", call.at_masked, move=move), {}, out=out)[0]
 
 
 @accepts_arrays
+@refused_together
 def vtrace(
     log_ratios: Tensor,
     rewards: Tensor,
@@ -304,6 +331,8 @@ def vtrace(
     masked_rewards: MaskedRewards = "to-last-valid",
     cu_seqlens: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
+    process_group: ProcessGroup | None = None,
+    sharding: Sharding = "contiguous",
 ) -> tuple[Tensor, Tensor]:
     """V-trace (arXiv 1802.01561): off-policy targets of the value function, and advantages.
 
@@ -316,6 +345,7 @@ def vtrace(
             `gae`. A masked token that takes time has ratio 1.
         rho_bar, c_bar: bounds of the ratio, in the fixed point and in the trace; positive numbers or 0-d tensors.
         out: (targets, advantages), where the results go; float32, contiguous, memory of their own.
+        process_group, sharding: rows that go on at other ranks, as in `discounted_returns`.
 
     Returns:
         (targets, advantages), float32 in the shape of rewards. All arguments are constants.
@@ -324,11 +354,11 @@ def vtrace(
         TypeError, ValueError: as `discounted_returns`.
     """
     check.choice("masked_rewards", masked_rewards, MASKED_REWARDS)
-    call = _Call("vtrace", "rewards", rewards, mask, cu_seqlens, at_masked)
+    call = _Call("vtrace", "rewards", rewards, mask, cu_seqlens, at_masked, process_group, sharding)
     call.add("log_ratios", "log_ratios", log_ratios)
     call.add("values", "values", values)
     call.transitions(gamma, lam, next_values, terminated, done)
-    move = masked_rewards == "to-last-valid" and call.mask is not None
+    move = call.moves(masked_rewards)
     bars = {name: number(name, x, call.x, check.positive) for name, x in (("rho_bar", rho_bar), ("c_bar", c_bar))}
     return call.run_pair(ReturnsOptions("vtrace", call.at_masked, move=move), bars, out, ("targets", "advantages"))
 
@@ -338,9 +368,19 @@ class _Call:
     """The arguments of one call, checked one by one; then it runs."""
 
     def __init__(
-        self, function: str, name: str, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, at_masked: AtMasked
+        self,
+        function: str,
+        name: str,
+        x: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        at_masked: AtMasked,
+        process_group: ProcessGroup | None,
+        sharding: Sharding,
     ) -> None:
         check.choice("at_masked", at_masked, AT_MASKED)
+        check.choice("sharding", sharding, SHARDINGS)
+        self.group, self.sharding = process_group, sharding
         self.function, self.at_masked = function, at_masked
         self.x = check.constant(name, check.reals(name, x)).contiguous()
         if cu_seqlens is None and self.x.ndim != 2:
@@ -350,6 +390,10 @@ class _Call:
         self.rows = self.x.shape[0] if self.bounds is None else self.bounds.shape[0] - 1
         self.inputs: dict[str, Tensor | None] = {}
         self.numbers: dict[str, Number] = {"gamma": 1.0, "lam": 1.0, "scale": 1.0, "rho_bar": 1.0, "c_bar": 1.0}
+
+    def moves(self, masked_rewards: MaskedRewards) -> bool:
+        """Whether there may be rewards to be moved from masked tokens; some may be on another rank."""
+        return masked_rewards == "to-last-valid" and (self.mask is not None or self.group is not None)
 
     def add(self, field: str, name: str, x: Tensor | None, *, per_row: bool = False) -> None:
         """An optional tensor per token, or [B]."""
@@ -430,8 +474,10 @@ class _Call:
         outputs = self._outputs(given)
         backend = select("returns", self.x)
         inputs = ReturnsInputs(**{"rewards": self.x, **self.inputs})  # type: ignore[arg-type]
-        if backend != "cpu" and check.values_checked(self.x):  # whose kernel sees to it
+        if (backend != "cpu" or self.group is not None) and check.values_checked(self.x):  # whose kernel sees to it
             inputs.check_finite(self.mask)
+        if self.group is not None:
+            return self._across(inputs, options, numbers, outputs, backend, self.group, whiten=whiten)
         if whiten and check.values_checked(self.x):
             check_counted(self.x.numel() if self.mask is None else count_valid(self.mask), 1)
         values = list((self.numbers | numbers).values())
@@ -442,6 +488,29 @@ class _Call:
         results = (outputs[0], outputs[1] if pair else None)
         _returns_(*arguments, *results, backend)
         return results  # type: ignore[return-value]
+
+    def _across(
+        self,
+        inputs: ReturnsInputs,
+        options: ReturnsOptions,
+        numbers: dict[str, Number],
+        outputs: list[Tensor],
+        backend: str,
+        group: ProcessGroup,
+        *,
+        whiten: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Both results where the rows go on at other ranks."""
+        known = joined_all(*split_all(list((self.numbers | numbers).values())), backend)
+        shard = Shard(inputs, self.mask, self.bounds, known, options, self.sharding, backend)
+        first, second = sharded_scan(shard, Ranks.of(group))
+        found = [first, first.new_empty(0) if second is None else second]
+        for k, out in enumerate(outputs):
+            found[k] = out.copy_(found[k])
+            torch.autograd.graph.increment_version(out)
+        if whiten:
+            whiten_all(found[0], self.mask, process_group=group, out=found[0])
+        return found[0], found[1]
 
     def _outputs(self, given: dict[str, Any]) -> list[Tensor]:
         """The tensors that the results go to: memory of their own."""
