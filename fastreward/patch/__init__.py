@@ -1,11 +1,12 @@
 """Drop fastreward into an installed trainer: `fastreward.patch.trl()`, and no other change to a training script.
 
 Importing this package imports no trainer. Each patch returns a `Report` of what was replaced and what was left and why;
-`undo()` restores every binding, `status()` tells what is in place and how much it has served.
+`undo()` restores every binding, `status()` tells what is in place and how much it has served; `trl_callback()` logs it.
 """
 
 from __future__ import annotations
 
+from fastreward.patch._trl.callback import trl_callback
 from fastreward.patch.bindings import Entry, PatchRefused, Report, Status, status, undo
 from fastreward.patch.openrlhf import openrlhf, openrlhf_runtime_env
 from fastreward.patch.trl import trl
@@ -22,6 +23,7 @@ __all__ = [
     "openrlhf_runtime_env",
     "status",
     "trl",
+    "trl_callback",
     "undo",
     "verl",
 ]
