@@ -8,6 +8,7 @@ Losses, with their gradient in the same pass (a `PolicyLoss`):
     logits_policy_loss        from logits
     linear_policy_loss        from hidden states and LM head
     value_loss                of a critic's values
+    loss_normalizer           what a loss over the batches of several ranks is divided by
     preference_loss           from the log-probs of chosen and rejected responses: DPO, SimPO, ...
     Clip                      which clip acted on a token, where return_tokens=("clip",) asks
 Advantages and weights:
@@ -59,6 +60,7 @@ from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.linear_policy_loss import linear_policy_loss
 from fastreward.logits_policy_loss import logits_policy_loss
 from fastreward.logprobs import token_logprobs
+from fastreward.loss_normalizer import loss_normalizer
 from fastreward.policy_loss import policy_loss
 from fastreward.preference_loss import preference_loss
 from fastreward.returns import discounted_returns, gae, lambda_returns, vtrace
@@ -93,6 +95,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_token_logprobs",
     "logits_policy_loss",
+    "loss_normalizer",
     "losses",
     "off_policy_sequence_mask",
     "patch",

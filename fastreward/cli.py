@@ -107,6 +107,7 @@ def bench(
     """Time every operation beside its peers and the machine's limit. Nothing is timed before its results are equal.
 
     `bench busy`: two threads beside one on a busy machine. `bench small_calls`: what a call costs before its work.
+    `bench ranks`: a vocabulary split over two processes.
     """
     from fastreward import bench as room
     from fastreward.bench import report

@@ -68,7 +68,7 @@ def policy_loss(
             None: what the loss was published with (`loss.aggregation`; token-mean
             for ppo). Sequences without a counted token do not count. A loss per sequence counts for each of its tokens.
         normalizer: replaces that denominator as a whole (tokens; 1; sequences; sequences; sequences * T; groups), for
-            gradient accumulation and data parallelism.
+            gradient accumulation and data parallelism (`loss_normalizer`).
         ref_logprobs, kl, kl_coef: adds kl_coef * KL to the reference policy per token: "k1", "abs", "k2", "k3", with
             "+" the value of that estimator and k2's gradient, or "k3-corrected"; x = ref - logprob is clamped to +-20
             (see losses.kl).

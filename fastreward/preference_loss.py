@@ -73,8 +73,8 @@ def preference_loss(
         weights: constant factor of each pair's loss, [P].
         aggregation: "mean" over pairs, "sum", or "group-mean" (mean over groups of their means: MAH-DPO's dimensions).
             A pair counts where either side has a valid token.
-        normalizer: replaces that denominator (pairs; 1; groups), for gradient accumulation and data parallelism;
-            a number or a 0-d tensor, as are the loss's own numbers.
+        normalizer: replaces that denominator (pairs; 1; groups), for gradient accumulation and data parallelism
+            (`loss_normalizer`); a number or a 0-d tensor, as are the loss's own numbers.
         group_ids: [P] integers or any hashables, for group-mean and losses over groups.
         chosen_cu_seqlens, rejected_cu_seqlens: integers [P + 1], bounds of packed sequences.
         extra: what the loss reads as t.extra(name), [P] or numbers; chosen_extra, rejected_extra: per token of a side.

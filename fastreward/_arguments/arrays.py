@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -11,11 +12,12 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 
+from fastreward._arguments import check
 from fastreward._arguments.transforms import refuse_transforms, transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Kind = Literal["numpy", "cupy"]
+Kind = Literal["numpy", "cupy", "distributed"]
 
 
 def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
@@ -33,6 +35,8 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
         kind = next((k for k in map(array_kind, given) if k is not None), None)
         if kind is None:
             return function(*args, **kwargs)
+        if kind == "distributed":
+            _refuse_distributed(function, args, kwargs)
         _check_writable(kwargs.get("out"))
         tensors = cast(Any, [as_tensor(a) for a in args])
         named = cast(Any, {name: as_tensor(a) for name, a in kwargs.items()})
@@ -41,6 +45,14 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
         return result if mixed else cast(R, as_arrays(result, kind))
 
     return wrapper
+
+
+def _refuse_distributed(function: Callable[..., Any], args: Iterable[object], kwargs: dict[str, object]) -> None:
+    """Raises for the first DTensor among the arguments: a kernel would take this rank's part of it for all of it."""
+    named = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+    named |= named.pop("extra", None) or {} if isinstance(named.get("extra"), dict) else {}
+    for name, x in named.items():
+        check.plain(name, x)
 
 
 def _inside(values: Iterable[object]) -> list[object]:
@@ -59,9 +71,14 @@ def _check_writable(out: Any) -> None:
 
 
 def array_kind(x: object) -> Kind | None:
-    """ "numpy" or "cupy" for a numeric array, None for all else (object arrays of group ids stay what they are)."""
-    if type(x) is torch.Tensor or type(x).__name__ not in ("ndarray", "memmap"):
+    """ "numpy" or "cupy" for a numeric array, None for all else (object arrays of group ids stay what they are).
+
+    "distributed": a DTensor, which is none, and is refused.
+    """
+    if type(x) is torch.Tensor or type(x).__name__ not in ("ndarray", "memmap", "DTensor"):
         return None
+    if type(x).__name__ == "DTensor":
+        return "distributed"
     dtype = cast(Any, x).dtype
     if dtype.kind not in "fiub" or dtype.itemsize > 8:
         return None

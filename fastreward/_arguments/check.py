@@ -37,7 +37,19 @@ def tensor(name: str, x: object) -> Tensor:
         raise TypeError(
             f"{name}: expected a torch tensor (or a NumPy or CuPy array of numbers), got {type(x).__name__}{of}{hint}"
         )
+    if type(x) is not Tensor:
+        plain(name, x)
     return x
+
+
+def plain(name: str, x: object) -> None:
+    """`x` is no DTensor, of which a kernel would take this rank's part for all of it."""
+    if type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor with placements {getattr(x, 'placements', None)}; pass "
+            f"{name}.full_tensor(), or {name}.to_local() with process_group=mesh.get_group() where each rank holds its "
+            "slice of the vocabulary, its rollouts or its part of the tokens"
+        )
 
 
 def constant(name: str, x: Tensor) -> Tensor:

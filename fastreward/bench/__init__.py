@@ -31,12 +31,13 @@ OPERATIONS = (
     "returns",
     "prefix_tree",
 )
-BESIDES = ("busy", "small_calls")  # no operations: run where they are named, on the CPU
+BESIDES = ("busy", "small_calls", "ranks")  # no operations: run where they are named, on the CPU
 WITH_VOCABULARY = (
     "logprobs",
     "linear_logprobs",
     "logits_policy_loss",
     "linear_policy_loss",
+    "ranks",
 )  # their last dimension is V
 
 

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import fastreward as fr
 from fastreward import losses, recipes
@@ -96,6 +99,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
     ),
     "value_loss": (fr.value_loss, (LOGPROBS, OLD, OTHER, MASK), {"loss": "huber"}),
     "whiten": (fr.whiten, (OLD, MASK), {}),
+    "loss_normalizer": (fr.loss_normalizer, (MASK,), {"aggregation": "seq-mean-token-sum-norm"}),
     "segment_ids": (fr.segment_ids, (TOKENS,), {"separators": [2, 4], "mask": MASK}),
     "segment_reduce": (fr.segment_reduce, (OLD, TOKENS - 1), {"op": "max", "weights": MASK, "empty": -9.0}),
     "segment_diff": (fr.segment_diff, (OLD,), {"mask": MASK, "first": ADVANTAGES, "rewards": OTHER}),
@@ -275,3 +279,49 @@ def test_arrays_that_are_no_numbers_of_torch(dtype: Any) -> None:
     message = r"x: expected a torch tensor \(or a NumPy or CuPy array of numbers\), got ndarray of "
     with pytest.raises(TypeError, match=message):
         fr.whiten(np.ones((2, 3)).astype(dtype))
+
+
+# ------------------------------------------------------------------------------------------------- distributed tensors
+WHAT_TO_PASS = r": expected a plain tensor, got a DTensor .*\.full_tensor\(\), or .*\.to_local\(\) with process_group="
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Any]:
+    """A mesh of this process alone."""
+    if not dist.is_available():
+        pytest.skip("torch without torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_distributed_tensors_are_refused(name: str, mesh: Any) -> None:
+    """A kernel would take this rank's part for all of it; each argument alone, and the words say what to pass."""
+    function, args, kwargs = CALLS[name]
+
+    def distributed(x: torch.Tensor) -> torch.Tensor:
+        return DTensor.from_local(x, mesh, [Shard(x.ndim - 1) if x.ndim else Replicate()])
+
+    given = [((*args[:k], convert(x, distributed), *args[k + 1 :]), kwargs) for k, x in enumerate(args)]
+    given += [(args, {**kwargs, key: convert(x, distributed)}) for key, x in kwargs.items()]
+    for own, named in given:
+        if not any(isinstance(x, DTensor) for x in (*own, *named.values())):
+            continue
+        with pytest.raises(TypeError, match=WHAT_TO_PASS):
+            function(*own, **named)
+
+
+def test_distributed_tensors_inside_of_objects(mesh: Any) -> None:
+    ids, rewards = (DTensor.from_local(x, mesh, [Replicate()]) for x in (IDS, ADVANTAGES))
+    for call in (
+        lambda: fr.Groups(ids),
+        lambda: fr.Groups.by(ids, ids),
+        lambda: fr.EmaBaseline()(rewards, IDS),
+        lambda: fr.EmaBaseline()(ADVANTAGES, ids),
+        lambda: fr.PrefixTree(TOKENS, MASK, IDS).aggregate(rewards),
+        lambda: fr.policy_loss(LOGPROBS, OLD, ADVANTAGES, MASK, loss=losses.real(), group_ids=ids),
+        lambda: fr.rewards.clip(rewards, 0.0, 1.0),
+    ):
+        with pytest.raises(TypeError, match=WHAT_TO_PASS):
+            call()

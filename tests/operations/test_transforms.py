@@ -112,6 +112,7 @@ OPERATIONS = {
     "group_statistics": Operation(
         lambda x: fr.group_statistics(x, group_size=2, statistics=("mean",))["mean"], (normal(4),), gradient=False
     ),
+    "loss_normalizer": Operation(fr.loss_normalizer, (normal(B, T),), gradient=False, decision=True),
     "whiten": Operation(lambda x: fr.whiten(x, MASK), (normal(B, T),), gradient=False),
     "discounted_returns": Operation(lambda r: fr.discounted_returns(r, MASK), (normal(B, T),), gradient=False),
     "gae": Operation(lambda r, v: torch.stack(fr.gae(r, v, MASK)), (normal(B, T), normal(B, T)), gradient=False),

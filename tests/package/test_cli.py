@@ -209,7 +209,7 @@ def test_bench_sweeps_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert sweep("logprobs", (8, 999)) == [(8, 999)]
     result = _run("bench", "prefix_tree", "--sweep")
     assert result.exit_code == 2
-    assert "--sweep: busy, small_calls, prefix_tree have sizes of their own" in result.output
+    assert "--sweep: busy, small_calls, ranks, prefix_tree have sizes of their own" in result.output
 
 
 def test_bench_looks_where_it_will_write_before_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

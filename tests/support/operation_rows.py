@@ -266,6 +266,7 @@ ROWS = [
     Row("value_loss", "packed",
         lambda B, T: packed(B, T, "values", "old_values", "returns", grad=("values",))
         | {"loss": "huber", "delta": 0.1 * T, "clip": None, "aggregation": "seq-mean-token-mean"}),
+    Row("loss_normalizer", "sequences", lambda B, T: {"mask": mask(B, T), "aggregation": "seq-mean-token-sum-norm"}),
     Row("whiten", "masked", lambda B, T: {"x": torch.randn(B, T), "mask": mask(B, T), "eps": 0.1 * B}),
 ]  # fmt: skip
 
