@@ -9,9 +9,9 @@ itself are workers, one of
 
 Served: log-probs and entropies (`Actor.forward`, which makes no float32 copy of the logits, reads them once and skips
 prompts; `log_probs_from_logits`, `compute_entropy`), `PolicyLoss`, `ValueLoss`, `aggregate_loss` (SFTLoss's and the
-entropy bonus's too), `compute_approx_kl`, `compute_reward`, `masked_mean`, GAE, returns, group baselines, the
-normalisation of advantages and the length penalties of the experience maker. Conventions are OpenRLHF's: its sums decay
-through masked tokens, a deviation has ddof 1 and eps 1e-9, a group of one is NaN, estimates of the KL are cut at +-10.
+entropy bonus's too), `compute_approx_kl`, `compute_reward`, `masked_mean`, GAE, returns, group baselines, normalisation
+and length penalties of the experience maker, and `karmarkar_karp`. Conventions are OpenRLHF's: its sums decay through
+masked tokens, a deviation has ddof 1 and eps 1e-9, a group of one is NaN, estimates of the KL are cut at +-10.
 
 What differs: `output["logits"]` stay as the model gave them; entropies are 0 outside the action mask, advantages 0
 before the first action; NaN under a mask stays there; sums are made in float64. None of it is read by OpenRLHF.

@@ -30,8 +30,9 @@ def openrlhf(
     imported for it. Calling it again with the same options changes nothing. `fastreward.patch.undo()` takes it back.
 
     Args:
-        metrics: OpenRLHF logs how much fastreward has served: `fastreward/driver/...`, `fastreward/actor/...` and
-            `fastreward/critic/...` in its status, each with `Report.metrics()` of that process (rank 0 of a group).
+        metrics: OpenRLHF logs how much fastreward has served, with `Report.metrics()` of each process:
+            `fastreward/driver/...` in what goes to wandb and TensorBoard, `fastreward/actor/...` and
+            `fastreward/critic/...` (of rank 0) in its status.
         devices: kinds of device whose tensors are taken; others go to OpenRLHF's own functions.
         tell: called with a line for each function that is found not to be as expected and left alone; by default it is
             a RuntimeWarning. The report has them too.

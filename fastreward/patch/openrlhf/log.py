@@ -16,12 +16,16 @@ from fastreward.patch.openrlhf.source import Unrecognised, check_own
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """A method that returns a status to log, as a dict or first in a tuple, and whose process it is."""
+    """A method whose status gets the metrics: what it returns, or, with `given`, its argument of that name.
+
+    process: what the names say whose they are.
+    """
 
     module: str
     name: str
     process: str
     parameters: tuple[str, ...]
+    given: str = ""
 
     what = "itself, with Report.metrics()"
     why = "metrics=True asks for it"
@@ -38,7 +42,7 @@ class Logged:
         return self.name.rpartition(".")[2]
 
     def check_source(self, root: Path) -> None:
-        """Only what it returns matters, and that shows."""
+        """Only what it takes and returns matters, and that shows."""
 
     def owner(self, module: ModuleType) -> Any:
         """The class that has it; raises `Unrecognised` where there is none."""
@@ -57,18 +61,20 @@ class Logged:
         return value
 
     def bound(self, stock: Any, module: ModuleType, serving: Serving) -> Any:
-        """The method, whose status gets the metrics of this process."""
-        report = serving.report
+        """The method with the metrics of this process."""
+        signature, report = inspect.signature(stock), serving.report
 
         @functools.wraps(stock)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = stock(*args, **kwargs)
-            status = result[0] if isinstance(result, tuple) else result
-            if isinstance(status, dict):
-                status.update(_named(report, self.process))
-            return result
+        def logs(*args: Any, **kwargs: Any) -> Any:
+            call = signature.bind(*args, **kwargs)
+            call.arguments[self.given] = {**call.arguments[self.given], **_named(report, self.process)}
+            return stock(*call.args, **call.kwargs)
 
-        return call
+        @functools.wraps(stock)
+        def returns(*args: Any, **kwargs: Any) -> Any:
+            return {**stock(*args, **kwargs), **_named(report, self.process)}
+
+        return logs if self.given else returns
 
 
 def _named(report: Report, process: str) -> dict[str, float]:
@@ -76,13 +82,10 @@ def _named(report: Report, process: str) -> dict[str, float]:
     return {name.replace("/", f"/{process}/"): value for name, value in report.metrics().items()}
 
 
+# The trainer's own methods are out of reach: Ray has taken copies of them by the time their module is imported.
+_LOG: Final = ("openrlhf.utils.logging_utils", ("self", "global_step", "logs_dict"), "logs_dict")
 ROWS: Final = (
-    Logged(
-        "openrlhf.trainer.ppo_trainer",
-        "BasePPOTrainer.train_step",
-        "driver",
-        ("self", "rollout_samples", "global_step"),
-    ),
+    *(Logged(_LOG[0], f"{logger}.log_train", "driver", *_LOG[1:]) for logger in ("WandbLogger", "TensorboardLogger")),
     Logged("openrlhf.trainer.ray.ppo_actor", "ActorPPOTrainer.ppo_train", "actor", ("self", "kl_ctl")),
     Logged("openrlhf.trainer.ray.ppo_critic", "CriticPPOTrainer.ppo_train", "critic", ("self",)),
 )

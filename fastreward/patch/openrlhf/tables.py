@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any, Final
 
 from fastreward.patch.bindings import Entry
-from fastreward.patch.openrlhf import estimates, experience, length_penalties, losses, scores
+from fastreward.patch.openrlhf import balancing, estimates, experience, length_penalties, losses, scores
 from fastreward.patch.openrlhf.replacement import Replacement
 
 _UTILS: Final = "openrlhf.models.utils"
 _LOSS: Final = "openrlhf.models.loss"
 _ACTOR: Final = "openrlhf.models.actor"
 _MAKER: Final = "openrlhf.trainer.ppo_utils.experience_maker"
+_BALANCING: Final = "openrlhf.utils.seqlen_balancing"
 _PENALTY: Final = "openrlhf.trainer.ppo_utils.length_penalty"
 
 
@@ -106,6 +107,11 @@ REPLACEMENTS: Final = (
         _PENALTY, "apply_stop_properly_penalty", ("a6526d77ec13e89b",),
         length_penalties.stop_properly, "torch, all responses at once", "no look at each response's flag",
         tokens=_responses,
+    ),
+    Replacement(
+        _BALANCING, "karmarkar_karp", ("563a5315693a0dea",),
+        balancing.karmarkar_karp, "fastreward.balance_partitions", "largest differencing in C++; the same parts",
+        tokens=balancing.no_tokens,
     ),
 )  # fmt: skip
 
