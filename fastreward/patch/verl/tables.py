@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from fastreward.patch.bindings import Entry
-from fastreward.patch.verl import advantages, aggregation, balancing, linear, logprobs, losses, masked, rewards
+from fastreward.patch.verl import advantages, aggregation, balancing, linear, logprobs, losses, masked, padding, rewards
 from fastreward.patch.verl.replacement import Registration, Replacement
 
 _FILES: Final = (
@@ -17,6 +17,7 @@ _FILES: Final = (
     logprobs,
     linear,
     balancing,
+    padding,
 )
 REPLACEMENTS: Final[tuple[Replacement, ...]] = tuple(row for file in _FILES for row in file.REPLACEMENTS)
 REGISTRATIONS: Final[tuple[Registration, ...]] = ()
