@@ -10,21 +10,24 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Final
 
-from fastreward.patch.bindings import Entry, Patch, PatchRefused, Report, active, exchange, install
+from fastreward.patch.bindings import Entry, Patch, PatchRefused, Report, active, exchange, install, undo
 from fastreward.patch.imports import AfterImport, is_imported
+from fastreward.patch.verl import metrics as logged
 from fastreward.patch.verl import tables
 from fastreward.patch.verl.replacement import Registration, Replacement, Unrecognised
 
 _SERIES: Final = "0.9"
 
 
-def verl(*, tell: Callable[[str], None] | None = None) -> Report:
+def verl(*, metrics: bool = False, tell: Callable[[str], None] | None = None) -> Report:
     """Let verl's trainers compute through fastreward; see the module for what, and for what stays verl's.
 
     Modules of verl's that are imported already are served at once, the others as they are imported. Calling it again
     changes nothing. `fastreward.patch.undo()` takes it back.
 
     Args:
+        metrics: verl's metrics of each step, on the driver and of actor and critic, get `Report.metrics()`: how many
+            calls and tokens fastreward has served in the process since the patch, and in what part of the time.
         tell: called with a line for each function that is found not to be as expected and left alone; by default it is
             a RuntimeWarning. The report has them too.
 
@@ -35,11 +38,13 @@ def verl(*, tell: Callable[[str], None] | None = None) -> Report:
         PatchRefused: verl is not installed or not a 0.9. Nothing is changed then.
     """
     present = active("verl")
-    if present is not None:
+    if present is not None and present.options == {"metrics": metrics}:
         return present.report
+    if present is not None:
+        undo("verl")
     report = Report("verl", _supported_version())
-    patch = Patch(report, {}, "verl")
-    binding = _Binding(patch, tell or _warn)
+    patch = Patch(report, {"metrics": metrics}, "verl")
+    binding = _Binding(patch, tell or _warn, logged.REPLACEMENTS if metrics else ())
     patch.imports = AfterImport(binding.rows, binding.serve)
     report.kept += tables.KEPT
     install("verl", patch)
@@ -71,10 +76,10 @@ def _warn(line: str) -> None:
 class _Binding:
     """Rows of the tables by their module, each put in place when that is imported."""
 
-    def __init__(self, patch: Patch, tell: Callable[[str], None]) -> None:
+    def __init__(self, patch: Patch, tell: Callable[[str], None], asked_for: tuple[Replacement, ...] = ()) -> None:
         self.patch, self.report, self.tell = patch, patch.report, tell
         self.rows: dict[str, list[Replacement | Registration]] = defaultdict(list)
-        rows: tuple[Replacement | Registration, ...] = (*tables.REPLACEMENTS, *tables.REGISTRATIONS)
+        rows: tuple[Replacement | Registration, ...] = (*tables.REPLACEMENTS, *tables.REGISTRATIONS, *asked_for)
         for row in rows:
             self.rows[row.module].append(row)
 

@@ -4,6 +4,7 @@ verl imports it in the middle of its own import, in every process, and says noth
 this module does: one line on stderr of what is served, one for each function that could not be.
 
     FASTREWARD_VERL=off              this plugin does nothing
+    FASTREWARD_VERL=metrics          verl's metrics have what is served, as with metrics=True
     VERL_USE_EXTERNAL_PLUGINS=none   verl loads no plugin; a list of names without "fastreward" leaves this one out
 """
 
@@ -21,10 +22,11 @@ _OFF: Final = ("off", "0", "no", "false", "none")
 
 def apply() -> Report | None:
     """Apply the patch unless FASTREWARD_VERL says off, and say so; None: it is off or was refused."""
-    if os.environ.get("FASTREWARD_VERL", "on").strip().lower() in _OFF:
+    setting = os.environ.get("FASTREWARD_VERL", "on").strip().lower()
+    if setting in _OFF:
         return None
     try:
-        report = verl(tell=warn)
+        report = verl(metrics=setting == "metrics", tell=warn)
     except PatchRefused as refusal:
         warn(str(refusal))
         return None
