@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +91,21 @@ def test_compose_advantages() -> None:
     output = _run("compose_advantages.py", "--steps", "3", "--prompts", "2", "--generations", "4")
     assert "the teacher's: 33%" in output
     assert len(re.findall(r"\d+%", output)) == 1 + 3 * 3
+
+
+@pytest.mark.slow
+def test_verl_driver(tmp_path: Path) -> None:
+    """Every step of both sides, equal numbers, and the same rows in the table and in the file."""
+    pytest.importorskip("verl")
+    written = tmp_path / "figures.json"
+    options = ("--batch", "16", "--length", "64", "--prompt", "16", "--json", str(written))
+    command = [sys.executable, str(EXAMPLES / "verl_driver.py"), *options]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    rows = {row["step"]: row for row in json.loads(written.read_text())["rows"]}
+    assert len(rows) == 11
+    assert all(row["difference"] < 1e-5 and min(row["seconds"].values()) > 0 for row in rows.values())
+    assert rows["all"]["seconds"]["verl"] == pytest.approx(
+        sum(rows[x]["seconds"]["verl"] for x in ("driver", "workers"))
+    )
+    assert re.search(r"fastreward served \d+ calls", run.stdout)
