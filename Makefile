@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Two things at a time: compiling beside installing, linting beside the first tests.
 MAKEFLAGS += --jobs=2
 
-.PHONY: demo test interpreted check bench lint build clean
+.PHONY: demo test interpreted check bench lint build clean compat
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -83,6 +83,10 @@ lint: $(STAMP)
 
 bench: $(STAMP) $(PEERS)
 	$(BIN)/fastreward bench
+
+# Every version of the trainers, torch, Python and Triton that is claimed, each in an environment of its own: hours.
+compat: $(STAMP) $(PEERS)
+	$(BIN)/python tools/compat
 
 clean:
 	rm -rf $(VENV) build dist demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -202,6 +202,18 @@ def test_every_recipe_that_fits_is_that_recipe(batch: dict[str, Any], name: str)
     assert metrics["pg_loss"] == loss
 
 
+@pytest.mark.parametrize("name", ["gmpo", "vespo", "ppo"])
+def test_means_over_samples_of_losses_that_read_weights_themselves(batch: dict[str, Any], name: str) -> None:
+    args = formulas.options(fastreward_loss=name)
+    loss, _ = slime.loss(args, batch, batch["logits"], formulas.reducer(LENGTHS, batch["loss_masks"]))
+    logits, totals = batch["logits"], batch["total_lengths"]
+    logprobs, _ = formulas.responses(logits, batch["unconcat_tokens"], totals, LENGTHS, 1.0)
+    given = [torch.cat(x) for x in (logprobs, batch["log_probs"], batch["advantages"], batch["loss_masks"])]
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
+    expected = RECIPES[name].function(*given, cu_seqlens=bounds, aggregation="seq-mean-token-mean", normalizer=1)
+    torch.testing.assert_close(loss, expected.loss)
+
+
 def test_a_recipe_with_options_and_what_the_batch_has_for_it(
     batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

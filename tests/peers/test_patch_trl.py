@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from checkout import ROOT
+from compat import largest
 
 pytest.importorskip("trl")
 pytest.importorskip("reasoning_gym")
@@ -32,6 +33,7 @@ from rich.console import Console  # noqa: E402
 from fastreward import patch  # noqa: E402
 from fastreward.patch import bindings, measure  # noqa: E402
 
+UTILS = "trl.trainer.utils"
 FUNCTIONS = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
 REBOUND = ("_ChunkedLogProbFunction", "_use_triton", *FUNCTIONS)
 COMPARED = {"reward", "reward_std", "kl", "entropy", "grad_norm", "policy_loss", "clip_ratio/region_mean"}
@@ -156,9 +158,9 @@ def test_head_equals_trl(utils: Any, outputs: tuple[str, ...], softcap: float | 
         assert (ours is None) == (theirs is None)
         if theirs is not None:
             assert ours.dtype == theirs.dtype
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(head_gradients(found, arguments), head_gradients(expected, arguments), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    name, gradients = f"{UTILS}._ChunkedLogProbFunction", [head_gradients(x, arguments) for x in (found, expected)]
+    largest(name, list(found), list(expected), rtol=1e-5, atol=1e-5)
+    largest(name, *map(list, gradients), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -256,8 +258,8 @@ def test_selective_log_softmax(utils: Any, count: int | None, masked: bool, dtyp
     upstream = torch.linspace(-1, 1, found.numel()).reshape(found.shape)
     gradients = [torch.autograd.grad((x.float() * upstream).sum(), logits)[0] for x in (found, expected)]
     if dtype == torch.float32:
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+        largest(f"{UTILS}.selective_log_softmax", found, expected, rtol=1e-5, atol=1e-5)
+        largest(f"{UTILS}.selective_log_softmax", *gradients, rtol=1e-4, atol=1e-5)
         return
     truth = (logits.detach().double() / 0.8).log_softmax(-1).gather(-1, index.reshape(3, 8, -1)).reshape(index.shape)
     truth = truth if mask is None else truth * mask
@@ -274,11 +276,12 @@ def test_entropy(utils: Any, requires_grad: bool) -> None:
     expected = (*utils.selective_log_softmax_and_entropy(*arguments), utils.entropy_from_logits(logits))
     patch.trl()
     found = (*utils.selective_log_softmax_and_entropy(*arguments), utils.entropy_from_logits(logits))
-    for ours, theirs in zip(found, expected, strict=True):
+    names = ("selective_log_softmax_and_entropy",) * 2 + ("entropy_from_logits",)
+    for name, ours, theirs in zip(names, found, expected, strict=True):
         assert ours.requires_grad == theirs.requires_grad
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        largest(f"{UTILS}.{name}", ours, theirs, rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad(sum(x.square().sum() for x in r), logits)[0] for r in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    largest(f"{UTILS}.{names[0]}", *gradients, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
