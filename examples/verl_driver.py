@@ -259,11 +259,15 @@ def _memory(name: str, *, reset: bool = False) -> int:
     return int(line.split()[1]) * 1024
 
 
-def run(verl: Verl, data: Any, estimator: str, step: Callable[[str], None]) -> Iterator[tuple[str, Step]]:
+def run(
+    verl: Verl, data: Any, estimator: str, workers: bool, step: Callable[[str], None]
+) -> Iterator[tuple[str, Step]]:
     """All steps over one batch, which they change."""
     for name, call in zip(DRIVER, (balance, kl_penalty, rollout_correction, advantage), strict=True):
         step(name)
         yield name, measured(partial(call, verl, data, estimator))
+    if not workers:
+        return
     batches: list[Any] = []
     step(WORKERS[0])
     yield WORKERS[0], measured(partial(micro_batches, verl, data, batches))
@@ -299,7 +303,9 @@ def rows(sides: dict[str, dict[str, Step]]) -> list[dict[str, Any]]:
         }
         for name in stock
     ]
-    sums = {"driver, scores to advantages": DRIVER[1:], "driver": DRIVER, "workers": WORKERS, "all": DRIVER + WORKERS}
+    sums = {"driver, scores to advantages": DRIVER[1:], "driver": DRIVER}
+    if WORKERS[0] in stock:
+        sums |= {"workers": WORKERS, "all": DRIVER + WORKERS}
     for title, names in sums.items():
         part = [row for row in found if row["step"] in names]
         found.append(
@@ -337,6 +343,7 @@ def main(
     prompt: Annotated[int, typer.Option(min=2, help="The longest prompt.")] = 128,
     group: Annotated[int, typer.Option(min=1, help="Rollouts of a prompt.")] = 8,
     estimator: Annotated[str, typer.Option(help="algorithm.adv_estimator: gae, grpo, rloo, ...")] = "gae",
+    workers: Annotated[bool, typer.Option(help="Also what the workers do, or the driver alone.")] = True,
     output: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
 ) -> None:
     """Time verl's driver and worker functions on the CPU, stock and under fastreward.patch.verl()."""
@@ -350,11 +357,11 @@ def main(
         for side in SIDES:
             if side != "verl":
                 patch.verl()
-            for _ in run(verl, rollouts(verl, RANKS, 16, 8, 2), estimator, lambda _: None):
+            for _ in run(verl, rollouts(verl, RANKS, 16, 8, 2), estimator, workers, lambda _: None):
                 pass  # the first calls of each kind: imports, threads, a loss that is made into a program
             data = rollouts(verl, batch, length, prompt, group)
             sides[side] = {}
-            for name, step in run(verl, data, estimator, partial(_tell, progress, bar, side)):
+            for name, step in run(verl, data, estimator, workers, partial(_tell, progress, bar, side)):
                 sides[side][name] = step
                 progress.advance(bar)
         status = patch.status()["verl"]
