@@ -57,12 +57,11 @@ class Slices:
         """
         names = [*_ALWAYS, *(name for output, name in _FOR.items() if flags & FLAG[output])]
         places = [STATE.index(name) for name in names]
-        sent = state[:, places].float()
-        if columns is not None:
-            sent = torch.cat([sent, columns.float().unsqueeze(-1)], -1)
-        received = self.ranks.gather(sent)
+        sent = [state[:, place] for place in places] + ([] if columns is None else [columns])
+        received = self.ranks.gather(torch.stack([x.float() for x in sent], -1))
         states = state.new_zeros((self.ranks.count, *state.shape))
-        states[:, :, places] = received[:, :, : len(places)].double()
+        for k, place in enumerate(places):  # not by a list, which would be copied to a GPU, and waited for
+            states[:, :, place] = received[:, :, k].double()
         states[:, :, STATE.index("argmax")] += self.starts.unsqueeze(-1)
         merged = merge(states, inverse)
         merged[:, STATE.index("sum_logit")] /= self.vocab if columns is None else received[:, :, -1].double().sum(0)

@@ -110,7 +110,8 @@ def refused_together(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _integers(numbers: Sequence[int | Tensor], device: torch.device) -> Tensor:
-    """i64 [n]; what is on the device stays there."""
-    if all(isinstance(x, int) for x in numbers):
-        return torch.tensor(numbers, dtype=torch.int64, device=device)
-    return torch.stack([torch.as_tensor(x, dtype=torch.int64, device=device) for x in numbers])
+    """i64 [n]; what is on the device stays there, and nothing is copied to a GPU, which would be waited for."""
+    if device.type == "cpu" and all(isinstance(x, int) for x in numbers):
+        return torch.tensor(numbers, dtype=torch.int64)
+    made = (x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device=device) for x in numbers)
+    return torch.stack([x.long() for x in made])

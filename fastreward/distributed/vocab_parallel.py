@@ -123,7 +123,7 @@ def _id_logprobs(logits: Tensor, own: Shard, slices: Slices, merged: Tensor, inv
         return logits.new_empty((own.labels.shape[0], 0), dtype=torch.float32)
     found = slices.largest(_kept_logits(logits, own, own.token_ids, slices)).double()
     scale = inverse.unsqueeze(-1) if isinstance(inverse, Tensor) else inverse
-    peak, total = (merged[:, [STATE.index(name)]] for name in ("max", "sum_exp"))
+    peak, total = (merged[:, STATE.index(name)].unsqueeze(-1) for name in ("max", "sum_exp"))
     ids = own.token_ids + slices.start
     known = (ids >= 0) & (ids < slices.vocab)
     return torch.where(known, (found - peak) * scale - total.log(), torch.nan).float()
