@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ def call(
     leaves: Mapping[str, Any] | None = None,
     upstream: Mapping[str, torch.Tensor] | None = None,
     copied: bool = False,
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """An operation over the group (None: on one process): its tensors by name, and the gradients of `leaves`.
 
     leaves: arguments that want a gradient, by name; the first ones where `args` follow. copied: they are no leaves of
-    autograd themselves. upstream: by output; None: 1 for the `loss`, if there is one.
+    autograd themselves. backend: by hand. upstream: by output; None: 1 for the `loss`, if there is one.
     """
     function: Any = fr
     for name in operation.split("."):
@@ -33,7 +35,8 @@ def call(
     given = dict(options or {}) if group is None else {**(options or {}), "process_group": group}
     inputs = {name: x * 1.0 if copied else x for name, x in leaves.items()}
     given |= dict(named or {})
-    found = tensors(function(*inputs.values(), *args, **given) if args else function(**inputs, **given))
+    with fr.backend(backend) if backend is not None else nullcontext():  # type: ignore[arg-type]
+        found = tensors(function(*inputs.values(), *args, **given) if args else function(**inputs, **given))
     total = found.get("loss") if upstream is None else sum((found[k] * x).sum() for k, x in upstream.items())
     if total is not None and leaves:
         total.backward()
@@ -49,6 +52,26 @@ def inplace(group: Any, *, logits: torch.Tensor, labels: torch.Tensor, **options
     stats.logprobs.square().sum().backward()
     assert leaf.grad is not None
     return {"same": torch.equal(memory.detach(), leaf.grad), "grad": leaf.grad}
+
+
+def sharded_head(group: Any, *, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """A DTensor head as the words of the error say: whole, and its local rows over the mesh's group."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = DeviceMesh.from_group(group, "cpu")
+    head = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    refused = ""
+    try:
+        fr.linear_token_logprobs(hidden, head, labels)
+    except TypeError as error:
+        refused = str(error)
+    whole = fr.linear_token_logprobs(hidden, head.full_tensor(), labels).logprobs
+    local = fr.linear_token_logprobs(hidden, head.to_local(), labels, process_group=mesh.get_group()).logprobs
+    local.square().sum().backward()
+    assert head.grad is not None
+    grad = head.grad.full_tensor()  # type: ignore[attr-defined]
+    return {"refused": refused, "whole": whole.detach(), "local": local.detach(), "grad": grad}
 
 
 def twice(group: Any, *, logits: torch.Tensor, labels: torch.Tensor) -> None:
