@@ -100,7 +100,7 @@ def test_half_precision_and_temperature_per_token(dtype: torch.dtype, ranks: Ran
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-39, 1e39, 1e300])
 def test_extreme_temperatures(temperature: float, ranks: RankPool) -> None:
-    logits = torch.tensor([[0.0] * 8 + [1e4, -1e30], [0.0] * 10, [3.0, -torch.inf] * 5])
+    logits = torch.tensor([[0.0] * 8 + [1e9, -1e30], [0.0] * 10, [3.0, -torch.inf] * 5])
     outputs = ("logprobs", "entropy", "log_sum_sq_probs")
     compare(ranks, [3, 7], logits, torch.tensor([8, 0, 2]), {"temperature": temperature, "outputs": outputs}, {})
 
