@@ -84,17 +84,10 @@ def vespo(
 
 @losses.define
 def rloo(t: Terms, clip_low: float, clip_high: float) -> Node:
-    """PPO-clip on the ratio of whole completions: exp(sum of log-probs - t.extra("old_logps"))."""
-    ratio = exp(seq_sum(t.logprob) - t.extra("old_logps", per="sequence"))
-    value = clipped_surrogate(t, ratio, t.advantage, clip_low, clip_high)
-    low, high = t.reported["clip_fraction_low"], t.reported["clip_fraction_high"]
-    t.report(
-        low_sum=_total(low),
-        high_sum=_total(high),
-        low_min=batch_min(_number(low)),
-        high_max=batch_max(_number(high)),
-        entropy_sum=_total(t.entropy),
-    )
+    """PPO-clip on whole completions: what is a token here is the summed log-prob of one of them."""
+    value = losses.ppo(clip_low, clip_high, log_ratio_clamp=None)(t)
+    low, high = _number(t.reported["clip_fraction_low"]), _number(t.reported["clip_fraction_high"])
+    t.report(low_sum=_total(low), high_sum=_total(high), low_min=batch_min(low), high_max=batch_max(high))
     return value
 
 

@@ -323,29 +323,27 @@ class RLOOLoss(TrainerLoss):
 
     def compute(self, trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The loss; the metrics go to the trainer."""
-        mask, advantages = inputs["completion_mask"], inputs["advantages"]
+        mask = inputs["completion_mask"]
         logprobs, entropies, aux_loss = _scores(trainer, model, inputs)
-        rows = mask.shape[0]
-        batch = Batch(logprobs, mask, advantages, entropies.detach(), extra={"old_logps": inputs["old_logps"]})
+        # Summed in float32 as TRL does, and as it has summed the old ones: at thousands of tokens the rounding of such
+        # a sum is seen in the ratio, which has to be 1 where nothing has changed.
+        whole = (logprobs * mask).sum(1).unsqueeze(0)
+        every = torch.ones_like(whole, dtype=torch.bool)
+        old = inputs["old_logps"].unsqueeze(0)
+        batch = Batch(whole, every, inputs["advantages"].unsqueeze(0), torch.zeros_like(old), old_logprobs=old)
         chosen = objective.rloo(float(trainer.epsilon_low), float(trainer.epsilon_high))
-        loss, sums = self.run(batch, chosen, "seq-mean-token-mean", float(rows))
-        sums = _of_nothing(sums, mask)
-        # A sequence without a token counts with a ratio of 1: no gradient, but its advantage is in the mean.
-        empty = mask.sum(-1) == 0
-        constant: Tensor = torch.where(empty, advantages, 0.0).sum() / rows
-        loss = loss - constant
+        loss, sums = self.run(batch, chosen, "token-mean", None)
         metrics: Any = trainer._metrics["train" if trainer.model.training else "eval"]
         if aux_loss is not None:
             loss = loss + float(trainer.router_aux_loss_coef) * aux_loss
             metrics["aux_loss"].append(trainer.accelerator.gather_for_metrics(aux_loss).mean().item())
-        count = mask.sum().float()
-        every = torch.full_like(count, rows)
+        count = every.sum().float()
         means = {
-            "entropy": (sums["entropy_sum"], count),
-            "clip_ratio/low_mean": (sums["low_sum"], every),
-            "clip_ratio/high_mean": (sums["high_sum"], every),
+            "entropy": ((entropies.detach() * mask).sum(), mask.sum().float()),
+            "clip_ratio/low_mean": (sums["low_sum"], count),
+            "clip_ratio/high_mean": (sums["high_sum"], count),
         }
-        found = _means(trainer, means) | _extremes(trainer, sums, empty.any())
+        found = _means(trainer, means) | _extremes(trainer, sums, None)
         found["clip_ratio/region_mean"] = found["clip_ratio/low_mean"] + found["clip_ratio/high_mean"]
         for name in ("entropy", *_CLIP_RATIOS):
             metrics[name].append(found[name])
