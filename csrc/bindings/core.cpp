@@ -14,6 +14,7 @@ PYBIND11_MODULE(_core, m) {
   fastreward::register_logprobs(m);
   fastreward::register_program(m);
   fastreward::register_logits_policy_loss(m);
+  fastreward::register_divergence(m);
   fastreward::register_group(m);
   fastreward::register_balance(m);
   fastreward::register_whiten(m);

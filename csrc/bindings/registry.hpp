@@ -8,6 +8,7 @@ namespace fastreward {
 void register_logprobs(pybind11::module_& m);
 void register_program(pybind11::module_& m);
 void register_logits_policy_loss(pybind11::module_& m);
+void register_divergence(pybind11::module_& m);
 void register_group(pybind11::module_& m);
 void register_balance(pybind11::module_& m);
 void register_prefix_tree(pybind11::module_& m);

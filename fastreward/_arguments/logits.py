@@ -16,19 +16,24 @@ _COLDEST, _HOTTEST = 1e-300, 1e300
 
 def check_logits(logits: Tensor, labels: Tensor, *, sliced: bool = False) -> None:
     """Logits [..., V] that kernels take as they are, and integer labels [...]. sliced: V may be 0, others have more."""
-    check.dtype("logits", check.tensor("logits", logits), LOGITS_DTYPES)
+    check_rows(logits, sliced=sliced)
     check.integers("labels", labels)
-    if logits.ndim < 1 or (logits.shape[-1] == 0 and not sliced):
-        raise ValueError(f"logits: expected shape [..., V] with V > 0, got {list(logits.shape)}")
     check.shape("labels", labels, logits.shape[:-1], "the logits' shape without V")
     check.same_device("labels", labels, "logits", logits)
-    check_unit_stride(logits)
 
 
-def check_unit_stride(logits: Tensor) -> None:
+def check_rows(logits: Tensor, name: str = "logits", *, sliced: bool = False) -> None:
+    """Logits [..., V] that kernels take as they are."""
+    check.dtype(name, check.tensor(name, logits), LOGITS_DTYPES)
+    if logits.ndim < 1 or (logits.shape[-1] == 0 and not sliced):
+        raise ValueError(f"{name}: expected shape [..., V] with V > 0, got {list(logits.shape)}")
+    check_unit_stride(logits, name)
+
+
+def check_unit_stride(logits: Tensor, name: str = "logits") -> None:
     """A row of logits is contiguous."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel():
-        raise ValueError(f"logits: expected unit stride along V, got {logits.stride(-1)}; call .contiguous() first")
+        raise ValueError(f"{name}: expected unit stride along V, got {logits.stride(-1)}; call .contiguous() first")
 
 
 def check_own_memory(logits: Tensor) -> None:

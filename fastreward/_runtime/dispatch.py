@@ -34,6 +34,7 @@ OPERATIONS: Final = (
     "value_loss",
     "correction",
     "group",
+    "divergence",
     "whiten",
     "segments",
     "rewards",
@@ -62,6 +63,8 @@ _KERNELS: Final = {
 }
 #: Parts of operations that a backend has no kernels of, on whatever machine, and what serves instead.
 _ABSENT: Final = {
+    ("divergence", "triton"): "there is no Triton kernel of it yet; move the logits to the CPU",
+    ("divergence", "cuda"): "there is no CUDA C++ kernel of it yet; move the logits to the CPU",
     ("prefix_tree_build", "cuda"): (
         "no CUDA C++ kernel builds or packs trees, Triton's do; build and pack under fastreward.backend('triton'), "
         "and what is computed on the tree may be cuda's"
@@ -117,6 +120,8 @@ def select(operation: str, tensor: torch.Tensor, maker: Backend | None = None) -
 
 @overload
 def implementation(operation: Literal["logprobs", "linear_logprobs"], name: str) -> protocols.LogprobsKernels: ...
+@overload
+def implementation(operation: Literal["divergence"], name: str) -> protocols.DivergenceKernels: ...
 @overload
 def implementation(operation: Literal["group"], name: str) -> protocols.GroupKernels: ...
 @overload

@@ -7,11 +7,12 @@ Arguments are validated already. Functions never synchronise the device and allo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from fastreward._arguments.divergence import DivergenceCall
 from fastreward._arguments.options import (
     AdvantageOptions,
     AggregateOptions,
@@ -77,6 +78,36 @@ class LogprobsKernels(Protocol):
         self, state: Tensor, inv_temperature: float | Tensor, vocab_size: int, flags: int
     ) -> tuple[Tensor, Tensor]:
         """(values f32 [8, N], indices i64 [2, N]) of the merged state."""
+
+
+class DivergenceKernels(Protocol):
+    """Divergences of two distributions over the vocabulary by programs of the loss language, and their gradient."""
+
+    def forward(
+        self,
+        programs: Any,  # language.divergence_programs.DivergencePrograms
+        logits: Tensor,  # [N, V] f32, bf16 or f16, unit column stride, any row stride
+        teacher_logits: Tensor,  # the same, of any of these dtypes
+        call: DivergenceCall,
+        sums: int,  # of which derivatives: none, those for log p, those for log q too
+        statistics: bool,  # whether entropies, log-probs of the labels and agreement are wanted
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(programs.values[sums]'s outputs f32 [1 + sums, N], both sides' values f32 [8, N], agreement f32 [N])."""
+
+    def backward(
+        self,
+        program: Any,  # its output: the gradient per token of the vocabulary
+        parameters: Sequence[str],  # names of call.parameters
+        logits: Tensor,
+        teacher_logits: Tensor,
+        call: DivergenceCall,
+        student: Tensor,  # [8, N] f32, the forward's
+        teacher: Tensor,
+        inputs: Mapping[str, Tensor],  # f32 [N] each, what the program reads of a row
+        label_gradients: Tensor | None,  # f32 [N], added at the label
+        grad_logits: Tensor,  # [N, V], out; may be either side's logits
+    ) -> None:
+        """Write every element of grad_logits: 0 in masked rows."""
 
 
 class GroupKernels(Protocol):

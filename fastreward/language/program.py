@@ -136,10 +136,15 @@ def without_stop_gradient(roots: Sequence[Node], sides: int = 1) -> list[Node]:
     copy: dict[int, Node] = {}
     for node in walk(roots):
         args = [copy[a.id] for a in node.args]
-        copy[node.id] = (
-            args[0] if node.op == "stop_gradient" else _copy_leaf(graph, node) if not args else _copy(graph, node, args)
-        )
+        copy[node.id] = args[0] if node.op == "stop_gradient" else copied(graph, node, args)
     return [copy[n.id] for n in roots]
+
+
+def copied(graph: Graph, node: Node, args: list[Node]) -> Node:
+    """The node on another graph, with these arguments."""
+    if not args:
+        return _copy_leaf(graph, node)
+    return graph.reduce(node.op, *args) if node.op in REDUCTIONS else graph.call(node.op, *args)
 
 
 def _copy_leaf(graph: Graph, node: Node) -> Node:
@@ -150,10 +155,6 @@ def _copy_leaf(graph: Graph, node: Node) -> Node:
         return graph.truth(node.value) if node.boolean else graph.constant(node.value)
     assert node.name is not None
     return graph.parameter(node.name) if node.op == "parameter" else graph.input(node.name, node.level, node.side)
-
-
-def _copy(graph: Graph, node: Node, args: list[Node]) -> Node:
-    return graph.reduce(node.op, *args) if node.op in REDUCTIONS else graph.call(node.op, *args)
 
 
 def _in_pass(node: Node) -> bool:

@@ -26,6 +26,8 @@ _SOURCES: Final = {
     "value": "values",
     "old_value": "old_values",
     "returns": "returns",
+    "log_p": "logits",
+    "log_q": "teacher_logits",
 }
 _PAIR_SOURCES: Final = {
     "logprob": "{side}_logprobs",
@@ -36,6 +38,7 @@ _PAIR_SOURCES: Final = {
 _PER_TOKEN: Final = (
     *("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "entropy"),
     *("value", "old_value", "returns"),
+    *("log_p", "log_q"),
 )
 #: What a call gives beside extras, of a pair on each side.
 TERMS: Final = tuple(_SOURCES)
@@ -135,10 +138,11 @@ class Terms(_Inputs):
     valid tokens, per sequence. extra(name): the caller's own. Gradients flow through logprob and entropy.
 
     A loss of a critic, for `value_loss`, is written with value, old_value and returns instead; its gradient flows
-    through value.
+    through value. A divergence, for `token_divergence`, is written with log_p and log_q, the student's and the
+    teacher's log-prob of one token of the vocabulary, and p and q, their exponentials.
     """
 
-    NAMES: Final = (*_SOURCES, "log_ratio", "ratio", "length", "extra", "report")
+    NAMES: Final = (*_SOURCES, "log_ratio", "ratio", "p", "q", "length", "extra", "report")
 
     def __init__(
         self,
@@ -161,6 +165,16 @@ class Terms(_Inputs):
     def ratio(self) -> Node:
         """exp(log_ratio) with the log-ratio clamped to +-20, gradient 0 beyond."""
         return exp(clip(self.log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
+
+    @property
+    def p(self) -> Node:
+        """exp(log_p), the student's probability of a token of the vocabulary."""
+        return exp(self.log_p)
+
+    @property
+    def q(self) -> Node:
+        """exp(log_q), the teacher's."""
+        return exp(self.log_q)
 
     @property
     def length(self) -> Node:

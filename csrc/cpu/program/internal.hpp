@@ -71,4 +71,24 @@ class TokenProgram {
   Linked* linked_;
 };
 
+// A program of one pass, without groups, run over the tokens of one sequence after the other by one thread, for callers
+// that make the tokens block by block.
+class BlockProgram {
+ public:
+  // inputs, outputs: one per code.inputs, code.outputs; those per token have room for kProgramChunk floats, which the
+  // caller fills and reads block by block, those per sequence for one.
+  BlockProgram(const ProgramCode& code, const double* scalars, const float* const* inputs, float* const* outputs);
+  ~BlockProgram();
+  BlockProgram(const BlockProgram&) = delete;
+  BlockProgram& operator=(const BlockProgram&) = delete;
+
+  void begin();       // a sequence: its inputs are in place
+  void block(int n);  // its next n <= kProgramChunk tokens
+  void end();         // writes the outputs per sequence
+
+ private:
+  struct Linked;
+  Linked* linked_;
+};
+
 }  // namespace fastreward::FASTREWARD_ISA::program

@@ -8,17 +8,16 @@
 // zeros, and the number of threads changes nothing.
 #include <cstring>
 #include <initializer_list>
-#include <limits>
 
 #include "cpu/program/registers.hpp"
 #include "cpu/program/chunks.hpp"
+#include "cpu/program/totals.hpp"
 
 namespace fastreward::FASTREWARD_ISA::program {
 namespace {
 
 using namespace simd;
 
-constexpr double kInf = std::numeric_limits<double>::infinity();
 // Inputs are fetched this many tiles ahead: hardware stops at each 4 KiB page of several streams.
 constexpr int kAhead = 512 / kTile;
 
@@ -30,80 +29,6 @@ struct Pass {
   const Chunks& chunks;
   double* sums;  // [chunks, reductions]
   bool large;    // the outputs
-};
-
-// -------------------------------------------------------------------------------------------- a thread's reductions
-class Totals {
- public:
-  explicit Totals(const Registers& registers) : totals_(registers.size()), pairs_(registers.step().tile.size) {
-    for (const bool sums : {true, false}) {
-      for (int k = 0; k < registers.size(); ++k) {
-        if (registers.kind(k) != OperandKind::reduction) continue;
-        const ReductionKind kind = registers.step().reductions[registers.index(k)].kind;
-        if ((kind == ReductionKind::sum) == sums)
-          totals_[count_++] = {&registers.accumulator(k), kind, registers.index(k)};
-      }
-      if (sums) sum_count_ = count_;
-    }
-    for (const TokenInstruction& i : registers.step().tile)
-      if (i.op == TokenOp::k_sum_extremes)
-        pairs_[pair_count_++] = {registers.index(i.x), registers.index(i.y), registers.index(i.z)};
-  }
-
-  void reset() {
-    for (int k = 0; k < count_; ++k) {
-      const ReductionKind kind = totals_[k].kind;
-      const double first = kind == ReductionKind::minimum ? kInf : kind == ReductionKind::maximum ? -kInf : 0.0;
-      Accumulator& a = *totals_[k].at;
-      store(a.run, f32(static_cast<float>(first)));
-      store(a.total, f64(0.0)), store(a.total + kF64, f64(0.0));
-      a.count = 0;
-      a.nan = false;
-    }
-  }
-
-  // From float to float64.
-  void flush() {
-    for (int k = 0; k < sum_count_; ++k) {
-      Accumulator& a = *totals_[k].at;
-      const F32 run = load(a.run);
-      store(a.total, load(a.total) + lower_f64(run));
-      store(a.total + kF64, load(a.total + kF64) + upper_f64(run));
-      store(a.run, f32(0.0f));
-    }
-  }
-
-  void write(double* sums) const {
-    for (int k = 0; k < count_; ++k) sums[totals_[k].index] = value_of(*totals_[k].at, totals_[k].kind);
-    for (int k = 0; k < pair_count_; ++k) {  // where extremes are taken along with a sum, the sum alone has met a NaN
-      const double sum = sums[pairs_[k].sum];
-      if (sum != sum) sums[pairs_[k].least] = sums[pairs_[k].most] = sum;
-    }
-  }
-
- private:
-  struct Total {
-    Accumulator* at;
-    ReductionKind kind;
-    int index;  // of the reduction
-  };
-  struct Together {
-    int sum, least, most;
-  };
-
-  static double value_of(const Accumulator& a, ReductionKind kind) {
-    if (a.nan) return std::numeric_limits<double>::quiet_NaN();
-    switch (kind) {
-      case ReductionKind::sum: return fold_sum(load(a.total) + load(a.total + kF64));
-      case ReductionKind::minimum: return -static_cast<double>(fold_maximum(-load(a.run)));
-      case ReductionKind::maximum: return static_cast<double>(fold_maximum(load(a.run)));
-      default: return static_cast<double>(a.count);
-    }
-  }
-
-  Buffer<Total> totals_;  // sums first
-  Buffer<Together> pairs_;
-  int sum_count_ = 0, count_ = 0, pair_count_ = 0;
 };
 
 // ------------------------------------------------------------------------------------------------ a thread's part
@@ -151,7 +76,7 @@ class Worker {
     totals_.flush();
     const int done = chunk.end * kTile;
     if (done < chunk.tokens) write_zeros(chunk.begin + done, chunk.tokens - done);
-    for (const MaskInstruction& i : p_.step.chunk) run_masks(i, chunk);
+    run_masks(registers_, chunk.tiles, chunk.full());
   }
 
   // Mask 0: which tokens count.
@@ -209,23 +134,6 @@ class Worker {
     }
   }
 
-  void run_masks(const MaskInstruction& i, const Chunk& chunk) const {
-    const int n = chunk.tiles * kTileVectors;
-    const Word* x = registers_.mask(i.x);
-    if (i.op == MaskOp::k_count) {
-      registers_.accumulator(i.z).count += count_lanes(x, chunk.full() ? x : registers_.valid(), n);
-      return;
-    }
-    Word* z = registers_.mask(i.z);
-    if (i.op == MaskOp::k_not) {
-      for (int v = 0; v < n; ++v) z[v] = static_cast<Word>(x[v] ^ kAllLanes);
-      return;
-    }
-    const Word* y = registers_.mask(i.y);
-    const bool both = i.op == MaskOp::k_and;
-    for (int v = 0; v < n; ++v) z[v] = static_cast<Word>(both ? x[v] & y[v] : x[v] | y[v]);
-  }
-
   const Pass& p_;
   Registers registers_;
   Totals totals_;
@@ -233,18 +141,12 @@ class Worker {
   std::int64_t sequence_ = -1, phase_ = -1;
 };
 
-double together(double x, double y, ReductionKind kind) {
-  if (kind == ReductionKind::minimum) return y < x || y != y ? y : x;
-  if (kind == ReductionKind::maximum) return y > x || y != y ? y : x;
-  return x + y;
-}
-
 // From chunks to sequences, in order.
 void fold(const Chunks& chunks, const TokenStep& step, const double* sums, const SequenceValues& values) {
   for (int k = 0; k < step.reductions.size; ++k) {
     const ReductionKind kind = step.reductions[k].kind;
     double* column = values.column(step.reductions[k].out);
-    const double neutral = kind == ReductionKind::minimum ? kInf : kind == ReductionKind::maximum ? -kInf : 0.0;
+    const double neutral = neutral_of(kind);
     for (std::int64_t sequence = 0; sequence < values.sequences; ++sequence) {
       double x = kind == ReductionKind::tokens ? static_cast<double>(chunks.valid(sequence)) : neutral;
       const std::int64_t end = kind == ReductionKind::tokens ? 0 : chunks.first(sequence + 1);

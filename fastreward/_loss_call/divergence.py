@@ -1,0 +1,259 @@
+"""Custom ops of token_divergence, with their gradient, and what they give by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastreward._arguments.divergence import DivergenceCall
+from fastreward._arguments.transforms import refuse_double_backward
+from fastreward._runtime import logit_rows
+from fastreward._runtime.custom_op import custom_op
+from fastreward._runtime.dispatch import implementation
+from fastreward._runtime.layout import VALUES
+from fastreward._runtime.memory import empty_like
+from fastreward.language.divergence_programs import CONSTANT, SLOPE, TOTAL, UPSTREAM, registered_programs
+from fastreward.language.program import Program
+
+#: What token_divergence gives besides the divergence, where it is asked for.
+STATISTICS: Final = ("entropy", "teacher_entropy", "logprobs", "top1_agreement")
+_LOGPROB, _ENTROPY = VALUES.index("logprobs"), VALUES.index("entropy")
+
+
+class DivergenceStats(NamedTuple):
+    """Per token f32 [...]; what was not asked for is None. Gradients flow through divergence, entropy and logprobs."""
+
+    divergence: Tensor
+    entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    logprobs: Tensor | None = None
+    top1_agreement: Tensor | None = None
+
+
+def _call(
+    labels: Tensor,
+    temperature: Tensor | None,
+    scalar: float,
+    teacher_temperature: Tensor | None,
+    teacher_scalar: float,
+    mask: Tensor | None,
+    parameters: list[float],
+) -> DivergenceCall:
+    inverse = 1.0 / scalar if temperature is None else temperature.reciprocal()
+    of_teacher = 1.0 / teacher_scalar if teacher_temperature is None else teacher_temperature.reciprocal()
+    return DivergenceCall(labels, inverse, of_teacher, mask, parameters)
+
+
+def _matrices(*tensors: Tensor, start: int = 0) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """(number of the first row, matrices [rows, V] on the memory of each of `tensors` [..., V]), without a copy."""
+    if all(len(logit_rows.split(x, gaps=False)) == 1 for x in tensors):
+        yield start, tuple(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) for x in tensors)
+        return
+    each = tensors[0].shape[1:-1].numel()
+    for i in range(tensors[0].shape[0]):
+        yield from _matrices(*(x[i] for x in tensors), start=start + i * each)
+
+
+# ---------------------------------------------------------------------------------------------------------- forward
+@custom_op("token_divergence")
+def token_divergence(
+    logits: Tensor,  # [..., V]
+    teacher_logits: Tensor,  # [..., V]
+    labels: Tensor,  # [N]
+    temperature: Tensor | None,  # f64 [N]
+    temperature_scalar: float,  # where that is None
+    teacher_temperature: Tensor | None,
+    teacher_scalar: float,
+    mask: Tensor | None,  # [N] bool
+    parameters: list[float],
+    programs: str,
+    sums: int,  # how many sides get a gradient: none, the student's logits, the teacher's too
+    statistics: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """outputs f32 [1 + sums, N] (divergence, sums of f1 and f2), both sides' values f32 [8, N], agreement f32 [N]."""
+    call = _call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
+    kernels, known = implementation("divergence", backend), registered_programs(programs)
+    parts = [
+        kernels.forward(known, x, y, call.rows(start, x.shape[0]), sums, statistics)
+        for start, (x, y) in _matrices(logits, teacher_logits)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    outputs, student, teacher, agreement = zip(*parts, strict=True)
+    return torch.cat(outputs, 1), torch.cat(student, 1), torch.cat(teacher, 1), torch.cat(agreement)
+
+
+@token_divergence.register_fake
+def _(logits: Tensor, labels: Tensor, sums: int) -> tuple[Tensor, ...]:
+    n, new = labels.shape[0], logits.new_empty
+    shapes = (1 + sums, n), (len(VALUES), n), (len(VALUES), n), (n,)
+    return tuple(new(shape, dtype=torch.float32) for shape in shapes)
+
+
+# --------------------------------------------------------------------------------------------------------- backward
+class _Upstream(NamedTuple):
+    """f32 [N] each, what a gradient program reads per row, and what is added at the label."""
+
+    inputs: dict[str, Tensor]
+    label: Tensor | None
+
+    def rows(self, start: int, count: int) -> _Upstream:
+        end = start + count
+        label = None if self.label is None else self.label[start:end]
+        return _Upstream({name: x[start:end] for name, x in self.inputs.items()}, label)
+
+
+def _student_upstream(call: DivergenceCall, outputs: Tensor, student: Tensor, grads: Tensor) -> _Upstream:
+    """grads [3, N]: what flows into the divergence, the student's entropy and the label's log-prob."""
+    inverse = call.inv_temperature
+    into, entropy, logprob = (grads.double() * inverse).float()
+    known = torch.where(entropy == 0, 0.0, student[_ENTROPY])  # not computed, or NaN: no one asked
+    inputs = {UPSTREAM: into, TOTAL: outputs[1], CONSTANT: -(entropy * known + logprob), SLOPE: -entropy}
+    return _Upstream(inputs, logprob.contiguous())
+
+
+def _teacher_upstream(call: DivergenceCall, outputs: Tensor, grad: Tensor) -> _Upstream:
+    return _Upstream({UPSTREAM: (grad.double() * call.inv_teacher_temperature).float(), TOTAL: outputs[2]}, None)
+
+
+@custom_op("token_divergence_backward")
+def token_divergence_backward(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor | None,
+    temperature_scalar: float,
+    teacher_temperature: Tensor | None,
+    teacher_scalar: float,
+    mask: Tensor | None,
+    parameters: list[float],
+    outputs: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    grads: Tensor,  # f32 [3, N]
+    programs: str,
+    statistics: bool,
+    of_teacher: bool,
+    backend: str,
+) -> Tensor:
+    """The gradient for the student's logits, or for the teacher's."""
+    call = _call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
+    grad = empty_like(teacher_logits if of_teacher else logits)
+    _write(grad, logits, teacher_logits, call, outputs, student, teacher, grads, programs, statistics, of_teacher, backend)
+    return grad
+
+
+@token_divergence_backward.register_fake
+def _(logits: Tensor, teacher_logits: Tensor, of_teacher: bool) -> Tensor:
+    return torch.empty_like(teacher_logits if of_teacher else logits)
+
+
+token_divergence_backward.refuse_double_backward()
+
+
+@custom_op("token_divergence_backward_", mutates_args=("logits",))
+def token_divergence_backward_(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor | None,
+    temperature_scalar: float,
+    teacher_temperature: Tensor | None,
+    teacher_scalar: float,
+    mask: Tensor | None,
+    parameters: list[float],
+    outputs: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    grads: Tensor,
+    programs: str,
+    statistics: bool,
+    backend: str,
+) -> None:
+    """The student's gradient over its logits."""
+    call = _call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
+    _write(logits, logits, teacher_logits, call, outputs, student, teacher, grads, programs, statistics, False, backend)
+    torch.autograd.graph.increment_version(logits)
+
+
+@token_divergence_backward_.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def _write(
+    grad: Tensor,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    call: DivergenceCall,
+    outputs: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    grads: Tensor,
+    programs: str,
+    statistics: bool,
+    of_teacher: bool,
+    backend: str,
+) -> None:
+    known = registered_programs(programs)
+    program: Program = known.teacher if of_teacher else known.statistics if statistics else known.student
+    upstream = _teacher_upstream(call, outputs, grads[0]) if of_teacher else _student_upstream(call, outputs, student, grads)
+    kernels = implementation("divergence", backend)
+    for start, (x, y, out) in _matrices(logits, teacher_logits, grad):
+        own, end = upstream.rows(start, x.shape[0]), start + x.shape[0]
+        label = own.label if statistics and not of_teacher else None
+        kernels.backward(
+            program,
+            known.parameters,
+            x,
+            y,
+            call.rows(start, x.shape[0]),
+            student[:, start:end].contiguous(),
+            teacher[:, start:end].contiguous(),
+            own.inputs,
+            label,
+            out,
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- autograd
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, teacher_logits, labels, temperature, scalar, teacher_temperature, teacher_scalar, mask, *rest = inputs
+    parameters, programs, _, statistics, inplace, backend = rest
+    outputs, student, teacher, _ = output
+    # Copies, small beside the logits: the caller may edit the outputs in place before the backward.
+    saved = (outputs.detach().clone(), student.detach().clone(), teacher.detach().clone())
+    ctx.save_for_backward(logits, teacher_logits, labels, temperature, teacher_temperature, mask, *saved)
+    ctx.numbers = scalar, teacher_scalar, parameters
+    ctx.rest = programs, statistics, inplace, backend
+
+
+def _backward(ctx: Any, grad_outputs: Any, grad_student: Any, *_: Any) -> tuple[Any, ...]:
+    logits, teacher_logits, labels, temperature, teacher_temperature, mask, outputs, student, teacher = ctx.saved_tensors
+    scalar, teacher_scalar, parameters = ctx.numbers
+    programs, statistics, inplace, backend = ctx.rest
+    zero = torch.zeros_like(outputs[0])
+    into = zero if grad_outputs is None else grad_outputs[0]
+    entropy, logprob = (zero, zero) if grad_student is None else (grad_student[_ENTROPY], grad_student[_LOGPROB])
+    grads = torch.stack([into, entropy, logprob])
+    given = (logits, teacher_logits, labels, temperature, scalar, teacher_temperature, teacher_scalar, mask, parameters)
+    known = (outputs, student, teacher, grads, programs, statistics)
+    grad = of_teacher = None
+    if ctx.needs_input_grad[1]:
+        of_teacher = token_divergence_backward(*given, *known, True, backend)
+    if ctx.needs_input_grad[0] and inplace:
+        if torch.is_grad_enabled():
+            refuse_double_backward()
+        token_divergence_backward_(*given, *known, backend)
+        grad = logits.detach()
+    elif ctx.needs_input_grad[0]:
+        grad = token_divergence_backward(*given, *known, False, backend)
+    return (grad, of_teacher, *[None] * 12)
+
+
+token_divergence.register_autograd(_backward, setup_context=_setup_context)

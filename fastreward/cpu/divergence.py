@@ -1,0 +1,103 @@
+"""CPU backend of `divergence`: torch tensors to pointers for csrc/cpu/divergence.cpp. Inputs are validated already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastreward import _core
+from fastreward._arguments.divergence import DivergenceCall
+from fastreward._runtime.addresses import address
+from fastreward._runtime.layout import INDICES, VALUES, flags_of
+from fastreward.cpu.logprobs import _rows
+from fastreward.cpu.program.encode import encode
+from fastreward.language.divergence_programs import PER_TOKEN, DivergencePrograms
+from fastreward.language.program import Program
+
+
+def forward(
+    programs: DivergencePrograms,
+    logits: Tensor,  # [N, V] f32/bf16/f16, unit column stride, any row stride
+    teacher_logits: Tensor,  # the same
+    call: DivergenceCall,
+    sums: int,  # of which derivatives: none, those for log p, those for log q too
+    statistics: bool,  # whether entropies and the largest logits are wanted
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(outputs f32 [1 + sums, N], student's and teacher's values f32 [8, N], agreement f32 [N])."""
+    n, program = logits.shape[0], programs.values[sums]
+    outputs = torch.empty((len(program.outputs), n), dtype=torch.float32, device="cpu")
+    values = torch.empty((2, len(VALUES), n), dtype=torch.float32, device="cpu")
+    indices = torch.empty((2, len(INDICES), n), dtype=torch.int64, device="cpu")
+    flags = flags_of(("entropy", "argmax")) if statistics else 0
+    student, teacher, alive = _sides(logits, teacher_logits, call)
+    names = [node.name for node in program.inputs]
+    _core.divergence_forward(
+        student=student,
+        teacher=teacher,
+        code=encode(program).code,
+        made=[names.index(name) if name in names else -1 for name in PER_TOKEN],
+        inputs=[0] * len(names),
+        scalars=_scalars(program, programs.parameters, call),
+        student_flags=flags,
+        teacher_flags=flags,
+        student_values=values[0].data_ptr(),
+        teacher_values=values[1].data_ptr(),
+        student_indices=indices[0].data_ptr(),
+        teacher_indices=indices[1].data_ptr(),
+        outputs=[x.data_ptr() for x in outputs],
+    )
+    del alive
+    agreement = (indices[0, 0] == indices[1, 0]).float()
+    return outputs, values[0], values[1], agreement if call.mask is None else agreement * call.mask
+
+
+def backward(
+    program: Program,  # its output: the gradient per token of the vocabulary
+    parameters: Sequence[str],  # names of call.parameters
+    logits: Tensor,  # [N, V]
+    teacher_logits: Tensor,  # [N, V]
+    call: DivergenceCall,
+    student: Tensor,  # [8, N] f32, the forward's
+    teacher: Tensor,  # [8, N] f32
+    inputs: Mapping[str, Tensor],  # f32 [N] each, what the program reads of a row
+    label_gradients: Tensor | None,  # f32 [N]
+    grad_logits: Tensor,  # [N, V], out; may be either side's logits
+) -> None:
+    """Writes every element of grad_logits, 0 in masked rows."""
+    rows, others, alive = _sides(logits, teacher_logits, call)
+    if grad_logits.dtype != logits.dtype:  # the kernel writes in the first side's dtype
+        own = torch.empty_like(grad_logits, dtype=logits.dtype)
+        backward(program, parameters, logits, teacher_logits, call, student, teacher, inputs, label_gradients, own)
+        grad_logits.copy_(own)
+        return
+    names = [node.name or "" for node in program.inputs]
+    given = [inputs[name].contiguous() if name in inputs else None for name in names]
+    _core.divergence_backward(
+        student=rows,
+        teacher=others,
+        code=encode(program).code,
+        made=[names.index(name) if name in names else -1 for name in PER_TOKEN],
+        inputs=[address(x) for x in given],
+        scalars=_scalars(program, parameters, call),
+        student_values=student.data_ptr(),
+        teacher_values=teacher.data_ptr(),
+        label_gradients=address(label_gradients),
+        grad_logits=grad_logits.data_ptr(),
+        grad_stride=grad_logits.stride(0),
+    )
+    del alive
+
+
+def _sides(logits: Tensor, teacher_logits: Tensor, call: DivergenceCall) -> tuple[object, object, list[object]]:
+    """The C++ descriptions of both sides' rows, and the tensors that must outlive them."""
+    labels, mask = call.labels, call.mask
+    student, first = _rows(logits, labels, call.inv_temperature, mask, None, None, None)
+    teacher, second = _rows(teacher_logits, labels, call.inv_teacher_temperature, mask, None, None, None)
+    return student, teacher, [*first, *second]
+
+
+def _scalars(program: Program, names: Sequence[str], call: DivergenceCall) -> list[float]:
+    return program.scalar_values(dict(zip(names, call.parameters, strict=True)))
+
