@@ -3,6 +3,8 @@
 Log-probs of tokens, with entropy and more (a `TokenStats`):
     token_logprobs            from logits
     linear_token_logprobs     from hidden states and LM head, without the logits
+Divergences of a student's distribution from a teacher's, with their gradient (a `DivergenceStats`):
+    token_divergence          from logits: KL, Jensen-Shannon, ... (`divergences`), or one of your own
 Losses, with their gradient in the same pass (a `PolicyLoss`):
     policy_loss               from log-probs: PPO, CISPO, GSPO, ... (`losses`), or one of your own (`losses.define`)
     logits_policy_loss        from logits
@@ -44,7 +46,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from fastreward import losses, rewards
+from fastreward import divergences, losses, rewards
+from fastreward._loss_call.divergence import DivergenceStats
 from fastreward._loss_call.results import PolicyLoss
 from fastreward._runtime.dispatch import backend
 from fastreward._runtime.errors import BackendError
@@ -52,6 +55,7 @@ from fastreward._runtime.layout import Clip
 from fastreward._runtime.logprobs import TokenStats
 from fastreward.balance import balance_partitions
 from fastreward.correction import correction_weights, off_policy_sequence_mask
+from fastreward.divergence import token_divergence
 from fastreward.ema_baseline import EmaBaseline
 from fastreward.group import Groups as Groups
 from fastreward.group import group_advantages
@@ -78,6 +82,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Clip",
+    "DivergenceStats",
     "EmaBaseline",
     "Groups",
     "PolicyLoss",
@@ -88,6 +93,7 @@ __all__ = [
     "correction_weights",
     "credit_page",
     "discounted_returns",
+    "divergences",
     "gae",
     "group_advantages",
     "group_statistics",
@@ -107,6 +113,7 @@ __all__ = [
     "segment_diff",
     "segment_ids",
     "segment_reduce",
+    "token_divergence",
     "token_logprobs",
     "token_rewards",
     "value_loss",

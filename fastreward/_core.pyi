@@ -221,6 +221,36 @@ def program_scale(
 def program_broadcast_to_tokens(
     tokens: TokensCode, sequence_values: int, factor: float, out: int, threads: int
 ) -> None: ...
+def divergence_forward(
+    *,
+    student: object,
+    teacher: object,
+    code: int,
+    made: list[int],
+    inputs: list[int],
+    scalars: list[float],
+    student_flags: int,
+    teacher_flags: int,
+    student_values: int,
+    teacher_values: int,
+    student_indices: int,
+    teacher_indices: int,
+    outputs: list[int],
+) -> None: ...
+def divergence_backward(
+    *,
+    student: object,
+    teacher: object,
+    code: int,
+    made: list[int],
+    inputs: list[int],
+    scalars: list[float],
+    student_values: int,
+    teacher_values: int,
+    label_gradients: int,
+    grad_logits: int,
+    grad_stride: int,
+) -> None: ...
 def logits_policy_loss(
     *,
     rows: LogprobsRows,

@@ -24,7 +24,6 @@ from fastreward._loss_call.divergence import token_divergence as op
 from fastreward._runtime.dispatch import select
 from fastreward._runtime.layout import VALUES
 from fastreward.divergences import Loss
-from fastreward.language.divergence_programs import register_programs
 
 #: By name, with their defaults (a divergence can't be made while torch.compile traces).
 _NAMED: Final = {
@@ -97,10 +96,9 @@ def token_divergence(
     if teacher_temperature is None:
         teacher_scalar, teacher_per_token = scalar, per_token
     else:
-        teacher_scalar, teacher_per_token = temperatures(teacher_temperature, places, mask)
+        teacher_scalar, teacher_per_token = temperatures(teacher_temperature, places, mask, "teacher_temperature")
     if labels is not None and check.values_checked(logits, labels):
         check_token_ids("labels", labels, logits.shape[-1], mask)
-    programs = register_programs(chosen)
     found, student, teacher, agreement = op(
         logits,
         teacher_logits,
@@ -111,7 +109,7 @@ def token_divergence(
         teacher_scalar,
         rows,
         [chosen.scalars[name] for name in sorted(chosen.scalars)],
-        programs,
+        chosen.divergence_plan(),
         2 if teacher_logits.requires_grad else 1 if logits.requires_grad else 0,
         bool(outputs),
         inplace_backward,
@@ -150,5 +148,7 @@ def _chosen(divergence: str | Loss) -> Loss:
             f"got {type(divergence).__name__}"
         )
     if divergence.tensors:
-        raise ValueError(f"divergence: expected numbers as parameters, got a tensor for {', '.join(divergence.tensors)}")
+        raise ValueError(
+            f"divergence: expected numbers as parameters, got a tensor for {', '.join(divergence.tensors)}"
+        )
     return divergence

@@ -23,4 +23,5 @@ class DivergenceCall(NamedTuple):
         def own(x: Any) -> Any:
             return x[start : start + count] if isinstance(x, Tensor) and x.ndim else x
 
-        return DivergenceCall(*(own(x) for x in self[:4]), self.parameters)
+        labels, inverse, of_teacher, mask, parameters = self
+        return DivergenceCall(own(labels), own(inverse), own(of_teacher), own(mask), parameters)

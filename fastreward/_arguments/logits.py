@@ -71,23 +71,25 @@ def _all_below(ids: Tensor, limit: int) -> bool:
     return ids_below(ids.data_ptr(), ids.numel(), limit)
 
 
-def temperatures(temperature: Number, labels: Tensor, mask: Tensor | None) -> tuple[float, Tensor | None]:
+def temperatures(
+    temperature: Number, labels: Tensor, mask: Tensor | None, name: str = "temperature"
+) -> tuple[float, Tensor | None]:
     """(scalar, None) or (1.0, f64 [N]): a reciprocal that is rounded to f32 costs a large logit its last digits.
 
     Both have a finite reciprocal, which a 0 can be multiplied by. A temperature under the mask may be anything.
     """
     if not isinstance(temperature, Tensor) or (temperature.ndim == 0 and labels.ndim):
-        value = number("temperature", temperature, labels, check.positive)
+        value = number(name, temperature, labels, check.positive)
         if isinstance(value, Tensor):
             return 1.0, value.clamp(_COLDEST, _HOTTEST).repeat(labels.numel())
         return min(max(value, _COLDEST), _HOTTEST), None
-    check.shape("temperature", temperature, labels.shape, "one per token, as labels")
-    check.same_device("temperature", temperature, "labels", labels)
+    check.shape(name, temperature, labels.shape, "one per token, as labels")
+    check.same_device(name, temperature, "labels", labels)
     if check.values_checked(temperature):
         good = (temperature > 0) & (temperature < torch.inf)
         good = good if mask is None else good | (mask == 0)
-        check.every("temperature", good, temperature, "positive numbers")
-    return 1.0, check.constant("temperature", temperature).reshape(-1).double().clamp(_COLDEST, _HOTTEST)
+        check.every(name, good, temperature, "positive numbers")
+    return 1.0, check.constant(name, temperature).reshape(-1).double().clamp(_COLDEST, _HOTTEST)
 
 
 def row_mask(mask: Tensor | None, labels: Tensor) -> Tensor | None:

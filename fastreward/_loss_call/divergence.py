@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ STATISTICS: Final = ("entropy", "teacher_entropy", "logprobs", "top1_agreement")
 _LOGPROB, _ENTROPY = VALUES.index("logprobs"), VALUES.index("entropy")
 
 
-class DivergenceStats(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DivergenceStats:
     """Per token f32 [...]; what was not asked for is None. Gradients flow through divergence, entropy and logprobs."""
 
     divergence: Tensor
@@ -144,7 +146,9 @@ def token_divergence_backward(
     """The gradient for the student's logits, or for the teacher's."""
     call = _call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
     grad = empty_like(teacher_logits if of_teacher else logits)
-    _write(grad, logits, teacher_logits, call, outputs, student, teacher, grads, programs, statistics, of_teacher, backend)
+    _write(
+        grad, logits, teacher_logits, call, outputs, student, teacher, grads, programs, statistics, of_teacher, backend
+    )
     return grad
 
 
@@ -202,7 +206,9 @@ def _write(
 ) -> None:
     known = registered_programs(programs)
     program: Program = known.teacher if of_teacher else known.statistics if statistics else known.student
-    upstream = _teacher_upstream(call, outputs, grads[0]) if of_teacher else _student_upstream(call, outputs, student, grads)
+    upstream = (
+        _teacher_upstream(call, outputs, grads[0]) if of_teacher else _student_upstream(call, outputs, student, grads)
+    )
     kernels = implementation("divergence", backend)
     for start, (x, y, out) in _matrices(logits, teacher_logits, grad):
         own, end = upstream.rows(start, x.shape[0]), start + x.shape[0]
@@ -234,7 +240,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_outputs: Any, grad_student: Any, *_: Any) -> tuple[Any, ...]:
-    logits, teacher_logits, labels, temperature, teacher_temperature, mask, outputs, student, teacher = ctx.saved_tensors
+    logits, teacher_logits, labels, temperature, teacher_temperature, mask, outputs, student, teacher = (
+        ctx.saved_tensors
+    )
     scalar, teacher_scalar, parameters = ctx.numbers
     programs, statistics, inplace, backend = ctx.rest
     zero = torch.zeros_like(outputs[0])

@@ -28,7 +28,7 @@ def forward(
     """(outputs f32 [1 + sums, N], student's and teacher's values f32 [8, N], agreement f32 [N])."""
     n, program = logits.shape[0], programs.values[sums]
     outputs = torch.empty((len(program.outputs), n), dtype=torch.float32, device="cpu")
-    values = torch.empty((2, len(VALUES), n), dtype=torch.float32, device="cpu")
+    values = [torch.empty((len(VALUES), n), dtype=torch.float32, device="cpu") for _ in range(2)]
     indices = torch.empty((2, len(INDICES), n), dtype=torch.int64, device="cpu")
     flags = flags_of(("entropy", "argmax")) if statistics else 0
     student, teacher, alive = _sides(logits, teacher_logits, call)
@@ -100,4 +100,3 @@ def _sides(logits: Tensor, teacher_logits: Tensor, call: DivergenceCall) -> tupl
 
 def _scalars(program: Program, names: Sequence[str], call: DivergenceCall) -> list[float]:
     return program.scalar_values(dict(zip(names, call.parameters, strict=True)))
-

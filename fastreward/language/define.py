@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments import check
+from fastreward.language.divergence_programs import register_programs
 from fastreward.language.graph import Graph
 from fastreward.language.messages import described, origin
 from fastreward.language.node import Level, Node
@@ -337,6 +338,10 @@ class Loss:
         """Registers the objective of a `preference_loss` call (fields of PairCall)."""
         return self._pair_plan(self.formula, *call)
 
+    def divergence_plan(self) -> str:
+        """Registers the programs of a `token_divergence` call: their key."""
+        return self._divergence_plan(self.formula)
+
     # Dynamo takes what these return for constants, anew where an argument is another one: so `formula` is one.
     def _reads(self, _: str, term: str) -> bool:
         return term in terms_read(self)
@@ -365,6 +370,9 @@ class Loss:
             o = pair_objective(self, PairCall(*call))
             self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
         return self._plans[call]
+
+    def _divergence_plan(self, _: str) -> str:
+        return register_programs(self)
 
     def terms(self, optional: bool | Collection[str] = True) -> Terms | PairTerms:
         """Terms on a fresh graph, where everything that the loss reads is there; optional: of what t.has(...) is so."""
@@ -413,6 +421,7 @@ _RUN: tuple[Any, ...] = (
     Loss._policy_plan,
     Loss._gradient_plan,
     Loss._pair_plan,
+    Loss._divergence_plan,
 )
 for _method in _RUN:
     _method._dynamo_marked_constant = True

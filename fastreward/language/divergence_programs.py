@@ -15,7 +15,7 @@ from fastreward.language.derivative import gradients
 from fastreward.language.functions import exp, seq_sum
 from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node, walk
-from fastreward.language.objective import Key, nonzero
+from fastreward.language.objective import Key, inputs_asked, nonzero, reading
 from fastreward.language.ops import REDUCTIONS
 from fastreward.language.program import Program, copied, program
 from fastreward.language.terms import Terms
@@ -33,9 +33,9 @@ UPSTREAM, TOTAL, CONSTANT, SLOPE = "upstream", "total", "a", "b"
 class DivergencePrograms:
     """Programs of one divergence.
 
-    values: per row the divergence; that and the sum of f1; and that of f2 too: as many as gradients are wanted. student,
-    statistics: the gradient for the student's logits per token, without and with what comes through the other outputs.
-    teacher: that for the teacher's logits. parameters: names of the divergence's numbers, in order.
+    values: per row the divergence; that and the sum of f1; and that of f2 too: by how many sides get a gradient.
+    student, statistics: the gradient for the student's logits per token, without and with what comes through the other
+    outputs. teacher: that for the teacher's logits. parameters: names of the divergence's numbers, in order.
     """
 
     values: tuple[Program, Program, Program]
@@ -81,6 +81,9 @@ def _cached(key: Key) -> DivergencePrograms:
 
 def _derivatives(divergence: TracedLoss) -> tuple[Node, Node, Node]:
     """(f, df / dlog p, df / dlog q) on a fresh graph, per token of the vocabulary."""
+    if not inputs_asked(divergence) <= {(name, Level.TOKEN, 0) for name in SIDES}:
+        read = reading(divergence)
+        raise ValueError(f"divergence: expected one over log_p and log_q, got {divergence.name}, which reads {read}")
     t = Terms(Graph(), dict.fromkeys(SIDES, Level.TOKEN))
     value = divergence.trace(t)
     if value.level < Level.TOKEN or any(n.op in REDUCTIONS for n in walk([value])):

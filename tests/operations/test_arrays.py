@@ -27,6 +27,7 @@ TAKES_NONE = {
     fr: {
         "BackendError",
         "Clip",
+        "DivergenceStats",
         "EmaBaseline",
         "Groups",
         "PolicyLoss",
@@ -45,6 +46,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 LOGITS, HIDDEN, HEAD, LABELS = numbers(4, 6, 11), numbers(4, 6, 5), numbers(11, 5), torch.arange(24).reshape(4, 6) % 11
+TEACHER = LOGITS.flip(0)
 LOGPROBS, OLD, OTHER = numbers(4, 6, seed=1), numbers(4, 6, seed=2), numbers(4, 6, seed=3)
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -0.5])
 MASK = torch.arange(6) < torch.tensor([[6], [4], [5], [6]])
@@ -96,6 +98,11 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
         fr.group_statistics,
         (numbers(4), IDS, ("weighted-mean", "rank", "std")),
         {"weights": numbers(4).exp(), "mask": torch.tensor([1, 1, 1, 0])},
+    ),
+    "token_divergence": (
+        fr.token_divergence,
+        (LOGITS, TEACHER),
+        {"labels": LABELS, "mask": MASK, "outputs": ("entropy", "logprobs", "top1_agreement")},
     ),
     "value_loss": (fr.value_loss, (LOGPROBS, OLD, OTHER, MASK), {"loss": "huber"}),
     "whiten": (fr.whiten, (OLD, MASK), {}),
@@ -210,7 +217,7 @@ def test_arrays_in_arrays_out(name: str, form: str) -> None:
     rows_have_steps = form in ("Fortran's order", "strided")
 
     def given(x: torch.Tensor) -> Any:
-        array = FORMS["as it is" if x is LOGITS and rows_have_steps else form](x.numpy())
+        array = FORMS["as it is" if (x is LOGITS or x is TEACHER) and rows_have_steps else form](x.numpy())
         np.testing.assert_array_equal(array, x.numpy())
         return array
 

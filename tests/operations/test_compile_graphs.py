@@ -18,7 +18,10 @@ from torch._dynamo.testing import CompileCounter
 import fastreward as fr
 
 #: What can be called in fastreward.__all__ and computes nothing.
-NO_OPERATIONS = {"BackendError", "Clip", "EmaBaseline", "Groups", "PolicyLoss", "credit_page", "TokenStats", "backend"}
+NO_OPERATIONS = {
+    *("BackendError", "Clip", "DivergenceStats", "EmaBaseline", "Groups", "PolicyLoss", "TokenStats"),
+    *("backend", "credit_page"),
+}
 
 #: Dynamo warns about what it does itself with a torch.autograd.Function.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

@@ -190,6 +190,14 @@ CALLS: dict[str, tuple[Callable[[Tensor], object], Tensor]] = {
         lambda x: fr.token_rewards(ones(B), None, logprobs=lp(), ref_logprobs=lp(), kl_coef=x),
         ones(),
     ),
+    "token_divergence temperature": (
+        lambda x: fr.token_divergence(torch.zeros(B, T, V), torch.zeros(B, T, V), temperature=x),
+        ones(B, T),
+    ),
+    "token_divergence teacher_temperature": (
+        lambda x: fr.token_divergence(torch.zeros(B, T, V), torch.zeros(B, T, V), teacher_temperature=x),
+        ones(),
+    ),
     "value_loss old_values": (lambda x: fr.value_loss(lp(), x, lp()), lp()),
     "value_loss returns": (lambda x: fr.value_loss(lp(), lp(), x), lp()),
     "value_loss clip": (lambda x: fr.value_loss(lp(), lp(), lp(), clip=x), ones()),

@@ -47,6 +47,10 @@ def logits_loss(**options: Any) -> Tensor:
     return fr.logits_policy_loss(LOGITS, LABELS, LP, torch.ones(B), **options).loss
 
 
+def divergence(**options: Any) -> Tensor:
+    return fr.token_divergence(LOGITS, LOGITS.flip(0), **options).divergence
+
+
 #: By the name of the argument: a call of it, and a value that is refused (None: every finite number is right).
 CALLS: dict[str, tuple[Callable[[Any], Tensor], float | None]] = {
     "policy_loss kl_coef": (lambda x: policy(kl_coef=x), None),
@@ -78,6 +82,8 @@ CALLS: dict[str, tuple[Callable[[Any], Tensor], float | None]] = {
     "token_rewards kl_clamp": (lambda x: rewards(kl_coef=0.5, kl_clamp=x), 0.0),
     "token_rewards kl_value_clamp": (lambda x: rewards(kl_coef=0.5, kl_value_clamp=x), -1.0),
     "token_rewards clip[0]": (lambda x: rewards(clip=(x, None)), None),
+    "token_divergence temperature": (lambda x: divergence(temperature=x), 0.0),
+    "token_divergence teacher_temperature": (lambda x: divergence(teacher_temperature=x), -1.0),
     "value_loss clip": (lambda x: fr.value_loss(LP, LP.flip(0), LP + 1.0, clip=x).loss, 0.0),
     "value_loss delta": (lambda x: fr.value_loss(LP, LP, LP + 1.0, loss="huber", delta=x).loss, -1.0),
     "whiten eps": (lambda x: fr.whiten(LP, eps=x), -1.0),

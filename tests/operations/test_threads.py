@@ -48,6 +48,14 @@ def _operations() -> dict[str, Operation]:
         assert leaf.grad is not None
         return [result.loss.detach(), result.metrics.values_tensor, leaf.grad]
 
+    def divergence() -> list[Tensor]:
+        leaf = logits.clone().requires_grad_()
+        found = fr.token_divergence(leaf, logits.flip(0), divergence="jsd", outputs=("entropy",))
+        assert found.entropy is not None
+        (found.divergence.sum() + found.entropy.sum()).backward()
+        assert leaf.grad is not None
+        return [found.divergence.detach(), found.entropy.detach(), leaf.grad]
+
     def logprobs(logits: Tensor, labels: Tensor) -> list[Tensor]:
         leaf = logits.clone().requires_grad_()
         stats = fr.token_logprobs(leaf, labels, outputs=("logprobs", "entropy", "rank"))
@@ -108,6 +116,7 @@ def _operations() -> dict[str, Operation]:
     return {
         "whiten": lambda: [fr.whiten(x, mask)],
         "value_loss": values,
+        "divergence": divergence,
         "rewards": lambda: [
             fr.token_rewards(x[:, 0], mask, logprobs=x, ref_logprobs=old, kl_coef=0.1, kl="k3", place=place)
             for place in ("end", "broadcast")

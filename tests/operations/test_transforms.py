@@ -103,6 +103,10 @@ OPERATIONS = {
     "scatter_rewards": Operation(
         lambda x: fr.scatter_rewards(x, SEGMENTS, place="spread"), (normal(B, 3),), linear=True
     ),
+    "token_divergence": Operation(
+        lambda x, y: fr.token_divergence(x, y, divergence="jsd", mask=MASK).divergence,
+        (normal(B, T, V), normal(B, T, V)),
+    ),
     "value_loss": Operation(lambda v: fr.value_loss(v, OLD, ROLLOUT, MASK).loss, (normal(B, T),)),
     "token_rewards": Operation(
         lambda s, x: fr.token_rewards(s, MASK, logprobs=x, ref_logprobs=ROLLOUT, kl_coef=0.1),

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import fastreward as fr
-from fastreward import losses
+from fastreward import divergences, losses
 
 #: (sequences, tokens of the longest) of the calls.
 SIZES = ((4, 5), (6, 7), (10, 9))
 VOCAB = 11
+DIVERGENCE = divergences.jsd(0.3)  # made outside of what torch.compile traces
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ def labelled(B: int, T: int, *, hidden: bool = False) -> dict[str, Any]:
         return {"logits": torch.randn(B, T, VOCAB, requires_grad=True), "labels": labels}
     weight = torch.randn(VOCAB, 6, requires_grad=True)
     return {"hidden": torch.randn(B, T, 6, requires_grad=True), "weight": weight, "labels": labels}
+
+
+def teacher(B: int, T: int) -> dict[str, Any]:
+    """Logits of both sides."""
+    return {name: torch.randn(B, T, VOCAB, requires_grad=True) for name in ("logits", "teacher_logits")}
 
 
 def from_logits(B: int, T: int, *, hidden: bool = False) -> dict[str, Any]:
@@ -260,6 +266,12 @@ ROWS = [
             "mask": mask(B, T), "rho_bar": 0.2 * B, "c_bar": 0.1 * T, "done": mask(B, T),
         },
     ),
+    Row("token_divergence", "jsd",
+        lambda B, T: teacher(B, T) | {"temperature": 0.3 * B, "teacher_temperature": 1.0 / T, "mask": mask(B, T),
+                                      "divergence": DIVERGENCE}),
+    Row("token_divergence", "statistics",
+        lambda B, T: teacher(B, T) | {"labels": torch.randint(0, VOCAB, (B, T)), "temperature": torch.rand(B, T) + 0.5,
+                                      "outputs": ("entropy", "teacher_entropy", "logprobs", "top1_agreement")}),
     Row("value_loss", "masked",
         lambda B, T: per_token(B, T, "values", "old_values", "returns", grad=("values",))
         | {"mask": mask(B, T), "clip": 0.1 * B, "normalizer": 1.0 * T}),
@@ -269,6 +281,10 @@ ROWS = [
     Row("loss_normalizer", "sequences", lambda B, T: {"mask": mask(B, T), "aggregation": "seq-mean-token-sum-norm"}),
     Row("whiten", "masked", lambda B, T: {"x": torch.randn(B, T), "mask": mask(B, T), "eps": 0.1 * B}),
 ]  # fmt: skip
+
+
+#: Those that have kernels for a GPU.
+GPU_ROWS = [row for row in ROWS if row.operation != "token_divergence"]
 
 
 # ---------------------------------------------------------------------------------------------- results and gradients
