@@ -25,7 +25,7 @@ from fastreward._runtime.dispatch import select
 from fastreward._runtime.layout import VALUES
 from fastreward.divergences import Loss
 
-#: By name, with their defaults (a divergence can't be made while torch.compile traces).
+#: By their names here, with their defaults (a divergence can't be made while torch.compile traces).
 _NAMED: Final = {
     "forward-kl": divergences.forward_kl(),
     "reverse-kl": divergences.reverse_kl(),
@@ -36,6 +36,7 @@ _NAMED: Final = {
     "alpha": divergences.alpha(),
     "hellinger": divergences.hellinger(),
 }
+NAMES: Final = tuple(_NAMED)
 
 
 @accepts_arrays
@@ -140,7 +141,7 @@ def _check_outputs(outputs: tuple[str, ...], labels: Tensor | None) -> None:
 
 def _chosen(divergence: str | Loss) -> Loss:
     if isinstance(divergence, str):
-        check.choice("divergence", divergence, tuple(_NAMED))
+        check.choice("divergence", divergence, NAMES)
         return _NAMED[divergence]
     if not isinstance(divergence, Loss):
         raise TypeError(

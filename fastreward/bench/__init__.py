@@ -17,6 +17,7 @@ from fastreward.bench.case import Case
 OPERATIONS = (
     "logprobs",
     "linear_logprobs",
+    "divergence",
     "policy_loss",
     "preference_loss",
     "value_loss",
@@ -35,6 +36,7 @@ BESIDES = ("busy", "small_calls", "ranks")  # no operations: run where they are 
 WITH_VOCABULARY = (
     "logprobs",
     "linear_logprobs",
+    "divergence",
     "logits_policy_loss",
     "linear_policy_loss",
     "ranks",

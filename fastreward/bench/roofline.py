@@ -57,6 +57,14 @@ def logprobs_forward_backward(rows: int, vocab: int, itemsize: int, statistics: 
     return Traffic(forward.read + matrix + rows * (_LABEL + 2 * statistics * _STAT), forward.written + matrix)
 
 
+def divergence(rows: int, vocab: int, itemsize: int, backward: bool) -> Traffic:
+    """Both sides' logits read once per pass, the student's gradient written once; per row a few statistics."""
+    read, matrix = rows * vocab * itemsize * 2, rows * vocab * itemsize
+    if not backward:
+        return Traffic(read, rows * _STAT)
+    return Traffic(2 * read + rows * 2 * _STAT, matrix + rows * _STAT)
+
+
 def linear_logprobs(rows: int, hidden: int, vocab: int, itemsize: int, backward: bool) -> Traffic:
     """hidden and weight read once per pass, their gradients written once; 2 N H V flops per GEMM, 1 of 4 forward."""
     operands = (rows * hidden + vocab * hidden) * itemsize

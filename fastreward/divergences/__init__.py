@@ -47,12 +47,13 @@ def _check_share(**parameters: float) -> None:
             raise ValueError(f"{name}: expected a number between 0 and 1, both excluded, got {value!r}")
 
 
-def _log_mixture(t: Terms, share: float | Node) -> Node:
-    """log(share q + (1 - share) p), as a constant: the derivatives through a mixture add up to nothing.
+def _relative(x: Node, log_x: Node, log_y: Node) -> Node:
+    """x (log x - log y), whose derivative for log x is itself: without the x besides it.
 
-    d/dm of share q log m + (1 - share) p log m sums to the sum of either side's gradient, which the softmax takes out.
+    Those sum to the whole mass of x, which a softmax keeps at 1: they would cancel in the gradient, in floats only
+    nearly.
     """
-    return stop_gradient(log(maximum(share * t.q + (1.0 - share) * t.p, 1e-37)))
+    return x * (log_x - log_y) - (x - stop_gradient(x))
 
 
 @define
@@ -61,7 +62,7 @@ def forward_kl(t: Terms) -> Node:
 
     Hinton et al. (arXiv:1503.02531). Verified in code: TRL 1.16 `trl/kernels/chunked_divergence.py`.
     """
-    return t.q * (t.log_q - t.log_p)
+    return _relative(t.q, t.log_q, t.log_p)
 
 
 @define
@@ -70,7 +71,7 @@ def reverse_kl(t: Terms) -> Node:
 
     MiniLLM (arXiv:2306.08543). Verified in code: TRL 1.16 `trl/kernels/chunked_divergence.py`.
     """
-    return t.p * (t.log_p - t.log_q)
+    return _relative(t.p, t.log_p, t.log_q)
 
 
 @define(check=_check_share)
@@ -80,8 +81,9 @@ def jsd(t: Terms, beta: float = 0.5) -> Node:
     GKD (arXiv:2306.13649). Verified in code: TRL 1.16 `trl/kernels/chunked_divergence.py`, whose beta 0 and 1 are
     forward_kl and reverse_kl.
     """
-    log_m = _log_mixture(t, beta)
-    return beta * t.q * (t.log_q - log_m) + (1.0 - beta) * t.p * (t.log_p - log_m)
+    # A constant in the gradient: what comes through the mixture adds up to the mass of either side.
+    log_m = stop_gradient(log(maximum(beta * t.q + (1.0 - beta) * t.p, 1e-37)))
+    return beta * _relative(t.q, t.log_q, log_m) + (1.0 - beta) * _relative(t.p, t.log_p, log_m)
 
 
 @define(check=_check_share)

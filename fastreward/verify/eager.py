@@ -6,8 +6,8 @@ The yardstick of `fastreward verify` (no backend may be further from the truth t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -536,3 +536,50 @@ def scatter_rewards(values: Tensor, segment_ids: Tensor, *, place: str = "end", 
     how = "amax" if place == "end" else "amin"
     at = none.scatter_reduce(1, ids, tokens.expand(ids.shape), how, include_self=False).gather(1, ids)
     return torch.where(there & (at == tokens), own, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------- divergences
+def token_divergence(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: str,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The divergence [...] between the two softmaxes, with the statistics where there are labels."""
+    other = temperature if teacher_temperature is None else teacher_temperature
+    log_p, log_q = _tempered(logits, temperature, mask), _tempered(teacher_logits, other, mask)
+    out = {"divergence": _DIVERGENCES[divergence](log_p, log_q).sum(-1)}
+    if labels is not None:
+        out["entropy"] = -(log_p.exp() * log_p).sum(-1)
+        out["teacher_entropy"] = -(log_q.exp() * log_q).sum(-1).detach()
+        out["logprobs"] = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return out if mask is None else {name: torch.where(mask, x, 0.0) for name, x in out.items()}
+
+
+def _tempered(logits: Tensor, temperature: float | Tensor, mask: Tensor | None) -> Tensor:
+    """Log-probs in float32 at least; a forbidden token's is -10,000."""
+    scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    tempered = (logits if logits.dtype == torch.float64 else logits.float()) / scale
+    if mask is not None:
+        tempered = torch.where(mask.unsqueeze(-1), tempered, 0.0)
+    return torch.log_softmax(tempered, -1).clamp(min=-1e4)
+
+
+def _against_mixture(first: Tensor, other: Tensor, share: float) -> Tensor:
+    """Terms of KL(first || share first + (1 - share) other)."""
+    return first.exp() * (first - (share * first.exp() + (1 - share) * other.exp()).clamp(min=1e-37).log())
+
+
+_DIVERGENCES: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "forward-kl": lambda p, q: q.exp() * (q - p),
+    "reverse-kl": lambda p, q: p.exp() * (p - q),
+    "jsd": lambda p, q: (_against_mixture(q, p, 0.5) + _against_mixture(p, q, 0.5)) / 2,
+    "skewed-forward-kl": lambda p, q: _against_mixture(q, p, 0.1),
+    "skewed-reverse-kl": lambda p, q: _against_mixture(p, q, 0.1),
+    "total-variation": lambda p, q: (p.exp() - q.exp()).abs() / 2,
+    "alpha": lambda p, q: 2 * (p.exp() + q.exp()) - 4 * ((p + q) / 2).exp(),
+    "hellinger": lambda p, q: ((p / 2).exp() - (q / 2).exp()) ** 2 / 2,
+}
