@@ -85,8 +85,11 @@ def _ours_in_place(case: Case, name: str, student: Tensor, teacher: Tensor, upst
         (grad,) = torch.autograd.grad(found, leaf, upstream)
         return found.detach(), grad
 
+    def restore() -> None:
+        work.copy_(student)
+
     case.inputs.append(work)
-    case.contenders.append(Contender(OURS, call, lambda: work.copy_(student)))
+    case.contenders.append(Contender(OURS, call, restore))
 
 
 def _forward(function: Callable[..., Tensor], student: Tensor, teacher: Tensor) -> Tensors:

@@ -67,7 +67,7 @@ def _ours(seed: int, inputs: Mapping[str, Any]) -> Tensors:
 
 def _truth(double: bool, seed: int, inputs: Mapping[str, Any]) -> Tensors:
     sides = [leaf(inputs[name], double=double) for name in ("logits", "teacher_logits")]
-    return _finished(eager.token_divergence(*sides, **_options(inputs)), sides, seed)
+    return _finished(eager.token_divergence(sides[0], sides[1], **_options(inputs)), sides, seed)
 
 
 def _plain(seed: int, inputs: Mapping[str, Any]) -> Tensors:
