@@ -28,7 +28,7 @@ def logprobs_from_logits(stock: Any, logits: Tensor, labels: Tensor, inplace_bac
     if not _served(logits, labels) or _has_kernel(stock, logits):
         handed_on()
         return stock(logits, labels, inplace_backward)  # type: ignore[no-any-return]
-    return token_logprobs(logits, labels).logprobs.to(logits.dtype)
+    return token_logprobs(logits, labels, temperature=1.0).logprobs.to(logits.dtype)
 
 
 def logprobs_of_labels(stock: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def logprobs_of_labels(stock: Any, logits: Tensor, labels: Tensor) -> Tensor:
     if not _served(logits, labels):
         handed_on()
         return stock(logits, labels)  # type: ignore[no-any-return]
-    return token_logprobs(logits, labels).logprobs.to(logits.dtype)
+    return token_logprobs(logits, labels, temperature=1.0).logprobs.to(logits.dtype)
 
 
 def entropy_from_logits(stock: Any, logits: Tensor) -> Tensor:
@@ -61,11 +61,15 @@ def calculate_sum_pi_squared_from_logits(stock: Any, logits: Tensor) -> Tensor:
         handed_on()
         return stock(logits)  # type: ignore[no-any-return]
     outputs = ("log_sum_sq_probs",)
-    return token_logprobs(logits, _no_labels(logits), outputs=outputs).log_sum_sq_probs.exp().to(logits.dtype)
+    return (
+        token_logprobs(logits, _no_labels(logits), temperature=1.0, outputs=outputs)
+        .log_sum_sq_probs.exp()
+        .to(logits.dtype)
+    )
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    return token_logprobs(logits, _no_labels(logits), outputs=("entropy",)).entropy
+    return token_logprobs(logits, _no_labels(logits), temperature=1.0, outputs=("entropy",)).entropy
 
 
 def _no_labels(logits: Tensor) -> Tensor:
