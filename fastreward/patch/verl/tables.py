@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Final
 
 from fastreward.patch.bindings import Entry
-from fastreward.patch.verl import advantages, aggregation, balancing, linear, logprobs, losses, masked, padding, rewards
+from fastreward.patch.verl import (
+    advantages,
+    aggregation,
+    balancing,
+    linear,
+    logprobs,
+    losses,
+    masked,
+    padding,
+    rewards,
+    rollout,
+)
 from fastreward.patch.verl.replacement import Registration, Replacement
 
 _FILES: Final = (
@@ -16,6 +27,7 @@ _FILES: Final = (
     aggregation,
     logprobs,
     linear,
+    rollout,
     balancing,
     padding,
 )
