@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,6 +219,51 @@ def test_half_precision_is_compiled_too(ours: Any) -> None:
     expected, eager = run(ours["entropy_from_logits"], logits)
     assert torch.equal(values, expected)
     assert torch.equal(gradient, eager)
+
+
+# --------------------------------------------------------------------------------------------- an engine of verl's own
+def engine_outputs(engine: Any, logits: Tensor, *, entropy: bool, chunked: bool) -> dict[str, Tensor]:
+    """What verl's FSDP engine makes of the logits [13, V] of a packed batch; only itself is a stand-in."""
+    tensordicts = importlib.import_module("verl.utils.tensordict_utils")
+    tokens = torch.arange(13) % 11
+    ids = torch.nested.nested_tensor_from_jagged(tokens, torch.tensor([0, 5, 6, 13]))
+    asked = {"use_remove_padding": True, "calculate_entropy": entropy, "calculate_sum_pi_squared": True}
+    settings = SimpleNamespace(
+        entropy_checkpointing=False,
+        entropy_from_logits_with_chunking=chunked,
+        entropy_from_logits_chunk_size=4,
+    )
+    itself = SimpleNamespace(
+        engine_config=settings,
+        compute_entropy_from_logits=getattr(functional, OTHERS[chunked]),
+        _gather_and_unpad_packed=lambda x, pad_size: x,
+    )
+    arguments = {
+        "input_ids_rmpad_rolled": torch.roll(tokens, -1),
+        "temperature_rmpad": torch.linspace(0.6, 1.4, 13),
+        "pad_size": 0,
+    }
+    output, batch = SimpleNamespace(logits=logits.unsqueeze(0)), tensordicts.get_tensordict({"input_ids": ids}, asked)
+    found = engine.FSDPEngineWithLMHead.prepare_model_outputs(itself, output, arguments, batch, None)
+    return {name: x.values() for name, x in found.items()}
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_fsdp_engine_is_served(entropy: bool, chunked: bool) -> None:
+    engine = importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
+    results = []
+    for patched in (False, True):
+        report = fastreward.patch.verl() if patched else None
+        leaf = logits_of(13).requires_grad_()
+        found = engine_outputs(engine, leaf, entropy=entropy, chunked=chunked)
+        total = found["log_probs"].square().sum() + (0.3 * found["entropy"].sum() if entropy else 0.0)
+        results.append((found, torch.autograd.grad(total, leaf)[0]))
+    fastreward.patch.undo("verl")
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=5e-6)
+    assert report is not None
+    for name in ("logprobs_from_logits", "calculate_sum_pi_squared_from_logits", OTHERS[chunked]):
+        assert called(report, f"{logprobs.TORCH}.{name}") == (int(entropy or name not in OTHERS[:2]), 0)
 
 
 # ------------------------------------------------------------------------------------------------------- fused LM heads

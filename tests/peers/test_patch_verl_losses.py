@@ -342,3 +342,41 @@ def test_the_registry_and_bypass_mode_call_ours() -> None:
         assert metrics == pytest.approx(others, rel=1e-5, abs=1e-5)
     assert report.usage[f"{losses.CORE}.compute_policy_loss_vanilla"].calls == 2
     assert report.usage[f"{losses.CORE}.compute_policy_loss_reinforce"].calls == 1
+
+
+def test_the_actors_loss_is_made_of_ours() -> None:
+    """verl's ppo_loss on a batch of nested tensors: policy loss, entropy bonus and KL, added up in place."""
+    glue = importlib.import_module("verl.workers.utils.losses")
+    tensordicts = importlib.import_module("verl.utils.tensordict_utils")
+    given, lengths, results = inputs(), [T, 1, 9, 2, T - 1, 5, 12], []
+
+    def nested(x: Tensor) -> Tensor:
+        return torch.nested.nested_tensor([x[k, :n] for k, n in enumerate(lengths)], layout=torch.jagged)
+
+    tensors = {
+        "old_log_probs": nested(given["old"]),
+        "advantages": nested(given["advantages"]),
+        "rollout_is_weights": nested(given["weights"]),
+        "ref_log_prob": nested(given["old"] - 0.1),
+        "response_mask": nested(given["mask"].long()),
+        "responses": nested(torch.zeros(B, T, dtype=torch.long)),
+        "prompts": torch.nested.nested_tensor([torch.zeros(2, dtype=torch.long)] * B, layout=torch.jagged),
+    }
+    # Of prompt and response together: a token predicts the next one, so one value stands before the response's.
+    edge = torch.zeros(1)
+    packed = torch.cat([x for k, n in enumerate(lengths) for x in (edge, given["new"][k, :n], edge)])
+    for patched in (False, True):
+        report = fastreward.patch.verl() if patched else None
+        numbers = {"dp_size": 2, "batch_num_tokens": 90, "global_batch_size": 9}
+        leaf = packed.clone().requires_grad_()
+        outputs = {"log_probs": leaf, "entropy": torch.exp(-0.5 * leaf)}
+        settings = config(use_kl_loss=True, entropy_coeff=0.01)
+        loss, metrics = glue.ppo_loss(settings, outputs, tensordicts.get_tensordict(dict(tensors), numbers))
+        logged = {name: float(getattr(x, "values", [x])[0]) for name, x in metrics.items()}
+        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0], logged))
+    fastreward.patch.undo("verl")
+    torch.testing.assert_close(results[1][:2], results[0][:2], rtol=1e-5, atol=1e-6)
+    assert results[1][2] == pytest.approx(results[0][2], rel=2e-6, abs=1e-7)
+    assert report is not None
+    assert report.usage[f"{losses.CORE}.compute_policy_loss_vanilla"].calls == 1
+    assert report.usage[f"{losses.CORE}.agg_loss"].calls == 2
