@@ -46,10 +46,10 @@ from openrlhf_whole import stand_ins  # noqa: E402  # deepspeed, vllm and flash-
 
 PHASES = {
     "make_experience": "KL and its means",
-    "advantages": "rewards per token, GAE, normalisation",
+    "advantages": "rewards, GAE, normalising",
     "actor": "policy loss and gradient",
     "critic": "value loss and gradient",
-    "language model": "Actor.forward, entropy, loss and gradient",
+    "language model": "step of a language model",
 }
 RESULTS = ("advantages", "returns", "actor gradient", "critic gradient")
 GROUP = 8
@@ -67,7 +67,9 @@ def arguments(micro_batch: int) -> Any:
         algo=space(advantage=advantage, kl=space(use_loss=False, estimator="k2", init_coef=0.01)),
         actor=space(entropy_coef=None, aux_loss_coef=0.0),
         ds=space(ring_attn_size=1, tensor_parallel_size=1),
-        train=space(colocate_all=False, colocate_actor_ref=False, dynamic_batch_enable=False),
+        train=space(
+            colocate_all=False, colocate_actor_ref=False, colocate_critic_reward=False, dynamic_batch_enable=False
+        ),
         rollout=space(n_samples_per_prompt=GROUP, micro_batch_size=micro_batch, max_new_tokens=None),
         reward=space(clip_range=(-10.0, 10.0), overlong_buffer_len=None, stop_properly_penalty_coef=None),
     )
@@ -261,7 +263,7 @@ def resident(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def in_a_fork(inputs: Inputs, patched: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def in_a_fork(inputs: Inputs, patched: bool, threads: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a side says, in a process that ends with it, and its results."""
     results = {name: shared(*inputs.mask.shape) for name in RESULTS}
     reading, writing = os.pipe()
@@ -269,6 +271,7 @@ def in_a_fork(inputs: Inputs, patched: bool) -> tuple[dict[str, Any], dict[str, 
     if child == 0:
         code = 1
         try:
+            torch.set_num_threads(threads)
             with os.fdopen(writing, "w") as pipe:
                 json.dump(Side(inputs, results, patched).run(), pipe)
             code = 0
@@ -293,12 +296,12 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 def show(rows: dict[str, Any]) -> Table:
     """Both sides of each phase, and of all."""
     table = Table(title="OpenRLHF's training code on the CPU", title_justify="left")
-    for heading in ("phase", "what", "OpenRLHF", "fastreward", "faster", "peak MiB", "patched"):
-        table.add_column(heading, justify="left" if heading in ("phase", "what") else "right")
+    for heading in ("what", "OpenRLHF", "fastreward", "faster", "peak MiB", "patched"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
     for name, row in rows.items():
         stock, ours = row["stock"], row["patched"]
         table.add_row(
-            name, PHASES.get(name, ""), f"{stock['seconds']:.3f} s", f"{ours['seconds']:.3f} s",
+            PHASES.get(name, name), f"{stock['seconds']:.3f} s", f"{ours['seconds']:.3f} s",
             f"{stock['seconds'] / ours['seconds']:.1f}x", f"{stock['peak_mib']:.0f}", f"{ours['peak_mib']:.0f}",
             end_section=name == list(PHASES)[-1],
         )  # fmt: skip
@@ -318,7 +321,7 @@ def main(
     if output is not None and not output.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {output.parent}", param_hint="--json")
     warnings.simplefilter("ignore")  # what OpenRLHF's imports warn about is theirs
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # a process whose OpenMP threads have run cannot be forked
     console = Console(stderr=True)
     with console.status("importing OpenRLHF"):
         missing = stand_ins()
@@ -328,8 +331,8 @@ def main(
     if missing:
         console.print(f"not installed, and stood in for: {', '.join(missing)}")
     inputs = Inputs(batch, length, micro_batch)
-    stock, theirs = in_a_fork(inputs, patched=False)
-    patched, ours = in_a_fork(inputs, patched=True)
+    stock, theirs = in_a_fork(inputs, False, threads)
+    patched, ours = in_a_fork(inputs, True, threads)
     rows = {name: {"stock": stock["phases"][name], "patched": patched["phases"][name]} for name in PHASES}
     rows["all"] = {
         side: {
