@@ -356,25 +356,41 @@ void sum_any(float* xs, const float* cs, int n, bool one, double coefficient, do
   carried = y;
 }
 
-// The same where every token has `coefficient`, to the bit.
-template <bool kReverse>
-void sum_one(float* xs, int n, double coefficient, double& carried) {
-  constexpr bool kUp = !kReverse;
-  const F8 nothing = f8(0.0f), unit = f8(1.0f);
-  const F8 c1 = f8(static_cast<float>(coefficient)), c2 = mul(c1, c1), c4 = mul(c2, c2);
-  F8 product = mul(c1, moved<kUp, 1>(c1, unit));
-  product = mul(product, moved<kUp, 2>(product, unit));
-  product = mul(product, moved<kUp, 4>(product, unit));
-  const double eighth = Powers(coefficient).of[8];
-  double y = carried;
-  for_eights<kReverse>(n, [&](int i) {
-    F8 x = load8(xs + i);
+// The same where every token has `coefficient`, to the bit: eight tokens, of which the nearest to y is last.
+struct EightSteps {
+  F8 c1, c2, c4;
+  double eighth;
+  explicit EightSteps(double coefficient)
+      : c1(f8(static_cast<float>(coefficient))), c2(mul(c1, c1)), c4(mul(c2, c2)), eighth(Powers(coefficient).of[8]) {}
+
+  // What lies `0, 1, ..., 7` tokens away from y is multiplied with these.
+  template <bool kReverse>
+  F8 product() const {
+    constexpr bool kUp = !kReverse;
+    const F8 unit = f8(1.0f);
+    F8 p = mul(c1, moved<kUp, 1>(c1, unit));
+    p = mul(p, moved<kUp, 2>(p, unit));
+    return mul(p, moved<kUp, 4>(p, unit));
+  }
+  template <bool kReverse>
+  F8 sum(F8 x, F8 products, double& y) const {
+    constexpr bool kUp = !kReverse;
+    const F8 nothing = f8(0.0f);
     x = fma(c1, moved<kUp, 1>(x, nothing), x);
     x = fma(c2, moved<kUp, 2>(x, nothing), x);
     x = fma(c4, moved<kUp, 4>(x, nothing), x);
-    store8(xs + i, fma(product, f8(static_cast<float>(y)), x));
+    const F8 sums = fma(products, f8(static_cast<float>(y)), x);
     y = fused(eighth, y, static_cast<double>(kReverse ? first(x) : last(x)));
-  });
+    return sums;
+  }
+};
+
+template <bool kReverse>
+void sum_one(float* xs, int n, double coefficient, double& carried) {
+  const EightSteps steps(coefficient);
+  const F8 products = steps.product<kReverse>();
+  double y = carried;
+  for_eights<kReverse>(n, [&](int i) { store8(xs + i, steps.sum<kReverse>(load8(xs + i), products, y)); });
   carried = y;
 }
 
@@ -457,6 +473,12 @@ class Output {
   void zero(std::int64_t base, int n) {
     put(base, n, [](int, int) { return f32(0.0f); });
   }
+  // What waits, for a block that is made in one go.
+  bool large() const { return large_; }
+  float* begin(std::int64_t base) const { return p_ + base; }
+  int waiting() const { return waiting_; }
+  float* results() { return results_.at(); }
+
   // The row begins at p + base: nothing more will come.
   void finish(std::int64_t base) {
     for (int i = 0; i < waiting_; ++i) p_[base + i] = results_.at()[i];
@@ -508,6 +530,94 @@ void write(const ReturnsInput& in, const Row& row, Buffers& room, Output& out, O
   } else {
     out.put(row.base, row.n, result);
   }
+}
+
+// ---------------------------------------------------------------------------------------------- a block in one go
+// An Output while a block of whole sixteens goes by, from its end. Its lines are joined in registers, and written one
+// for each sixteen: a burst of them waits for memory, and has nothing to do meanwhile.
+template <bool kLarge>
+class Passing {
+ public:
+  Passing(Output& out, std::int64_t base)
+      : out_(out),
+        to_(out.begin(base)),
+        waiting_(out.waiting()),
+        late_(waiting_ >= 8),
+        turn_(waiting_ & 7),
+        above_(turned(load8(out.results()), turn_)),
+        whole_(load8(out.results() + (waiting_ & 7))) {}
+
+  // The results of [i, i + 16), which lie before those of the last call.
+  void put(int i, F8 low, F8 high) {
+    if (!kLarge) {
+      store8(to_ + i, low), store8(to_ + i + 8, high);
+      return;
+    }
+    low_ = low;
+    const F8 upper = turned(high, turn_), lower = turned(low, turn_);
+    const F8 second = joined(upper, above_, turn_), first = joined(lower, upper, turn_);
+    above_ = lower;
+    if (late_)
+      stream16(to_ + i + waiting_, second, whole_);
+    else
+      stream16(to_ + i + waiting_, first, second);
+    whole_ = first;
+  }
+  // After the block.
+  void finish() {
+    if (!kLarge) return;
+    store8(out_.results(), low_);
+    if (late_) store8(out_.results() + (waiting_ & 7), whole_);
+  }
+
+ private:
+  Output& out_;
+  float* to_;
+  int waiting_;
+  bool late_;  // the upper half of a line waits for the lower one
+  Turn8 turn_;
+  F8 above_, whole_, low_ = f8(0.0f);
+};
+
+// prepare_plain, sum_one and write of a full block from its end, to the bit: loads, recurrence and stores side by side,
+// as the memory works while the recurrence does.
+template <ReturnsKind kKind, bool kLarge>
+void pass(const ReturnsInput& in, Row& row, double coefficient, Output& out, Output& second, F32& wrong) {
+  const float* rewards = in.rewards + row.base;
+  const float* values = in.values + row.base;
+  const float* given = in.next_values == nullptr ? nullptr : in.next_values + row.base;
+  const double gamma = Factor(in.gamma, row).all(), lam = Factor(in.lam, row).all();
+  const F8 discount = f8(static_cast<float>(kKind == ReturnsKind::lambda ? gamma * (1.0 - lam) : gamma));
+  const F8 after = f8(row.value), nothing = f8(0.0f);
+  const EightSteps steps(coefficient);
+  const F8 products = steps.product<true>();
+  Passing<kLarge> first_out(out, row.base), second_out(kKind == ReturnsKind::gae ? second : out, row.base);
+  F8 bad = nothing;
+  double y = row.y;
+  const auto eight = [&](int i) {
+    F8 x = load8(rewards + i);
+    if constexpr (kKind != ReturnsKind::returns) {
+      const F8 following = given != nullptr    ? load8(given + i)
+                           : i + 8 < kWidth ? load8(values + i + 1)
+                                               : moved<false, 1>(load8(values + i), after);
+      x = fma(discount, following, x);
+    }
+    if constexpr (kKind == ReturnsKind::gae) x = sub(x, load8(values + i));
+    bad = fma(x, nothing, bad);
+    return steps.sum<true>(x, products, y);
+  };
+  for (int i = kWidth - 16; i >= 0; i -= 16) {
+    __builtin_prefetch(rewards + i - kAhead);
+    if (kKind != ReturnsKind::returns) __builtin_prefetch((given != nullptr ? given : values) + i - kAhead);
+    if (kKind == ReturnsKind::gae && given != nullptr) __builtin_prefetch(values + i - kAhead);
+    const F8 high = eight(i + 8), low = eight(i);
+    first_out.put(i, low, high);
+    if (kKind == ReturnsKind::gae) second_out.put(i, add(low, load8(values + i)), add(high, load8(values + i + 8)));
+  }
+  first_out.finish();
+  if (kKind == ReturnsKind::gae) second_out.finish(), row.value = values[0];
+  row.y = y;
+  if (equal(bad, nothing) != 0xffu) wrong = f32(__builtin_nanf(""));
 }
 
 // --------------------------------------------------------------------------------------------------------------- a row
@@ -585,6 +695,12 @@ void run_row(const ReturnsInput& in, std::int64_t index, Buffers& room, Output& 
     const bool opened = kKind == ReturnsKind::lambda && !row.after_valid;  // by a token that has to be closed
     const bool plain = one && !opened && row.mask == nullptr && in.terminated == nullptr && in.done == nullptr &&
                        in.op == ReturnsOp::sum && std::fabs(coefficient) <= kTame;
+    if (plain && in.reverse && row.n == kWidth && row.pending == 0.0) {
+      out.large() ? pass<kKind, true>(in, row, coefficient, out, second, wrong)
+                  : pass<kKind, false>(in, row, coefficient, out, second, wrong);
+      row.started = row.after_valid = true;
+      continue;
+    }
     float *xs = room.x.at(), *cs = room.c.at();
     plain ? prepare_plain<kKind>(in, row, room, wrong) : prepare<kKind>(in, row, room, wrong);
     for (int i = 0; i < 8; ++i) {  // what an eight has too many
@@ -612,7 +728,8 @@ bool run(const ReturnsInput& in, float* out, float* second, int threads) {
     Buffers room;
     Output results(out, large), others(second, large);
     F32 wrong = f32(0.0f);
-    for (std::int64_t b = first_row; b < last_row; ++b) run_row<kKind>(in, b, room, results, others, wrong);
+    // From the last token of the last row to the first of the first: one stream of memory that the prefetches run ahead in.
+    for (std::int64_t b = last_row - 1; b >= first_row; --b) run_row<kKind>(in, b, room, results, others, wrong);
     if (large) fence();
     if (!(sum(wrong) == 0.0f)) good = false;
   });

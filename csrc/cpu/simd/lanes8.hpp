@@ -2,10 +2,14 @@
 // machine's vectors are. Include it after simd.hpp, from csrc/cpu/*.cpp only.
 //
 //   f8(x), load8(p), store8(p, v)      all lanes x; unaligned
-//   add mul min max fma(a,b,c)=a*b+c   as in simd.hpp
+//   add sub mul min max fma(a,b,c)=a*b+c   as in simd.hpp
 //   moved<kUp, k>(v, fill)             lane i gets lane i - k (kUp) or lane i + k; lanes that get none get `fill`
 //   equal(a, b)                        a bit for each lane
 //   first(a), last(a)                  a lane
+//   Turn8(k); turned(v, turn)          lane i gets lane (i + k) mod 8
+//   joined(low, high, turn)            lane i of low where i < 8 - k, of high elsewhere: of what has been turned, the
+//                                      eight that begin k lanes behind low's beginning
+//   stream16(p, low, high)             past the caches, to a whole line
 #pragma once
 
 #include "cpu/simd/simd.hpp"
@@ -21,6 +25,8 @@ struct F8 {
 inline F8 f8(float x) { return {_mm256_set1_ps(x)}; }
 inline F8 load8(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline void store8(float* p, F8 a) { _mm256_storeu_ps(p, a.v); }
+inline F8 add(F8 a, F8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F8 sub(F8 a, F8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F8 mul(F8 a, F8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline F8 min(F8 a, F8 b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline F8 max(F8 a, F8 b) { return {_mm256_max_ps(a.v, b.v)}; }
@@ -44,6 +50,26 @@ inline F8 moved(F8 a, F8 fill) {
   return {_mm256_blend_ps(_mm256_permutevar8x32_ps(a.v, from), fill.v, kFilled)};
 }
 
+struct Turn8 {
+  __m256i from;
+  __m256 high;
+  explicit Turn8(int k) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    from = _mm256_and_si256(_mm256_add_epi32(lane, _mm256_set1_epi32(k)), _mm256_set1_epi32(7));
+    high = _mm256_castsi256_ps(_mm256_cmpgt_epi32(lane, _mm256_set1_epi32(7 - k)));
+  }
+};
+inline F8 turned(F8 a, const Turn8& turn) { return {_mm256_permutevar8x32_ps(a.v, turn.from)}; }
+inline F8 joined(F8 low, F8 high, const Turn8& turn) { return {_mm256_blendv_ps(low.v, high.v, turn.high)}; }
+
+#if defined(FASTREWARD_AVX512)
+inline void stream16(float* p, F8 low, F8 high) {
+  _mm512_stream_ps(p, _mm512_insertf32x8(_mm512_castps256_ps512(low.v), high.v, 1));
+}
+#else
+inline void stream16(float* p, F8 low, F8 high) { _mm256_stream_ps(p + 8, high.v), _mm256_stream_ps(p, low.v); }
+#endif
+
 #else
 
 struct F8 {
@@ -64,6 +90,12 @@ inline F8 load8(const float* p) {
   return each([&](int i) { return p[i]; });
 }
 inline void store8(float* p, F8 a) { __builtin_memcpy(p, a.v, sizeof a.v); }
+inline F8 add(F8 a, F8 b) {
+  return each([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F8 sub(F8 a, F8 b) {
+  return each([&](int i) { return a.v[i] - b.v[i]; });
+}
 inline F8 mul(F8 a, F8 b) {
   return each([&](int i) { return a.v[i] * b.v[i]; });
 }
@@ -92,6 +124,18 @@ inline F8 moved(F8 a, F8 fill) {
     return from >= 0 && from < 8 ? a.v[from] : fill.v[i];
   });
 }
+
+struct Turn8 {
+  int k;
+  explicit Turn8(int lanes) : k(lanes) {}
+};
+inline F8 turned(F8 a, const Turn8& turn) {
+  return each([&](int i) { return a.v[(i + turn.k) & 7]; });
+}
+inline F8 joined(F8 low, F8 high, const Turn8& turn) {
+  return each([&](int i) { return i < 8 - turn.k ? low.v[i] : high.v[i]; });
+}
+inline void stream16(float* p, F8 low, F8 high) { store8(p + 8, high), store8(p, low); }
 
 #endif
 
