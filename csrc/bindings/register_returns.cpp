@@ -1,4 +1,4 @@
-// fastreward._core.returns_scan: see csrc/cpu/returns.hpp.
+// fastreward._core.returns_scan: see csrc/cpu/returns/returns.hpp.
 #include <pybind11/stl.h>
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 #include "bindings/addresses.hpp"
 #include "bindings/registry.hpp"
-#include "cpu/returns.hpp"
+#include "cpu/returns/returns.hpp"
 
 namespace fastreward {
 namespace {

@@ -3,8 +3,8 @@
 //
 // Fused: one read of log-probs, reference log-probs and mask, one write of the rewards. The penalty knows no sequences
 // and takes ranges of flat tokens, so that few long sequences occupy the threads as many short ones do; log-probs under
-// a run of zeros in the mask are not read at all. The scores follow: from a sequence's end the mask is read back to its
-// last valid token, and one element is added to. Nothing is allocated.
+// a run of zeros in the mask are not read at all. The scores follow, range by range: from a sequence's end the mask is
+// read back to its last valid token, and one element is added to. Nothing is allocated.
 #include "cpu/rewards.hpp"
 
 #include <atomic>
@@ -110,11 +110,66 @@ void for_pieces(const TokenRewards& in, std::int64_t first, std::int64_t last, c
   }
 }
 
+// The last (or first) position in [begin, end) that counts; -1: none does.
+std::int64_t position(const TokenRewards& in, std::int64_t begin, std::int64_t end) {
+  constexpr int kLook = 256;  // tokens at a time
+  std::uint8_t buffer[kLook];
+  const bool last = in.place == ScorePlace::end;
+  for (std::int64_t left = end - begin; left > 0;) {
+    const int n = static_cast<int>(left < kLook ? left : kLook);
+    const std::int64_t at = last ? begin + left - n : end - left;
+    const std::uint8_t* const bytes = mask_block(in.mask, at, n, buffer);
+    if (bytes == nullptr) return last ? at + n - 1 : at;
+    std::uint8_t some = 0;
+    for (int i = 0; i < n; ++i) some |= bytes[i];
+    if (some != 0) {
+      int i = last ? n - 1 : 0;
+      while (bytes[i] == 0) i += last ? -1 : 1;
+      return at + i;
+    }
+    left -= n;
+  }
+  return -1;
+}
+
+void place_score(const TokenRewards& in, std::int64_t row, float* out) {
+  const std::int64_t at = position(in, in.begin(row), in.begin(row + 1));
+  if (at >= 0) out[at] += placed(in, row);
+}
+
+// The first sequence that begins at token i or later.
+std::int64_t first_from(const TokenRewards& in, std::int64_t i) {
+  if (in.cu_seqlens == nullptr) return in.columns > 0 ? (i + in.columns - 1) / in.columns : in.sequences;
+  std::int64_t low = 0, high = in.sequences;
+  while (low < high) {
+    const std::int64_t middle = low + (high - low) / 2;
+    if (in.cu_seqlens[middle] < i)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// The scores of sequences that lie across the end of a range: each belongs to the first end that it reaches beyond.
+void place_across(const TokenRewards& in, std::int64_t tokens, std::int64_t grain, float* out, int threads) {
+  const std::int64_t ends = (tokens - 1) / grain;
+  parallel_ranges(threads, ends, grain_of(ends, kRows), [&](std::int64_t first, std::int64_t last, int) {
+    for (std::int64_t k = first; k < last; ++k) {
+      const std::int64_t end = (k + 1) * grain, row = row_of(in, end);
+      if (in.begin(row) < end && in.begin(row) >= end - grain) place_score(in, row, out);
+    }
+  });
+}
+
+// Ranges of tokens; the scores of the sequences that lie in one are placed at once, while their mask is in cache, and
+// those of the others when all is done.
 template <KlEstimate kKl>
 bool penalize_all(const TokenRewards& in, std::int64_t tokens, const Out& out, int threads) {
   std::atomic<bool> bad{false};
-  parallel_ranges(threads, tokens, (grain_of(tokens, kGrain) + kBlock - 1) / kBlock * kBlock,
-                  [&](std::int64_t first, std::int64_t last, int) {
+  const std::int64_t grain = (grain_of(tokens, kGrain) + kBlock - 1) / kBlock * kBlock;
+  const bool placing = in.place != ScorePlace::all;
+  parallel_ranges(threads, tokens, grain, [&](std::int64_t first, std::int64_t last, int) {
     std::uint8_t buffer[kBlock];
     M32 nan = first32(0);
     for_pieces(in, first, last, [&](std::int64_t begin, std::int64_t end, float base) {
@@ -125,32 +180,12 @@ bool penalize_all(const TokenRewards& in, std::int64_t tokens, const Out& out, i
     });
     if (out.streamed) fence();
     if (any(nan)) bad.store(true, std::memory_order_relaxed);
+    if (placing)
+      for (std::int64_t row = first_from(in, first); row < in.sequences && in.begin(row + 1) <= last; ++row)
+        place_score(in, row, out.data);
   });
+  if (placing) place_across(in, tokens, grain, out.data, threads);
   return bad.load(std::memory_order_relaxed);
-}
-
-// The last (or first) position in [begin, end) that counts; -1: none does.
-std::int64_t position(const TokenRewards& in, std::int64_t begin, std::int64_t end) {
-  std::uint8_t buffer[kF32];
-  const bool last = in.place == ScorePlace::end;
-  for (std::int64_t left = end - begin; left > 0;) {
-    const int n = static_cast<int>(left < kF32 ? left : kF32);
-    const std::int64_t at = last ? begin + left - n : end - left;
-    const unsigned on = bits(lanes_of(mask_block(in.mask, at, n, buffer), n));
-    if (on != 0) return at + (last ? 31 - __builtin_clz(on) : __builtin_ctz(on));
-    left -= n;
-  }
-  return -1;
-}
-
-void place_scores(const TokenRewards& in, float* out, int threads) {
-  const std::int64_t grain = grain_of(in.sequences, kRows);
-  parallel_ranges(threads, in.sequences, grain, [&](std::int64_t first, std::int64_t last, int) {
-    for (std::int64_t row = first; row < last; ++row) {
-      const std::int64_t at = position(in, in.begin(row), in.begin(row + 1));
-      if (at >= 0) out[at] += placed(in, row);
-    }
-  });
 }
 
 }  // namespace
@@ -171,7 +206,6 @@ bool token_rewards(const TokenRewards& in, float* out, int threads) {
     case KlEstimate::k2: bad = penalize_all<KlEstimate::k2>(in, tokens, to, threads); break;
     case KlEstimate::k3: bad = penalize_all<KlEstimate::k3>(in, tokens, to, threads); break;
   }
-  if (in.place != ScorePlace::all) place_scores(in, out, threads);
   return bad;
 }
 
