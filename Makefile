@@ -54,11 +54,11 @@ $(STAMP): $(COMPILED) $(PACKAGES)
 	$(PIP) --no-build-isolation --no-deps --config-settings cmake.define.FASTREWARD_WERROR=ON --editable .
 	touch $(STAMP)
 
-# verl, OpenRLHF and areal pin CUDA packages, so without what they ask for. Where they can't be had their comparisons
-# are skipped.
+# verl, OpenRLHF and areal pin CUDA packages, so without what they ask for (and torchrl, of the series that tensordict
+# belongs to). Where they can't be had their comparisons are skipped.
 $(PEERS): $(STAMP)
-	$(PIP) ray 'tensordict<=0.10' omegaconf codetiming einops && $(PIP) --no-deps verl openrlhf areal \
-	  || echo "verl, OpenRLHF and areal can't be installed here: tests that compare with them will be skipped"
+	$(PIP) ray 'tensordict<=0.10' omegaconf codetiming einops && $(PIP) --no-deps verl openrlhf areal 'torchrl==0.10.*' \
+	  || echo "verl, OpenRLHF, areal and torchrl can't be installed here: tests that compare with them will be skipped"
 	touch $(PEERS)
 
 build: $(STAMP)

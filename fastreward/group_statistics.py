@@ -123,6 +123,15 @@ def _std(found: dict[str, Tensor], ddof: int) -> Tensor:
     return _where(freedom > 0, (found["squares"] / freedom).sqrt())
 
 
+def _leave_one_out_std(c: _Call) -> Tensor:
+    """From the sum of squares about the mean, less this entry's part; what rounding leaves of equal others is 0."""
+    n = c.group["count"]
+    whole = c.group["squares"]
+    others = whole - (c.value - c.group["mean"]).square() * n / (n - 1)
+    others = torch.where(others > 1e-13 * whole, others, 0.0)
+    return _where((n - 1 > c.ddof) & ~c.value.isnan(), (others / (n - 1 - c.ddof)).sqrt())
+
+
 def _others_max(c: _Call) -> Tensor:
     largest, second = c.group["max"], c.group["second"]
     return _where((c.group["count"] > 1) & ~c.value.isnan(), torch.where(c.value == largest, second, largest))
@@ -187,6 +196,7 @@ _OF_GROUP: Final[dict[str, Callable[[_Call], Tensor]]] = {
 #: Statistics of each entry among those of its group.
 _OF_ENTRY: Final[dict[str, Callable[[_Call], Tensor]]] = {
     "leave-one-out": lambda c: c.group["mean"] + (c.group["mean"] - c.value) / (c.group["count"] - 1),
+    "leave-one-out-std": _leave_one_out_std,
     "others-max": _others_max,
     "leave-one-out-logsumexp": _leave_one_out_logsumexp,
     "rank": _rank,
@@ -223,11 +233,11 @@ def group_statistics(
             "std", "max", "second-max" (equal ones counted apart), "min", "logsumexp", "quantile" (linear between the
             two nearest), "pass-at-k" (x > 0 is a success; 1 - C(n - c, k) / C(n, k), arXiv 2107.03374), "batch-mean"
             and "batch-std" of all entries. Of the entry among the others of its group: "leave-one-out" (their mean),
-            "others-max", "leave-one-out-logsumexp" (JEPO, arXiv 2503.19618), "rank" (how many are below it, from 0),
-            "win-rate" (comparisons won, ties counted half, of count - 1).
+            "leave-one-out-std", "others-max", "leave-one-out-logsumexp" (JEPO, arXiv 2503.19618), "rank" (how many are
+            below it, from 0), "win-rate" (comparisons won, ties counted half, of count - 1).
         mask: in the shape of x, nonzero = there; others are as if NaN.
         weights: in the shape of x, at least 0, for "weighted-mean".
-        ddof: of "std" and "batch-std", which divide by count - ddof.
+        ddof: of "std", "batch-std" and "leave-one-out-std", which divide by count - ddof.
         q: of "quantile", in [0, 1].
         k: of "pass-at-k".
         ties: "rank" among equal ones: their "average", the "min", the "max", or "ordinal", as they come in the batch.

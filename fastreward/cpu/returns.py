@@ -1,4 +1,4 @@
-"""CPU backend of `returns`: torch tensors to pointers for csrc/cpu/returns/returns.cpp. Inputs are validated already."""
+"""CPU backend of `returns`: torch tensors to pointers for csrc/cpu/returns. Inputs are validated already."""
 
 from __future__ import annotations
 

@@ -43,14 +43,14 @@ __all__ = [
     "rloo",
 ]
 
-Trainer = Literal["verl", "trl", "trl-async", "openrlhf", "slime", "skyrl", "rl-kernel"]
+Trainer = Literal["verl", "trl", "trl-async", "openrlhf", "slime", "skyrl", "rl-kernel", "nemo-rl"]
 #: (R - mean) / (std + eps) as trainers have it: ddof of the std, eps, and what a response alone in its group gets.
 CONVENTIONS: Final[dict[Trainer, dict[str, Any]]] = {
     "verl": {"ddof": 1, "eps": 1e-6, "singleton": "raw"},
     "trl": {"ddof": 1, "eps": 1e-4, "singleton": "zero"},
     "trl-async": {"ddof": 0, "eps": 1e-8, "singleton": "zero"},
     "openrlhf": {"ddof": 1, "eps": 1e-9, "singleton": "nan"},
-    "slime": {"ddof": 1, "eps": 1e-6, "singleton": "nan"},
+    "slime": {"ddof": 1, "eps": 1e-6, "singleton": "zero"},  # it turns the std off where a prompt has one response
     "skyrl": {"ddof": 1, "eps": 1e-6, "singleton": "raw"},
     "rl-kernel": {"ddof": 0, "eps": 1e-8, "singleton": "zero"},
 }
@@ -60,7 +60,7 @@ CONVENTIONS: Final[dict[Trainer, dict[str, Any]]] = {
 @recipe(
     "GRPO (group relative policy optimization)",
     "arXiv 2402.03300",
-    code="verl core_algos.py `compute_grpo_outcome_advantage`; TRL, OpenRLHF, slime, SkyRL",
+    code="verl core_algos.py `compute_grpo_outcome_advantage`; TRL, OpenRLHF, slime, SkyRL, NeMo-RL",
     passes=("group_ids",),
 )
 def grpo(
@@ -74,9 +74,15 @@ def grpo(
     """A = (R - mean) / (std + eps).
 
     trainer: whose ddof, eps and singletons: "verl", "skyrl" (1, 1e-6, R itself), "trl" (1, 1e-4, 0), "trl-async" (0,
-    1e-8, 0), "openrlhf" (1, 1e-9, NaN), "slime" (1, 1e-6, NaN), "rl-kernel" (0, 1e-8, 0). mask [B]: nonzero = there.
+    1e-8, 0), "openrlhf" (1, 1e-9, NaN), "slime" (1, 1e-6, 0), "rl-kernel" (0, 1e-8, 0). "nemo-rl": mean and std are the
+    others' (1, 1e-6, 0), and where theirs is 0 nothing is divided by. mask [B]: nonzero = there.
     """
     check.choice("trainer", trainer, get_args(Trainer))
+    if trainer == "nemo-rl":
+        advantages = rloo(rewards, group_ids, group_size=group_size, mask=mask, singleton="zero")
+        others = group_statistics(rewards, group_ids, ("leave-one-out-std",), group_size=group_size, mask=mask)
+        std = others["leave-one-out-std"]
+        return torch.where(std > 0, advantages / (std + 1e-6), advantages)
     return group_advantages(rewards, group_ids, group_size=group_size, mask=mask, **CONVENTIONS[trainer])
 
 

@@ -158,10 +158,10 @@ def group_statistics(
         members = [i for i, key in enumerate(keys) if key == keys[b] and not torch.isnan(values[i])]
         given = values[torch.tensor(members, dtype=torch.long)]
         weight = None if weights is None else weights.double()[torch.tensor(members, dtype=torch.long)]
-        if statistic in ("leave-one-out", "leave-one-out-logsumexp", "others-max", "rank", "win-rate"):
+        if statistic in ("rank", "win-rate", "others-max") or statistic.startswith("leave-one-out"):
             if b in members:
                 at = members.index(b)
-                out[b] = _of_entry(statistic, given[at], torch.cat([given[:at], given[at + 1 :]]), at, ties)
+                out[b] = _of_entry(statistic, given[at], torch.cat([given[:at], given[at + 1 :]]), at, ties, ddof)
         elif members:
             out[b] = _of_group(statistic, given, weight, ddof, q, k)
     return out
@@ -191,7 +191,7 @@ def _of_group(statistic: str, given: Tensor, weights: Tensor | None, ddof: int, 
     return ordered[{"min": 0, "max": -1}[statistic]]
 
 
-def _of_entry(statistic: str, own: Tensor, others: Tensor, at: int, ties: str) -> Tensor:
+def _of_entry(statistic: str, own: Tensor, others: Tensor, at: int, ties: str, ddof: int) -> Tensor:
     """Of an entry among the others of its group, `at` of which stand before it in the batch."""
     below, equal = (others < own).sum().double(), (others == own).sum().double()
     if statistic == "rank":
@@ -201,6 +201,8 @@ def _of_entry(statistic: str, own: Tensor, others: Tensor, at: int, ties: str) -
         return torch.tensor(torch.nan).double()
     if statistic == "leave-one-out":
         return _mean(others)
+    if statistic == "leave-one-out-std":
+        return _of_group("std", others, None, ddof, 0.5, 1)
     if statistic == "leave-one-out-logsumexp":
         return others.logsumexp(0)
     return others.max() if statistic == "others-max" else (below + equal / 2) / len(others)

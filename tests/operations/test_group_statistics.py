@@ -15,7 +15,7 @@ from fastreward.cpu import group as cpu
 from fastreward.group_statistics import STATISTICS
 from fastreward.reference.group import group_statistics as truth_of
 
-OF_OTHERS = ("leave-one-out", "leave-one-out-logsumexp", "others-max", "win-rate")
+OF_OTHERS = ("leave-one-out", "leave-one-out-std", "leave-one-out-logsumexp", "others-max", "win-rate")
 
 
 def batch(count: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -65,6 +65,15 @@ def test_a_mask_is_nan_and_other_groups_do_not_matter() -> None:
     for name in names:
         assert torch.equal(got[name].nan_to_num(9), expected[name].nan_to_num(9)), name
         assert torch.equal(got[name][own].nan_to_num(9), alone[name].nan_to_num(9)), name
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1e6 + 0.1])
+def test_equal_others_have_no_spread(value: float) -> None:
+    """A spread that only rounding makes would be divided by: advantages of 1e6."""
+    x = torch.tensor([value] * 6 + [value + 1.0], dtype=torch.float64)
+    got = fr.group_statistics(x, None, ("leave-one-out-std",), group_size=7)["leave-one-out-std"]
+    assert got[-1] == 0
+    torch.testing.assert_close(got[:-1], torch.full((6,), 6**-0.5), rtol=1e-6, atol=0.0)
 
 
 def test_per_group() -> None:

@@ -23,6 +23,7 @@ QUICK = (64, 512)
 
 GAMMA, LAM = 0.99, 0.95
 NUMBA = "numba, nine lines"
+CHUNKED = "slime's chunked form"
 #: Rows whose results are compared.
 TRUTH_ROWS = 16
 
@@ -87,6 +88,7 @@ def _add_peers(
     if pair:
         peers.add(built, "verl", partial(_verl, inputs[0], inputs[1], mask))
         peers.add(built, "torchrl", partial(_torchrl, inputs[0], inputs[1], mask))
+        built.contenders.append(Contender(CHUNKED, partial(_chunked, *inputs, mask)))
     else:
         built.absent["verl"] = "only inside REINFORCE++'s estimator, by the loop of torch eager"
     built.absent["TRL"] = "its loop is verl's"
@@ -95,7 +97,7 @@ def _add_peers(
 
 def _add_packed_peers(built: Case, flat: list[Tensor], bounds: Tensor) -> None:
     peers.add(built, NUMBA, partial(_numba, "gae-packed", flat, bounds))
-    for name in ("torch eager", "torch.compile", "verl", "torchrl", "TRL"):
+    for name in ("torch eager", "torch.compile", "verl", "torchrl", CHUNKED, "TRL"):
         built.absent[name] = "loops over the columns of padded rows: no packed form"
     built.absent["liger-kernel"] = "no such function"
 
@@ -156,6 +158,28 @@ def _torchrl(rewards: Tensor, values: Tensor, mask: Tensor) -> Contender:
         return (advantages.squeeze(-1),)
 
     return Contender("torchrl", call)
+
+
+def _chunked(rewards: Tensor, values: Tensor, mask: Tensor, width: int = 128) -> tuple[Tensor, Tensor]:
+    """Written from what slime's `chunked_gae` computes: chunks times a triangle of powers, then one state per chunk.
+
+    A padded row is to it as long as the longest: values and rewards behind its end are 0, and so are its advantages.
+    """
+    values = values * mask
+    behind = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    spare = -rewards.shape[1] % width
+    gaps = torch.nn.functional.pad((rewards + GAMMA * behind - values).flip(1), (0, spare))
+    steps = torch.arange(width, device=gaps.device)
+    distance = steps - steps.unsqueeze(-1)
+    triangle = torch.where(distance >= 0, (GAMMA * LAM) ** distance.clamp(min=0).float(), 0.0)
+    within = (gaps.view(-1, width) @ triangle).view(len(gaps), -1, width)
+    decay = (GAMMA * LAM) ** (steps + 1.0)
+    state = within.new_zeros(len(gaps), 1)
+    for k in range(within.shape[1]):
+        within[:, k] += state * decay
+        state = within[:, k, -1:]
+    advantages = within.view(gaps.shape)[:, : rewards.shape[1]].flip(1)
+    return advantages, advantages + values
 
 
 def _numba(name: str, inputs: list[Tensor], layout: Tensor) -> Contender:

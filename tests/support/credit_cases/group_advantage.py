@@ -56,7 +56,7 @@ CASES = {
     "grpo": Case(recipes.grpo, reference.grpo, _scored, law=_sums_to_zero),
     **{
         f"grpo, {trainer}": Case(recipes.grpo, reference.grpo, _scored, {"trainer": trainer})
-        for trainer in ("trl", "trl-async", "openrlhf", "slime")
+        for trainer in ("trl", "trl-async", "openrlhf", "slime", "nemo-rl")
     },
     "dr_grpo": Case(recipes.dr_grpo, reference.dr_grpo, _scored, scales_with=("rewards",), law=_sums_to_zero, **SHIFT),
     "rloo": Case(recipes.rloo, reference.rloo, _scored, scales_with=("rewards",), law=_sums_to_zero),

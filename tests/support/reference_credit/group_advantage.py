@@ -36,12 +36,17 @@ def by_group(rewards: Row, group_ids: Ids, rule: Callable[[Row, int], float]) ->
 def grpo(rewards: Row, group_ids: Ids, trainer: str = "verl") -> Row:
     ddof, eps, alone = {
         "verl": (1, 1e-6, "raw"), "trl": (1, 1e-4, "zero"), "trl-async": (0, 1e-8, "zero"),
-        "openrlhf": (1, 1e-9, "nan"), "slime": (1, 1e-6, "nan"),
+        "openrlhf": (1, 1e-9, "nan"), "slime": (1, 1e-6, "zero"),
+        "nemo-rl": (1, 1e-6, "zero"),
     }[trainer]  # fmt: skip
 
     def rule(rs: Row, at: int) -> float:
         if len(rs) == 1:
             return {"raw": rs[0], "zero": 0.0, "nan": math.nan}[alone]
+        if trainer == "nemo-rl":
+            others = rs[:at] + rs[at + 1 :]
+            spread = std(others, ddof) if len(others) > 1 else 0.0
+            return (rs[at] - mean(others)) / (spread + eps if spread > 0 else 1.0)
         return (rs[at] - mean(rs)) / (std(rs, ddof) + eps)
 
     return by_group(rewards, group_ids, rule)
