@@ -88,7 +88,7 @@ def _add_peers(
     if pair:
         peers.add(built, "verl", partial(_verl, inputs[0], inputs[1], mask))
         peers.add(built, "torchrl", partial(_torchrl, inputs[0], inputs[1], mask))
-        built.contenders.append(Contender(CHUNKED, partial(_chunked, *inputs, mask)))
+        built.contenders.append(Contender(CHUNKED, partial(_chunked, inputs[0], inputs[1], mask)))
     else:
         built.absent["verl"] = "only inside REINFORCE++'s estimator, by the loop of torch eager"
     built.absent["TRL"] = "its loop is verl's"
