@@ -257,11 +257,14 @@ def test_out() -> None:
 def test_large_results_are_written_past_the_caches() -> None:
     """Rows that begin, end and have holes inside of a line of memory: as each row alone, which stays in the caches."""
     r, v, mask = torch.randn(3, 5_999_999), torch.randn(3, 5_999_999), torch.ones(3, 5_999_999, dtype=torch.bool)
-    mask[:, -100:] = mask[1, 5000:6001] = mask[2, :77] = False
+    mask[:2, -100:] = mask[1, 5000:6001] = mask[2, :77] = False
     got = fr.gae(r, v, mask, gamma=0.5, lam=0.9)
     for b in range(3):
         alone = fr.gae(r[b : b + 1], v[b : b + 1], mask[b : b + 1], gamma=0.5, lam=0.9)
         assert all(torch.equal(x[b], y[0]) for x, y in zip(got, alone, strict=True))
+    packed = fr.discounted_returns(r.view(-1), gamma=0.5, cu_seqlens=torch.tensor([0, 3, 1_000_001, 17_999_997]))
+    for b, (begin, end) in enumerate([(0, 3), (3, 1_000_001), (1_000_001, 17_999_997)]):
+        assert torch.equal(packed[begin:end], fr.discounted_returns(r.view(1, -1)[:, begin:end], gamma=0.5)[0]), b
 
 
 def test_out_compiles_in_one_graph() -> None:

@@ -38,6 +38,10 @@ class Output {
   void zero(std::int64_t base, int n) {
     put(base, n, [](int, int) { return f32(0.0f); });
   }
+  // Whether what waits reaches to the end of its line, as at the end of a row that ends inside of one it does not.
+  bool whole_lines(std::int64_t end) const {
+    return p_ == nullptr || !large_ || waiting_ == before_line(p_ + end);
+  }
   // What waits, for a block that is made in one go.
   bool large() const { return large_; }
   float* begin(std::int64_t base) const { return p_ + base; }

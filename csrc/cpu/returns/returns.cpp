@@ -103,7 +103,8 @@ void run_row(const ReturnsInput& in, std::int64_t index, Buffers& room, Output& 
     const bool opened = kKind == ReturnsKind::lambda && !row.after_valid;  // by a token that has to be closed
     const bool plain = one && !opened && row.mask == nullptr && in.terminated == nullptr && in.done == nullptr &&
                        in.op == ReturnsOp::sum && std::fabs(coefficient) <= kTame;
-    if (plain && in.reverse && row.n == kWidth && row.pending == 0.0) {
+    if (plain && in.reverse && row.n == kWidth && row.pending == 0.0 && out.whole_lines(row.base + kWidth) &&
+        second.whole_lines(row.base + kWidth)) {
       out.large() ? pass<kKind, true>(in, row, coefficient, out, second, wrong)
                   : pass<kKind, false>(in, row, coefficient, out, second, wrong);
       row.started = row.after_valid = true;
