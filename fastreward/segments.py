@@ -35,6 +35,7 @@ _REDUCTION: Final[dict[SegmentPlace, SegmentOp]] = {
     "broadcast": "sum",
     "spread": "mean",
 }
+_LONGEST: Final = 2**31 - 1  # tokens of a sequence: ids are i32, as are places in it
 #: Reductions whose derivative does not depend on what is reduced.
 _LINEAR: Final = ("sum", "mean", "first", "last", "count")
 
@@ -192,7 +193,8 @@ def segment_ids(
         ends: where segments end: positions [B, K] that never decrease, -1 after the last one ([K] into [N] where
             packed), so that segment k ends at ends[:, k]; or truth values in x's shape. What comes after the last end
             belongs to none.
-        bounds: [K + 1], packed sequences only: segments as cu_seqlens has sequences, none across two of those.
+        bounds: [K + 1], packed sequences only: segments as cu_seqlens has sequences, none across two of those. As with
+            ends an empty one has its number too, but for one before the first token of its sequence.
         mask: x's shape, nonzero = may be in a segment. For runs and labels it cuts them.
         cu_seqlens: integers [B + 1]: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1].
 
@@ -238,7 +240,7 @@ def _separators(separators: int | Sequence[int] | Tensor, x: Tensor) -> Tensor:
 
 
 def _marks(ends: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """How many segments end at each token: bool, or i32 where some may be empty."""
+    """How many segments end at each token, as some may be empty: i32, or bool where that was given."""
     check.same_device("ends", check.tensor("ends", ends), "x", x)
     if ends.dtype == torch.bool:
         check.shape("ends", ends, x.shape, "as x; or integer positions")
@@ -264,12 +266,12 @@ def _marks_of_bounds(bounds: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> Te
         raise ValueError("bounds: expected packed tokens, with cu_seqlens; for padded ones give ends")
     lasts = token_bounds(bounds, x, "x", "bounds")
     assert lasts is not None
-    marks = torch.zeros(x.shape[0] + 1, dtype=torch.bool, device=x.device)
-    marks[torch.where(lasts > 0, lasts - 1, x.shape[0])] = True
+    counts = torch.zeros(x.shape[0] + 1, dtype=torch.int32, device=x.device)
+    counts.scatter_add_(0, torch.where(lasts > 0, lasts - 1, x.shape[0]), torch.ones_like(lasts, dtype=torch.int32))
     if check.values_checked(x):
-        inside = (cu_seqlens <= 0) | marks[(cu_seqlens - 1).clamp(min=0)]
+        inside = (cu_seqlens <= 0) | (counts[(cu_seqlens - 1).clamp(min=0)] > 0)
         check.every("bounds", inside, cu_seqlens, "every bound of cu_seqlens among the segments' own; without")
-    return marks[:-1].contiguous()
+    return counts[:-1].contiguous()
 
 
 # --------------------------------------------------------------------------------------------------------- reduction
@@ -568,7 +570,12 @@ def _checked_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None) -> Tensor |
     """[B, T], or [N] with bounds, which are returned as i64."""
     if cu_seqlens is None and x.ndim != 2:
         raise ValueError(f"{name}: expected [B, T], or packed [N] with cu_seqlens, got {list(x.shape)}")
-    return token_bounds(cu_seqlens, x, name)
+    bounds = token_bounds(cu_seqlens, x, name)
+    if x.shape[-1] > _LONGEST and (bounds is None or check.values_checked(x)):
+        longest = x.shape[-1] if bounds is None else int(bounds.diff().max())
+        if longest > _LONGEST:
+            raise ValueError(f"{name}: expected sequences of less than 2^31 tokens, got {longest}")
+    return bounds
 
 
 def _checked_ids(segment_ids: Tensor, reference: str, like: Tensor) -> Tensor:

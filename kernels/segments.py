@@ -288,7 +288,8 @@ def _adjoint_kernel(
                 part = tl.where(y == float("-inf"), 0.0, part)
             if OP == _SOFTMIN:
                 soft = tl.load(state + 2 * count + own, mask=legal, other=0.0)
-                slope = 1.0 - (value.to(tl.float64) - soft) * inverse
+                gap = value.to(tl.float64) - soft
+                slope = 1.0 - tl.where(value == soft, 0.0, gap) * inverse  # both may be infinite
                 part = tl.where(part == 0.0, 0.0, part * slope)
             share = (g * w).to(tl.float64) * part
         tl.store(out + at, tl.where(legal, share, 0.0).to(tl.float32), mask=inside)

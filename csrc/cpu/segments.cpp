@@ -279,7 +279,8 @@ struct ExponentialShare {
     if (s.at < 0 || y == -kInfinity) return 0.0;
     const double part = (y == s.top ? w : w * std::exp(y - s.top)) / s.total[0];
     if (p.op == SegmentOp::logsumexp || part == 0.0) return g * part;
-    return g * part * (1.0 - (x - s.shifted / s.total[0]) / p.temperature);
+    const double soft = s.shifted / s.total[0];  // as infinite as the values that it is made of
+    return g * part * (1.0 - (x == soft ? 0.0 : x - soft) / p.temperature);
   }
   static ExponentialShare of(const SegmentProblem&, const SegmentState& s, double g) { return {s, g}; }
 };

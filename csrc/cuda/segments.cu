@@ -222,7 +222,8 @@ __device__ __forceinline__ float share_of(const AdjointArguments& a, i64 own, i6
   const double total = a.state[count + own];
   const double part = total == 0. ? 0. : double(w) * part_of(exponent(a.op, inverse, a.x[t]), first) / total;
   if (a.op == LOGSUMEXP || part == 0.) return float(g * part);
-  return float(g * part * (1. - (double(a.x[t]) - a.state[2 * count + own]) * inverse));
+  const double x = a.x[t], soft = a.state[2 * count + own];  // as infinite as the values that it is made of
+  return float(g * part * (1. - (x == soft ? 0. : x - soft) * inverse));
 }
 
 // Sum over the block's threads before this one, of one more int each; `total`: over all of them.

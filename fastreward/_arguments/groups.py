@@ -207,7 +207,7 @@ def _key(name: str, given: Any, *, absent: bool) -> _Key:
 
 
 def _key_of_list(name: str, labels: list[Any], *, absent: bool) -> _Key:
-    turns = 0
+    rows, turns = len(labels), None
     if absent and labels and all(isinstance(row, list) for row in labels):
         turns = max(map(len, labels))
         labels = [label for row in labels for label in (*row, *[None] * (turns - len(row)))]
@@ -216,7 +216,7 @@ def _key_of_list(name: str, labels: list[Any], *, absent: bool) -> _Key:
     for number in nothing:
         index = torch.where(index == number, -1, index)
     index = renumbered(index) if nothing else index
-    return _Key(name, index.view(-1, turns) if turns else index, labels, bool(nothing))
+    return _Key(name, index if turns is None else index.view(rows, turns), labels, bool(nothing))
 
 
 def _spread(name: str, x: Tensor, shape: torch.Size) -> Tensor:

@@ -78,8 +78,14 @@ def _reduce(x: Tensor, w: Tensor, op: str, temperature: float, empty: float) -> 
         return (w * x.exp()).sum() / w.sum()
     if op == "logsumexp":
         return (x + w.log()).logsumexp(0)
-    p = (-x / temperature + w.log()).softmax(0)
+    p = _soft_weights(x, w, temperature)
     return torch.where(p == 0, 0.0, p * x).sum()
+
+
+def _soft_weights(x: Tensor, w: Tensor, temperature: float) -> Tensor:
+    """Of softmin; those of -inf share everything."""
+    lowest = x == -torch.inf
+    return (-x / temperature + w.log()).softmax(0) if not lowest.any() else w * lowest / (w * lowest).sum()
 
 
 def segment_adjoint(
@@ -119,8 +125,9 @@ def _derivatives(x: Tensor, w: Tensor, op: str, temperature: float) -> Tensor:
         return w * x.exp() / w.sum()
     if op == "logsumexp":
         return (x + w.log()).softmax(0)
-    p = (-x / temperature + w.log()).softmax(0)
-    return p * (1 - (x - (p * x).sum()) / temperature)
+    p = _soft_weights(x, w, temperature)
+    soft = torch.where(p == 0, 0.0, p * x).sum()
+    return torch.where(p == 0, 0.0, p * (1 - torch.where(x == soft, 0.0, x - soft) / temperature))
 
 
 def scatter_rewards(

@@ -60,6 +60,13 @@ def test_of_prompt_and_turn() -> None:
     torch.testing.assert_close(weighted, torch.where((turns >= 0) & (groups.index < 6), rewards - mean, 0))
 
 
+def test_responses_without_turns_have_a_shape() -> None:
+    groups = fr.Groups.by(["a", "b"], [[], []])
+    assert groups.shape == (2, 0)
+    assert groups.count == 0
+    assert fr.group_advantages(torch.zeros(2, 0), groups).shape == (2, 0)
+
+
 def test_keys_of_every_kind() -> None:
     states = [["x", "y"], ["x"], ["y", "x"]]  # of rows that end early
     groups = fr.Groups.by(["p", "p", None], states)

@@ -58,6 +58,10 @@ def test_ids_packed() -> None:
     assert fr.segment_ids(mask, cu_seqlens=bounds).tolist() == [0, 0, -1, 1, 0, 0, -1, 1]
     whole, segments = torch.ones(8), torch.tensor([0, 1, 4, 4, 6, 8])
     assert fr.segment_ids(whole, bounds=segments, cu_seqlens=bounds).tolist() == [0, 1, 1, 1, 0, 0, 1, 1]
+    empty = torch.tensor([0, 0, 1, 1, 4, 4, 6, 6, 6, 8])  # those within a sequence count, as they do among ends
+    assert fr.segment_ids(whole, bounds=empty, cu_seqlens=bounds).tolist() == [0, 2, 2, 2, 0, 0, 3, 3]
+    ends = torch.tensor([0, 0, 3, 3, 5, 5, 5, 7])
+    assert fr.segment_ids(whole, ends=ends, cu_seqlens=bounds).tolist() == [0, 2, 2, 2, 0, 0, 3, 3]
     ends = torch.tensor([0, 3, 5])
     assert fr.segment_ids(whole, ends=ends, cu_seqlens=bounds).tolist() == [0, 1, 1, 1, 0, 0, -1, -1]
     with pytest.raises(ValueError, match="bounds: expected every bound of cu_seqlens among"):
@@ -148,6 +152,22 @@ def test_reduce_at_the_edges() -> None:
         assert empty.shape == (shape[0], 0)
         assert fr.scatter_rewards(torch.ones(shape[0]), mask=torch.ones(shape)).shape == shape
         assert fr.segment_ids(torch.ones(shape)).shape == shape
+
+
+@pytest.mark.usefixtures("_backend")
+def test_the_gradient_of_softmin_at_minus_infinity() -> None:
+    """The lowest value takes it all, and several share it, as in the limit."""
+    x = torch.tensor([[-torch.inf, 1.0, -torch.inf, -torch.inf, 2.0]], requires_grad=True)
+    got = fr.segment_reduce(x, torch.tensor([[0, 0, 1, 1, 1]]), op="softmin", num_segments=2, temperature=0.5)
+    assert got.tolist() == [[-torch.inf, -torch.inf]]
+    got.backward(torch.tensor([[3.0, 5.0]]))
+    assert x.grad is not None
+    assert x.grad.tolist() == [[3.0, 0.0, 2.5, 2.5, 0.0]]
+
+
+def test_sequences_beyond_what_an_id_can_number() -> None:
+    with pytest.raises(ValueError, match=r"x: expected sequences of less than 2\^31 tokens, got 2147483648"):
+        fr.segment_ids(torch.ones((), dtype=torch.bool).expand(1, 2**31))
 
 
 def test_ties_go_to_the_first() -> None:
