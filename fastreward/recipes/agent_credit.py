@@ -170,9 +170,9 @@ def _at_level(level: Level, turns: Turns, rewards: Tensor, groups: Groups, gamma
     passes=("group_ids",),
 )
 def trm(
-    rewards: Tensor,
     turn_rewards: Tensor,
     segment_ids: Tensor,
+    rewards: Tensor,
     group_ids: GroupIds | None = None,
     *,
     group_size: int | None = None,
@@ -187,9 +187,9 @@ def trm(
     fewer tools saves no penalty.
 
     Args:
-        rewards: [B], of the outcomes; NaN = not scored.
         turn_rewards: [B, S], the reward model's, of a turn's tool call; NaN = no call, as of the answer: only R counts.
         segment_ids, group_ids, group_size, cu_seqlens: as at the head of `fastreward.recipes.turn_credit`.
+        rewards: [B], of the outcomes; NaN = not scored.
         weight, norm, eps: as above.
     """
     turns, own = turns_of("turn_rewards", turn_rewards, segment_ids, cu_seqlens)
@@ -206,9 +206,9 @@ def trm(
     passes=("group_ids",),
 )
 def scope(
-    rewards: Tensor,
     turn_scores: Tensor,
     segment_ids: Tensor,
+    rewards: Tensor,
     group_ids: GroupIds | None = None,
     *,
     group_size: int | None = None,
@@ -222,9 +222,9 @@ def scope(
     A response in which no step is wrong keeps A everywhere; one alone in its group gets 0.
 
     Args:
-        rewards: [B], of the outcomes; NaN = not scored.
         turn_scores: [B, S], a process reward model's; NaN = not scored, not wrong.
         segment_ids, group_ids, group_size, cu_seqlens: as at the head of `fastreward.recipes.turn_credit`.
+        rewards: [B], of the outcomes; NaN = not scored.
         threshold, blame, eps: as in the formula.
     """
     turns, own = turns_of("turn_scores", turn_scores, segment_ids, cu_seqlens)

@@ -40,10 +40,10 @@ __all__ = [
     returns="token rewards",
 )
 def match_tir_rewards(
-    rewards: Tensor,
     call_scores: Tensor,
     call_turns: Tensor,
     segment_ids: Tensor,
+    rewards: Tensor,
     *,
     assignment: Literal["hard", "soft"] = "hard",
     reg: Number = 0.1,
@@ -58,10 +58,10 @@ def match_tir_rewards(
     optimal transport between the calls (each 1 / P, and 1 / Q) with cost -S and entropy reg.
 
     Args:
-        rewards: [B], F1 of the answers, of the last turns.
         call_scores: [B, P, Q], S in [0, 1] of each call with each reference call; NaN = there is no such pair.
         call_turns: integers [B, P], the turn of each call, -1 = there is none.
         segment_ids, cu_seqlens: as at the head of `fastreward.recipes.turn_credit`.
+        rewards: [B], F1 of the answers, of the last turns.
         assignment, reg: as above.
         iterations: of Sinkhorn's algorithm.
         num_segments: more than any of segment_ids; default: the largest + 1, which a GPU has to be told.
@@ -126,9 +126,9 @@ def _transported(score: Tensor, reg: Number, iterations: int) -> Tensor:
     returns="token rewards",
 )
 def r3_rag(
-    rewards: Tensor,
     turn_rewards: Tensor,
     segment_ids: Tensor,
+    rewards: Tensor,
     *,
     well_formed: Tensor | None = None,
     right_factor: Number = 1.6,
@@ -145,9 +145,9 @@ def r3_rag(
     statistics.
 
     Args:
-        rewards: [B], of the answer: above 0 = right, NaN = there is none.
         turn_rewards: [B, S], relevance of the documents that a step has found, in [0, 1]; NaN = none.
         segment_ids, cu_seqlens: as at the head of `fastreward.recipes.turn_credit`.
+        rewards: [B], of the answer: above 0 = right, NaN = there is none.
         well_formed: [B, S], 0 = malformed.
         right_factor, wrong_factor, unanswered_factor: of the relevance.
         right_final, wrong_final: the reward of the last step.

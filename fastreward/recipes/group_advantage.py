@@ -291,8 +291,8 @@ def reinforce_plus_plus(
     returns="advantages",
 )
 def reinforce_plus_plus_baseline(
-    rewards: Tensor,
     mask: Tensor,
+    rewards: Tensor,
     group_ids: GroupIds | None = None,
     *,
     group_size: int | None = None,

@@ -100,8 +100,8 @@ def _sums(x: Tensor, index: Tensor, at: Tensor | None) -> Tensor:
 )
 def verpo(
     passed: Tensor,
-    rewards: Tensor,
     segment_ids: Tensor,
+    rewards: Tensor,
     group_ids: GroupIds | None = None,
     *,
     group_size: int | None = None,
@@ -119,8 +119,8 @@ def verpo(
 
     Args:
         passed: [B, S, J], 1 and 0 for each turn's code and test of the prompt; NaN = no turn, no test.
-        rewards: [B], of the outcomes.
         segment_ids: integers [B, T] in [-1, S): the turn of each token.
+        rewards: [B], of the outcomes.
         group_ids, group_size: as in `fastreward.group_advantages`.
         alpha, sigma, delta, beta, gamma: as in the formulas; the values are not the paper's.
     """

@@ -76,9 +76,9 @@ def trust_grpo(
     passes=("group_ids",),
 )
 def unlikeliness(
-    rewards: Tensor,
     old_logprobs: Tensor,
-    mask: Tensor | None = None,
+    mask: Tensor | None,
+    rewards: Tensor,
     group_ids: GroupIds | None = None,
     *,
     group_size: int | None = None,
@@ -89,9 +89,9 @@ def unlikeliness(
     """A = (S - mean) / (std + eps), S = R (1 - weight u), u = rank / n of the mean log-prob, 0 of the least likely.
 
     Args:
-        rewards: [B].
         old_logprobs: [B, T], or [N] with cu_seqlens, of the policy that sampled.
         mask: its shape; nonzero = a token of the response.
+        rewards: [B].
         group_ids, group_size: as in `fastreward.group_advantages`.
         weight, eps: as in the formula.
         cu_seqlens: [B + 1], of packed responses.

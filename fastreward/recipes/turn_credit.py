@@ -158,9 +158,9 @@ def _episode(turns: Turns, rewards: Tensor, groups: Groups, norm: Norm, eps: Num
     passes=("states=states", "group_ids=group_ids"),
 )
 def gigpo(
-    rewards: Tensor,
     turn_rewards: Tensor,
     segment_ids: Tensor,
+    rewards: Tensor,
     *,
     states: TurnLabels,
     group_ids: GroupIds | None = None,
@@ -178,9 +178,9 @@ def gigpo(
     response alone keeps R.
 
     Args:
-        rewards: [B], of the outcomes; NaN = not scored.
         turn_rewards: [B, S], the environment's, NaN = none.
         segment_ids, group_ids, group_size, cu_seqlens: as at the head of `fastreward.recipes.turn_credit`.
+        rewards: [B], of the outcomes; NaN = not scored.
         states: what was observed before each turn: integers [B, S], or B lists of labels (strings, hashes), of which
             equal ones are one state of the prompt; -1 and None: none.
         gamma: discount per turn.
@@ -258,9 +258,9 @@ def hgpo(
     passes=("tags=tags", "group_ids=group_ids"),
 )
 def rlvmr(
-    rewards: Tensor,
     turn_rewards: Tensor,
     segment_ids: Tensor,
+    rewards: Tensor,
     *,
     tags: TurnLabels,
     group_ids: GroupIds | None = None,
@@ -277,10 +277,10 @@ def rlvmr(
     with "mean-std" is the paper's form.
 
     Args:
-        rewards: [B], of the outcomes; NaN = not scored.
         turn_rewards: [B, S]: of a planning turn, c if the response succeeds; exploring, c for an action not yet taken;
             reflecting, c where the turn before was invalid and the action changes; else 0. NaN = none.
         segment_ids, group_ids, group_size, cu_seqlens: as at the head of `fastreward.recipes.turn_credit`.
+        rewards: [B], of the outcomes; NaN = not scored.
         tags: what each turn does: integers [B, S], or B lists of labels; -1 and None: nothing, no second part (in the
             code such turns have a tag of their own).
         weight, norm, eps: as above.
@@ -301,8 +301,8 @@ def rlvmr(
     passes=("prm_logprobs=prm_logprobs", "old_logprobs=old_logprobs", "group_ids=group_ids"),
 )
 def istar(
-    rewards: Tensor,
     segment_ids: Tensor,
+    rewards: Tensor,
     *,
     prm_logprobs: Tensor,
     old_logprobs: Tensor,
@@ -321,8 +321,8 @@ def istar(
     alone s_k. (The code's statistics see only the first turn of each response, by mistake.)
 
     Args:
-        rewards: [B], of the outcomes; NaN = not scored.
         segment_ids, group_ids, group_size, cu_seqlens: as at the head of `fastreward.recipes.turn_credit`.
+        rewards: [B], of the outcomes; NaN = not scored.
         prm_logprobs, old_logprobs: in the shape of segment_ids, of the implicit reward model and of the policy.
         beta, alpha, norm, eps: as above.
         num_segments: more than any of segment_ids; default: the largest + 1, which a GPU has to be told.
@@ -347,9 +347,9 @@ def istar(
     passes=("group_ids",),
 )
 def pro_rag(
-    rewards: Tensor,
     turn_rewards: Tensor,
     segment_ids: Tensor,
+    rewards: Tensor,
     group_ids: GroupIds | None = None,
     *,
     group_size: int | None = None,
@@ -362,9 +362,9 @@ def pro_rag(
     The second mean and (biased) variance weigh each turn by its tokens. A response alone gets 0 of the first.
 
     Args:
-        rewards: [B], of the outcomes, 2 F1 (0 below 0.2) and +-1 for the format; NaN = not scored.
         turn_rewards: [B, S], the process reward model's, +1 or -2 for the turn's format; NaN = none.
         segment_ids, group_ids, group_size, cu_seqlens: as at the head of `fastreward.recipes.turn_credit`.
+        rewards: [B], of the outcomes, 2 F1 (0 below 0.2) and +-1 for the format; NaN = not scored.
         beta, eps: as in the formula.
     """
     turns, own = turns_of("turn_rewards", turn_rewards, segment_ids, cu_seqlens)

@@ -114,7 +114,7 @@ def test_verl_whitened(verl: Any) -> None:
     placed = torch.where(torch.arange(5) == MASK.sum(-1, keepdim=True) - 1, scores.unsqueeze(-1), 0.0)
     arguments = {"token_level_rewards": placed, "response_mask": MASK.double(), "index": np.array(UIDS, dtype=object)}
     theirs, _ = verl.compute_reinforce_plus_plus_baseline_outcome_advantage(**arguments)
-    same(recipes.reinforce_plus_plus_baseline(scores, MASK, UIDS), theirs, 5e-7)
+    same(recipes.reinforce_plus_plus_baseline(MASK, scores, UIDS), theirs, 5e-7)
     held = MASK.clone()
     held[:, 2] = False  # a tool's token
     theirs, _ = verl.compute_reinforce_plus_plus_outcome_advantage(

@@ -31,7 +31,7 @@ MASK, WHOLE = torch.ones(4, 3), torch.tensor([1, 0, 0, 1])
             "problem_ids: expected a problem, or -1, got -2",
             lambda: recipes.hierarchical_grpo(R, WHOLE, -2 * WHOLE, IDS),
         ),
-        ("passed: expected shape \\[4, S, J\\]", lambda: recipes.verpo(MASK, R, MASK.long(), IDS)),
+        ("passed: expected shape \\[4, S, J\\]", lambda: recipes.verpo(MASK, MASK.long(), R, IDS)),
         ("positions: expected one of", lambda: recipes.otb(MASK, -MASK, -MASK, MASK, IDS, positions="tokens")),  # type: ignore[arg-type]
         ("log_sum_sq_probs: expected shape \\[4, 3\\]", lambda: recipes.otb(MASK, -MASK, -MASK[:, 1:], MASK, IDS)),
         ("old_logprobs: expected finite", lambda: recipes.otb(MASK, NAN * MASK, -MASK, MASK, IDS)),
@@ -47,7 +47,7 @@ MASK, WHOLE = torch.ones(4, 3), torch.tensor([1, 0, 0, 1])
         ),
         (
             "old_logprobs: expected a constant",
-            lambda: recipes.unlikeliness(R, MASK.clone().requires_grad_(), MASK, IDS),
+            lambda: recipes.unlikeliness(MASK.clone().requires_grad_(), MASK, R, IDS),
         ),
     ],
 )

@@ -34,6 +34,17 @@ CALLED = {"policy_loss": fr.policy_loss, "preference_loss": fr.preference_loss}
 every = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 
 
+@every
+def test_arguments_come_in_one_order(recipe: Recipe) -> None:
+    """Which tokens, which of them count, what was reached, which belong together; a loss has its operation's order."""
+    order = ("segment_ids", "mask", "rewards", "group_ids")
+    kind = inspect.Parameter.KEYWORD_ONLY
+    names = [p.name for p in inspect.signature(recipe.function).parameters.values() if p.kind != kind]
+    given = [name for name in names if name in order]
+    if recipe.family not in OF_LOSSES:
+        assert given == [name for name in order if name in given]
+
+
 def run_example(recipe: Recipe) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(recipe.example(), names)

@@ -81,11 +81,11 @@ def test_calls_are_matched_one_to_one() -> None:
     ids = torch.tensor([[0, 0, 1, 2]])
     matches = torch.tensor([[[0.8, 0.5], [0.9, 0.1], [0.7, 0.0]]])
     turns = torch.tensor([[0, 0, 1]])
-    rewards = recipes.match_tir_rewards(torch.tensor([0.25]), matches, turns, ids)
+    rewards = recipes.match_tir_rewards(matches, turns, ids, torch.tensor([0.25]))
     torch.testing.assert_close(rewards, torch.tensor([[0.0, 0.7, 0.0, 0.25]]))
-    assert recipes.match_tir_rewards(torch.tensor([0.25]), matches[..., :0], turns, ids)[0].tolist() == [0, 0, 0, 0.25]
+    assert recipes.match_tir_rewards(matches[..., :0], turns, ids, torch.tensor([0.25]))[0].tolist() == [0, 0, 0, 0.25]
     soft = recipes.match_tir_rewards(
-        torch.tensor([0.25]), matches[:, :2], turns[:, :2], ids, assignment="soft", reg=1e-3
+        matches[:, :2], turns[:, :2], ids, torch.tensor([0.25]), assignment="soft", reg=1e-3
     )
     assert soft[0, 1].item() == pytest.approx(0.35, abs=1e-3)  # the same plan, of mass 1
 
@@ -164,9 +164,9 @@ def test_other_arguments_that_are_refused() -> None:
     with pytest.raises(ValueError, match=r"evidence: expected shape \[2, K\]"):
         recipes.search_r2(torch.zeros(2), evidence=torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"call_scores: expected shape \[2, P, Q\]"):
-        recipes.match_tir_rewards(torch.zeros(2), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), IDS)
+        recipes.match_tir_rewards(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), IDS, torch.zeros(2))
     with pytest.raises(ValueError, match=r"call_turns: expected shape"):
-        recipes.match_tir_rewards(torch.zeros(2), torch.zeros(2, 3, 1), torch.zeros(2, 1, dtype=torch.int64), IDS)
+        recipes.match_tir_rewards(torch.zeros(2, 3, 1), torch.zeros(2, 1, dtype=torch.int64), IDS, torch.zeros(2))
     with pytest.raises(ValueError, match="values: expected shape"):
         recipes.multi_turn_ppo(REWARDS, torch.zeros(2, 4), IDS)
     with pytest.raises(ValueError, match="level: expected"):
