@@ -13,8 +13,9 @@ using namespace simd;
 constexpr int kWidth = 512;  // tokens of a block: a multiple of eight
 constexpr int kRoom = 16;    // floats around a buffer, for a vector beyond either end
 
-// Outputs beyond this many bytes are written past the caches: nobody finds them there anyway.
-constexpr std::int64_t kStreamBytes = std::int64_t{64} << 20;
+// Outputs from this many bytes on are written past the caches: with what is read beside them they fit into none, and who
+// reads them next finds the last of them at best.
+constexpr std::int64_t kStreamBytes = std::int64_t{16} << 20;
 
 // Tokens that a thread takes at a time, at least: some 5 us.
 constexpr std::int64_t kTokens = 8192;
