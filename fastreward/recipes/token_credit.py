@@ -91,7 +91,8 @@ def prime(
         process = process.masked_fill(tokens.is_last(), 0.0)
     if check.flag("batch_norm", batch_norm) and process.numel():
         ahead = discounted_returns(process, tokens.mask, cu_seqlens=cu_seqlens)
-        process = process / (ahead.abs().amax() + 1e-6)
+        least, most = ahead.aminmax()
+        process = process / (torch.maximum(-least, most) + 1e-6)
     outcome = group_advantages(tokens.outcomes, group_ids, group_size=group_size, center="leave-one-out", scale="none")
     total = number("process_coef", process_coef, own, check.finite) * _less_others(
         process, tokens, group_ids, group_size

@@ -15,6 +15,8 @@ from fastreward._arguments.tokens import token_bounds
 
 #: What is made of the log-probs l of an answer's tokens: sum l, mean l, exp(sum l), exp(mean l), mean exp(l).
 Score = Literal["sum", "mean", "prob", "geometric", "mean-prob"]
+#: Tokens whose float64 copies stay in the cache.
+_TOKENS = 1 << 17
 SCORES: tuple[Score, ...] = ("sum", "mean", "prob", "geometric", "mean-prob")
 
 
@@ -22,7 +24,8 @@ def token_values(name: str, x: Tensor, mask: Tensor | None, mask_name: str = "ma
     """`x` as a constant, float32, 0 where the mask is; finite where it counts."""
     x = check.constant(name, check.floats(name, x))
     mask = check.mask(mask, name, x, mask_name)
-    counted = x if mask is None else x.masked_fill(mask == 0, 0.0)
+    # A comparison of bools with a number is made of 64-bit copies of them.
+    counted = x if mask is None else x.masked_fill(~mask if mask.dtype == torch.bool else mask == 0, 0.0)
     if check.values_checked(x) and not all(bound.isfinite() for bound in _bounds(counted)):
         check.counted_finite(name, x, mask)  # one pass finds whether, three where
     return counted
@@ -101,6 +104,14 @@ def total(x: Tensor, name: str, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         if x.ndim != 2:
             raise ValueError(f"{name}: expected shape [B, T], or [N] with cu_seqlens, got {list(x.shape)}")
-        return x.sum(-1, dtype=torch.float64)
+        return _row_sums(x)
     bounds = token_bounds(cu_seqlens, x, name)
     return torch.segment_reduce(x.double(), "sum", offsets=bounds, initial=0)
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """[B] float64 from [B, T]; on the CPU a few rows at a time, as torch copies to float64 what it adds up in it."""
+    if not x.is_cpu or x.numel() <= _TOKENS or torch.compiler.is_compiling():
+        return x.sum(-1, dtype=torch.float64)
+    rows = max(1, _TOKENS // x.shape[1])
+    return torch.cat([some.sum(-1, dtype=torch.float64) for some in x.split(rows)])
