@@ -68,8 +68,11 @@ def match_tir_rewards(
     """
     check.choice("assignment", assignment, ("hard", "soft"))
     check.integers("call_turns", call_turns)
+    check.integers("segment_ids", segment_ids)
+    if cu_seqlens is None and segment_ids.ndim != 2:
+        raise ValueError(f"segment_ids: expected shape [B, T], or [N] with cu_seqlens, got {list(segment_ids.shape)}")
     lengths = segment_reduce(
-        torch.ones_like(check.tensor("segment_ids", segment_ids), dtype=torch.float32),
+        torch.ones_like(segment_ids, dtype=torch.float32),
         segment_ids,
         op="count",
         num_segments=num_segments,
@@ -83,6 +86,8 @@ def match_tir_rewards(
     if check.values_checked(score):
         check.every("call_scores", score.isfinite() | score.isnan(), score, "finite numbers, or NaN for no pair")
     check.shape("call_turns", call_turns, score.shape[:2], "[B, P]")
+    if check.values_checked(call_turns):
+        check.segment_ids("call_turns", call_turns, lengths.shape[1])
     if assignment == "hard":
         matched = _greedy(score)
     else:

@@ -16,7 +16,7 @@ from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.numbers import Number, number
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.groups import finite_or_nan, given
+from fastreward.recipes._shared.groups import finite_or_nan, given, prompts
 from fastreward.recipes._shared.steps import steps_of
 from fastreward.recipes._shared.tokens import Score, beside, likelihood, mean, per_response, token_values, total
 from fastreward.segments import scatter_rewards, segment_diff
@@ -291,15 +291,16 @@ def p2s(
     """
     outcome = per_response("rewards", rewards, "the call", rewards)
     x = finite_or_nan("gains", check.floats("gains", gains))
-    if x.ndim != 3:
-        raise ValueError(f"gains: expected shape [B, steps, suffixes], got {list(x.shape)}")
+    if x.ndim != 3 or x.shape[0] != len(outcome):
+        raise ValueError(f"gains: expected shape [{len(outcome)}, steps, suffixes], got {list(x.shape)}")
+    groups = prompts(group_ids, group_size, len(outcome))
     best = torch.where(x.isnan(), -torch.inf, x).amax(-1) if x.shape[2] else x.new_full(x.shape[:2], -torch.inf)
     steps = torch.cat([best, per_response("answer_scores", answer_scores, "gains", x).unsqueeze(-1)], -1)
     place = torch.arange(1, steps.shape[1] + 1, device=x.device, dtype=torch.float64) / steps.shape[1]
     there = steps != -torch.inf
     weights = torch.where(there, (number("steepness", steepness, x, check.finite) * (place - 0.5)).sigmoid(), 0.0)
     process = (weights * torch.where(there, steps, 0.0)).sum(-1) / weights.sum(-1)
-    right = group_statistics(outcome, group_ids, ("max",), group_size=group_size)["max"] > 0
+    right = group_statistics(outcome, groups, ("max",))["max"] > 0
     reward = torch.where(right, outcome, process.float())
     if well_formed is None:
         return reward

@@ -297,6 +297,9 @@ def tw_grpo_weights(vocab_logprobs: Tensor, mask: Tensor, *, group_size: int, al
         group_size: responses of a group.
         alpha: the largest weight; the authors' scripts have 1.5.
     """
+    if check.floats("vocab_logprobs", vocab_logprobs).ndim != 3:
+        raise ValueError(f"vocab_logprobs: expected shape [B, T, V], got {list(vocab_logprobs.shape)}")
+    check.shape("mask", check.tensor("mask", mask), vocab_logprobs.shape[:2], "[B, T] of vocab_logprobs")
     importance = losses.tw_grpo_importance(vocab_logprobs, mask, group_size=group_size)
     weights = 1 + (number("alpha", alpha, importance, check.finite) - 1) * importance
     return torch.where(mask != 0, weights, 0.0)
