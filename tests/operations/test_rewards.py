@@ -96,6 +96,20 @@ def test_out() -> None:
             fr.token_rewards(**call, out=bad)
 
 
+@pytest.mark.parametrize("place", ["start", "end"])
+def test_sequences_across_the_shares_of_threads(place: Any) -> None:
+    """Longer than what a thread takes at a time, and beginning and ending where that does."""
+    bounds = torch.tensor([0, 5, 8192, 8192, 8193, 40_960, 60_000])
+    scores, mask = torch.arange(1.0, 7.0), torch.rand(60_000) < 0.5
+    want = torch.zeros(60_000)
+    for score, begin, end in zip(scores, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        if (valid := mask[begin:end].nonzero()).numel():
+            want[begin + int(valid[0 if place == "start" else -1])] = score
+    assert torch.equal(fr.token_rewards(scores, mask, place=place, cu_seqlens=bounds), want)
+    padded = torch.zeros(3, 20_000).index_fill(1, torch.tensor([19_990 if place == "end" else 77]), 2.0)
+    assert torch.equal(fr.token_rewards(torch.full((3,), 2.0), padded != 0, place=place), padded)
+
+
 def test_empty() -> None:
     assert fr.token_rewards(torch.ones(3), torch.ones(3, 0)).shape == (3, 0)
     assert fr.token_rewards(torch.ones(0), torch.ones(0, 4)).shape == (0, 4)

@@ -15,9 +15,9 @@ from fastreward._arguments.tokens import token_bounds
 
 #: What is made of the log-probs l of an answer's tokens: sum l, mean l, exp(sum l), exp(mean l), mean exp(l).
 Score = Literal["sum", "mean", "prob", "geometric", "mean-prob"]
+SCORES: tuple[Score, ...] = ("sum", "mean", "prob", "geometric", "mean-prob")
 #: Tokens whose float64 copies stay in the cache.
 _TOKENS = 1 << 17
-SCORES: tuple[Score, ...] = ("sum", "mean", "prob", "geometric", "mean-prob")
 
 
 def token_values(name: str, x: Tensor, mask: Tensor | None, mask_name: str = "mask") -> Tensor:
@@ -114,4 +114,4 @@ def _row_sums(x: Tensor) -> Tensor:
     if not x.is_cpu or x.numel() <= _TOKENS or torch.compiler.is_compiling():
         return x.sum(-1, dtype=torch.float64)
     rows = max(1, _TOKENS // x.shape[1])
-    return torch.cat([some.sum(-1, dtype=torch.float64) for some in x.split(rows)])
+    return torch.cat([x[k : k + rows].sum(-1, dtype=torch.float64) for k in range(0, len(x), rows)])
