@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from fastreward import _core
+
+# verl applies the patch when it is imported, once fastreward is installed; tests apply it themselves.
+os.environ.setdefault("FASTREWARD_VERL", "off")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

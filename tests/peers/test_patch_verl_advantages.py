@@ -201,6 +201,47 @@ def test_remax(seed: int, kind: str) -> None:
     compare("compute_remax_outcome_advantage", arguments, rtol=2e-6, atol=2e-6)
 
 
+BASELINES = (
+    "compute_optimal_token_baseline_advantage",
+    "compute_multi_turn_optimal_token_baseline_advantage",
+)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("seed", "kind"), [(0, "int64"), (1, "view"), (2, "int64"), (3, "int32")])
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_optimal_token_baseline(name: str, seed: int, kind: str, weighted: bool, tail: bool) -> None:
+    """With holes, without them, groups of one, an empty response, and equally long ones."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = [(9, 7), (24, 13), (3, 1), (12, 6)][seed]
+    mask = masks(rows, columns, kind, generator)
+    if seed == 3:  # no holes
+        mask = (torch.arange(columns) < mask.sum(-1, keepdim=True)).int()
+    nothing = torch.where(mask != 0, 0.0, math.nan)
+    arguments = {
+        "token_level_rewards": torch.randn(rows, columns, generator=generator) + nothing,
+        "response_mask": mask,
+        "index": uids(rows, generator),
+        "old_log_probs": -3 * torch.rand(rows, columns, generator=generator) + nothing,
+        "sum_pi_squared": torch.rand(rows, columns, generator=generator) + nothing,
+        "rollout_is_weights": 0.5 + torch.rand(rows, columns, generator=generator) if weighted else None,
+        "handle_zero_tail": tail,
+    }
+    compare(name, arguments, rtol=5e-6, atol=5e-6)
+
+
+def test_a_longest_response_alone_beyond_the_second_keeps_its_returns() -> None:
+    patch.verl()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    rewards, lp, squares = torch.ones(2, 4), torch.full((2, 4), -1.0), torch.full((2, 4), 0.5)
+    index = np.array(["a", "a"], dtype=object)
+    for name in BASELINES:
+        found, returns = getattr(core, name)(rewards, mask, index, lp, squares)
+        assert torch.equal(found[0, 2:], returns[0, 2:])
+        assert not torch.equal(found[0, :2], returns[0, :2])
+
+
 def test_a_response_alone_keeps_verls_rules() -> None:
     """n = 1: a score of 2 stays 2 (less the epsilon under the deviation of 1), and is 0 for rloo_vectorized."""
     patch.verl()
@@ -321,10 +362,12 @@ def test_kl_penalty(kind: str, shape: tuple[int, ...]) -> None:
     largest(f"{CORE}.kl_penalty", found, expected, rtol=2e-6, atol=2e-6, what=kind)
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (30,)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_of_kl_penalty(kind: str) -> None:
-    first, second = logprobs(1, 4, 6)
-    weight = torch.randn(4, 6)
+def test_the_gradient_of_kl_penalty(kind: str, shape: tuple[int, ...]) -> None:
+    first, second = logprobs(1, *shape)
+    second.view(-1)[::11] = first.view(-1)[::11]  # where |d| has no slope
+    weight = torch.randn(*shape)
 
     def results() -> tuple[Tensor, Tensor]:
         x = first.clone().requires_grad_()
@@ -332,8 +375,17 @@ def test_the_gradient_of_kl_penalty(kind: str) -> None:
         return kl.detach(), torch.autograd.grad((weight * kl).sum(), x)[0]
 
     expected = results()
-    patch.verl()
+    report = patch.verl()
     largest(f"{CORE}.kl_penalty", results(), expected, rtol=2e-6, atol=2e-6, what=kind)
+    assert report.usage[f"{CORE}.kl_penalty"].handed_on == (kind in ("kl", "k1"))
+
+
+def test_a_kl_whose_reference_is_trained_too_is_verls() -> None:
+    first, second = (x.requires_grad_() for x in logprobs(1, 3, 4))
+    report = patch.verl()
+    core.kl_penalty(first, second, "k3").sum().backward()
+    assert second.grad is not None
+    assert report.usage[f"{CORE}.kl_penalty"].handed_on == 1
 
 
 @pytest.mark.parametrize("kind", ["full", "k4", "full+"])

@@ -106,7 +106,7 @@ def test_a_module_imported_after_the_patch_is_served(tmp_path: Path, monkeypatch
         Replacement("verl.later.double", ("x",), lambda stock, x: -stock(x), "fastreward.double", "why", lambda x: 1),
         Replacement("verl.later.other", ("x",), lambda stock, x: x, "fastreward.other", "why"),
     )
-    name = Registration("verl.later.REGISTRY", "fastreward.triple", lambda: lambda x: 3 * x, "fastreward.triple")
+    name = Registration("verl.later.REGISTRY", lambda: {"fastreward.triple": lambda x: 3 * x}, "triples", "names")
     monkeypatch.setattr(tables, "REPLACEMENTS", rows)
     monkeypatch.setattr(tables, "REGISTRATIONS", (name,))
     told: list[str] = []
@@ -115,7 +115,7 @@ def test_a_module_imported_after_the_patch_is_served(tmp_path: Path, monkeypatch
         assert [entry.target for entry in report.pending] == [
             "verl.later.double",
             "verl.later.other",
-            "verl.later.REGISTRY['fastreward.triple']",
+            "verl.later.REGISTRY",
         ]
         assert not report.replaced
         later = importlib.import_module("verl.later")

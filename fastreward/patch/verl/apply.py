@@ -117,12 +117,16 @@ class _Binding:
     def _register(self, row: Registration, module: ModuleType) -> None:
         try:
             registry = row.dictionary(module)
+            ours = row.bound(self.report)
+            taken = sorted(registry.keys() & ours)
+            if taken:
+                raise Unrecognised(f"it has {', '.join(taken)} already")
         except Unrecognised as problem:
             self._keep(row, str(problem))
             return
-        registry[row.key] = ours = row.bound(self.report)
-        self.patch.added.append((registry, row.key, ours))
-        self._tell_replaced(Entry(_place(row), row.what, "a name for verl's configuration"))
+        registry.update(ours)
+        self.patch.added += [(registry, key, function) for key, function in ours.items()]
+        self._tell_replaced(Entry(_place(row), row.what, row.why))
 
     def _tell_replaced(self, entry: Entry) -> None:
         if entry not in self.report.replaced:
@@ -135,4 +139,4 @@ class _Binding:
 
 
 def _place(row: Replacement | Registration) -> str:
-    return row.target if isinstance(row, Replacement) else f"{row.registry}[{row.key!r}]"
+    return row.target if isinstance(row, Replacement) else row.registry

@@ -160,7 +160,7 @@ REPLACEMENTS: Final[tuple[Replacement, ...]] = (
         _WHAT,
         "on the CPU, where verl's Triton kernel does not run",
         _tokens,
-        "LinearCrossEntropy",
+        of="LinearCrossEntropy",
     ),
 )
 KEPT: Final = (

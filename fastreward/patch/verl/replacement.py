@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
@@ -36,6 +36,7 @@ class Replacement:
             it writes nothing.
         what, why: for the report: the operation of fastreward's behind it, and what is gained.
         tokens: called with the call's arguments, how many tokens it has.
+        counted: False for what only chooses what is called.
     """
 
     target: str
@@ -44,6 +45,7 @@ class Replacement:
     what: str
     why: str
     tokens: Callable[..., int] = elements
+    counted: bool = True
 
     @property
     def module(self) -> str:
@@ -76,6 +78,8 @@ class Replacement:
         The name is what Ray pickles: a worker looks it up in its own process, and calls what is bound there.
         """
         ours = self.ours
+        if not self.counted:
+            return functools.wraps(stock)(functools.partial(ours, stock))
 
         def served(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -91,20 +95,19 @@ class Replacement:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """A name of ours in one of verl's registries, which its configuration then takes.
+    """Names of ours in one of verl's registries, which its configuration then takes.
 
     Attributes:
         registry: the dotted name of the dictionary.
-        key: the name, "fastreward...".
-        make: returns the function; called when the registry's module is imported.
-        what: for the report.
+        functions: returns what is registered, by name ("fastreward..."); called when the registry's module is imported.
+        what, why: for the report.
         tokens: called with a call's arguments, how many tokens it has.
     """
 
     registry: str
-    key: str
-    make: Callable[[], Callable[..., Any]]
+    functions: Callable[[], Mapping[str, Callable[..., Any]]]
     what: str
+    why: str
     tokens: Callable[..., int] = elements
 
     @property
@@ -113,17 +116,22 @@ class Registration:
         return self.registry.rpartition(".")[0]
 
     def dictionary(self, module: ModuleType) -> dict[str, Any]:
-        """The registry; raises `Unrecognised` where it has this name, or is none."""
+        """The registry; raises `Unrecognised` where there is none."""
         registry = vars(module).get(self.registry.rpartition(".")[2])
         if not isinstance(registry, dict):
             raise Unrecognised(f"{self.registry} is no dictionary")
-        if self.key in registry:
-            raise Unrecognised(f"{self.key!r} is registered already, as {registry[self.key]!r}")
         return registry
 
-    def bound(self, report: Report) -> Callable[..., Any]:
-        """The function, counted."""
-        return report.counted(f"{self.registry}[{self.key!r}]", self.make(), self.tokens)
+    def bound(self, report: Report) -> dict[str, Callable[..., Any]]:
+        """The functions, each counted from its first call on: a report of a hundred rows of zeros says nothing."""
+
+        def serving(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return report.counted(f"{self.registry}[{key!r}]", function, self.tokens)(*args, **kwargs)
+
+            return call
+
+        return {key: serving(key, function) for key, function in self.functions().items()}
 
 
 class NotServed(Exception):

@@ -1,7 +1,6 @@
 """The KL in the rewards: core_algos.kl_penalty, core_algos.compute_rewards and ray_trainer.apply_kl_penalty.
 
-verl clamps the log-ratio to +-20 and the estimate to +-10 for k3 (low_var_kl) alone. As a loss, where a gradient flows
-to the log-probs, kl_penalty is verl's own.
+verl clamps the log-ratio to +-20 and the estimate to +-10 for k3 (low_var_kl) alone.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from fastreward._arguments.options import RewardKL
 from fastreward.patch.verl.batch import constants, flags, lengths, number
+from fastreward.patch.verl.kl import differentiable
 from fastreward.patch.verl.replacement import CORE, NotServed, Replacement
 from fastreward.rewards.token_rewards import token_rewards
 
@@ -23,9 +23,17 @@ _ESTIMATORS: Final[dict[str, RewardKL]] = {
 
 
 def kl_penalty(_: Any, logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
-    """The estimate for each token; with "+", whose gradient is another's, its value is the same."""
+    """The estimate for each token; with "+" its gradient is that of k2."""
+    straight, estimator = kl_penalty.endswith("+"), _estimator(kl_penalty)
+    trained = torch.is_grad_enabled() and logprob.requires_grad
+    if logprob.shape != ref_logprob.shape or (trained and estimator == "k1" and not straight):
+        raise NotServed  # verl broadcasts; a difference alone is one operation of torch's
     flat = logprob if logprob.ndim == 2 else logprob.reshape(1, -1)
-    return _times_kl(flat, ref_logprob.reshape(flat.shape), kl_penalty, 1.0, None).view(logprob.shape)
+    reference = ref_logprob.reshape(flat.shape)
+    if not trained:
+        return _times_kl(flat, reference, kl_penalty, 1.0, None).view(logprob.shape)
+    constants(flat.detach(), reference)
+    return differentiable(flat, reference, estimator, straight).view(logprob.shape)
 
 
 def compute_rewards(
@@ -57,13 +65,20 @@ def apply_kl_penalty(_: Any, data: Any, kl_ctrl: Any, kl_penalty: str = "kl") ->
 def _times_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str, factor: float, mask: Tensor | None) -> Tensor:
     """factor * KL(policy || reference) of each token that counts: rewards of a batch that has no scores."""
     constants(logprobs, ref_logprobs)
-    estimator = _ESTIMATORS.get(kind.removesuffix("+"))
-    if estimator is None or logprobs.ndim != 2:
+    estimator = _estimator(kind)
+    if logprobs.ndim != 2:
         raise NotServed
     unscored = torch.full((len(logprobs),), torch.nan, device=logprobs.device)
     clamps: Any = {"kl_clamp": 20.0, "kl_value_clamp": 10.0} if estimator == "k3" else {"kl_clamp": None}
     given: Any = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "kl": estimator, "kl_coef": -factor}
     return token_rewards(unscored, mask, **given, **clamps)
+
+
+def _estimator(kind: str) -> RewardKL:
+    estimator = _ESTIMATORS.get(kind.removesuffix("+"))
+    if estimator is None:
+        raise NotServed  # an error
+    return estimator
 
 
 def _tokens_of_batch(data: Any, *_: Any, **__: Any) -> int:
@@ -77,8 +92,8 @@ REPLACEMENTS: Final = (
         f"{CORE}.kl_penalty",
         ("logprob", "ref_logprob", "kl_penalty"),
         kl_penalty,
-        _TOKEN_REWARDS,
-        "one pass, where no gradient is asked for",
+        "fastreward.token_rewards, with a gradient fastreward.policy_loss",
+        "one pass, with a gradient too",
     ),
     Replacement(
         f"{CORE}.compute_rewards",

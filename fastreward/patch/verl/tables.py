@@ -13,14 +13,17 @@ from fastreward.patch.verl import (
     logprobs,
     losses,
     masked,
+    methods,
     padding,
     rewards,
     rollout,
+    token_baseline,
 )
 from fastreward.patch.verl.replacement import Registration, Replacement
 
 _FILES: Final = (
     advantages,
+    token_baseline,
     rewards,
     masked,
     losses,
@@ -30,7 +33,8 @@ _FILES: Final = (
     rollout,
     balancing,
     padding,
+    methods,
 )
 REPLACEMENTS: Final[tuple[Replacement, ...]] = tuple(row for file in _FILES for row in file.REPLACEMENTS)
-REGISTRATIONS: Final[tuple[Registration, ...]] = ()
+REGISTRATIONS: Final[tuple[Registration, ...]] = methods.REGISTRATIONS
 KEPT: Final[tuple[Entry, ...]] = tuple(row for file in _FILES for row in getattr(file, "KEPT", ()))
