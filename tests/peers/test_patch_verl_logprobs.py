@@ -169,9 +169,10 @@ def test_what_ours_does_not_take_is_verls(name: str, arguments: Any, ours: Any, 
     assert called(report, f"{logprobs.TORCH}.{name}") == (0, 1)
 
 
-def test_a_label_that_there_is_not_is_refused(ours: Any) -> None:
-    with pytest.raises(ValueError, match="labels"):
+def test_a_label_that_there_is_not_is_verls_to_refuse(ours: Any, report: Report) -> None:
+    with pytest.raises(RuntimeError, match="out of bounds"):
         ours["logprobs_from_logits"](logits_of(2), torch.tensor([0, VOCABULARY]))
+    assert called(report, f"{logprobs.TORCH}.logprobs_from_logits")[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------------ what calls them
