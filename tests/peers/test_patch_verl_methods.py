@@ -83,7 +83,7 @@ def test_tempo_takes_the_tokens_of_the_batch() -> None:
         ("opo", lambda: recipes.opo(SCORES, MASK.sum(-1).float(), UIDS).unsqueeze(-1) * MASK),
         (
             "unlikeliness",
-            lambda: recipes.unlikeliness(SCORES, data().batch["old_log_probs"], MASK, UIDS).unsqueeze(-1) * MASK,
+            lambda: recipes.unlikeliness(data().batch["old_log_probs"], MASK, SCORES, UIDS).unsqueeze(-1) * MASK,
         ),
         (
             "otb",
