@@ -48,7 +48,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         contenders=[Contender(OURS, lambda: balance_partitions(listed, parts, equal_size=ranks))],
         tolerance=0.0,
         inputs=[],
-        targets=(Target("speedup", 20.0 if ranks else 400.0, "verl"),),
+        targets=(Target("first_call", 0.02), Target("speedup", 5.0 if ranks else 200.0, "verl")),
     )
     if not ranks:
         built.contenders.append(Contender("longest first", partial(_longest_first, listed, parts), tolerance=0.1))
