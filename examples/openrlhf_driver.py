@@ -180,11 +180,15 @@ class Side:
     def phase(self, name: str) -> Iterator[None]:
         """Time and peak memory of what is done in it."""
         Path("/proc/self/clear_refs").write_text("5")
-        before, start = resident("VmRSS"), time.perf_counter()
+        before, start, cpu = resident("VmRSS"), time.perf_counter(), time.process_time()
         with self.console.status(f"{self.name}: {name}"):
             yield
-        seconds = time.perf_counter() - start
-        self.account[name] = {"seconds": seconds, "peak_mib": max(resident("VmHWM") - before, 0) / 2**20}
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        self.account[name] = {
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "peak_mib": max(resident("VmHWM") - before, 0) / 2**20,
+        }
 
     def run(self) -> dict[str, Any]:
         """Everything, in the order of a training step."""
@@ -337,6 +341,7 @@ def main(
     rows["all"] = {
         side: {
             "seconds": sum(row[side]["seconds"] for row in rows.values()),
+            "cpu_seconds": sum(row[side]["cpu_seconds"] for row in rows.values()),
             "peak_mib": max(row[side]["peak_mib"] for row in rows.values()),
         }
         for side in ("stock", "patched")
