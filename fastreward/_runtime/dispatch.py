@@ -63,8 +63,8 @@ _KERNELS: Final = {
 }
 #: Parts of operations that a backend has no kernels of, on whatever machine, and what serves instead.
 _ABSENT: Final = {
-    ("divergence", "triton"): "there is no Triton kernel of it yet; move the logits to the CPU",
-    ("divergence", "cuda"): "there is no CUDA C++ kernel of it yet; move the logits to the CPU",
+    ("divergence", "triton"): "there are no Triton kernels of it yet; move the logits to the CPU",
+    ("divergence", "cuda"): "there are no CUDA C++ kernels of it yet; move the logits to the CPU",
     ("prefix_tree_build", "cuda"): (
         "no CUDA C++ kernel builds or packs trees, Triton's do; build and pack under fastreward.backend('triton'), "
         "and what is computed on the tree may be cuda's"

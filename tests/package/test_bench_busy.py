@@ -120,7 +120,7 @@ def test_small_calls_are_every_operation_s_beside_the_eager_form(tmp_path: Path)
     result = CliRunner().invoke(app, ["bench", "small_calls", "--quick", "--seconds", "0.01", "--json", str(figures)])
     assert result.exit_code == 0, result.output
     cases = json.loads(figures.read_text())["cases"]
-    assert {case["case"] for case in cases} == set(OPERATIONS)
+    assert {case["case"] for case in cases} == set(OPERATIONS) - {"balance"}  # of lists: no eager form
     for case in cases:
         assert [c["name"] for c in case["contenders"]] == ["fastreward", "torch eager"]
 

@@ -180,7 +180,7 @@ def test_bench_writes_json_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     result = _run("bench", *tiny, "--json", str(figures), "--plot", str(picture))
     assert result.exit_code == 0, result.output
     facts = json.loads(figures.read_text())
-    assert {case["operation"] for case in facts["cases"]} == set(BENCHED)
+    assert {case["operation"] for case in facts["cases"]} == set(BENCHED) - {"balance"}  # of integers alone
     assert facts["machine"]["torch"] == torch.__version__
     for case in facts["cases"]:
         ours = case["contenders"][0]

@@ -108,6 +108,7 @@ def _peers(case: Case, name: str) -> dict[str, Callable[..., Tensor]]:
         return eager.token_divergence(student, teacher, name)["divergence"]
 
     found: dict[str, Callable[..., Tensor]] = {"torch eager": obvious, "torch.compile": peers.compiled(obvious)}
+    case.absent |= {"verl": "no such function", "liger-kernel": "from hidden states, Triton only"}
     try:
         found["TRL"] = _trl(name)
     except peers.Absent as reason:

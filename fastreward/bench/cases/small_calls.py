@@ -18,6 +18,7 @@ from fastreward.bench.case import OURS, Case, Target
 _CALLS: Final[dict[str, tuple[str, tuple[int, ...], float | None]]] = {
     "logprobs": ("forward", (16, 1000), 0.33),
     "linear_logprobs": ("backward", (16, 64, 1000), None),
+    "divergence": ("reverse-kl", (16, 1000), None),
     "policy_loss": ("ppo", (8, 128), 1.1),
     "preference_loss": ("dpo", (8, 128), None),
     "logits_policy_loss": ("fresh", (16, 1000), None),
