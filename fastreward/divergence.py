@@ -92,6 +92,10 @@ def token_divergence(
     inplace_backward = check.flag("inplace_backward", inplace_backward)
     if inplace_backward:
         check_own_memory(logits)
+        if (
+            logits.is_contiguous() and teacher_logits.is_contiguous()
+        ):  # as of self-distillation: it would be overwritten
+            check.own_memory("teacher_logits", teacher_logits, [logits])
     rows = row_mask(mask, places)
     scalar, per_token = temperatures(temperature, places, mask)
     if teacher_temperature is None:

@@ -251,6 +251,13 @@ def test_in_place_is_the_same_gradient_on_the_same_memory() -> None:
         assert torch.equal(grad, expected)
 
 
+def test_in_place_does_not_write_over_the_teacher() -> None:
+    x = torch.randn(3, 50)
+    with pytest.raises(ValueError, match="teacher_logits: expected memory of its own"):
+        fr.token_divergence(x, x.detach(), inplace_backward=True)
+    fr.token_divergence(x[:1], x[1:2], inplace_backward=True)  # neighbours in one batch
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bits_are_those_of_the_row_alone(threads: int, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue("threads")
