@@ -217,7 +217,7 @@ def correction_weights(
         backend,
     )
     metrics = Metrics(values, names)
-    if check.values_checked(old_logprobs) and metrics["kl"].isnan():
+    if check.values_checked(old_logprobs) and check.nan_refused() and metrics["kl"].isnan():
         _check_finite(old_logprobs, rollout_logprobs, mask)
     valid = _valid(tokens, old_logprobs.device)
     factor = valid.float() if per_token[0] is None else _in_tokens_shape(weights, per_token[0], valid, tokens)

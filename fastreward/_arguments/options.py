@@ -178,6 +178,6 @@ class ReturnsInputs(NamedTuple):
         for name, x in (("rewards", self.rewards), ("values", self.values), ("next_values", self.next_values)):
             if x is not None:
                 check.counted_finite(name, x, mask)
-        if self.log_ratios is not None:
+        if self.log_ratios is not None and check.nan_refused():
             good = ~self.log_ratios.isnan() if mask is None else ~self.log_ratios.isnan() | (mask == 0)
             check.every("log_ratios", good, self.log_ratios, "numbers where mask is set")

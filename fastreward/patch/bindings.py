@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from fastreward.patch.imports import AfterImport
-from fastreward.patch.usage import P, R, Usage, counted
+from fastreward.patch.usage import P, R, Usage, counted, is_inside_handed_on
 
 
 class PatchRefused(RuntimeError):
     """The patch was not applied, nothing was changed, and the message says why."""
+
+
+def warn(line: str) -> None:
+    """A RuntimeWarning: how a patch makes itself heard where its caller has no other way."""
+    warnings.warn(line, RuntimeWarning, stacklevel=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,7 @@ class Report:
 
     `pending` is what it replaces once the trainer imports the module, which it has not done yet in this process.
     `usage` has what each replaced function has done in this process, by its dotted name; `share` is the part of the
-    time since the patch was applied that they took.
+    time since the patch was applied that they took. `tell` is called with what its user has to hear.
     """
 
     trainer: str
@@ -48,6 +55,8 @@ class Report:
     pending: list[Entry] = field(default_factory=list)
     usage: dict[str, Usage] = field(default_factory=dict)
     since: float = field(default_factory=time.perf_counter)
+    tell: Callable[[str], None] = warn
+    refusals: set[str] = field(default_factory=set)  # targets of which it has been told
 
     def __str__(self) -> str:
         lines = [f"{self._title}; `fastreward.patch.undo()` takes it out"]
@@ -68,6 +77,19 @@ class Report:
     def counted(self, target: str, function: Callable[P, R], tokens: Callable[P, int]) -> Callable[P, R]:
         """`function`, whose calls are entered in `usage` under `target`; `tokens` says how many a call has."""
         return counted(self.usage.setdefault(target, Usage()), function, tokens)
+
+    def refused(self, target: str, error: Exception) -> None:
+        """Tell, once for each target, why fastreward has refused a call that the trainer's own function then served.
+
+        Not of calls that this function makes in its turn: it is the same NaN that they meet.
+        """
+        if target not in self.refusals and not torch.compiler.is_compiling() and not is_inside_handed_on():
+            self.refusals.add(target)
+            why = f"{type(error).__name__}: {error}"
+            self.tell(
+                f"fastreward.patch: a call of {target} went on to {self.trainer}'s own code, as will others like it, "
+                f"which are counted and not told; {why}"
+            )
 
     @property
     def total(self) -> Usage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib.metadata
 import inspect
@@ -11,6 +12,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, ParamSpec, TypeVar
 
+import torch
+
+from fastreward._arguments import check
 from fastreward.patch.bindings import Entry, Patch, Report, active, install
 from fastreward.recipes import RECIPES, Recipe
 
@@ -25,7 +29,10 @@ BY_SEQUENCE: Final = ("deepseek_v3_2",)
 
 # --------------------------------------------------------------------------------------------------------- the account
 def hook(trainer: str, tokens: Callable[..., int]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A function that `trainer` calls by its path. From its first call on it is in `patch.status()`, with its usage."""
+    """A function that `trainer` calls by its path. From its first call on it is in `patch.status()`, with its usage.
+
+    A NaN that counts is in its results, as in the trainer's own: what becomes of such a step is for the trainer to say.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         target = f"{trainer}.{function.__name__}"
@@ -37,7 +44,8 @@ def hook(trainer: str, tokens: Callable[..., int]) -> Callable[[Callable[P, R]],
                 why = (inspect.getdoc(function) or "").partition("\n")[0]
                 report.replaced.append(Entry(target, f"{function.__module__}.{function.__name__}", why))
             counted: Callable[P, R] = report.counted(target, function, tokens)
-            return counted(*args, **kwargs)
+            with contextlib.nullcontext() if torch.compiler.is_compiling() else check.nan_passes():
+                return counted(*args, **kwargs)
 
         return call
 

@@ -90,6 +90,11 @@ def is_handed_on() -> bool:
     return bool(_frames.open) and _frames.open[-1].handed_on
 
 
+def is_inside_handed_on() -> bool:
+    """Whether a replacement around the one that is running has handed its call on."""
+    return any(frame.handed_on for frame in _frames.open[:-1])
+
+
 def _enter(usage: Usage) -> _Frame:
     frame = _Frame(usage, time.perf_counter())
     _frames.open.append(frame)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,7 @@ def ours(patched: Any) -> Any:
     """With an account of this test's calls alone."""
     for usage in patched.report.usage.values():
         usage.calls = usage.handed_on = 0
+    patched.report.refusals.clear()
     return patched
 
 
@@ -198,7 +200,8 @@ def test_kl_without_gradient(stock: Any, ours: Any, kind: str, spread: float) ->
 def test_kl_of_nan_and_of_another_name_is_openrlhfs(stock: Any, ours: Any) -> None:
     b = batch(4)
     b.lp[1, 2] = math.nan
-    assert ours.compute_approx_kl(b.lp, b.ref).isnan().sum() == 1
+    with pytest.warns(RuntimeWarning, match="compute_approx_kl went on to openrlhf's own code.*mask is set"):
+        assert ours.compute_approx_kl(b.lp, b.ref).isnan().sum() == 1
     with pytest.raises(ValueError, match="Unknown kl_estimator"):
         ours.compute_approx_kl(b.lp, b.ref, kl_estimator="k4")
     usage = ours.report.usage[f"{UTILS}.compute_approx_kl"]
@@ -233,6 +236,7 @@ def test_masked_mean(stock: Any, ours: Any, dtype: torch.dtype) -> None:
     largest(f"{UTILS}.masked_mean", mine, with_gradient(lambda x: stock.masked_mean(x, b.mask), b.values))
 
 
+@pytest.mark.filterwarnings("ignore:fastreward.patch. a call of:RuntimeWarning")  # NaN, as OpenRLHF gives it
 @pytest.mark.parametrize("case", ["none", "rows", "weights", "empty", "bfloat16"])
 def test_means_that_are_openrlhfs(stock: Any, ours: Any, case: str) -> None:
     b = batch(6)
@@ -265,6 +269,7 @@ def test_aggregate_loss(stock: Any, ours: Any, token_level: bool, counts: dict[s
     largest(f"{LOSS}.aggregate_loss", mine, run(stock.aggregate_loss))
 
 
+@pytest.mark.filterwarnings("ignore:fastreward.patch. a call of:RuntimeWarning")  # NaN, as OpenRLHF gives it
 def test_a_batch_without_tokens(stock: Any, ours: Any) -> None:
     """With a global count it is 0; without one it is NaN, as OpenRLHF has it."""
     b = batch(7)
@@ -325,6 +330,30 @@ def test_what_lies_under_the_mask_of_a_policy_loss_is_not_read(ours: Any) -> Non
         x[b.mask == 0] = math.nan
     got = with_gradient(lambda x: module(x, b.old, b.adv, b.mask), b.lp)
     assert [torch.equal(a, c) for a, c in zip(got, want, strict=True) if a is not None and c is not None] == [True] * 4
+
+
+@pytest.mark.parametrize("name", ["PolicyLoss", "ValueLoss"])
+def test_a_nan_that_counts_gives_openrlhfs_nan_and_is_told_once(stock: Any, ours: Any, name: str) -> None:
+    b, module = batch(9), getattr(ours.loss, name)()
+    x = b.lp if name == "PolicyLoss" else b.values
+    x[tuple(b.mask.nonzero()[0])] = math.nan
+    others = (b.old, b.adv) if name == "PolicyLoss" else (b.old_values, b.returns)
+
+    def run(function: Any) -> list[Tensor | None]:
+        return with_gradient(lambda y: function(module, y, *others, b.mask), x)
+
+    forward = getattr(ours.loss, name).forward
+    with pytest.warns(RuntimeWarning, match=f"{name}.forward went on to openrlhf's own code.*mask is set"):
+        mine = run(forward)  # what OpenRLHF calls in its turn, and ours refuses too, would be another warning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = run(forward)
+    assert mine[0] is not None
+    assert mine[0].isnan()
+    with pytest.warns(RuntimeWarning, match="went on to openrlhf's own code"):  # of what it calls
+        theirs = run(getattr(stock, name))
+    for found in (mine, again):
+        largest(f"{LOSS}.{name}.forward", found, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["binary_kl", "no mask", "weights", "bfloat16", "advantages with a gradient"])

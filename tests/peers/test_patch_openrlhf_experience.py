@@ -159,6 +159,7 @@ def test_options(options: dict[str, Any], mask: torch.dtype) -> None:
     largest(f"{PENALTY}.apply_overlong_penalty", [e.rewards for e in ours], [e.rewards for e in theirs], atol=0, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:fastreward.patch. a call of:RuntimeWarning")  # NaN, as OpenRLHF gives it
 @pytest.mark.parametrize(("estimator", "want"), [("rloo", math.nan), ("group_norm", math.nan), ("dr_grpo", 0.0)])
 def test_a_group_of_one_is_openrlhfs(estimator: str, want: float) -> None:
     ours, theirs, _ = both(arguments(estimator, n=1), experiences(), kl_coef=0.0)
@@ -167,6 +168,7 @@ def test_a_group_of_one_is_openrlhfs(estimator: str, want: float) -> None:
     assert advantages.isnan().all() if math.isnan(want) else (advantages == want).all()
 
 
+@pytest.mark.filterwarnings("ignore:fastreward.patch. a call of:RuntimeWarning")  # NaN, as OpenRLHF gives it
 @pytest.mark.parametrize("estimator", ["rloo", "group_norm", "reinforce_baseline"])
 def test_a_reward_of_nan_spoils_its_group_alone(estimator: str) -> None:
     given = experiences(2)

@@ -72,6 +72,24 @@ def test_what_lies_under_the_mask_never_matters() -> None:
     assert torch.equal(hidden["trainer_logprobs"].grad, x.trainer_logprobs.grad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["default", "ipo", "icepop"])
+@pytest.mark.parametrize("name", ["trainer_logprobs", "inference_logprobs", "advantages"])
+def test_a_nan_that_counts_gives_prime_rls_nan(name: str, kind: str) -> None:
+    """The trainer sees a loss of NaN, as without us, and no exception; the gradient is NaN for that token alone."""
+    x = formulas.inputs(32)
+    first = int(x.loss_mask.nonzero()[0])
+    with torch.no_grad():
+        getattr(x, name)[first] = math.nan
+    logprobs = x.trainer_logprobs.detach().double().requires_grad_()
+    expected, _ = formulas.loss(x, kind, logprobs)
+    expected.backward()
+    ours = prime_rl.loss(x, loss=f"prime_rl.{kind}")
+    ours.loss.backward()
+    largest("prime-rl.loss", ours.loss, expected, version=formulas.VERSION)
+    assert ours.loss.isnan()
+    largest("prime-rl.loss", x.trainer_logprobs.grad, logprobs.grad, version=formulas.VERSION, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_a_sequence_without_a_counted_token_flows_zeros(tokens: int) -> None:
     x = formulas.inputs(tokens)

@@ -126,6 +126,30 @@ def test_what_lies_under_a_mask_never_matters(batch: dict[str, Any]) -> None:
     torch.testing.assert_close((loss, logits.grad), clean)
 
 
+@pytest.mark.parametrize("name", ["advantages", "log_probs", "logits", "rollout_log_probs"])
+def test_a_nan_that_counts_gives_slimes_nan(batch: dict[str, Any], name: str) -> None:
+    """slime's user sees a loss of NaN, as without us, and no exception; the gradient is NaN where slime's is."""
+    place = batch[name][3] if name != "logits" else batch[name][0, 2]
+    place[int(batch["loss_masks"][3].nonzero()[0]) if name != "logits" else 0] = math.nan
+    (loss, gradient), (expected, theirs), _, _ = both(formulas.options(use_tis=True, entropy_coef=0.1), batch)
+    assert loss.isnan()
+    assert expected.isnan()
+    assert torch.equal(gradient.isnan(), theirs.isnan())
+    assert 0 < int(gradient.isnan().sum()) < gradient.numel()
+
+
+def test_a_nan_that_counts_gives_the_nan_of_slimes_advantages(batch: dict[str, Any]) -> None:
+    batch["kl"] = [torch.randn(n) for n in LENGTHS]
+    batch["values"][3][2] = batch["kl"][0][1] = math.nan
+    for estimator in ("ppo", "reinforce_plus_plus"):
+        args = formulas.options(advantage_estimator=estimator, kl_coef=0.1, gamma=0.9, lambd=0.8)
+        expected = formulas.advantages(args, batch)
+        slime.advantages(args, batch)
+        for found, theirs in zip((batch["advantages"], batch["returns"]), expected, strict=True):
+            assert torch.cat(theirs).isnan().any()
+            same("advantages", found, theirs, estimator)
+
+
 def test_a_batch_that_is_masked_out_as_a_whole_flows_zeros(batch: dict[str, Any]) -> None:
     batch["loss_masks"] = [torch.zeros_like(m) for m in batch["loss_masks"]]
     ours, theirs, *_ = both(formulas.options(), batch)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastreward
+from fastreward.patch.bindings import Report
 from fastreward.patch.verl import aggregation, losses
 
 pytestmark = [
@@ -36,9 +36,9 @@ BATCHES: tuple[dict[str, Any], ...] = (
     {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None, "loss_scale_factor": 512},
     {"dp_size": 4, "batch_num_tokens": torch.tensor(400), "global_batch_size": 32, "loss_scale_factor": 100},
 )
+REPORT = Report("verl", "0.9")
 OURS: dict[str, Callable[..., Any]] = {
-    row.name: functools.partial(row.ours, getattr(core, row.name))
-    for row in (*losses.REPLACEMENTS, *aggregation.REPLACEMENTS)
+    row.name: row.bound(getattr(core, row.name), REPORT) for row in (*losses.REPLACEMENTS, *aggregation.REPLACEMENTS)
 }
 LOSSES = sorted(name for name in OURS if name.startswith("compute_policy_loss"))
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -108,14 +108,11 @@ def assert_same(ours: Any, theirs: Any, *, rtol: float = 1e-6, atol: float = 5e-
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> None:
+def served() -> Iterator[None]:
     """A call that ours hands on is a failure."""
-
-    def refuse() -> None:
-        raise AssertionError("handed on")
-
-    for module in (losses, aggregation):
-        monkeypatch.setattr(module, "handed_on", refuse)
+    before = REPORT.total.handed_on
+    yield
+    assert REPORT.total.handed_on == before
 
 
 @pytest.mark.parametrize("spread", WIDE)
@@ -213,13 +210,6 @@ def test_verls_in_place_sum_of_losses_keeps_the_gradient(served: None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- what verl is left
-def handed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    calls: list[int] = []
-    for module in (losses, aggregation):
-        monkeypatch.setattr(module, "handed_on", lambda: calls.append(1))
-    return calls
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -227,21 +217,46 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         lambda given: given | {"mask": given["mask"] * 0.5},
         lambda given: given | {"advantages": given["advantages"][:, :1]},
         lambda given: given | {"advantages": given["advantages"].requires_grad_()},
-        lambda given: given | {"new": torch.where(given["mask"], math.nan, given["new"])},
     ],
-    ids=["float64", "a fractional mask", "broadcast advantages", "advantages with a gradient", "NaN that counts"],
+    ids=["float64", "a fractional mask", "broadcast advantages", "advantages with a gradient"],
 )
-def test_what_ours_does_not_take_is_verls(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, given = handed(monkeypatch), change(inputs())
+def test_what_ours_does_not_take_is_verls(change: Any) -> None:
+    given, before = change(inputs()), REPORT.total.handed_on
     name = "compute_policy_loss_vanilla"
     ours, theirs = (run(f, given, "token-mean", config(), None) for f in (OURS[name], getattr(core, name)))
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(ours[2], theirs[2], rtol=0, atol=0, equal_nan=True)
-    assert calls == [1]
+    assert REPORT.total.handed_on == before + 1
 
 
-def test_what_verl_refuses_is_refused_by_verl(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, given = handed(monkeypatch), inputs()
+@pytest.mark.parametrize("name", [*LOSSES, "agg_loss", "compute_value_loss"])
+def test_a_nan_that_counts_gives_verls_nan_and_is_told_once(name: str) -> None:
+    """verl goes on or skips the step; the warning says where the NaN is."""
+    given, settings = inputs(), config(**OPTIONS.get(name, {}))
+    given["new"][0, 2] = math.nan
+    REPORT.refusals.discard(f"{losses.CORE}.{name}")
+
+    def call(function: Callable[..., Any]) -> tuple[Tensor, Any, Tensor]:
+        if name.startswith("compute_policy_loss"):
+            return run(function, given, "token-mean", settings, None)
+        leaf = given["new"].clone().requires_grad_()
+        others = () if name == "agg_loss" else (given["advantages"], given["old"])
+        rest = (given["mask"], "token-mean") if name == "agg_loss" else (given["mask"], 0.2)
+        found = function(leaf, *others, *rest)
+        loss, share = (found, {}) if name == "agg_loss" else (found[0], {"share": float(found[1])})
+        return loss, share, torch.autograd.grad(1.7 * loss, leaf)[0]
+
+    expected = call(getattr(core, name))
+    with pytest.warns(RuntimeWarning, match=rf"{name} went on to verl's own code.*mask is set.*nan at index \[0, 2\]"):
+        found = call(OURS[name])
+    again = call(OURS[name])  # a second warning would be an error
+    assert found[0].isnan()
+    for ours in (found, again):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_verl_refuses_is_refused_by_verl() -> None:
+    given, warned = inputs(), set(REPORT.refusals)
     arguments = (given["old"], given["new"], given["advantages"], given["mask"])
     with pytest.raises(AssertionError):
         OURS["compute_policy_loss_vanilla"](*arguments, "token-mean", None)
@@ -253,7 +268,7 @@ def test_what_verl_refuses_is_refused_by_verl(monkeypatch: pytest.MonkeyPatch) -
         OURS["agg_loss"](given["new"], given["mask"], "token-mean", dp_size=2)
     with pytest.raises(ValueError, match="Invalid loss_agg_mode"):
         OURS["agg_loss"](given["new"], given["mask"], "sum of squares")
-    assert len(calls) == 5
+    assert warned == REPORT.refusals
 
 
 # ------------------------------------------------------------------------------------ aggregation, value and entropy
@@ -314,12 +329,14 @@ def test_value_loss(mode: str, batch: int, clip: float, served: None) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=1e-7)
 
 
-def test_value_loss_without_a_clip_range_is_verls(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, given = handed(monkeypatch), inputs()
+def test_value_loss_without_a_clip_range_is_verls() -> None:
+    given, before = inputs(), REPORT.total.handed_on
     arguments = (given["new"], given["advantages"], given["old"], given["mask"], 0.0)
-    found, expected = (f(*arguments) for f in (OURS["compute_value_loss"], core.compute_value_loss))
-    assert all(map(torch.equal, found, expected))
-    assert calls == [1]
+    REPORT.refusals.discard(f"{losses.CORE}.compute_value_loss")
+    with pytest.warns(RuntimeWarning, match="clip: expected a positive number"):
+        found = OURS["compute_value_loss"](*arguments)
+    assert all(map(torch.equal, found, core.compute_value_loss(*arguments)))
+    assert REPORT.total.handed_on == before + 1
 
 
 # ---------------------------------------------------------------------------------------------------- where it is bound

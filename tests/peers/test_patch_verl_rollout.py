@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastreward
+from fastreward.patch.bindings import Report
 from fastreward.patch.verl import rollout
 
 pytestmark = [
@@ -27,8 +27,9 @@ helper = importlib.import_module("verl.trainer.ppo.rollout_corr_helper")
 protocol = importlib.import_module("verl.protocol")
 
 B, T = 8, 29
+REPORT = Report("verl", "0.9")
 OURS: dict[str, Callable[..., Any]] = {
-    row.name: functools.partial(row.ours, getattr(helper, row.name)) for row in rollout.REPLACEMENTS
+    row.name: row.bound(getattr(helper, row.name), REPORT) for row in rollout.REPLACEMENTS
 }
 CORRECTION = "compute_rollout_correction_and_rejection_mask"
 #: What is under "rollout_corr/" and is E[x^2] - E[x]^2 in verl, whose float32 leaves three digits of a small one.
@@ -67,13 +68,11 @@ def assert_same(found: Any, given: tuple[Tensor, Tensor, Tensor], **options: Any
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> None:
+def served() -> Iterator[None]:
     """A call that ours hands on is a failure."""
-
-    def refuse() -> None:
-        raise AssertionError("handed on")
-
-    monkeypatch.setattr(rollout, "handed_on", refuse)
+    before = REPORT.total.handed_on
+    yield
+    assert REPORT.total.handed_on == before
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.3, 1.5])
@@ -163,11 +162,8 @@ def test_what_lies_under_the_mask_leaks_nowhere(served: None) -> None:
         (lambda x: x, {"rollout_rs": ",", "rollout_rs_threshold": 1.0}, "at least one valid option"),
     ],
 )
-def test_what_ours_does_not_take_is_verls(
-    change: Any, options: Any, error: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[int] = []
-    monkeypatch.setattr(rollout, "handed_on", lambda: calls.append(1))
+def test_what_ours_does_not_take_is_verls(change: Any, options: Any, error: str | None) -> None:
+    before = REPORT.total.handed_on
     trainer, engine, mask = inputs()
     given = change(trainer), change(engine), mask
     if error is None:
@@ -177,7 +173,7 @@ def test_what_ours_does_not_take_is_verls(
     else:
         with pytest.raises(ValueError, match=error):
             OURS[CORRECTION](*given, **options)
-    assert calls == [1]
+    assert REPORT.total.handed_on == before + (error is None)
 
 
 def test_a_batch_of_which_nothing_counts_is_verls_to_refuse() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from fastreward.patch.bindings import Entry, Patch, PatchRefused, Report, active, exchange, install, undo
+from fastreward.patch.bindings import Entry, Patch, PatchRefused, Report, active, exchange, install, undo, warn
 from fastreward.patch.imports import AfterImport, is_imported
 from fastreward.patch.openrlhf import log, tables
 from fastreward.patch.openrlhf.replacement import Replacement
@@ -34,8 +33,8 @@ def openrlhf(
             `fastreward/driver/...` in what goes to wandb and TensorBoard, `fastreward/actor/...` and
             `fastreward/critic/...` (of rank 0) in its status.
         devices: kinds of device whose tensors are taken; others go to OpenRLHF's own functions.
-        tell: called with a line for each function that is found not to be as expected and left alone; by default it is
-            a RuntimeWarning. The report has them too.
+        tell: called with a line for each function that is found not to be as expected and left alone (the report has
+            them too), and for the first call that fastreward refuses of each; by default it is a RuntimeWarning.
 
     Returns:
         What was replaced, what will be once its module is imported, and what was left and why. It is kept up to date.
@@ -52,9 +51,9 @@ def openrlhf(
         raise PatchRefused("fastreward.patch.openrlhf: openrlhf is not installed")
     if present is not None:
         undo(PACKAGE)
-    report = Report(PACKAGE, _version())
+    report = Report(PACKAGE, _version(), tell=tell or warn)
     patch = Patch(report, options, PACKAGE)
-    binding = _Binding(patch, Serving(report, tuple(devices)), root, tell or _warn, log.ROWS if metrics else ())
+    binding = _Binding(patch, Serving(report, tuple(devices)), root, log.ROWS if metrics else ())
     patch.imports = AfterImport(binding.rows, binding.serve)
     report.kept += tables.KEPT
     install(PACKAGE, patch)
@@ -73,10 +72,6 @@ def _version() -> str:
         return "(of unknown version)"  # a checkout; the sources decide in any case
 
 
-def _warn(line: str) -> None:
-    warnings.warn(line, RuntimeWarning, stacklevel=2)
-
-
 class _Binding:
     """Rows of the table by their module, each put in place when that is imported."""
 
@@ -85,10 +80,9 @@ class _Binding:
         patch: Patch,
         serving: Serving,
         root: Path,
-        tell: Callable[[str], None],
         logged: tuple[log.Logged, ...],
     ) -> None:
-        self.patch, self.report, self.serving, self.tell = patch, patch.report, serving, tell
+        self.patch, self.report, self.serving = patch, patch.report, serving
         self.rows: dict[str, list[Replacement | log.Logged]] = defaultdict(list)
         rows: tuple[Replacement | log.Logged, ...] = (*tables.REPLACEMENTS, *logged)
         for row in rows:
@@ -129,4 +123,4 @@ class _Binding:
 
     def _keep(self, row: Replacement | log.Logged, why: str) -> None:
         self.report.kept.append(Entry(row.target, "OpenRLHF's own", why))
-        self.tell(f"fastreward.patch.openrlhf leaves {row.target} to OpenRLHF {self.report.version}: {why}")
+        self.report.tell(f"fastreward.patch.openrlhf leaves {row.target} to OpenRLHF {self.report.version}: {why}")

@@ -102,8 +102,10 @@ def _scored(
         outputs = ("logprobs", "entropy") if entropy else ("logprobs",)
         stats = token_logprobs(logits, tokens.labels, temperature=temperature, mask=tokens.counted, outputs=outputs)
         return stats.logprobs, stats.entropy if entropy else None
-    except (NotServed, TypeError, ValueError):
+    except NotServed:
         pass
+    except (TypeError, ValueError) as error:
+        serving.report.refused(f"{own.__name__}.Actor.forward", error)
     # Such as the DTensor of a tensor-parallel head. The model has run already, so no other way leads back to theirs.
     scaled = logits.to(torch.float32) / temperature
     return own.log_probs_from_logits(scaled, tokens.labels), own.compute_entropy(scaled) if entropy else None

@@ -46,7 +46,8 @@ class Serving:
     ) -> Callable[P, R]:
         """`ours`, counted as `target`; what it or fastreward refuses goes to `stock`, which answers or refuses itself.
 
-        refusals: besides NotServed. fastreward checks before it acts, so a refused call has changed nothing.
+        refusals: besides NotServed, and told once. fastreward checks before it acts, so a refused call has changed
+        nothing.
         """
 
         handed: tuple[type[Exception], ...] = (NotServed, *refusals)
@@ -55,10 +56,13 @@ class Serving:
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return ours(*args, **kwargs)
-            except handed:
-                pass  # outside of the except clause, so that an error of theirs does not show ours as its context
-            handed_on()
-            return stock(*args, **kwargs)
+            except handed as refusal:
+                error = refusal
+            handed_on()  # outside of the except clause, so that an error of theirs does not show ours as its context
+            result = stock(*args, **kwargs)
+            if not isinstance(error, NotServed):
+                self.report.refused(target, error)
+            return result
 
         return self.report.counted(target, call, tokens)
 

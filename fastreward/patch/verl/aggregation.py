@@ -13,7 +13,6 @@ from torch import Tensor
 from fastreward._arguments.options import Aggregation
 from fastreward._arguments.transforms import transformed
 from fastreward.losses import Loss
-from fastreward.patch.usage import handed_on
 from fastreward.patch.verl import formulas
 from fastreward.patch.verl.replacement import CORE, NotServed, Replacement
 from fastreward.policy_loss import PolicyLoss, policy_loss
@@ -64,7 +63,7 @@ def normalised(
 
 
 def agg_loss(
-    stock: Any,
+    _: Any,
     loss_mat: Tensor,
     loss_mask: Tensor,
     loss_agg_mode: str,
@@ -75,18 +74,14 @@ def agg_loss(
 ) -> Tensor:
     """One number of losses per token [B, T]; NaN, as verl, where nothing counts and no normaliser is given."""
     given = (loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    try:
-        check_tokens(loss_mask, loss_mat)
-        how = normalised(loss_mask.shape[-1], *given)
-        found = policy_loss(loss_mat, None, None, loss_mask, loss=_IDENTITY, empty="zero", **how.options)
-    except (NotServed, ValueError):
-        handed_on()
-        return stock(loss_mat, loss_mask, *given)  # type: ignore[no-any-return]
+    check_tokens(loss_mask, loss_mat)
+    how = normalised(loss_mask.shape[-1], *given)
+    found = policy_loss(loss_mat, None, None, loss_mask, loss=_IDENTITY, empty="zero", **how.options)
     return finished(found, how, (loss_mat, loss_mask))
 
 
 def compute_value_loss(
-    stock: Any,
+    _: Any,
     vpreds: Tensor,
     returns: Tensor,
     values: Tensor,
@@ -100,13 +95,9 @@ def compute_value_loss(
 ) -> tuple[Tensor, Tensor]:
     """(half the aggregated larger one of both squared errors, share of tokens where the clipped one is the larger)."""
     given = (loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    try:
-        check_tokens(response_mask, vpreds, values, returns)
-        how = normalised(response_mask.shape[-1], *given)
-        found = value_loss(vpreds, values, returns, response_mask, clip=cliprange_value, empty="zero", **how.options)
-    except (NotServed, ValueError):
-        handed_on()
-        return stock(vpreds, returns, values, response_mask, cliprange_value, *given)  # type: ignore[no-any-return]
+    check_tokens(response_mask, vpreds, values, returns)
+    how = normalised(response_mask.shape[-1], *given)
+    found = value_loss(vpreds, values, returns, response_mask, clip=cliprange_value, empty="zero", **how.options)
     share = found.metrics["clip_fraction"]
     loss = finished(found, how, (vpreds, values, returns, response_mask))
     return loss, torch.where(found.metrics["token_count"] > 0, share, 0.0)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from types import ModuleType
 from typing import Final
 
-from fastreward.patch.bindings import Entry, Patch, PatchRefused, Report, active, exchange, install, undo
+from fastreward.patch.bindings import Entry, Patch, PatchRefused, Report, active, exchange, install, undo, warn
 from fastreward.patch.imports import AfterImport, is_imported
 from fastreward.patch.verl import metrics as logged
 from fastreward.patch.verl import tables
@@ -28,8 +27,8 @@ def verl(*, metrics: bool = False, tell: Callable[[str], None] | None = None) ->
     Args:
         metrics: verl's metrics of each step, on the driver and of actor and critic, get `Report.metrics()`: how many
             calls and tokens fastreward has served in the process since the patch, and in what part of the time.
-        tell: called with a line for each function that is found not to be as expected and left alone; by default it is
-            a RuntimeWarning. The report has them too.
+        tell: called with a line for each function that is found not to be as expected and left alone (the report has
+            them too), and for the first call that fastreward refuses of each; by default it is a RuntimeWarning.
 
     Returns:
         What was replaced, what will be once its module is imported, and what was left and why. It is kept up to date.
@@ -42,9 +41,9 @@ def verl(*, metrics: bool = False, tell: Callable[[str], None] | None = None) ->
         return present.report
     if present is not None:
         undo("verl")
-    report = Report("verl", _supported_version())
+    report = Report("verl", _supported_version(), tell=tell or warn)
     patch = Patch(report, {"metrics": metrics}, "verl")
-    binding = _Binding(patch, tell or _warn, logged.REPLACEMENTS if metrics else ())
+    binding = _Binding(patch, logged.REPLACEMENTS if metrics else ())
     patch.imports = AfterImport(binding.rows, binding.serve)
     report.kept += tables.KEPT
     install("verl", patch)
@@ -69,15 +68,11 @@ def _supported_version() -> str:
     return version
 
 
-def _warn(line: str) -> None:
-    warnings.warn(line, RuntimeWarning, stacklevel=2)
-
-
 class _Binding:
     """Rows of the tables by their module, each put in place when that is imported."""
 
-    def __init__(self, patch: Patch, tell: Callable[[str], None], asked_for: tuple[Replacement, ...] = ()) -> None:
-        self.patch, self.report, self.tell = patch, patch.report, tell
+    def __init__(self, patch: Patch, asked_for: tuple[Replacement, ...] = ()) -> None:
+        self.patch, self.report = patch, patch.report
         self.rows: dict[str, list[Replacement | Registration]] = defaultdict(list)
         rows: tuple[Replacement | Registration, ...] = (*tables.REPLACEMENTS, *tables.REGISTRATIONS, *asked_for)
         for row in rows:
@@ -135,7 +130,7 @@ class _Binding:
     def _keep(self, row: Replacement | Registration, why: str) -> None:
         place = _place(row)
         self.report.kept.append(Entry(place, "verl's own", why))
-        self.tell(f"fastreward.patch.verl leaves {place} to verl {self.report.version}: {why}")
+        self.report.tell(f"fastreward.patch.verl leaves {place} to verl {self.report.version}: {why}")
 
 
 def _place(row: Replacement | Registration) -> str:

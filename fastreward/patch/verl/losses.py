@@ -14,7 +14,6 @@ from torch import Tensor
 from fastreward import losses
 from fastreward.losses import Loss
 from fastreward.patch.bindings import Entry
-from fastreward.patch.usage import handed_on
 from fastreward.patch.verl import formulas
 from fastreward.patch.verl.aggregation import Normalised, check_tokens, finished, normalised
 from fastreward.patch.verl.formulas import CLIPPED
@@ -68,12 +67,7 @@ class Served:
     ) -> tuple[Tensor, dict[str, Any]]:
         """(loss [] with its gradient for log_prob, verl's metrics as floats)."""
         mode = self.aggregation if loss_agg_mode is None else loss_agg_mode
-        inputs = (old_log_prob, log_prob, advantages, response_mask)
-        try:
-            return self._computed(*inputs, mode, config, rollout_is_weights)
-        except (NotServed, ValueError):
-            handed_on()
-            return stock(*inputs, mode, config, rollout_is_weights)  # type: ignore[no-any-return]
+        return self._computed(old_log_prob, log_prob, advantages, response_mask, mode, config, rollout_is_weights)
 
     def _computed(
         self, old: Tensor, new: Tensor, advantages: Tensor, mask: Tensor, mode: str, config: Any, weights: Tensor | None

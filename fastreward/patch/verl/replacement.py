@@ -32,8 +32,8 @@ class Replacement:
         target: its dotted name, where it is defined; every other binding is found by identity.
         parameters: the names of its parameters, for which `ours` was written. Another signature is left alone.
         ours: called with verl's own function and then the call's arguments. Where it raises `NotServed`, or fastreward
-            refuses an argument, verl's own function is called with them: an error is verl's to raise. Until it knows,
-            it writes nothing.
+            refuses an argument (which is told once), verl's own function is called with them: an error is verl's to
+            raise. Until it knows, it writes nothing.
         what, why: for the report: the operation of fastreward's behind it, and what is gained.
         tokens: called with the call's arguments, how many tokens it has.
         counted: False for what only chooses what is called.
@@ -84,11 +84,15 @@ class Replacement:
         def served(*args: Any, **kwargs: Any) -> Any:
             try:
                 return ours(stock, *args, **kwargs)
-            except (NotServed, ValueError, TypeError, BackendError):
+            except (NotServed, ValueError, TypeError, BackendError) as refusal:
                 if is_handed_on():  # verl's own error
                     raise
-                handed_on()
-            return stock(*args, **kwargs)
+                error = refusal
+            handed_on()  # outside of the except clause, so that an error of verl's does not show ours as its context
+            result = stock(*args, **kwargs)
+            if not isinstance(error, NotServed):
+                report.refused(self.target, error)
+            return result
 
         return functools.wraps(stock)(report.counted(self.target, served, self.tokens))
 

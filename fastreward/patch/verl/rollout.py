@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastreward.correction import REJECTIONS, CorrectionLevel, Mode, correction_weights
 from fastreward.patch.bindings import Entry
-from fastreward.patch.usage import handed_on
 from fastreward.patch.verl.aggregation import check_tokens
 from fastreward.patch.verl.replacement import NotServed, Replacement
 
@@ -34,14 +33,9 @@ def compute_rollout_correction_and_rejection_mask(
     rollout_rs_threshold: Any = None,
 ) -> tuple[Any, Tensor, dict[str, float]]:
     """(DataProto with the weights [B, T], or None; the mask without what is rejected; the metrics as floats)."""
-    inputs = (old_log_prob, rollout_log_prob, response_mask)
-    rules = (rollout_is, rollout_is_threshold, rollout_is_batch_normalize, rollout_rs, rollout_rs_threshold)
-    try:
-        options = _weighting(stock, *rules[:3]) | {"reject": _criteria(stock, rollout_rs, rollout_rs_threshold)}
-        weights, keep, metrics = _corrected(*inputs, **options)
-    except (NotServed, ValueError):
-        handed_on()
-        return stock(*inputs, *rules)  # type: ignore[no-any-return]
+    options = _weighting(stock, rollout_is, rollout_is_threshold, rollout_is_batch_normalize)
+    options |= {"reject": _criteria(stock, rollout_rs, rollout_rs_threshold)}
+    weights, keep, metrics = _corrected(old_log_prob, rollout_log_prob, response_mask, **options)
     mask = response_mask.clone() if options["reject"] is None else keep.to(response_mask.dtype)
     proto = None
     if options["mode"] is not None:
@@ -51,16 +45,12 @@ def compute_rollout_correction_and_rejection_mask(
 
 
 def compute_offpolicy_metrics(
-    stock: Any, old_log_prob: Tensor, rollout_log_prob: Tensor | None, response_mask: Tensor
+    _: Any, old_log_prob: Tensor, rollout_log_prob: Tensor | None, response_mask: Tensor
 ) -> dict[str, Any]:
     """Perplexities, KL estimates and chi-squared divergences of the gap between trainer and rollout engine."""
-    try:
-        if rollout_log_prob is None:
-            raise NotServed("the perplexity of one policy alone")
-        return _corrected(old_log_prob, rollout_log_prob, response_mask, mode=None)[2]
-    except (NotServed, ValueError):
-        handed_on()
-        return stock(old_log_prob, rollout_log_prob, response_mask)  # type: ignore[no-any-return]
+    if rollout_log_prob is None:
+        raise NotServed("the perplexity of one policy alone")
+    return _corrected(old_log_prob, rollout_log_prob, response_mask, mode=None)[2]
 
 
 def _corrected(old: Tensor, rollout: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
