@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from fastreward._arguments.logits import (
     temperatures,
 )
 from fastreward._arguments.numbers import Number
-from fastreward._loss_call.divergence import STATISTICS, DivergenceStats
+from fastreward._loss_call.buckets import bucket_divergence, given_logprobs, ids_of_buckets
+from fastreward._loss_call.divergence import STATISTICS, DivergenceStats, statistics_of
 from fastreward._loss_call.divergence import token_divergence as op
 from fastreward._runtime.dispatch import select
-from fastreward._runtime.layout import VALUES
+from fastreward._runtime.layout import INDICES, flags_of
+from fastreward._runtime.logprobs import token_logprobs as logprobs_op
 from fastreward.divergences import Loss
 
 #: By their names here, with their defaults (a divergence can't be made while torch.compile traces).
@@ -37,12 +39,15 @@ _NAMED: Final = {
     "hellinger": divergences.hellinger(),
 }
 NAMES: Final = tuple(_NAMED)
+#: What token_logprobs has to compute for an output.
+_STATISTIC_OF: Final = {"entropy": "entropy", "teacher_entropy": "entropy", "top1_agreement": "argmax"}
+_ARGMAX: Final = INDICES.index("argmax")
 
 
 @accepts_arrays
 def token_divergence(
     logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None = None,
     *,
     divergence: str | Loss = "reverse-kl",
     temperature: Number = 1.0,
@@ -50,6 +55,9 @@ def token_divergence(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     outputs: tuple[str, ...] = (),
+    token_ids: Tensor | None = None,
+    teacher_logprobs: Tensor | None = None,
+    tail: bool = True,
     inplace_backward: bool = False,
 ) -> DivergenceStats:
     """Divergence between softmax(logits / temperature) and softmax(teacher_logits / teacher_temperature) per token.
@@ -60,6 +68,7 @@ def token_divergence(
     Args:
         logits: the student's, [..., V] float32, bfloat16 or float16; any leading strides, unit stride along V.
         teacher_logits: the teacher's, same shape, of any of these dtypes. It gets a gradient too if it requires one.
+            None: with teacher_logprobs.
         divergence: "forward-kl", "reverse-kl", "jsd", "skewed-forward-kl", "skewed-reverse-kl", "total-variation",
             "alpha", "hellinger", each with its defaults; or one of `fastreward.divergences` with others, or your own
             (`fastreward.divergences.define`).
@@ -69,6 +78,12 @@ def token_divergence(
         labels: [...] integers in [0, V) (anything where masked out), for the output logprobs.
         outputs: what to give besides, of entropy, teacher_entropy (nats), logprobs (the student's, of the labels),
             top1_agreement (1 where both have the same largest logit, else 0; no gradient).
+        token_ids: integers [k] or [..., k] in [0, V), unique in a row, negative = padding: the divergence is over these
+            ids alone, the student's or the teacher's likeliest, say. The other outputs stay those of the vocabulary.
+        teacher_logprobs: with token_ids: the teacher's log-probs of them, [..., k] of any float dtype, at its
+            temperature, where its logits are not at hand. It gets a gradient if it requires one.
+        tail: with token_ids: what the ids leave of either side is one event more (at least 1e-7, as TRL has it), so
+            that both sum to 1; False: both are renormalised over the ids. A token without an id has divergence 0.
         inplace_backward: the backward overwrites `logits` with its gradient. Only where nothing else needs the logits
             afterwards.
 
@@ -81,21 +96,24 @@ def token_divergence(
         -inf, or with NaN or +inf, on either side gives NaN.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, label or name, before anything runs.
+        TypeError, ValueError: wrong dtype, shape, device, label, id or name, before anything runs. Values are checked
+            on the CPU; on a GPU only with FASTREWARD_DEBUG=1, under torch.compile never: there an illegal id gives NaN.
     """
     check_rows(logits)
     places = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device) - 1 if labels is None else labels
     check_logits(logits, places)
-    _check_teacher(teacher_logits, logits)
-    _check_outputs(outputs, labels)
-    chosen = _chosen(divergence)
+    check_teacher(teacher_logits, token_ids, teacher_logprobs, teacher_temperature)
+    if teacher_logits is not None:
+        check_rows(teacher_logits, "teacher_logits")
+        check.shape("teacher_logits", teacher_logits, logits.shape, "that of logits")
+        check.same_device("teacher_logits", teacher_logits, "logits", logits)
+    check_outputs(outputs, labels, teacher_logprobs)
+    chosen, tail = chosen_divergence(divergence), check.flag("tail", tail)
     inplace_backward = check.flag("inplace_backward", inplace_backward)
     if inplace_backward:
         check_own_memory(logits)
-        if (
-            logits.is_contiguous() and teacher_logits.is_contiguous()
-        ):  # as of self-distillation: it would be overwritten
-            check.own_memory("teacher_logits", teacher_logits, [logits])
+        if teacher_logits is not None and logits.is_contiguous() and teacher_logits.is_contiguous():
+            check.own_memory("teacher_logits", teacher_logits, [logits])  # as of self-distillation
     rows = row_mask(mask, places)
     scalar, per_token = temperatures(temperature, places, mask)
     if teacher_temperature is None:
@@ -104,46 +122,112 @@ def token_divergence(
         teacher_scalar, teacher_per_token = temperatures(teacher_temperature, places, mask, "teacher_temperature")
     if labels is not None and check.values_checked(logits, labels):
         check_token_ids("labels", labels, logits.shape[-1], mask)
-    found, student, teacher, agreement = op(
-        logits,
-        teacher_logits,
-        places.reshape(-1).long(),
-        per_token,
-        scalar,
-        teacher_per_token,
-        teacher_scalar,
+    student = _Side(logits, per_token, scalar, inplace_backward)
+    teacher = None if teacher_logits is None else _Side(teacher_logits, teacher_per_token, teacher_scalar, False)
+    if token_ids is not None:
+        ids = ids_of_buckets(token_ids, places, logits.shape[-1], mask)
+        given = None if teacher_logprobs is None else given_logprobs(teacher_logprobs, ids, places, mask)
+        found = _over_ids(student, teacher, given, ids, chosen, tail, places, rows, outputs)
+    else:
+        assert teacher is not None
+        found = _over_vocabulary(student, teacher, chosen, places, rows, outputs)
+    lead = tuple(places.shape)
+    return DivergenceStats(**{name: x.reshape(lead) for name, x in found.items()})
+
+
+class _Side(NamedTuple):
+    """The logits of one side [..., V], their temperatures, and whether their gradient goes over them."""
+
+    logits: Tensor
+    temperature: Tensor | None  # f64 [N]
+    scalar: float  # where that is None
+    inplace: bool
+
+
+def _over_vocabulary(
+    student: _Side, teacher: _Side, chosen: Loss, labels: Tensor, rows: Tensor | None, outputs: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The divergence [N] and the outputs."""
+    found, own, other, agreement = op(
+        student.logits,
+        teacher.logits,
+        labels.reshape(-1).long(),
+        student.temperature,
+        student.scalar,
+        teacher.temperature,
+        teacher.scalar,
         rows,
         [chosen.scalars[name] for name in sorted(chosen.scalars)],
         chosen.divergence_plan(),
-        2 if teacher_logits.requires_grad else 1 if logits.requires_grad else 0,
+        2 if teacher.logits.requires_grad else 1 if student.logits.requires_grad else 0,
         bool(outputs),
-        inplace_backward,
-        select("divergence", logits),
+        student.inplace,
+        select("divergence", student.logits),
     )
-    lead = tuple(places.shape)
-    given = {
-        "entropy": student[VALUES.index("entropy")],
-        "teacher_entropy": teacher[VALUES.index("entropy")].detach(),
-        "logprobs": student[VALUES.index("logprobs")],
-        "top1_agreement": agreement.detach(),
-    }
-    return DivergenceStats(found[0].reshape(lead), **{name: given[name].reshape(lead) for name in outputs})
+    return {"divergence": found[0], **statistics_of(own, other, agreement, outputs)}
 
 
-def _check_teacher(teacher_logits: Tensor, logits: Tensor) -> None:
-    check_rows(teacher_logits, "teacher_logits")
-    check.shape("teacher_logits", teacher_logits, logits.shape, "that of logits")
-    check.same_device("teacher_logits", teacher_logits, "logits", logits)
+def _over_ids(
+    student: _Side,
+    teacher: _Side | None,
+    teacher_logprobs: Tensor | None,  # [N, k], instead of it
+    ids: Tensor,  # [N, k], negative = padding
+    chosen: Loss,
+    tail: bool,
+    labels: Tensor,
+    rows: Tensor | None,
+    outputs: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """The divergence [N] over the ids and their rest, and the outputs; either side's logits are read once."""
+    flags = flags_of([name for output, name in _STATISTIC_OF.items() if output in outputs])
+
+    def read(side: _Side) -> tuple[Tensor, Tensor, Tensor]:
+        return logprobs_op(
+            side.logits, labels.reshape(-1).long(), side.temperature, side.scalar, rows, None, None, ids.clamp(min=0),
+            flags, side.inplace, select("logprobs", side.logits),
+        )  # fmt: skip
+
+    own, places, own_logprobs = read(student)
+    other, agreement = torch.empty_like(own), torch.empty_like(own[0])
+    if teacher is not None:
+        other, other_places, teacher_logprobs = read(teacher)
+        agreement = (places[_ARGMAX] == other_places[_ARGMAX]).float()
+        agreement = agreement if rows is None else agreement * rows
+    assert teacher_logprobs is not None
+    divergence = bucket_divergence(own_logprobs, teacher_logprobs, ids, chosen, tail, rows)
+    return {"divergence": divergence, **statistics_of(own, other, agreement, outputs)}
 
 
-def _check_outputs(outputs: tuple[str, ...], labels: Tensor | None) -> None:
+# ---------------------------------------------------------------------------------------------------------- checks
+def check_teacher(
+    teacher: object, token_ids: object, teacher_logprobs: object, temperature: object, what: str = "teacher_logits"
+) -> None:
+    """One of the teacher's logits, called `what`, and its log-probs is given, and what goes with it."""
+    if teacher_logprobs is None and teacher is None:
+        raise ValueError(f"{what}: expected, or token_ids with teacher_logprobs")
+    if teacher_logprobs is None:
+        return
+    if teacher is not None:
+        raise ValueError(f"teacher_logprobs: stand for {what}; pass one of them")
+    if token_ids is None:
+        raise ValueError("token_ids: expected, the ids of teacher_logprobs")
+    if temperature is not None:
+        raise ValueError("teacher_temperature: teacher_logprobs are taken as they are, at the teacher's temperature")
+
+
+def check_outputs(outputs: tuple[str, ...], labels: Tensor | None, teacher_logprobs: Tensor | None) -> None:
+    """Names that there are, labels where they are needed, and nothing of a vocabulary that is not there."""
     if outputs:
         check.names("outputs", outputs, STATISTICS)
     if ("logprobs" in outputs) != (labels is not None):
         raise ValueError("labels: needed for the output 'logprobs', and only for it")
+    for name in ("teacher_entropy", "top1_agreement"):
+        if teacher_logprobs is not None and name in outputs:
+            raise ValueError(f"outputs: {name!r} is of the teacher's whole vocabulary, not of teacher_logprobs")
 
 
-def _chosen(divergence: str | Loss) -> Loss:
+def chosen_divergence(divergence: str | Loss) -> Loss:
+    """By name, or as it is."""
     if isinstance(divergence, str):
         check.choice("divergence", divergence, NAMES)
         return _NAMED[divergence]

@@ -121,17 +121,26 @@ def kept_set(kept_tokens: Tensor | None, logits: Tensor) -> tuple[Tensor | None,
 
 def check_kept_ids(ids: Tensor, vocab: int, mask: Tensor | None) -> None:
     """Kept ids [..., k] lie below V and are unique within a row, where it is not masked out."""
+    if ids.shape[-1] == vocab and bool(((ids == 0) | (ids == 1)).all()):
+        boolean = f"a boolean mask [..., {vocab}] (kept_tokens.bool(); integers are ids of kept tokens)"
+        check.every("kept_tokens", _distinct(ids.long()) | _masked_out(mask, ids), ids, boolean)
+    check_distinct_ids("kept_tokens", ids, vocab, mask)
+
+
+def check_distinct_ids(name: str, ids: Tensor, vocab: int, mask: Tensor | None) -> None:
+    """Ids [..., k] lie below V, negative = padding, and are unique within a row, where it is not masked out."""
     ids, anything = ids.long(), _masked_out(mask, ids)
     below = f"ids below {vocab}, the vocabulary of logits (negative = padding)"
-    check.every("kept_tokens", (ids < vocab) | anything, ids, below)
+    check.every(name, (ids < vocab) | anything, ids, below)
+    check.every(name, _distinct(ids) | anything, ids, "ids unique within a row")
+
+
+def _distinct(ids: Tensor) -> Tensor:
+    """Where an id [..., k] is not that of a place before it; padding always is."""
     ordered, place = ids.sort(dim=-1, stable=True)
     repeats = torch.zeros_like(ids, dtype=torch.bool)
     repeats[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-    once = ~torch.zeros_like(repeats).scatter(-1, place, repeats) | anything
-    if ids.shape[-1] == vocab and bool(((ids == 0) | (ids == 1)).all()):
-        boolean = f"a boolean mask [..., {vocab}] (kept_tokens.bool(); integers are ids of kept tokens)"
-        check.every("kept_tokens", once, ids, boolean)
-    check.every("kept_tokens", once, ids, "ids unique within a row")
+    return ~torch.zeros_like(repeats).scatter(-1, place, repeats)
 
 
 def _masked_out(mask: Tensor | None, ids: Tensor) -> Tensor:

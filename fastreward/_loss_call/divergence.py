@@ -35,6 +35,17 @@ class DivergenceStats:
     top1_agreement: Tensor | None = None
 
 
+def statistics_of(student: Tensor, teacher: Tensor, agreement: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    """Of both sides' values [8, N] and of the agreement [N], the outputs [N] by name."""
+    found = {
+        "entropy": student[_ENTROPY],
+        "teacher_entropy": teacher[_ENTROPY].detach(),
+        "logprobs": student[_LOGPROB],
+        "top1_agreement": agreement.detach(),
+    }
+    return {name: found[name] for name in outputs}
+
+
 def _call(
     labels: Tensor,
     temperature: Tensor | None,

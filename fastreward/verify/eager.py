@@ -6,6 +6,7 @@ The yardstick of `fastreward verify` (no backend may be further from the truth t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final
 
@@ -547,11 +548,14 @@ def token_divergence(
     teacher_temperature: float | Tensor | None = None,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    tail: bool = True,
 ) -> dict[str, Tensor]:
     """The divergence [...] between the two softmaxes, with the statistics where there are labels."""
     other = temperature if teacher_temperature is None else teacher_temperature
     log_p, log_q = _tempered(logits, temperature, mask), _tempered(teacher_logits, other, mask)
-    out = {"divergence": _DIVERGENCES[divergence](log_p, log_q).sum(-1)}
+    both = (log_p, log_q) if token_ids is None else (_over_ids(x, token_ids, tail) for x in (log_p, log_q))
+    out = {"divergence": _DIVERGENCES[divergence](*both).sum(-1)}
     if labels is not None:
         out["entropy"] = -(log_p.exp() * log_p).sum(-1)
         out["teacher_entropy"] = -(log_q.exp() * log_q).sum(-1).detach()
@@ -566,6 +570,15 @@ def _tempered(logits: Tensor, temperature: float | Tensor, mask: Tensor | None) 
     if mask is not None:
         tempered = torch.where(mask.unsqueeze(-1), tempered, 0.0)
     return torch.log_softmax(tempered, -1).clamp(min=-1e4)
+
+
+def _over_ids(log_probs: Tensor, ids: Tensor, tail: bool) -> Tensor:
+    """Of the ids [..., k] alone, renormalised or with what they leave as one event more."""
+    own = log_probs.gather(-1, ids)
+    if not tail:
+        return own.log_softmax(-1)
+    rest = torch.log1p(-own.exp().sum(-1, keepdim=True).clamp(max=math.exp(-1e-7)))
+    return torch.cat([own, rest], -1)
 
 
 def _against_mixture(first: Tensor, other: Tensor, share: float) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from criterion import assert_as_good_as_torch
+from divergence_formulas import FORMULAS, gradients
 from torch import Tensor
 
 import fastreward as fr
@@ -15,34 +16,6 @@ from fastreward import divergences
 
 ALL = ("entropy", "teacher_entropy", "logprobs", "top1_agreement")
 LOWEST = -1e4
-
-
-def _jsd(lp: Tensor, lq: Tensor, beta: float = 0.5) -> Tensor:
-    m = (beta * lq.exp() + (1 - beta) * lp.exp()).clamp(min=1e-37).log()
-    return beta * lq.exp() * (lq - m) + (1 - beta) * lp.exp() * (lp - m)
-
-
-def _skewed(first: Tensor, other: Tensor, alpha: float = 0.1) -> Tensor:
-    mixture = (alpha * first.exp() + (1 - alpha) * other.exp()).clamp(min=1e-37)
-    return first.exp() * (first - mixture.log())
-
-
-def _alpha(lp: Tensor, lq: Tensor, alpha: float = 0.5) -> Tensor:
-    mixed = (alpha * lp + (1 - alpha) * lq).exp()
-    return (alpha * lp.exp() + (1 - alpha) * lq.exp() - mixed) / (alpha * (1 - alpha))
-
-
-#: By name: f(log p, log q) per token of the vocabulary, and a divergence with other parameters than the default's.
-FORMULAS: dict[str, Callable[..., Tensor]] = {
-    "forward-kl": lambda lp, lq: lq.exp() * (lq - lp),
-    "reverse-kl": lambda lp, lq: lp.exp() * (lp - lq),
-    "jsd": _jsd,
-    "skewed-forward-kl": lambda lp, lq, alpha=0.1: _skewed(lq, lp, alpha),
-    "skewed-reverse-kl": lambda lp, lq, alpha=0.1: _skewed(lp, lq, alpha),
-    "total-variation": lambda lp, lq: (lp.exp() - lq.exp()).abs() / 2,
-    "alpha": _alpha,
-    "hellinger": lambda lp, lq: ((lp / 2).exp() - (lq / 2).exp()) ** 2 / 2,
-}
 
 
 def written_out(
@@ -59,12 +32,6 @@ def written_out(
         return (x.to(dtype) / (t.unsqueeze(-1) if t.ndim else t)).log_softmax(-1).clamp(min=LOWEST)
 
     return formula(log_probs(logits, T), log_probs(teacher, U), **numbers).sum(-1)
-
-
-def gradients(outputs: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Under upstream gradients that differ from token to token."""
-    upstream = torch.linspace(-1, 2, outputs.numel()).reshape(outputs.shape).to(outputs.dtype)
-    return torch.autograd.grad((outputs * upstream).sum(), inputs)
 
 
 def sides(vocab: int, dtype: torch.dtype, lead: tuple[int, ...] = (3, 4)) -> tuple[Tensor, Tensor]:

@@ -272,6 +272,10 @@ ROWS = [
     Row("token_divergence", "statistics",
         lambda B, T: teacher(B, T) | {"labels": torch.randint(0, VOCAB, (B, T)), "temperature": torch.rand(B, T) + 0.5,
                                       "outputs": ("entropy", "teacher_entropy", "logprobs", "top1_agreement")}),
+    Row("token_divergence", "ids",
+        lambda B, T: {"logits": teacher(B, T)["logits"], "token_ids": torch.rand(B, T, VOCAB).topk(B - 1).indices,
+                      "teacher_logprobs": -torch.rand(B, T, B - 1) - 3.0, "temperature": 0.3 * B, "mask": mask(B, T),
+                      "divergence": DIVERGENCE, "outputs": ("entropy",)}),
     Row("value_loss", "masked",
         lambda B, T: per_token(B, T, "values", "old_values", "returns", grad=("values",))
         | {"mask": mask(B, T), "clip": 0.1 * B, "normalizer": 1.0 * T}),

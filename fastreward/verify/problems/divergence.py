@@ -41,6 +41,9 @@ def _inputs(dtype: torch.dtype, quick: bool, seed: int) -> Iterator[tuple[str, d
         yield f"{name}: random, ragged mask", {**both, "mask": mask}
         yield f"{name}: temperatures", {**both, "temperature": per_token, "teacher_temperature": 0.7}
         neither = x.masked_fill(forbidden, -torch.inf), y.masked_fill(forbidden, -torch.inf)
+        likeliest = {"token_ids": x.topk(20).indices, "mask": mask}
+        yield f"{name}: over ids and the rest", {**both, **likeliest}
+        yield f"{name}: over ids, renormalised", {**both, **likeliest, "tail": False}
         yield f"{name}: tokens that neither allows", dict(zip(both, (*neither, name), strict=True))
     last = {"divergence": "jsd", "labels": labels}
     yield "with statistics", {"logits": x, "teacher_logits": y, **last, "temperature": 1.3}
