@@ -179,13 +179,14 @@ def _over_ids(
     outputs: tuple[str, ...],
 ) -> dict[str, Tensor]:
     """The divergence [N] over the ids and their rest, and the outputs; either side's logits are read once."""
-    flags = flags_of([name for output, name in _STATISTIC_OF.items() if output in outputs])
+    flags = flags_of(tuple(name for output, name in _STATISTIC_OF.items() if output in outputs))
 
     def read(side: _Side) -> tuple[Tensor, Tensor, Tensor]:
-        return logprobs_op(
+        found: tuple[Tensor, Tensor, Tensor] = logprobs_op(
             side.logits, labels.reshape(-1).long(), side.temperature, side.scalar, rows, None, None, ids.clamp(min=0),
             flags, side.inplace, select("logprobs", side.logits),
         )  # fmt: skip
+        return found
 
     own, places, own_logprobs = read(student)
     other, agreement = torch.empty_like(own), torch.empty_like(own[0])

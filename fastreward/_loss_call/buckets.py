@@ -53,7 +53,7 @@ def bucket_divergence(
     absent = ids < 0
     counts = ~absent.all(-1) if mask is None else mask & ~absent.all(-1)
     x, y = _events(student, absent, tail), _events(teacher, absent, tail)
-    outputs, *_ = token_divergence(
+    found: tuple[Tensor, ...] = token_divergence(
         x,
         y,
         torch.full_like(ids[:, 0], -1),
@@ -69,7 +69,7 @@ def bucket_divergence(
         False,
         select("divergence", x),
     )
-    return outputs[0]
+    return found[0][0]
 
 
 def _events(logprobs: Tensor, absent: Tensor, tail: bool) -> Tensor:
