@@ -154,6 +154,9 @@ def test_gdpo_of_several_rewards(scaled: bool) -> None:
     }
     compare("compute_gdpo_outcome_advantage", arguments, rtol=1e-5, atol=1e-5)
     patch.undo()
+    arguments["non_tensor_batch"]["format"] = arguments["non_tensor_batch"]["format"].tolist()
+    compare("compute_gdpo_outcome_advantage", arguments, rtol=1e-5, atol=1e-5)
+    patch.undo()
     with pytest.raises(AssertionError, match="gdpo_reward_keys"):
         core.compute_gdpo_outcome_advantage(**arguments | {"config": CONFIG()})
     patch.verl()
@@ -295,6 +298,8 @@ INDEX = np.array(["a", "b", "a"], dtype=object)
         (REWARDS.double(), MASK, INDEX),
         (REWARDS.bfloat16(), MASK, INDEX),
         (REWARDS, halves(MASK.float()), INDEX),
+        (REWARDS, 2 * MASK, INDEX),
+        (REWARDS, MASK.to(torch.int8) - 1, INDEX),
         (REWARDS, MASK[:, :1], INDEX),
         (REWARDS, MASK, torch.tensor([0, 1, 0])),
         (REWARDS, MASK, ["a", "b", "a"]),

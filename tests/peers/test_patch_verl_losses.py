@@ -271,6 +271,24 @@ def test_what_verl_refuses_is_refused_by_verl() -> None:
     assert warned == REPORT.refusals
 
 
+@pytest.mark.parametrize(
+    ("width", "mode", "options"),
+    [
+        (0, "seq-mean-token-sum-norm", {}),
+        (T, "seq-mean-token-sum-norm", {"loss_scale_factor": 0}),
+        (T, "token-sum", {"dp_size": 0}),
+        (T, "token-mean", {"dp_size": 0}),
+        (T, "token-mean", {"dp_size": 0, "batch_num_tokens": 7}),
+        (T, "token-mean", {"batch_num_tokens": 0}),
+    ],
+)
+def test_what_verl_multiplies_or_divides_by_zero_is_verls(width: int, mode: str, options: dict[str, Any]) -> None:
+    given = inputs()
+    matrix, mask = given["new"][:, :width], given["mask"][:, :width]
+    expected = core.agg_loss(matrix, mask, mode, **options)
+    torch.testing.assert_close(OURS["agg_loss"](matrix, mask, mode, **options), expected, equal_nan=True)
+
+
 # ------------------------------------------------------------------------------------ aggregation, value and entropy
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("batch", range(len(BATCHES)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -186,7 +187,8 @@ def compute_gdpo_outcome_advantage(
         keys = config.get("gdpo_reward_keys", None)
         if not keys or not all(key in non_tensor_batch for key in keys):
             raise NotServed  # an error that names them
-        components = [torch.tensor(non_tensor_batch[key].astype("float32"), device=scores.device) for key in keys]
+        columns = [np.asarray(non_tensor_batch[key], dtype=np.float32) for key in keys]
+        components = [torch.tensor(column, device=scores.device) for column in columns]
         weights = [number(w) for w in config.get("gdpo_reward_weights", None) or [1.0] * len(keys)]
         if len(weights) < len(keys) or any(not bool(c.isfinite().all()) for c in components):
             raise NotServed

@@ -46,17 +46,19 @@ def normalised(
     loss_scale_factor: Any = None,
 ) -> Normalised:
     """What agg_loss divides by under `mode`, of a mask of this width; raises `NotServed` for what it refuses."""
+    scale = width if loss_scale_factor is None else loss_scale_factor
+    if not dp_size > 0 or (mode == "seq-mean-token-sum-norm" and not scale):
+        raise NotServed("no ranks, or a length of 0")
     if mode == "token-sum":
         return Normalised("token-sum", None if dp_size == 1 else 1.0 / dp_size)
     count = batch_num_tokens if mode == "token-mean" else global_batch_size
-    if count is None and dp_size > 1:
+    if count is None and dp_size != 1:
         raise NotServed("verl refuses to count the tokens or sequences of one rank of several")
     per_rank = None if count is None else count / dp_size
     if mode in ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean"):
         return Normalised(mode, per_rank)  # type: ignore[arg-type]
     if mode != "seq-mean-token-sum-norm":
         raise NotServed(f"an aggregation {mode!r}")
-    scale = width if loss_scale_factor is None else loss_scale_factor
     if per_rank is None:  # the number of sequences is counted with the loss
         return Normalised("seq-mean-token-sum", None, 1.0 / scale)
     return Normalised("seq-mean-token-sum", per_rank * scale)

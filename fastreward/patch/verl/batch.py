@@ -32,9 +32,16 @@ def flags(mask: Any, like: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask.contiguous()
     there = empty(mask.shape, torch.bool, mask.device).copy_(mask)
-    if mask.dtype.is_floating_point and not torch.equal(mask, there.to(mask.dtype)):
+    if not _zeros_and_ones(mask, there):
         raise NotServed  # weights
     return there
+
+
+def _zeros_and_ones(mask: Tensor, there: Tensor) -> bool:
+    if mask.dtype.is_floating_point or not mask.numel():
+        return torch.equal(mask, there.to(mask.dtype))
+    low, high = mask.aminmax()
+    return bool(low >= 0) and bool(high <= 1)
 
 
 def lengths(mask: Tensor) -> Tensor:
