@@ -138,7 +138,15 @@ def group_advantages(
     everyone = None
     if process_group is not None:
         labels = labels_of_all_ranks(groups.index, group_ids)
-        everyone = Rollouts("rewards", Ranks.of(process_group), components, [labels, *rows[2:]])
+        columns = dict(zip(("group_ids", "lengths", "center", "scale"), (labels, *rows[2:]), strict=True))
+        everyone = Rollouts(
+            "rewards", Ranks.of(process_group), components, columns,
+            {
+                "group_size": groups.group_size, "center": center_name, "scale": scale_name, "singleton": singleton,
+                "normalize": normalize, "ddof": ddof, "eps": eps, "eps_inside": eps_inside,
+                "component_weights": component_weights,
+            },
+        )  # fmt: skip
         rows = [everyone.values, *everyone.columns]
     advantages: Tensor = _group_advantages(
         rows[0],

@@ -271,7 +271,9 @@ def group_statistics(
     everyone, everywhere = None, groups
     if process_group is not None:
         labels = labels_of_all_ranks(groups.index, group_ids)
-        everyone = Rollouts("x", Ranks.of(process_group), value, [labels, weight])
+        columns = {"group_ids": labels, "weights": weight}
+        same = {"statistics": statistics, "group_size": groups.group_size, "ddof": ddof, "q": q, "k": k, "ties": ties}
+        everyone = Rollouts("x", Ranks.of(process_group), value, columns, same)
         value, (index, weight) = everyone.values, everyone.columns
         everywhere = replace(groups, index=index)
     call = _call(

@@ -39,7 +39,7 @@ from fastreward._runtime.lm_head import (
     scaling,
 )
 from fastreward._runtime.precomputed_grad import with_precomputed_grad
-from fastreward.distributed.ranks import refused_together
+from fastreward.distributed.ranks import own_part, refused_together
 from fastreward.language.objective import gradient_program
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.losses import Loss, ppo
@@ -223,7 +223,8 @@ def linear_policy_loss(
             process_group=process_group, sum_hidden_grad=sum_hidden_grad,
         )  # fmt: skip
         entropy = stats.entropy if wants_entropy else None
-        return finish(call, stats.logprobs, entropy, backend, {"hidden": stats.logprobs})
+        with own_part(process_group):
+            return finish(call, stats.logprobs, entropy, backend, {"hidden": stats.logprobs})
     packed, applied = _Packed(call, labels), single("scale", scale, hidden, check.positive)
     with torch.no_grad():
         *grads, logprobs, entropy = _linear_policy_gradient(

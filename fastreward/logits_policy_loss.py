@@ -28,7 +28,7 @@ from fastreward._runtime import logit_rows
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
 from fastreward._runtime.precomputed_grad import with_precomputed_grad
-from fastreward.distributed.ranks import refused_together
+from fastreward.distributed.ranks import own_part, refused_together
 from fastreward.language.node import Level
 from fastreward.language.objective import gradient_program
 from fastreward.logprobs import token_logprobs
@@ -251,7 +251,8 @@ def logits_policy_loss(
         )  # fmt: skip
         entropy = stats.entropy if wants_entropy else None
         on = select("policy_loss", logits)
-        return finish(call, stats.logprobs, entropy, on, {"logits": stats.logprobs})
+        with own_part(process_group):
+            return finish(call, stats.logprobs, entropy, on, {"logits": stats.logprobs})
     if check.values_checked(logits, labels):
         check_token_ids("labels", labels, logits.shape[-1], call.tokens.mask)
     applied = single("scale", scale, logits, check.positive)

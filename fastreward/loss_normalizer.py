@@ -45,7 +45,7 @@ def loss_normalizer(
         cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N.
         group_ids, group_size: as in `policy_loss`, for group-mean.
         process_group: the data-parallel ranks (not those that split the vocabulary or the sequences' tokens, which hold
-            the same mask or parts of it). 40 bytes of each cross.
+            the same mask or parts of it). 48 bytes of each cross.
         averaged: DDP and FSDP average gradients over the ranks, where the parts' would have to be added up; True makes
             up for it, by as many ranks: the mean of the ranks' losses then is the whole's.
 
@@ -74,7 +74,8 @@ def loss_normalizer(
         of_groups = torch.zeros_like(groups).index_add(0, groups, there.long()).count_nonzero()
     said = torch.stack([counted.sum(), there.sum(), width, of_groups])
     ranks = None if process_group is None else Ranks.of(process_group)
-    everyone = said.unsqueeze(0) if ranks is None else ranks.meet(*said.unbind())
+    same = {"aggregation": aggregation, "averaged": averaged}
+    everyone = said.unsqueeze(0) if ranks is None else ranks.meet(*said.unbind(), same=same)
     tokens, sequences, _, all_groups = everyone.sum(0).double().unbind()
     total = {
         "token-mean": tokens,

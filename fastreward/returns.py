@@ -502,7 +502,7 @@ class _Call:
     ) -> tuple[Tensor, Tensor]:
         """Both results where the rows go on at other ranks."""
         known = joined_all(*split_all(list((self.numbers | numbers).values())), backend)
-        shard = Shard(inputs, self.mask, self.bounds, known, options, self.sharding, backend)
+        shard = Shard(inputs, self.mask, self.bounds, known, options, self.sharding, backend, whiten)
         first, second = sharded_scan(shard, Ranks.of(group))
         found = [first, first.new_empty(0) if second is None else second]
         for k, out in enumerate(outputs):

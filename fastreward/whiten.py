@@ -163,7 +163,7 @@ def _whiten_across(
 ) -> Tensor:
     """Whitening with the statistics of every rank, merged in rank order (Chan's pairwise update)."""
     kernels = implementation("whiten", backend)
-    ranks.meet()
+    ranks.meet(same={"shift_mean": shift_mean, "ddof": ddof, "eps": eps})
     gathered = ranks.gather(kernels.statistics(x, mask))
     count, mean, squares = gathered[0]
     for other_count, other_mean, other_squares in gathered[1:]:

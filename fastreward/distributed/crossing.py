@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -26,15 +27,9 @@ _FOR: Final = {
 class Slices:
     """Where each rank's slice of the vocabulary lies. The host need not know it: i64 on the device."""
 
-    def __init__(self, ranks: Ranks, width: int, labels: Tensor, *, checked: bool) -> None:
-        """The first collective of a call; labels [N] are global, and the same on every rank."""
-        checksum = _checksum(labels) if checked else 0
-        widths, rows, checksums = ranks.meet(width, labels.shape[0], checksum).unbind(-1)
-        if checked and not bool(((rows == rows[0]) & (checksums == checksums[0])).all()):
-            raise ValueError(
-                "labels: expected the same on every rank of process_group, which splits the vocabulary, got others "
-                f"(tokens: {', '.join(map(str, rows.tolist()))})"
-            )
+    def __init__(self, ranks: Ranks, width: int, labels: Tensor, same: Mapping[str, object]) -> None:
+        """The first collective of a call; labels [N] are global, and they and `same` are the same on every rank."""
+        widths = ranks.meet(width, same={**same, "labels": labels})[:, 0]
         self.ranks, self.width = ranks, width
         self.starts, self.start, self.vocab = widths.cumsum(0) - widths, ranks.before(widths), widths.sum()
 
@@ -66,9 +61,3 @@ class Slices:
         merged = merge(states, inverse)
         merged[:, STATE.index("sum_logit")] /= self.vocab if columns is None else received[:, :, -1].double().sum(0)
         return merged
-
-
-def _checksum(labels: Tensor) -> int:
-    """Equal for equal labels; of others hardly ever."""
-    places = torch.arange(1, labels.shape[0] + 1, device=labels.device)
-    return int((labels * 2654435761 + places).mul(places * 2 + 1).sum())

@@ -43,12 +43,24 @@ def sharded_linear_token_logprobs(
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor]:
     """values f32 [8, N] and indices i64 [2, N]: the bits are the same on every rank."""
-    checked = check.values_checked(hidden, shard.labels)
-    slices = Slices(ranks, weight.shape[0], shard.labels, checked=checked)
-    if checked:
+    slices = Slices(ranks, weight.shape[0], shard.labels, _same(hidden, shard))
+    if check.values_checked(hidden, shard.labels):
         check_token_ids("labels", shard.labels, int(slices.vocab), None)
     result: tuple[Tensor, Tensor] = _Sharded.apply(hidden, weight, bias, shard, slices)  # type: ignore[no-untyped-call]
     return result
+
+
+def _same(hidden: Tensor, shard: HeadShard) -> dict[str, object]:
+    """What decides which collectives there are, those of the backward too, and what else would be wrong silently."""
+    trained = hidden.requires_grad and torch.is_grad_enabled()
+    return {
+        "outputs": [name for name, bit in FLAG.items() if shard.flags & bit],
+        "temperature": shard.temperature_scalar if shard.temperature is None else shard.temperature,
+        "logit_scale": shard.logit_scale,
+        "softcap": shard.softcap,
+        "hidden": f"{hidden.dtype} {list(hidden.shape)}, requires_grad={trained}",
+        "sum_hidden_grad": shard.sum_hidden_grad,
+    }
 
 
 class _Sharded(torch.autograd.Function):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 
 import torch
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Integers that a rank says of itself when a call begins; the first of all tells whether it takes part.
+#: Integers that a rank says of itself when a call begins, behind two others: whether it takes part, and in what call.
 _SAID: Final = 4
 
 
@@ -48,24 +50,51 @@ class Ranks:
         """The ranks that `refused_together` has made of a call's `process_group`."""
         return cast(Ranks, group)
 
-    def meet(self, *numbers: int | Tensor) -> Tensor:
+    def meet(self, *numbers: int | Tensor, same: Mapping[str, object]) -> Tensor:
         """i64 [ranks, len(numbers)]: what each rank says of itself; the first collective of a call.
 
-        Raises ValueError where another rank has refused its arguments, if the host may look.
+        same: what has to be alike on every rank, by the names of arguments, as the ranks would else wait for each other
+        in different collectives. Raises ValueError where it is not, or where another rank has refused its arguments, if
+        the host may look.
         """
-        said = [1, *numbers, *[0] * (_SAID - len(numbers))]
+        call = {name: _described(x) for name, x in same.items()}
+        said = [1, _digest(call), *numbers, *[0] * (_SAID - len(numbers))]
         self._met = True
         all_said = self.gather(_integers(said, self.device))
-        if check.values_checked(all_said) and not bool(all_said[:, 0].all()):
-            refusing = ", ".join(str(r) for r, ok in enumerate(all_said[:, 0].tolist()) if not ok)
-            raise ValueError(f"process_group: rank {refusing} of it has refused its arguments; its own error says why")
-        return all_said[:, 1 : 1 + len(numbers)]
+        if check.values_checked(all_said):
+            self._check_taking_part(all_said[:, 0])
+            if not bool((all_said[:, 1] == all_said[0, 1]).all()):
+                self._refuse_different(call)
+        return all_said[:, 2 : 2 + len(numbers)]
 
     def refuse(self) -> None:
         """Tells the others, who wait in `meet`, that this rank does not take part; nothing once they have met."""
         if not self._met:
             self._met = True
-            self.gather(_integers([0] * (_SAID + 1), self.device))
+            self.gather(_integers([0] * (_SAID + 2), self.device))
+
+    def finish(self, ok: bool) -> None:
+        """Tells the others how what each computes for itself has ended; raises where it has not on another rank.
+
+        Nothing on a GPU, where looking would wait for it.
+        """
+        told = _integers([int(ok)], self.device)
+        if check.values_checked(told):
+            all_told = self.gather(told)[:, 0]
+            if ok:
+                self._check_taking_part(all_told)
+
+    def _check_taking_part(self, flags: Tensor) -> None:
+        if not bool(flags.all()):
+            refusing = ", ".join(str(r) for r, ok in enumerate(flags.tolist()) if not ok)
+            raise ValueError(f"process_group: rank {refusing} of it has refused its arguments; its own error says why")
+
+    def _refuse_different(self, call: dict[str, str]) -> None:
+        calls: list[dict[str, str]] = [{}] * self.count
+        dist.all_gather_object(calls, call, group=self.group)
+        name = next(n for n in dict.fromkeys(n for c in calls for n in c) if len({c.get(n) for c in calls}) > 1)
+        got = ", ".join(f"{c.get(name, 'none')} on rank {r}" for r, c in enumerate(calls))
+        raise ValueError(f"{name}: expected the same on every rank of process_group, got {got}")
 
     def gather(self, x: Tensor) -> Tensor:
         """[ranks, *x.shape]: x of every rank, of one shape and dtype everywhere."""
@@ -109,9 +138,45 @@ def refused_together(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+@contextmanager
+def own_part(group: ProcessGroup | None) -> Iterator[None]:
+    """For what each rank of a call computes for itself after its last collective: where one raises, all do."""
+    if group is None:
+        yield
+        return
+    try:
+        yield
+    except Exception:
+        Ranks.of(group).finish(False)
+        raise
+    Ranks.of(group).finish(True)
+
+
 def _integers(numbers: Sequence[int | Tensor], device: torch.device) -> Tensor:
     """i64 [n]; what is on the device stays there, and nothing is copied to a GPU, which would be waited for."""
     if device.type == "cpu" and all(isinstance(x, int) for x in numbers):
         return torch.tensor(numbers, dtype=torch.int64)
     made = (x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device=device) for x in numbers)
     return torch.stack([x.long() for x in made])
+
+
+def _described(x: object) -> str:
+    """A value in a few letters, which differ where values do (of tensors on a GPU where shapes or dtypes do)."""
+    if not isinstance(x, Tensor):
+        return f"{x}"
+    kind = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+    return f"{kind} of checksum {checksum(x):x}" if check.values_checked(x) else kind
+
+
+def _digest(call: Mapping[str, str]) -> int:
+    """Equal for equal calls; of others hardly ever."""
+    digest = hashlib.blake2b(repr(call).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def checksum(x: Tensor) -> int:
+    """Equal for equal tensors of one shape; of others hardly ever."""
+    flat = x.detach().reshape(-1)
+    bits = flat.double().view(torch.int64) if flat.is_floating_point() else flat.long()
+    places = torch.arange(1, len(bits) + 1, device=bits.device)
+    return int((bits * 2654435761 + places).mul(places * 2 + 1).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,24 +21,35 @@ class Rollouts:
     one process computes from a batch (ranks inside a group, second maxima, whatever rule) is computed as there.
     """
 
-    def __init__(self, name: str, ranks: Ranks, values: Tensor, columns: Sequence[Tensor | None]) -> None:
-        """values: [rows, ...] f32 or f64, called `name` in messages; columns: [rows, ...], of one dtype everywhere."""
+    def __init__(
+        self,
+        name: str,
+        ranks: Ranks,
+        values: Tensor,
+        columns: Mapping[str, Tensor | None],
+        same: Mapping[str, object],
+    ) -> None:
+        """values: [rows, ...] f32 or f64, called `name` in messages; columns: [rows, ...], by the names of arguments.
+
+        same: what else has to be the same on every rank.
+        """
         rows, width = values.shape[0], math.prod(values.shape[1:])
-        said: list[list[int]] = ranks.meet(rows, width, values.element_size()).tolist()
+        given = {key: None if x is None else "one per rollout" for key, x in columns.items()}
+        said: list[list[int]] = ranks.meet(rows, width, values.element_size(), same={**given, **same}).tolist()
         self._ranks, self._rows = ranks, rows
         self._counts = [count for count, _, _ in said]
-        kinds = {(width, size) for count, width, size in said if count}
-        if len(kinds) > 1:
+        wide = {(width, size) for count, width, size in said if count}
+        if len(wide) > 1:
             raise ValueError(
                 f"{name}: expected as many components and the same dtype on every rank, got "
-                + ", ".join(f"{width} of {8 * size} bits" for width, size in sorted(kinds))
+                + ", ".join(f"{width} of {8 * size} bits" for width, size in sorted(wide))
             )
-        if kinds and not rows:  # nothing has no kind of its own
-            width, size = kinds.pop()
+        if wide and not rows:  # nothing has no kind of its own
+            width, size = wide.pop()
             dtype = torch.float64 if size == 8 else torch.float32
             values = values.new_empty((0, width) if values.ndim > 1 else (0,), dtype=dtype)
         self.values = self._joined(values)
-        self.columns = [None if x is None else self._joined(x) for x in columns]
+        self.columns = [None if x is None else self._joined(x) for x in columns.values()]
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's part of what was gathered."""

@@ -7,7 +7,7 @@ so masked tokens, done, terminated and every convention are the kernel's busines
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -36,12 +36,20 @@ class Shard(NamedTuple):
     options: ReturnsOptions
     sharding: Sharding
     backend: str
+    whiten: bool = False  # what comes after it, in one more collective
+
+    @property
+    def same(self) -> dict[str, object]:
+        """What is alike on every rank."""
+        names = ("gamma", "lam", "temperature", "rho_bar", "c_bar")
+        numbers = [self.numbers] if isinstance(self.numbers, Tensor) else self.numbers
+        return {**asdict(self.options), **dict(zip(names, numbers, strict=False)), "whiten": self.whiten}
 
 
 def sharded_scan(shard: Shard, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
     """Both results (None where there is one) of this rank's tokens, f32 in their shape."""
     inputs, options = shard.inputs, shard.options
-    pieces = _Pieces(inputs.rewards, shard.cu_seqlens, shard.sharding, options.reverse, ranks)
+    pieces = _Pieces(shard, ranks)
     valid = torch.ones_like(inputs.rewards, dtype=torch.bool) if shard.mask is None else shard.mask != 0
     edges = _Edges(pieces, valid.reshape(-1))
     scan = _Scan(shard, pieces, valid.reshape(-1))
@@ -66,13 +74,14 @@ class _Pieces:
     shape: [R, T] or [N] with bounds [R + 1], R pieces.
     """
 
-    def __init__(self, x: Tensor, bounds: Tensor | None, sharding: Sharding, reverse: bool, ranks: Ranks) -> None:
-        self.ranks, self.reverse = ranks, reverse
-        self.each = 2 if sharding == "zigzag" else 1
+    def __init__(self, shard: Shard, ranks: Ranks) -> None:
+        x, bounds = shard.inputs.rewards, shard.cu_seqlens
+        self.ranks, self.reverse = ranks, shard.options.reverse
+        self.each = 2 if shard.sharding == "zigzag" else 1
         self.rows = x.shape[0] if bounds is None else bounds.shape[0] - 1
         if self.each == 2:
             _check_even(x, bounds)
-        rows = ranks.meet(self.rows, SHARDINGS.index(sharding))
+        rows = ranks.meet(self.rows, SHARDINGS.index(shard.sharding), same=shard.same)
         if check.values_checked(x) and not bool((rows == rows[0]).all()):
             raise ValueError(
                 "rewards: expected as many rows and the same sharding on every rank of process_group, got rows "

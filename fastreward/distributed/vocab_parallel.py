@@ -42,10 +42,10 @@ def sharded_token_logprobs(
 
     Differentiable for this rank's logits; the upstream gradients are taken to be the same on every rank.
     """
-    checked, mask = check.values_checked(logits, shard.labels), shard.mask
+    mask = shard.mask
     counted = shard.labels if mask is None else shard.labels.masked_fill(~mask, 0)
-    slices = Slices(ranks, logits.shape[-1], counted, checked=checked)
-    if checked:
+    slices = Slices(ranks, logits.shape[-1], counted, _same(shard))
+    if check.values_checked(logits, shard.labels):
         vocab, lead = int(slices.vocab), logits.shape[:-1]
         shaped = None if mask is None else mask.view(lead)
         check_token_ids("labels", shard.labels.view(lead), vocab, shaped)
@@ -55,6 +55,18 @@ def sharded_token_logprobs(
             check_kept_ids(shard.keep_ids, vocab, mask)
     result: tuple[Tensor, Tensor, Tensor] = _Sharded.apply(logits, shard, slices)  # type: ignore[no-untyped-call]
     return result
+
+
+def _same(shard: Shard) -> dict[str, object]:
+    """What decides which collectives there are, and what else would be wrong without a word."""
+    kept = shard.keep_ids if shard.keep_mask is None else "bool [..., V]"
+    return {
+        "mask": shard.mask,
+        "outputs": [name for name, bit in FLAG.items() if shard.flags & bit],
+        "temperature": shard.temperature_scalar if shard.temperature is None else shard.temperature,
+        "token_ids": shard.token_ids,
+        "kept_tokens": kept,
+    }
 
 
 class _Sharded(torch.autograd.Function):
