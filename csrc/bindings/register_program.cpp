@@ -17,8 +17,8 @@ namespace fastreward {
 namespace {
 
 using SequenceCode = std::vector<std::array<int, 5>>;
-// side, operands, tile instructions, chunk instructions, reductions
-using StepCode = std::tuple<int, std::vector<std::array<int, 2>>, std::vector<std::array<int, 6>>,
+// side, whether with scans, whether reverse, operands, tile instructions, chunk instructions, reductions
+using StepCode = std::tuple<int, bool, bool, std::vector<std::array<int, 2>>, std::vector<std::array<int, 6>>,
                             std::vector<std::array<int, 4>>, std::vector<std::array<int, 2>>>;
 using StageCode = std::pair<std::vector<StepCode>, SequenceCode>;
 
@@ -74,12 +74,12 @@ class Program {
   };
 
   static TokenStep step(const StepCode& from, Step& own) {
-    const auto& [side, operands, tile, chunk, reductions] = from;
+    const auto& [side, scans, reverse, operands, tile, chunk, reductions] = from;
     for (const auto& [kind, index] : operands) own.operands.push_back({static_cast<OperandKind>(kind), index});
     for (const auto& [op, w, x, y, z, k] : tile) own.tile.push_back({static_cast<TokenOp>(op), w, x, y, z, k});
     for (const auto& [op, x, y, z] : chunk) own.chunk.push_back({static_cast<MaskOp>(op), x, y, z});
     for (const auto& [kind, place] : reductions) own.reductions.push_back({static_cast<ReductionKind>(kind), place});
-    return {side, span(own.operands), span(own.tile), span(own.chunk), span(own.reductions)};
+    return {side, scans, reverse, span(own.operands), span(own.tile), span(own.chunk), span(own.reductions)};
   }
 
   std::vector<Constant> constants_;

@@ -92,5 +92,33 @@ _REDUCTIONS: Final[dict[str, Derivative]] = {
 }
 
 
+def _scan(back: str, shift: str, shift_back: str) -> tuple[Derivative, Derivative]:
+    """Of y_t = x_t + c_t y_(t-1): the scan the other way round, each step by the c of the token that it comes from."""
+
+    def returned(g: Node, y: Node, c: Node) -> Node:
+        by = y.graph.along(shift_back, c) if c.level == Level.TOKEN else c
+        return y.graph.along(back, g, by, side=y.side)
+
+    return (
+        lambda g, y, x, c: returned(g, y, c),
+        lambda g, y, x, c: returned(g, y, c) * y.graph.along(shift, y),
+    )
+
+
+def _shift(back: str) -> tuple[Derivative]:
+    return (lambda g, y, x: y.graph.along(back, g, side=y.side),)
+
+
+_ALONG: Final[dict[str, tuple[Derivative | None, ...]]] = {
+    "scan": _scan("scan_reverse", "shift", "shift_reverse"),
+    "scan_reverse": _scan("scan", "shift_reverse", "shift"),
+    "shift": _shift("shift_reverse"),
+    "shift_reverse": _shift("shift"),
+    "segment_sum": (lambda g, y, x, ids: y.graph.along("segment_sum", g, ids), None),
+}
+
+
 def _rules(op: str) -> tuple[Derivative | None, ...]:
-    return OPS[op].derivatives if op in OPS else (_REDUCTIONS.get(op),)
+    if op in OPS:
+        return OPS[op].derivatives
+    return _ALONG[op] if op in _ALONG else (_REDUCTIONS.get(op),)

@@ -16,7 +16,7 @@ from fastreward.language.functions import exp, seq_sum
 from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node, walk
 from fastreward.language.objective import Key, inputs_asked, nonzero, reading
-from fastreward.language.ops import REDUCTIONS
+from fastreward.language.ops import ALONG_TOKENS, REDUCTIONS
 from fastreward.language.program import Program, copied, program
 from fastreward.language.terms import Terms
 from fastreward.language.traced import TracedLoss
@@ -86,10 +86,10 @@ def _derivatives(divergence: TracedLoss) -> tuple[Node, Node, Node]:
         raise ValueError(f"divergence: expected one over log_p and log_q, got {divergence.name}, which reads {read}")
     t = Terms(Graph(), dict.fromkeys(SIDES, Level.TOKEN))
     value = divergence.trace(t)
-    if value.level < Level.TOKEN or any(n.op in REDUCTIONS for n in walk([value])):
+    if value.level < Level.TOKEN or any(n.op in (*REDUCTIONS, *ALONG_TOKENS) for n in walk([value])):
         raise ValueError(
             f"{divergence.place}: expected a divergence to be a function of one token's log_p and log_q, which is "
-            "summed over the vocabulary; reductions are not part of it"
+            "summed over the vocabulary; reductions and scans are not part of it"
         )
     found = [nonzero(g) for g in gradients(value, [t.log_p, t.log_q])]
     if found[0] is None:

@@ -57,6 +57,49 @@ def seq_min(x: Node) -> Node:
     return graph.reduce("seq_min", _number(x)) if x.level == Level.TOKEN else x
 
 
+# ---------------------------------------------------------------------------------------- along a sequence's tokens
+# One value per token, of the valid ones; those that do not count are passed over, discounts and all, and get 0.
+def seq_cumsum(x: Value, reverse: bool = False) -> Node:
+    """Sum over the tokens up to this one, this one included; reverse: over those from this one on."""
+    return _along("seq_cumsum", "scan", reverse, x, 1.0)
+
+
+def seq_discounted_sum(x: Value, gamma: Value, reverse: bool = True) -> Node:
+    """x_t + gamma y_(t+1) with the next token's own sum y_(t+1), 0 beyond the end: sum over s >= t of gamma^(s-t) x_s.
+
+    reverse=False: x_t + gamma y_(t-1). gamma: a number, a parameter or a term; where it is one per token, that token's
+    multiplies what comes in from its neighbour, and a 0 starts anew. Gradients go to gamma too.
+    """
+    return _along("seq_discounted_sum", "scan", reverse, x, gamma)
+
+
+def seq_shift(x: Value, reverse: bool = False) -> Node:
+    """x of the token before, 0 at the first; reverse: of the one after, 0 at the last."""
+    return _along("seq_shift", "shift", reverse, x)
+
+
+def segment_sum(x: Value, ids: Node) -> Node:
+    """Sum over the token's segment, a run of equal ids (turns, steps; one per sequence: all of it).
+
+    0 where the id is below 0: in none. No gradient goes to the ids.
+    """
+    return _along("segment_sum", "segment_sum", False, x, ids)
+
+
+def segment_mean(x: Value, ids: Node) -> Node:
+    """Mean over the token's segment; 0 where it is in none."""
+    total = segment_sum(x, ids)
+    return total / maximum(segment_sum(1.0, total.graph.node(ids)), 1.0)
+
+
+def _along(name: str, op: str, reverse: bool, x: Value, by: Value | None = None) -> Node:
+    graph = graph_of(name, x) if by is None else graph_of(name, x, by)
+    args = [graph.node(a) for a in (x, by) if a is not None]
+    if graph.sides > 1 and all(a.level < Level.TOKEN for a in args):
+        raise TypeError(f"{origin()}: {name}: expected a term per token of one side, got one per pair")
+    return graph.along(f"{op}_reverse" if reverse else op, *args)
+
+
 # ----------------------------------------------------------------------------------- over the sequences of the group
 # Sequences without a valid token do not count.
 def group_sum(x: Value, graph: Nodes | None = None) -> Node:

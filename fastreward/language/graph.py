@@ -60,6 +60,15 @@ class Graph(Nodes):
         key = (side,) if op == "seq_count" else ()
         return self._make(op, args, level, side=args[0].side if args else side, key=key)
 
+    def along(self, op: str, x: object, by: object = None, *, side: int = 0) -> Node:
+        """A scan, a shift or a segment's sum (see ops.py), of tokens of that side where no argument has one."""
+        args = tuple(self._as(self.node(a), False) for a in (x, by) if a is not None)
+        sides = [a.side for a in args if a.level == _TOKEN]
+        if is_constant(args[0], 0.0) or (op in ("scan", "scan_reverse") and is_constant(args[1], 0.0)):
+            return args[0]
+        side = self._side(op, args) if sides else side
+        return self._make(op, args, _TOKEN, side=side, key=() if sides else (side,))
+
     def text(self, node: Node) -> str:
         """The node as a formula."""
         return expression(node)

@@ -38,7 +38,7 @@ _NAMES: Final = {
     "min": "seq_min, group_min or batch_min, of two terms minimum",
     "amax": "seq_max, group_max or batch_max",
     "amin": "seq_min, group_min or batch_min",
-    "cumsum": "group_cumsum",
+    "cumsum": "seq_cumsum or group_cumsum",
     "logsumexp": "group_logsumexp",
     "clamp": "clip",
     "absolute": "abs",

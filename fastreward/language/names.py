@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from fastreward.language.formula import expression
 from fastreward.language.node import Level, Node, walk
-from fastreward.language.ops import REDUCTIONS
+from fastreward.language.ops import REDUCTIONS, SCANS
 from fastreward.language.program import Program
 
 _SIDES = ("chosen_", "rejected_")
@@ -54,6 +54,8 @@ def _name(node: Node, names: dict[int, str], sides: int) -> str:
         over, how = node.op.split("_", 1)
         what = args[0].removesuffix("_if_any").removeprefix(f"{how}_" if over != "seq" else "")
         return f"{how}_{what}" if over == "seq" else f"{over}_{how}_{what}"
+    if node.op in SCANS:
+        return f"{node.op}_{args[0]}"
     if node.op == "sub" and node.args[0].name == "logprob" and node.args[1].name in ("old_logprob", "ref_logprob"):
         return f"{side}log_ratio" if node.args[1].name == "old_logprob" or sides == 2 else "log_ratio_to_ref"
     if node.op == "exp" and node.level == Level.TOKEN and "log_ratio" in args[0]:

@@ -303,6 +303,10 @@ class Nodes(ABC):
         """A reduction over tokens or sequences."""
 
     @abstractmethod
+    def along(self, op: str, x: object, by: object = None, *, side: int = 0) -> Node:
+        """A value per token that is made of its sequence's other tokens."""
+
+    @abstractmethod
     def text(self, node: Node) -> str:
         """The node as a formula."""
 

@@ -298,5 +298,12 @@ GROUP_REDUCTIONS: Final = (
 #: `from` has the same rank among all sequences as `to` of j (ascending; equal ones in the order of the batch).
 BATCH_REDUCTIONS: Final = ("batch_sum", "batch_max", "batch_min", "batch_permute")
 REDUCTIONS: Final = (*SEQ_REDUCTIONS, *GROUP_REDUCTIONS, *BATCH_REDUCTIONS)
+#: One value per token, made of its sequence's valid tokens in order. scan(x, c): y_t = x_t + c_t y_(t-1), where a c
+#: of 0 starts anew whatever lies before; shift(x): the token before's, 0 at the first. The others run from the last.
+SCANS: Final = ("scan", "scan_reverse", "shift", "shift_reverse")
+BACKWARDS: Final = ("scan_reverse", "shift_reverse")
+#: segment_sum(x, ids): the sum over the run of equal ids that the token is in, 0 where ids are below 0. Made of scans
+#: before a backend sees the graph.
+ALONG_TOKENS: Final = (*SCANS, "segment_sum")
 #: Arguments of these are not differentiated.
 LEAVES: Final = ("constant", "parameter", "input")

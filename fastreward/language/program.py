@@ -2,19 +2,21 @@
 
 A pass reads the tokens once: it computes per-token nodes, reduces some of them over each sequence, and in the last pass
 stores the results. Between two passes the nodes per sequence (SEQUENCE) and for the batch (BATCH) are computed, among
-them reductions over groups and over the batch. A backend needs nothing but this page and the operators' table.
+them reductions over groups and over the batch. A pass with scans goes along each sequence one way, and what another
+pass needs of it is kept per token (passes.py). A backend needs nothing but this page and the operators' table.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node, walk
-from fastreward.language.ops import GROUP_REDUCTIONS, LEAVES, OPS, REDUCTIONS, SEQ_REDUCTIONS
+from fastreward.language.ops import BACKWARDS, GROUP_REDUCTIONS, LEAVES, OPS, REDUCTIONS, SCANS, SEQ_REDUCTIONS, where
+from fastreward.language.passes import Passes, is_sequence_operator, passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,14 +24,24 @@ class TokenStep:
     """One pass over the tokens of one side.
 
     body: TOKEN operators, arguments first; an argument of a lower level is one value for the whole sequence.
-    reduce: seq_* nodes over valid tokens, each one SEQUENCE value. store: (index of `Program.outputs`, node) pairs;
-    tokens that are masked out get 0.
+    reduce: seq_* nodes over valid tokens, each one SEQUENCE value. store: (index of `Program.outputs`, and behind them
+    of `Program.kept`, node) pairs; tokens that are masked out get 0. reverse: it goes from the last token to the first.
     """
 
     side: int
     body: tuple[Node, ...]
     reduce: tuple[Node, ...]
     store: tuple[tuple[int, Node], ...]
+
+    @property
+    def scans(self) -> tuple[Node, ...]:
+        """Those nodes of the body that need a sequence's tokens in order; all go the same way."""
+        return tuple(n for n in self.body if n.op in SCANS)
+
+    @property
+    def reverse(self) -> bool:
+        """Whether the pass goes from the last token to the first."""
+        return any(n.op in BACKWARDS for n in self.body)
 
     @property
     def inputs(self) -> tuple[Node, ...]:
@@ -63,7 +75,8 @@ class Program:
     key: a hash of everything here. sides: sets of tokens (2 for preference losses). inputs: the tensors of a call in
     order; TOKEN inputs as the tokens of their side, SEQUENCE [B], BATCH []. scalars: SCALAR nodes whose values are
     given at each call, in order; constants are in the graph. prologue: SEQUENCE and BATCH nodes before the first pass.
-    outputs: tensors, TOKEN or SEQUENCE nodes, f32. batch: BATCH (or SCALAR) nodes, one f32 vector.
+    outputs: tensors, TOKEN or SEQUENCE nodes, f32. batch: BATCH (or SCALAR) nodes, one f32 vector. kept: (TOKEN inputs
+    that passes read, the node that an earlier pass stored there): a backend's scratch.
     """
 
     key: str
@@ -74,6 +87,17 @@ class Program:
     stages: tuple[Stage, ...]
     outputs: tuple[Node, ...]
     batch: tuple[Node, ...]
+    kept: tuple[tuple[Node, Node], ...] = ()
+
+    @cached_property
+    def scans(self) -> bool:
+        """Whether a pass has scans."""
+        return any(step.scans for stage in self.stages for step in stage.tokens)
+
+    @cached_property
+    def all_inputs(self) -> tuple[Node, ...]:
+        """`inputs`, then what earlier passes have kept."""
+        return (*self.inputs, *(node for node, _ in self.kept))
 
     @cached_property
     def groups(self) -> bool:
@@ -111,23 +135,21 @@ class Program:
 def program(outputs: Sequence[Node], batch: Sequence[Node], sides: int = 1) -> Program:
     """The program that computes `outputs` (TOKEN or SEQUENCE nodes) and `batch` (nodes of at most BATCH level)."""
     lowered = without_stop_gradient([*outputs, *batch], sides)
-    tensors, totals = tuple(lowered[: len(outputs)]), tuple(lowered[len(outputs) :])
-    nodes = list(walk(lowered))
-    place = _places(nodes, tensors)
-    passes = 1 + max((k for n, k in ((n, place[n.id]) for n in nodes) if _in_pass(n)), default=0)
-    last = passes - 1
+    cut = passes(lowered[: len(outputs)], lowered[len(outputs) :])
+    nodes = list(walk([*cut.roots, *(n for _, n in cut.kept)]))
     stages = tuple(
         Stage(
-            tuple(s for side in range(sides) if (s := _token_step(nodes, place, tensors, k, k == last, side))),
-            tuple(n for n in nodes if _is_sequence_operator(n) and place[n.id] == k),
+            tuple(s for side in range(sides) if (s := _token_step(cut, nodes, k, side))),
+            tuple(n for n in nodes if is_sequence_operator(n) and cut.place[n.id] == k),
         )
-        for k in range(passes)
+        for k in range(cut.count)
     )
-    prologue = tuple(n for n in nodes if _is_sequence_operator(n) and place[n.id] < 0)
-    inputs = tuple(n for n in nodes if n.op == "input")
-    return Program(
-        _key(nodes, tensors, totals), sides, inputs, _scalars(nodes, lowered), prologue, stages, tensors, totals
-    )
+    prologue = tuple(n for n in nodes if is_sequence_operator(n) and cut.place[n.id] < 0)
+    own = {n.id for n, _ in cut.kept}
+    inputs = tuple(n for n in nodes if n.op == "input" and n.id not in own)
+    tensors, totals = tuple(cut.roots[: len(outputs)]), tuple(cut.roots[len(outputs) :])
+    key, scalars = _key(nodes, tensors, totals, cut.kept), _scalars(nodes, cut.roots)
+    return Program(key, sides, inputs, scalars, prologue, stages, tensors, totals, cut.kept)
 
 
 def without_stop_gradient(roots: Sequence[Node], sides: int = 1) -> list[Node]:
@@ -144,6 +166,10 @@ def copied(graph: Graph, node: Node, args: list[Node]) -> Node:
     """The node on another graph, with these arguments."""
     if not args:
         return _copy_leaf(graph, node)
+    if node.op == "segment_sum":
+        return _segment_sum(graph, *args)
+    if node.op in SCANS:
+        return graph.along(node.op, *args, side=node.side)
     return graph.reduce(node.op, *args) if node.op in REDUCTIONS else graph.call(node.op, *args)
 
 
@@ -157,48 +183,19 @@ def _copy_leaf(graph: Graph, node: Node) -> Node:
     return graph.parameter(node.name) if node.op == "parameter" else graph.input(node.name, node.level, node.side)
 
 
-def _in_pass(node: Node) -> bool:
-    return node.level == Level.TOKEN or node.op in SEQ_REDUCTIONS
+def _segment_sum(graph: Graph, x: Node, ids: Node) -> Node:
+    """As scans: a run's sum so far, and from its last token back to all of it, so that they have the same bits."""
+    inside = ids >= 0.0
+    run = where(inside, ids + 1.0, 0.0)  # neither end of the sequence has a neighbour of the same one
+    so_far = graph.along("scan", x, run == graph.along("shift", run), side=ids.side)
+    last = run != graph.along("shift_reverse", run)
+    total = graph.along("scan_reverse", where(last, so_far, 0.0), ~last)
+    return where(inside, total, 0.0)
 
 
-def _is_sequence_operator(node: Node) -> bool:
-    return node.level in (Level.BATCH, Level.SEQUENCE) and node.op not in (*LEAVES, *SEQ_REDUCTIONS)
-
-
-def _places(nodes: Sequence[Node], outputs: Iterable[Node]) -> dict[int, int]:
-    """For each node the pass in or after which it is computed; -1: before the first.
-
-    A reduction that no later pass waits for moves to the last one, which reads most of the tensors anyway.
-    """
-    earliest = {n.id: -1 for n in nodes}
-    for n in nodes:
-        if n.op in SEQ_REDUCTIONS:
-            earliest[n.id] = max((earliest[a.id] for a in n.args), default=0)
-            earliest[n.id] = max(earliest[n.id], 0)
-        elif n.level == Level.TOKEN:
-            after = (earliest[a.id] + (a.level < Level.TOKEN) for a in n.args)
-            earliest[n.id] = max(0, *after, 0)
-        elif n.args:
-            earliest[n.id] = max(earliest[a.id] for a in n.args)
-    last = max((earliest[n.id] for n in nodes if _in_pass(n)), default=0)
-    last = max([last, *(earliest[o.id] + 1 for o in outputs if o.level == Level.TOKEN and not _in_pass(o))])
-    awaited = {m.id for m in walk(a for n in nodes if n.level == Level.TOKEN for a in n.args if a.level < Level.TOKEN)}
-    place: dict[int, int] = {}
-    for n in nodes:
-        if n.op in SEQ_REDUCTIONS:
-            place[n.id] = earliest[n.id] if n.id in awaited else last
-        elif n.level == Level.TOKEN or not n.args:
-            place[n.id] = earliest[n.id]
-        else:
-            place[n.id] = max(place[a.id] for a in n.args)
-    return place
-
-
-def _token_step(
-    nodes: Sequence[Node], place: Mapping[int, int], outputs: Sequence[Node], k: int, last: bool, side: int
-) -> TokenStep | None:
-    reduce = tuple(n for n in nodes if n.op in SEQ_REDUCTIONS and place[n.id] == k and n.side == side)
-    store = tuple((i, n) for i, n in enumerate(outputs) if last and n.level == Level.TOKEN and n.side == side)
+def _token_step(cut: Passes, nodes: Sequence[Node], k: int, side: int) -> TokenStep | None:
+    reduce = tuple(n for n in nodes if n.op in SEQ_REDUCTIONS and cut.place[n.id] == k and n.side == side)
+    store = tuple((i, n) for i, n in cut.stores[k] if n.side == side)
     if not reduce and not store:
         return None
     roots = [*(a for n in reduce for a in n.args), *(n for _, n in store)]
@@ -213,13 +210,19 @@ def _scalars(nodes: Sequence[Node], outputs: Sequence[Node]) -> tuple[Node, ...]
     return tuple(n for n in nodes if n.level == Level.SCALAR and n.op != "constant" and n.id in read)
 
 
-def _key(nodes: Sequence[Node], outputs: Sequence[Node], batch: Sequence[Node]) -> str:
+def _key(
+    nodes: Sequence[Node],
+    outputs: Sequence[Node],
+    batch: Sequence[Node],
+    kept: Sequence[tuple[Node, Node]] = (),
+) -> str:
     at = {n.id: i for i, n in enumerate(nodes)}
     text = repr(
         (
             [(n.op, n.name, n.value, n.boolean, int(n.level), n.side, [at[a.id] for a in n.args]) for n in nodes],
             [at[n.id] for n in outputs],
             [at[n.id] for n in batch],
+            *([[(at[n.id], at[source.id]) for n, source in kept]] if kept else []),
         )
     )
     return hashlib.sha256(text.encode()).hexdigest()[:16]

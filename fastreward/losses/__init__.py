@@ -27,6 +27,8 @@ Over pairs, for `preference_loss`:
 To write one, `define` makes a loss of a function over `Terms` (or `PairTerms`), with these:
     exp, log, clip, where, maximum, sigmoid, ...           operators, under NumPy's names
     seq_sum seq_mean seq_max seq_min                       over a sequence's tokens
+    seq_cumsum seq_discounted_sum seq_shift                along a sequence's tokens, from either end
+    segment_sum segment_mean                               over the token's segment: a turn, a step
     group_sum group_mean group_max group_min group_size    over the sequences of a group
     group_sum_others group_cumsum group_logsumexp
     batch_sum batch_mean batch_max batch_min batch_match   over the batch

@@ -100,6 +100,10 @@ class Values:
             return self._input(node)
         if node.op.startswith("seq_"):
             return self._over_tokens(node, *args)
+        if node.op == "segment_sum":
+            return self._over_segments(node, *args)
+        if node.op.startswith(("scan", "shift")):
+            return self._along(node, *args)
         if node.op.startswith("group_"):
             return self._over_group(node.op, *args)
         if node.op == "batch_permute":
@@ -134,6 +138,35 @@ class Values:
             return length
         neutral: float = {"seq_sum": 0.0, "seq_max": -torch.inf, "seq_min": torch.inf}[node.op]
         return _reduce(node.op, torch.where(mask, x, neutral).mT).mT
+
+    def _along(self, node: Any, x: Tensor, by: Tensor | None = None) -> Tensor:
+        """Scans and shifts, token by token; those that do not count are passed over."""
+        mask = self._masks[node.side]
+        x = torch.where(mask, x, 0.0)
+        y, found = x.new_zeros(len(mask)), list(x.mT)
+        by = None if by is None else by.expand(mask.shape)
+        width = mask.shape[1]
+        for t in reversed(range(width)) if node.op.endswith("reverse") else range(width):
+            here = x[:, t]
+            if by is not None:
+                c = by[:, t]
+                here = here + torch.where((c == 0) & ~y.isfinite(), 0.0, c * y)
+            found[t] = y if by is None else here
+            y = torch.where(mask[:, t], here, y)
+        return torch.stack(found, -1) if found else x
+
+    def _over_segments(self, node: Any, x: Tensor, ids: Tensor) -> Tensor:
+        """The sum over each run of equal ids, among the tokens that count; 0 below 0."""
+        mask = self._masks[node.side]
+        rows = []
+        for row, own, counts in zip(x.expand(mask.shape), ids.expand(mask.shape), mask, strict=True):
+            places = counts.nonzero().flatten()
+            starts = torch.ones_like(places)
+            starts[1:] = (own[places][1:] != own[places][:-1]).long()
+            run = starts.cumsum(0) - 1
+            sums = row.new_zeros(len(places)).index_add(0, run, row[places])[run]
+            rows.append(torch.zeros_like(row).index_put((places,), torch.where(own[places] >= 0, sums, 0.0)))
+        return torch.stack(rows) if rows else x.expand(mask.shape)
 
     def _over_group(self, op: str, x: Tensor, key: Tensor | None = None) -> Tensor:
         assert self._groups is not None
@@ -179,6 +212,8 @@ def run(
     values = Values(given, [x.valid for x in layouts], groups)
     for node, value in zip(program.scalars, scalars, strict=True):
         values.set(node, value)
+    for node, source in program.kept:
+        given[node.name, node.side] = values.of(source).double()
     outputs = []
     for node in program.outputs:
         x = values.of(node)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fastreward._runtime.errors import BackendError
 from fastreward.language.gpu_plan import CROSS_SEQUENCE, OVER_BATCH, in_order, kind_of
 from fastreward.language.node import Level, walk
 from fastreward.language.ops import OPS
@@ -66,6 +67,8 @@ def source(program: Program) -> str:
 
 def generate(program: Program) -> Generated:
     """The module that runs `program`, and how it is launched."""
+    if program.scans:
+        raise BackendError("triton: losses with scans have no Triton kernel yet; move the tensors to the CPU")
     module = Module(program)
     for k in range(len(module.plan.launches)):
         module.add_launch(k)

@@ -52,6 +52,10 @@ OPERATORS: dict[str, Callable[[random.Random, Node, Node], Node]] = {
     "group": lambda r, x, y: r.choice(GROUP)(losses.seq_mean(losses.tanh(x))) * losses.sigmoid(y),
     "group of two": lambda r, x, y: r.choice(GROUP)(losses.seq_mean(x * losses.tanh(y))),
     "group extreme": lambda r, x, y: r.choice(GROUP[:2])(losses.seq_mean(x)) * losses.tanh(y),
+    "scan": lambda r, x, y: SCANS[r.randrange(len(SCANS))](x, r) * losses.tanh(y),
+    "scan of scans": lambda r, x, y: 0.3 * SCANS[r.randrange(len(SCANS))](losses.tanh(x * y), r),
+    "gamma": lambda r, x, y: losses.seq_discounted_sum(x, losses.sigmoid(y), r.random() < 0.5),
+    "segments": lambda r, x, y: r.choice(SEGMENTS)(losses.tanh(x), losses.where(y > 0.4, -1.0, losses.sign(y))) * y,
     "batch": lambda r, x, y: r.choice(BATCH)(losses.tanh(x)) * y,
 }
 #: Those that keep the gradient of a token its own, so that the calls from logits are the fused ones.
@@ -64,6 +68,12 @@ GROUP = (
     losses.group_sum_others,
     losses.group_logsumexp,
 )
+SCANS: tuple[Callable[[Node, random.Random], Node], ...] = (
+    lambda x, r: losses.seq_cumsum(x, r.random() < 0.5),
+    lambda x, r: losses.seq_discounted_sum(x, 0.8, r.random() < 0.5),
+    lambda x, r: losses.seq_shift(x, r.random() < 0.5),
+)
+SEGMENTS = (losses.segment_sum, losses.segment_mean)
 BATCH = (losses.batch_mean, losses.batch_max, losses.batch_min)
 
 

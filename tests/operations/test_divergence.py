@@ -316,7 +316,7 @@ def test_a_divergence_with_sums_or_without_the_student_is_refused() -> None:
     def entropy_of_teacher(t: Any) -> Any:
         return -t.q * t.log_q
 
-    with pytest.raises(ValueError, match="reductions are not part of it"):
+    with pytest.raises(ValueError, match="reductions and scans are not part of it"):
         fr.token_divergence(X, X, divergence=normalised())
     with pytest.raises(ValueError, match="does not depend on log_p"):
         fr.token_divergence(X, X, divergence=entropy_of_teacher())

@@ -136,6 +136,27 @@ def random_program(seed: int, size: int = 60) -> Named:
     return Named(program([*tensors, nodes[0]], [*batch, *sums, nodes[5]]), {"p": 0.6, "q": -0.4})
 
 
+def scan_program(seed: int) -> Named:
+    """Scans of scans in both directions, of tokens and of rows, with coefficients of every level, and segments."""
+    rng, g = random.Random(seed), Graph()
+    nodes: list[Node] = [g.input(n, _T) for n in ("a", "b", "c")] + [g.input("r", _R), g.input("k", _B)]
+    ids = g.input("whole", _T)
+    for _ in range(8):
+        x, y = (rng.choice(nodes) for _ in range(2))
+        by = rng.choice([0.95, 0.0, 1.0, g.parameter("p"), f.tanh(nodes[3]), f.where(y > 0.5, 0.0, 0.9), f.tanh(y)])
+        made = rng.choice((
+            lambda x=x, by=by: g.along(rng.choice(("scan", "scan_reverse")), x, by),
+            lambda x=x, by=by: g.along(rng.choice(("scan", "scan_reverse")), f.tanh(x * nodes[0]), by),
+            lambda x=x, by=by: f.seq_shift(f.where(g.valid(), x, 0.0) + nodes[1], rng.random() < 0.5),
+            lambda x=x, by=by: rng.choice((f.segment_sum, f.segment_mean))(x, ids),
+            lambda x=x, by=by: f.seq_mean(x) + x if x.level == _T else x + nodes[2],
+        ))()  # fmt: skip
+        nodes.append(f.tanh(0.2 * made) + 0.1 * made if made.op in ("scan", "scan_reverse") else made)
+    outputs = [n for n in nodes[5:] if n.level >= _R]
+    sums = [g.reduce("batch_sum", g.reduce("seq_sum", n)) for n in outputs[-2:] if n.level == _T]
+    return Named(program([*outputs, f.seq_max(f.seq_cumsum(nodes[0]))], sums), {"p": -0.7})
+
+
 def _compare(rng: random.Random, x: Node, y: Node, z: Node, conditions: list[Node]) -> Node | None:
     op = rng.choice(("lt", "le", "gt", "ge", "eq", "ne"))
     first = x.graph.call(op, x, y)

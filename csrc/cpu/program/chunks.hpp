@@ -68,17 +68,19 @@ class Chunks {
   Buffer<simd::Word> words_;                 // [tiles, kTileVectors] where masked
 };
 
-// run(first, last) of the worker that make() gives, for ranges of consecutive chunks, spread over the threads.
+// run(first, last) of the worker that make() gives, for ranges of consecutive chunks, spread over the threads. whole:
+// only of whole sequences.
 template <class Make>
-void for_chunk_ranges(const Chunks& chunks, int threads, const Make& make) {
+void for_chunk_ranges(const Chunks& chunks, int threads, const Make& make, bool whole = false) {
   constexpr std::int64_t kTokens = 4 * kChunk;  // a thread's share, at least
-  const std::int64_t least = kTokens * chunks.count() / (size_of(chunks.tokens()) + 1);  // fewer of short ones
+  const std::int64_t items = whole ? chunks.tokens().sequences : chunks.count();
+  const std::int64_t least = kTokens * items / (size_of(chunks.tokens()) + 1);  // fewer of short ones
   const PerSlot workers(threads, make);
-  parallel_ranges(threads, chunks.count(), grain_of(chunks.count(), least),
-                  [&](std::int64_t first, std::int64_t last, int slot) {
-                    workers[slot].run(first, last);
-                    simd::fence();  // of what has been streamed
-                  });
+  parallel_ranges(threads, items, grain_of(items, least), [&](std::int64_t first, std::int64_t last, int slot) {
+    if (whole) first = chunks.first(first), last = chunks.first(last);
+    if (first < last) workers[slot].run(first, last);
+    simd::fence();  // of what has been streamed
+  });
 }
 
 }  // namespace fastreward::FASTREWARD_ISA::program

@@ -40,6 +40,7 @@
 //   minimum_where, maximum_where   that of a and x where mask z, else a
 //   drop, drop2, drop3         0 where mask z (or y, or w), else a; drop_store ...: the same, and output x = a
 //   and, or, not               mask z of masks x, y
+//   scan, shift                a + x * scan at the token before (carry y has it); a of the token before; _reverse: after
 //   (from here on reductions)
 //   sum, least, most           adds a to sum, minimum, maximum x; extremes: to minimum x and maximum y
 //   sum_extremes               the same to sum x, minimum y, maximum z, for an a that is never -inf
@@ -51,6 +52,7 @@
   X(clip_outside) X(drop) X(drop2) X(drop3) X(keep) X(store) X(drop_store) X(drop2_store) X(drop3_store)         \
   X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(lt_and) X(le_and) X(gt_and) X(ge_and) X(eq_and) X(ne_and)                \
   X(outside) X(sides) X(and) X(or) X(not)                                                                        \
+  X(scan) X(scan_reverse) X(shift) X(shift_reverse)                                                              \
   X(sum) X(least) X(most) X(extremes) X(sum_extremes)
 // Operators on the masks of a whole chunk, after its tiles: mask z of masks x, y; count adds the lanes of mask x that
 // count to sum z.
@@ -93,8 +95,11 @@ struct SequenceInstruction {
 };
 
 // What an operand of a token instruction is. index: of the slot, mask, reduction, the call's inputs or outputs; or the
-// SequencePlace of a value that is the same for all tokens of a sequence.
-enum class OperandKind : int { slot, mask, sequence_value, sequence_mask, input, output, reduction };
+// SequencePlace of a value that is the same for all tokens of a sequence (coefficient: in f64). carry: what a scan hands
+// on from tile to tile.
+enum class OperandKind : int {
+  slot, mask, sequence_value, sequence_mask, input, output, reduction, coefficient, carry
+};
 struct TokenOperand {
   OperandKind kind;
   int index;
@@ -117,8 +122,10 @@ struct Reduction {
   SequencePlace out;
 };
 
+// scans: with instructions that take a sequence's tokens in order; reverse: from its end.
 struct TokenStep {
   int side = 0;
+  bool scans = false, reverse = false;
   Span<TokenOperand> operands;
   Span<TokenInstruction> tile;
   Span<MaskInstruction> chunk;

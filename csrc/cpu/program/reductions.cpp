@@ -118,6 +118,7 @@ void fetch(FASTREWARD_TILE) {
 Operator operator_of(TokenOp op, Variant variant) {
   if (const Operator value = value_operator(op, variant)) return value;
   if (const Operator mask = mask_operator(op, variant)) return mask;
+  if (const Operator scan = scan_operator(op, variant)) return scan;
   return reduction_operator(op, variant);
 }
 

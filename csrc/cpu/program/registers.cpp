@@ -8,7 +8,9 @@ namespace {
 
 using namespace simd;
 
-bool is_sequence(OperandKind kind) { return kind == OperandKind::sequence_value || kind == OperandKind::sequence_mask; }
+bool is_sequence(OperandKind kind) {
+  return kind == OperandKind::sequence_value || kind == OperandKind::sequence_mask || kind == OperandKind::coefficient;
+}
 
 }  // namespace
 
@@ -19,7 +21,9 @@ std::int64_t Registers::lines_of(OperandKind kind) {
     case OperandKind::input:
     case OperandKind::output: return kTileBytes / static_cast<std::int64_t>(sizeof(Line));
     case OperandKind::reduction: return sizeof(Accumulator) / sizeof(Line);
-    case OperandKind::sequence_value: return 1;
+    case OperandKind::sequence_value:
+    case OperandKind::coefficient:
+    case OperandKind::carry: return 1;
     case OperandKind::mask:
     case OperandKind::sequence_mask: return 0;
   }
@@ -74,6 +78,10 @@ void Registers::broadcast(int k, double value) {
     store(reinterpret_cast<float*>(at_[k]), f32(static_cast<float>(value)));
     return;
   }
+  if (kind(k) == OperandKind::coefficient) {
+    *reinterpret_cast<double*>(at_[k]) = value;
+    return;
+  }
   for (int v = 0; v < kChunkVectors; ++v) mask(k)[v] = value != 0.0 ? kAllLanes : Word{0};
 }
 
@@ -87,6 +95,11 @@ void Registers::set_sequence(const SequenceValues& values, std::int64_t sequence
     broadcast(of_sequence_[n], values.at(index(of_sequence_[n]), sequence));
 }
 
+void Registers::begin_sequence() {
+  for (int k = 0; k < size(); ++k)
+    if (kind(k) == OperandKind::carry) std::memset(at_[k], 0, sizeof(Line));
+}
+
 // ----------------------------------------------------------------------------------------------------- instructions
 char* Registers::field(int k, bool copies) const {
   if (k < 0) return nullptr;
@@ -98,7 +111,7 @@ char* Registers::field(int k, bool copies) const {
 Variant Registers::variant_of(const TokenInstruction& i, bool masked) const {
   const auto place = [&](int k) {
     if (k < 0) return Place::none;
-    if (kind(k) == OperandKind::sequence_value) return Place::sequence;
+    if (kind(k) == OperandKind::sequence_value || kind(k) == OperandKind::coefficient) return Place::sequence;
     return is_tensor(kind(k)) ? Place::tensor : Place::slot;
   };
   Variant variant;

@@ -37,6 +37,8 @@ class Registers {
   // Gives the operands that are the same for the whole batch, or for all tokens of a sequence, their values.
   void set_numbers(const double* numbers);
   void set_sequence(const SequenceValues& values, std::int64_t sequence);
+  // Scans start anew.
+  void begin_sequence();
 
   // Instructions for tiles of which all tokens count (or not, masked), in the tensors themselves (or in copies).
   struct Program {

@@ -1,4 +1,4 @@
-// What the token operators of programs are made of. For csrc/cpu/program/{values,masks,reductions}.cpp only.
+// What the token operators of programs are made of. For csrc/cpu/program/{values,masks,scans,reductions}.cpp only.
 //
 // A tile of eight vectors passes through the instructions in registers: each operator ends in a jump to the next one
 // with the tile as its arguments, which the calling convention keeps in vector registers. So an operator costs its
@@ -115,5 +115,6 @@ inline bool in_order(const Instruction* i) {
 Operator value_operator(TokenOp op, Variant variant);
 Operator mask_operator(TokenOp op, Variant variant);
 Operator reduction_operator(TokenOp op, Variant variant);
+Operator scan_operator(TokenOp op, Variant variant);
 
 }  // namespace fastreward::FASTREWARD_ISA::program

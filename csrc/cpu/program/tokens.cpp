@@ -3,7 +3,7 @@
 // Threads take chunks of 2048 tokens; a chunk goes through the instructions tile by tile, in registers (see
 // tile.hpp). Lanes that do not count may hold anything: they are left out of sums and become 0 in outputs,
 // and tiles without a valid token are not even read. Conditions that are only counted are kept as bits until the end of
-// the chunk. Sums have a fixed structure: lane = position in the sequence
+// the chunk. A pass with scans takes a sequence's chunks and tiles in order, on one thread. Sums have a fixed structure: lane = position in the sequence
 // modulo the vector, float over a few tiles, float64 above that, chunks in order. Padding on the right adds exact
 // zeros, and the number of threads changes nothing.
 #include <cstring>
@@ -45,33 +45,45 @@ class Worker {
   }
 
   void run(std::int64_t first, std::int64_t last) {
+    if (p_.step.reverse) run_chunks<false>(last - 1, first - 1);
+    else run_chunks<true>(first, last);
+  }
+
+ private:
+  // Chunks from `first` on, upwards or downwards, up to `end`.
+  template <bool kUp>
+  void run_chunks(std::int64_t first, std::int64_t end) {
+    constexpr std::int64_t kStep = kUp ? 1 : -1;
     std::int64_t sequence = p_.chunks.sequence_of(first);
     Chunk chunk = p_.chunks.chunk(first, sequence), next = chunk;
-    for (std::int64_t i = first; i < last; ++i, chunk = next) {
+    for (std::int64_t i = first; i != end; i += kStep, chunk = next) {
       next.end = 0;
-      if (i + 1 < last) {
-        while (p_.chunks.first(sequence + 1) <= i + 1) ++sequence;
-        next = p_.chunks.chunk(i + 1, sequence);
+      if (i + kStep != end) {
+        while (kUp ? p_.chunks.first(sequence + 1) <= i + 1 : p_.chunks.first(sequence) > i - 1) sequence += kStep;
+        next = p_.chunks.chunk(i + kStep, sequence);
       }
+      if (chunk.sequence != entered_ && p_.step.scans) registers_.begin_sequence();
+      entered_ = chunk.sequence;
       totals_.reset();
       if (chunk.some == 0) write_zeros(chunk.begin, chunk.tokens);
-      else run_tiles(chunk, next);
+      else run_tiles<kUp>(chunk, next);
       totals_.write(p_.sums + chunk.number * p_.step.reductions.size);
     }
   }
 
- private:
+  template <bool kUp>
   void run_tiles(const Chunk& chunk, const Chunk& next) {
     if (chunk.sequence != sequence_) registers_.set_sequence(p_.values, sequence_ = chunk.sequence);
     if (p_.large && phase_ != chunk.begin % kF32) choose_stores(chunk);
     if (!chunk.full()) place_words(chunk);
-    for (int tile = 0; tile < chunk.end; ++tile) {
-      const std::int64_t at = chunk.place_of(tile);
-      if ((chunk.every >> tile & 1) != 0) registers_.run(direct_, tile, at, ahead_of(chunk, next, tile));
+    for (int n = 0; n < chunk.end; ++n) {
+      const int tile = kUp ? n : chunk.end - 1 - n;
+      const std::int64_t at = chunk.place_of(tile), ahead = ahead_of<kUp>(chunk, next, tile);
+      if ((chunk.every >> tile & 1) != 0) registers_.run(direct_, tile, at, ahead);
       else if ((chunk.some >> tile & 1) == 0) write_zeros(chunk.begin + tile * kTile, kTile);
       else if (chunk.tokens_of(tile) < kTile) run_last(chunk, tile);
-      else registers_.run(masked_, tile, at, ahead_of(chunk, next, tile));
-      if (tile % kRun == kRun - 1) totals_.flush();
+      else registers_.run(masked_, tile, at, ahead);
+      if (tile % kRun == (kUp ? kRun - 1 : 0)) totals_.flush();
     }
     totals_.flush();
     const int done = chunk.end * kTile;
@@ -94,10 +106,11 @@ class Worker {
   }
 
   // Where the tile lies that will be read kAhead from now; this one where that will not be read.
+  template <bool kUp>
   static std::int64_t ahead_of(const Chunk& chunk, const Chunk& next, int tile) {
-    const int at = tile + kAhead;
-    if (at < chunk.end) return chunk.place_of(at);
-    const int later = at - chunk.tiles;
+    const int at = kUp ? tile + kAhead : tile - kAhead;
+    if (at >= 0 && at < chunk.end) return chunk.place_of(at);
+    const int later = kUp ? at - chunk.tiles : at + next.end;
     return later >= 0 && later < next.end ? next.place_of(later) : chunk.place_of(tile);
   }
 
@@ -138,7 +151,7 @@ class Worker {
   Registers registers_;
   Totals totals_;
   Registers::Program direct_, masked_, last_;
-  std::int64_t sequence_ = -1, phase_ = -1;
+  std::int64_t sequence_ = -1, entered_ = -1, phase_ = -1;
 };
 
 // From chunks to sequences, in order.
@@ -170,7 +183,7 @@ void run_tokens(const ProgramCall& call, const TokenStep& step, const Chunks& ch
   if (step.tile.size > 0) {
     const bool large = writes(step) && past_caches(chunks.tokens());
     const Pass pass{call, step, values, chunks, sums.data(), large};
-    for_chunk_ranges(chunks, call.threads, [&] { return Worker(pass); });
+    for_chunk_ranges(chunks, call.threads, [&] { return Worker(pass); }, step.scans);
   }
   fold(chunks, step, sums.data(), values);
 }

@@ -19,7 +19,7 @@ _TOKEN_OPERATORS: Final = _core.program_token_operators()
 _MASK_OPERATORS: Final = _core.program_mask_operators()
 _SEQUENCE_OPERATORS: Final = _core.program_sequence_operators()
 # csrc/cpu/program/program.hpp: OperandKind, ReductionKind, kTokenOutput
-_SLOT, _MASK, _SEQUENCE_VALUE, _SEQUENCE_MASK, _INPUT, _OUTPUT, _REDUCTION = range(7)
+_SLOT, _MASK, _SEQUENCE_VALUE, _SEQUENCE_MASK, _INPUT, _OUTPUT, _REDUCTION, _COEFFICIENT, _CARRY = range(9)
 _REDUCTION_KINDS: Final = {"seq_sum": 0, "seq_min": 1, "seq_max": 2, "count": 3, "seq_count": 4}
 _TOKEN_OUTPUT: Final = 2**31 - 1
 
@@ -52,6 +52,7 @@ class _StepCode:
         self._free: dict[int, list[int]] = {_SLOT: [], _MASK: []}
         self._counts = {_SLOT: 0, _MASK: 0}
         self._slots: dict[Hashable, tuple[int, int]] = {}
+        self._carries: dict[Hashable, int] = {}  # numbers of the scans'
         self._number_reductions()
         self._last = {k: t for t, f in enumerate(schedule.forms) for k in (f.w, f.x, f.y, f.z)}
         self._chunk_masks = {a for v in schedule.chunk for a in (*v.args, *v.made)}
@@ -71,7 +72,8 @@ class _StepCode:
 
     def code(self) -> tuple[Any, ...]:
         """A step as `_core.Program` takes it."""
-        return (self.step.side, self._operands.table, self.tile, self.chunk, self._reductions)
+        way = (bool(self.step.scans), self.step.reverse)
+        return (self.step.side, *way, self._operands.table, self.tile, self.chunk, self._reductions)
 
     def _instruction(self, time: int, form: Form) -> tuple[int, ...]:
         made = form.z if _makes_mask(form.name) else None
@@ -114,6 +116,10 @@ class _StepCode:
             kind, index = key
             if kind == "output":
                 return self._operands.get(_OUTPUT, index)
+            if kind == "coefficient":
+                return self._operands.get(_COEFFICIENT, self._places.of(self._selection.nodes[index]))
+            if kind == "carry":
+                return self._operands.get(_CARRY, self._carries.setdefault(index, len(self._carries)))
             return self._operands.get(_REDUCTION, self._reduction_at[index])
         node = self._selection.nodes[key]
         if node.level < Level.TOKEN:
@@ -201,8 +207,8 @@ def encode(program: Program) -> _core.Program:
 def _encode(by_key: ByKey) -> _core.Program:
     program = by_key.program
     places = _Places(program)
-    inputs = [(int(n.level), 0 if n.level == Level.TOKEN else places.new(n)) for n in program.inputs]
-    input_numbers = {n.id: i for i, n in enumerate(program.inputs)}
+    inputs = [(int(n.level), 0 if n.level == Level.TOKEN else places.new(n)) for n in program.all_inputs]
+    input_numbers = {n.id: i for i, n in enumerate(program.all_inputs)}
     clock, contract = iter(range(1 << 30)), not looks_for_extremes(program)
 
     def per_sequence(node: Node) -> tuple[int, ...]:
@@ -221,6 +227,7 @@ def _encode(by_key: ByKey) -> _core.Program:
     ]
     scalars = [places.of(n) for n in program.scalars]
     outputs = [_TOKEN_OUTPUT if n.level == Level.TOKEN else places.of(n) for n in program.outputs]
+    outputs += [_TOKEN_OUTPUT for _ in program.kept]
     batch = [places.of(n) for n in program.batch]
     return _core.Program(
         sides=program.sides,

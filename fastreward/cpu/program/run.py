@@ -28,14 +28,15 @@ def run(
     outputs = [
         empty(sides[n.side].shape if n.level == Level.TOKEN else (sequences,), torch.float32) for n in program.outputs
     ]
+    kept = [empty(sides[n.side].shape, torch.float32) for n, _ in program.kept]
     batch = torch.empty(len(program.batch), dtype=torch.float32, device="cpu")
     _core.program_run(
         program=encode(program),
         sides=[_tokens(side) for side in sides],
-        inputs=[x.data_ptr() for x in inputs],
+        inputs=[x.data_ptr() for x in (*inputs, *kept)],
         scalars=list(scalars),
         groups=address(groups),
-        outputs=[x.data_ptr() for x in outputs],
+        outputs=[x.data_ptr() for x in (*outputs, *kept)],
         batch=batch.data_ptr(),
         threads=torch.get_num_threads(),
     )

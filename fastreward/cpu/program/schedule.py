@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from fastreward.language.node import Level, Node, is_constant, walk
-from fastreward.language.ops import OPS, REDUCTIONS
+from fastreward.language.ops import OPS, REDUCTIONS, SCANS
 from fastreward.language.program import Program, TokenStep
 
 _BOUNDED: Final = 87.0  # |x| up to which exp_bounded may be used
@@ -98,6 +98,7 @@ class Selection:
     def _select(self, node: Node) -> None:
         """Adds the value of a node, with what it takes in. Readers come before what they read."""
         rules: tuple[Callable[[Node], Value | None], ...] = (
+            self._scan,
             self._product_sum,
             self._bounded_exp,
             self._clip_outside,
@@ -118,6 +119,12 @@ class Selection:
         if alone:
             self._inside.add(node.id)
         return alone
+
+    def _scan(self, node: Node) -> Value | None:
+        if node.op not in SCANS:
+            return None
+        x, *by = node.args
+        return Value(node.op, (x.id, *(c.id if c.level == Level.TOKEN else _coefficient(c) for c in by)), (node.id,))
 
     def _product_sum(self, node: Node) -> Value | None:
         if node.op not in ("add", "sub") or not self._contract:
@@ -183,6 +190,11 @@ def looks_for_extremes(program: Program) -> bool:
     return any(n.op in COMPARISONS and any(a.op in _EXTREMES for a in n.args) for n in body)
 
 
+def _coefficient(node: Node) -> Hashable:
+    """Key of a value per sequence as scans take it, in f64."""
+    return "coefficient", node.id
+
+
 def _as_number(node: Node) -> Node:
     return node.graph.call("where", node, 1.0, 0.0) if node.boolean else node
 
@@ -229,6 +241,8 @@ def _forms(v: Value) -> Iterator[Form]:
         *masks, value = v.args
         z, y, w = (*masks, None, None)[:3]
         yield Form(v.op, value, y=y, z=z, w=w)
+    elif v.op in SCANS:
+        yield Form(v.op, a, b, ("carry", v.made[0]))
     elif v.op in ("add", "mul", "minimum", "maximum"):
         yield Form(v.op, a, b)
         yield Form(v.op, b, a)
@@ -255,6 +269,7 @@ class Schedule:
         for v in s.values:
             (self.chunk if v.op in LOGIC and v.made[0] in s.deferred else self._waiting).append(v)
         self._made: set[Hashable] = {k for k, n in s.nodes.items() if n.op == "input" or n.level < Level.TOKEN}
+        self._made |= {_coefficient(n) for n in s.nodes.values() if n.level < Level.TOKEN}
         self._kept: set[Hashable] = set(self._made)
         self._acc: Hashable = None
         self._endings = self._ending_forms()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from fastreward._runtime.errors import BackendError
 from fastreward.cuda.program.expressions import (
     Block,
     function,
@@ -40,6 +41,8 @@ class Source:
     """The text of a program's kernels, and the struct that they take."""
 
     def __init__(self, program: Program) -> None:
+        if program.scans:
+            raise BackendError("cuda: losses with scans have no CUDA kernel yet; choose the backend triton")
         self.program, self.values = program, Values(program)
         self.plan, self.name = self.values.plan, self.values.name
         self._kernels = [self._launch(k) for k in range(len(self.plan.launches))]

@@ -68,6 +68,13 @@ class TestNumbers:
         call = checks.make_call(named, 7, 211, mask=mask, packed=seed % 3 == 1, seed=seed)
         checks.check_run(cpu, "cpu", named, call, 2e-5)
 
+    @pytest.mark.parametrize("seed", range(24))
+    def test_scans(self, seed: int) -> None:
+        named = checks.scan_program(seed)
+        mask = list(checks.MASKS)[seed % 6]
+        call = checks.make_call(named, 5, (300, 1, 2100, 130)[seed % 4], mask=mask, packed=seed % 3 == 1, seed=seed)
+        checks.check_run(cpu, "cpu", named, call, 1e-5)
+
     @pytest.mark.parametrize("mask", checks.MASKS)
     def test_masks(self, mask: str) -> None:
         named = checks.PROGRAMS["ppo, everything"]()
@@ -195,9 +202,19 @@ def run_bits(named: checks.Named, call: checks.Call) -> list[Tensor]:
     return [*outputs, batch]
 
 
-@pytest.mark.parametrize("name", [*checks.PROGRAMS, *range(8)])
+SCANS = [f"scans {seed}" for seed in range(5)]
+
+
+def named_program(name: str | int) -> checks.Named:
+    """A loss's, a random one, or one of scans."""
+    if isinstance(name, int):
+        return checks.random_program(name)
+    return checks.scan_program(int(name.split()[1])) if name in SCANS else checks.PROGRAMS[name]()
+
+
+@pytest.mark.parametrize("name", [*checks.PROGRAMS, *range(8), *SCANS])
 def test_bits_do_not_depend_on_threads(name: str | int, threads: None) -> None:
-    named = checks.random_program(name) if isinstance(name, int) else checks.PROGRAMS[name]()
+    named = named_program(name)
     call = checks.make_call(named, 40, 5000)
     results = []
     for count in (1, 2, 3):
@@ -206,10 +223,10 @@ def test_bits_do_not_depend_on_threads(name: str | int, threads: None) -> None:
     assert all(checks.same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", ["ppo", "sapo", "gspo", "real", "gdro", *range(8)])
+@pytest.mark.parametrize("name", ["ppo", "sapo", "gspo", "real", "gdro", *range(8), *SCANS])
 def test_bits_do_not_depend_on_padding_or_layout(name: str | int) -> None:
     """Padding on the right (masked out) or packing leaves every sum, every token and every total as it is."""
-    named = checks.random_program(name) if isinstance(name, int) else checks.PROGRAMS[name]()
+    named = named_program(name)
     call = checks.make_call(named, 9, 3001, mask="none", packed=True, seed=3)
     bounds = call.sides[0].cu_seqlens
     assert bounds is not None
