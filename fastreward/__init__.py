@@ -34,6 +34,8 @@ Advantages and weights:
     credit_page               an HTML page of a batch, token by token: advantages, log-probs, ratios, which clip acted
 Batches:
     balance_partitions        sequences to ranks or micro-batches of nearly equal length
+A rollout engine against the trainer:
+    compare                   log-probs, top-k or logits of both: how far they are apart, and what is wrong
 Published methods, each in one call:
     recipes                   `fastreward recipes` lists them
 Trainers:
@@ -54,6 +56,7 @@ from fastreward._runtime.errors import BackendError
 from fastreward._runtime.layout import Clip
 from fastreward._runtime.logprobs import TokenStats
 from fastreward.balance import balance_partitions
+from fastreward.compare import compare
 from fastreward.correction import correction_weights, off_policy_sequence_mask
 from fastreward.divergence import token_divergence
 from fastreward.ema_baseline import EmaBaseline
@@ -90,6 +93,7 @@ __all__ = [
     "TokenStats",
     "backend",
     "balance_partitions",
+    "compare",
     "correction_weights",
     "credit_page",
     "discounted_returns",

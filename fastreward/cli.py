@@ -1,4 +1,4 @@
-"""The command line: `fastreward doctor`, `verify`, `bench`, `recipes` and `plot`."""
+"""The command line: `fastreward doctor`, `verify`, `bench`, `compare`, `recipes` and `plot`."""
 
 from __future__ import annotations
 
@@ -167,6 +167,54 @@ def bench(
     if plot_path is not None:
         (report.plot_sweep if sweep else report.plot)(facts[key], plot_path)
     if any(reason.startswith("not equivalent") for result in done for reason in result.outcome.case.absent.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="The rollout engine's: .safetensors, .npz, .pt or .jsonl.")],
+    b: Annotated[Path, typer.Argument(help="The trainer's, which may be the same file.")],
+    key_a: Annotated[str | None, typer.Option(help="The name of A's log-probs or logits in its file.")] = None,
+    key_b: Annotated[str | None, typer.Option(help="The name of B's.")] = None,
+    temperature_a: Annotated[float, typer.Option(help="A's logits are divided by it.")] = 1.0,
+    temperature_b: Annotated[float, typer.Option(help="B's logits are divided by it.")] = 1.0,
+    tolerance: Annotated[float, typer.Option(help="What the first differing token of a sequence exceeds.")] = 0.0,
+    top: Annotated[int, typer.Option(help="How many of the largest logits are looked at.")] = 20,
+    as_json: JsonFlag = False,
+    per_token: Annotated[bool, typer.Option("--per-token", help="With --json: the numbers of every token.")] = False,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", help="Write a picture to this file (.png, .svg, .pdf).")
+    ] = None,
+) -> None:
+    """Tell how far a rollout engine's log-probs are from the trainer's, and which known fault explains it.
+
+    A file has logprobs [B, T] of the chosen tokens, or top_logprobs and top_ids
+    [B, T, k], or logits [B, T, V]; and if you like tokens, mask, lengths,
+    cu_seqlens. In .jsonl each line is a sequence. The names that TRL and verl use
+    are known. Exit code 1 where a fault is found.
+    """
+    from fastreward.compare import compare as room
+    from fastreward.compare.report import show
+
+    _check_output("--plot", plot_path, picture=True)
+    if per_token and not as_json:
+        raise typer.BadParameter("--per-token: goes with --json")
+    try:
+        with _progress() as progress:
+            task = progress.add_task("tokens", total=None)
+            result = room(
+                a, b, key_a=key_a, key_b=key_b, temperature_a=temperature_a, temperature_b=temperature_b,
+                tolerance=tolerance, top=top, step=lambda done, all_: progress.update(task, completed=done, total=all_),
+            )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if as_json:
+        _print_json(result.to_dict(per_token))
+    else:
+        show(_console(), result)
+    if plot_path is not None:
+        result.plot(plot_path)
+    if result.faults:
         raise typer.Exit(1)
 
 

@@ -20,7 +20,7 @@ import fastreward as fr
 #: What can be called in fastreward.__all__ and computes nothing.
 NO_OPERATIONS = {
     *("BackendError", "Clip", "DivergenceStats", "EmaBaseline", "Groups", "PolicyLoss", "TokenStats"),
-    *("backend", "balance_partitions", "credit_page"),
+    *("backend", "balance_partitions", "compare", "credit_page"),
 }
 
 #: Dynamo warns about what it does itself with a torch.autograd.Function.

@@ -138,7 +138,14 @@ OPERATIONS = {
 #: Whose gradient exists once, made with the loss.
 HANDED_OVER = [OPERATIONS["logits_policy_loss"], OPERATIONS["linear_policy_loss"]]
 #: Public, and without a floating-point tensor that could be differentiated.
-WITHOUT_TENSORS = {"backend", "balance_partitions", "credit_page", "PrefixTree.from_branches", "PrefixTree.__init__"}
+WITHOUT_TENSORS = {
+    "backend",
+    "balance_partitions",
+    "compare",
+    "credit_page",
+    "PrefixTree.from_branches",
+    "PrefixTree.__init__",
+}
 
 every_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 with_gradient = pytest.mark.parametrize(
