@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastreward as fr
 from fastreward.compare import measure
+from fastreward.compare.pair import Pairs
 
 B, T, V = 3, 7, 11
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]])
@@ -259,3 +260,30 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"a": -torch.ones(2, 3), "b": -torch.ones(2, 3), **change}
     with pytest.raises((TypeError, ValueError), match=message):
         fr.compare(given.pop("a"), given.pop("b"), **given)
+
+
+def test_sample_sizes_of_tokens_and_of_sequences() -> None:
+    difference = torch.tensor([[0.1, 0.2], [-0.3, 0.0], [0.5, 0.5]], dtype=torch.float64)
+    found = fr.compare(torch.full((3, 2), -2.0, dtype=torch.float64), difference - 2.0)
+    for name, logs in (("ess_tokens", difference.reshape(-1)), ("ess_sequences", difference.sum(-1))):
+        w = logs.exp()
+        assert found.totals[name] == pytest.approx(float(w.mean() ** 2 / (w * w).mean()), rel=1e-5)
+    far = fr.compare(torch.full((2, 1), -100.0), torch.tensor([[-200.0], [-1.0]]))
+    assert far.totals["ess_sequences"] == pytest.approx(0.5)
+
+
+def test_temperatures_of_both_sides() -> None:
+    found = fr.compare(A, OTHER, mask=MASK, tokens=TOKENS, temperature_a=0.5, temperature_b=2.0)
+    want = fr.compare(A / 0.5, OTHER / 2.0, mask=MASK, tokens=TOKENS)
+    for name in ("kl_ab", "kl_ba", "tv", "kl_k3", "entropy_a", "entropy_b"):
+        assert found.totals[name] == pytest.approx(want.totals[name], rel=1e-5), name
+
+
+def test_shifted_pairs_stay_in_their_sequence() -> None:
+    pairs = Pairs(torch.arange(6), torch.arange(6) + 10, torch.tensor([0, 0, 0, 2, 2, 3]), 4)
+    late, early = pairs.shifted(1), pairs.shifted(-2)
+    assert (late.a.tolist(), late.b.tolist(), late.sequence.tolist()) == ([1, 2, 4], [10, 11, 13], [0, 0, 2])
+    assert (early.a.tolist(), early.b.tolist()) == ([0], [12])
+    assert len(pairs.shifted(7)) == 0
+    assert pairs.cu_seqlens.tolist() == [0, 3, 3, 5, 6]
+    assert pairs.position.tolist() == [0, 1, 2, 0, 1, 0]
