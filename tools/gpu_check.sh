@@ -83,6 +83,10 @@ if [ "$built" -eq 0 ]; then
     tests trees 170 ${workers[@]+"${workers[@]}"}
   ) &
   (
+    suite=backends/gpu/test_divergence.py
+    tests divergence 170 ${workers[@]+"${workers[@]}"}
+  ) &
+  (
     suite=backends/gpu/test_credit_recipes.py
     tests credit 110
   ) &
@@ -117,15 +121,15 @@ if [ "$built" -eq 0 ]; then
 
   # ---------------------------------------------------------------------------------------------------------- bench
   # By what matters most. The peers are the same whatever our backend is, and take longest: most of them compile.
-  bench=("$python" -m fastreward.cli bench logits_policy_loss logprobs policy_loss linear_policy_loss linear_logprobs
-    preference_loss correction group segments returns rewards whiten value_loss prefix_tree --device cuda --no-memory)
+  bench=("$python" -m fastreward.cli bench logits_policy_loss logprobs divergence policy_loss linear_policy_loss
+    linear_logprobs preference_loss correction group segments returns rewards whiten value_loss prefix_tree --device cuda --no-memory)
   for backend in triton cuda; do
     FASTREWARD_BACKEND=$backend part "bench_$backend" 50 "${bench[@]}" --seconds 0.5 --no-peers \
       --json "$work/bench_$backend.json"
   done
   FASTREWARD_BACKEND=triton part bench_peers 110 "${bench[@]}" --seconds 0.3 --json "$work/bench_peers.json"
 else
-  for name in programs kernels trees cupy racecheck synccheck memcheck trees_racecheck trees_memcheck bench_triton bench_cuda bench_peers; do
+  for name in programs kernels trees divergence cupy racecheck synccheck memcheck trees_racecheck trees_memcheck bench_triton bench_cuda bench_peers; do
     skip "$name" "the build failed"
   done
 fi

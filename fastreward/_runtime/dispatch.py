@@ -63,7 +63,6 @@ _KERNELS: Final = {
 }
 #: Parts of operations that a backend has no kernels of, on whatever machine, and what serves instead.
 _ABSENT: Final = {
-    ("divergence", "triton"): "there are no Triton kernels of it yet; move the logits to the CPU",
     ("divergence", "cuda"): "there are no CUDA C++ kernels of it yet; move the logits to the CPU",
     ("prefix_tree_build", "cuda"): (
         "no CUDA C++ kernel builds or packs trees, Triton's do; build and pack under fastreward.backend('triton'), "

@@ -79,6 +79,17 @@ def kept_ids_at(keep_ids_row, j, k, V):
 
 
 @triton.jit
+def exponents(x, peak, base2, scale2):
+    """(new maxima and bases of the lanes, shift of their sums to these, exponents t2 of a block x), in bits."""
+    new_peak = tl.maximum(peak, tl.max(tl.max(x, axis=2), axis=0))
+    new_base2 = _base2(new_peak, scale2)
+    rest = _residual(new_peak, new_base2, scale2)
+    shift2 = _shift2(peak, base2, _residual(peak, base2, scale2), new_base2, rest)
+    t2 = tl.fma(x, scale2, -new_base2[None, :, None]) - rest[None, :, None]
+    return new_peak, new_base2, shift2, t2
+
+
+@triton.jit
 def lane_step(
     x,  # f32 [STEPS, LANES, VEC], -inf where a column does not exist or is not kept
     real,  # i1, like x: columns that count for the mean
@@ -88,12 +99,8 @@ def lane_step(
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """Folds one block into the lanes."""
-    new_peak = tl.maximum(peak, tl.max(tl.max(x, axis=2), axis=0))
-    new_base2 = _base2(new_peak, scale2)
-    rest = _residual(new_peak, new_base2, scale2)
-    shift2 = _shift2(peak, base2, _residual(peak, base2, scale2), new_base2, rest)
+    new_peak, new_base2, shift2, t2 = exponents(x, peak, base2, scale2)
     decay = tl.exp2(shift2)
-    t2 = tl.fma(x, scale2, -new_base2[None, :, None]) - rest[None, :, None]
     e = tl.exp2(t2)
     if ENTROPY:
         weighted = tl.fma(decay, tl.fma(shift2, total, weighted), over_lane(tl.maximum(t2, FLOOR) * e))
@@ -126,19 +133,26 @@ def _shift2(peak, base2, rest, new_base2, new_rest):
 
 
 @triton.jit
-def merge_lanes(peak, base2, total, weighted, squares, logit_sum, above, scale2):
-    """[LANES] accumulators to f64 scalars relative to the maximum; `weighted` comes back in nats."""
+def to_row(peak, base2, scale2):
+    """(maximum of a row, shift of the lanes' sums to one base in bits [LANES], from that to the maximum, f64)."""
     top = tl.max(peak, axis=0)
     top2 = _base2(top, scale2)
     rest = _residual(top, top2, scale2)
     shift2 = _shift2(peak, base2, _residual(peak, base2, scale2), top2, rest)
+    # From 2^top2 to the maximum: 0 <= back2 < 1.
+    back2 = tl.where(top == NEG_INF, 0.0, (top2.to(tl.float64) - top.to(tl.float64) * scale2) + rest)
+    return top, shift2, back2
+
+
+@triton.jit
+def merge_lanes(peak, base2, total, weighted, squares, logit_sum, above, scale2):
+    """[LANES] accumulators to f64 scalars relative to the maximum; `weighted` comes back in nats."""
+    top, shift2, back2 = to_row(peak, base2, scale2)
     decay = tl.exp2(shift2)
     weighted = decay * (weighted + shift2 * total)
     total64 = tl.sum((decay * total).to(tl.float64), axis=0)
     weighted64 = tl.sum(weighted.to(tl.float64), axis=0)
     squares64 = tl.sum((decay * decay * squares).to(tl.float64), axis=0)
-    # From 2^top2 to the maximum: 0 <= back2 < 1.
-    back2 = tl.where(top == NEG_INF, 0.0, (top2.to(tl.float64) - top.to(tl.float64) * scale2) + rest)
     back = tl.exp(back2 * LN2)
     return (
         top,
@@ -148,6 +162,21 @@ def merge_lanes(peak, base2, total, weighted, squares, logit_sum, above, scale2)
         tl.sum(logit_sum.to(tl.float64), axis=0),
         tl.sum(above, axis=0),
     )
+
+
+@triton.jit
+def first_maximum(
+    row, keep_row, peak, first, top, V,
+    HAS_KEEP: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """The first column that holds the row's maximum; 0 in a row of NaN. first: the block of each lane's maximum."""
+    here = tl.min(tl.where(peak == top, first, V), axis=0) + lane_columns(STEPS, LANES, VEC)
+    real = here < V
+    x = tl.load(row + here, mask=real, other=NEG_INF).to(tl.float32)
+    if HAS_KEEP:
+        x = tl.where(tl.load(keep_row + here, mask=real, other=0) != 0, x, NEG_INF)
+    argmax = tl.min(tl.min(tl.min(tl.where((x == top) & real, here, V), axis=2), axis=0), axis=0)
+    return tl.where(argmax < V, argmax, 0)
 
 
 @triton.jit
@@ -204,28 +233,20 @@ def scan_row(
         count = tl.sum(kept, axis=0)
     argmax = 0
     if ARGMAX:
-        here = tl.min(tl.where(peak == top, first, V), axis=0) + columns
-        real = here < V
-        x = tl.load(row + here, mask=real, other=NEG_INF).to(tl.float32)
-        if HAS_KEEP:
-            x = tl.where(tl.load(keep_row + here, mask=real, other=0) != 0, x, NEG_INF)
-        argmax = tl.min(tl.min(tl.min(tl.where((x == top) & real, here, V), axis=2), axis=0), axis=0)
-        argmax = tl.where(argmax < V, argmax, 0)  # a row of NaN has no maximum
+        argmax = first_maximum(row, keep_row, peak, first, top, V, HAS_KEEP, STEPS, LANES, VEC)
     return top, total64, weighted64, squares64, sum64, rank, count, argmax
 
 
 @triton.jit
-def store_row(
+def store_values(
     values,  # pointer to f32 [8, N]
-    indices,  # pointer to i64 [2, N]
     N,  # i64
     row, ok,  # which row(s), and which of them exist: scalars or [R]
     top, total, weighted, squares, logit_sum, count,  # f64 (count: any), scalars or [R]
     label_x, inv_t,  # f64
-    argmax, rank,
-    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, ARGMAX: tl.constexpr, RANK: tl.constexpr,
+    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """From sums to outputs: the layout of fastreward._runtime.layout.VALUES and INDICES. 48 bytes a row.
+    """From sums to outputs: the layout of fastreward._runtime.layout.VALUES. 32 bytes a row.
 
     a / b is a * exp(-log b): a division in f64 is a subroutine, and around its call ptxas spills.
     """
@@ -250,6 +271,19 @@ def store_row(
         tl.store(values + (5 * N + row), 0.0, mask=ok)
     tl.store(values + (6 * N + row), tl.where(empty, float("nan"), -log_total).to(tl.float32), mask=ok)
     tl.store(values + (7 * N + row), top.to(tl.float32), mask=ok)
+
+
+@triton.jit
+def store_row(
+    values, indices,  # pointers to f32 [8, N], i64 [2, N]
+    N, row, ok, top, total, weighted, squares, logit_sum, count, label_x, inv_t,  # as of store_values
+    argmax, rank,
+    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, ARGMAX: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """`store_values`, and fastreward._runtime.layout.INDICES: 48 bytes a row."""
+    store_values(
+        values, N, row, ok, top, total, weighted, squares, logit_sum, count, label_x, inv_t, ENTROPY, SQUARES, MEAN
+    )
     if ARGMAX:
         tl.store(indices + row, argmax.to(tl.int64), mask=ok)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from fastreward.language.gpu_plan import BY_GROUP, Plan, Time
 from fastreward.language.node import Level, Node, walk
@@ -18,8 +18,9 @@ from .names import names
 class Formulas:
     """A program's nodes as source, by their names and places."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, spelled: Mapping[str, str]) -> None:
         self.program, self.names, self.plan = program, names(program), Plan(program, in_columns=True)
+        self._spelled = spelled
 
     def arguments(self) -> Arguments:
         """Those of a function that is about to be written."""
@@ -109,6 +110,8 @@ class Formulas:
 
     def _formula(self, node: Node, double: bool) -> str:
         args = [self.value(a) for a in _operands(node)]
+        if node.op in self._spelled and not double:
+            return f"{self._spelled[node.op]}({', '.join(args)})"
         if _cancels(node) and not double:
             return f"expm1_minus({args[0]})"
         if node.op in ("minimum", "maximum"):

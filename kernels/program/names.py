@@ -18,6 +18,11 @@ _TAKEN = """
     inv_t_stride row_of_token grad_scale logprobs entropies grad_logits grad_units vocab_units V HAS_INV_T
     LOGITS_UNIT GRAD_UNIT index token statistics store_gradient zero_row inverse_temperature own_logprob own_entropy
     g_logprob g_entropy scale label logits_row grad_row inverse64 top top_logprob
+    teacher_logits teacher_units teacher_inv_t teacher_inv_t_stride student teacher outputs agreement label_gradients
+    at_label x_row y_row x_top x_inverse x_top_logprob y_top y_inverse y_top_logprob x y x_ahead y_ahead columns units
+    blocks block done here exists n OUTPUTS BLOCK P Q P_LOG Q_LOG MOMENTS STATISTICS TEACHER_UNIT HAS_TEACHER_INV_T
+    HAS_LABEL teacher_inverse64 of_p of_q log_p_of_p log_q_of_q far again grad sums terms gradient lane_columns
+    over_lane lane_units quick_exp quick_log log_prob shape_of store_masked_pair NEG_INF
 """
 
 

@@ -22,13 +22,15 @@ from .formulas import Formulas, unique
 from .row_source import RowFunction, row_function
 
 _MODULES = {
+    "divergence.rows": "lane_units log_prob pair_statistics quick_exp quick_log shape_of store_masked_pair",
     "program.logits": "statistics store_gradient zero_row",
     "program.math": " ".join(
         ("divide expm1_minus truth", *(n for n, op in OPS.items() if not (op.symbol or op.triton)))
     ),
     "program.rows": "AFTER BEFORE MAX MIN OTHERS SUM batch_permute column group_reduce group_select largest "
     "merge_chunks smallest store_column",
-    "_shared.softmax": "inverse_temperature",
+    "_shared.device": "lane_columns over_lane",
+    "_shared.softmax": "NEG_INF inverse_temperature",
     "program.tokens": "NOTHING add before count is_last most most_of row_bounds store_partial sum_of tile_columns wide",
 }
 _SIDES = ("_chosen", "_rejected")
@@ -78,8 +80,9 @@ def generate(program: Program) -> Generated:
 class Module:
     """Source of kernels, one launch of the plan after the other."""
 
-    def __init__(self, program: Program) -> None:
-        self.formulas = Formulas(program)
+    def __init__(self, program: Program, spelled: Mapping[str, str] | None = None) -> None:
+        """spelled: by operator, functions per token in the place of its own."""
+        self.formulas = Formulas(program, spelled or {})
         self.names, self.plan = self.formulas.names, self.formulas.plan
         self.program = program
         self.text: list[str] = []

@@ -1,4 +1,4 @@
-"""Compiles loss programs; a program, for test_program_compile.py.
+"""Compiles loss and divergence programs; a program, for test_program_compile.py.
 
 Prints besides how many kernels were compiled for PPO calls of many shapes and parameters.
 """
@@ -10,14 +10,17 @@ import sys
 from typing import Any
 
 import compiled
+import divergence_checks
 import program_checks as checks
 import torch
-from fastreward.kernels import logits_policy_loss, program
+from fastreward.kernels import divergence, logits_policy_loss, program
 from fastreward.kernels.program import module
 from fastreward.kernels.program.source import generate
 
 from fastreward import losses
+from fastreward._arguments.divergence import DivergenceCall
 from fastreward._arguments.tokens import Tokens
+from fastreward.language.divergence_programs import register_programs, registered_programs
 from fastreward.language.node import Level
 
 ALIGNED, PACKED, SHORT, SHORT_ODD = (64, 2048, False), (64, 2048, True), (64, 100, False), (64, 15, False)
@@ -45,11 +48,36 @@ def logits(dtype: torch.dtype, entropy: bool, vocab: int = 151936) -> None:
     logits_policy_loss.rescale(x, torch.ones(()), torch.ones(()))
 
 
+def divergences(name: str, dtypes: tuple[torch.dtype, torch.dtype], *, statistics: bool, vocab: int = 151936) -> None:
+    """Forward, gradient and slices."""
+    call = DivergenceCall(torch.zeros(6, dtype=torch.long), 1.0, 1.0, torch.ones(6, dtype=torch.bool), [])
+    chosen = divergence_checks.DIVERGENCES[name]
+    call = call._replace(parameters=[chosen.scalars[key] for key in sorted(chosen.scalars)])
+    programs = registered_programs(register_programs(chosen))
+    sides = [torch.zeros(6, vocab, dtype=dtype) for dtype in dtypes]
+    _, student, teacher, _ = divergence.forward(programs, *sides, call, 1, statistics)
+    inputs, at_label = dict.fromkeys(("upstream", "total", "a", "b"), torch.zeros(6)), torch.zeros(6)
+    program = programs.statistics if statistics else programs.student
+    known = (call, student, teacher)
+    divergence.backward(
+        program, programs.parameters, *sides, *known, inputs, at_label if statistics else None, sides[0]
+    )
+    divergence.sums(programs, *sides, call, 1, student, teacher)
+
+
 def cases(everything: bool) -> dict[str, Any]:
     found = {name: lambda name=name: loss(name, *ALIGNED) for name in ("ppo", "gspo", "sapo", "real", "dpo")}
     found["logits, f32"] = lambda: logits(torch.float32, False)
     found["logits, bf16"] = lambda: logits(torch.bfloat16, True)
+    half, single = (torch.bfloat16,) * 2, (torch.float32,) * 2
+    found["divergence, bf16"] = lambda: divergences("reverse_kl", half, statistics=False)
+    found["divergence, f32, two reads"] = lambda: divergences("jsd", single, statistics=True)
     if everything:
+        found["divergence, bf16, all outputs"] = lambda: divergences("reverse_kl", half, statistics=True)
+        found["divergence, f32"] = lambda: divergences("forward_kl", single, statistics=False)
+        found["divergence, bf16, two reads"] = lambda: divergences("jsd", half, statistics=False)
+        found["divergence, mixed"] = lambda: divergences("jeffreys", (half[0], single[0]), statistics=True)
+        found["divergence, odd"] = lambda: divergences("reverse_kl", half, statistics=False, vocab=50257)
         for name, layout in {"packed": PACKED, "short": SHORT, "short and odd": SHORT_ODD}.items():
             found[f"ppo, {name}"] = lambda layout=layout: loss("ppo", *layout)
             found[f"backward, {name}"] = lambda layout=layout: backward(*layout)

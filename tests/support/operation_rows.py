@@ -287,10 +287,6 @@ ROWS = [
 ]  # fmt: skip
 
 
-#: Those that have kernels for a GPU.
-GPU_ROWS = [row for row in ROWS if row.operation != "token_divergence"]
-
-
 # ---------------------------------------------------------------------------------------------- results and gradients
 def tensors_of(result: Any) -> list[Tensor]:
     """All tensors of a result, in order."""

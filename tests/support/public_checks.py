@@ -5,6 +5,7 @@ For the interpreted Triton kernels and for real GPUs; the raw kernels have their
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -46,6 +47,13 @@ def total(outputs: dict[str, Tensor]) -> Tensor:
     return torch.stack(parts).sum()
 
 
+#: f(log p, log q) of what one read gives, and of what takes two.
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "reverse-kl": lambda log_p, log_q: log_p.exp() * (log_p - log_q),
+    "hellinger": lambda log_p, log_q: ((log_p / 2).exp() - (log_q / 2).exp()) ** 2 / 2,
+}
+
+
 # ------------------------------------------------------------------------------------------------- log-probs
 def check_token_logprobs(device: str, vocab: int = 301, inplace: bool = False) -> None:
     logits, labels = noise(2, 5, vocab) * 3, labels_for(vocab, 2, 5)
@@ -71,6 +79,40 @@ def check_token_logprobs(device: str, vocab: int = 301, inplace: bool = False) -
     assert torch.equal(stats.rank.cpu(), want["rank"])
     (grad,) = torch.autograd.grad(total({n: getattr(stats, n) for n in DIFFERENTIABLE}), leaf)
     close(grad, want_grad, "gradient of logits")
+
+
+def check_divergence(device: str, name: str, inplace: bool = False, vocab: int = 301) -> None:
+    """Of logits that are slices of a longer batch; every output, and gradients for both sides."""
+    formula = DIVERGENCES[name]
+    logits, teacher = noise(2, 6, vocab) * 3, noise(2, 6, vocab, seed=1) * 3
+    labels, mask = labels_for(vocab, 2, 5), torch.arange(10).view(2, 5) % 4 != 1
+    temperature, of_teacher = torch.linspace(0.5, 2.0, 10).view(2, 5), 1.3
+    exact = [x.double().requires_grad_() for x in (logits, teacher)]
+    log_p = (exact[0][:, :-1] / temperature.unsqueeze(-1)).log_softmax(-1)
+    log_q = (exact[1][:, 1:] / of_teacher).log_softmax(-1)
+    want = {
+        "divergence": formula(log_p, log_q).sum(-1),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "logprobs": log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1),
+    }
+    want = {key: torch.where(mask, x, 0.0) for key, x in want.items()}
+    want_grads = torch.autograd.grad(total(want), exact)
+    leaves = [x.to(device).requires_grad_() for x in (logits, teacher)]
+    stats = fr.token_divergence(
+        (leaves[0] * 1 if inplace else leaves[0])[:, :-1], leaves[1][:, 1:], divergence=name, mask=mask.to(device),
+        temperature=temperature.to(device), teacher_temperature=of_teacher, labels=labels.to(device),
+        outputs=("entropy", "teacher_entropy", "logprobs", "top1_agreement"), inplace_backward=inplace,
+    )  # fmt: skip
+    for key, x in want.items():
+        close(getattr(stats, key), x, key)
+    assert stats.teacher_entropy is not None
+    assert stats.top1_agreement is not None
+    close(stats.teacher_entropy, torch.where(mask, -(log_q.exp() * log_q).sum(-1), 0.0), "teacher_entropy")
+    same = (log_p.argmax(-1) == log_q.argmax(-1)) & mask
+    assert torch.equal(stats.top1_agreement.cpu(), same.float())
+    grads = torch.autograd.grad(total({key: getattr(stats, key) for key in want}), leaves)
+    for side, got, exactly in zip(("logits", "teacher_logits"), grads, want_grads, strict=True):
+        close(got, exactly, f"gradient of {side}")
 
 
 def check_linear(device: str, dtype: torch.dtype, vocab: int = 301, width: int = 32, **options: Any) -> None:

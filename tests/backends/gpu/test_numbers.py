@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from operation_rows import GPU_ROWS, Row, as_tensors, evaluated, name_of
+from operation_rows import ROWS, Row, as_tensors, evaluated, name_of
 from torch import Tensor
 
 import fastreward as fr
@@ -26,11 +26,13 @@ def on_gpu(x: Any) -> Any:
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize("row", [row for row in GPU_ROWS if row.numbers], ids=name_of)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.numbers], ids=name_of)
 def test_numbers_on_the_device(row: Row, backend: Any) -> None:
     reason = fastreward.cuda.missing() if backend == "cuda" else None
     if reason is not None:
         pytest.skip(f"cuda: {reason}")
+    if backend == "cuda" and row.operation == "token_divergence":
+        pytest.skip("there are no CUDA C++ kernels of it yet")
     arguments = row.make(4, 5)
     if row.operation.startswith("linear"):
         arguments.pop("mask", None)  # counting its tokens is a synchronisation, as documented

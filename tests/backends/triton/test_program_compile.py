@@ -56,6 +56,16 @@ def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(kernels: list[dict
             assert kernel["wide_stores"] >= 4, kernel
 
 
+def test_divergences_stream_in_16_byte_loads_without_barriers(kernels: list[dict[str, Any]]) -> None:
+    own = [kernel for kernel in kernels if kernel["case"].startswith("divergence, ") and "odd" not in kernel["case"]]
+    assert {"divergence_forward", "divergence_gradient", "divergence_sums"} == {kernel["kernel"] for kernel in own}
+    for kernel in own:
+        assert kernel["wide_loads_in_loops"] >= 2, kernel
+        assert kernel["barriers_in_loops"] == 0, kernel
+        if kernel["case"] == "divergence, bf16" and kernel["kernel"] == "divergence_forward":
+            assert kernel["registers"] <= 80, kernel
+
+
 def test_parameters_and_shapes_compile_nothing_anew(lines: list[dict[str, Any]]) -> None:
     """One kernel for all long rows of a multiple of four tokens; four for padded rows at most, two for packed ones."""
     (counts,) = [line for line in lines if line["case"] == "variants"]

@@ -10,7 +10,7 @@ import public_loss_checks
 import pytest
 import tie_checks
 import torch
-from operation_rows import GPU_ROWS, Row, as_tensors, copies, evaluated, name_of
+from operation_rows import ROWS, Row, as_tensors, copies, evaluated, name_of
 
 import fastreward as fr
 from fastreward import losses
@@ -27,6 +27,11 @@ def _backend() -> Iterator[None]:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_token_logprobs(inplace: bool) -> None:
     public_checks.check_token_logprobs("cpu", inplace=inplace)
+
+
+@pytest.mark.parametrize(("name", "inplace"), [("reverse-kl", True), ("hellinger", False)])
+def test_token_divergence(name: str, inplace: bool) -> None:
+    public_checks.check_divergence("cpu", name, inplace)
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "logit_scale": 0.7, "bias": True}], ids=["plain", "all"])
@@ -54,7 +59,7 @@ def test_segments() -> None:
     public_checks.check_segments("cpu")
 
 
-@pytest.mark.parametrize("row", [row for row in GPU_ROWS if row.numbers], ids=name_of)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.numbers], ids=name_of)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_numbers_that_only_a_kernel_may_read(row: Row) -> None:
     """In a compiled function 0-d tensors stay where they are, as tensors on a GPU do."""
