@@ -6,6 +6,7 @@ what they hold, so that modules which imported a function from elsewhere are ser
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -222,6 +223,20 @@ def _namespaces(module: ModuleType, *, registries: bool) -> Iterator[tuple[str, 
     yield "", names
     if registries:
         yield from [(n, x) for n, x in names.items() if isinstance(x, dict) and not n.startswith("__")]
+
+
+def is_own(function: Any, package: str) -> bool:
+    """Whether all of a function's code is the package's: nothing is wrapped around it but what torch decorates with.
+
+    What wraps a function may take its name, module and signature, and its source is told for that of the wrapper.
+    """
+    folders = tuple(f"{folder}{os.sep}" for name in (package, "torch") for folder in sys.modules[name].__path__)
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is not None and not code.co_filename.startswith(folders):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 _applied: dict[str, Patch] = {}

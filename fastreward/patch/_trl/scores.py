@@ -8,6 +8,7 @@ TRL's own code, so its conventions cannot drift.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -49,6 +50,12 @@ class Head:
         self.uncounted: Callable[..., tuple[Tensor | None, ...]] = self._apply_pair if pair else self._apply
         target = f"trl.trainer.utils.{KERNEL}"
         self.apply = report.counted(target, self.uncounted, lambda hidden, *_, **__: hidden.shape[0])
+
+    def __getattr__(self, name: str) -> Any:
+        """What else TRL's has, its `forward` for one."""
+        if name.startswith("__") or name == "stock":
+            raise AttributeError(name)
+        return getattr(self.stock, name)
 
     def _apply_pair(self, *arguments: Any) -> tuple[Tensor | None, ...]:
         """(logprobs, entropy), f32 [N]."""
@@ -139,10 +146,10 @@ class Logits:
         self.stock: dict[str, Callable[..., Any]] = {name: getattr(utils, name) for name in FUNCTIONS}
         self._has_kernel: Callable[..., bool] = utils._supports_trl_loss_kernel
         self.exact = exact
-        # One bound method each, made once: undo() finds them by identity.
-        for name in FUNCTIONS:
+        # One function each, made once, as undo() finds them by identity; under TRL's name, by which it is pickled.
+        for name, stock in self.stock.items():
             served = report.counted(f"trl.trainer.utils.{name}", getattr(self, f"_{name}"), _rows)
-            setattr(self, name, served)
+            setattr(self, name, functools.wraps(stock)(served))
 
     def _selective_log_softmax(
         self, logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None

@@ -7,6 +7,7 @@ sides talk to other processes in another order.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class TrainerLoss:
     def bound(self) -> Callable[..., Tensor]:
         """The function to put into the trainer's class."""
 
+        @functools.wraps(self.stock)
         def _compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
             if self.declined(trainer, inputs) is not None:
                 self.left()

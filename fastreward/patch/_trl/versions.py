@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
 
-from fastreward.patch.bindings import PatchRefused
+from fastreward.patch.bindings import PatchRefused, is_own
 
 KERNEL: Final = "_ChunkedLogProbFunction"
 COMPACT: Final = "_use_triton"
@@ -101,10 +101,17 @@ def check_bindings(utils: ModuleType, seams: Seams) -> None:
                 f"fastreward.patch.trl: trl.trainer.utils.{name} takes {found}, expected {parameters}; "
                 "nothing was changed"
             )
+        if not is_own(function, "trl"):
+            raise PatchRefused(
+                f"fastreward.patch.trl: trl.trainer.utils.{name} is not TRL's own any more ({function!r}); "
+                "nothing was changed"
+            )
 
 
 def digest(function: Callable[..., Any]) -> str:
-    """Of a function's source text; "" where there is none."""
+    """Of the source text of a function of TRL's; "" where there is none, or someone has wrapped it."""
+    if not is_own(function, "trl"):
+        return ""
     try:
         return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
     except (OSError, TypeError):

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from fastreward.patch.bindings import is_own
+
 PACKAGE: Final = "openrlhf"
 
 
@@ -40,6 +42,8 @@ def check_own(value: Any, module: str, name: str) -> None:
     code = getattr(function, "__code__", None)
     if getattr(function, "__module__", None) != module or getattr(function, "__qualname__", None) != name or not code:
         raise Unrecognised(f"it is not OpenRLHF's own any more but {value!r}")
+    if not is_own(value, PACKAGE):
+        raise Unrecognised(f"someone has wrapped {value!r} around it")
 
 
 def _file(root: Path, module: str) -> Path:

@@ -98,6 +98,8 @@ class _StandIn:
         self._stock, self.apply = stock, apply
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_stock":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._stock, name)
 
 

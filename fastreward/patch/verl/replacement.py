@@ -12,7 +12,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from fastreward._runtime.errors import BackendError
-from fastreward.patch.bindings import Report
+from fastreward.patch.bindings import Report, is_own
 from fastreward.patch.usage import handed_on, is_handed_on
 
 CORE: Final = "verl.trainer.ppo.core_algos"
@@ -70,6 +70,8 @@ class Replacement:
             raise Unrecognised(f"its parameters are not known: {problem}") from problem
         if found != self.parameters:
             raise Unrecognised(f"it takes {', '.join(found)}; expected {', '.join(self.parameters)}")
+        if not is_own(stock, "verl"):
+            raise Unrecognised(f"someone has wrapped {stock!r} around it")
         return stock
 
     def bound(self, stock: Any, report: Report) -> Any:
@@ -78,8 +80,9 @@ class Replacement:
         The name is what Ray pickles: a worker looks it up in its own process, and calls what is bound there.
         """
         ours = self.ours
-        if not self.counted:
-            return functools.wraps(stock)(functools.partial(ours, stock))
+
+        def choosing(*args: Any, **kwargs: Any) -> Any:
+            return ours(stock, *args, **kwargs)
 
         def served(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -94,7 +97,8 @@ class Replacement:
                 report.refused(self.target, error)
             return result
 
-        return functools.wraps(stock)(report.counted(self.target, served, self.tokens))
+        bound = report.counted(self.target, served, self.tokens) if self.counted else choosing
+        return functools.wraps(stock)(bound)
 
 
 @dataclass(frozen=True, slots=True)
