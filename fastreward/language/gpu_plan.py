@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from fastreward.language.node import Level, Node, walk
+from fastreward.language.node import Level, Node
 from fastreward.language.ops import GROUP_REDUCTIONS, LEAVES, OPS, REDUCTIONS, SEQ_REDUCTIONS
 from fastreward.language.program import Program, TokenStep
 
@@ -80,7 +80,7 @@ class Plan:
         self.totals: dict[int, int] = {}
         self.stores: dict[Time, list[Node]] = {}
         self.permutation: int | None = None
-        self.known = list(walk((*program.outputs, *program.batch)))
+        self.known = program.nodes
         self._place()
 
     @property

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fastreward.language.formula import expression
-from fastreward.language.node import Level, Node, walk
+from fastreward.language.node import Level, Node
 from fastreward.language.ops import REDUCTIONS, SCANS
 from fastreward.language.program import Program
 
@@ -22,7 +22,7 @@ def names(program: Program, taken: Iterable[str], endings: Sequence[str] = ()) -
     used = set(taken)
     found: dict[int, str] = {}
     numbered = 0
-    for node in walk([*program.outputs, *program.batch, *program.scalars, *program.inputs]):
+    for node in program.nodes:
         name = _identifier(_name(node, found, program.sides))
         if not name or len(name) > _LONGEST:
             numbered += 1

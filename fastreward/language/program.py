@@ -100,6 +100,12 @@ class Program:
         return (*self.inputs, *(node for node, _ in self.kept))
 
     @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes, arguments first, and what is read of them."""
+        kept = (n for pair in self.kept for n in pair)
+        return tuple(walk([*self.outputs, *self.batch, *self.scalars, *self.inputs, *kept]))
+
+    @cached_property
     def groups(self) -> bool:
         """Whether the call has to say which sequences belong together."""
         return any(n.op in GROUP_REDUCTIONS for n in self.sequences)

@@ -16,6 +16,7 @@ Over log-probs, for `policy_loss`, `logits_policy_loss` and `linear_policy_loss`
     sdpo, sdpo_topk               distillation from a teacher, on the sampled token or over k ids
     verifree, jepo, laser         reference answers; a bound on their likelihood; the model rates itself
     gspo, gspo_token, gmpo        one ratio for each sequence
+    fipo, segment_ppo             a weight from what follows; one ratio for each segment (turn, step)
     real, pacs, brain, gdro       the rewards of a group as labels, probabilities or ranks
 Over pairs, for `preference_loss`:
     dpo                           with its variants: hinge, IPO, EXO, NCA, APO, AOT, robust, f-divergences, ...
@@ -46,6 +47,7 @@ from fastreward.language.messages import FUNCTIONS as _FUNCTIONS
 from fastreward.language.node import Node
 from fastreward.language.objective import kl
 from fastreward.language.terms import PairTerms, Terms
+from fastreward.losses.along import fipo, segment_ppo
 from fastreward.losses.preference import (
     cdpo,
     cream,
@@ -109,6 +111,7 @@ __all__ = [
     "dppo_kl",
     "dppo_tv",
     "dro",
+    "fipo",
     "gdro",
     "gmpo",
     "gpg",
@@ -133,6 +136,7 @@ __all__ = [
     "sapo",
     "sdpo",
     "sdpo_topk",
+    "segment_ppo",
     "sft",
     "simpo",
     "sppo",

@@ -52,6 +52,9 @@ RULES: Final[dict[str, Rule]] = {
     "center": _one_of("leave-one-out", "std", "none"),
     "sft_coef": _NOT_NEGATIVE,
     "gamma": _POSITIVE,
+    "weight_low": _NOT_NEGATIVE,
+    "weight_high": _NOT_NEGATIVE,
+    "safety": _OPTIONAL,
 }
 #: Of preference losses.
 PAIR_RULES: Final[dict[str, Rule]] = {

@@ -21,8 +21,8 @@ from fastreward.recipes._shared.factory import policy_recipe, reward_recipe
 from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_extra, counted, per_token
 
 __all__ = [
-    "bnpo_loss", "clip_cov", "dapo", "dr_grpo_loss", "dual_clip_ppo", "grpo_loss", "intellect_2", "kl_cov",
-    "lite_ppo_loss", "nsr", "ppo", "psr", "sapo", "stable_reinforce", "tw_grpo", "visurf", "w_reinforce",
+    "bnpo_loss", "clip_cov", "dapo", "dr_grpo_loss", "dual_clip_ppo", "fipo", "grpo_loss", "intellect_2", "kl_cov",
+    "lite_ppo_loss", "nsr", "ppo", "psr", "sapo", "segment_ppo", "stable_reinforce", "tw_grpo", "visurf", "w_reinforce",
 ]  # fmt: skip
 
 _VANILLA = "verl core_algos.py `compute_policy_loss_vanilla`"
@@ -349,3 +349,58 @@ def sapo(*, tau_pos: float = 1.0, tau_neg: float = 1.05, **options: Unpack[LossO
     A soft gate in the place of the clip. Advantages: GRPO's, `group_advantages(rewards, ...)`.
     """
     return losses.sapo(tau_pos, tau_neg)
+
+
+# ------------------------------------------------------------------------------------------------- along the sequence
+@policy_recipe(
+    "FIPO (future-KL influenced policy optimization)",
+    "arXiv 2603.19835",
+    code="ms-swift grpo_trainer.py `_compute_fipo_influence`",
+)
+def fipo(
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    gamma: float = 2 ** (-1 / 32),
+    weight_low: float = 1.0,
+    weight_high: float = 1.2,
+    safety: float | None = 4.0,
+    delta: float | None = None,
+    **options: Unpack[LossOptions],
+) -> Loss:
+    """sg(w) times PPO's loss, w_t = clip(exp(f_t), weight_low, weight_high), f_t = sum over s >= t of gamma^(s-t) d_s.
+
+    d = lp - old_lp: a token weighs more where what follows it has become likelier. safety: where A < 0 and r > safety,
+    w is in [0.8, 1]; None: off. delta bounds r, and tokens above it do not count in f. Advantages: GRPO's.
+    """
+    return losses.fipo(clip_low, clip_high, gamma, weight_low, weight_high, safety, delta)
+
+
+@recipe(
+    "Segment-level importance weights (a ratio per turn or step)",
+    "arXiv 2506.06122",
+    reconstructed="ROLL base_config.py names the options; the loss itself was not read",
+    build=losses.segment_ppo,
+)
+def segment_ppo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segment_ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    average: bool = True,
+    log_ratio_max: float | None = 20.0,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)), s = exp(mean of d over the token's segment).
+
+    segment_ids: in the shape of logprobs, of which equal neighbours are a segment, as from `fastreward.segment_ids`; -1
+    is none, and nothing is learnt there. average=False: s is the product of the ratios. Advantages: per turn, or any.
+    """
+    add_extra(options, segment_ids=segment_ids)
+    loss = losses.segment_ppo(clip_low, clip_high, average=average, log_ratio_max=log_ratio_max)
+    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)

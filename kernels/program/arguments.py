@@ -31,7 +31,7 @@ _INPUTS: Final = {Level.TOKEN: "f32, as the tokens", Level.SEQUENCE: "f32 [B]", 
 
 @dataclass(frozen=True)
 class Argument:
-    """Kind of a kernel's argument, and which of its kind: an index of program.inputs, .scalars or .outputs."""
+    """Kind of a kernel's argument, and which of its kind: an index of program.all_inputs, .scalars or .outputs."""
 
     name: str
     kind: str
@@ -49,7 +49,7 @@ class Arguments:
 
     def __init__(self, program: Program, names: Mapping[int, str]) -> None:
         self._names = names
-        self._inputs = {n.id: i for i, n in enumerate(program.inputs)}
+        self._inputs = {n.id: i for i, n in enumerate(program.all_inputs)}
         self._scalars = {n.id: i for i, n in enumerate(program.scalars)}
         self._known: dict[str, Argument] = {}
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 
 from fastreward.language.gpu_plan import BY_GROUP, Plan, Time
 from fastreward.language.node import Level, Node, walk
-from fastreward.language.ops import ATOM, LEAVES
+from fastreward.language.ops import ATOM, BACKWARDS, LEAVES, SCANS
 from fastreward.language.program import Program, TokenStep
 from fastreward.language.render import operator
 
-from .arguments import Arguments
+from .arguments import Arguments, wrapped
 from .names import names
 
 
@@ -96,17 +96,42 @@ class Formulas:
     def token_function(self, name: str, roots: Iterable[Node], given: Iterable[Node]) -> tuple[list[str], list[Node]]:
         """A function from values of one token, in f32, to `roots`; its source and the nodes that are its parameters.
 
-        given: nodes that are not computed in it besides TOKEN inputs: SEQUENCE, BATCH and SCALAR ones.
+        given: nodes that are not computed in it besides TOKEN inputs: SEQUENCE, BATCH and SCALAR ones. With scans it
+        is one of tiles, which takes and gives more: see `coefficients` and `carries`.
         """
         wanted = unique(roots)
         known = {n.id for n in given}
         nodes = _walk(wanted, known)
         parameters = [n for n in nodes if n.op != "constant" and (n.op == "input" or n.id in known)]
-        lines = ["@triton.jit", f"def {name}({', '.join(self.names[n.id] for n in parameters)}):"]
+        scans = [n for n in nodes if n.op in SCANS]
+        more = [*map(self._wide, coefficients(scans)), *(["valid", *self.carries(scans)] if scans else [])]
+        signature = ", ".join([*(self.names[n.id] for n in parameters), *more])
+        lines = ["@triton.jit", *wrapped(f"def {name}(", signature.split(", "), "):")]
         lines.append('    """Of one token, or of as many as the arguments hold, in f32."""')
+        lines += [f"    {self._wide(c)} = tl.full([], {self.names[c.id]}, tl.float64)" for c in _numbers(scans)]
         lines += [f"    {self.scalar(n, 'tl.float32')}" for n in parameters if n.level == Level.SCALAR]
-        lines += [f"    {self.line(n, double=False)}" for n in nodes if n.level == Level.TOKEN and n.op != "input"]
-        return [*lines, f"    return {', '.join(self.value(n) for n in wanted)}"], parameters
+        lines += [f"    {self._token_line(n)}" for n in nodes if n.level == Level.TOKEN and n.op != "input"]
+        return [*lines, f"    return {', '.join([*map(self.value, wanted), *self.carries(scans)])}"], parameters
+
+    def carries(self, scans: Iterable[Node]) -> list[str]:
+        """What scans hand on from tile to tile: parameters and results of a function of tokens."""
+        return [f"{self.names[n.id]}_carry" for n in scans]
+
+    def _token_line(self, node: Node) -> str:
+        if node.op not in SCANS:
+            return self.line(node, double=False)
+        x, *by = node.args
+        call = node.op.removesuffix("_reverse")
+        given = [self.value(x), *(self._wide(c) if c.level < Level.TOKEN else self.value(c) for c in by)]
+        (carry,) = self.carries([node])
+        operands = ", ".join([*given, "valid", carry, str(node.op in BACKWARDS)])
+        return f"{self.names[node.id]}, {carry} = {call}({operands})"
+
+    def _wide(self, node: Node) -> str:
+        """A coefficient that is not per token, in f64."""
+        if node.op == "constant" and node.value is not None:
+            return _double(_literal(node.value))
+        return f"{self.names[node.id]}_wide"
 
     def _formula(self, node: Node, double: bool) -> str:
         args = [self.value(a) for a in _operands(node)]
@@ -131,6 +156,18 @@ class Formulas:
         if node.args[1].op == "constant":
             return f"tl.where({y} {sign} {x}, {y}, {x})"
         return f"tl.where({x} {sign} {y}, {x}, {y})" if node.args[0].op == "constant" else f"{node.op}({x}, {y})"
+
+
+def coefficients(scans: Iterable[Node]) -> list[Node]:
+    """Those of scans that a function of tokens takes in f64 besides: once per sequence, or for the batch."""
+    by = (n.args[1] for n in scans if len(n.args) > 1)
+    return unique(c for c in by if c.level in (Level.SEQUENCE, Level.BATCH))
+
+
+def _numbers(scans: Iterable[Node]) -> list[Node]:
+    """Those that are run-time numbers."""
+    by = (n.args[1] for n in scans if len(n.args) > 1)
+    return unique(c for c in by if c.level == Level.SCALAR and c.op != "constant")
 
 
 def unique(nodes: Iterable[Node]) -> list[Node]:

@@ -17,7 +17,7 @@ _TAKEN = """
     TILE row row_ok start tokens extent offsets t0 t at inside valid b logits logits_units labels inv_t
     inv_t_stride row_of_token grad_scale logprobs entropies grad_logits grad_units vocab_units V HAS_INV_T
     LOGITS_UNIT GRAD_UNIT index token statistics store_gradient zero_row inverse_temperature own_logprob own_entropy
-    g_logprob g_entropy scale label logits_row grad_row inverse64 top top_logprob
+    scan shift back tiles False g_logprob g_entropy scale label logits_row grad_row inverse64 top top_logprob
     teacher_logits teacher_units teacher_inv_t teacher_inv_t_stride student teacher outputs agreement label_gradients
     at_label x_row y_row x_top x_inverse x_top_logprob y_top y_inverse y_top_logprob x y x_ahead y_ahead columns units
     blocks block done here exists n OUTPUTS BLOCK P Q P_LOG Q_LOG MOMENTS STATISTICS TEACHER_UNIT HAS_TEACHER_INV_T
@@ -26,6 +26,10 @@ _TAKEN = """
 """
 
 
+#: What is put behind a value's name: its tensor, its running sums, what its scan carries, itself in f64.
+ENDINGS = ("_ptr", "_lanes", "_carry", "_wide")
+
+
 def names(program: Program) -> dict[int, str]:
-    """A name for every node of the program, each a Python identifier of its own, as are name_ptr and name_lanes."""
-    return shared.names(program, (*words("triton"), *_TAKEN.split(), *keyword.kwlist), ("_ptr", "_lanes"))
+    """A name for every node of the program, each a Python identifier of its own, as are those with an ending."""
+    return shared.names(program, (*words("triton"), *_TAKEN.split(), *keyword.kwlist), ENDINGS)

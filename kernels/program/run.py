@@ -10,6 +10,8 @@ Sums over a sequence's tokens do, in their last bits: their order follows the ti
 that in another batch their f32 value differs about once in 1e8; what is then compared with a bound, such as GSPO's
 ratio, may end up on its other side. csrc/cpu and csrc/cuda cut a row into pieces of one size: no such exception there.
 
+A pass with scans gives each row, or eight short ones, to one program, which goes along it tile by tile (scans.py).
+
 Bytes a token: each pass 4 for each tensor that it reads, 1 for the mask, and 4 for each that it writes; scale 8,
 broadcast_to_tokens 5. A mask of another type than bool, uint8 or int8 is converted first (mask_bytes).
 """
@@ -60,9 +62,10 @@ def tiling(rows: int, tokens: int, longest: int) -> tuple[int, int]:
     return 1, max(1, min(triton.cdiv(FILL, rows), triton.cdiv(longest, 1024), MOST_CHUNKS))
 
 
-def tile(together: int, vec: int) -> dict[str, Any]:
-    """The tile of `together` rows."""
+def tile(together: int, vec: int, scans: bool = False) -> dict[str, Any]:
+    """The tile of `together` rows; half of it where scans hold f64 pairs."""
     steps = {(1, 4): 2, (1, 1): 4, (8, 4): 1, (8, 1): 2}[together, vec]
+    steps = max(1, steps // 2) if scans else steps
     shape: dict[str, Any] = {"ROWS": together, "STEPS": steps, "LANES": 32 * WARPS // together, "VEC": vec}
     registers = {"maxnreg": REGISTERS} if together > 1 else {}
     return {**shape, **registers, "num_warps": WARPS}
@@ -148,7 +151,7 @@ def run(
     generated = prepared(program)
     call = Call(program, inputs, sides, scalars, groups)
     call.launch(load("program", generated.source), generated, len(generated.launches))
-    return call.outputs, call.batch
+    return call.outputs[: len(program.outputs)], call.batch
 
 
 class Call:
@@ -163,11 +166,13 @@ class Call:
         groups: Tensor | None,
         like: Tensor | None = None,
     ) -> None:
-        self.inputs, self.scalars = inputs, scalars
+        self.scalars = scalars
         self.sides = [_with_mask_bytes(side) for side in sides]
         self.rows = sides[0].rows
         self.like = _any_tensor(inputs, sides) if like is None else like
-        self.outputs = [self._empty(sides[n.side].shape if n.level == 3 else (self.rows,)) for n in program.outputs]
+        kept = [self._empty(sides[n.side].shape) for n, _ in program.kept]
+        own = [self._empty(sides[n.side].shape if n.level == 3 else (self.rows,)) for n in program.outputs]
+        self.inputs, self.outputs = [*inputs, *kept], [*own, *kept]
         self.batch = self._empty((len(program.batch),))
         self.named: dict[str, Tensor | None] = {"batch": self.batch, "groups": groups}
         if program.groups:
@@ -209,7 +214,7 @@ class Call:
                 *given, self.rows, BLOCK_ROWS=BLOCK_ROWS, num_warps=WARPS, maxnreg=CROSS_SEQUENCE_REGISTERS, **OPTIONS
             )
             return
-        sizes, flavour, programs = geometry(tokens)
+        sizes, flavour, programs = geometry(tokens, launch.scans)
         if launch.cross_sequence:
             flavour["maxnreg"] = CROSS_SEQUENCE_REGISTERS
         kernel[(programs,)](
@@ -218,7 +223,7 @@ class Call:
 
     def _partials(self, launch: Launch) -> int:
         """Partial results of rows that several programs share."""
-        if launch.side is None:
+        if launch.side is None or launch.scans:
             return 0
         chunks = tiling(*extent(self.sides[launch.side]))[1]
         return launch.reductions * self.rows * chunks if chunks > 1 else 0
@@ -261,14 +266,15 @@ def broadcast_to_tokens(
     return out
 
 
-def geometry(tokens: Tokens) -> tuple[tuple[int, int, int, int], dict[str, Any], int]:
-    """((N, row_units, B, chunks), the compile-time part, programs) of a pass over tokens."""
+def geometry(tokens: Tokens, scans: bool = False) -> tuple[tuple[int, int, int, int], dict[str, Any], int]:
+    """((N, row_units, B, chunks), the compile-time part, programs) of a pass over tokens; scans take whole rows."""
     rows, count, longest = extent(tokens)
     together, chunks = tiling(rows, count, longest)
+    chunks = 1 if scans else chunks
     packed = tokens.cu_seqlens is not None
     vec = 4 if not packed and longest % 4 == 0 else 1
     programs = max(triton.cdiv(rows, together) * chunks, 1)
-    return (count, longest // vec, rows, chunks), {"PACKED": packed, **tile(together, vec)}, programs
+    return (count, longest // vec, rows, chunks), {"PACKED": packed, **tile(together, vec, scans)}, programs
 
 
 def extent(tokens: Tokens) -> tuple[int, int, int]:

@@ -11,14 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastreward._runtime.errors import BackendError
 from fastreward.language.gpu_plan import CROSS_SEQUENCE, OVER_BATCH, in_order, kind_of
 from fastreward.language.node import Level, walk
 from fastreward.language.ops import OPS
 from fastreward.language.program import Program, TokenStep
 
 from .arguments import Argument, Arguments, wrapped
-from .formulas import Formulas, unique
+from .formulas import Formulas, coefficients, unique
 from .row_source import RowFunction, row_function
 
 _MODULES = {
@@ -29,6 +28,7 @@ _MODULES = {
     ),
     "program.rows": "AFTER BEFORE MAX MIN OTHERS SUM batch_permute column group_reduce group_select largest "
     "merge_chunks smallest store_column",
+    "program.scans": "scan shift",
     "_shared.device": "lane_columns over_lane",
     "_shared.softmax": "NEG_INF inverse_temperature",
     "program.tokens": "NOTHING add before count is_last most most_of row_bounds store_partial sum_of tile_columns wide",
@@ -42,7 +42,8 @@ _CONSTANTS = ("PACKED", "HAS_MASK", "ROWS", "STEPS", "LANES", "VEC", "BLOCK_ROWS
 class Launch:
     """A kernel. side: of whose tokens, None for work per sequence alone. reductions: columns that it fills.
 
-    cross_sequence: whether its work per sequence includes reductions over groups or ranks.
+    cross_sequence: whether its work per sequence includes reductions over groups or ranks. scans: whether a program
+    goes along whole rows.
     """
 
     kernel: str
@@ -50,6 +51,7 @@ class Launch:
     arguments: tuple[Argument, ...]
     reductions: int = 0
     cross_sequence: bool = False
+    scans: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,6 @@ def source(program: Program) -> str:
 
 def generate(program: Program) -> Generated:
     """The module that runs `program`, and how it is launched."""
-    if program.scans:
-        raise BackendError("triton: losses with scans have no Triton kernel yet; move the tensors to the CPU")
     module = Module(program)
     for k in range(len(module.plan.launches)):
         module.add_launch(k)
@@ -140,7 +140,11 @@ class Module:
                 name = name if n.boolean else f"{name}.to(tl.float32)"
                 name = wide.format(name) if n.level == Level.SEQUENCE else name
             passed.append(name)
-        results = ", ".join(self.formulas.value(n) for n in roots)
+        wides = coefficients(step.scans)
+        passed += [wide.format(self.names[n.id]) if n.level == Level.SEQUENCE else self.names[n.id] for n in wides]
+        carries = self.formulas.carries(step.scans)
+        passed += ["valid", *carries] if carries else []
+        results = ", ".join([*map(self.formulas.value, roots), *carries])
         return [*loaded, *wrapped(f"{results} = {function}(", passed, ")")]
 
     # ------------------------------------------------------------------------------------------------------ kernels
@@ -172,12 +176,22 @@ class Module:
         given = self.formulas.pass_given(step, k, arguments, "row_ok")
         inside = self.call(f"token_{suffix}", step, arguments, "at, mask=inside, other=0.0", "wide({})", {})
         inside += [*self._accumulated(step), *self._stored(step, arguments)]
-        body = ['"""ROWS rows, every chunks-th tile of them. T = row_units * VEC."""', *_OPENING, *given]
-        body += [*self._running(step), *_LOOP, *(f"    {line}" for line in inside), *self._partials(step)]
+        which = (
+            "every tile, from the last one" if step.reverse else "every tile" if step.scans else "every chunks-th tile"
+        )
+        body = [f'"""ROWS rows, {which} of them. T = row_units * VEC."""', *_OPENING, *given, *self._carried(step)]
+        body += [
+            *self._running(step),
+            *(_BACKWARDS if step.reverse else _FORWARDS),
+            *_LOOP,
+            *(f"    {line}" for line in inside),
+            *self._partials(step),
+        ]
         body += self._last(number, step, rows)
         self.add([*decorated(name, arguments.signature(), _SIZES, _CONSTANTS), *(f"    {line}" for line in body)])
         cross_sequence = rows is not None and self._has_cross_sequence(k)
-        self.launches.append(Launch(name, step.side, arguments.ordered(), len(step.reduce), cross_sequence))
+        reductions, scans = len(step.reduce), bool(step.scans)
+        self.launches.append(Launch(name, step.side, arguments.ordered(), reductions, cross_sequence, scans))
         self._note(name, step, rows)
 
     def _note(self, kernel: str, step: TokenStep, rows: RowFunction | None) -> None:
@@ -194,6 +208,11 @@ class Module:
         return any(n.op in CROSS_SEQUENCE for n in self.plan.launches[k].nodes)
 
     # ------------------------------------------------------------------------------------------- parts of a pass
+    def _carried(self, step: TokenStep) -> list[str]:
+        types = ["float32" if n.op.startswith("shift") else "float64" for n in step.scans]
+        names = self.formulas.carries(step.scans)
+        return [f"{name} = tl.zeros([ROWS], tl.{type_})" for name, type_ in zip(names, types, strict=True)]
+
     def _running(self, step: TokenStep) -> list[str]:
         lines = []
         for n in in_order(step.reduce):
@@ -273,8 +292,12 @@ start, tokens, extent = row_bounds(cu_seqlens, row, row_ok, N, T, B, PACKED)
 offsets = tile_columns(STEPS, LANES, VEC)
 TILE: tl.constexpr = STEPS * LANES * VEC""".splitlines()
 
+_FORWARDS = ["for t0 in range((program % chunks) * TILE, tl.max(extent, axis=0), chunks * TILE):"]
+_BACKWARDS = """\
+tiles = tl.cdiv(tl.max(extent, axis=0), TILE)
+for back in range(0, tiles):
+    t0 = (tiles - 1 - back) * TILE""".splitlines()
 _LOOP = """\
-for t0 in range((program % chunks) * TILE, tl.max(extent, axis=0), chunks * TILE):
     t = t0 + offsets
     at = wide(start) + t
     inside = before(t, extent, row_ok, T, PACKED)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference_losses import along as reference_along
 from reference_losses import policy as reference
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from fastreward.language.define import Definition, Loss, define
 from fastreward.language.node import Node
 from fastreward.language.objective import kl
 from fastreward.language.terms import Terms
-from fastreward.losses import score, selection, sequence, token
+from fastreward.losses import along, score, selection, sequence, token
 
 BACKENDS = ("reference", "cpu")
 
@@ -43,6 +44,7 @@ class Batch:
     score_token: Tensor
     expert: Tensor
     weights: Tensor
+    segment_ids: Tensor
 
     def double(self) -> Batch:
         """The same numbers in float64, lp differentiable."""
@@ -87,6 +89,7 @@ def batch(spread: float = 0.3, *, seed: int = 0, rows: int = 8, length: int = 11
         score_token=last & (torch.arange(rows) != 1).unsqueeze(-1),
         expert=torch.arange(rows) % 3 == 1,
         weights=torch.rand(rows, length, generator=generator) + 0.5,
+        segment_ids=torch.arange(length).expand(rows, length) // 3 % 3 - 1.0,
     )
     garbage = torch.tensor([math.nan, math.inf, -math.inf, 7.0, -1e30])
     for field in ("lp", "old", "ref", "teacher", "adv", "importance", "weights"):
@@ -286,6 +289,20 @@ CASES = {
         ref=True,
         options={"beta": 0.2, "temperature": 0.8, "constant": None},
     ),
+    "fipo": Case(along.fipo(), reference_along.fipo),
+    "fipo-both-ways": Case(
+        along.fipo(0.1, 0.3, 0.8, 0.8, 1.2, 3.0, 10.0),
+        reference_along.fipo,
+        options={"clip_low": 0.1, "clip_high": 0.3, "gamma": 0.8, "weight_low": 0.8, "safety": 3.0, "delta": 10.0},
+    ),
+    "fipo-plain": Case(along.fipo(safety=None), reference_along.fipo, options={"safety": None}),
+    "segment_ppo": Case(along.segment_ppo(), reference_along.segment_ppo, ("segment_ids",)),
+    "segment_ppo-product": Case(
+        along.segment_ppo(0.3, 0.4, average=False, log_ratio_max=5.0),
+        reference_along.segment_ppo,
+        ("segment_ids",),
+        options={"clip_low": 0.3, "clip_high": 0.4, "average": False, "log_ratio_max": 5.0},
+    ),
     "real": Case(sequence.real(), reference.real, advantage="reward"),
     "real-centred": Case(sequence.real(0.8), reference.real, options={"tau": 0.8}),
     "real-bce": Case(sequence.real(variant="bce"), reference.real, advantage="reward", options={"variant": "bce"}),
@@ -314,7 +331,7 @@ ALL = [pytest.param(case, scene, id=f"{name}-{scene}") for name, case in CASES.i
 
 def definitions() -> dict[str, Definition[Any]]:
     found = {}
-    for module in (token, score, sequence):
+    for module in (token, score, sequence, along):
         for name, x in vars(module).items():
             if isinstance(x, Definition) and x.function.__module__ == module.__name__:
                 found[name] = x

@@ -144,6 +144,16 @@ SAME: dict[str, tuple[Callable[[Batch], PolicyLoss], Callable[[Batch], PolicyLos
         lambda d: recipes.visurf(d.lp, d.old, d.adv, d.rewards, d.mask),
         lambda d: policy_loss(*d.common, loss=losses.visurf(), **GRPO, extra={"expert": d.rewards}),
     ),
+    "fipo": (
+        lambda d: recipes.fipo(*d.common, weight_low=0.8, safety=3.0),
+        lambda d: policy_loss(*d.common, loss=losses.fipo(weight_low=0.8, safety=3.0), aggregation="token-mean"),
+    ),
+    "segment_ppo": (
+        lambda d: recipes.segment_ppo(d.lp, d.old, d.adv, d.other.round(), d.mask, average=False),
+        lambda d: policy_loss(
+            *d.common, loss=losses.segment_ppo(average=False), extra={"segment_ids": d.other.round()}
+        ),
+    ),
     "psr": (
         lambda d: recipes.psr(*d.rewarded),
         lambda d: policy_loss(*d.rewarded, loss=losses.ppo(), keep=torch.tensor([True, False, False, True])),

@@ -66,7 +66,7 @@ def divergences(name: str, dtypes: tuple[torch.dtype, torch.dtype], *, statistic
 
 
 def cases(everything: bool) -> dict[str, Any]:
-    found = {name: lambda name=name: loss(name, *ALIGNED) for name in ("ppo", "gspo", "sapo", "real", "dpo")}
+    found = {name: lambda name=name: loss(name, *ALIGNED) for name in ("ppo", "gspo", "sapo", "real", "dpo", "fipo")}
     found["logits, f32"] = lambda: logits(torch.float32, False)
     found["logits, bf16"] = lambda: logits(torch.bfloat16, True)
     half, single = (torch.bfloat16,) * 2, (torch.float32,) * 2
@@ -84,7 +84,10 @@ def cases(everything: bool) -> dict[str, Any]:
         found["backward"] = lambda: backward(*ALIGNED)
         found["gspo, packed"] = lambda: loss("gspo", *PACKED)
         found["real, short"] = lambda: loss("real", *SHORT)
-        for name in ("ppo, everything", "gdro", "jepo", "aot"):
+        for name, layout in {"packed": PACKED, "short": SHORT, "short and odd": SHORT_ODD}.items():
+            found[f"fipo, {name}"] = lambda layout=layout: loss("fipo", *layout)
+            found[f"segments, {name}"] = lambda layout=layout: loss("segments", *layout)
+        for name in ("ppo, everything", "gdro", "jepo", "aot", "segments"):
             found[name] = lambda name=name: loss(name, *ALIGNED)
         found["logits, odd vocabulary"] = lambda: logits(torch.bfloat16, False, 50257)
     return found

@@ -83,9 +83,14 @@ PROGRAMS: dict[str, Callable[[], Named]] = {
     "real": lambda: policy(losses.real()),
     "gdro": lambda: policy(losses.gdro(), terms=("ref_logprob",)),
     "jepo": lambda: policy(losses.jepo(), rows=("reward",), terms=("answer",)),
+    "fipo": lambda: policy(losses.fipo(delta=3.0), deferred=True),
+    "segments": lambda: policy(losses.segment_ppo(), terms=("segment_ids",), token_loss=True),
     "dpo": lambda: pair(losses.dpo(label_smoothing=0.1), pair_loss=True),
     "aot": lambda: pair(losses.dpo(variant="aot")),
 }  # fmt: skip
+
+
+SCANS = ("fipo", "segments")  # of them, those with scans
 
 
 def prologue_program() -> Named:
@@ -136,12 +141,12 @@ def random_program(seed: int, size: int = 60) -> Named:
     return Named(program([*tensors, nodes[0]], [*batch, *sums, nodes[5]]), {"p": 0.6, "q": -0.4})
 
 
-def scan_program(seed: int) -> Named:
+def scan_program(seed: int, size: int = 8) -> Named:
     """Scans of scans in both directions, of tokens and of rows, with coefficients of every level, and segments."""
     rng, g = random.Random(seed), Graph()
     nodes: list[Node] = [g.input(n, _T) for n in ("a", "b", "c")] + [g.input("r", _R), g.input("k", _B)]
     ids = g.input("whole", _T)
-    for _ in range(8):
+    for _ in range(size):
         x, y = (rng.choice(nodes) for _ in range(2))
         by = rng.choice([0.95, 0.0, 1.0, g.parameter("p"), f.tanh(nodes[3]), f.where(y > 0.5, 0.0, 0.9), f.tanh(y)])
         made = rng.choice((
@@ -268,6 +273,8 @@ def _tokens(rows: int, width: int, mask: str, packed: bool, g: torch.Generator) 
 
 def _values(name: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
     x = torch.randn(shape, generator=g)
+    if name == "segment_ids":
+        return (torch.rand(shape, generator=g) * 3).floor() - 1.0
     if name.startswith("whole"):
         return x.round() + 0.0
     if name.endswith("logprob"):

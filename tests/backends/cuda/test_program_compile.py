@@ -170,7 +170,7 @@ def test_every_struct_has_members_of_eight_bytes() -> None:
     assert not [name for name, members in structs.items() if narrow.search(members)]
 
 
-@pytest.mark.parametrize("name", checks.PROGRAMS)
+@pytest.mark.parametrize("name", [name for name in checks.PROGRAMS if name not in checks.SCANS])
 def test_source_reads_as_the_loss(name: str) -> None:
     """The same text every time; terms, parameters and what is made of them are called what they are in the loss."""
     text = source(checks.PROGRAMS[name]().program)

@@ -82,6 +82,14 @@ def test_losses(name: str) -> None:
         checks.check_run(program, "cpu", named, call)
 
 
+@pytest.mark.parametrize(("rows", "width", "packed"), [(3, 70, False), (1, 515, True), (4, 12, True)])
+def test_scans(rows: int, width: int, packed: bool) -> None:
+    """Short rows and a long one in several tiles, packed ones, both widths of loads."""
+    named = checks.scan_program(width, 4)
+    call = checks.make_call(named, rows, width, packed=packed, seed=rows)
+    checks.check_run(program, "cpu", named, call, 1e-5)
+
+
 def test_launches() -> None:
     """One per pass and side; PPO, its gradient's common factor deferred, and losses of a sequence's ratio have one."""
     counts = {name: len(generate(checks.PROGRAMS[name]().program).launches) for name in checks.PROGRAMS}
