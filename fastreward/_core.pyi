@@ -231,6 +231,7 @@ def divergence_forward(
     scalars: list[float],
     student_flags: int,
     teacher_flags: int,
+    known: bool,
     student_values: int,
     teacher_values: int,
     student_indices: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,12 @@ from fastreward._loss_call.divergence import token_divergence as op
 from fastreward._runtime.dispatch import select
 from fastreward._runtime.layout import INDICES, flags_of
 from fastreward._runtime.logprobs import token_logprobs as logprobs_op
+from fastreward.distributed.divergence import DivergenceShard, sharded_token_divergence
+from fastreward.distributed.ranks import Ranks, refused_together
 from fastreward.divergences import Loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: By their names here, with their defaults (a divergence can't be made while torch.compile traces).
 _NAMED: Final = {
@@ -45,6 +50,7 @@ _ARGMAX: Final = INDICES.index("argmax")
 
 
 @accepts_arrays
+@refused_together
 def token_divergence(
     logits: Tensor,
     teacher_logits: Tensor | None = None,
@@ -58,6 +64,7 @@ def token_divergence(
     token_ids: Tensor | None = None,
     teacher_logprobs: Tensor | None = None,
     tail: bool = True,
+    process_group: ProcessGroup | None = None,
     inplace_backward: bool = False,
 ) -> DivergenceStats:
     """Divergence between softmax(logits / temperature) and softmax(teacher_logits / teacher_temperature) per token.
@@ -84,6 +91,11 @@ def token_divergence(
             temperature, where its logits are not at hand. It gets a gradient if it requires one.
         tail: with token_ids: what the ids leave of either side is one event more (at least 1e-7, as TRL has it), so
             that both sum to 1; False: both are renormalised over the ids. A token without an id has divergence 0.
+        process_group: both logits are this rank's contiguous slice of the vocabulary, in rank order (of any width, 0
+            too; set what only pads the vocabulary to -inf, or slice it off); labels are global, and all but the logits
+            is the same on every rank. Per token 3 floats of either side cross, 2 more with outputs, then one sum, and
+            one more for each side that gets a gradient; never a logit. Results have the same bits on every rank; each
+            rank's gradients are those of its slices. Not with token_ids.
         inplace_backward: the backward overwrites `logits` with its gradient. Only where nothing else needs the logits
             afterwards.
 
@@ -99,12 +111,13 @@ def token_divergence(
         TypeError, ValueError: wrong dtype, shape, device, label, id or name, before anything runs. Values are checked
             on the CPU; on a GPU only with FASTREWARD_DEBUG=1, under torch.compile never: there an illegal id gives NaN.
     """
-    check_rows(logits)
+    sliced = process_group is not None
+    check_rows(logits, sliced=sliced)
     places = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device) - 1 if labels is None else labels
-    check_logits(logits, places)
+    check_logits(logits, places, sliced=sliced)
     check_teacher(teacher_logits, token_ids, teacher_logprobs, teacher_temperature)
     if teacher_logits is not None:
-        check_rows(teacher_logits, "teacher_logits")
+        check_rows(teacher_logits, "teacher_logits", sliced=sliced)
         check.shape("teacher_logits", teacher_logits, logits.shape, "that of logits")
         check.same_device("teacher_logits", teacher_logits, "logits", logits)
     check_outputs(outputs, labels, teacher_logprobs)
@@ -120,7 +133,9 @@ def token_divergence(
         teacher_scalar, teacher_per_token = scalar, per_token
     else:
         teacher_scalar, teacher_per_token = temperatures(teacher_temperature, places, mask, "teacher_temperature")
-    if labels is not None and check.values_checked(logits, labels):
+    if sliced and token_ids is not None:
+        raise ValueError("token_ids: not over a vocabulary that is split over process_group; pass one of them")
+    if labels is not None and not sliced and check.values_checked(logits, labels):
         check_token_ids("labels", labels, logits.shape[-1], mask)
     student = _Side(logits, per_token, scalar, inplace_backward)
     teacher = None if teacher_logits is None else _Side(teacher_logits, teacher_per_token, teacher_scalar, False)
@@ -130,7 +145,8 @@ def token_divergence(
         found = _over_ids(student, teacher, given, ids, chosen, tail, places, rows, outputs)
     else:
         assert teacher is not None
-        found = _over_vocabulary(student, teacher, chosen, places, rows, outputs)
+        ranks = None if process_group is None else Ranks.of(process_group)
+        found = _over_vocabulary(student, teacher, chosen, places, rows, outputs, ranks)
     lead = tuple(places.shape)
     return DivergenceStats(**{name: x.reshape(lead) for name, x in found.items()})
 
@@ -145,12 +161,16 @@ class _Side(NamedTuple):
 
 
 def _over_vocabulary(
-    student: _Side, teacher: _Side, chosen: Loss, labels: Tensor, rows: Tensor | None, outputs: tuple[str, ...]
+    student: _Side,
+    teacher: _Side,
+    chosen: Loss,
+    labels: Tensor,
+    rows: Tensor | None,
+    outputs: tuple[str, ...],
+    ranks: Ranks | None,
 ) -> dict[str, Tensor]:
     """The divergence [N] and the outputs."""
-    found, own, other, agreement = op(
-        student.logits,
-        teacher.logits,
+    call = DivergenceShard(
         labels.reshape(-1).long(),
         student.temperature,
         student.scalar,
@@ -164,6 +184,11 @@ def _over_vocabulary(
         student.inplace,
         select("divergence", student.logits),
     )
+    if ranks is None:
+        found, own, other, agreement = op(student.logits, teacher.logits, *call)
+    else:
+        sides = (student.logits, teacher.logits)
+        found, own, other, agreement = sharded_token_divergence(*sides, call, ranks, labelled="logprobs" in outputs)
     return {"divergence": found[0], **statistics_of(own, other, agreement, outputs)}
 
 

@@ -52,7 +52,7 @@ struct Rows {
 
 void forward(const LogprobsRows& student, const LogprobsRows& teacher, Address code, const Places& made,
              const std::vector<Address>& inputs, const std::vector<double>& scalars, int student_flags,
-             int teacher_flags, Address student_values, Address teacher_values, Address student_indices,
+             int teacher_flags, bool known, Address student_values, Address teacher_values, Address student_indices,
              Address teacher_indices, const std::vector<Address>& outputs) {
   const pybind11::gil_scoped_release unlocked;
   const Rows rows(student, teacher, code, made, inputs, scalars);
@@ -60,10 +60,13 @@ void forward(const LogprobsRows& student, const LogprobsRows& teacher, Address c
   call.in = rows.in;
   call.student_flags = student_flags;
   call.teacher_flags = teacher_flags;
+  call.known = known;
   call.student_values = required<float>("student_values", student_values, kValues * student.rows);
   call.teacher_values = required<float>("teacher_values", teacher_values, kValues * student.rows);
-  call.student_indices = required<std::int64_t>("student_indices", student_indices, kIndices * student.rows);
-  call.teacher_indices = required<std::int64_t>("teacher_indices", teacher_indices, kIndices * student.rows);
+  if (!known) {
+    call.student_indices = required<std::int64_t>("student_indices", student_indices, kIndices * student.rows);
+    call.teacher_indices = required<std::int64_t>("teacher_indices", teacher_indices, kIndices * student.rows);
+  }
   expect_size("outputs", outputs.size(), call.in.code->outputs.size);
   std::vector<float*> results;
   for (const Address address : outputs) results.push_back(required<float>("outputs", address, student.rows));
@@ -96,8 +99,9 @@ void register_divergence(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("divergence_forward", &forward, py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("code"),
         py::arg("made"), py::arg("inputs"), py::arg("scalars"), py::arg("student_flags"),
-        py::arg("teacher_flags"), py::arg("student_values"), py::arg("teacher_values"), py::arg("student_indices"),
-        py::arg("teacher_indices"), py::arg("outputs"), "The statistics of both sides' rows and the program's outputs.");
+        py::arg("teacher_flags"), py::arg("known"), py::arg("student_values"), py::arg("teacher_values"),
+        py::arg("student_indices"), py::arg("teacher_indices"), py::arg("outputs"),
+        "The statistics of both sides' rows and the program's outputs.");
   m.def("divergence_backward", &backward, py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("code"),
         py::arg("made"), py::arg("inputs"), py::arg("scalars"), py::arg("student_values"),
         py::arg("teacher_values"), py::arg("label_gradients"), py::arg("grad_logits"), py::arg("grad_stride"),

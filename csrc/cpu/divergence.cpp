@@ -179,8 +179,10 @@ void divergence_forward(const DivergenceForward& call) {
   const std::int64_t n = in.student.rows;
   by_dtypes(in, [&](auto student, auto teacher) {
     for_rows(in, [&](Rows& rows, std::int64_t row) {
-      statistics(in.student, row, call.student_flags, call.student_values, call.student_indices);
-      statistics(in.teacher, row, call.teacher_flags, call.teacher_values, call.teacher_indices);
+      if (!call.known) {
+        statistics(in.student, row, call.student_flags, call.student_values, call.student_indices);
+        statistics(in.teacher, row, call.teacher_flags, call.teacher_values, call.teacher_indices);
+      }
       const bool counts = row_counts(in.student, row);
       if (counts)
         rows.template run<Element<decltype(student)>, Element<decltype(teacher)>>(

@@ -19,6 +19,7 @@ struct DivergenceRows {
 struct DivergenceForward {
   DivergenceRows in;  // all outputs per row
   int student_flags = 0, teacher_flags = 0;
+  bool known = false;  // the values are given: the columns are a slice of the vocabulary, they are of all of it
   float* student_values = nullptr;   // [8, rows]; 0 where masked out, as all that follows
   float* teacher_values = nullptr;   // [8, rows]
   std::int64_t* student_indices = nullptr;  // [2, rows]

@@ -108,6 +108,34 @@ def _(logits: Tensor, labels: Tensor, sums: int) -> tuple[Tensor, ...]:
     return tuple(new(shape, dtype=torch.float32) for shape in shapes)
 
 
+def slice_sums(
+    logits: Tensor,  # [..., V of a slice of the vocabulary]
+    teacher_logits: Tensor,  # the same columns
+    labels: Tensor,  # [N]
+    temperature: Tensor | None,
+    temperature_scalar: float,
+    teacher_temperature: Tensor | None,
+    teacher_scalar: float,
+    mask: Tensor | None,
+    parameters: list[float],
+    programs: str,
+    sums: int,
+    student: Tensor,  # [8, N] f32, of the whole vocabulary
+    teacher: Tensor,  # [8, N] f32
+    backend: str,
+) -> Tensor:
+    """What the slice adds to the op's outputs, f64 [1 + sums, N]."""
+    if not logits.numel():
+        return torch.zeros((1 + sums, labels.shape[0]), dtype=torch.float64, device=logits.device)
+    call = _call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
+    kernels, known, parts = implementation("divergence", backend), registered_programs(programs), []
+    for start, (x, y) in _matrices(logits.detach(), teacher_logits.detach()):
+        rows = x.shape[0]
+        own = (values[:, start : start + rows].contiguous() for values in (student, teacher))
+        parts.append(kernels.sums(known, x, y, call.rows(start, rows), sums, *own))
+    return torch.cat(parts, 1)
+
+
 # --------------------------------------------------------------------------------------------------------- backward
 class _Upstream(NamedTuple):
     """f32 [N] each, what a gradient program reads per row, and what is added at the label."""
@@ -250,16 +278,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.rest = programs, statistics, inplace, backend
 
 
+def upstream_gradients(outputs: Tensor, grad_outputs: Tensor | None, grad_student: Tensor | None) -> Tensor:
+    """f32 [3, N]: of the divergence, the student's entropy and the label's log-prob."""
+    zero = torch.zeros_like(outputs[0])
+    into = zero if grad_outputs is None else grad_outputs[0]
+    entropy, logprob = (zero, zero) if grad_student is None else (grad_student[_ENTROPY], grad_student[_LOGPROB])
+    return torch.stack([into, entropy, logprob])
+
+
 def _backward(ctx: Any, grad_outputs: Any, grad_student: Any, *_: Any) -> tuple[Any, ...]:
     logits, teacher_logits, labels, temperature, teacher_temperature, mask, outputs, student, teacher = (
         ctx.saved_tensors
     )
     scalar, teacher_scalar, parameters = ctx.numbers
     programs, statistics, inplace, backend = ctx.rest
-    zero = torch.zeros_like(outputs[0])
-    into = zero if grad_outputs is None else grad_outputs[0]
-    entropy, logprob = (zero, zero) if grad_student is None else (grad_student[_ENTROPY], grad_student[_LOGPROB])
-    grads = torch.stack([into, entropy, logprob])
+    grads = upstream_gradients(outputs, grad_outputs, grad_student)
     given = (logits, teacher_logits, labels, temperature, scalar, teacher_temperature, teacher_scalar, mask, parameters)
     known = (outputs, student, teacher, grads, programs, statistics)
     grad = of_teacher = None

@@ -94,6 +94,18 @@ class DivergenceKernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(programs.values[sums]'s outputs f32 [1 + sums, N], both sides' values f32 [8, N], agreement f32 [N])."""
 
+    def sums(
+        self,
+        programs: Any,
+        logits: Tensor,  # [N, V of a slice of the vocabulary]
+        teacher_logits: Tensor,  # the same columns
+        call: DivergenceCall,
+        count: int,  # `sums` of forward
+        student: Tensor,  # [8, N] f32, of the whole vocabulary
+        teacher: Tensor,
+    ) -> Tensor:
+        """What the slice adds to forward's outputs, f64 [1 + count, N]; 0 in masked rows."""
+
     def backward(
         self,
         program: Any,  # its output: the gradient per token of the vocabulary

@@ -31,26 +31,57 @@ def forward(
     values = [torch.empty((len(VALUES), n), dtype=torch.float32, device="cpu") for _ in range(2)]
     indices = torch.empty((2, len(INDICES), n), dtype=torch.int64, device="cpu")
     flags = flags_of(("entropy", "argmax")) if statistics else 0
-    student, teacher, alive = _sides(logits, teacher_logits, call)
+    _run(program, programs.parameters, logits, teacher_logits, call, flags, values, indices, outputs)
+    agreement = (indices[0, 0] == indices[1, 0]).float()
+    return outputs, values[0], values[1], agreement if call.mask is None else agreement * call.mask
+
+
+def sums(
+    programs: DivergencePrograms,
+    logits: Tensor,  # [N, V of a slice of the vocabulary]
+    teacher_logits: Tensor,  # the same columns
+    call: DivergenceCall,
+    count: int,  # `sums` of forward
+    student: Tensor,  # [8, N] f32, contiguous, of the whole vocabulary
+    teacher: Tensor,  # [8, N] f32, contiguous
+) -> Tensor:
+    """f64 [1 + count, N]: what the slice adds to forward's outputs; 0 in masked rows."""
+    program = programs.values[count]
+    outputs = torch.empty((len(program.outputs), logits.shape[0]), dtype=torch.float32, device="cpu")
+    _run(program, programs.parameters, logits, teacher_logits, call, 0, [student, teacher], None, outputs)
+    return outputs.double()
+
+
+def _run(
+    program: Program,
+    parameters: Sequence[str],
+    logits: Tensor,
+    teacher_logits: Tensor,
+    call: DivergenceCall,
+    flags: int,
+    values: Sequence[Tensor],  # of both sides f32 [8, N]: computed, or known
+    indices: Tensor | None,  # i64 [2, 2, N]; None: the values are known
+    outputs: Tensor,  # f32 [outputs of the program, N]
+) -> None:
+    rows, others, alive = _sides(logits, teacher_logits, call)
     names = [node.name for node in program.inputs]
     _core.divergence_forward(
-        student=student,
-        teacher=teacher,
+        student=rows,
+        teacher=others,
         code=encode(program).code,
         made=[names.index(name) if name in names else -1 for name in PER_TOKEN],
         inputs=[0] * len(names),
-        scalars=_scalars(program, programs.parameters, call),
+        scalars=_scalars(program, parameters, call),
         student_flags=flags,
         teacher_flags=flags,
+        known=indices is None,
         student_values=values[0].data_ptr(),
         teacher_values=values[1].data_ptr(),
-        student_indices=indices[0].data_ptr(),
-        teacher_indices=indices[1].data_ptr(),
+        student_indices=0 if indices is None else indices[0].data_ptr(),
+        teacher_indices=0 if indices is None else indices[1].data_ptr(),
         outputs=[x.data_ptr() for x in outputs],
     )
     del alive
-    agreement = (indices[0, 0] == indices[1, 0]).float()
-    return outputs, values[0], values[1], agreement if call.mask is None else agreement * call.mask
 
 
 def backward(

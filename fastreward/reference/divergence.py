@@ -34,13 +34,25 @@ def forward(
     for x, inverse in ((logits, call.inv_temperature), (teacher_logits, call.inv_teacher_temperature)):
         sides.append(logprobs.forward(x, call.labels, inverse, call.mask, None, None, None, 0))
     (student, first, _), (teacher, second, _) = sides
-    values = _values(program, programs.parameters, logits, teacher_logits, call, {})
+    logs = (log_probs(logits, call.inv_temperature), log_probs(teacher_logits, call.inv_teacher_temperature))
+    values = _values(program, programs.parameters, call, _with_probabilities(*logs), logits)
     n = logits.shape[0]
     outputs = torch.stack([values.of(node).expand(n, 1).squeeze(-1) for node in program.outputs]).float()
     agreement = (first[0] == second[0]).float()
     if call.mask is not None:
         outputs, agreement = torch.where(call.mask, outputs, 0.0), torch.where(call.mask, agreement, 0.0)
     return outputs, student, teacher, agreement
+
+
+def sums(
+    programs: Any, logits: Tensor, teacher_logits: Tensor, call: Any, count: int, student: Tensor, teacher: Tensor
+) -> Tensor:
+    """Raw form: what a slice of the vocabulary adds to forward's outputs by the statistics of whole rows, f64."""
+    program = programs.values[count]
+    rows = _by_statistics(logits, teacher_logits, call, student, teacher)
+    values = _values(program, programs.parameters, call, rows, logits)
+    found = torch.stack([values.of(node).expand(logits.shape[0], 1).squeeze(-1) for node in program.outputs])
+    return found if call.mask is None else torch.where(call.mask, found, 0.0)
 
 
 def backward(
@@ -56,8 +68,8 @@ def backward(
     grad_logits: Tensor,
 ) -> None:
     """Raw form: the program's output per token of the vocabulary, and what is added at the label, into grad_logits."""
-    del student, teacher
-    values = _values(program, parameters, logits, teacher_logits, call, inputs)
+    rows = _by_statistics(logits, teacher_logits, call, student, teacher)
+    values = _values(program, parameters, call, {**rows, **inputs}, logits)
     (node,) = program.outputs
     grad = values.of(node).expand(logits.shape).clone()
     if label_gradients is not None:
@@ -69,19 +81,26 @@ def backward(
     grad_logits.copy_(grad)
 
 
-def _values(
-    program: Any,
-    parameters: Sequence[str],
-    logits: Tensor,
-    teacher_logits: Tensor,
-    call: Any,
-    inputs: Mapping[str, Tensor],
-) -> Values:
-    log_p = log_probs(logits, call.inv_temperature)
-    log_q = log_probs(teacher_logits, call.inv_teacher_temperature)
-    rows = {"log_p": log_p, "log_q": log_q, "p": log_p.exp(), "q": log_q.exp(), **inputs}
-    given = {(name, 0): x for name, x in rows.items()}
-    values = Values(given, [torch.ones(logits.shape, dtype=torch.bool, device=logits.device)])
+def _by_statistics(
+    logits: Tensor, teacher_logits: Tensor, call: Any, student: Tensor, teacher: Tensor
+) -> dict[str, Tensor]:
+    """Log-probs and probabilities f64 [N, V], by what is known of whole rows: the columns may be a slice."""
+    sides = ((logits, call.inv_temperature, student), (teacher_logits, call.inv_teacher_temperature, teacher))
+    logs = []
+    for x, inverse, values in sides:
+        scale = torch.as_tensor(inverse, dtype=torch.float64, device=x.device).reshape(-1, 1).clamp(1e-300, 1e300)
+        max_logprob, peak = values[6:8].double().unsqueeze(-1)
+        logs.append(((x.double() - peak) * scale + max_logprob).clamp(min=LOWEST))
+    return _with_probabilities(*logs)
+
+
+def _with_probabilities(log_p: Tensor, log_q: Tensor) -> dict[str, Tensor]:
+    return {"log_p": log_p, "log_q": log_q, "p": log_p.exp(), "q": log_q.exp()}
+
+
+def _values(program: Any, parameters: Sequence[str], call: Any, inputs: Mapping[str, Tensor], logits: Tensor) -> Values:
+    everywhere = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
+    values = Values({(name, 0): x for name, x in inputs.items()}, [everywhere])
     scalars = program.scalar_values(dict(zip(parameters, call.parameters, strict=True)))
     for node, value in zip(program.scalars, scalars, strict=True):
         values.set(node, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -92,4 +93,7 @@ def tensors(result: Any) -> dict[str, torch.Tensor]:
     if isinstance(result, fr.PolicyLoss):
         found = {"loss": result.loss, "metrics": result.metrics.values_tensor}
         return found | ({} if result.token_loss is None else {"token_loss": result.token_loss}) | dict(result.tokens)
+    if isinstance(result, fr.DivergenceStats):
+        named = {field.name: getattr(result, field.name) for field in fields(result)}
+        return {name: x for name, x in named.items() if x is not None}
     return dict(result.__dict__)
