@@ -15,7 +15,9 @@ from typing import Any, Final, ParamSpec, TypeVar
 import torch
 
 from fastreward._arguments import check
+from fastreward.correction import correction_weights
 from fastreward.patch.bindings import Entry, Patch, Report, active, install
+from fastreward.policy_loss import policy_loss
 from fastreward.recipes import RECIPES, Recipe
 
 P = ParamSpec("P")
@@ -23,6 +25,8 @@ R = TypeVar("R")
 
 #: Arguments by which a recipe learns whose responses are to the same prompt.
 _GROUPS: Final = ("group_ids", "group_size")
+#: What takes the options that a recipe hands on, by what the recipe returns.
+_OPERATIONS: Final[dict[str, Callable[..., Any]]] = {"loss": policy_loss, "weights": correction_weights}
 #: Recipes that look at whole sequences before their loss does, and take one advantage of each.
 BY_SEQUENCE: Final = ("deepseek_v3_2",)
 
@@ -113,9 +117,11 @@ def arguments(where: str, found: Recipe, given: Mapping[str, Any], options: Mapp
         TypeError: an option that the recipe does not have.
     """
     parameters = inspect.signature(found.function).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unknown = [name for name in options if name not in parameters]
-    if unknown and not open_ended:
+    known = set(parameters)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # which go on to the operation
+        known |= set(inspect.signature(_OPERATIONS.get(found.returns, found.function)).parameters)
+    unknown = [name for name in options if name not in known]
+    if unknown:
         raise TypeError(f"{where}: {found.signature} has no option {', '.join(map(repr, unknown))}")
     call = {name: given[name] for name in parameters if given.get(name) is not None} | dict(options)
     missing = [n for n, p in parameters.items() if p.default is p.empty and _named(p) and n not in call]

@@ -131,7 +131,7 @@ def _of_recipe(inputs: LossInputs, name: str, options: dict[str, Any], call: dic
         "mask": fields["loss_mask"],
     }
     if name in BY_SEQUENCE:
-        counted = fields["loss_mask"]
+        counted = fields["loss_mask"] != 0
         given["advantages"] = torch.where(counted, fields["advantages"], 0.0).sum(-1) / counted.sum(-1).clamp(min=1)
     if options.keys() & {"kl", "kl_coef"}:
         if "ref_logprobs" not in fields:

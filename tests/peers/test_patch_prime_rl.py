@@ -149,6 +149,8 @@ def test_a_recipe_with_one_advantage_of_a_sequence() -> None:
     torch.testing.assert_close(
         prime_rl.loss(x, loss="deepseek_v3_2", threshold=9.0).loss, prime_rl.loss(x, loss="ppo").loss
     )
+    x.loss_mask = x.loss_mask.long()
+    assert prime_rl.loss(x, loss="deepseek_v3_2", threshold=-9.0).loss == 0
 
 
 @pytest.mark.parametrize(

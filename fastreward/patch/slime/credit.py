@@ -12,7 +12,7 @@ from torch import Tensor
 from fastreward._arguments.tokens import broadcast_to_tokens
 from fastreward.group import group_advantages
 from fastreward.patch.hooks import arguments, chosen, hook, recipe
-from fastreward.patch.slime.layout import Layout, parallel
+from fastreward.patch.slime.layout import Layout, joined, parallel
 from fastreward.recipes import Recipe
 from fastreward.returns import discounted_returns, gae
 from fastreward.rewards import token_rewards
@@ -69,7 +69,7 @@ def _slimes(
         both = broadcast_to_tokens(rewards, kl.shape, bounds) + penalty
         return both, both
     if args.advantage_estimator == "reinforce_plus_plus":
-        placed = penalty + token_rewards(rewards, torch.cat(list(data["loss_masks"])), cu_seqlens=bounds)
+        placed = penalty + token_rewards(rewards, joined(data["loss_masks"], kl.device), cu_seqlens=bounds)
         returns = discounted_returns(placed, gamma=float(args.gamma), cu_seqlens=bounds)
         return returns, returns
     if args.advantage_estimator != "ppo":
@@ -120,7 +120,7 @@ def _known(args: Any, data: Mapping[str, Any], layout: Layout, rows: _Rows) -> d
     policy = "rollout_log_probs" if getattr(args, "use_rollout_logprobs", False) else "log_probs"
     known = {ours: cut.get(theirs) for theirs, ours in _NAMES.items()}
     known |= {"logprobs": cut.get(policy), "old_logprobs": cut.get(policy)}
-    mask = rows.padded(torch.cat(list(data["loss_masks"])))
+    mask = rows.padded(joined(data["loss_masks"], rows.device))
     return other | cut | known | {"mask": mask}
 
 
@@ -177,8 +177,8 @@ def rewards(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[float]
     return raw, group_advantages(scores, groups, **rule).tolist()
 
 
-def _groups(args: Any, samples: Sequence[Any]) -> list[int]:
+def _groups(args: Any, samples: Sequence[Any]) -> list[Any]:
     named = [sample.group_index for sample in samples if getattr(sample, "group_index", None) is not None]
     if len(named) < len(samples):
         return [i // int(args.n_samples_per_prompt) for i in range(len(samples))]
-    return list(map(int, named))
+    return named

@@ -123,13 +123,13 @@ class Layout:
 
     def whole(self, local: Sequence[Tensor]) -> Tensor:
         """The whole responses, concatenated, of each sample's tokens here: every rank adds what it holds."""
-        joined = torch.cat(list(local)) if len(local) else torch.empty(0)
+        held = joined(local)
         if self.group is None:
-            return joined
-        out, at, taken = joined.new_zeros(sum(self.lengths)), 0, 0
+            return held
+        out, at, taken = held.new_zeros(sum(self.lengths)), 0, 0
         for length, slices in zip(self.lengths, self.own, strict=True):
             for start, end in slices:
-                out[at + start : at + end] = joined[taken : taken + end - start]
+                out[at + start : at + end] = held[taken : taken + end - start]
                 taken += end - start
             at += length
         dist.all_reduce(out, group=self.group)
@@ -138,6 +138,11 @@ class Layout:
     def own_part(self, whole: Tensor) -> Tensor:
         """[N] of the tokens here, of whole responses that are concatenated."""
         return self.local(torch.split(whole, self.lengths)) if self.is_cut else whole
+
+
+def joined(parts: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+    """One behind the other; nothing, on the device, of a batch without samples."""
+    return torch.cat(tuple(parts)) if len(parts) else torch.empty(0, device=device)
 
 
 def _width(total: int, ranks: Parallel) -> int:

@@ -23,7 +23,7 @@ from fastreward.losses import Loss, cispo, clip, define, exp, expm1, minimum, pp
 from fastreward.losses.token import clipped_surrogate
 from fastreward.patch.hooks import BY_SEQUENCE, arguments, chosen, hook, recipe
 from fastreward.patch.slime import weights as correction
-from fastreward.patch.slime.layout import Layout, parallel
+from fastreward.patch.slime.layout import Layout, joined, parallel
 from fastreward.patch.usage import handed_on
 from fastreward.policy_loss import PolicyLoss, policy_loss
 from fastreward.recipes import Recipe
@@ -98,7 +98,12 @@ def loss(args: Any, batch: Mapping[str, Any], logits: Tensor, sum_of_sample_mean
     tis, tis_metrics = _tis(args, batch, responses)
     formula = _own_formula(args) if name is None else recipe("fastreward_loss", name, ("loss",))
     surrogate, clipped = _surrogate(formula, responses, weight if tis is None else weight * tis, batch, options)
-    entropy_loss = sum_of_sample_mean(responses.entropy)
+    counts = responses.mask != 0  # slime's reduction multiplies by the mask, and a NaN stays one
+
+    def reduced(x: Tensor) -> Tensor:
+        return sum_of_sample_mean(torch.where(counts, x, 0.0))
+
+    entropy_loss = reduced(responses.entropy)
     total, metrics = surrogate - float(args.entropy_coef) * entropy_loss, {}
     if args.use_kl_loss:
         kl, coef = _kl(args, batch, responses, sum_of_sample_mean), float(args.kl_loss_coef)
@@ -107,7 +112,7 @@ def loss(args: Any, batch: Mapping[str, Any], logits: Tensor, sum_of_sample_mean
         measured = {"pg_clipfrac": clipped, "ppo_kl": _ppo_kl(args, responses), **tis_metrics}
         if responses.rollout is not None:
             measured["train_rollout_logprob_abs_diff"] = (responses.compared - responses.rollout).abs()
-        metrics |= {key: sum_of_sample_mean(x) for key, x in measured.items()}
+        metrics |= {key: reduced(x) for key, x in measured.items()}
     own = {"loss": total.detach(), "pg_loss": surrogate.detach(), "entropy_loss": entropy_loss.detach()}
     return total, own | metrics
 
@@ -155,7 +160,7 @@ def _responses(args: Any, batch: Mapping[str, Any], logits: Tensor) -> _Response
         entropy if args.entropy_coef else entropy.detach(),
         old,
         rollout,
-        torch.cat(batch["advantages"]),
+        joined(batch["advantages"], flat.device),
         logprobs.detach() if args.use_rollout_logprobs else old,
     )
 
@@ -306,7 +311,7 @@ def _kl(args: Any, batch: Mapping[str, Any], responses: _Responses, sum_of_sampl
     """slime's KL to the reference model, reduced."""
     formula = _reference_kl(kind=args.kl_loss_type, unbiased=bool(getattr(args, "use_unbiased_kl", False)))
     logprobs = responses.logprobs if float(args.kl_loss_coef) else responses.logprobs.detach()
-    weight, reference = _weight(sum_of_sample_mean, responses), torch.cat(batch["ref_log_probs"])
+    weight, reference = _weight(sum_of_sample_mean, responses), joined(batch["ref_log_probs"], responses.mask.device)
     result: PolicyLoss = policy_loss(
         logprobs,
         responses.old,

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward.correction import correction_weights
 from fastreward.patch.hooks import arguments, chosen, hook, parsed, recipe
-from fastreward.patch.slime.layout import Layout, parallel
+from fastreward.patch.slime.layout import Layout, joined, parallel
 
 #: Where --custom-pg-loss-reducer-function-path, which slime does not pass its arguments, learns what to do.
 REDUCER: Final = "FASTREWARD_SLIME_PG_LOSS_REDUCER"
@@ -50,7 +50,7 @@ def tis(
     """
     layout = Layout.of(total_lengths, response_lengths, parallel())
     old, rollout = layout.whole(train_log_probs).detach(), layout.whole(rollout_log_probs).detach()
-    mask, bounds = torch.cat(list(loss_masks)), layout.whole_bounds(old.device)
+    mask, bounds = joined(loss_masks, old.device), layout.whole_bounds(old.device)
     name, options = chosen("tis", args, "FASTREWARD_SLIME_TIS")
     if name is None:
         bound = {"low": args.tis_clip_low, "high": args.tis_clip}
