@@ -338,7 +338,7 @@ fr::ProgramCode make_program() {
   static const fr::MaskInstruction chunk[] = {{fr::MaskOp::k_count, 3, -1, 9}};
   using K = fr::ReductionKind;
   static const fr::Reduction reductions[] = {{K::sum, ~1}, {K::minimum, ~2}, {K::maximum, ~3}, {K::count, ~4}, {K::tokens, ~5}};
-  static const fr::TokenStep steps[] = {{0, {operands, 10}, {tile, 6}, {chunk, 1}, {reductions, 5}}};
+  static const fr::TokenStep steps[] = {{0, false, false, {operands, 10}, {tile, 6}, {chunk, 1}, {reductions, 5}}};
   static const fr::SequenceInstruction sequences[] = {
       {R::k_group_sum, ~6, ~1, 0, 0},
       {R::k_group_sum_before, ~7, ~1, ~0, 0},
