@@ -1,7 +1,7 @@
 """Write the generated parts of README.md and docs/: `python tools/docs.py`; with `--check` only say what is stale.
 
 A generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`; everything around it is written by hand. Methods
-and metrics come from the package, figures from bench/results/*.json.
+and metrics come from the package, figures from bench/results/*.json, what machine code predicts from docs/gpu.json.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
+
+import machine_code
 
 from fastreward import bench, losses, recipes
 from fastreward._loss_call.results import Metrics
@@ -243,6 +245,7 @@ PARTS: Final[dict[str, dict[str, Callable[[], str]]]] = {
     "docs/methods.md": {"recipes": lambda: show.markdown().rstrip(), "losses": losses_table},
     "docs/losses.md": {"metrics": metrics},
     "docs/benchmarks.md": {"runs": runs},
+    "docs/gpu.md": {"gpus": machine_code.gpus, "kernels": machine_code.kernels},
 }
 
 

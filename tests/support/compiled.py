@@ -56,7 +56,7 @@ def main(cases: Callable[[bool], Cases]) -> None:
         compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
     JITFunction.run = compile_only
-    codes: dict[str, Future[dict[str, int]]] = {}
+    codes: dict[str, Future[dict[str, Any]]] = {}
     with ThreadPoolExecutor(2) as pool:  # disassembles while the next kernel is compiled
         lines = []
         for capability in (int(argument) for argument in sys.argv[1:] if argument.isdigit()):
@@ -67,12 +67,13 @@ def main(cases: Callable[[bool], Cases]) -> None:
                 for kernel, binary in compiled:
                     if binary.hash not in codes:
                         codes[binary.hash] = pool.submit(figures, binary.asm["cubin"])
-                    lines.append(({"case": case, "kernel": kernel, "sm": capability}, codes[binary.hash]))
+                    line = {"case": case, "kernel": kernel, "sm": capability, "warps": binary.metadata.num_warps}
+                    lines.append((line, codes[binary.hash]))
         for line, code in lines:
             print(json.dumps(line | code.result()), flush=True)
 
 
-def figures(cubin: bytes) -> dict[str, int]:
+def figures(cubin: bytes) -> dict[str, Any]:
     """What one kernel uses."""
     usage, sass = machine_code(cubin)
     streaming = [body for body in loops(sass) if any(WIDE.search(line) for line in body)]
@@ -85,7 +86,32 @@ def figures(cubin: bytes) -> dict[str, int]:
         "wide_stores": sum(bool(WIDE_STORE.search(line)) for line in sass),
         "wide_loads_in_loops": sum(bool(WIDE.search(line)) for body in streaming for line in body),
         "barriers_in_loops": sum("BAR.SYNC" in line for body in streaming for line in body),
+        "streams": streams(sass),
+        "whole": work(sass),
     }
+
+
+def streams(sass: list[str]) -> list[dict[str, int]]:
+    """What one pass of a thread through each innermost loop that loads does."""
+    loading = [body for body in loops(sass) if any(re.search(r"\bLDG\b", line) for line in body)]
+    return [work(a) for a in loading if not any(b is not a and set(b) <= set(a) for b in loading)]
+
+
+def work(body: list[str]) -> dict[str, int]:
+    """Instructions, those of the unit for exp2, log2 and 1 / x, bytes loaded and stored."""
+    code = [line for line in body if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line) and not re.search(r"\bNOP\b", line)]
+    return {
+        "instructions": len(code),
+        "mufu": sum("MUFU" in line for line in code),
+        "loaded": sum(_bytes(line) for line in code if re.search(r"\bLDG\b", line)),
+        "stored": sum(_bytes(line) for line in code if re.search(r"\bSTG\b", line)),
+    }
+
+
+def _bytes(line: str) -> int:
+    """What a load or a store of global memory moves."""
+    width = re.search(r"\.(256|128|64|[US]16|[US]8)\b", line)
+    return 4 if width is None else int(width[1].lstrip("US")) // 8
 
 
 def machine_code(cubin: bytes) -> tuple[dict[str, int], list[str]]:
