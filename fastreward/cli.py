@@ -42,6 +42,19 @@ def _options(
     pass
 
 
+LossOption = Annotated[
+    str | None,
+    typer.Option(
+        "--loss",
+        help="A loss or divergence of your own instead of the operations: module:function or file.py:function.",
+    ),
+]
+PeerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--peer", help="With --loss: a plain torch function of its arguments, named as the same; may be repeated."
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of tables.")]
 
 
@@ -62,20 +75,32 @@ def verify(
     operations: Annotated[list[str] | None, typer.Argument(help="Operations; all when none is named.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller inputs and fewer seeds.")] = False,
     backends: Annotated[list[str] | None, typer.Option("--backend", help="Only this backend; may be repeated.")] = None,
+    loss: LossOption = None,
+    peers: PeerOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Hold every operation on every backend here to the float64 reference, gradients too. Exit code 1 on failure."""
+    """Hold every operation on every backend here to the float64 reference, gradients too. Exit code 1 on failure.
+
+    With --loss a loss or divergence of your own instead, and beside it functions of yours (--peer).
+    """
     from fastreward._runtime.dispatch import OPERATIONS
     from fastreward.verify import run as room
 
+    _check_own(loss, peers, {"operations": operations})
     names = [_operation(name, OPERATIONS) for name in operations or OPERATIONS]
+    of_peers: list[room.Finding] = []
     try:
-        jobs = room.plan(names, backends, quick)
-    except ValueError as error:
+        if loss is None:
+            jobs = room.plan(names, backends, quick)
+        else:
+            from fastreward.verify.own import problems as own
+
+            jobs, of_peers = own.plan(loss, peers or (), backends, quick)
+    except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     with _progress() as progress:
         task = progress.add_task("verify", total=len(jobs.problems))
-        findings = room.run(jobs, lambda text: progress.update(task, advance=1, description=text))
+        findings = room.run(jobs, lambda text: progress.update(task, advance=1, description=text)) + of_peers
     if as_json:
         _print_json(room.as_dict(jobs, findings))
     else:
@@ -100,6 +125,8 @@ def bench(
     seconds: Annotated[float | None, typer.Option(help="Budget of one case's timed rounds (at least 3 run).")] = None,
     memory: Annotated[bool | None, typer.Option("--memory/--no-memory", help="Peak memory too.")] = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Beside the peers, or fastreward alone.")] = True,
+    loss: LossOption = None,
+    own_peers: PeerOption = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="At growing sizes, B and then T; the chart is of time per token.")
     ] = False,
@@ -107,14 +134,15 @@ def bench(
     """Time every operation beside its peers and the machine's limit. Nothing is timed before its results are equal.
 
     `bench busy`: two threads beside one on a busy machine. `bench small_calls`: what a call costs before its work.
-    `bench ranks`: a vocabulary split over two processes.
+    `bench ranks`: a vocabulary split over two processes. `bench --loss module:function`: one of your own.
     """
     from fastreward import bench as room
-    from fastreward.bench import report
+    from fastreward.bench import own, report
     from fastreward.bench.case import EquivalenceError
     from fastreward.bench.engine import Settings
     from fastreward.bench.run import Plan, results
 
+    _check_own(loss, own_peers, {"operations": operations, "--case": cases, "--dtype": dtypes, "--sweep": sweep})
     names = tuple(_operation(name, (*room.OPERATIONS, *room.BESIDES)) for name in operations or room.OPERATIONS)
     _check_device(device)
     if device != "cpu" and set(names) & set(room.BESIDES):
@@ -152,8 +180,12 @@ def bench(
         _write_json(json_path, facts)
     try:
         with _progress() as progress:
-            task = progress.add_task("bench", total=len(plan.jobs()))
-            for result in results(plan, lambda text: progress.update(task, description=text)):
+            task = progress.add_task("bench", total=1 if loss else len(plan.jobs()))
+
+            def step(text: str) -> None:
+                progress.update(task, description=text)
+
+            for result in results(plan, step) if loss is None else own.results(loss, own_peers or (), plan, step):
                 progress.advance(task)
                 done.append(result)
                 facts[key].append(result.as_dict())
@@ -163,6 +195,8 @@ def bench(
     except EquivalenceError as error:
         console.print(f"[bold red]not equivalent:[/] {error}")
         raise typer.Exit(1) from error
+    except own.Unusable as error:
+        raise typer.BadParameter(str(error)) from error
     report.print_summary(console, done)
     if plot_path is not None:
         (report.plot_sweep if sweep else report.plot)(facts[key], plot_path)
@@ -357,6 +391,15 @@ def _operation(name: str, known: tuple[str, ...]) -> str:
     if name not in known:
         raise typer.BadParameter(f"unknown operation {name!r}; expected one of {', '.join(known)}")
     return name
+
+
+def _check_own(loss: str | None, peers: list[str] | None, others: dict[str, object]) -> None:
+    """Refuse what does not go with a loss of one's own, and peers without one."""
+    if loss is None and peers:
+        raise typer.BadParameter("--peer: goes with --loss")
+    for name, given in others.items():
+        if loss is not None and given:
+            raise typer.BadParameter(f"--loss: does not go with {name}")
 
 
 def _check_output(option: str, path: Path | None, *, picture: bool = False) -> None:

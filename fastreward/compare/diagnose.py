@@ -207,7 +207,7 @@ def _moved(offset: Tensor, spread: Tensor) -> Fault | None:
     known = offset.isfinite() & spread.isfinite()
     clear = offset[known & (offset.abs() > (3 * spread).clamp(min=2e-3))]
     up, down = float(clear.clamp(min=0).sum()), float((-clear).clamp(min=0).sum())
-    if len(clear) < max(0.1 * len(offset), 4) or min(up, down) > 0.05 * max(up, down):
+    if len(clear) < max(0.1 * len(offset), 8) or min(up, down) > 0.05 * max(up, down):
         return None
     why = f"on {_percent(len(clear) / len(offset))} of the tokens by the same for all ids"
     return _processed("A" if up > down else "B", (clear if up > down else -clear).clamp(min=0), why)

@@ -15,7 +15,7 @@ from fastreward.language.node import Level, Node
 #: The log-ratio is clamped to +- this before t.ratio exponentiates it (verl's and OpenRLHF's bound).
 LOG_RATIO_CLAMP: Final = 20.0
 
-_SOURCES: Final = {
+SOURCES: Final = {
     "logprob": "logprobs",
     "old_logprob": "old_logprobs",
     "ref_logprob": "ref_logprobs",
@@ -29,7 +29,7 @@ _SOURCES: Final = {
     "log_p": "logits",
     "log_q": "teacher_logits",
 }
-_PAIR_SOURCES: Final = {
+PAIR_SOURCES: Final = {
     "logprob": "{side}_logprobs",
     "ref_logprob": "ref_{side}_logprobs",
     "weight": "{side}_weights",
@@ -41,8 +41,8 @@ _PER_TOKEN: Final = (
     *("log_p", "log_q"),
 )
 #: What a call gives beside extras, of a pair on each side.
-TERMS: Final = tuple(_SOURCES)
-PAIR_TERMS: Final = tuple(_PAIR_SOURCES)
+TERMS: Final = tuple(SOURCES)
+PAIR_TERMS: Final = tuple(PAIR_SOURCES)
 SIDES: Final = ("chosen", "rejected")
 _PER: Final = {Level.TOKEN: "token", Level.SEQUENCE: "sequence", Level.BATCH: "batch"}
 #: Metrics of every policy loss that the losses themselves report.
@@ -142,7 +142,7 @@ class Terms(_Inputs):
     teacher's log-prob of one token of the vocabulary, and p and q, their exponentials.
     """
 
-    NAMES: Final = (*_SOURCES, "log_ratio", "ratio", "p", "q", "length", "extra", "report")
+    NAMES: Final = (*SOURCES, "log_ratio", "ratio", "p", "q", "length", "extra", "report")
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Terms(_Inputs):
         optional: bool | Collection[str] = True,
         highest: Level = Level.TOKEN,
     ) -> None:
-        super().__init__(graph, levels, 0, {k: f"{v}=" for k, v in _SOURCES.items()}, optional, highest)
+        super().__init__(graph, levels, 0, {k: f"{v}=" for k, v in SOURCES.items()}, optional, highest)
         self.reports: dict[str, Node] = {}  # metrics
         self.reported: dict[str, Node] = {}  # the same before any mean
 
@@ -190,7 +190,7 @@ class Terms(_Inputs):
         self.reported |= {name: self.graph.node(value) for name, value in values.items()}
 
     def __getattr__(self, name: str) -> Node:
-        if name.startswith("_") or name not in _SOURCES:
+        if name.startswith("_") or name not in SOURCES:
             self._unknown(name, list(self.NAMES))
         return self._input(name, Level.TOKEN)
 
@@ -201,7 +201,7 @@ class Side(_Inputs):
     length: valid tokens of that side, per pair. Gradients flow through logprob.
     """
 
-    NAMES: Final = (*_PAIR_SOURCES, "log_ratio", "length", "extra")
+    NAMES: Final = (*PAIR_SOURCES, "log_ratio", "length", "extra")
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class Side(_Inputs):
         optional: bool | Collection[str] = True,
         highest: Level = Level.TOKEN,
     ) -> None:
-        sources = {k: f"{v}=" for k, v in _PAIR_SOURCES.items()}
+        sources = {k: f"{v}=" for k, v in PAIR_SOURCES.items()}
         super().__init__(graph, levels, side, sources, optional, highest)
 
     @property
@@ -225,7 +225,7 @@ class Side(_Inputs):
         return self.graph.length(self._side)
 
     def __getattr__(self, name: str) -> Node:
-        if name.startswith("_") or name not in _PAIR_SOURCES:
+        if name.startswith("_") or name not in PAIR_SOURCES:
             self._unknown(name, list(self.NAMES))
         return self._input(name, Level.TOKEN)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastreward.verify.error import distance
 from fastreward.verify.problem import Problem, Tensors, on, problems
 
 SLACK = 1e-6
+Where = tuple[str, str, str, str, str]  # operation, backend, device, problem, dtype
 #: Triton's interpreter cuts float32 off to bfloat16 where hardware rounds: one unit more, in the interpreter only.
 _INTERPRETER_SLACK = 2.0**-8
 #: A low-precision GEMM rounds the logits on both sides, tile by tile or whole; which falls nearer to the truth is luck.
@@ -69,25 +70,39 @@ def plan(operations: Sequence[str] | None, backends: Sequence[str] | None, quick
     for name in operations or ():
         if name not in dispatch.OPERATIONS:
             raise ValueError(f"unknown operation {name!r}; expected one of {', '.join(dispatch.OPERATIONS)}")
-    for name in backends or ():
-        if name not in dispatch.BACKENDS:
-            raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(dispatch.BACKENDS)}")
     made = Plan()
     for operation in operations or dispatch.OPERATIONS:
-        places: list[tuple[dispatch.Backend, str]] = []
-        for backend in dispatch.BACKENDS:
-            if backends and backend not in backends:
-                continue
-            status = doctor.status(operation, backend)
-            if status.startswith(("available", "experimental")):
-                places.append((backend, _device(backend)))
-            elif backend == "cpu" or (backends and status.startswith("does not import")):
-                made.broken[operation, backend] = status
-            else:
-                made.skipped[operation, backend] = status
+        places = _places(made, operation, backends)
         if places:
             made.problems += [(problem, places) for problem in problems(operation, quick)]
     return made
+
+
+def plan_of(operation: str, own: Iterable[Problem], backends: Sequence[str] | None) -> Plan:
+    """Problems that somebody else has made, on the backends that serve the operation here."""
+    made = Plan()
+    places = _places(made, operation, backends)
+    made.problems = [(problem, places) for problem in own] if places else []
+    return made
+
+
+def _places(made: Plan, operation: str, backends: Sequence[str] | None) -> list[tuple[dispatch.Backend, str]]:
+    """Where the operation can run; why it can't elsewhere goes into the plan."""
+    for name in backends or ():
+        if name not in dispatch.BACKENDS:
+            raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(dispatch.BACKENDS)}")
+    places: list[tuple[dispatch.Backend, str]] = []
+    for backend in dispatch.BACKENDS:
+        if backends and backend not in backends:
+            continue
+        status = doctor.status(operation, backend)
+        if status.startswith(("available", "experimental")):
+            places.append((backend, _device(backend)))
+        elif backend == "cpu" or (backends and status.startswith("does not import")):
+            made.broken[operation, backend] = status
+        else:
+            made.skipped[operation, backend] = status
+    return places
 
 
 def run(jobs: Plan, step: Callable[[str], None]) -> list[Finding]:
@@ -102,6 +117,14 @@ def run(jobs: Plan, step: Callable[[str], None]) -> list[Finding]:
                 findings += _compare(problem, backend, device, truth, plain[device])
         step(f"{problem.operation}: {problem.name}")
     return findings
+
+
+def of_peer(name: str, problem: Problem, got: Tensors) -> list[Finding]:
+    """What a function of somebody else's gives, from float64 inputs, beside plain torch's float32."""
+    with torch.random.fork_rng(devices=[]):
+        truth, plain = problem.truth(problem.inputs), problem.plain(problem.inputs)
+    where = (problem.operation, name, "cpu", problem.name, problem.dtype)
+    return _findings(where, got, truth, plain)
 
 
 def passed(jobs: Plan, findings: Sequence[Finding]) -> bool:
@@ -166,12 +189,16 @@ def _device(backend: str) -> str:
 
 
 def _compare(problem: Problem, backend: dispatch.Backend, device: str, truth: Tensors, plain: Tensors) -> list[Finding]:
-    where = (problem.operation, backend, device, problem.name, problem.dtype)
+    where: Where = (problem.operation, backend, device, problem.name, problem.dtype)
     try:
         with dispatch.backend(backend):
             got = problem.ours(on(problem.inputs, device))
     except Exception as error:  # a crash is a failure of this backend, not of verify
         return [Finding(*where, "call", math.inf, 0.0, f"{type(error).__name__}: {error}")]
+    return _findings(where, got, truth, plain)
+
+
+def _findings(where: Where, got: Tensors, truth: Tensors, plain: Tensors) -> list[Finding]:
     if missing := truth.keys() - got.keys():
         return [Finding(*where, name, math.inf, 0.0, "not returned") for name in sorted(missing)]
     return [

@@ -36,6 +36,16 @@ def worst(expected: Sequence[Tensor], result: Sequence[Tensor]) -> float:
     return max(distance(r, e) for r, e in zip(result, expected, strict=True))
 
 
+def off_edges(expected: Sequence[Tensor], result: Sequence[Tensor]) -> float:
+    """Error of the loss, and of the gradients away from a clip's edges, where float32 may fall on the other side."""
+    errors = [distance(result[0], expected[0])]
+    for got, want in zip(result[1:], expected[1:], strict=True):
+        close = (got - want).abs() <= 1e-4 * want.abs().max()
+        whole = float(close.double().mean()) < 1 - 1e-5
+        errors.append(distance(got, want) if whole else distance(got[close], want[close]))
+    return max(errors)
+
+
 def worst_of_rows(truth: tuple[Tensor, Tensors], result: Tensors) -> float:
     """The same over the rows that the truth names; what is not in the truth is not looked at."""
     rows, expected = truth

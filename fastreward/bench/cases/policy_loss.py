@@ -15,9 +15,8 @@ from fastreward import losses
 from fastreward._arguments.options import Aggregation
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
-from fastreward.bench.cases._steps import Tensors, add_torch, step
+from fastreward.bench.cases._steps import Tensors, add_torch, off_edges, step
 from fastreward.policy_loss import policy_loss
-from fastreward.verify.error import distance
 
 CASES = ("ppo", "cispo", "gspo", "sapo", "own")
 DTYPES = ("float32",)
@@ -135,7 +134,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=roofline.policy_loss_forward_backward(shape[0] * shape[1]),
-        error=partial(_error, _truth(written, *data)),
+        error=partial(off_edges, _truth(written, *data)),
         contenders=[Contender(OURS, partial(step, partial(_ours, written), 1, *data))],
         tolerance=1e-5,
         inputs=list(data),
@@ -177,12 +176,3 @@ def _verl(name: str, compiled: bool, written: Written, data: Tensors) -> Contend
 
 def _truth(written: Written, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensors:
     return step(written.plain, 1, logprobs.double(), old.double(), advantages.double(), mask)
-
-
-def _error(expected: Tensors, result: Tensors) -> float:
-    """Error of the loss, and of the gradient away from the clip's edges, where float32 may fall on the other side."""
-    loss, grad = expected
-    close = (result[1] - grad).abs() <= 1e-4 * grad.abs().max()
-    if float(close.double().mean()) < 1 - 1e-5:
-        return distance(result[1], grad)
-    return max(distance(result[0], loss), distance(result[1][close], grad[close]))
