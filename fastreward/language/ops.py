@@ -302,6 +302,7 @@ REDUCTIONS: Final = (*SEQ_REDUCTIONS, *GROUP_REDUCTIONS, *BATCH_REDUCTIONS)
 #: of 0 starts anew whatever lies before; shift(x): the token before's, 0 at the first. The others run from the last.
 SCANS: Final = ("scan", "scan_reverse", "shift", "shift_reverse")
 BACKWARDS: Final = ("scan_reverse", "shift_reverse")
+SHIFTS: Final = ("shift", "shift_reverse")
 #: segment_sum(x, ids): the sum over the run of equal ids that the token is in, 0 where ids are below 0. Made of scans
 #: before a backend sees the graph.
 ALONG_TOKENS: Final = (*SCANS, "segment_sum")

@@ -90,9 +90,6 @@ PROGRAMS: dict[str, Callable[[], Named]] = {
 }  # fmt: skip
 
 
-SCANS = ("fipo", "segments")  # of them, those with scans
-
-
 def prologue_program() -> Named:
     """Reductions before the first pass, batch values that tokens read, and outputs that need no operator."""
     g = Graph()

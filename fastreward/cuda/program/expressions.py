@@ -54,7 +54,7 @@ class Block:
     """Statements that compute nodes: what is used more than once, or is long, gets a name; the rest is written inline.
 
     real: the type of numbers. given: what is there already; what costs something is read once. name: what to call a
-    node. roots: what will be asked for.
+    node. roots: what will be asked for. together: a call that all threads make, of a node's operands; None for others.
     """
 
     def __init__(
@@ -63,9 +63,10 @@ class Block:
         given: Given,
         name: Callable[[Node], str],
         roots: Iterable[Node],
+        together: Callable[[Node, list[str]], str | None] = lambda node, operands: None,
     ) -> None:
         self.lines: list[str] = []
-        self._real, self._given, self._name = real, given, name
+        self._real, self._given, self._name, self._together = real, given, name, together
         self._texts: dict[int, Part] = {}
         roots = list(roots)
         computed = (n for n in walk(roots, self._to_compute) if self._to_compute(n))
@@ -89,6 +90,10 @@ class Block:
             binding = PREFIX if text.startswith("-") else ATOM
         else:
             parts = [self._texts[a.id] for a in node.args]
+            called = self._together(node, [text for text, _ in parts])
+            if called is not None:
+                self.lines.append(f"const {self._real} {self._name(node)} = {called};")
+                return self._name(node), ATOM
             text, binding = operator(node.op, parts, "cuda", f="f" if self._real == "float" else "", real=self._real)
             name_it = self._uses[node.id] > 1 or len(text) > _WIDE
         if not name_it:

@@ -25,17 +25,22 @@ _TAKEN: Final = """
     counter logits load store token gradient fastreward i64 THREADS WARPS WARP CHUNK Side Unit Groups Reductions Reduced
     Row Input Output Arguments LogitsArguments TokenGradient Loss ENTROPY ROOM COUNT OTHERS BEFORE AFTER
     blockIdx gridDim threadIdx blockDim warpSize run_unit last_block find_groups over_groups over_block over_units start
-    add_members permute_rows infinity negative_infinity not_a_number
+    add_members permute_rows infinity negative_infinity not_a_number scan shift counts carries scans Map ScanRoom
+    Carries REVERSE run_row
 """
+#: What is put behind a value's name: what its scan carries, itself in f64.
+CARRY: Final = "_carry"
+WIDE: Final = "_wide"
 
 
 class Names:
     """C++ names of a program's nodes."""
 
     def __init__(self, program: Program) -> None:
-        own = [f"out{i}" for i in range(len(program.outputs))]
+        own = [f"out{i}" for i in range(len(program.outputs) + len(program.kept))]
         own += [f"Pass{k}{side}" for k in range(1, len(program.stages) + 1) for side in ("", "Chosen", "Rejected")]
-        self._names = shared.names(program, (*words("cuda"), *_KEYWORDS.split(), *_TAKEN.split(), *own))
+        taken = (*words("cuda"), *_KEYWORDS.split(), *_TAKEN.split(), *own)
+        self._names = shared.names(program, taken, (CARRY, WIDE) if program.scans else ())
 
     def __call__(self, node: Node) -> str:
         """The node's name."""

@@ -101,8 +101,10 @@ def run(
     device, compiled = _device(inputs, sides), kernels(program)
     shapes = [sides[n.side].shape if n.level == Level.TOKEN else (sides[0].rows,) for n in program.outputs]
     outputs = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+    kept = [torch.empty(sides[n.side].shape, dtype=torch.float32, device=device) for n, _ in program.kept]
     batch = torch.empty(len(program.batch), dtype=torch.float32, device=device)
-    members, grid = compiled.arguments(inputs, sides, scalars, groups, outputs, batch, device)
+    given, taken = [*inputs, *kept], [*outputs, *kept]
+    members, grid = compiled.arguments(given, sides, scalars, groups, taken, batch, device)
     compiled.launch(compiled.names, members, grid, device)
     return outputs, batch
 

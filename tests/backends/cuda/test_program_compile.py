@@ -89,7 +89,7 @@ def program_text(name: str) -> Callable[[], str]:
 
 
 def texts() -> Iterator[tuple[str, Callable[[], str]]]:
-    for name in ("ppo", "gspo", "sapo", "real", "dpo"):
+    for name in ("ppo", "gspo", "sapo", "real", "dpo", "fipo"):
         yield name, program_text(name)
     yield "backward", lambda: '#include "cuda/program_backward.cuh"\n'
     yield "rescale", lambda: '#include "cuda/logits_rescale.cuh"\n'
@@ -101,7 +101,7 @@ def texts() -> Iterator[tuple[str, Callable[[], str]]]:
 
 TEXTS = dict(texts())
 ONE_ARCHITECTURE = {
-    **{name: program_text(name) for name in ("ppo, everything", "gdro", "aot")},
+    **{name: program_text(name) for name in ("ppo, everything", "gdro", "aot", "segments")},
     "prologue": lambda: source(checks.prologue_program().program),
     "random": lambda: source(checks.random_program(3, 130).program),
 }
@@ -170,13 +170,13 @@ def test_every_struct_has_members_of_eight_bytes() -> None:
     assert not [name for name, members in structs.items() if narrow.search(members)]
 
 
-@pytest.mark.parametrize("name", [name for name in checks.PROGRAMS if name not in checks.SCANS])
+@pytest.mark.parametrize("name", checks.PROGRAMS)
 def test_source_reads_as_the_loss(name: str) -> None:
     """The same text every time; terms, parameters and what is made of them are called what they are in the loss."""
     text = source(checks.PROGRAMS[name]().program)
     assert text == source(checks.PROGRAMS[name]().program)
     assert max(map(len, text.splitlines())) <= 120
-    assert '#include "cuda/program.cuh"' in text
+    assert f'#include "cuda/program{"_scans" if "run_row" in text else ""}.cuh"' in text
     term = "x.chosen_logprob" if name in ("dpo", "aot") else "x.logprob - x.old_logprob"
     assert term in text
     assert "scalar0" not in text

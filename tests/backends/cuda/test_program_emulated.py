@@ -59,7 +59,7 @@ def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator
     assert int(stand_in.counter(torch.device("cpu"))) == 0, "a kernel left its counter"
 
 
-@pytest.mark.parametrize("name", [name for name in checks.PROGRAMS if name not in checks.SCANS])
+@pytest.mark.parametrize("name", checks.PROGRAMS)
 def test_losses(name: str, emulator: Emulator) -> None:
     named = checks.PROGRAMS[name]()
     masks = list(checks.MASKS)
@@ -71,6 +71,15 @@ def test_losses(name: str, emulator: Emulator) -> None:
         for rows, width in ((0, 5), (3, 0)):
             call = checks.make_call(named, rows, width, packed=packed)
             checks.check_run(program, "cpu", named, call)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scans(seed: int, emulator: Emulator) -> None:
+    """Rows shorter and longer than a unit, packed and padded."""
+    named = checks.scan_program(seed, 5)
+    rows, width, packed = [(3, 300, False), (2, 2100, True), (4, 33, True), (1, 4200, False)][seed]
+    call = checks.make_call(named, rows, width, mask=list(checks.MASKS)[seed], packed=packed, seed=seed)
+    checks.check_run(program, "cpu", named, call, 1e-5)
 
 
 def test_prologue(emulator: Emulator) -> None:

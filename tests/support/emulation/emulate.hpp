@@ -240,6 +240,8 @@ inline unsigned __ballot_sync(unsigned, bool x) {
   return emulation::reduced(bit, [](unsigned a, unsigned b) { return a | b; });
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 template <class T>
 T atomicMax(T* p, T x) {
   const T old = *p;
