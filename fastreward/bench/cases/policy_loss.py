@@ -1,8 +1,10 @@
 """policy_loss, forward + backward, for four of the field's losses and one of a user's own, each beside the same loss in
-plain torch, eager and compiled, and beside verl's own function for it."""
+plain torch, eager and compiled, and beside verl's own function for it; and for one with a scan (FIPO), beside the
+quadratic form that trainers write and beside PPO, which is the same but for the scan."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,14 +20,16 @@ from fastreward.bench.case import OURS, Case, Contender, Target
 from fastreward.bench.cases._steps import Tensors, add_torch, off_edges, step
 from fastreward.policy_loss import policy_loss
 
-CASES = ("ppo", "cispo", "gspo", "sapo", "own")
+CASES = ("ppo", "cispo", "gspo", "sapo", "own", "fipo")
 DTYPES = ("float32",)
 SHAPE = (512, 8192)
 QUICK = (64, 512)
 
 _DUAL_CLIP = 3.0
 _CLAMP = 20.0
+_GAMMA = 2 ** (-1 / 32)
 _VERL_COMPILED = "verl + torch.compile"
+_WITHOUT_SCAN = "fastreward's PPO"
 
 
 # ---------------------------------------------------------------------------------------------- the losses in torch
@@ -59,6 +63,20 @@ def _sapo(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Te
     return ((token * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
 
 
+def _fipo(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """What follows as products with blocks of powers of gamma, T^2 of them, as ms-swift has it."""
+    d, width, block = ((logprobs - old) * mask).detach(), mask.shape[1], 128
+    future, places = torch.zeros_like(d), torch.arange(width, device=d.device)
+    for start in range(0, width, block):
+        distance = places[start : start + block] - places.unsqueeze(1)
+        powers = torch.where(distance >= 0, _GAMMA ** distance.clamp(min=0).to(d.dtype), 0.0)
+        future += d[:, start : start + block] @ powers.t()
+    weight, ratio = future.exp().clamp(1.0, 1.2), _ratio(logprobs, old)
+    weight = torch.where((advantages < 0) & (ratio > 4.0), weight.clamp(0.8, 1.0), weight).detach()
+    token = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.28))
+    return (weight * token * mask).sum() / mask.sum()
+
+
 @losses.define
 def surprise(t: losses.Terms, floor: float = 0.1, cap: float = 2.0) -> losses.Node:
     """README's loss of a user's own: tokens count by how surprising they are in their sequence."""
@@ -83,6 +101,7 @@ class Written:
     settings: dict[str, Any]
     aggregation: Aggregation
     eager: float = 20.0  # how many times verl's eager form; 40 where that form is long
+    quadratic: bool = False  # the plain form's time grows with the square of the sequence's length
 
 
 _WRITTEN: Final = {
@@ -104,6 +123,7 @@ _WRITTEN: Final = {
     ),
     "sapo": Written(losses.sapo(), _sapo, "compute_policy_loss_sapo", {}, "seq-mean-token-mean"),
     "own": Written(surprise(), _surprise, None, {}, "token-mean"),
+    "fipo": Written(losses.fipo(), _fipo, None, {}, "token-mean", quadratic=True),
 }
 
 
@@ -138,18 +158,27 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         contenders=[Contender(OURS, partial(step, partial(_ours, written), 1, *data))],
         tolerance=1e-5,
         inputs=list(data),
-        targets=(
-            Target("speedup", 1.3, "torch.compile"),
-            *([Target("speedup", written.eager, "verl")] if written.verl else []),
-            Target("first_call", 0.02),
-        ),
+        targets=(*_promises(written), Target("first_call", 0.02)),
     )
-    add_torch(built, written.plain, lambda form: partial(step, form, 1, *data), 1e-4)
+    if written.quadratic:
+        built.contenders.append(Contender("torch eager", partial(step, written.plain, 1, *data), tolerance=1e-4))
+        ppo = partial(_ours, _WRITTEN["ppo"])
+        built.contenders.append(Contender(_WITHOUT_SCAN, partial(step, ppo, 1, *data), tolerance=math.inf))
+        built.absent["torch.compile"] = "the time is that of its matrix products, compiled or not"
+    else:
+        add_torch(built, written.plain, lambda form: partial(step, form, 1, *data), 1e-4)
     for name, compiled in (("verl", False), (_VERL_COMPILED, True)):
         peers.add(built, name, partial(_verl, name, compiled, written, data))
     built.absent["TRL"] = "its loss is inside GRPOTrainer._compute_loss, no function of its own"
     built.absent["liger-kernel"] = "its GRPO loss starts from hidden states or logits"
     return built
+
+
+def _promises(written: Written) -> tuple[Target, ...]:
+    if written.quadratic:
+        return Target("ratio", 1.3, _WITHOUT_SCAN), Target("speedup", 50.0, "torch eager")
+    verl = [Target("speedup", written.eager, "verl")] if written.verl else []
+    return Target("speedup", 1.3, "torch.compile"), *verl
 
 
 def _ours(written: Written, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
