@@ -5,6 +5,7 @@ Log-probs of tokens, with entropy and more (a `TokenStats`):
     linear_token_logprobs     from hidden states and LM head, without the logits
 Divergences of a student's distribution from a teacher's, with their gradient (a `DivergenceStats`):
     token_divergence          from logits: KL, Jensen-Shannon, ... (`divergences`), or one of your own
+    linear_divergence         the same from hidden states and LM heads, without any [N, V] tensor
 Losses, with their gradient in the same pass (a `PolicyLoss`):
     policy_loss               from log-probs: PPO, CISPO, GSPO, ... (`losses`), or one of your own (`losses.define`)
     logits_policy_loss        from logits
@@ -63,6 +64,7 @@ from fastreward.ema_baseline import EmaBaseline
 from fastreward.group import Groups as Groups
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
+from fastreward.linear_divergence import linear_divergence
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.linear_policy_loss import linear_policy_loss
 from fastreward.logits_policy_loss import logits_policy_loss
@@ -102,6 +104,7 @@ __all__ = [
     "group_advantages",
     "group_statistics",
     "lambda_returns",
+    "linear_divergence",
     "linear_policy_loss",
     "linear_token_logprobs",
     "logits_policy_loss",

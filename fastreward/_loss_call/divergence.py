@@ -16,7 +16,14 @@ from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation
 from fastreward._runtime.layout import VALUES
 from fastreward._runtime.memory import empty_like
-from fastreward.language.divergence_programs import CONSTANT, SLOPE, TOTAL, UPSTREAM, registered_programs
+from fastreward.language.divergence_programs import (
+    CONSTANT,
+    SLOPE,
+    TOTAL,
+    UPSTREAM,
+    DivergencePrograms,
+    registered_programs,
+)
 from fastreward.language.program import Program
 
 #: What token_divergence gives besides the divergence, where it is asked for.
@@ -46,7 +53,7 @@ def statistics_of(student: Tensor, teacher: Tensor, agreement: Tensor, outputs: 
     return {name: found[name] for name in outputs}
 
 
-def _call(
+def given_call(
     labels: Tensor,
     temperature: Tensor | None,
     scalar: float,
@@ -55,6 +62,7 @@ def _call(
     mask: Tensor | None,
     parameters: list[float],
 ) -> DivergenceCall:
+    """What every backend is given, of an op's arguments."""
     inverse = 1.0 / scalar if temperature is None else temperature.reciprocal()
     of_teacher = 1.0 / teacher_scalar if teacher_temperature is None else teacher_temperature.reciprocal()
     return DivergenceCall(labels, inverse, of_teacher, mask, parameters)
@@ -89,7 +97,7 @@ def token_divergence(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """outputs f32 [1 + sums, N] (divergence, sums of f1 and f2), both sides' values f32 [8, N], agreement f32 [N]."""
-    call = _call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
+    call = given_call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
     kernels, known = implementation("divergence", backend), registered_programs(programs)
     parts = [
         kernels.forward(known, x, y, call.rows(start, x.shape[0]), sums, statistics)
@@ -137,29 +145,35 @@ def slice_sums(
 
 
 # --------------------------------------------------------------------------------------------------------- backward
-class _Upstream(NamedTuple):
+class Upstream(NamedTuple):
     """f32 [N] each, what a gradient program reads per row, and what is added at the label."""
 
     inputs: dict[str, Tensor]
     label: Tensor | None
 
-    def rows(self, start: int, count: int) -> _Upstream:
+    def rows(self, start: int, count: int) -> Upstream:
+        """Of rows start .. start + count."""
         end = start + count
         label = None if self.label is None else self.label[start:end]
-        return _Upstream({name: x[start:end] for name, x in self.inputs.items()}, label)
+        return Upstream({name: x[start:end] for name, x in self.inputs.items()}, label)
 
 
-def _student_upstream(call: DivergenceCall, outputs: Tensor, student: Tensor, grads: Tensor) -> _Upstream:
-    """grads [3, N]: what flows into the divergence, the student's entropy and the label's log-prob."""
+def gradient_program(programs: DivergencePrograms, statistics: bool) -> Program:
+    """That of the student's logits; statistics: with what comes through the other outputs."""
+    return programs.statistics if statistics else programs.student
+
+
+def student_upstream(call: DivergenceCall, outputs: Tensor, student: Tensor, grads: Tensor) -> Upstream:
+    """For the student's logits. grads [3, N]: what flows into the divergence, the entropy and the label's log-prob."""
     inverse = call.inv_temperature
     into, entropy, logprob = (grads.double() * inverse).float()
     known = torch.where(entropy == 0, 0.0, student[_ENTROPY])  # not computed, or NaN: no one asked
     inputs = {UPSTREAM: into, TOTAL: outputs[1], CONSTANT: -(entropy * known + logprob), SLOPE: -entropy}
-    return _Upstream(inputs, logprob.contiguous())
+    return Upstream(inputs, logprob.contiguous())
 
 
-def _teacher_upstream(call: DivergenceCall, outputs: Tensor, grad: Tensor) -> _Upstream:
-    return _Upstream({UPSTREAM: (grad.double() * call.inv_teacher_temperature).float(), TOTAL: outputs[2]}, None)
+def _teacher_upstream(call: DivergenceCall, outputs: Tensor, grad: Tensor) -> Upstream:
+    return Upstream({UPSTREAM: (grad.double() * call.inv_teacher_temperature).float(), TOTAL: outputs[2]}, None)
 
 
 @custom_op("token_divergence_backward")
@@ -183,7 +197,7 @@ def token_divergence_backward(
     backend: str,
 ) -> Tensor:
     """The gradient for the student's logits, or for the teacher's."""
-    call = _call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
+    call = given_call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
     grad = empty_like(teacher_logits if of_teacher else logits)
     _write(
         grad, logits, teacher_logits, call, outputs, student, teacher, grads, programs, statistics, of_teacher, backend
@@ -219,7 +233,7 @@ def token_divergence_backward_(
     backend: str,
 ) -> None:
     """The student's gradient over its logits."""
-    call = _call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
+    call = given_call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
     _write(logits, logits, teacher_logits, call, outputs, student, teacher, grads, programs, statistics, False, backend)
     torch.autograd.graph.increment_version(logits)
 
@@ -244,9 +258,9 @@ def _write(
     backend: str,
 ) -> None:
     known = registered_programs(programs)
-    program: Program = known.teacher if of_teacher else known.statistics if statistics else known.student
+    program = known.teacher if of_teacher else gradient_program(known, statistics)
     upstream = (
-        _teacher_upstream(call, outputs, grads[0]) if of_teacher else _student_upstream(call, outputs, student, grads)
+        _teacher_upstream(call, outputs, grads[0]) if of_teacher else student_upstream(call, outputs, student, grads)
     )
     kernels = implementation("divergence", backend)
     for start, (x, y, out) in _matrices(logits, teacher_logits, grad):

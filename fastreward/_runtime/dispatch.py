@@ -35,6 +35,7 @@ OPERATIONS: Final = (
     "correction",
     "group",
     "divergence",
+    "linear_divergence",
     "whiten",
     "segments",
     "rewards",
@@ -54,6 +55,7 @@ _PACKAGES: Final[dict[Backend, str]] = {
 #: The kernels of operations that are made of others': losses of the loss language are programs, whatever their shape.
 _KERNELS: Final = {
     "linear_logprobs": "logprobs",
+    "linear_divergence": "divergence",
     "policy_loss": "program",
     "linear_policy_loss": "program",
     "preference_loss": "program",
@@ -120,7 +122,7 @@ def select(operation: str, tensor: torch.Tensor, maker: Backend | None = None) -
 @overload
 def implementation(operation: Literal["logprobs", "linear_logprobs"], name: str) -> protocols.LogprobsKernels: ...
 @overload
-def implementation(operation: Literal["divergence"], name: str) -> protocols.DivergenceKernels: ...
+def implementation(operation: Literal["divergence", "linear_divergence"], name: str) -> protocols.DivergenceKernels: ...
 @overload
 def implementation(operation: Literal["group"], name: str) -> protocols.GroupKernels: ...
 @overload
@@ -163,7 +165,7 @@ def generated(operation: str) -> bool:
 
 def absent(operation: str, name: str) -> str | None:
     """Why backend `name` has no kernels of `operation`, on whatever machine; None where it has."""
-    return _ABSENT.get((operation, name))
+    return _ABSENT.get((operation, name)) or _ABSENT.get((_KERNELS.get(operation, operation), name))
 
 
 def interpreted() -> bool:

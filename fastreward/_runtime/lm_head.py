@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +36,10 @@ def compute_dtype_of(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def scaling(logit_scale: Number, softcap: Number | None, like: Tensor) -> tuple[Number, Number]:
+def scaling(logit_scale: Number, softcap: Number | None, like: Tensor, of: str = "") -> tuple[Number, Number]:
     """Factor and softcap of the logits, 0 for none. A cap is brought to where float32 can divide and multiply by it."""
-    factor = number("logit_scale", logit_scale, like, _float32)
-    cap = 0.0 if softcap is None else number("softcap", softcap, like, check.positive)
+    factor = number(f"{of}logit_scale", logit_scale, like, _float32)
+    cap = 0.0 if softcap is None else number(f"{of}softcap", softcap, like, check.positive)
     if isinstance(cap, Tensor):
         return factor, cap.clamp(_LEAST_CAP, _WIDEST_CAP)
     return factor, 0.0 if not 0.0 < cap < _WIDEST_CAP else max(cap, _LEAST_CAP)
@@ -53,29 +53,51 @@ def _float32(name: str, value: object) -> float:
     return result
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, sliced: bool = False) -> None:
-    """Tensors that fit each other. sliced: the weight may have no row, others have more."""
-    check.dtype("hidden", check.tensor("hidden", hidden), LOGITS_DTYPES)
-    check.dtype("weight", check.tensor("weight", weight), LOGITS_DTYPES)
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, sliced: bool = False, of: str = ""
+) -> None:
+    """Tensors that fit each other. sliced: the weight may have no row, others have more; of: before their names."""
+    check.dtype(f"{of}hidden", check.tensor(f"{of}hidden", hidden), LOGITS_DTYPES)
+    check.dtype(f"{of}weight", check.tensor(f"{of}weight", weight), LOGITS_DTYPES)
     check.integers("labels", labels)
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"weight: expected shape [V, {hidden.shape[-1]}] (hidden's last dimension), got {list(weight.shape)}"
+            f"{of}weight: expected shape [V, {hidden.shape[-1]}] ({of}hidden's last dimension), "
+            f"got {list(weight.shape)}"
         )
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise TypeError(f"weight: expected hidden's dtype {hidden.dtype}, got {weight.dtype}")
-    check.shape("labels", labels, hidden.shape[:-1], "hidden's shape without H")
-    check.same_device("weight", weight, "hidden", hidden)
-    check.same_device("labels", labels, "hidden", hidden)
+        raise TypeError(f"{of}weight: expected {of}hidden's dtype {hidden.dtype}, got {weight.dtype}")
+    if of:
+        check.shape(f"{of}hidden", hidden, (*labels.shape, hidden.shape[-1]), "hidden's, but for the width")
+    else:
+        check.shape("labels", labels, hidden.shape[:-1], "hidden's shape without H")
+    check.same_device(f"{of}weight", weight, f"{of}hidden", hidden)
+    check.same_device("labels", labels, f"{of}hidden", hidden)
     if not len(weight) and not sliced:
-        raise ValueError(f"weight: expected at least one token of vocabulary, got shape {list(weight.shape)}")
+        raise ValueError(f"{of}weight: expected at least one token of vocabulary, got shape {list(weight.shape)}")
     if bias is not None:
-        check.dtype("bias", check.tensor("bias", bias), LOGITS_DTYPES)
-        check.shape("bias", bias, (weight.shape[0],), "one per token of the vocabulary")
-        check.same_device("bias", bias, "hidden", hidden)
+        check.dtype(f"{of}bias", check.tensor(f"{of}bias", bias), LOGITS_DTYPES)
+        check.shape(f"{of}bias", bias, (weight.shape[0],), "one per token of the vocabulary")
+        check.same_device(f"{of}bias", bias, f"{of}hidden", hidden)
 
 
 # -------------------------------------------------------------------------------------------------------------- tiles
+class Ids(NamedTuple):
+    """Further ids of tokens: which, their log-probs, and what flows into these."""
+
+    token_ids: Tensor  # i64 [N, K], outside a tile of the vocabulary: of another
+    logprobs: Tensor  # f32 [N, K]
+    grads: Tensor  # f32 [N, K]
+
+    def rows(self, rows: slice) -> Ids:
+        """Those of the rows."""
+        return Ids(*(x[rows].contiguous() for x in self))
+
+    def among(self, start: int) -> Ids:
+        """With ids that count from column `start`."""
+        return self._replace(token_ids=self.token_ids - start)
+
+
 class Head:
     """The projection hidden @ weight.T + bias, scaled and soft-capped, one tile at a time in one buffer."""
 
@@ -138,13 +160,16 @@ class Head:
         scale: float | Tensor,
         values: Tensor,
         upstream: Tensor,
+        ids: Ids | None = None,
     ) -> None:
         """Overwrites a tile of logits with its gradient, the softcap's included."""
         on_device = isinstance(self.softcap, Tensor)  # a kernel takes a number
         slope = 1.0 - (logits / self.softcap).square_() if on_device else None
         cap = 1.0 / self.softcap if self.capped and not on_device else 0.0
-        none = values.new_empty((0, 0))
-        kernels.backward(logits, labels, scale, None, None, None, None, values, none, upstream, None, logits, cap)
+        token_ids, id_logprobs, grad_ids = (None, values.new_empty((0, 0)), None) if ids is None else ids
+        kernels.backward(
+            logits, labels, scale, None, None, None, token_ids, values, id_logprobs, upstream, grad_ids, logits, cap
+        )
         if slope is not None:
             logits.mul_(slope)
 
@@ -201,13 +226,25 @@ class HeadGradients:
 
 
 # ------------------------------------------------------------------------------------------------- over all the tiles
-def head_state(kernels: LogprobsKernels, head: Head, labels: Tensor, inverse: float | Tensor, flags: int) -> Tensor:
-    """The state f64 [N, 8] of the head's columns, but for rank; labels count from the first of them."""
+def head_state(
+    kernels: LogprobsKernels,
+    head: Head,
+    labels: Tensor,
+    inverse: float | Tensor,
+    flags: int,
+    token_ids: Tensor | None = None,  # [N, K]
+    id_logits: Tensor | None = None,  # f64 [N, K], out: the raw logits of the ids that are among the columns
+) -> Tensor:
+    """The state f64 [N, 8] of the head's columns, but for rank; labels and ids count from the first of them."""
     state = initial_state(head.hidden.shape[0], head.hidden.device)
     for columns in head.column_chunks():
         for rows in head.row_chunks():
             logits, scale = head.logits(rows, columns), rows_of(inverse, rows)
             kernels.accumulate(logits, labels[rows], columns.start, scale, state[rows], flags & ~FLAG["rank"], None)
+            if token_ids is not None and id_logits is not None:
+                local = token_ids[rows] - columns.start
+                own = logits.gather(1, local.clamp(0, logits.shape[1] - 1)).double()
+                id_logits[rows] = torch.where((local >= 0) & (local < logits.shape[1]), own, id_logits[rows])
     return state
 
 
@@ -232,15 +269,20 @@ def head_gradients(
     values: Tensor,  # [8, N], of the whole vocabulary
     grad_values: Tensor,  # [8, N]
     needs: list[bool],
+    ids: Ids | None = None,
 ) -> HeadGradients:
     """The gradients of what token_logprobs gives, for hidden, weight and bias."""
     grads = HeadGradients(head, needs)
-    slices = [(rows, values[:, rows].contiguous(), grad_values[:, rows].contiguous()) for rows in head.row_chunks()]
+    slices = [
+        (rows, values[:, rows].contiguous(), grad_values[:, rows].contiguous(), None if ids is None else ids.rows(rows))
+        for rows in head.row_chunks()
+    ]
     for columns in head.column_chunks():
-        for rows, stats, upstream in slices:
+        for rows, stats, upstream, further in slices:
             logits = head.logits(rows, columns)
             local, scale = labels[rows] - columns.start, rows_of(inverse, rows)
-            head.backward(kernels, logits, local, scale, stats, upstream)
+            here = None if further is None else further.among(columns.start)
+            head.backward(kernels, logits, local, scale, stats, upstream, here)
             grads.add(rows, columns, logits)
     return grads
 

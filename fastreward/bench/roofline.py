@@ -74,6 +74,15 @@ def linear_logprobs(rows: int, hidden: int, vocab: int, itemsize: int, backward:
     return Traffic(2 * operands + rows * _LABEL, operands + rows * _STAT, 4 * gemm)
 
 
+def linear_divergence(rows: int, hidden: int, vocab: int, itemsize: int, backward: bool) -> Traffic:
+    """Both sides' operands read once per pass, the student's gradients written once; 2 of 6 GEMMs forward."""
+    operands = (rows * hidden + vocab * hidden) * itemsize
+    gemm = 2.0 * rows * hidden * vocab
+    if not backward:
+        return Traffic(2 * operands, rows * _STAT, 2 * gemm)
+    return Traffic(4 * operands, operands + rows * _STAT, 6 * gemm)
+
+
 def policy_loss_forward_backward(tokens: int, per_token_inputs: int = 3, mask_itemsize: int = 1) -> Traffic:
     """Log-probs, old log-probs, advantages and the mask read once, the gradient written once."""
     return Traffic(tokens * (4 * per_token_inputs + mask_itemsize), tokens * 4)

@@ -28,8 +28,9 @@ Where = tuple[str, str, str, str, str]  # operation, backend, device, problem, d
 #: Triton's interpreter cuts float32 off to bfloat16 where hardware rounds: one unit more, in the interpreter only.
 _INTERPRETER_SLACK = 2.0**-8
 #: A low-precision GEMM rounds the logits on both sides, tile by tile or whole; which falls nearer to the truth is luck.
-#: So `linear_logprobs` may be one unit of its dtype further off than torch.
+#: So what starts with one GEMM, or with two, may be that many units of its dtype further off than torch.
 _GEMM_SLACK = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+_GEMMS = {"linear_logprobs": 1, "linear_divergence": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,7 @@ class Finding:
         """Whether it meets the criterion."""
         cut_off = self.backend == "triton" and self.device == "cpu" and self.dtype == "bfloat16"
         slack = SLACK + (_INTERPRETER_SLACK if cut_off else 0.0)
-        if self.operation == "linear_logprobs":
-            slack += _GEMM_SLACK.get(self.dtype, 0.0)
+        slack += _GEMMS.get(self.operation, 0) * _GEMM_SLACK.get(self.dtype, 0.0)
         return self.error <= self.torch_error + slack
 
 

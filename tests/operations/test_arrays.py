@@ -106,6 +106,11 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
         (LOGITS, TEACHER),
         {"labels": LABELS, "mask": MASK, "outputs": ("entropy", "logprobs", "top1_agreement")},
     ),
+    "linear_divergence": (
+        fr.linear_divergence,
+        (HIDDEN, HEAD, HIDDEN.flip(0), HEAD.flip(0)),
+        {"teacher_bias": HEAD[:, 0].clone(), "mask": MASK},
+    ),
     "value_loss": (fr.value_loss, (LOGPROBS, OLD, OTHER, MASK), {"loss": "huber"}),
     "whiten": (fr.whiten, (OLD, MASK), {}),
     "loss_normalizer": (fr.loss_normalizer, (MASK,), {"aggregation": "seq-mean-token-sum-norm"}),

@@ -198,6 +198,26 @@ CALLS: dict[str, tuple[Callable[[Tensor], object], Tensor]] = {
         lambda x: fr.token_divergence(torch.zeros(B, T, V), torch.zeros(B, T, V), teacher_temperature=x),
         ones(),
     ),
+    "linear_divergence teacher_hidden": (
+        lambda x: fr.linear_divergence(ones(B, T, 4), ones(V, 4), x, ones(V, 3)),
+        ones(B, T, 3),
+    ),
+    "linear_divergence teacher_weight": (
+        lambda x: fr.linear_divergence(ones(B, T, 4), ones(V, 4), ones(B, T, 3), x),
+        ones(V, 3),
+    ),
+    "linear_divergence teacher_bias": (
+        lambda x: fr.linear_divergence(ones(B, T, 4), ones(V, 4), ones(B, T, 3), ones(V, 3), teacher_bias=x),
+        ones(V),
+    ),
+    "linear_divergence teacher_softcap": (
+        lambda x: fr.linear_divergence(ones(B, T, 4), ones(V, 4), ones(B, T, 3), ones(V, 3), teacher_softcap=x),
+        ones(),
+    ),
+    "linear_divergence teacher_temperature": (
+        lambda x: fr.linear_divergence(ones(B, T, 4), ones(V, 4), ones(B, T, 3), ones(V, 3), teacher_temperature=x),
+        ones(B, T),
+    ),
     "value_loss old_values": (lambda x: fr.value_loss(lp(), x, lp()), lp()),
     "value_loss returns": (lambda x: fr.value_loss(lp(), lp(), x), lp()),
     "value_loss clip": (lambda x: fr.value_loss(lp(), lp(), lp(), clip=x), ones()),

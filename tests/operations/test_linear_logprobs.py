@@ -114,6 +114,29 @@ def test_more_of_everything_than_a_tile(dtype: torch.dtype, backend: str, monkey
         torch.testing.assert_close(found.double(), right, rtol=share, atol=share * float(right.abs().max()))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_of_other_ids(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids in every tile, under a mask and a softcap, whose gradient joins that of the label and the entropy."""
+    monkeypatch.setattr(linear_logprobs, "_CPU_TILE", (16, 64))
+    rows = 45
+    hidden = torch.randn(rows, H).to(dtype).requires_grad_()
+    weight = (torch.randn(V, H) * 0.5).to(dtype).requires_grad_()
+    leaves, labels, ids = (hidden, weight), torch.randint(0, V, (rows,)), torch.rand(rows, V).topk(30).indices
+    options = {"mask": torch.arange(rows) % 5 != 1, "temperature": torch.linspace(0.5, 2, rows)}
+    ids[1], g = 10**9, torch.randn(rows, 30)
+    with fr.backend(backend):
+        outputs = ("entropy", "id_logprobs")
+        stats = fr.linear_token_logprobs(*leaves, labels, softcap=9.0, outputs=outputs, token_ids=ids, **options)
+        grads = torch.autograd.grad((stats.id_logprobs * g).sum() + stats.entropy.sum(), leaves)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    truth = truth_of(head(*exact, None, 1.0, 9.0), labels, token_ids=ids.clamp(max=V - 1), **options)
+    wanted = torch.autograd.grad((truth["id_logprobs"] * g).sum() + truth["entropy"].sum(), exact)
+    share = 2e-6 if dtype == torch.float32 else 0.03
+    for found, right in zip((stats.id_logprobs, *grads), (truth["id_logprobs"], *wanted), strict=True):
+        torch.testing.assert_close(found.double(), right, rtol=share, atol=share * float(right.abs().max()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_no_token_are_0(dtype: torch.dtype) -> None:
     hidden, weight, bias, labels = problem(dtype)
@@ -297,12 +320,14 @@ def test_autocast_runs_the_gemms_in_its_dtype() -> None:
 def test_opcheck() -> None:
     hidden, weight, bias, labels = problem()
     cap = torch.tensor(2.0, dtype=torch.float64)
-    arguments = (hidden, weight, bias, labels, None, 0.7, 1.0, None, 0.0, cap, 3, [8, 100], torch.float32, "cpu")
+    ids = torch.rand(N, V).topk(3).indices
+    arguments = (hidden, weight, bias, labels, ids, None, 0.7, 1.0, None, 0.0, cap, 3, [8, 100], torch.float32, "cpu")
     torch.library.opcheck(torch.ops.fastreward.linear_token_logprobs, arguments)
     leaves = (hidden.detach(), weight.detach(), bias.detach())
-    values, _ = torch.ops.fastreward.linear_token_logprobs(*leaves, *arguments[3:])
-    backward = (*leaves, *arguments[3:10], [8, 100], torch.float32, values, torch.randn_like(values))
-    torch.library.opcheck(torch.ops.fastreward.linear_token_logprobs_backward, (*backward, [True, False, True], "cpu"))
+    values, _, found = torch.ops.fastreward.linear_token_logprobs(*leaves, *arguments[3:])
+    grads = torch.randn_like(values), torch.randn_like(found)
+    backward = (*leaves, *arguments[3:11], [8, 100], torch.float32, values, found, *grads, [True, False, True], "cpu")
+    torch.library.opcheck(torch.ops.fastreward.linear_token_logprobs_backward, backward)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +336,13 @@ def test_opcheck() -> None:
         (ValueError, r"weight: expected shape \[V, 24\]", {"weight": torch.randn(V, 3)}),
         (TypeError, r"weight: expected hidden's dtype", {"weight": torch.randn(V, H).bfloat16()}),
         (ValueError, r"labels: expected integers in \[0, 301\)", {"labels": torch.full((N,), V)}),
-        (ValueError, r"outputs: expected one of", {"outputs": ("id_logprobs",)}),
+        (ValueError, r"outputs: expected one of", {"outputs": ("logprob",)}),
+        (ValueError, r"token_ids: needed for the output 'id_logprobs'", {"outputs": ("id_logprobs",)}),
+        (
+            ValueError,
+            r"token_ids: expected integers in \[0, 301\).* got 301 at index \[1\]",
+            {"outputs": ("id_logprobs",), "token_ids": torch.tensor([4, 301])},
+        ),
         (ValueError, r"softcap: expected a positive number", {"softcap": -1.0}),
         (ValueError, r"chunk_size: expected a positive number", {"chunk_size": 0}),
         (TypeError, r"chunk_size: expected an integer \(columns of a tile\), got 7\.5", {"chunk_size": 7.5}),

@@ -51,6 +51,10 @@ def divergence(**options: Any) -> Tensor:
     return fr.token_divergence(LOGITS, LOGITS.flip(0), **options).divergence
 
 
+def from_heads(**options: Any) -> Tensor:
+    return fr.linear_divergence(HIDDEN, WEIGHT, HIDDEN.flip(0), WEIGHT, **options).divergence
+
+
 #: By the name of the argument: a call of it, and a value that is refused (None: every finite number is right).
 CALLS: dict[str, tuple[Callable[[Any], Tensor], float | None]] = {
     "policy_loss kl_coef": (lambda x: policy(kl_coef=x), None),
@@ -84,6 +88,12 @@ CALLS: dict[str, tuple[Callable[[Any], Tensor], float | None]] = {
     "token_rewards clip[0]": (lambda x: rewards(clip=(x, None)), None),
     "token_divergence temperature": (lambda x: divergence(temperature=x), 0.0),
     "token_divergence teacher_temperature": (lambda x: divergence(teacher_temperature=x), -1.0),
+    "linear_divergence temperature": (lambda x: from_heads(temperature=x), 0.0),
+    "linear_divergence teacher_temperature": (lambda x: from_heads(teacher_temperature=x), -1.0),
+    "linear_divergence logit_scale": (lambda x: from_heads(logit_scale=x), None),
+    "linear_divergence teacher_logit_scale": (lambda x: from_heads(teacher_logit_scale=x), None),
+    "linear_divergence softcap": (lambda x: from_heads(softcap=x), 0.0),
+    "linear_divergence teacher_softcap": (lambda x: from_heads(teacher_softcap=x), -1.0),
     "value_loss clip": (lambda x: fr.value_loss(LP, LP.flip(0), LP + 1.0, clip=x).loss, 0.0),
     "value_loss delta": (lambda x: fr.value_loss(LP, LP, LP + 1.0, loss="huber", delta=x).loss, -1.0),
     "whiten eps": (lambda x: fr.whiten(LP, eps=x), -1.0),

@@ -63,6 +63,8 @@ class Operation:
         return (out * torch.linspace(0.3, 1.7, out.numel()).reshape(out.shape)).sum()
 
 
+TEACHER, HEAD = normal(B, T, H), normal(V, H)
+
 OPERATIONS = {
     "token_logprobs": Operation(
         lambda x: torch.stack([*fr.token_logprobs(x, LABELS, mask=MASK, outputs=("logprobs", "entropy"))]),
@@ -106,6 +108,10 @@ OPERATIONS = {
     "token_divergence": Operation(
         lambda x, y: fr.token_divergence(x, y, divergence="jsd", mask=MASK).divergence,
         (normal(B, T, V), normal(B, T, V)),
+    ),
+    "linear_divergence": Operation(
+        lambda h, w: fr.linear_divergence(h, w, TEACHER, HEAD, divergence="jsd", mask=MASK).divergence,
+        (normal(B, T, H), normal(V, H)),
     ),
     "value_loss": Operation(lambda v: fr.value_loss(v, OLD, ROLLOUT, MASK).loss, (normal(B, T),)),
     "token_rewards": Operation(

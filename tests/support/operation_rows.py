@@ -78,6 +78,14 @@ def teacher(B: int, T: int) -> dict[str, Any]:
     return {name: torch.randn(B, T, VOCAB, requires_grad=True) for name in ("logits", "teacher_logits")}
 
 
+def two_heads(B: int, T: int) -> dict[str, Any]:
+    """Hidden states and LM heads of both sides."""
+    return {
+        "hidden": torch.randn(B, T, 6, requires_grad=True), "weight": torch.randn(VOCAB, 6, requires_grad=True),
+        "teacher_hidden": torch.randn(B, T, 8), "teacher_weight": torch.randn(VOCAB, 8), "divergence": DIVERGENCE,
+    }  # fmt: skip
+
+
 def from_logits(B: int, T: int, *, hidden: bool = False) -> dict[str, Any]:
     return labelled(B, T, hidden=hidden) | {
         **per_token(B, T, "old_logprobs", "ref_logprobs"), "advantages": torch.randn(B), "mask": mask(B, T),
@@ -276,6 +284,12 @@ ROWS = [
         lambda B, T: {"logits": teacher(B, T)["logits"], "token_ids": torch.rand(B, T, VOCAB).topk(B - 1).indices,
                       "teacher_logprobs": -torch.rand(B, T, B - 1) - 3.0, "temperature": 0.3 * B, "mask": mask(B, T),
                       "divergence": DIVERGENCE, "outputs": ("entropy",)}),
+    Row("linear_divergence", "scaled",
+        lambda B, T: two_heads(B, T) | {"temperature": 0.3 * B, "logit_scale": 1.0 / T, "teacher_softcap": 2.0 * B,
+                                        "softcap": 1.5 * B, "outputs": ("entropy", "teacher_entropy")}),
+    Row("linear_divergence", "masked", lambda B, T: two_heads(B, T) | {"mask": mask(B, T)}),
+    Row("linear_divergence", "ids",
+        lambda B, T: two_heads(B, T) | {"token_ids": torch.rand(B, T, VOCAB).topk(B - 1).indices, "mask": mask(B, T)}),
     Row("value_loss", "masked",
         lambda B, T: per_token(B, T, "values", "old_values", "returns", grad=("values",))
         | {"mask": mask(B, T), "clip": 0.1 * B, "normalizer": 1.0 * T}),

@@ -19,6 +19,7 @@ _CALLS: Final[dict[str, tuple[str, tuple[int, ...], float | None]]] = {
     "logprobs": ("forward", (16, 1000), 0.33),
     "linear_logprobs": ("backward", (16, 64, 1000), None),
     "divergence": ("reverse-kl", (16, 1000), None),
+    "linear_divergence": ("reverse-kl+gradient", (16, 64, 1000), None),
     "policy_loss": ("ppo", (8, 128), 1.1),
     "preference_loss": ("dpo", (8, 128), None),
     "logits_policy_loss": ("fresh", (16, 1000), None),
