@@ -49,9 +49,9 @@ def _inputs(dtype: torch.dtype, seed: int) -> Iterator[tuple[str, dict[str, Any]
     scaled = {"bias": normal(vocab), "logit_scale": 0.7, "softcap": 5.0, "labels": labels}
     yield "bias, scale, softcap, statistics", base | scaled | {"teacher_bias": normal(vocab), "teacher_softcap": 8.0}
     yield "temperatures", base | {"temperature": temperature, "teacher_temperature": 0.7}
-    ids = torch.rand(rows, vocab, generator=generator).topk(9).indices
-    yield "over ids and the rest", base | {"token_ids": ids, "mask": mask, "temperature": 1.5}
-    yield "over ids, renormalised", base | {"token_ids": ids, "tail": False, "divergence": "forward-kl"}
+    ids = eager.linear_logits(hidden, weight).topk(9).indices
+    yield "over ids and the rest", base | {"token_ids": ids, "mask": mask, "divergence": "forward-kl"}
+    yield "over ids, renormalised", base | {"token_ids": ids, "tail": False, "temperature": 1.5}
     yield "all rows masked", base | {"mask": torch.zeros(rows, dtype=torch.bool)}
     empty = {name: base[name][:0] for name in ("hidden", "teacher_hidden")}
     yield "empty batch", base | empty
