@@ -135,7 +135,7 @@ def slice_sums(
     """What the slice adds to the op's outputs, f64 [1 + sums, N]."""
     if not logits.numel():
         return torch.zeros((1 + sums, labels.shape[0]), dtype=torch.float64, device=logits.device)
-    call = _call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
+    call = given_call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
     kernels, known, parts = implementation("divergence", backend), registered_programs(programs), []
     for start, (x, y) in _matrices(logits.detach(), teacher_logits.detach()):
         rows = x.shape[0]
