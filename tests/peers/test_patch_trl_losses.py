@@ -173,6 +173,20 @@ def test_short_completions_and_batches_of_nothing(grpo: Any, rloo: Any, rows: in
         assert_same(*both(rloo, batch))
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_single_tokens_that_are_masked_out(grpo: Any, loss_type: str, level: str, per_token: bool) -> None:
+    """As by mask_truncated_completions: TRL's metrics take one column for values per sequence, and count them all."""
+    batch = Batch.random(6, 1, seed=1, spread=1.0)
+    batch.mask[1::2] = 0
+    if per_token:
+        batch.advantages = batch.advantages.unsqueeze(1)
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "epsilon_high": 1.2}
+    for more in ({}, {"use_bias_correction_kl": True, "entropy_coef": 0.1}):
+        assert_same(*both(grpo, batch, beta=0.1, **options, **more))
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "vespo", "cispo"])
 def test_two_processes(grpo: Any, rloo: Any, loss_type: str) -> None:
     options: dict[str, Any] = {"accelerator": TwoLikeThis(), "training": True}

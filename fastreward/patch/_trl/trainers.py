@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -126,7 +126,8 @@ class GRPOLoss(TrainerLoss):
             weights=_weights(trainer, inputs, logprobs, old, mask, acts),
             extra={} if bonus is None else bonus.extra,
         )
-        loss, sums = self.run(batch, _grpo_loss(trainer), aggregation, normalizer)
+        formula = _grpo_loss(trainer)
+        loss, sums = self.run(batch, formula, aggregation, normalizer)
         sums = _of_nothing(sums, mask)
         metrics = trainer._metrics["train" if training else "eval"]
         if bonus is not None:
@@ -139,6 +140,8 @@ class GRPOLoss(TrainerLoss):
         if aux_loss is not None:
             loss = loss + float(trainer.router_aux_loss_coef) * aux_loss / steps
             metrics["aux_loss"].append(trainer.accelerator.gather_for_metrics(aux_loss).mean().item())
+        if mask.shape[1] == 1:
+            sums = _of_single_tokens(trainer, batch, formula, sums)
         _log_grpo(trainer, metrics, sums, batch)
         return loss
 
@@ -255,6 +258,17 @@ class _Bonus:
         return self.share * sums["acting_sum"]
 
 
+@torch.no_grad()
+def _of_single_tokens(trainer: Any, batch: Batch, formula: Loss, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums to log of completions of one token: TRL takes these for values per sequence, of which all count."""
+    old, mask = batch.old_logprobs, batch.mask
+    if trainer.importance_sampling_level == "sequence":  # the mean over no tokens is 0, and the ratio 1
+        old = torch.where(mask != 0, old, batch.logprobs)  # type: ignore[arg-type]
+    every = replace(batch, mask=torch.ones_like(mask), old_logprobs=old)
+    own = {name: sums[name] for name in ("phi_sum", "sequences") if name in sums}
+    return objective.run(every, formula, "token-sum", 1.0)[1] | own
+
+
 def _log_grpo(trainer: Any, metrics: Any, sums: dict[str, Tensor], batch: Batch) -> None:
     """TRL's means over the tokens (or sequences) of all processes, in one reduction, then the extremes in another."""
     rows, width = batch.mask.shape
@@ -275,7 +289,7 @@ def _log_grpo(trainer: Any, metrics: Any, sums: dict[str, Tensor], batch: Batch)
         means["cispo_clip_ratio"] = (sums["high_sum"], clips)
     elif kind == "vespo":
         phi = sums["phi_sum"]
-        if batch.advantages.dim() == 1:  # of an empty sequence it is 1
+        if batch.advantages.dim() == 1 or width == 1:  # of an empty sequence it is 1
             means["vespo/phi_seq_mean"] = (phi + rows - sums["sequences"], every)
         else:
             means["vespo/phi_seq_mean"] = (phi, per_token)
@@ -283,7 +297,8 @@ def _log_grpo(trainer: Any, metrics: Any, sums: dict[str, Tensor], batch: Batch)
     if kind in _CLIPPED:
         low, high = found.pop("clip_ratio/low_mean"), found.pop("clip_ratio/high_mean")
         found |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
-        empty = None if by_token and width > 1 else sums["sequences"] < rows  # those count, as not clipped
+        # Those count, as not clipped; of single tokens they are among the sums.
+        empty = None if by_token or width == 1 else sums["sequences"] < rows
         found |= _extremes(trainer, sums, empty)
     for name, value in found.items():
         metrics[name].append(value)
