@@ -43,7 +43,7 @@ def response_from_nested(stock: Any, tensor: Any, response_mask: Any) -> Tensor:
     if not prompts or transformed() or not _fits(values, prompts, responses, max(responses)):
         handed_on()
         return stock(tensor, response_mask)  # type: ignore[no-any-return]
-    return _nested(_responses(values, prompts, responses), responses)
+    return nested(_responses(values, prompts, responses))
 
 
 def response_to_nested(stock: Any, tensor: Tensor, response_mask: Any) -> Tensor:
@@ -54,7 +54,7 @@ def response_to_nested(stock: Any, tensor: Tensor, response_mask: Any) -> Tensor
         handed_on()
         return stock(tensor, response_mask)  # type: ignore[no-any-return]
     sizes = [size for n in lengths for size in (n, width - n)]
-    return _nested(tensor.flatten(0, 1).split_with_sizes(sizes)[::2], lengths)
+    return nested(tensor.flatten(0, 1).split_with_sizes(sizes)[::2])
 
 
 def left_right_2_no_padding(stock: Any, data: Any) -> Any:
@@ -146,9 +146,9 @@ def _responses(values: Tensor, prompts: Sequence[int], responses: Sequence[int])
     return values.split_with_sizes([*sizes, 1])[1::2]
 
 
-def _nested(pieces: Sequence[Tensor], lengths: list[int]) -> Tensor:
+def nested(pieces: Sequence[Tensor]) -> Tensor:
     """Pieces as one nested tensor, with offsets of its own."""
-    return _jagged(torch.cat(tuple(pieces)), lengths)
+    return _jagged(torch.cat(tuple(pieces)), [len(piece) for piece in pieces])
 
 
 def _jagged(values: Tensor, lengths: list[int]) -> Tensor:

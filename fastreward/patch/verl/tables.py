@@ -17,6 +17,7 @@ from fastreward.patch.verl import (
     padding,
     rewards,
     rollout,
+    rows,
     token_baseline,
 )
 from fastreward.patch.verl.replacement import Registration, Replacement
@@ -33,6 +34,7 @@ _FILES: Final = (
     rollout,
     balancing,
     padding,
+    rows,
     methods,
 )
 REPLACEMENTS: Final[tuple[Replacement, ...]] = tuple(row for file in _FILES for row in file.REPLACEMENTS)
