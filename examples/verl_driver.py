@@ -4,7 +4,9 @@ A `DataProto` as after the rollouts goes through what verl's trainer calls on it
 penalty in the reward, rollout correction, `compute_advantage`), then through what its workers call (no padding,
 micro-batches, the actor's `ppo_loss` and the critic's `value_loss`, each with its backward), first as verl has it, then
 under `fastreward.patch.verl()`. A table shows time, peak memory and the largest difference of each step. No model is
-run: log-probs and values of the model are random leaves, whose gradients are compared.
+run: log-probs and values of the model are random leaves, whose gradients are compared. Both sides go through `--rounds`
+batches of one size, of which the last counts: all batches of a training run but the first find memory that one before
+has left.
 
 Needs verl (0.9). Half a minute on the CPU, most of it imports; `--batch 4096 --length 8192` takes minutes and 12 GiB.
 """
@@ -346,6 +348,7 @@ def main(
     group: Annotated[int, typer.Option(min=1, help="Rollouts of a prompt.")] = 8,
     estimator: Annotated[str, typer.Option(help="algorithm.adv_estimator: gae, grpo, rloo, ...")] = "gae",
     workers: Annotated[bool, typer.Option(help="Also what the workers do, or the driver alone.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Batches of each side, of which the last counts.")] = 2,
     output: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
 ) -> None:
     """Time verl's driver and worker functions on the CPU, stock and under fastreward.patch.verl()."""
@@ -353,7 +356,7 @@ def main(
         raise typer.BadParameter(f"expected a multiple of {RANKS}, the ranks, got {batch}", param_hint="--batch")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as progress:
-        bar = progress.add_task("importing verl", total=2 * (len(DRIVER) + len(WORKERS)))
+        bar = progress.add_task("importing verl", total=2 * rounds * (len(DRIVER) + len(WORKERS)))
         verl = load()
         sides: dict[str, dict[str, Step]] = {}
         for side in SIDES:
@@ -361,11 +364,11 @@ def main(
                 patch.verl()
             for _ in run(verl, rollouts(verl, RANKS, 16, 8, 2), estimator, workers, lambda _: None):
                 pass  # the first calls of each kind: imports, threads, a loss that is made into a program
-            data = rollouts(verl, batch, length, prompt, group)
-            sides[side] = {}
-            for name, step in run(verl, data, estimator, workers, partial(_tell, progress, bar, side)):
-                sides[side][name] = step
-                progress.advance(bar)
+            for _ in range(rounds):
+                sides[side], data = {}, rollouts(verl, batch, length, prompt, group)
+                for name, step in run(verl, data, estimator, workers, partial(_tell, progress, bar, side)):
+                    sides[side][name] = step
+                    progress.advance(bar)
         status = patch.status()["verl"]
         progress.update(bar, description="comparing")
         found = rows(sides)
@@ -377,6 +380,7 @@ def main(
     )
     if output is not None:
         settings = {"batch": batch, "length": length, "prompt": prompt, "group": group, "estimator": estimator}
+        settings["rounds"] = rounds
         figures = {"machine": machine("cpu"), "program": "examples/verl_driver.py", "settings": settings}
         output.write_text(json.dumps(figures | {"tokens": tokens, "rows": found}, indent=1) + "\n")
     worst = max(row["difference"] for row in found)

@@ -321,7 +321,10 @@ def _check_finite(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor |
 
 # --------------------------------------------------------------------------------------------------- rows and tokens
 def _valid(tokens: Tokens, device: torch.device) -> Tensor:
-    return torch.ones(tokens.shape, dtype=torch.bool, device=device) if tokens.mask is None else tokens.mask != 0
+    if tokens.mask is None:
+        return torch.ones(tokens.shape, dtype=torch.bool, device=device)
+    # torch takes ten times as long to compare truth values.
+    return tokens.mask.clone() if tokens.mask.dtype == torch.bool else tokens.mask != 0
 
 
 def _in_tokens_shape(x: Tensor, per_token: bool, valid: Tensor, tokens: Tokens) -> Tensor:

@@ -17,6 +17,7 @@ from compat import largest
 from torch import Tensor
 
 from fastreward import patch
+from fastreward.patch.verl import batch as verl_batch
 
 pytest.importorskip("verl")
 from verl_stock import imported
@@ -440,6 +441,34 @@ def test_apply_kl_penalty(kind: str, controller: str) -> None:
     assert (report.usage[target].calls, report.usage[target].tokens) == (1, 63)
     assert found[0].dtype == torch.float32
     largest(target, found, expected, rtol=2e-6, atol=2e-6, what=kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_few_rows_at_a_time_are_all_at_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    mask = masks(7, 9, "view", generator).to(dtype)
+    first, second = logprobs(4, 7, 9)
+    tensors = {
+        "response_mask": mask,
+        "token_level_scores": torch.randn(7, 9, generator=generator),
+        "old_log_probs": first,
+        "ref_log_prob": second,
+    }
+    patch.verl()
+    found = []
+    for tokens in (1 << 20, 20, 1):
+        monkeypatch.setattr(verl_batch, "_CACHED", tokens)
+        data = imported("verl").DataProto.from_dict(tensors=dict(tensors))
+        data, metrics = trainer.apply_kl_penalty(data, core.FixedKLController(0.1), "low_var_kl")
+        found.append((data.batch["token_level_rewards"], metrics["actor/reward_kl_penalty"]))
+        assert verl_batch.flags(mask, first).equal(mask != 0)
+    for rewards, kl in found[1:]:
+        assert rewards.equal(found[0][0])
+        assert kl == found[0][1]
+    weights = mask.clone()
+    weights[6, 0] = 2
+    with pytest.raises(verl_batch.NotServed):
+        verl_batch.flags(weights, first)  # verl multiplies by it
 
 
 def test_a_nan_under_the_mask_does_not_reach_the_penalty() -> None:

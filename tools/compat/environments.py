@@ -34,8 +34,11 @@ def python_of(row: Row) -> Path:
     place = FOLDER / row.name
     python = place / "bin" / "python"
     if not (place / "complete").exists():
-        shutil.rmtree(place, ignore_errors=True)
-        (_own if row.kind == "python" else _overlay)(row, place)
+        if row.kind == "python":
+            _own(row, place)  # goes on where it was interrupted
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+            _overlay(row, place)
         (place / "complete").touch()
     return python
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kReclaimable = std::size_t{32} << 20;  // below, marking small pages costs more than it returns
-constexpr std::size_t kWaiting = 4;
+constexpr std::size_t kWaiting = 8;  // what a trainer's step keeps of ours until the next: rewards, weights, masks, advantages, returns
 
 struct Block {
   void* data;

@@ -7,7 +7,7 @@
 namespace fastreward {
 
 // A block of uninitialised memory, 2 MiB aligned. Freed ones wait for the next request of about their size, at most
-// four, the oldest is given back. From 32 MiB on they are huge pages, and the system may take them back while they wait
+// eight, the oldest is given back. From 32 MiB on they are huge pages, and the system may take them back while they wait
 // (MADV_FREE), so that they cost nobody any memory. Any thread. Throws std::bad_alloc.
 class KeptMemory {
  public:

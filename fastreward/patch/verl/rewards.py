@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments.options import RewardKL
-from fastreward.patch.verl.batch import constants, flags, lengths, number
+from fastreward._runtime.memory import empty_like
+from fastreward.patch.verl.batch import constants, few_rows, flags, lengths, number
 from fastreward.patch.verl.kl import differentiable
 from fastreward.patch.verl.replacement import CORE, NotServed, Replacement
 from fastreward.rewards.token_rewards import token_rewards
@@ -52,13 +53,18 @@ def apply_kl_penalty(_: Any, data: Any, kl_ctrl: Any, kl_penalty: str = "kl") ->
     constants(scores, logprobs)
     if scores.shape != logprobs.shape:
         raise NotServed
-    mask, beta = flags(data.batch["response_mask"], logprobs), kl_ctrl.value
-    penalties = _times_kl(logprobs, data.batch["ref_log_prob"], kl_penalty, -1.0, mask)
-    of_sequences = -penalties.sum(-1) / (lengths(mask) + 1e-8)
+    mask, reference, beta = data.batch["response_mask"], data.batch["ref_log_prob"], kl_ctrl.value
+    if type(mask) is not Tensor or type(reference) is not Tensor or not mask.shape == reference.shape == scores.shape:
+        raise NotServed
+    rewards, of_sequences = empty_like(scores), logprobs.new_empty(len(scores))
+    for rows in few_rows(scores):
+        there = flags(mask[rows], logprobs[rows])
+        kl = _times_kl(logprobs[rows], reference[rows], kl_penalty, 1.0, there)
+        of_sequences[rows] = kl.sum(-1) / (lengths(there) + 1e-8)
+        torch.sub(scores[rows], kl, alpha=number(beta), out=rewards[rows])
     current_kl = of_sequences.mean(dim=0).item()
-    torch.add(scores, penalties, alpha=number(beta), out=penalties)
     kl_ctrl.update(current_kl=current_kl, n_steps=data.batch.batch_size[0])
-    data.batch["token_level_rewards"] = penalties
+    data.batch["token_level_rewards"] = rewards
     return data, {"actor/reward_kl_penalty": current_kl, "actor/reward_kl_penalty_coeff": beta}
 
 
@@ -107,7 +113,7 @@ REPLACEMENTS: Final = (
         ("data", "kl_ctrl", "kl_penalty"),
         apply_kl_penalty,
         _TOKEN_REWARDS,
-        "three passes, one tensor",
+        "one pass over memory, one tensor",
         _tokens_of_batch,
     ),
 )

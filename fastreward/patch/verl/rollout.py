@@ -13,9 +13,11 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
+from fastreward._runtime.memory import empty_like
 from fastreward.correction import REJECTIONS, CorrectionLevel, Mode, correction_weights
 from fastreward.patch.bindings import Entry
 from fastreward.patch.verl.aggregation import check_tokens
+from fastreward.patch.verl.batch import flags
 from fastreward.patch.verl.replacement import NotServed, Replacement
 
 HELPER: Final = "verl.trainer.ppo.rollout_corr_helper"
@@ -36,7 +38,7 @@ def compute_rollout_correction_and_rejection_mask(
     options = _weighting(stock, rollout_is, rollout_is_threshold, rollout_is_batch_normalize)
     options |= {"reject": _criteria(stock, rollout_rs, rollout_rs_threshold)}
     weights, keep, metrics = _corrected(old_log_prob, rollout_log_prob, response_mask, **options)
-    mask = response_mask.clone() if options["reject"] is None else keep.to(response_mask.dtype)
+    mask = empty_like(response_mask).copy_(response_mask if options["reject"] is None else keep)
     proto = None
     if options["mode"] is not None:
         data = importlib.import_module("verl.protocol").DataProto
@@ -55,10 +57,11 @@ def compute_offpolicy_metrics(
 
 def _corrected(old: Tensor, rollout: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
     old, rollout = old.detach(), rollout.detach()  # as verl, which lets no gradient through the weights
-    check_tokens(mask, old, rollout)
+    there = flags(mask, old)
+    check_tokens(there, old, rollout)
     if torch.promote_types(old.dtype, rollout.dtype) != torch.float32:
         raise NotServed("half precision, in which verl's ratios and thresholds are rounded")
-    weights, keep, metrics = correction_weights(old, rollout, mask, **options)
+    weights, keep, metrics = correction_weights(old, rollout, there, **options)
     values = metrics.floats()
     if math.isnan(values["kl"]):
         raise NotServed("no token that counts, which verl refuses")

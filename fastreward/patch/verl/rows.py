@@ -52,7 +52,7 @@ def _copied(field: Tensor, rows: list[int]) -> Tensor:
     return torch.cat([field[row : row + 1] for row in rows])
 
 
-def _sequences(field: Tensor, rows: list[int]) -> Tensor:
+def _sequences(field: Any, rows: list[int]) -> Tensor:
     """The sequences of a nested tensor [B, j, ...], one after the other in memory."""
     if field.requires_grad or field.layout != torch.jagged or getattr(field, "_ragged_idx", 0) != 1:
         raise NotServed
