@@ -40,9 +40,18 @@ def flags(mask: Any, like: Tensor) -> Tensor:
     there = empty(mask.shape, torch.bool, mask.device)
     for rows in few_rows(mask):
         there[rows] = mask[rows]
-        if (mask.is_cpu or mask.dtype.is_floating_point) and not torch.equal(mask[rows], there[rows].to(mask.dtype)):
+        if not _is_a_mask(mask[rows], there[rows]):
             raise NotServed  # weights
     return there
+
+
+def _is_a_mask(x: Tensor, there: Tensor) -> bool:
+    if x.dtype.is_floating_point:
+        return torch.equal(x, there.to(x.dtype))
+    if not x.is_cpu or not x.numel():
+        return True
+    low, high = x.aminmax()
+    return int(low) >= 0 and int(high) <= 1
 
 
 def few_rows(like: Tensor) -> Iterator[slice]:

@@ -57,9 +57,11 @@ def apply_kl_penalty(_: Any, data: Any, kl_ctrl: Any, kl_penalty: str = "kl") ->
     if type(mask) is not Tensor or type(reference) is not Tensor or not mask.shape == reference.shape == scores.shape:
         raise NotServed
     rewards, of_sequences = empty_like(scores), logprobs.new_empty(len(scores))
+    room = None
     for rows in few_rows(scores):
         there = flags(mask[rows], logprobs[rows])
-        kl = _times_kl(logprobs[rows], reference[rows], kl_penalty, 1.0, there)
+        room = torch.empty_like(logprobs[rows]) if room is None else room[: len(there)]
+        kl = _times_kl(logprobs[rows], reference[rows], kl_penalty, 1.0, there, out=room)
         of_sequences[rows] = kl.sum(-1) / (lengths(there) + 1e-8)
         torch.sub(scores[rows], kl, alpha=number(beta), out=rewards[rows])
     current_kl = of_sequences.mean(dim=0).item()
@@ -68,7 +70,9 @@ def apply_kl_penalty(_: Any, data: Any, kl_ctrl: Any, kl_penalty: str = "kl") ->
     return data, {"actor/reward_kl_penalty": current_kl, "actor/reward_kl_penalty_coeff": beta}
 
 
-def _times_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str, factor: float, mask: Tensor | None) -> Tensor:
+def _times_kl(
+    logprobs: Tensor, ref_logprobs: Tensor, kind: str, factor: float, mask: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
     """factor * KL(policy || reference) of each token that counts: rewards of a batch that has no scores."""
     constants(logprobs, ref_logprobs)
     estimator = _estimator(kind)
@@ -77,7 +81,7 @@ def _times_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str, factor: float, 
     unscored = torch.full((len(logprobs),), torch.nan, device=logprobs.device)
     clamps: Any = {"kl_clamp": 20.0, "kl_value_clamp": 10.0} if estimator == "k3" else {"kl_clamp": None}
     given: Any = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "kl": estimator, "kl_coef": -factor}
-    return token_rewards(unscored, mask, **given, **clamps)
+    return token_rewards(unscored, mask, **given, **clamps, out=out)
 
 
 def _estimator(kind: str) -> RewardKL:
