@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -55,8 +56,8 @@ def _is_a_mask(x: Tensor, there: Tensor) -> bool:
 
 
 def few_rows(like: Tensor) -> Iterator[slice]:
-    """Slices of the rows of [B, T], on a CPU so few at a time that what is made of them stays in the cache."""
-    size = max(1, _CACHED // max(like.shape[1], 1)) if like.is_cpu else max(len(like), 1)
+    """Slices of the rows of [B, ...], on a CPU so few at a time that what is made of them stays in the cache."""
+    size = max(1, _CACHED // max(math.prod(like.shape[1:]), 1)) if like.is_cpu else max(len(like), 1)
     return (slice(first, first + size) for first in range(0, len(like), size))
 
 
