@@ -65,7 +65,6 @@ _KERNELS: Final = {
 }
 #: Parts of operations that a backend has no kernels of, on whatever machine, and what serves instead.
 _ABSENT: Final = {
-    ("divergence", "cuda"): "there are no CUDA C++ kernels of it yet; move the logits to the CPU",
     ("prefix_tree_build", "cuda"): (
         "no CUDA C++ kernel builds or packs trees, Triton's do; build and pack under fastreward.backend('triton'), "
         "and what is computed on the tree may be cuda's"
@@ -160,7 +159,7 @@ def module(operation: str, name: str) -> str:
 
 def generated(operation: str) -> bool:
     """Whether its GPU kernels are written at run time, for the loss at hand, so that no build has them."""
-    return _KERNELS.get(operation, operation) in ("program", "logits_policy_loss")
+    return _KERNELS.get(operation, operation) in ("program", "logits_policy_loss", "divergence")
 
 
 def absent(operation: str, name: str) -> str | None:

@@ -26,7 +26,7 @@ _TAKEN: Final = """
     Row Input Output Arguments LogitsArguments TokenGradient Loss ENTROPY ROOM COUNT OTHERS BEFORE AFTER
     blockIdx gridDim threadIdx blockDim warpSize run_unit last_block find_groups over_groups over_block over_units start
     add_members permute_rows infinity negative_infinity not_a_number scan shift counts carries scans Map ScanRoom
-    Carries REVERSE run_row
+    Carries REVERSE run_row call moments Divergence DivergenceArguments Probability PAIR_THREADS MOMENTS
 """
 #: What is put behind a value's name: what its scan carries, itself in f64.
 CARRY: Final = "_carry"

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Final
 
+import divergence_checks
 import program_checks as checks
 import pytest
 from checkout import CSRC
@@ -21,8 +23,16 @@ from cuda_compilers import ARCHITECTURES, cuobjdump, nvrtc_library
 
 from fastreward import losses
 from fastreward.cuda import _launch, logits_policy_loss
+from fastreward.cuda.program.divergence_source import (
+    Forward,
+    LogitsType,
+    forward_source,
+    gradient_source,
+    slice_source,
+)
 from fastreward.cuda.program.logits_source import Shape, logits_source
 from fastreward.cuda.program.source import Source, source
+from fastreward.language.divergence_programs import DivergencePrograms, register_programs, registered_programs
 
 _USAGE = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
@@ -84,6 +94,18 @@ def gradient_text(shape: Shape, entropy: bool) -> str:
     return logits_source(Source(gradient.program), gradient.gradients, gradient.entropy, shape)
 
 
+_HALF: Final[tuple[LogitsType, LogitsType]] = ("BF16", "BF16")
+_ALL: Final = (True,) * 6
+
+
+def programs(name: str) -> DivergencePrograms:
+    return registered_programs(register_programs(divergence_checks.DIVERGENCES[name]))
+
+
+def _wanted(by_moments: bool) -> Forward:
+    return Forward(by_moments, False, False, False, False, by_moments)
+
+
 def program_text(name: str) -> Callable[[], str]:
     return lambda: source(checks.PROGRAMS[name]().program)
 
@@ -93,6 +115,15 @@ def texts() -> Iterator[tuple[str, Callable[[], str]]]:
         yield name, program_text(name)
     yield "backward", lambda: '#include "cuda/program_backward.cuh"\n'
     yield "rescale", lambda: '#include "cuda/logits_rescale.cuh"\n'
+    yield "divergence, bf16", lambda: forward_source(programs("reverse_kl").values[1], *_HALF, _wanted(True))
+    yield (
+        "divergence, bf16, all outputs",
+        lambda: forward_source(programs("jeffreys").values[2], *_HALF, Forward(*_ALL)),
+    )
+    yield "divergence, f32, two reads", lambda: forward_source(programs("jsd").values[1], "F32", "F32", _wanted(False))
+    yield "divergence of a slice, f16", lambda: slice_source(programs("jsd").values[2], "F16", "F16")
+    yield "divergence, gradient, bf16", lambda: gradient_source(programs("reverse_kl").student, *_HALF, "BF16")
+    yield "divergence, gradient, mixed", lambda: gradient_source(programs("jsd").statistics, "F32", "BF16", "F32")
     yield "logits, f32, cluster of 8", lambda: gradient_text(Shape("f32", 8, True), False)
     yield "logits, bf16, cluster of 4", lambda: gradient_text(Shape("bf16", 4, True), False)
     yield "logits, bf16, one block, entropy", lambda: gradient_text(Shape("bf16", 1, True), True)

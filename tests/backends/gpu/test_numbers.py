@@ -31,8 +31,6 @@ def test_numbers_on_the_device(row: Row, backend: Any) -> None:
     reason = fastreward.cuda.missing() if backend == "cuda" else None
     if reason is not None:
         pytest.skip(f"cuda: {reason}")
-    if backend == "cuda" and row.operation == "token_divergence":
-        pytest.skip("there are no CUDA C++ kernels of it yet")
     arguments = row.make(4, 5)
     if row.operation.startswith("linear"):
         arguments.pop("mask", None)  # counting its tokens is a synchronisation, as documented
