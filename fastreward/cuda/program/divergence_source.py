@@ -15,8 +15,6 @@ LogitsType = Literal["F32", "BF16", "F16"]
 KERNEL: Final = "divergence"
 #: As in divergence.cuh.
 THREADS: Final = 256
-#: Where sums are kept: three blocks on a multiprocessor leave 80 registers, and have 48 KiB of bf16 under way.
-_BOUNDS_OF_SUMS: Final = "PAIR_THREADS, 3"
 _COMPUTED: Final = {"log_p": "p.log", "p": "p.p", "log_q": "q.log", "q": "q.p"}
 
 
@@ -41,7 +39,8 @@ class Forward:
 
 def forward_source(program: Program, student: LogitsType, teacher: LogitsType, wanted: Forward) -> str:
     """Statistics of both sides, and the sums."""
-    return _text(program, f"forward_row<{student}, {teacher}, {wanted.arguments}, Divergence>(a);")
+    resident = 2 if wanted.statistics else 3  # 128 or 80 registers, 32 or 48 KiB of bf16 under way
+    return _text(program, f"forward_row<{student}, {teacher}, {wanted.arguments}, Divergence>(a);", resident)
 
 
 def slice_source(program: Program, student: LogitsType, teacher: LogitsType) -> str:
@@ -60,12 +59,13 @@ def own_members(program: Program) -> tuple[Member, ...]:
     return tuple(m for m in Source(program).members if m.content in ("input", "scalar", "output"))
 
 
-def _text(program: Program, call: str) -> str:
+def _text(program: Program, call: str, resident: int = 0) -> str:
+    """resident: blocks that are to fit on a multiprocessor; 0: as many as the compiler finds."""
     source = Source(program)
     (launch,) = source.plan.launches
     (step,) = launch.steps
     body = _sums(source, step) if step.reduce else _gradient(source, step)
-    bounds = _BOUNDS_OF_SUMS if step.reduce else "PAIR_THREADS"
+    bounds = f"PAIR_THREADS, {resident}" if resident else "PAIR_THREADS"
     count = len(program.outputs)
     members = "\n".join(f"  {m.declaration}" for m in own_members(program))
     return f"""\
