@@ -177,4 +177,4 @@ def _digest(call: Mapping[str, str]) -> int:
 
 def checksum(x: Tensor) -> int:
     """Equal for equal tensors of one shape and dtype; of others hardly ever."""
-    return zlib.crc32(x.detach().reshape(-1).cpu().view(torch.uint8).numpy())
+    return zlib.crc32(x.detach().reshape(-1).cpu().view(torch.uint8).numpy().tobytes())
