@@ -65,11 +65,18 @@ inline std::int64_t grain_of(std::int64_t n, std::int64_t least) {
 template <class Make>
 class PerSlot {
  public:
-  PerSlot(int threads, const Make& make) : make_(make), slots_(new Slot[threads > 1 ? threads : 1]) {}
+  PerSlot(int threads, const Make& make)
+      : make_(make), count_(threads > 1 ? threads : 1), slots_(new Slot[static_cast<std::size_t>(count_)]) {}
   auto& operator[](int slot) const {
     Slot& s = slots_[slot];
     if (!s.made) ::new (static_cast<void*>(&s.value)) Value(make_()), s.made = true;
     return s.value;
+  }
+  // f(what was made) for the slots that have asked.
+  template <class F>
+  void for_each(const F& f) const {
+    for (int k = 0; k < count_; ++k)
+      if (slots_[k].made) f(slots_[k].value);
   }
 
  private:
@@ -86,6 +93,7 @@ class PerSlot {
   };
 
   const Make& make_;
+  int count_;
   std::unique_ptr<Slot[]> slots_;
 };
 

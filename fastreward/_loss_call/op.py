@@ -14,6 +14,7 @@ from fastreward._arguments.transforms import batched
 from fastreward._runtime.custom_op import custom_op, plain, recording
 from fastreward._runtime.dispatch import implementation
 from fastreward.language.objective import Gradient, Objective, registered_objective
+from fastreward.language.program import Program
 
 _ARGUMENTS: Final = 12  # of the op below
 
@@ -29,14 +30,21 @@ def run(
     backend: str,
 ) -> tuple[list[Tensor], Tensor]:
     """(outputs, batch values) of the objective's program. `tensors`: its inputs besides the differentiable ones."""
-    rest = iter(tensors)
-    inputs: list[Any] = [first if k == 0 else second if k == 1 else next(rest) for k in objective.sources]
-    program = objective.program
-    scalars = program.scalar_values(dict(zip(objective.parameters, parameters, strict=True)))
-    result: tuple[list[Tensor], Tensor] = implementation("program", backend).run(
-        program, inputs, sides, scalars, groups
-    )
-    return result
+    kernels = implementation("program", backend)
+    named = dict(zip(objective.inputs, tensors, strict=True))
+    numbers = dict(zip(objective.parameters, parameters, strict=True))
+
+    def result(program: Program, sources: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        places = zip(program.inputs, sources, strict=True)
+        inputs: list[Any] = [(first, second)[k] if k >= 0 else named[n.name or "", n.side] for n, k in places]
+        found: tuple[list[Tensor], Tensor] = kernels.run(program, inputs, sides, program.scalar_values(numbers), groups)
+        return found
+
+    for threshold, sources in objective.before:
+        (values,), bound = result(threshold.program, sources)
+        named[threshold.values, threshold.side] = values
+        named[threshold.name, 0] = kernels.threshold(values, bound, sides[threshold.side])
+    return result(objective.program, objective.sources)
 
 
 @custom_op("objective")

@@ -355,7 +355,7 @@ class Loss:
     def _policy_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
             o = policy_objective(self, PolicyCall(*call))
-            self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
+            self._plans[call] = (register(o), o.inputs, o.metrics, o.groups)
         return self._plans[call]
 
     def _gradient_plan(self, _: str, *call: Any) -> GradientPlan | None:
@@ -368,7 +368,7 @@ class Loss:
     def _pair_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
             o = pair_objective(self, PairCall(*call))
-            self._plans[call] = (register(o), o.inputs, o.metrics, o.program.groups)
+            self._plans[call] = (register(o), o.inputs, o.metrics, o.groups)
         return self._plans[call]
 
     def _divergence_plan(self, _: str) -> str:

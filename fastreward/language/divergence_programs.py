@@ -16,7 +16,7 @@ from fastreward.language.functions import exp, seq_sum
 from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node, walk
 from fastreward.language.objective import Key, inputs_asked, nonzero, reading
-from fastreward.language.ops import ALONG_TOKENS, REDUCTIONS
+from fastreward.language.ops import OF_OTHERS
 from fastreward.language.program import Program, copied, program
 from fastreward.language.terms import Terms
 from fastreward.language.traced import TracedLoss
@@ -86,7 +86,7 @@ def _derivatives(divergence: TracedLoss) -> tuple[Node, Node, Node]:
         raise ValueError(f"divergence: expected one over log_p and log_q, got {divergence.name}, which reads {read}")
     t = Terms(Graph(), dict.fromkeys(SIDES, Level.TOKEN))
     value = divergence.trace(t)
-    if value.level < Level.TOKEN or any(n.op in (*REDUCTIONS, *ALONG_TOKENS) for n in walk([value])):
+    if value.level < Level.TOKEN or any(n.op in OF_OTHERS for n in walk([value])):
         raise ValueError(
             f"{divergence.place}: expected a divergence to be a function of one token's log_p and log_q, which is "
             "summed over the vocabulary; reductions and scans are not part of it"

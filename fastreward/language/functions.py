@@ -198,6 +198,21 @@ def batch_min(x: Node) -> Node:
     return x.graph.reduce("batch_min", where(valid, x, float("inf")))
 
 
+def batch_threshold(x: Node, *, keep_mean_below: Value) -> Node:
+    """The largest x of the batch's valid tokens such that those not above it have a mean below the bound, exactly.
+
+    Where not even the smallest are below it, the smallest: something is always kept. No gradient goes through it.
+    """
+    graph = graph_of("batch_threshold", x)
+    bound = graph.node(keep_mean_below)
+    if x.level < Level.TOKEN or bound.level > Level.BATCH:
+        x.fail(
+            "batch_threshold takes a term per token and a bound for the batch, got "
+            f"{'a term that is not per token' if x.level < Level.TOKEN else 'a bound per token or sequence'}"
+        )
+    return graph.threshold(stop_gradient(_number(x)), bound)
+
+
 def batch_match(x: Node, y: Node) -> Node:
     """For each sequence the y of that rank among all sequences which its own x has; gradients go to y."""
     x, y = _per_sequence("batch_match", x)[0], _per_sequence("batch_match", y)[0]

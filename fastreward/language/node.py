@@ -307,6 +307,10 @@ class Nodes(ABC):
         """A value per token that is made of its sequence's other tokens."""
 
     @abstractmethod
+    def threshold(self, x: Node, bound: Node) -> Node:
+        """The largest value of all tokens up to which their mean stays below a bound."""
+
+    @abstractmethod
     def text(self, node: Node) -> str:
         """The node as a formula."""
 

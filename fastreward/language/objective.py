@@ -30,9 +30,10 @@ from fastreward.language.functions import (
 )
 from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node, walk
-from fastreward.language.ops import ALONG_TOKENS, SEQ_REDUCTIONS
+from fastreward.language.ops import ALONG_TOKENS, SEQ_REDUCTIONS, THRESHOLD
 from fastreward.language.program import Program, program, without_stop_gradient
 from fastreward.language.terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, SIDES, Terms, measured
+from fastreward.language.thresholds import Threshold, given, without_thresholds
 from fastreward.language.traced import TracedLoss
 
 #: Parameters of a call that are not the loss's own; their values come before its.
@@ -57,7 +58,8 @@ class Objective:
     parameters: names of the numbers of a call, in order. sources: for each input of the program 0 or 1 where it is the
     first or second differentiable tensor, else -1.
     row_weight: the output that gradients per token have still to be multiplied with, by sequence; None: nothing.
-    tokens: the outputs that hold what the call asks for of each token, in its order.
+    tokens: the outputs that hold what the call asks for of each token, in its order. before: what is computed first,
+    each with the `sources` of its program.
     """
 
     program: Program
@@ -68,18 +70,28 @@ class Objective:
     token_loss: int | None
     row_weight: int | None
     tokens: tuple[int, ...] = ()
+    before: tuple[tuple[Threshold, tuple[int, ...]], ...] = ()
 
     @cached_property
     def key(self) -> str:
         """Equal for objectives that are the same in every respect."""
         outputs = (self.gradients, self.token_loss, self.row_weight, self.tokens)
-        return f"{self.program.key} {(self.parameters, self.sources, self.metrics, *outputs)}"
+        before = [(t.program.key, sources) for t, sources in self.before]
+        return f"{self.program.key} {(self.parameters, self.sources, self.metrics, *outputs, *before)}"
 
     @cached_property
     def inputs(self) -> tuple[tuple[str, int], ...]:
-        """(name, side) of the program's inputs that are not differentiable, in order."""
-        nodes = zip(self.program.inputs, self.sources, strict=True)
-        return tuple((n.name or "", n.side) for n, source in nodes if source < 0)
+        """(name, side) of the programs' inputs that a call gives and that are not differentiable, in order."""
+        found: dict[tuple[str, int], None] = {}
+        for made, places in ((self.program, self.sources), *((t.program, own) for t, own in self.before)):
+            nodes = zip(made.inputs, places, strict=True)
+            found |= {(n.name or "", n.side): None for n, k in nodes if k < 0 and given(n.name or "")}
+        return tuple(found)
+
+    @cached_property
+    def groups(self) -> bool:
+        """Whether the call has to say which sequences belong together."""
+        return any(p.groups for p in (self.program, *(t.program for t, _ in self.before)))
 
 
 #: What has been built in this process, by key: an op's arguments are tensors, numbers and strings.
@@ -288,7 +300,7 @@ def _cached_gradient(key: Key, call: PolicyCall) -> TokenGradient | None:
     found = {x.name or "": g for x, g in given if g is not None}
     names = {x.name for x in wanted}
     for node in walk(found.values()):
-        if node.op in ALONG_TOKENS:
+        if node.op in (*ALONG_TOKENS, THRESHOLD):
             return None
         below = walk(node.args) if node.op in SEQ_REDUCTIONS else ()
         if any(n.op == "input" and n.name in names for n in below):
@@ -466,10 +478,19 @@ def _assemble(
     token_loss = add(_per_token(value)) if want_token_loss else None
     row_weight = add(where(graph.valid(), weight, 0.0)) if not weighted else None
     asked = tuple(map(add, rest[end:]))
-    built = program(outputs, [total, *metrics.values()], graph.sides)
+    built, before = built_of(outputs, [total, *metrics.values()], wanted, graph.sides)
     first, second = (*kept, None)[:2]
     names, places = parameters(loss), sources(built, wanted)
-    return Objective(built, names, places, tuple(metrics), (first, second), token_loss, row_weight, asked)
+    return Objective(built, names, places, tuple(metrics), (first, second), token_loss, row_weight, asked, before)
+
+
+def built_of(
+    outputs: Sequence[Node], batch: Sequence[Node], wanted: Sequence[Node], sides: int
+) -> tuple[Program, tuple[tuple[Threshold, tuple[int, ...]], ...]]:
+    """The program, and what is computed before it."""
+    roots, thresholds = without_thresholds([*outputs, *batch], sides)
+    built = program(roots[: len(outputs)], roots[len(outputs) :], sides)
+    return built, tuple((t, sources(t.program, wanted)) for t in thresholds)
 
 
 def parameters(loss: TracedLoss) -> tuple[str, ...]:

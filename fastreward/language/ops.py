@@ -306,5 +306,10 @@ SHIFTS: Final = ("shift", "shift_reverse")
 #: segment_sum(x, ids): the sum over the run of equal ids that the token is in, 0 where ids are below 0. Made of scans
 #: before a backend sees the graph.
 ALONG_TOKENS: Final = (*SCANS, "segment_sum")
+#: batch_threshold(x, bound): the largest x of all valid tokens up to which their mean stays below the bound, the
+#: smallest where it does not; BATCH, without a gradient. A call computes it before its program (thresholds.py).
+THRESHOLD: Final = "batch_threshold"
+#: What a token's value may depend on other tokens by.
+OF_OTHERS: Final = (*REDUCTIONS, *ALONG_TOKENS, THRESHOLD)
 #: Arguments of these are not differentiated.
 LEAVES: Final = ("constant", "parameter", "input")

@@ -11,8 +11,17 @@ from fastreward.language.derivative import gradients
 from fastreward.language.functions import batch_mean, batch_sum, group_sum, maximum, seq_sum, where
 from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node
-from fastreward.language.objective import Gradient, Key, Objective, check_depends, nonzero, parameters, sources
-from fastreward.language.program import program, without_stop_gradient
+from fastreward.language.objective import (
+    Gradient,
+    Key,
+    Objective,
+    built_of,
+    check_depends,
+    nonzero,
+    parameters,
+    sources,
+)
+from fastreward.language.program import without_stop_gradient
 from fastreward.language.terms import PairTerms, measured
 from fastreward.language.traced import TracedLoss
 
@@ -77,9 +86,9 @@ def _cached_pair(key: Key, call: PairCall) -> Objective:
     if call.pair_loss:
         pair_loss = len(outputs)
         outputs.append(where(lowered.valid(), value, 0.0))
-    built = program(outputs, [total, *metrics.values()], sides=2)
+    built, before = built_of(outputs, [total, *metrics.values()], wanted, 2)
     names, places = parameters(key.loss), sources(built, wanted)
-    return Objective(built, names, places, tuple(metrics), (kept[0], kept[1]), pair_loss, None)
+    return Objective(built, names, places, tuple(metrics), (kept[0], kept[1]), pair_loss, None, (), before)
 
 
 def _pair_metrics(t: PairTerms) -> dict[str, Node]:

@@ -15,7 +15,17 @@ from functools import cached_property
 
 from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node, walk
-from fastreward.language.ops import BACKWARDS, GROUP_REDUCTIONS, LEAVES, OPS, REDUCTIONS, SCANS, SEQ_REDUCTIONS, where
+from fastreward.language.ops import (
+    BACKWARDS,
+    GROUP_REDUCTIONS,
+    LEAVES,
+    OPS,
+    REDUCTIONS,
+    SCANS,
+    SEQ_REDUCTIONS,
+    THRESHOLD,
+    where,
+)
 from fastreward.language.passes import Passes, is_sequence_operator, passes
 
 
@@ -174,6 +184,8 @@ def copied(graph: Graph, node: Node, args: list[Node]) -> Node:
         return _copy_leaf(graph, node)
     if node.op == "segment_sum":
         return _segment_sum(graph, *args)
+    if node.op == THRESHOLD:
+        return graph.threshold(*args)
     if node.op in SCANS:
         return graph.along(node.op, *args, side=node.side)
     return graph.reduce(node.op, *args) if node.op in REDUCTIONS else graph.call(node.op, *args)

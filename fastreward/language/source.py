@@ -38,8 +38,8 @@ def source(loss: TracedLoss, backend: str, **options: Any) -> str:
         names |= {"entropy": Level.TOKEN} if options.get("entropy_bonus") else {}
         options = {"aggregation": loss.aggregation, "deferred": True, **options}
         objective = policy_objective(loss, PolicyCall(tuple(names.items()), **options))
-    text: str = importlib.import_module(f"{module('program', backend)}.source").source(objective.program)
-    return text
+    write = importlib.import_module(f"{module('program', backend)}.source").source
+    return "\n\n".join(write(p) for p in (*(t.program for t, _ in objective.before), objective.program))
 
 
 def _levels(

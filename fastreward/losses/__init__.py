@@ -17,6 +17,7 @@ Over log-probs, for `policy_loss`, `logits_policy_loss` and `linear_policy_loss`
     verifree, jepo, laser         reference answers; a bound on their likelihood; the model rates itself
     gspo, gspo_token, gmpo        one ratio for each sequence
     fipo, segment_ppo             a weight from what follows; one ratio for each segment (turn, step)
+    m2po                          without the tokens that are farthest from the old policy
     real, pacs, brain, gdro       the rewards of a group as labels, probabilities or ranks
 Over pairs, for `preference_loss`:
     dpo                           with its variants: hinge, IPO, EXO, NCA, APO, AOT, robust, f-divergences, ...
@@ -33,6 +34,7 @@ To write one, `define` makes a loss of a function over `Terms` (or `PairTerms`),
     group_sum group_mean group_max group_min group_size    over the sequences of a group
     group_sum_others group_cumsum group_logsumexp
     batch_sum batch_mean batch_max batch_min batch_match   over the batch
+    batch_threshold                                        above it tokens are dropped, for a mean below a bound
     kl                                                     an estimate of the KL to the reference
     stop_gradient                                          a constant for the derivative
 """
@@ -47,7 +49,7 @@ from fastreward.language.messages import FUNCTIONS as _FUNCTIONS
 from fastreward.language.node import Node
 from fastreward.language.objective import kl
 from fastreward.language.terms import PairTerms, Terms
-from fastreward.losses.along import fipo, segment_ppo
+from fastreward.losses.along import fipo, m2po, segment_ppo
 from fastreward.losses.preference import (
     cdpo,
     cream,
@@ -123,6 +125,7 @@ __all__ = [
     "kl_cov",
     "laser",
     "ld_dpo_weights",
+    "m2po",
     "mah_dpo",
     "mm_dpo",
     "nsr",

@@ -1,4 +1,4 @@
-"""Policy losses that look along the sequence: at what follows a token, at what came before it, at its segment.
+"""Policy losses that look along the sequence, at what follows a token or at its segment, or at all tokens of the batch.
 
 d = logprob - old_logprob, r = exp(d) with d clamped to +-20, A = advantage. Tokens that do not count are passed over:
 they take no step of a discount, and a segment goes on behind them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fastreward.language.define import define
 from fastreward.language.functions import (
+    batch_threshold,
     clip,
     exp,
     minimum,
@@ -22,7 +23,7 @@ from fastreward.language.terms import LOG_RATIO_CLAMP, Terms
 from fastreward.losses._rules import check
 from fastreward.losses.token import clipped_surrogate
 
-__all__ = ["fipo", "segment_ppo"]
+__all__ = ["fipo", "m2po", "segment_ppo"]
 
 
 @define(check=check)
@@ -75,3 +76,20 @@ def segment_ppo(
     log_ratio = (segment_mean if average else segment_sum)(t.log_ratio, ids)
     ratio = exp(log_ratio if log_ratio_max is None else minimum(log_ratio, log_ratio_max))
     return where(ids < 0.0, 0.0, clipped_surrogate(t, ratio, t.advantage, clip_low, clip_high))
+
+
+@define(check=check)
+def m2po(t: Terms, tau: float = 0.04, clip_low: float = 0.2, clip_high: float = 0.2) -> Node:
+    """PPO-clip on the tokens that are left when those of the largest d^2 are dropped until the mean of it is below tau.
+
+    At least the smallest is left; equal ones go or stay together. Dropped tokens count as tokens with a loss of 0.
+    Reports: dropped_fraction; second_moment, the mean of d^2 before.
+
+    M2PO (arXiv 2510.01161). Verified in code: AReaL actor.py `_get_m2po_loss_mask` (m2_threshold), where d is between
+    the policy that sampled and the recomputed one, a part of equal tokens may go, and the mean is over what is left.
+    Aggregation: token-mean.
+    """
+    moment = t.log_ratio * t.log_ratio
+    dropped = moment > batch_threshold(moment, keep_mean_below=tau)
+    t.report(dropped_fraction=dropped, second_moment=moment)
+    return where(dropped, 0.0, clipped_surrogate(t, t.ratio, t.advantage, clip_low, clip_high))

@@ -22,7 +22,8 @@ from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_e
 
 __all__ = [
     "bnpo_loss", "clip_cov", "dapo", "dr_grpo_loss", "dual_clip_ppo", "fipo", "grpo_loss", "intellect_2", "kl_cov",
-    "lite_ppo_loss", "nsr", "ppo", "psr", "sapo", "segment_ppo", "stable_reinforce", "tw_grpo", "visurf", "w_reinforce",
+    "lite_ppo_loss", "m2po", "nsr", "ppo", "psr", "sapo", "segment_ppo", "stable_reinforce", "tw_grpo", "visurf",
+    "w_reinforce",
 ]  # fmt: skip
 
 _VANILLA = "verl core_algos.py `compute_policy_loss_vanilla`"
@@ -374,6 +375,19 @@ def fipo(
     w is in [0.8, 1]; None: off. delta bounds r, and tokens above it do not count in f. Advantages: GRPO's.
     """
     return losses.fipo(clip_low, clip_high, gamma, weight_low, weight_high, safety, delta)
+
+
+@policy_recipe(
+    "M2PO (second-moment trust policy optimization)",
+    "arXiv 2510.01161",
+    code="AReaL actor.py `_get_m2po_loss_mask`",
+)
+def m2po(*, tau: float = 0.04, clip_low: float = 0.2, clip_high: float = 0.2, **options: Unpack[LossOptions]) -> Loss:
+    """PPO's loss, 0 on the tokens whose d^2 is above the threshold that leaves the others a mean below tau.
+
+    For stale rollouts: old_logprobs are those of the policy that sampled. Advantages: GRPO's.
+    """
+    return losses.m2po(tau, clip_low, clip_high)
 
 
 @recipe(

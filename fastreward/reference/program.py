@@ -111,6 +111,9 @@ class Values:
             out = torch.empty(len(x), dtype=torch.int64, device=x.device)
             out[target.argsort(stable=True)] = source.argsort(stable=True)
             return x[out].unsqueeze(-1)
+        if node.op == "batch_threshold":
+            kept = args[0].expand(self._masks[node.side].shape)[self._masks[node.side]]
+            return _threshold(kept.detach(), args[1]).reshape(1, 1)
         if node.op.startswith("batch_"):
             return _reduce(node.op, args[0].expand(self._masks[0].shape[0], 1)).reshape(1, 1)
         return self._elementwise(node, args)
@@ -191,6 +194,23 @@ def _reduce(op: str, x: Tensor) -> Tensor:
     empty = x.new_full((1, x.shape[1]), -torch.inf if op.endswith("max") else torch.inf)
     x = torch.cat([empty, x])
     return x.amax(0, keepdim=True) if op.endswith("max") else x.amin(0, keepdim=True)
+
+
+def _threshold(x: Tensor, bound: Tensor) -> Tensor:
+    """The largest x up to which their mean is below `bound`, the smallest where it never is; inf of none. No NaN."""
+    x = x[~x.isnan()].sort().values
+    if not len(x):
+        return torch.full((), torch.inf, dtype=x.dtype, device=x.device)
+    means = x.cumsum(0) / torch.arange(1, len(x) + 1, device=x.device)
+    whole = torch.cat([x[1:] != x[:-1], torch.ones_like(x[:1], dtype=torch.bool)])  # all of an equal run
+    kept = whole & (means < bound.reshape(()))
+    return x[kept].max() if kept.any() else x[0]
+
+
+def threshold(x: Tensor, bound: Tensor, tokens: Any) -> Tensor:
+    """Raw form, f32 []."""
+    counted = x if tokens.mask is None else x[tokens.mask != 0]
+    return _threshold(counted.double().flatten(), bound.double()).float()
 
 
 def run(

@@ -296,6 +296,11 @@ CASES = {
         options={"clip_low": 0.1, "clip_high": 0.3, "gamma": 0.8, "weight_low": 0.8, "safety": 3.0, "delta": 10.0},
     ),
     "fipo-plain": Case(along.fipo(safety=None), reference_along.fipo, options={"safety": None}),
+    "m2po": Case(along.m2po(), reference_along.m2po),
+    "m2po-wide": Case(
+        along.m2po(0.2, 0.1, 0.3), reference_along.m2po, options={"tau": 0.2, "clip_low": 0.1, "clip_high": 0.3}
+    ),
+    "m2po-tiny": Case(along.m2po(1e-9), reference_along.m2po, options={"tau": 1e-9}),
     "segment_ppo": Case(along.segment_ppo(), reference_along.segment_ppo, ("segment_ids",)),
     "segment_ppo-product": Case(
         along.segment_ppo(0.3, 0.4, average=False, log_ratio_max=5.0),

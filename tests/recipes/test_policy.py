@@ -148,6 +148,10 @@ SAME: dict[str, tuple[Callable[[Batch], PolicyLoss], Callable[[Batch], PolicyLos
         lambda d: recipes.fipo(*d.common, weight_low=0.8, safety=3.0),
         lambda d: policy_loss(*d.common, loss=losses.fipo(weight_low=0.8, safety=3.0), aggregation="token-mean"),
     ),
+    "m2po": (
+        lambda d: recipes.m2po(*d.common, tau=0.01),
+        lambda d: policy_loss(*d.common, loss=losses.m2po(0.01), aggregation="token-mean"),
+    ),
     "segment_ppo": (
         lambda d: recipes.segment_ppo(d.lp, d.old, d.adv, d.other.round(), d.mask, average=False),
         lambda d: policy_loss(

@@ -186,6 +186,8 @@ struct ProgramCall {
 
 FASTREWARD_DECLARE(
     void program_run(const ::fastreward::ProgramCall& call);
+    // The largest of the valid tokens' x up to which their mean is below `bound`; the smallest where that of none is.
+    float program_threshold(const ::fastreward::ProgramTokens& tokens, const float* x, float bound, int threads);
     // out = saved * weight[sequence] * factor; weight may be nullptr. A 0 in `saved` stays 0.
     void program_scale(const ::fastreward::ProgramTokens& tokens, const float* saved, const float* weight,
                        float factor, float* out, int threads);

@@ -43,6 +43,12 @@ def run(
     return outputs, batch
 
 
+def threshold(x: Tensor, bound: Tensor, tokens: Tokens) -> Tensor:
+    """The largest of the valid x up to which their mean is below bound [1], the smallest where none is; f32 []."""
+    found = _core.program_threshold(_tokens(tokens), x.data_ptr(), float(bound), torch.get_num_threads())
+    return torch.tensor(found, dtype=torch.float32)
+
+
 def scale(
     saved: Tensor,  # f32, as the tokens
     sequence_weight: Tensor | None,  # f32 [B]

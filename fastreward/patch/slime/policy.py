@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastreward._runtime.layout import Clip
 from fastreward.language.node import Node, walk
-from fastreward.language.ops import ALONG_TOKENS, REDUCTIONS
+from fastreward.language.ops import OF_OTHERS
 from fastreward.language.terms import CLIP_FRACTIONS, Terms
 from fastreward.logprobs import token_logprobs
 from fastreward.losses import Loss, cispo, clip, define, exp, expm1, minimum, ppo, seq_mean, where
@@ -247,7 +247,7 @@ def _facts(loss: Loss) -> tuple[bool, bool]:
     """Whether a loss depends on other tokens than its own, and whether it reports which of them it clips."""
     t = loss.terms()
     value = loss.trace(t)
-    others = any(node.op in (*REDUCTIONS, *ALONG_TOKENS) for node in walk([value]))
+    others = any(node.op in OF_OTHERS for node in walk([value]))
     return others, any(name in t.reported for name in CLIP_FRACTIONS)
 
 

@@ -71,3 +71,22 @@ def segment_ppo(
     a = clean(mask, adv)
     loss = torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip_low, 1 + clip_high))
     return torch.where((mask != 0) & (clean(mask, segment_ids) >= 0), loss, 0.0)
+
+
+def m2po(
+    lp: Tensor,
+    old: Tensor,
+    adv: Tensor,
+    mask: Tensor,
+    *,
+    tau: float = 0.04,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> Tensor:
+    """PPO without the tokens of the largest squared log-ratio, which are dropped one value after the other."""
+    moment = log_ratio(mask, lp, old).detach() ** 2
+    values = sorted(moment[mask != 0].tolist())
+    while values and sum(values) / len(values) >= tau and values[0] < values[-1]:
+        values = [v for v in values if v < values[-1]]
+    kept = moment <= (values[-1] if values else 0.0)
+    return torch.where(kept, ppo(lp, old, adv, mask, clip_low=clip_low, clip_high=clip_high), 0.0)
