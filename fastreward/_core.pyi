@@ -253,6 +253,15 @@ def divergence_backward(
     grad_logits: int,
     grad_stride: int,
 ) -> None: ...
+def divergence_head_share(
+    *,
+    student: object,
+    teacher: object,
+    student_values: int,
+    teacher_values: int,
+    alpha: float,
+    shares: int,
+) -> None: ...
 def logits_policy_loss(
     *,
     rows: LogprobsRows,

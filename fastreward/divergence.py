@@ -28,6 +28,7 @@ from fastreward._runtime.logprobs import token_logprobs as logprobs_op
 from fastreward.distributed.divergence import DivergenceShard, sharded_token_divergence
 from fastreward.distributed.ranks import Ranks, refused_together
 from fastreward.divergences import Loss
+from fastreward.language.divergence_programs import registered_programs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,6 +38,7 @@ _NAMED: Final = {
     "forward-kl": divergences.forward_kl(),
     "reverse-kl": divergences.reverse_kl(),
     "jsd": divergences.jsd(),
+    "adaptive-kl": divergences.adaptive_kl(),
     "skewed-forward-kl": divergences.skewed_forward_kl(),
     "skewed-reverse-kl": divergences.skewed_reverse_kl(),
     "total-variation": divergences.total_variation(),
@@ -76,9 +78,9 @@ def token_divergence(
         logits: the student's, [..., V] float32, bfloat16 or float16; any leading strides, unit stride along V.
         teacher_logits: the teacher's, same shape, of any of these dtypes. It gets a gradient too if it requires one.
             None: with teacher_logprobs.
-        divergence: "forward-kl", "reverse-kl", "jsd", "skewed-forward-kl", "skewed-reverse-kl", "total-variation",
-            "alpha", "hellinger", each with its defaults; or one of `fastreward.divergences` with others, or your own
-            (`fastreward.divergences.define`).
+        divergence: "forward-kl", "reverse-kl", "adaptive-kl", "jsd", "skewed-forward-kl", "skewed-reverse-kl",
+            "total-variation", "alpha", "hellinger", each with its defaults; or one of `fastreward.divergences` with
+            others, or your own (`fastreward.divergences.define`).
         temperature: a positive number or 0-d tensor, or one per token [...] (anything where masked out).
         teacher_temperature: the same; None: that of the student.
         mask: [...] bool, integer or float, nonzero = compute; other rows are not read, all theirs is 0.
@@ -133,6 +135,8 @@ def token_divergence(
         teacher_scalar, teacher_per_token = scalar, per_token
     else:
         teacher_scalar, teacher_per_token = temperatures(teacher_temperature, places, mask, "teacher_temperature")
+    if sliced and registered_programs(chosen.divergence_plan()).adaptive:
+        raise ValueError("divergence: adaptive_kl is not there over a vocabulary that is split over process_group")
     if sliced and token_ids is not None:
         raise ValueError("token_ids: not over a vocabulary that is split over process_group; pass one of them")
     if labels is not None and not sliced and check.values_checked(logits, labels):

@@ -19,8 +19,10 @@ from fastreward._arguments.numbers import Number, joined, split
 from fastreward._loss_call.buckets import bucket_divergence, given_logprobs, ids_of_buckets
 from fastreward._loss_call.divergence import (
     DivergenceStats,
+    forward_rows,
     given_call,
     gradient_program,
+    output_rows,
     statistics_of,
     student_upstream,
 )
@@ -99,7 +101,7 @@ def _linear_divergence(
     statistics: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """outputs f32 [1 + sums, N] (divergence, sum of f1), both sides' values f32 [8, N], agreement f32 [N]."""
+    """What the op token_divergence gives."""
     student = _Side(
         hidden, weight, bias, temperature, temperature_scalar, logit_scale, given_scale, softcap, given_softcap, dtype
     )
@@ -107,28 +109,27 @@ def _linear_divergence(
         teacher_hidden, teacher_weight, teacher_bias, teacher_temperature, teacher_temperature_scalar,
         teacher_logit_scale, given_teacher_scale, teacher_softcap, given_teacher_softcap, teacher_dtype,
     )  # fmt: skip
-    kernels, known = implementation("linear_divergence", backend), registered_programs(programs)
     call = _call(student, teacher, labels, parameters)
     heads = student.head(rows, backend), teacher.head(rows, backend)
-    found = _empty(hidden, sums)
+    found = _empty(hidden, output_rows(programs, sums))
     for part in heads[0].row_chunks():
         x, y = (head.logits(part, slice(0, weight.shape[0])) for head in heads)
-        own = kernels.forward(known, x, y, call.rows(part.start, len(x)), sums, statistics)
+        own = forward_rows(x, y, call.rows(part.start, len(x)), programs, sums, statistics, backend)
         for whole, piece in zip(found, own, strict=True):
             whole[..., part] = piece
     return found
 
 
-def _empty(hidden: Tensor, sums: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty(hidden: Tensor, outputs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def new(*lead: int) -> Tensor:
         return hidden.new_empty((*lead, hidden.shape[0]), dtype=torch.float32)
 
-    return new(1 + sums), new(len(VALUES)), new(len(VALUES)), new()
+    return new(outputs), new(len(VALUES)), new(len(VALUES)), new()
 
 
 @_linear_divergence.register_fake
-def _(hidden: Tensor, sums: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty(hidden, sums)
+def _(hidden: Tensor, programs: str, sums: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty(hidden, output_rows(programs, sums))
 
 
 @custom_op("linear_divergence_backward")

@@ -93,6 +93,23 @@ void backward(const LogprobsRows& student, const LogprobsRows& teacher, Address 
   FASTREWARD_DISPATCH(divergence_backward)(call);
 }
 
+void head_share(const LogprobsRows& student, const LogprobsRows& teacher, Address student_values,
+                Address teacher_values, double alpha, Address shares) {
+  const pybind11::gil_scoped_release unlocked;
+  if (teacher.rows != student.rows || teacher.columns != student.columns)
+    throw std::invalid_argument("teacher: expected as many rows and columns as the student has");
+  DivergenceHeadShare call;
+  call.student = student;
+  call.teacher = teacher;
+  required<const void>("student", reinterpret_cast<Address>(student.logits), student.rows * student.columns);
+  required<const void>("teacher", reinterpret_cast<Address>(teacher.logits), student.rows * student.columns);
+  call.student_values = required<const float>("student_values", student_values, kValues * student.rows);
+  call.teacher_values = required<const float>("teacher_values", teacher_values, kValues * student.rows);
+  call.alpha = alpha;
+  call.shares = required<float>("shares", shares, student.rows);
+  FASTREWARD_DISPATCH(divergence_head_share)(call);
+}
+
 }  // namespace
 
 void register_divergence(pybind11::module_& m) {
@@ -106,6 +123,9 @@ void register_divergence(pybind11::module_& m) {
         py::arg("made"), py::arg("inputs"), py::arg("scalars"), py::arg("student_values"),
         py::arg("teacher_values"), py::arg("label_gradients"), py::arg("grad_logits"), py::arg("grad_stride"),
         "The gradient for the logits: what the program gives for each token, in the student's dtype.");
+  m.def("divergence_head_share", &head_share, py::kw_only(), py::arg("student"), py::arg("teacher"),
+        py::arg("student_values"), py::arg("teacher_values"), py::arg("alpha"), py::arg("shares"),
+        "What lies in the teacher's head of the difference between both, per row.");
 }
 
 }  // namespace fastreward

@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "cpu/common/head_share.hpp"
 #include "cpu/logprobs/rows.hpp"
 #include "cpu/program/internal.hpp"
 #include "cpu/threads.hpp"
@@ -171,9 +172,53 @@ void statistics(const LogprobsRows& in, std::int64_t row, int flags, float* valu
   for (int k = 0; k < 2; ++k) indices[k * in.rows + row] = places[k];
 }
 
+// A thread's row of the teacher's probabilities and of the differences between both.
+struct Differences {
+  explicit Differences(std::int64_t columns) : q(columns), between(columns), scratch(columns), blocks(4 * kBlock) {}
+
+  template <class S, class T>
+  void fill(const S* x, const T* y, std::int64_t columns, const Distribution& student, const Distribution& teacher) {
+    float* p = blocks.data() + kBlock;
+    float* other = blocks.data() + 3 * kBlock;
+    for (std::int64_t start = 0; start < columns; start += kBlock) {
+      const std::int64_t rest = columns - start;
+      const int n = rest < kBlock ? static_cast<int>(rest) : kBlock;
+      probabilities(x + start, n, student, false, true, blocks.data());
+      probabilities(y + start, n, teacher, false, true, blocks.data() + 2 * kBlock);
+      for (int i = 0; i < n; ++i) {
+        q[start + i] = other[i];
+        between[start + i] = __builtin_fabsf(p[i] - other[i]);
+      }
+    }
+  }
+
+  program::Buffer<float> q, between, scratch, blocks;
+};
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------------- launchers
+void divergence_head_share(const DivergenceHeadShare& call) {
+  const LogprobsRows &x = call.student, &y = call.teacher;
+  const std::int64_t columns = x.columns;
+  const auto make = [&] { return Differences(columns); };
+  const PerSlot rows(x.threads, make);
+  by_dtype(x.dtype, [&](auto student) {
+    by_dtype(y.dtype, [&](auto teacher) {
+      parallel_for(x.rows, x.threads, row_grain(x), [&](std::int64_t row, int slot) {
+        call.shares[row] = 0.0f;
+        if (!row_counts(x, row)) return;
+        Differences& own = rows[slot];
+        own.fill(row_of<Element<decltype(student)>>(x, row), row_of<Element<decltype(teacher)>>(y, row), columns,
+                 distribution(x, row, call.student_values + row, x.rows),
+                 distribution(y, row, call.teacher_values + row, x.rows));
+        call.shares[row] = static_cast<float>(
+            head_share(own.q.data(), own.between.data(), own.scratch.data(), columns, call.alpha));
+      });
+    });
+  });
+}
+
 void divergence_forward(const DivergenceForward& call) {
   const DivergenceRows& in = call.in;
   const std::int64_t n = in.student.rows;

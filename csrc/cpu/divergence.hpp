@@ -35,7 +35,15 @@ struct DivergenceBackward {
   std::int64_t grad_stride = 0;
 };
 
+struct DivergenceHeadShare {
+  LogprobsRows student, teacher;
+  const float* student_values = nullptr, *teacher_values = nullptr;  // [8, rows]
+  double alpha = 0.5;       // what the teacher's tail has of its mass, at most
+  float* shares = nullptr;  // [rows], 0 where masked out
+};
+
 }  // namespace fastreward
 
 FASTREWARD_DECLARE(void divergence_forward(const ::fastreward::DivergenceForward& call);
-                   void divergence_backward(const ::fastreward::DivergenceBackward& call);)
+                   void divergence_backward(const ::fastreward::DivergenceBackward& call);
+                   void divergence_head_share(const ::fastreward::DivergenceHeadShare& call);)

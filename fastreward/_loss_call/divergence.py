@@ -18,6 +18,7 @@ from fastreward._runtime.layout import VALUES
 from fastreward._runtime.memory import empty_like
 from fastreward.language.divergence_programs import (
     CONSTANT,
+    HEAD_SHARE,
     SLOPE,
     TOTAL,
     UPSTREAM,
@@ -79,6 +80,32 @@ def _matrices(*tensors: Tensor, start: int = 0) -> Iterator[tuple[int, tuple[Ten
 
 
 # ---------------------------------------------------------------------------------------------------------- forward
+def output_rows(programs: str, sums: int) -> int:
+    """Rows of the op's outputs."""
+    return 1 + sums + registered_programs(programs).adaptive
+
+
+def forward_rows(
+    logits: Tensor,  # [N, V]
+    teacher_logits: Tensor,  # [N, V]
+    call: DivergenceCall,
+    programs: str,
+    sums: int,
+    statistics: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the op gives of the rows of a matrix."""
+    kernels, known = implementation("divergence", backend), registered_programs(programs)
+    found = kernels.forward(known, logits, teacher_logits, call, sums, statistics)
+    if not known.adaptive:
+        return found
+    outputs, student, teacher, agreement = found
+    alpha = call.parameters[known.parameters.index("alpha")]
+    share = kernels.head_share(logits, teacher_logits, call, student, teacher, alpha)
+    mixed = share * outputs[::2] + (1.0 - share) * outputs[1::2]
+    return torch.cat([mixed, share.unsqueeze(0)]), student, teacher, agreement
+
+
 @custom_op("token_divergence")
 def token_divergence(
     logits: Tensor,  # [..., V]
@@ -96,11 +123,13 @@ def token_divergence(
     inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """outputs f32 [1 + sums, N] (divergence, sums of f1 and f2), both sides' values f32 [8, N], agreement f32 [N]."""
+    """outputs, both sides' values f32 [8, N], agreement f32 [N].
+
+    outputs: f32 [1 + sums, N], the divergence and the sums of f1 and f2; one row more, the head's share, if adaptive.
+    """
     call = given_call(labels, temperature, temperature_scalar, teacher_temperature, teacher_scalar, mask, parameters)
-    kernels, known = implementation("divergence", backend), registered_programs(programs)
     parts = [
-        kernels.forward(known, x, y, call.rows(start, x.shape[0]), sums, statistics)
+        forward_rows(x, y, call.rows(start, x.shape[0]), programs, sums, statistics, backend)
         for start, (x, y) in _matrices(logits, teacher_logits)
     ]
     if len(parts) == 1:
@@ -110,9 +139,9 @@ def token_divergence(
 
 
 @token_divergence.register_fake
-def _(logits: Tensor, labels: Tensor, sums: int) -> tuple[Tensor, ...]:
+def _(logits: Tensor, labels: Tensor, programs: str, sums: int) -> tuple[Tensor, ...]:
     n, new = labels.shape[0], logits.new_empty
-    shapes = (1 + sums, n), (len(VALUES), n), (len(VALUES), n), (n,)
+    shapes = (output_rows(programs, sums), n), (len(VALUES), n), (len(VALUES), n), (n,)
     return tuple(new(shape, dtype=torch.float32) for shape in shapes)
 
 
@@ -169,11 +198,13 @@ def student_upstream(call: DivergenceCall, outputs: Tensor, student: Tensor, gra
     into, entropy, logprob = (grads.double() * inverse).float()
     known = torch.where(entropy == 0, 0.0, student[_ENTROPY])  # not computed, or NaN: no one asked
     inputs = {UPSTREAM: into, TOTAL: outputs[1], CONSTANT: -(entropy * known + logprob), SLOPE: -entropy}
+    inputs[HEAD_SHARE] = outputs[-1]  # read by programs that are adaptive
     return Upstream(inputs, logprob.contiguous())
 
 
 def _teacher_upstream(call: DivergenceCall, outputs: Tensor, grad: Tensor) -> Upstream:
-    return Upstream({UPSTREAM: (grad.double() * call.inv_teacher_temperature).float(), TOTAL: outputs[2]}, None)
+    into = (grad.double() * call.inv_teacher_temperature).float()
+    return Upstream({UPSTREAM: into, TOTAL: outputs[2], HEAD_SHARE: outputs[-1]}, None)
 
 
 @custom_op("token_divergence_backward")

@@ -106,6 +106,17 @@ class DivergenceKernels(Protocol):
     ) -> Tensor:
         """What the slice adds to forward's outputs, f64 [1 + count, N]; 0 in masked rows."""
 
+    def head_share(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        call: DivergenceCall,
+        student: Tensor,  # [8, N] f32, the forward's
+        teacher: Tensor,
+        alpha: float,  # what the teacher's tail has of its mass, at most
+    ) -> Tensor:
+        """What lies in the teacher's head of sum |p - q|, f32 [N]: 1/2 of none, 0 in masked rows."""
+
     def backward(
         self,
         program: Any,  # its output: the gradient per token of the vocabulary

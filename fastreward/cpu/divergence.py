@@ -84,6 +84,29 @@ def _run(
     del alive
 
 
+def head_share(
+    logits: Tensor,  # [N, V]
+    teacher_logits: Tensor,  # [N, V]
+    call: DivergenceCall,
+    student: Tensor,  # [8, N] f32, the forward's
+    teacher: Tensor,  # [8, N] f32
+    alpha: float,
+) -> Tensor:
+    """f32 [N]: what lies in the teacher's head of the difference between both; 0 in masked rows."""
+    shares = torch.empty(logits.shape[0], dtype=torch.float32, device="cpu")
+    rows, others, alive = _sides(logits, teacher_logits, call)
+    _core.divergence_head_share(
+        student=rows,
+        teacher=others,
+        student_values=student.data_ptr(),
+        teacher_values=teacher.data_ptr(),
+        alpha=alpha,
+        shares=shares.data_ptr(),
+    )
+    del alive
+    return shares
+
+
 def backward(
     program: Program,  # its output: the gradient per token of the vocabulary
     parameters: Sequence[str],  # names of call.parameters

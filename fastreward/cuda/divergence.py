@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments.divergence import DivergenceCall
+from fastreward._runtime.head_share import head_share
 from fastreward._runtime.layout import VALUES
 from fastreward.cuda._launch import Member, launch_text, pack
 from fastreward.cuda.program.divergence_source import (
@@ -28,6 +29,8 @@ from fastreward.cuda.program.divergence_source import (
 from fastreward.language.divergence_moments import Moments, moments
 from fastreward.language.divergence_programs import DivergencePrograms
 from fastreward.language.program import Program
+
+__all__ = ["backward", "forward", "head_share", "sums"]
 
 _TYPES: Final[dict[torch.dtype, LogitsType]] = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _NOTHING: Final = Moments(0.0, 0.0, 0.0, 0.0, 0.0)

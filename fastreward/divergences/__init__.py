@@ -8,6 +8,7 @@ log q, written in the loss language: its gradient is derived, and both run fused
     jsd(beta=0.5)                 beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
     skewed_forward_kl(alpha)      KL(q || alpha q + (1 - alpha) p)
     skewed_reverse_kl(alpha)      KL(p || alpha p + (1 - alpha) q)
+    adaptive_kl(alpha=0.5)        share KL(q || p) + (1 - share) KL(p || q), share: where the difference lies
     total_variation()             sum |p - q| / 2
     alpha(alpha=0.5)              (1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha))
     hellinger()                   sum (sqrt p - sqrt q)^2 / 2, the squared Hellinger distance
@@ -22,6 +23,7 @@ One of your own:
 from __future__ import annotations
 
 from fastreward.language.define import Loss, define
+from fastreward.language.divergence_programs import HEAD_SHARE
 from fastreward.language.functions import abs as _abs
 from fastreward.language.functions import exp, log, maximum, stop_gradient
 from fastreward.language.node import Node
@@ -29,6 +31,7 @@ from fastreward.language.terms import Terms
 
 __all__ = [
     "Loss",
+    "adaptive_kl",
     "alpha",
     "define",
     "forward_kl",
@@ -104,6 +107,20 @@ def skewed_reverse_kl(t: Terms, alpha: float = 0.1) -> Node:
     """
     mixture = maximum(alpha * t.p + (1.0 - alpha) * t.q, 1e-37)
     return t.p * (t.log_p - log(mixture))
+
+
+@define(check=_check_share)
+def adaptive_kl(t: Terms, alpha: float = 0.5) -> Node:
+    """share KL(q || p) + (1 - share) KL(p || q): forward where the head differs, reverse where the tail does.
+
+    The tail is the teacher's tokens that, from the least likely on (those of one probability in the order of ids), have
+    at most alpha of its mass together, the head all others; share is what the head has of sum_j |p_j - q_j|, a constant
+    in the gradient.
+
+    AKL (arXiv:2404.02657). Verified in code: ROLL `various_divergence.py`.
+    """
+    share = t.extra(HEAD_SHARE, per="sequence")
+    return share * _relative(t.q, t.log_q, t.log_p) + (1.0 - share) * _relative(t.p, t.log_p, t.log_q)
 
 
 @define

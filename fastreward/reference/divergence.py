@@ -55,6 +55,21 @@ def sums(
     return found if call.mask is None else torch.where(call.mask, found, 0.0)
 
 
+def head_share(
+    logits: Tensor, teacher_logits: Tensor, call: Any, student: Tensor, teacher: Tensor, alpha: float
+) -> Tensor:
+    """Raw form: what lies in the teacher's head of sum |p - q|, f32 [N]."""
+    del student, teacher
+    p = log_probs(logits, call.inv_temperature).exp()
+    q = log_probs(teacher_logits, call.inv_teacher_temperature).exp()
+    ordered, order = q.sort(stable=True)
+    tail = ordered.cumsum(-1) <= alpha
+    between = (p - q).abs().gather(-1, order)
+    head, whole = torch.where(tail, 0.0, between).sum(-1), between.sum(-1)
+    share = torch.where(whole == 0, 0.5, head / whole).float()
+    return share if call.mask is None else torch.where(call.mask, share, 0.0)
+
+
 def backward(
     program: Any,
     parameters: Sequence[str],

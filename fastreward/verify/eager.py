@@ -586,9 +586,19 @@ def _against_mixture(first: Tensor, other: Tensor, share: float) -> Tensor:
     return first.exp() * (first - (share * first.exp() + (1 - share) * other.exp()).clamp(min=1e-37).log())
 
 
+def _adaptive_kl(p: Tensor, q: Tensor, alpha: float = 0.5) -> Tensor:
+    """Forward and reverse KL, weighted by where the teacher's sorted probabilities differ from the student's."""
+    ordered, order = q.exp().sort(stable=True)
+    tail = ordered.cumsum(-1) <= alpha
+    between = (p.exp() - q.exp()).abs().gather(-1, order).detach()
+    share = torch.where(tail, 0.0, between).sum(-1, keepdim=True) / between.sum(-1, keepdim=True)
+    return share * q.exp() * (q - p) + (1.0 - share) * p.exp() * (p - q)
+
+
 _DIVERGENCES: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "forward-kl": lambda p, q: q.exp() * (q - p),
     "reverse-kl": lambda p, q: p.exp() * (p - q),
+    "adaptive-kl": _adaptive_kl,
     "jsd": lambda p, q: (_against_mixture(q, p, 0.5) + _against_mixture(p, q, 0.5)) / 2,
     "skewed-forward-kl": lambda p, q: _against_mixture(q, p, 0.1),
     "skewed-reverse-kl": lambda p, q: _against_mixture(p, q, 0.1),

@@ -15,6 +15,8 @@ can; backward 3 e V; a masked row is not read.
 Raw functions: `forward`, `backward`, and `sums` of a slice of the vocabulary, given the statistics of whole rows.
 """
 
+from fastreward._runtime.head_share import head_share
+
 from .launch import backward, forward, sums
 
-__all__ = ["backward", "forward", "sums"]
+__all__ = ["backward", "forward", "head_share", "sums"]

@@ -65,6 +65,8 @@ def test_values_and_gradients_of_both_sides(name: str, dtype: torch.dtype, vocab
         (divergences.skewed_forward_kl(0.7), "skewed-forward-kl", {"alpha": 0.7}),
         (divergences.skewed_reverse_kl(0.7), "skewed-reverse-kl", {"alpha": 0.7}),
         (divergences.alpha(0.2), "alpha", {"alpha": 0.2}),
+        (divergences.adaptive_kl(0.2), "adaptive-kl", {"alpha": 0.2}),
+        (divergences.adaptive_kl(0.95), "adaptive-kl", {"alpha": 0.95}),
     ],
     ids=str,
 )
@@ -82,6 +84,20 @@ def test_limits_of_the_alpha_divergence_are_the_kls() -> None:
     for alpha, name in ((0.999, "reverse-kl"), (0.001, "forward-kl")):
         near = fr.token_divergence(x, y, divergence=divergences.alpha(alpha)).divergence
         torch.testing.assert_close(near, fr.token_divergence(x, y, divergence=name).divergence, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_tail_of_an_adaptive_kl(backend: Any) -> None:
+    """The teacher's least likely, of one probability the first ones; equal sides weigh both KLs alike."""
+    q = torch.tensor([0.3, 0.2, 0.1, 0.2, 0.2]).log()
+    p = torch.tensor([0.1, 0.3, 0.2, 0.35, 0.05]).log()  # differences .2, .1, .1, .15, .15
+    forward, reverse = (FORMULAS[name](p, q).sum() for name in ("forward-kl", "reverse-kl"))
+    with fr.backend(backend):
+        for alpha, tail in ((0.05, 0.0), (0.2, 0.1), (0.4, 0.2), (0.6, 0.35), (0.8, 0.5)):
+            found = fr.token_divergence(p, q, divergence=divergences.adaptive_kl(alpha)).divergence
+            share = 1 - tail / 0.7
+            torch.testing.assert_close(found, share * forward + (1 - share) * reverse, rtol=1e-5, atol=1e-6)
+        assert fr.token_divergence(q, q.clone(), divergence="adaptive-kl").divergence.abs() < 1e-7
 
 
 def test_one_of_your_own() -> None:

@@ -23,10 +23,20 @@ def _alpha(lp: Tensor, lq: Tensor, alpha: float = 0.5) -> Tensor:
     return (alpha * lp.exp() + (1 - alpha) * lq.exp() - mixed) / (alpha * (1 - alpha))
 
 
+def _adaptive(lp: Tensor, lq: Tensor, alpha: float = 0.5) -> Tensor:
+    between = (lp.exp() - lq.exp()).abs().detach()
+    ordered, order = lq.detach().exp().sort(stable=True)
+    tail = torch.zeros_like(lq, dtype=torch.bool).scatter(-1, order, ordered.cumsum(-1) <= alpha)
+    head = between.masked_fill(tail, 0.0).sum(-1, keepdim=True) / between.sum(-1, keepdim=True)
+    head = head.nan_to_num(0.5)  # of equal sides
+    return head * lq.exp() * (lq - lp) + (1 - head) * lp.exp() * (lp - lq)
+
+
 #: By name: f(log p, log q) per token of the vocabulary, and a divergence with other parameters than the default's.
 FORMULAS: dict[str, Callable[..., Tensor]] = {
     "forward-kl": lambda lp, lq: lq.exp() * (lq - lp),
     "reverse-kl": lambda lp, lq: lp.exp() * (lp - lq),
+    "adaptive-kl": _adaptive,
     "jsd": _jsd,
     "skewed-forward-kl": lambda lp, lq, alpha=0.1: _skewed(lq, lp, alpha),
     "skewed-reverse-kl": lambda lp, lq, alpha=0.1: _skewed(lp, lq, alpha),
