@@ -39,7 +39,8 @@ def _others() -> Iterator[Problem]:
             "mask": mask,
         }
         groups = {"group_ids": torch.tensor([5, 5, 2, 2, 2, 5])}
-        for loss in (losses.cispo(), losses.dispo(), losses.sapo(), losses.gspo(), losses.gmpo(), losses.vespo()):
+        of_tokens = (losses.cispo(), losses.dispo(), losses.sapo(), losses.vespo(), losses.fipo(), losses.m2po())
+        for loss in (*of_tokens, losses.gspo(), losses.gmpo()):
             yield problem("policy_loss", f"{loss.name}, log-ratios of {spread:g}", loss, terms, _run_loss)
         for loss in (losses.real(), losses.pacs()):
             yield problem("policy_loss", f"{loss.name}, log-ratios of {spread:g}", loss, terms | groups, _run_loss)
