@@ -11,6 +11,8 @@ Over log-probs, for `policy_loss`, `logits_policy_loss` and `linear_policy_loss`
     stable_reinforce, visurf      a bounded ratio and no outliers; given answers among the rollouts
     psr, nsr, w_reinforce         right answers alone, wrong ones alone, both with weights
     reinforce, gpg, sft, raft     the log-prob times the advantage, or without one
+    dft, topr                     the log-prob times the probability; wrong answers as far as they are likely
+    vapo, echo, loglinear_ppo     the clipped ratio and right answers' likelihood, tool outputs', a policy between
     cispo, dispo                  the clipped ratio as a constant weight of the log-prob
     dppo_tv, dppo_kl, vespo, dro  bounds on a divergence; a gate on the sequence's ratio; a quadratic pull
     sdpo, sdpo_topk               distillation from a teacher, on the sampled token or over k ids
@@ -18,6 +20,7 @@ Over log-probs, for `policy_loss`, `logits_policy_loss` and `linear_policy_loss`
     gspo, gspo_token, gmpo        one ratio for each sequence
     fipo, segment_ppo             a weight from what follows; one ratio for each segment (turn, step)
     m2po                          without the tokens that are farthest from the old policy
+    a2po, gvpo, kto               regressions of the log-ratio on rewards; desirable responses and others, unpaired
     real, pacs, brain, gdro       the rewards of a group as labels, probabilities or ranks
 Over pairs, for `preference_loss`:
     dpo                           with its variants: hinge, IPO, EXO, NCA, APO, AOT, robust, f-divergences, ...
@@ -67,6 +70,7 @@ from fastreward.losses.preference import (
 )
 from fastreward.losses.score import (
     cispo,
+    dft,
     dispo,
     dppo_kl,
     dppo_tv,
@@ -76,20 +80,38 @@ from fastreward.losses.score import (
     reinforce,
     sdpo,
     sft,
+    topr,
     verifree,
     vespo,
 )
 from fastreward.losses.selection import cov_mask, tw_grpo_importance
-from fastreward.losses.sequence import brain, gdro, gmpo, gspo, gspo_token, jepo, laser, pacs, real, sdpo_topk
+from fastreward.losses.sequence import (
+    a2po,
+    brain,
+    gdro,
+    gmpo,
+    gspo,
+    gspo_token,
+    gvpo,
+    jepo,
+    kto,
+    laser,
+    pacs,
+    real,
+    sdpo_topk,
+)
 from fastreward.losses.token import (
     clip_cov,
+    echo,
     kl_cov,
+    loglinear_ppo,
     nsr,
     ppo,
     psr,
     sapo,
     stable_reinforce,
     tw_grpo,
+    vapo,
     visurf,
     w_reinforce,
 )
@@ -100,6 +122,7 @@ __all__ = [
     "Node",
     "PairTerms",
     "Terms",
+    "a2po",
     "brain",
     "cdpo",
     "cispo",
@@ -107,12 +130,14 @@ __all__ = [
     "cov_mask",
     "cream",
     "define",
+    "dft",
     "dispo",
     "dno",
     "dpo",
     "dppo_kl",
     "dppo_tv",
     "dro",
+    "echo",
     "fipo",
     "gdro",
     "gmpo",
@@ -120,11 +145,14 @@ __all__ = [
     "gpo",
     "gspo",
     "gspo_token",
+    "gvpo",
     "jepo",
     "kl",
     "kl_cov",
+    "kto",
     "laser",
     "ld_dpo_weights",
+    "loglinear_ppo",
     "m2po",
     "mah_dpo",
     "mm_dpo",
@@ -145,9 +173,11 @@ __all__ = [
     "sppo",
     "stable_reinforce",
     "tgdpo",
+    "topr",
     "treg",
     "tw_grpo",
     "tw_grpo_importance",
+    "vapo",
     "verifree",
     "vespo",
     "visurf",

@@ -17,6 +17,7 @@ from fastreward.losses.token import clamped_ratio
 
 __all__ = [
     "cispo",
+    "dft",
     "dispo",
     "dppo_kl",
     "dppo_tv",
@@ -26,6 +27,7 @@ __all__ = [
     "reinforce",
     "sdpo",
     "sft",
+    "topr",
     "verifree",
     "vespo",
 ]
@@ -78,6 +80,28 @@ def verifree(t: Terms) -> Node:
     """
     credit = where(t.extra("answer") != 0, t.extra("reward", per="sequence"), t.advantage)
     return -credit * t.logprob
+
+
+@define
+def dft(t: Terms) -> Node:
+    """-stop_gradient(p) logprob, p = exp(logprob): SFT whose gradient is that of -p; advantages are not read.
+
+    DFT (arXiv 2508.05629). Verified in code: TRL sft_trainer.py (loss_type "dft"). Aggregation: token-mean.
+    """
+    return -stop_gradient(exp(t.logprob)) * t.logprob
+
+
+@define
+def topr(t: Terms) -> Node:
+    """-A logprob where A > 0, else -stop_gradient(min(r, 1)) A logprob: wrong answers count as far as they are likely.
+
+    A right answer is learned from wherever it came from; the push away from a wrong one ends where the policy no longer
+    writes it.
+
+    TOPR (arXiv 2503.14286), its weight per token. Notes: ROLL actor_pg_worker.py by a third-party formula page; the
+    paper's own weight is of the sequence. Aggregation: token-mean, reconstructed.
+    """
+    return -where(t.advantage > 0, 1.0, stop_gradient(minimum(t.ratio, 1.0))) * t.advantage * t.logprob
 
 
 # ------------------------------------------------------------------------------------------- clipped importance weights

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from fastreward.language.define import define
 from fastreward.language.functions import (
     clip,
@@ -25,6 +27,7 @@ from fastreward.language.functions import (
     minimum,
     seq_mean,
     seq_sum,
+    sigmoid,
     sign,
     softplus,
     sqrt,
@@ -36,7 +39,21 @@ from fastreward.language.terms import LOG_RATIO_CLAMP, Terms
 from fastreward.losses._rules import RULES, apply, check
 from fastreward.losses.token import clipped_surrogate
 
-__all__ = ["brain", "gdro", "gmpo", "gspo", "gspo_token", "jepo", "laser", "pacs", "real", "sdpo_topk"]
+__all__ = [
+    "a2po",
+    "brain",
+    "gdro",
+    "gmpo",
+    "gspo",
+    "gspo_token",
+    "gvpo",
+    "jepo",
+    "kto",
+    "laser",
+    "pacs",
+    "real",
+    "sdpo_topk",
+]
 
 _NOTHING = float("-inf")
 
@@ -159,6 +176,51 @@ def _divergence(student: Node, teacher: Node, alpha: float) -> Node:
         return p * (student - teacher)
     mixture = log((1 - alpha) * p + alpha * q)
     return (1 - alpha) * p * (student - mixture) + alpha * q * (teacher - mixture)
+
+
+# --------------------------------------------------------------------------------- regressions on rewards, and labels
+@define(aggregation="seq-mean-token-mean", check=check)
+def a2po(t: Terms, beta: float = 1e-3) -> Node:
+    """(beta S - A)^2, S = sum of logprob - ref_logprob: the implicit reward is drawn to the optimal advantage.
+
+    A = R - V*, V* = b log mean over the prompt's rollouts of exp(R / b), passed as `advantages`: the recipe makes it.
+
+    A*PO (arXiv 2505.20686). Verified in code: TRL experimental/a2po/a2po_trainer.py (beta2). Aggregation: mean over
+    sequences.
+    """
+    return (beta * seq_sum(t.logprob - t.ref_logprob) - seq_mean(t.advantage)) ** 2
+
+
+@define(aggregation="seq-mean-token-mean", check=check)
+def gvpo(t: Terms, beta: float = 0.1) -> Node:
+    """(beta (S - mean of S over the group) - A)^2 / 2, S = sum of d, A = R less the group's mean reward.
+
+    The gradient goes through the mean as well: what it pulls to is the one policy with these rewards.
+
+    GVPO (arXiv 2504.19599). Notes: verl-recipe gvpo_core_algos.py by a third-party formula page; beta's default is
+    reconstructed. Aggregation: mean over sequences.
+    """
+    total = seq_sum(t.log_ratio)
+    return 0.5 * (beta * (total - group_mean(total)) - seq_mean(t.advantage)) ** 2
+
+
+@define(aggregation="seq-mean-token-mean", check=check)
+def kto(
+    t: Terms,
+    beta: float = 0.1,
+    reference_point: Tensor | float = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Node:
+    """w_d (1 - sigmoid(beta (S - z))) for desirable responses, w_u (1 - sigmoid(beta (z - S))) for the others.
+
+    S = sum of logprob - ref_logprob. Desirable: A > 0, for labels 1 and 0 (or -1) passed as `advantages`. z is
+    reference_point, a number or 0-d tensor: in TRL the mean of S over mismatched prompts and responses, at least 0.
+
+    KTO (arXiv 2402.01306). Verified in code: TRL kto_trainer.py. Aggregation: mean over sequences.
+    """
+    x = beta * (seq_sum(t.logprob - t.ref_logprob) - reference_point)
+    return where(seq_mean(t.advantage) > 0, desirable_weight * sigmoid(-x), undesirable_weight * sigmoid(x))
 
 
 # -------------------------------------------------------------------------------------------------------------- groups

@@ -25,7 +25,21 @@ from fastreward.language.node import Node
 from fastreward.language.terms import LOG_RATIO_CLAMP, Terms
 from fastreward.losses._rules import check
 
-__all__ = ["clip_cov", "kl_cov", "nsr", "ppo", "psr", "sapo", "stable_reinforce", "tw_grpo", "visurf", "w_reinforce"]
+__all__ = [
+    "clip_cov",
+    "echo",
+    "kl_cov",
+    "loglinear_ppo",
+    "nsr",
+    "ppo",
+    "psr",
+    "sapo",
+    "stable_reinforce",
+    "tw_grpo",
+    "vapo",
+    "visurf",
+    "w_reinforce",
+]
 
 
 def clamped_ratio(t: Terms, log_ratio_clamp: float | None) -> Node:
@@ -241,3 +255,52 @@ def sapo(
     positive = t.advantage > 0
     gate = sigmoid(where(positive, tau_pos, tau_neg) * (clamped_ratio(t, log_ratio_clamp) - 1.0))
     return -t.advantage * where(positive, 4.0 / tau_pos, 4.0 / tau_neg) * gate
+
+
+# ------------------------------------------------------------------------------------------------ PPO and one term more
+@define(check=check)
+def vapo(t: Terms, clip_low: float = 0.2, clip_high: float = 0.28, nll_coef: float = 0.1) -> Node:
+    """PPO-clip + nll_coef times the mean of -logprob over the tokens of right answers, t.extra("reward") [B] above 0.
+
+    The second term's mean is over these tokens alone; under another aggregation than token-mean
+    it is weighted as the tokens there are.
+
+    VAPO (arXiv 2504.05118), its positive-example language-model loss. Notes: NeMo-RL loss_functions.py by a third-party
+    formula page; the coefficient is reconstructed (the paper's, from memory). Aggregation: token-mean.
+    """
+    right = t.extra("reward", per="sequence") > 0
+    share = batch_sum(t.length) / maximum(batch_sum(where(right, t.length, 0.0)), 1.0)
+    clipped = clipped_surrogate(t, t.ratio, t.advantage, clip_low, clip_high)
+    return clipped + nll_coef * where(right, -t.logprob * share, 0.0)
+
+
+@define(check=check)
+def echo(t: Terms, alpha: float, clip_low: float = 0.2, clip_high: float = 0.2) -> Node:
+    """PPO-clip on the policy's own tokens, -alpha logprob on those of tool outputs: a world model beside the policy.
+
+    t.extra("observation") [B, T], not 0 = a token that a tool wrote, which the mask has to count. Old log-probs and
+    advantages are not read there.
+
+    ECHO. Notes: prime-rl echo.py by a third-party formula page, which gives alpha no default. Reconstructed: both kinds
+    of tokens count in one mean. Aggregation: token-mean.
+    """
+    clipped = clipped_surrogate(t, t.ratio, t.advantage, clip_low, clip_high)
+    return where(t.extra("observation") != 0, -alpha * t.logprob, clipped)
+
+
+@define(check=check)
+def loglinear_ppo(t: Terms, clip_low: float = 0.2, clip_high: float = 0.2) -> Node:
+    """stop_gradient(exp(prox - old)) PPO-clip of exp(logprob - prox), prox between both: old + a (logprob - old).
+
+    PPO whose proximal policy is not the one that wrote the rollouts, without a forward pass for it; prox is a constant,
+    a = t.extra("interpolation") [B, T] in [0, 1]: 0 where the proximal policy wrote the token, towards 1 the older it
+    is. Both exponents are clamped to +-20.
+
+    Log-linear approximation of decoupled PPO's proximal policy (arXiv 2110.00641). Verified in code: AReaL 1.0.4
+    trainer/ppo/actor.py `compute_prox_logp_approximations`, utils/functional `ppo_actor_loss_fn` (whose rejection of
+    stale tokens is left to `correction_weights`). Aggregation: token-mean.
+    """
+    prox = stop_gradient(t.old_logprob + t.extra("interpolation") * t.log_ratio)
+    weight = exp(clip(prox - t.old_logprob, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
+    ratio = exp(clip(t.logprob - prox, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
+    return weight * clipped_surrogate(t, ratio, t.advantage, clip_low, clip_high)

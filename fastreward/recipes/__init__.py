@@ -25,6 +25,7 @@ from fastreward.recipes import (
     group_rewards,
     group_selection,
     likelihood,
+    mixed,
     preference,
     ratio,
     reward_shaping,
@@ -52,6 +53,7 @@ from fastreward.recipes.group_pairwise import *
 from fastreward.recipes.group_rewards import *
 from fastreward.recipes.group_selection import *
 from fastreward.recipes.likelihood import *
+from fastreward.recipes.mixed import *
 from fastreward.recipes.preference import *
 from fastreward.recipes.ratio import *
 from fastreward.recipes.reward_shaping import *
@@ -76,6 +78,7 @@ __all__ += group_rewards.__all__
 __all__ += group_selection.__all__
 __all__ += likelihood.__all__
 __all__ += preference.__all__
+__all__ += mixed.__all__
 __all__ += ratio.__all__
 __all__ += reward_shaping.__all__
 __all__ += score.__all__

@@ -21,9 +21,9 @@ from fastreward.recipes._shared.factory import policy_recipe, reward_recipe
 from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_extra, counted, per_token
 
 __all__ = [
-    "bnpo_loss", "clip_cov", "dapo", "dr_grpo_loss", "dual_clip_ppo", "fipo", "grpo_loss", "intellect_2", "kl_cov",
-    "lite_ppo_loss", "m2po", "nsr", "ppo", "psr", "sapo", "segment_ppo", "stable_reinforce", "tw_grpo", "visurf",
-    "w_reinforce",
+    "bnpo_loss", "clip_cov", "dapo", "dr_grpo_loss", "dual_clip_ppo", "fipo", "grpo_loss", "intellect_2",
+    "kl_cov", "lite_ppo_loss", "m2po", "nsr", "ppo", "psr", "sapo", "segment_ppo",
+    "stable_reinforce", "tw_grpo", "visurf", "w_reinforce",
 ]  # fmt: skip
 
 _VANILLA = "verl core_algos.py `compute_policy_loss_vanilla`"

@@ -21,8 +21,8 @@ from fastreward.recipes._shared.factory import policy_recipe
 from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_extra, keep_also, scored
 
 __all__ = [
-    "cispo", "dispo", "dppo_kl", "dppo_tv", "dro", "gpg_loss", "raft", "reinforce", "sdpo", "sdpo_topk", "sft",
-    "vespo",
+    "cispo", "dft", "dispo", "dppo_kl", "dppo_tv", "dro", "gpg_loss", "kimi_k1_5", "raft", "reinforce", "sdpo",
+    "sdpo_topk", "sft", "topr", "vespo",
 ]  # fmt: skip
 
 _TRL = "TRL grpo_trainer.py `_compute_loss`"
@@ -92,6 +92,33 @@ def dppo_kl(*, low: float = 0.2, high: float = 0.2, cap: float = 20.0, **options
     `group_advantages(rewards, ...)`.
     """
     return losses.dppo_kl(low, high, cap)
+
+
+@policy_recipe(
+    "TOPR (tapered off-policy REINFORCE)",
+    "arXiv 2503.14286",
+    note="the token form of ROLL actor_pg_worker.py, by a third-party formula page; the paper's weight is a sequence's",
+)
+def topr(**options: Unpack[LossOptions]) -> Loss:
+    """-A lp where A > 0, else -sg(min(r, 1)) A lp.
+
+    Right answers teach at full weight whoever wrote them, wrong ones only as far as the policy still writes them.
+    """
+    return losses.topr()
+
+
+@policy_recipe(
+    "Kimi k1.5's policy mirror descent, per token",
+    "arXiv 2501.12599",
+    note="ROLL actor_pg_worker.py by a third-party formula page, which gives tau no default",
+    settings={"tau": 0.1},
+)
+def kimi_k1_5(*, tau: float, **options: Unpack[LossOptions]) -> Loss:
+    """-A lp + tau (lp - old_lp)^2 / 2: DRO's loss.
+
+    Advantages: reward - group mean, `group_advantages(rewards, ..., scale="none")`.
+    """
+    return losses.dro(tau)
 
 
 @policy_recipe(
@@ -193,6 +220,23 @@ def sft(
 ) -> PolicyLoss:
     """-lp, mean over all tokens."""
     return policy_loss(logprobs, None, None, mask, loss=losses.sft(), aggregation=aggregation, **options)
+
+
+@recipe(
+    "DFT (dynamic fine-tuning)",
+    "arXiv 2508.05629",
+    code='TRL sft_trainer.py (loss_type "dft")',
+    build=losses.dft,
+)
+def dft(
+    logprobs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """-sg(p) lp, p = exp(lp), mean over all tokens: SFT in which unlikely tokens count less."""
+    return policy_loss(logprobs, None, None, mask, loss=losses.dft(), aggregation=aggregation, **options)
 
 
 @recipe(

@@ -13,16 +13,34 @@ from typing import Unpack
 from torch import Tensor
 
 from fastreward import losses
+from fastreward._arguments import check
+from fastreward._arguments.numbers import Number
 from fastreward._arguments.options import Aggregation
 from fastreward._loss_call.results import PolicyLoss
 from fastreward.group import group_advantages
+from fastreward.group_statistics import group_statistics
 from fastreward.losses import Loss
 from fastreward.policy_loss import policy_loss
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.factory import policy_recipe, reward_recipe
 from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_extra, scored
 
-__all__ = ["brain", "gdro", "gmpo", "gspo", "gspo_token", "jepo", "laser", "luspo", "pacs", "real", "verifree"]
+__all__ = [
+    "a2po",
+    "brain",
+    "gdro",
+    "gmpo",
+    "gspo",
+    "gspo_token",
+    "gvpo",
+    "jepo",
+    "kto",
+    "laser",
+    "luspo",
+    "pacs",
+    "real",
+    "verifree",
+]
 
 _TRL = "TRL grpo_trainer.py `_compute_loss`"
 
@@ -124,6 +142,83 @@ def laser(
     add_extra(options, score_token=score_token, reward=rewards)
     loss = losses.laser(beta, temperature, constant)
     return policy_loss(logprobs, old_logprobs, None, mask, loss=loss, aggregation=aggregation, **options)
+
+
+# --------------------------------------------------------------------------------- regressions on rewards, and labels
+@policy_recipe(
+    "GVPO (group variance policy optimization)",
+    "arXiv 2504.19599",
+    note="verl-recipe gvpo_core_algos.py by a third-party formula page; beta's default is reconstructed",
+    advantages='scale="none"',
+    passes=("group_ids",),
+)
+def gvpo(*, beta: float = 0.1, **options: Unpack[LossOptions]) -> Loss:
+    """(beta (S - group mean of S) - A)^2 / 2, S = sum of d over the sequence.
+
+    Advantages: reward - group mean, `group_advantages(rewards, ..., scale="none")`.
+    """
+    return losses.gvpo(beta)
+
+
+@recipe(
+    "A*PO (optimal advantage regression)",
+    "arXiv 2505.20686",
+    code="TRL experimental/a2po/a2po_trainer.py",
+    build=losses.a2po,
+    passes=("ref_logprobs", "group_ids"),
+)
+def a2po(
+    logprobs: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    optimal_values: Tensor | None = None,
+    beta1: float = 0.5,
+    beta2: float = 1e-3,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """(beta2 S - (R - V*))^2, S = sum of lp - ref_lp, V* = beta1 log mean of exp(R / beta1) over the prompt's rollouts.
+
+    optimal_values [B]: V* of each response's prompt, from rollouts of the reference policy made before training, as the
+    method has it. None: from the rewards at hand, by group_ids or group_size. Needs ref_logprobs.
+    """
+    rewards = scored(options, rewards, logprobs)
+    if optimal_values is None:
+        ids, size = options.get("group_ids"), options.get("group_size")
+        found = group_statistics(rewards / beta1, ids, ("logsumexp", "count"), group_size=size)
+        optimal_values = beta1 * (found["logsumexp"] - found["count"].log())
+    loss, goal = losses.a2po(beta2), rewards - optimal_values
+    return policy_loss(logprobs, None, goal, mask, loss=loss, aggregation=aggregation, **options)
+
+
+@recipe(
+    "KTO (Kahneman-Tversky optimization)",
+    "arXiv 2402.01306",
+    code="TRL kto_trainer.py",
+    build=losses.kto,
+    passes=("ref_logprobs",),
+)
+def kto(
+    logprobs: Tensor,
+    desirable: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    reference_point: Number = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    **options: Unpack[PolicyOptions],
+) -> PolicyLoss:
+    """w (1 - sigmoid(beta (S - z))) where desirable, else w (1 - sigmoid(beta (z - S))), S = sum of lp - ref_lp.
+
+    desirable [B]: above 0 for a response that is wanted. reference_point: z, a constant of the batch, in the method the
+    mean of S over prompts with another prompt's response, at least 0. Needs ref_logprobs.
+    """
+    loss = losses.kto(beta, reference_point, desirable_weight, undesirable_weight)
+    labels = check.reals("desirable", desirable)
+    return policy_loss(logprobs, None, labels, mask, loss=loss, aggregation=aggregation, **options)
 
 
 # ----------------------------------------------------------------------------------------- likelihood of a given answer

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from reference_losses import along as reference_along
+from reference_losses import later as reference_later
 from reference_losses import policy as reference
 from torch import Tensor
 
@@ -170,10 +171,11 @@ class Case:
     ref: bool = False
     scenes: tuple[str, ...] = tuple(SCENES)
     rollout: bool = False  # the loss applies `weights` in its own way
+    extras: dict[str, str] = dataclasses.field(default_factory=lambda: {"teacher": "teacher_logprob"})  # their names
 
     @property
     def groups(self) -> bool:
-        return self.loss.name in {"real", "pacs", "jepo", "brain", "gdro"}
+        return self.loss.name in {"real", "pacs", "jepo", "brain", "gdro", "gvpo"}
 
     def expected(self, b: Batch, weights: Tensor | None = None) -> Tensor:
         """The reference's value, [B, T] or [B]."""
@@ -187,7 +189,7 @@ class Case:
         return self.reference(b.lp, b.old, getattr(b, self.advantage), b.mask, **self.options, **extras)
 
     def extra(self, b: Batch) -> dict[str, Tensor]:
-        return {"teacher_logprob" if n == "teacher" else n: getattr(b, n) for n in self.reads}
+        return {self.extras.get(n, n): getattr(b, n) for n in self.reads}
 
 
 CASES = {
@@ -288,6 +290,39 @@ CASES = {
         ("score_token", "reward"),
         ref=True,
         options={"beta": 0.2, "temperature": 0.8, "constant": None},
+    ),
+    "dft": Case(score.dft(), reference_later.dft),
+    "topr": Case(score.topr(), reference_later.topr),
+    "vapo": Case(token.vapo(), reference_later.vapo, ("reward",)),
+    "vapo-0.5": Case(
+        token.vapo(0.1, 0.3, 0.5),
+        reference_later.vapo,
+        ("reward",),
+        options={"clip_low": 0.1, "clip_high": 0.3, "nll_coef": 0.5},
+    ),
+    "echo": Case(
+        token.echo(0.3, 0.1, 0.4),
+        reference_later.echo,
+        ("selected",),
+        options={"alpha": 0.3, "clip_low": 0.1, "clip_high": 0.4},
+        extras={"selected": "observation"},
+    ),
+    "loglinear_ppo": Case(
+        token.loglinear_ppo(0.1, 0.3),
+        reference_later.loglinear_ppo,
+        ("importance",),
+        options={"clip_low": 0.1, "clip_high": 0.3},
+        extras={"importance": "interpolation"},
+    ),
+    "a2po": Case(sequence.a2po(0.3), reference_later.a2po, ref=True, options={"beta": 0.3}),
+    "gvpo": Case(sequence.gvpo(), reference_later.gvpo),
+    "kto": Case(sequence.kto(), reference_later.kto, ref=True, advantage="reward"),
+    "kto-weighted": Case(
+        sequence.kto(0.5, 1.5, 0.7, 1.3),
+        reference_later.kto,
+        ref=True,
+        advantage="score",
+        options={"beta": 0.5, "reference_point": 1.5, "desirable_weight": 0.7, "undesirable_weight": 1.3},
     ),
     "fipo": Case(along.fipo(), reference_along.fipo),
     "fipo-both-ways": Case(

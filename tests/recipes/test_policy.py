@@ -206,6 +206,36 @@ SAME: dict[str, tuple[Callable[[Batch], PolicyLoss], Callable[[Batch], PolicyLos
         lambda d: recipes.gpg_loss(*d.common),
         lambda d: policy_loss(*d.common, loss=losses.gpg(), **GRPO),
     ),
+    "dft": (
+        lambda d: recipes.dft(d.lp, d.mask, normalizer=3.0),
+        lambda d: policy_loss(d.lp, None, None, d.mask, loss=losses.dft(), normalizer=3.0),
+    ),
+    "topr": (
+        lambda d: recipes.topr(*d.common),
+        lambda d: policy_loss(*d.common, loss=losses.topr()),
+    ),
+    "kimi_k1_5": (
+        lambda d: recipes.kimi_k1_5(*d.common, tau=0.3),
+        lambda d: policy_loss(*d.common, loss=losses.dro(0.3)),
+    ),
+    "vapo_loss": (
+        lambda d: recipes.vapo_loss(d.lp, d.old, d.adv, d.rewards, d.mask, nll_coef=0.4),
+        lambda d: policy_loss(*d.common, loss=losses.vapo(nll_coef=0.4), extra={"reward": d.rewards}),
+    ),
+    "echo": (
+        lambda d: recipes.echo(d.lp, d.old, d.adv, d.other > 0.5, d.mask, alpha=0.4, clip_high=0.3),
+        lambda d: policy_loss(*d.common, loss=losses.echo(0.4, 0.2, 0.3), extra={"observation": d.other > 0.5}),
+    ),
+    "loglinear_ppo": (
+        lambda d: recipes.loglinear_ppo(
+            d.lp, d.old, d.adv, torch.tensor([7, 6, 3, 8, -1, 2, 6]).expand(4, 7), d.mask, current_version=7
+        ),
+        lambda d: policy_loss(
+            *d.common,
+            loss=losses.loglinear_ppo(),
+            extra={"interpolation": torch.tensor([0.0, 0.0, 0.75, 0.0, 0.0, 0.8, 0.0]).expand(4, 7)},
+        ),
+    ),
     "sft": (
         lambda d: recipes.sft(d.lp, d.mask),
         lambda d: policy_loss(d.lp, None, None, d.mask, loss=losses.sft()),

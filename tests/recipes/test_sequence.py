@@ -11,7 +11,7 @@ import torch
 from reference_losses import policy as reference
 from torch import Tensor
 
-from fastreward import PolicyLoss, losses, policy_loss, recipes
+from fastreward import PolicyLoss, group_statistics, losses, policy_loss, recipes
 
 GROUPS: Any = {"group_ids": ["p", "p", "q", "q", "q"]}
 
@@ -50,6 +50,12 @@ def batch(spread: float = 0.05) -> Batch:
         rewards=torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]),
         answer=(place >= lengths - 2) & (place < lengths),
     )
+
+
+def optimal_values(rewards: Tensor, beta: float) -> Tensor:
+    """beta log mean exp(R / beta) over the prompt's rollouts, as `group_statistics` rounds it."""
+    found = group_statistics(rewards / beta, GROUPS["group_ids"], ("logsumexp", "count"))
+    return beta * (found["logsumexp"] - found["count"].log())
 
 
 SAME: dict[str, tuple[Callable[[Batch], PolicyLoss], Callable[[Batch], PolicyLoss]]] = {
@@ -107,6 +113,26 @@ SAME: dict[str, tuple[Callable[[Batch], PolicyLoss], Callable[[Batch], PolicyLos
             aggregation="seq-mean-token-sum",
             extra={"answer": d.answer, "reward": d.rewards},
         ),
+    ),
+    "gvpo": (
+        lambda d: recipes.gvpo(*d.common, beta=0.4, **GROUPS),
+        lambda d: policy_loss(*d.common, loss=losses.gvpo(0.4), **GROUPS),
+    ),
+    "a2po": (
+        lambda d: recipes.a2po(d.lp, d.rewards, d.mask, beta1=0.7, beta2=0.2, ref_logprobs=d.ref, **GROUPS),
+        lambda d: policy_loss(
+            d.lp, None, d.rewards - optimal_values(d.rewards, 0.7), d.mask, loss=losses.a2po(0.2), ref_logprobs=d.ref
+        ),
+    ),
+    "a2po with values from before": (
+        lambda d: recipes.a2po(d.lp, d.rewards, d.mask, optimal_values=d.adv, ref_logprobs=d.ref),
+        lambda d: policy_loss(d.lp, None, d.rewards - d.adv, d.mask, loss=losses.a2po(), ref_logprobs=d.ref),
+    ),
+    "kto": (
+        lambda d: recipes.kto(
+            d.lp, d.rewards > 0, d.mask, beta=0.3, reference_point=0.2, undesirable_weight=1.5, ref_logprobs=d.ref
+        ),
+        lambda d: policy_loss(d.lp, None, d.rewards, d.mask, loss=losses.kto(0.3, 0.2, 1.0, 1.5), ref_logprobs=d.ref),
     ),
     "jepo": (
         lambda d: recipes.jepo(d.lp, d.old, d.answer, d.mask, sft_coef=0.5, **GROUPS),

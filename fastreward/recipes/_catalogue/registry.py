@@ -45,6 +45,7 @@ FAMILIES: Final[dict[Family, str]] = {
 #: The family of the recipes in a file, and what they return unless they say so.
 _OF_FILE: Final[dict[str, tuple[Family, Returns]]] = {
     "ratio": ("token", "loss"),
+    "mixed": ("token", "loss"),
     "score": ("token", "loss"),
     "sequence": ("sequence", "loss"),
     "preference": ("preference", "loss"),
