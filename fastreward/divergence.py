@@ -27,6 +27,7 @@ from fastreward._runtime.layout import INDICES, flags_of
 from fastreward._runtime.logprobs import token_logprobs as logprobs_op
 from fastreward.distributed.divergence import DivergenceShard, sharded_token_divergence
 from fastreward.distributed.ranks import Ranks, refused_together
+from fastreward.distributed.vocab_parallel import Shard, sharded_token_logprobs
 from fastreward.divergences import Loss
 from fastreward.language.divergence_programs import registered_programs
 
@@ -49,6 +50,8 @@ NAMES: Final = tuple(_NAMED)
 #: What token_logprobs has to compute for an output.
 _STATISTIC_OF: Final = {"entropy": "entropy", "teacher_entropy": "entropy", "top1_agreement": "argmax"}
 _ARGMAX: Final = INDICES.index("argmax")
+#: More ids than any vocabulary has: where it is split, its size is known when the ranks have met.
+_UNKNOWN: Final = 2**62
 
 
 @accepts_arrays
@@ -71,8 +74,9 @@ def token_divergence(
 ) -> DivergenceStats:
     """Divergence between softmax(logits / temperature) and softmax(teacher_logits / teacher_temperature) per token.
 
-    Both are read once from memory, and once more for the gradient, which is exact and written once. No tensor of the
-    size of the logits is made but that gradient, and with inplace_backward not even that.
+    Both are read once from memory (on a GPU twice, unless it is a KL), and once more for the gradient, which is exact
+    and written once. No tensor of the size of the logits is made but that gradient, and with inplace_backward not even
+    that.
 
     Args:
         logits: the student's, [..., V] float32, bfloat16 or float16; any leading strides, unit stride along V.
@@ -96,8 +100,8 @@ def token_divergence(
         process_group: both logits are this rank's contiguous slice of the vocabulary, in rank order (of any width, 0
             too; set what only pads the vocabulary to -inf, or slice it off); labels are global, and all but the logits
             is the same on every rank. Per token 3 floats of either side cross, 2 more with outputs, then one sum, and
-            one more for each side that gets a gradient; never a logit. Results have the same bits on every rank; each
-            rank's gradients are those of its slices. Not with token_ids.
+            one more for each side that gets a gradient (with token_ids their log-probs instead); never a logit. Results
+            have the same bits on every rank; each rank's gradients are those of its slices.
         inplace_backward: the backward overwrites `logits` with its gradient. Only where nothing else needs the logits
             afterwards.
 
@@ -137,19 +141,17 @@ def token_divergence(
         teacher_scalar, teacher_per_token = temperatures(teacher_temperature, places, mask, "teacher_temperature")
     if sliced and registered_programs(chosen.divergence_plan()).adaptive:
         raise ValueError("divergence: adaptive_kl is not there over a vocabulary that is split over process_group")
-    if sliced and token_ids is not None:
-        raise ValueError("token_ids: not over a vocabulary that is split over process_group; pass one of them")
     if labels is not None and not sliced and check.values_checked(logits, labels):
         check_token_ids("labels", labels, logits.shape[-1], mask)
     student = _Side(logits, per_token, scalar, inplace_backward)
     teacher = None if teacher_logits is None else _Side(teacher_logits, teacher_per_token, teacher_scalar, False)
+    ranks = None if process_group is None else Ranks.of(process_group)
     if token_ids is not None:
-        ids = ids_of_buckets(token_ids, places, logits.shape[-1], mask)
+        ids = ids_of_buckets(token_ids, places, _UNKNOWN if sliced else logits.shape[-1], mask)
         given = None if teacher_logprobs is None else given_logprobs(teacher_logprobs, ids, places, mask)
-        found = _over_ids(student, teacher, given, ids, chosen, tail, places, rows, outputs)
+        found = _over_ids(student, teacher, given, ids, chosen, tail, places, rows, outputs, ranks)
     else:
         assert teacher is not None
-        ranks = None if process_group is None else Ranks.of(process_group)
         found = _over_vocabulary(student, teacher, chosen, places, rows, outputs, ranks)
     lead = tuple(places.shape)
     return DivergenceStats(**{name: x.reshape(lead) for name, x in found.items()})
@@ -206,15 +208,23 @@ def _over_ids(
     labels: Tensor,
     rows: Tensor | None,
     outputs: tuple[str, ...],
+    ranks: Ranks | None,
 ) -> dict[str, Tensor]:
     """The divergence [N] over the ids and their rest, and the outputs; either side's logits are read once."""
     flags = flags_of(tuple(name for output, name in _STATISTIC_OF.items() if output in outputs))
+    wanted = labels.reshape(-1).long() if ranks is None or "logprobs" in outputs else torch.zeros_like(ids[:, 0])
+    if ranks is not None:
+        same = {"divergence": f"{chosen.divergence_plan()} {chosen.scalars}", "tail": tail}
+        ranks.meet(same={**same, "teacher_logits": teacher is not None, "teacher_logprobs": teacher_logprobs})
 
     def read(side: _Side) -> tuple[Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor] = logprobs_op(
-            side.logits, labels.reshape(-1).long(), side.temperature, side.scalar, rows, None, None, ids.clamp(min=0),
-            flags, side.inplace, select("logprobs", side.logits),
+        call = Shard(
+            wanted, side.temperature, side.scalar, rows, None, None, ids.clamp(min=0), flags, side.inplace,
+            select("logprobs", side.logits),
         )  # fmt: skip
+        if ranks is not None:
+            return sharded_token_logprobs(side.logits, call, ranks)
+        found: tuple[Tensor, Tensor, Tensor] = logprobs_op(side.logits, *call)
         return found
 
     own, places, own_logprobs = read(student)

@@ -19,8 +19,8 @@ def sampled_rows(count: int, device: torch.device) -> Tensor:
 def distance(got: Tensor, want: Tensor, of_gradient: bool = False) -> float:
     """Largest error of got, in units of what matters.
 
-    Values: absolute for entries within 1, relative beyond. Gradients: relative to the largest entry. NaN and infinities
-    have to be where the truth has them, else the distance is infinite.
+    Values: absolute for entries within 1, relative beyond. Gradients: relative to the largest entry, absolute where all
+    are 0. NaN and infinities have to be where the truth has them, else the distance is infinite.
     """
     if got.shape != want.shape:
         return math.inf
@@ -34,5 +34,6 @@ def distance(got: Tensor, want: Tensor, of_gradient: bool = False) -> float:
     magnitude = want[finite].abs()
     if magnitude.numel() == 0:
         return 0.0
-    scale = magnitude.clamp(min=max(float(magnitude.max()), _TINY) if of_gradient else 1.0)
+    largest = float(magnitude.max())
+    scale = magnitude.clamp(min=max(largest, _TINY) if of_gradient and largest else 1.0)
     return float(((got[finite] - want[finite]).abs() / scale).max())

@@ -68,6 +68,22 @@ def test_half_precision_and_temperature_per_token(ranks: RankPool) -> None:
     compare(ranks, [40, 60], leaves, {"mask": options["mask"], "divergence": "hellinger", "temperature": temperature})
 
 
+@pytest.mark.parametrize("tail", [True, False])
+def test_over_ids(tail: bool, ranks: RankPool) -> None:
+    """Of the student and the teacher, and with the teacher's log-probs of them instead of its logits."""
+    leaves, options = problem()
+    ids = torch.rand(2, 5, V, generator=torch.Generator().manual_seed(8)).argsort(-1)[..., :7]
+    ids[0, 3, 2:] = -1
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[0, 2] = False
+    options = {**options, "mask": mask, "token_ids": ids, "tail": tail, "divergence": "jsd"}
+    for cuts in ([40, 60], [37, 0, 63]):
+        compare(ranks, cuts, leaves, options)
+    given = leaves["teacher_logits"].log_softmax(-1).gather(-1, ids.clamp(min=0)).nan_to_num(-1.0).clamp(min=-50)
+    more = {**options, "teacher_logprobs": given, "outputs": ("entropy",), "labels": None}
+    compare(ranks, [40, 60], {"logits": leaves["logits"]}, more)
+
+
 def test_the_reference_gives_the_same(ranks: RankPool) -> None:
     leaves, options = problem()
     calls = [
@@ -86,11 +102,11 @@ def test_the_reference_gives_the_same(ranks: RankPool) -> None:
 
 
 def test_refusals(ranks: RankPool) -> None:
-    """A label out of the whole vocabulary, and ids, which are of one process."""
+    """A label and an id out of the whole vocabulary."""
     leaves, _ = problem()
     for options, message in (
         ({"labels": torch.full((2, 5), V), "outputs": ("logprobs",)}, "labels"),
-        ({"token_ids": torch.tensor([1, 2])}, "token_ids: not over a vocabulary that is split"),
+        ({"token_ids": torch.tensor([1, V])}, "token_ids"),
     ):
         calls = [
             {"operation": "token_divergence", "options": options, "leaves": dict(zip(leaves, sides, strict=True))}

@@ -74,10 +74,7 @@ def cases(everything: bool) -> dict[str, Any]:
     found["divergence, f32, two reads"] = lambda: divergences("jsd", single, statistics=True)
     if everything:
         found["divergence, bf16, all outputs"] = lambda: divergences("reverse_kl", half, statistics=True)
-        found["divergence, f32"] = lambda: divergences("forward_kl", single, statistics=False)
-        found["divergence, bf16, two reads"] = lambda: divergences("jsd", half, statistics=False)
         found["divergence, mixed"] = lambda: divergences("jeffreys", (half[0], single[0]), statistics=True)
-        found["divergence, odd"] = lambda: divergences("reverse_kl", half, statistics=False, vocab=50257)
         for name, layout in {"packed": PACKED, "short": SHORT, "short and odd": SHORT_ODD}.items():
             found[f"ppo, {name}"] = lambda layout=layout: loss("ppo", *layout)
             found[f"backward, {name}"] = lambda layout=layout: backward(*layout)

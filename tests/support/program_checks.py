@@ -145,7 +145,18 @@ def scan_program(seed: int, size: int = 8) -> Named:
     ids = g.input("whole", _T)
     for _ in range(size):
         x, y = (rng.choice(nodes) for _ in range(2))
-        by = rng.choice([0.95, 0.0, 1.0, g.parameter("p"), f.tanh(nodes[3]), f.tanh(nodes[4]), f.where(y > 0.5, 0.0, 0.9), f.tanh(y)])
+        by = rng.choice(
+            [
+                0.95,
+                0.0,
+                1.0,
+                g.parameter("p"),
+                f.tanh(nodes[3]),
+                f.tanh(nodes[4]),
+                f.where(y > 0.5, 0.0, 0.9),
+                f.tanh(y),
+            ]
+        )
         made = rng.choice((
             lambda x=x, by=by: g.along(rng.choice(("scan", "scan_reverse")), x, by),
             lambda x=x, by=by: g.along(rng.choice(("scan", "scan_reverse")), f.tanh(x * nodes[0]), by),

@@ -41,19 +41,17 @@ def _emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["reverse_kl", "jsd"])
 def test_rows_of_every_kind(name: str) -> None:
-    """One divergence of moments, one of two reads; of each flavour of a kernel, which has to be compiled, few."""
+    """One divergence of moments, one of two reads; of the flavours of a kernel, each of which is compiled, few."""
+    dtypes = (torch.float32, torch.bfloat16) if name == "jsd" else (torch.float16, torch.float16)
     for k, kind in enumerate(checks.KINDS):
-        dtypes = [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)][k % 2]
         case = checks.make_case(name, kind, dtypes, 3, 9000 if kind == "empty_block" else 1003)
-        checks.check_forward(divergence, "cpu", case, statistics=k % 2 == 0)
+        checks.check_forward(divergence, "cpu", case, statistics=True)
         checks.check_backward(divergence, "cpu", case, in_place=k % 3 == 0)
 
 
-@pytest.mark.parametrize("name", ["jeffreys", "alpha"])
-def test_other_divergences(name: str) -> None:
-    case = checks.make_case(name, "masked", (torch.float32, torch.float32), 4, 4100)
+def test_every_moment() -> None:
+    case = checks.make_case("jeffreys", "infinities", (torch.float32, torch.bfloat16), 4, 4100)
     checks.check_forward(divergence, "cpu", case, statistics=False)
-    checks.check_backward(divergence, "cpu", case)
 
 
 def test_sizes_slices_and_bits() -> None:

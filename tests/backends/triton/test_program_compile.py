@@ -57,7 +57,7 @@ def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(kernels: list[dict
 
 
 def test_divergences_stream_in_16_byte_loads_without_barriers(kernels: list[dict[str, Any]]) -> None:
-    own = [kernel for kernel in kernels if kernel["case"].startswith("divergence, ") and "odd" not in kernel["case"]]
+    own = [kernel for kernel in kernels if kernel["case"].startswith("divergence, ")]
     assert {"divergence_forward", "divergence_gradient", "divergence_sums"} == {kernel["kernel"] for kernel in own}
     for kernel in own:
         assert kernel["wide_loads_in_loops"] >= 2, kernel
