@@ -16,6 +16,9 @@ from fastreward.cpu.program.encode import encode
 from fastreward.language.divergence_programs import PER_TOKEN, DivergencePrograms
 from fastreward.language.program import Program
 
+#: What is made of the first side and the second, where the teacher is the first.
+_SWAPPED = ("log_q", "log_p", "q", "p")
+
 
 def forward(
     programs: DivergencePrograms,
@@ -121,18 +124,17 @@ def backward(
 ) -> None:
     """Writes every element of grad_logits, 0 in masked rows."""
     rows, others, alive = _sides(logits, teacher_logits, call)
-    if grad_logits.dtype != logits.dtype:  # the kernel writes in the first side's dtype
-        own = torch.empty_like(grad_logits, dtype=logits.dtype)
-        backward(program, parameters, logits, teacher_logits, call, student, teacher, inputs, label_gradients, own)
-        grad_logits.copy_(own)
-        return
+    per_token = PER_TOKEN
+    if grad_logits.dtype != logits.dtype:  # the teacher's; the kernel writes in the first side's dtype
+        rows, others, student, teacher = others, rows, teacher, student
+        per_token = _SWAPPED
     names = [node.name or "" for node in program.inputs]
     given = [inputs[name].contiguous() if name in inputs else None for name in names]
     _core.divergence_backward(
         student=rows,
         teacher=others,
         code=encode(program).code,
-        made=[names.index(name) if name in names else -1 for name in PER_TOKEN],
+        made=[names.index(name) if name in names else -1 for name in per_token],
         inputs=[address(x) for x in given],
         scalars=_scalars(program, parameters, call),
         student_values=student.data_ptr(),
