@@ -41,17 +41,16 @@ def fipo(
 
     f_t = d_t + gamma f_(t+1): how much likelier what follows has become, with a half-life of 32 tokens. safety: where
     A < 0 and r is above it, w is clipped to [0.8, 1] instead; None: nowhere. delta: r is at most this, and tokens above
-    it add nothing to f; None: no bound. Reports: future_kl, f; future_weight, w.
+    it add nothing to f; None: no bound. Reports: future_weight, w.
 
     FIPO (arXiv 2603.19835). Verified in code: ms-swift grpo_trainer.py `_compute_fipo_influence`, where the discount
     also takes steps over tokens that do not count. Aggregation: token-mean.
     """
     ahead = t.log_ratio if delta is None else where(t.ratio > delta, 0.0, t.log_ratio)
-    future = seq_discounted_sum(ahead, gamma)
-    weight = clip(exp(future), weight_low, weight_high)
+    weight = clip(exp(seq_discounted_sum(ahead, gamma)), weight_low, weight_high)
     if safety is not None:
         weight = where((t.advantage < 0.0) & (t.ratio > safety), clip(weight, 0.8, 1.0), weight)
-    t.report(future_kl=future, future_weight=weight)
+    t.report(future_weight=weight)
     return stop_gradient(weight) * clipped_surrogate(t, t.ratio, t.advantage, clip_low, clip_high, delta)
 
 

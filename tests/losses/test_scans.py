@@ -85,15 +85,15 @@ def test_a_segment_has_the_same_bits_everywhere() -> None:
 
 
 def test_long_sums_keep_their_digits() -> None:
-    """A hundred thousand tokens, as exact as float32 can say it; an infinity reaches all that come after it."""
+    """A hundred thousand tokens, to a few units in the last place; an infinity reaches all that come after it."""
     x = torch.rand(2, 100_000) + 0.5
     mask = torch.ones(2, 100_000)
-    for gamma in (1.0, 0.9999):
+    for gamma, units in ((1.0, 3), (0.9999, 10)):
         total = token_values(lambda x, gamma=gamma: seq_discounted_sum(x, gamma), x, mask).double()
         want = x.double().clone()
         for t in range(99_998, -1, -1):
             want[:, t] += gamma * want[:, t + 1]
-        assert float(((total - want) / want).abs().max()) < 1.3e-7
+        assert float(((total - want) / want).abs().max()) < units * 2.0**-24
     x[0, 50_000] = INF
     total = token_values(seq_cumsum, x, mask)
     assert torch.equal(total.isinf(), torch.stack([torch.arange(100_000) >= 50_000, torch.zeros(100_000) > 0]))

@@ -1,8 +1,8 @@
 // Token operators along a sequence: y_t = x_t + c_t y_(t-1), and the neighbour's value; from either end.
 //
-// In f64, as what is small at one token may be added to thousands. A vector is scanned in log steps of (c, x), then
-// takes what the vectors before it carry. Tokens that do not count are (1, 0), which changes no bit of the others: so
-// neither padding nor whether a tile is whole matters.
+// A vector is scanned in log steps of (c, x), then takes what the vectors before it carry, in f64, as what is small at
+// one token may be added to thousands. Where c is the same for all tokens the steps are in f32. Tokens that do not count
+// are (1, 0), which changes no bit of the others: so neither padding nor whether a tile is whole matters.
 #include <type_traits>
 
 #include "cpu/program/tile.hpp"
@@ -14,11 +14,13 @@ namespace {
 struct All {
   explicit All(const Tile*) {}
   F32 of(F32 a, int, F32) const { return a; }
+  int count(int) const { return kF32; }
 };
 struct Counting {
   Mask words;
   explicit Counting(const Tile* t) : words(t, 0) {}
   F32 of(F32 a, int k, F32 otherwise) const { return select(words[k], a, otherwise); }
+  int count(int k) const { return __builtin_popcount(words.word(k)); }
 };
 
 // A vector's maps y -> c y + x, joined from one end of it to each lane: first the products, which the x need.
@@ -37,20 +39,16 @@ struct Products {
 };
 
 // x + c y; a c of 0 starts anew, whatever y is.
-template <bool kZeros>
-inline F64 joined(F64 c, F64 y, F64 x) {
-  const F64 sum = fma(c, y, x);
-  return kZeros ? select(c == f64(0.0), x, sum) : sum;
-}
+inline F64 joined(F64 c, F64 y, F64 x) { return select(c == f64(0.0), x, fma(c, y, x)); }
 
-template <bool kUp, bool kZeros>
+template <bool kUp>
 inline F64 scanned(F64 x, const Products<kUp>& c, F64& carry) {
   const F64 zero = f64(0.0);
-  x = joined<kZeros>(c.step[0], moved<kUp, 1>(x, zero), x);
-  if (kF64 > 2) x = joined<kZeros>(c.step[1], moved<kUp, 2>(x, zero), x);
-  if (kF64 > 4) x = joined<kZeros>(c.step[2], moved<kUp, 4>(x, zero), x);
-  const F64 y = joined<kZeros>(c.whole, carry, x);
-  carry = joined<kZeros>(last<kUp>(c.whole), carry, last<kUp>(x));
+  x = joined(c.step[0], moved<kUp, 1>(x, zero), x);
+  if (kF64 > 2) x = joined(c.step[1], moved<kUp, 2>(x, zero), x);
+  if (kF64 > 4) x = joined(c.step[2], moved<kUp, 4>(x, zero), x);
+  const F64 y = joined(c.whole, carry, x);
+  carry = joined(last<kUp>(c.whole), carry, last<kUp>(x));
   return y;
 }
 
@@ -76,31 +74,6 @@ inline INLINE F32 halves(F32 a, const F& f) {
 #define FROM_TILE {a0, a1, a2, a3, a4, a5, a6, a7}
 #define NEXT_TILE(a) return i[1].run(i + 1, t, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7])
 
-// c is the same for all tokens that count.
-template <bool kUp, class Tokens>
-void scan_same(FASTREWARD_TILE) {
-  const double same = *reinterpret_cast<const double*>(i->x);
-  if (same == 0.0) NEXT;
-  const Tokens tokens(t);
-  double& carried = *reinterpret_cast<double*>(const_cast<char*>(i->y));
-  F64 carry = f64(carried);
-  F32 a[kTileVectors] = FROM_TILE;
-  const F64 c = f64(same), one = f64(1.0), zero = f64(0.0);
-  const Products<kUp> products(c);
-  along<kUp>(a, [&](F32 x, int k) INLINE {
-    if (std::is_same_v<Tokens, All>) {
-      return halves<kUp>(x, [&](F64 half, bool) INLINE { return scanned<kUp, false>(half, products, carry); });
-    }
-    const F32 counts = tokens.of(f32(1.0f), k, f32(0.0f));
-    const F64 lower = select(lower_f64(counts) > zero, c, one), upper = select(upper_f64(counts) > zero, c, one);
-    return halves<kUp>(tokens.of(x, k, f32(0.0f)), [&](F64 half, bool high) INLINE {
-      return scanned<kUp, false>(half, Products<kUp>(high ? upper : lower), carry);
-    });
-  });
-  store_n(&carried, carry, 1);
-  NEXT_TILE(a);
-}
-
 template <bool kUp, class Tokens, class C>
 void scan(FASTREWARD_TILE) {
   const C coefficients(i->x, t);
@@ -111,10 +84,74 @@ void scan(FASTREWARD_TILE) {
   along<kUp>(a, [&](F32 x, int k) INLINE {
     const F32 c = tokens.of(coefficients[k], k, f32(1.0f));
     return halves<kUp>(tokens.of(x, k, f32(0.0f)), [&](F64 half, bool high) INLINE {
-      return scanned<kUp, true>(half, Products<kUp>(high ? upper_f64(c) : lower_f64(c)), carry);
+      return scanned<kUp>(half, Products<kUp>(high ? upper_f64(c) : lower_f64(c)), carry);
     });
   });
   store_n(&carried, carry, 1);
+  NEXT_TILE(a);
+}
+
+// Steps of a vector whose tokens have these c, in f32.
+template <bool kUp>
+struct Steps {
+  F32 step[4], whole;
+  explicit Steps(F32 c) {
+    const F32 one = f32(1.0f);
+    step[0] = c, c = c * moved<kUp, 1>(c, one);
+    step[1] = c, c = c * moved<kUp, 2>(c, one);
+    step[2] = c;
+    if (kF32 > 4) c = c * moved<kUp, 4 % kF32>(c, one);
+    step[3] = c;
+    if (kF32 > 8) c = c * moved<kUp, 8 % kF32>(c, one);
+    whole = c;
+  }
+  // Within the vector.
+  F32 of(F32 x) const {
+    const F32 zero = f32(0.0f);
+    x = fma(step[0], moved<kUp, 1>(x, zero), x);
+    x = fma(step[1], moved<kUp, 2>(x, zero), x);
+    if (kF32 > 4) x = fma(step[2], moved<kUp, 4 % kF32>(x, zero), x);
+    if (kF32 > 8) x = fma(step[3], moved<kUp, 8 % kF32>(x, zero), x);
+    return x;
+  }
+};
+
+// Powers of c: what so many tokens make of what lies before them.
+struct Powers {
+  double of[kF32 + 1];
+  explicit Powers(double c) {
+    of[0] = 1.0, of[1] = c;
+    for (int n = 2; n <= kF32; ++n) of[n] = of[n / 2] * of[n - n / 2];
+  }
+};
+
+struct Same {
+  F32 v;
+  Same(const char* x, const Tile*) : v(f32(static_cast<float>(*reinterpret_cast<const double*>(x)))) {}
+  F32 operator[](int) const { return v; }
+};
+
+// c is the same for all tokens that count; one whose powers f32 does not hold goes the general way.
+template <bool kUp, class Tokens>
+void scan_same(FASTREWARD_TILE) {
+  const double same = *reinterpret_cast<const double*>(i->x), size = same < 0.0 ? -same : same;
+  if (!(size >= 1.0 / 128.0 && size <= 128.0)) return scan<kUp, Tokens, Same>(i, t, a0, a1, a2, a3, a4, a5, a6, a7);
+  const Tokens tokens(t);
+  double& carried = *reinterpret_cast<double*>(const_cast<char*>(i->y));
+  double carry = carried;
+  F32 a[kTileVectors] = FROM_TILE;
+  const Powers powers(same);
+  const F32 c = f32(static_cast<float>(same)), one = f32(1.0f), zero = f32(0.0f);
+  const Steps<kUp> all(c);
+  along<kUp>(a, [&](F32 x, int k) INLINE {
+    const bool whole = std::is_same_v<Tokens, All>;
+    const Steps<kUp> steps = whole ? all : Steps<kUp>(tokens.of(c, k, one));
+    x = steps.of(tokens.of(x, k, zero));
+    const F32 y = fma(steps.whole, f32(static_cast<float>(carry)), x);
+    carry = __builtin_fma(powers.of[tokens.count(k)], carry, static_cast<double>(last<kUp>(x)));
+    return y;
+  });
+  carried = carry;
   NEXT_TILE(a);
 }
 
