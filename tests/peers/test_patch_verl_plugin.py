@@ -18,7 +18,7 @@ from checkout import ROOT
 
 from fastreward import patch
 from fastreward.patch import imports
-from fastreward.patch.verl import apply, tables
+from fastreward.patch.verl import apply, sources, tables
 from fastreward.patch.verl.replacement import Registration, Replacement
 
 pytest.importorskip("verl")
@@ -139,6 +139,22 @@ def test_a_module_imported_after_the_patch_is_served(tmp_path: Path, monkeypatch
     finally:
         sys.modules.pop("verl.later", None)
         sys.modules.pop("verl.of_user", None)
+
+
+def test_another_source_is_left_alone_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl 0.9.0 has GSPO's loss under the same name and parameters, and aggregates it in another way."""
+    target = "verl.trainer.ppo.core_algos.compute_policy_loss_gspo"
+    stock, told = core.compute_policy_loss_gspo, []
+    monkeypatch.setitem(sources.KNOWN, target, "39332d1d8382ee38")
+    report = patch.verl(tell=told.append)
+    assert core.compute_policy_loss_gspo is core.POLICY_LOSS_REGISTRY["gspo"] is stock
+    assert target not in report.usage
+    assert [target in line and "source" in line for line in told] == [True]
+
+
+def test_the_sources_are_those_of_the_tables() -> None:
+    rows = {row.target for row in tables.REPLACEMENTS if type(row) is Replacement}
+    assert set(sources.KNOWN) == rows
 
 
 @pytest.mark.parametrize("case", ["signature", "missing", "rewritten"])

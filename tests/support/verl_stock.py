@@ -9,6 +9,8 @@ import warnings
 from typing import Any
 from unittest.mock import MagicMock
 
+from fastreward.patch.source import Unrecognised
+
 
 def imported(name: str) -> Any:
     """The module of verl's; a mock stands for each package that is missing (servers, loaders of data, caches)."""
@@ -24,3 +26,12 @@ def imported(name: str) -> Any:
             missing.__path__ = []
             missing.__getattr__ = lambda attribute: MagicMock(name=attribute)  # type: ignore[method-assign]
             sys.modules[error.name] = missing
+
+
+def recognised(row: Any, module: Any) -> bool:
+    """Whether this verl's function is the one that a row of the patch's tables was written for."""
+    try:
+        row.stock(module)
+    except Unrecognised:
+        return False
+    return True

@@ -62,7 +62,9 @@ def rows() -> list[Row]:
     for version in ("2.13.0", "2.14.1", "2.15.0"):
         found.append(Row("torch", version, CORE, (f"torch=={version}",), alone=False))
     for version in ("3.11", "3.12", "3.13", "3.14"):
-        found.append(Row("python", version, CORE))
+        # torch warns of 3.13.0, whose guards are slower than those of 3.13.1.
+        options = ("-W", "ignore:Guards may run slower:RuntimeWarning") if version == "3.13" else ()
+        found.append(Row("python", version, CORE, options=options))
     for version in ("3.6.0", "3.7.1", "3.8.0", "3.9.0"):
         install, note, options = (f"triton=={version}",), "", ()
         if (

@@ -14,7 +14,8 @@ from fastreward.patch.imports import AfterImport, is_imported
 from fastreward.patch.openrlhf import log, tables
 from fastreward.patch.openrlhf.replacement import Replacement
 from fastreward.patch.openrlhf.serving import Serving
-from fastreward.patch.openrlhf.source import PACKAGE, Unrecognised, folder
+from fastreward.patch.openrlhf.source import PACKAGE, folder
+from fastreward.patch.source import Unrecognised
 
 
 def openrlhf(

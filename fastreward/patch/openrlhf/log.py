@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from fastreward.patch.bindings import Report
 from fastreward.patch.openrlhf.serving import Serving
-from fastreward.patch.openrlhf.source import Unrecognised, check_own
+from fastreward.patch.openrlhf.source import check_own
+from fastreward.patch.source import Unrecognised
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import Any
 
 from fastreward.patch.openrlhf.serving import Serving, elements
-from fastreward.patch.openrlhf.source import Unrecognised, check_own, digest
+from fastreward.patch.openrlhf.source import check_own
+from fastreward.patch.source import Unrecognised, digest
 
 
 @dataclass(frozen=True, slots=True)

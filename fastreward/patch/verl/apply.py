@@ -11,9 +11,10 @@ from typing import Final
 
 from fastreward.patch.bindings import Entry, Patch, PatchRefused, Report, active, exchange, install, undo, warn
 from fastreward.patch.imports import AfterImport, is_imported
+from fastreward.patch.source import Unrecognised
 from fastreward.patch.verl import metrics as logged
 from fastreward.patch.verl import tables
-from fastreward.patch.verl.replacement import Registration, Replacement, Unrecognised
+from fastreward.patch.verl.replacement import Registration, Replacement
 
 _SERIES: Final = "0.9"
 

@@ -17,8 +17,9 @@ from fastreward._arguments.logits import LOGITS_DTYPES
 from fastreward._arguments.transforms import transformed
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.patch.bindings import Entry, Report
+from fastreward.patch.source import Unrecognised
 from fastreward.patch.usage import handed_on
-from fastreward.patch.verl.replacement import Replacement, Unrecognised
+from fastreward.patch.verl.replacement import Replacement
 
 _TORCH_HEAD: Final = "verl.utils.experimental.torch_functional"
 _TRITON_HEAD: Final = "verl.utils.kernel.linear_cross_entropy"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
@@ -13,7 +15,9 @@ from torch import Tensor
 
 from fastreward._runtime.errors import BackendError
 from fastreward.patch.bindings import Report, is_own
+from fastreward.patch.source import Unrecognised, digest
 from fastreward.patch.usage import handed_on, is_handed_on
+from fastreward.patch.verl.sources import KNOWN
 
 CORE: Final = "verl.trainer.ppo.core_algos"
 TORCH: Final = "verl.utils.torch_functional"
@@ -72,7 +76,13 @@ class Replacement:
             raise Unrecognised(f"it takes {', '.join(found)}; expected {', '.join(self.parameters)}")
         if not is_own(stock, "verl"):
             raise Unrecognised(f"someone has wrapped {stock!r} around it")
+        self._check_source()
         return stock
+
+    def _check_source(self) -> None:
+        root = Path(next(iter(sys.modules["verl"].__path__)))
+        if self.target in KNOWN and digest(root, [(self.module, self.name)]) != KNOWN[self.target]:
+            raise Unrecognised("its source is not the one that fastreward's was written for")
 
     def bound(self, stock: Any, report: Report) -> Any:
         """Ours, counted, under the name, signature and docstring of verl's.
@@ -144,7 +154,3 @@ class Registration:
 
 class NotServed(Exception):
     """The call is one for verl's own function."""
-
-
-class Unrecognised(Exception):
-    """The place isn't as expected, and is left alone."""

@@ -1,0 +1,65 @@
+"""The sources of verl's functions that the replacements were written for: digests of `fastreward.patch.source`.
+
+All are those of verl 0.9.1; 0.9.0 has the same but for GSPO's loss, which it aggregates in one way alone, and
+left_right_2_no_padding, which makes experts smaller. A function that is not here is recognised by its parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+KNOWN: Final[dict[str, str]] = {
+    "verl.trainer.ppo.core_algos.compute_gae_advantage_return": "4e11aa5944904d54",
+    "verl.trainer.ppo.core_algos.compute_grpo_outcome_advantage": "72e6a789a9ce6227",
+    "verl.trainer.ppo.core_algos.compute_grpo_vectorized_outcome_advantage": "7733d6ee5b33c172",
+    "verl.trainer.ppo.core_algos.compute_gdpo_outcome_advantage": "fadc4b6d66c3cda7",
+    "verl.trainer.ppo.core_algos.compute_grpo_passk_outcome_advantage": "4b61b4a22876eb1e",
+    "verl.trainer.ppo.core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage": "418dcb4ae44e8e5a",
+    "verl.trainer.ppo.core_algos.compute_rloo_outcome_advantage": "2520a6d5bb6b4eae",
+    "verl.trainer.ppo.core_algos.compute_rloo_vectorized_outcome_advantage": "478ff2d157dd8325",
+    "verl.trainer.ppo.core_algos.compute_opo_outcome_advantage": "77d8782306a69de8",
+    "verl.trainer.ppo.core_algos.compute_gpg_outcome_advantage": "420a9ede874a349d",
+    "verl.trainer.ppo.core_algos.compute_reinforce_plus_plus_outcome_advantage": "c44cda628cba9fae",
+    "verl.trainer.ppo.core_algos.compute_remax_outcome_advantage": "32e09b280c9623bc",
+    "verl.trainer.ppo.core_algos.compute_optimal_token_baseline_advantage": "f0c1d1e2f53ca561",
+    "verl.trainer.ppo.core_algos.compute_multi_turn_optimal_token_baseline_advantage": "a0bbd1d6b8258a24",
+    "verl.trainer.ppo.core_algos.kl_penalty": "1420e9d0bfffd5ed",
+    "verl.trainer.ppo.core_algos.compute_rewards": "637529062e50b00d",
+    "verl.trainer.ppo.ray_trainer.apply_kl_penalty": "c540682a76f27ba7",
+    "verl.utils.torch_functional.masked_sum": "1108d884be98467b",
+    "verl.utils.torch_functional.masked_mean": "12c26bb544b85be4",
+    "verl.utils.torch_functional.masked_var": "281c1b7728af9c19",
+    "verl.utils.torch_functional.masked_whiten": "fe58ec41eeba258f",
+    "verl.trainer.ppo.core_algos.compute_policy_loss_vanilla": "3197eb4953826211",
+    "verl.trainer.ppo.core_algos.compute_policy_loss_dppo_tv": "ea1cf5860025cce5",
+    "verl.trainer.ppo.core_algos.compute_policy_loss_dppo_kl": "a4a1a967397fc860",
+    "verl.trainer.ppo.core_algos.compute_policy_loss_gspo": "485be302b88863ab",
+    "verl.trainer.ppo.core_algos.compute_policy_loss_sapo": "84599fb5b6fc3fc7",
+    "verl.trainer.ppo.core_algos.compute_policy_loss_gpg": "ce0c85da384b2ea0",
+    "verl.trainer.ppo.core_algos.compute_policy_loss_kl_cov": "7e680a77650f1f70",
+    "verl.trainer.ppo.core_algos.compute_policy_loss_geo_mean": "03ee8b84bf5866d6",
+    "verl.trainer.ppo.core_algos.compute_policy_loss_dro": "02d0114bcb72e0e5",
+    "verl.trainer.ppo.core_algos.compute_policy_loss_cispo": "e5a399d054d8d919",
+    "verl.trainer.ppo.core_algos.compute_policy_loss_reinforce": "ad3d0be3228930d0",
+    "verl.trainer.ppo.core_algos.agg_loss": "350ed5d1514fcd17",
+    "verl.trainer.ppo.core_algos.compute_value_loss": "09e699151c2b5b70",
+    "verl.utils.torch_functional.logprobs_from_logits": "62f3012b60336f3c",
+    "verl.utils.torch_functional.logprobs_from_logits_v2": "a534f007ccc781a3",
+    "verl.utils.torch_functional.logprobs_from_logits_naive": "5d0f039d26f0af61",
+    "verl.utils.torch_functional.entropy_from_logits": "8e17377e261fd06b",
+    "verl.utils.torch_functional.entropy_from_logits_with_chunking": "c2558f3bbc7c9b22",
+    "verl.utils.torch_functional.calculate_sum_pi_squared_from_logits": "8c276f9b8ba2406f",
+    "verl.trainer.ppo.rollout_corr_helper.compute_rollout_correction_and_rejection_mask": "ae56b90c766ada9b",
+    "verl.trainer.ppo.rollout_corr_helper.compute_offpolicy_metrics": "03ac638804c27f5b",
+    "verl.utils.seqlen_balancing.karmarkar_karp": "6b2cf2f09a63527a",
+    "verl.utils.seqlen_balancing.get_seqlen_balanced_partitions": "d604655d9b0fb9ce",
+    "verl.utils.seqlen_balancing.get_group_balanced_partitions": "1442901c385be195",
+    "verl.workers.utils.padding.no_padding_2_padding": "892ab9ea1d220ed5",
+    "verl.workers.utils.padding.response_from_nested": "f1ed685427e64761",
+    "verl.workers.utils.padding.response_to_nested": "2f211a6dca70c4fc",
+    "verl.workers.utils.padding.left_right_2_no_padding": "f26061957f07505b",
+    "verl.utils.tensordict_utils.index_select_tensor_dict": "602f746730ee83cb",
+    "verl.trainer.ppo.core_algos.get_adv_estimator_fn": "e18c59d28225ed00",
+    "verl.trainer.ppo.core_algos.get_policy_loss_fn": "832627d5f69bade3",
+    "verl.trainer.ppo.ray_trainer.compute_advantage": "3a7b3deb150701ea",
+}
