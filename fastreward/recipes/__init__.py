@@ -19,6 +19,7 @@ from fastreward.recipes import (
     confidence,
     correction,
     distillation,
+    divergence,
     group_advantage,
     group_baseline,
     group_pairwise,
@@ -47,6 +48,7 @@ from fastreward.recipes.agent_rewards import *
 from fastreward.recipes.confidence import *
 from fastreward.recipes.correction import *
 from fastreward.recipes.distillation import *
+from fastreward.recipes.divergence import *
 from fastreward.recipes.group_advantage import *
 from fastreward.recipes.group_baseline import *
 from fastreward.recipes.group_pairwise import *
@@ -71,6 +73,7 @@ __all__ = ["RECIPES", "Recipe"]
 __all__ += confidence.__all__
 __all__ += correction.__all__
 __all__ += distillation.__all__
+__all__ += divergence.__all__
 __all__ += group_advantage.__all__
 __all__ += group_baseline.__all__
 __all__ += group_pairwise.__all__

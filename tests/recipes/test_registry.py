@@ -74,6 +74,8 @@ def trained(recipe: Recipe) -> tuple[str, ...]:
     """What gets a gradient in its example."""
     if recipe.family == "preference":
         return ("chosen_logprobs", "rejected_logprobs")
+    if recipe.family == "divergence":
+        return ("logits",)
     return ("predicted",) if recipe.returns == "values" else ("logprobs",)
 
 
@@ -102,6 +104,10 @@ def test_example_makes_what_is_declared(recipe: Recipe) -> None:
     assert recipe.returns not in ("loss", "weights")
     names = run_example(recipe)
     made = names[RETURNED[recipe.returns][0]]
+    if recipe.returns == "distillation loss":
+        assert made.shape == ()
+        assert made.requires_grad
+        return
     if recipe.returns in ("decision", "ends", "mask"):
         assert made.dtype == torch.bool
         return

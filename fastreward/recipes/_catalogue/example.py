@@ -18,6 +18,7 @@ _LOSS: Final = "loss = fr.policy_loss(logprobs, old_logprobs, advantages, mask).
 _WITH: Final = "result = fr.policy_loss(logprobs, old_logprobs, advantages, mask, {})"
 RETURNED: Final = {
     "loss": ("result", ()),
+    "distillation loss": ("loss", ()),
     "weights": ("weights, keep, metrics", (_WITH.format("weights=weights, keep=keep"),)),
     "token weights": ("weights", (_WITH.format("weights=weights"),)),
     "response weights": ("weights", (_WITH.format("weights=weights"),)),
@@ -49,8 +50,10 @@ def example(
     names, following = RETURNED[returns]
     call = _wrapped(f"recipes.{name}(", arguments, len(names) + 3)
     lines = [f"{names} = {call}", *following]
-    loss = "loss" if any(line.startswith("loss = ") for line in following) else "result.loss"
-    trained = "predicted" if returns == "values" else arguments[0] if returns == "loss" else "logprobs"
+    loss = "loss" if any(line.startswith("loss = ") for line in lines) else "result.loss"
+    trained = (
+        "predicted" if returns == "values" else arguments[0] if returns in ("loss", "distillation loss") else "logprobs"
+    )
     lines += [f"{loss}.backward()", f"print({loss}.item(), {trained}.grad.abs().sum().item())"]
     # What the call returns may have the name of an argument: rewards, shaped.
     rest = re.sub(rf"\b({names.replace(', ', '|')})\b", "_", "\n".join(lines[1:]))

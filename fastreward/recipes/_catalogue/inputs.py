@@ -173,6 +173,9 @@ _LIKELIHOOD: Final[Made] = {
     "score_logprobs": ("-20 - 5 * torch.rand(4)", "of a fixed token behind each response"),
 }
 _DISTILLATION: Final[Made] = {}
+_DIVERGENCE: Final[Made] = {
+    "teacher_logits": ("logits.detach() + 0.5 * torch.randn(4, 6, 32)", "of the teacher, of the same vocabulary"),
+}
 #: Every name, in the order of the program.
 MADE: Final[Made] = {
     **_COMMON,
@@ -182,6 +185,7 @@ MADE: Final[Made] = {
     **_REWARD_SHAPING,
     **_LIKELIHOOD,
     **_DISTILLATION,
+    **_DIVERGENCE,
 }
 #: The same where a recipe's arguments are of another kind.
 MADE_FOR: Final[dict[str, Made]] = {
@@ -228,5 +232,19 @@ MADE_FOR: Final[dict[str, Made]] = {
         "token_ids": ("logits.topk(20).indices", "the likeliest"),
         "values": ("torch.rand(4, 20)", "of the text with each of them behind it"),
     },
-    # ---------------------------------------------------------------------------------------------- distillation
+    # ------------------------------------------------------------------------------------------------ divergence
+    **{
+        name: {"logits": ("torch.randn(4, 6, 32).requires_grad_()", "of the student: [responses, tokens, V]")}
+        for name in ("gkd", "on_policy_distillation", "sdpo_logits")
+    },
+    "roll_kd": {
+        "logits": ("torch.randn(4, 6, 32).requires_grad_()", "of the student: [responses, tokens, V]"),
+        "labels": ("torch.randint(0, 32, (4, 6))", "the tokens of the responses"),
+    },
+    "topk_distillation": {
+        "logits": ("torch.randn(4, 6, 32).requires_grad_()", "of the student: [responses, tokens, V]"),
+        "sent": ("torch.randn(4, 6, 32).log_softmax(-1).topk(5)", "by the teacher, its likeliest tokens"),
+        "token_ids": ("sent.indices", "[responses, tokens, k]"),
+        "teacher_logprobs": ("sent.values", ""),
+    },
 }

@@ -21,10 +21,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Family = Literal[
     "token", "sequence", "preference", "correction", "tree", "token_credit", "turn_credit", "group_advantage",
-    "reward_shaping", "likelihood", "distillation",
+    "reward_shaping", "likelihood", "distillation", "divergence",
 ]  # fmt: skip
 Returns = Literal[
-    "loss", "advantages", "response advantages", "rewards", "token rewards", "values", "node values", "weights",
+    "loss", "distillation loss", "advantages", "response advantages", "rewards", "token rewards", "values",
+    "node values", "weights",
     "token weights", "response weights", "mask", "decision", "rollouts", "logits", "ends", "statistics",
 ]  # fmt: skip
 Verified = Literal["code", "paper", "note", "reconstructed"]
@@ -41,6 +42,7 @@ FAMILIES: Final[dict[Family, str]] = {
     "reward_shaping": "Combined and shaped rewards",
     "likelihood": "Rewards from likelihoods",
     "distillation": "Distillation on the student's samples",
+    "divergence": "Distillation over the vocabulary",
 }
 #: The family of the recipes in a file, and what they return unless they say so.
 _OF_FILE: Final[dict[str, tuple[Family, Returns]]] = {
@@ -69,10 +71,12 @@ _OF_FILE: Final[dict[str, tuple[Family, Returns]]] = {
     "likelihood": ("likelihood", "rewards"),
     "confidence": ("likelihood", "rewards"),
     "distillation": ("distillation", "advantages"),
+    "divergence": ("divergence", "distillation loss"),
 }
 #: What recipes return, under the headings of the list and in their order.
 RETURNS: Final[dict[Returns, str]] = {
     "loss": "Losses",
+    "distillation loss": "Losses",
     "advantages": "Advantages per token",
     "response advantages": "Advantages per response",
     "rewards": "Rewards per response",
@@ -102,6 +106,7 @@ NOTATION: Final[dict[Family, str]] = {
     "reward_shaping": "R = rewards, R_k = their components",
     "likelihood": "lp = logprobs of the tokens of an answer or a response, L their number, H = entropy, z = logits",
     "distillation": "lp = logprobs, A = advantages, R = rewards, sg = stop_gradient",
+    "divergence": "p = softmax of the student's logits, q of the teacher's, m a mixture; p', q' over ids and the rest",
 }
 #: How sure a formula is: in a table, and in words.
 VERIFIED: Final[dict[Verified, tuple[str, str]]] = {
