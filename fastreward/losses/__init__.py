@@ -25,7 +25,8 @@ Over log-probs, for `policy_loss`, `logits_policy_loss` and `linear_policy_loss`
 Over pairs, for `preference_loss`:
     dpo                           with its variants: hinge, IPO, EXO, NCA, APO, AOT, robust, f-divergences, ...
     cdpo, cream, dno              soft labels
-    rpo, simpo, sppo, gpo         with a likelihood term; without reference; regressions
+    rpo, sppo, gpo                with a likelihood term; regressions
+    simpo, alphapo, cpo, orpo     without a reference
     mm_dpo, mah_dpo               a margin that scales beta; several rewards
     tgdpo, treg                   token rewards (`ld_dpo_weights`: LD-DPO's token weights)
 
@@ -63,11 +64,11 @@ from fastreward.losses.preference import (
     mah_dpo,
     mm_dpo,
     rpo,
-    simpo,
     sppo,
     tgdpo,
     treg,
 )
+from fastreward.losses.reference_free import alphapo, cpo, orpo, simpo
 from fastreward.losses.score import (
     cispo,
     dft,
@@ -123,11 +124,13 @@ __all__ = [
     "PairTerms",
     "Terms",
     "a2po",
+    "alphapo",
     "brain",
     "cdpo",
     "cispo",
     "clip_cov",
     "cov_mask",
+    "cpo",
     "cream",
     "define",
     "dft",
@@ -157,6 +160,7 @@ __all__ = [
     "mah_dpo",
     "mm_dpo",
     "nsr",
+    "orpo",
     "pacs",
     "ppo",
     "psr",

@@ -63,6 +63,7 @@ RULES: Final[dict[str, Rule]] = {
 #: Of preference losses.
 PAIR_RULES: Final[dict[str, Rule]] = {
     "beta": _POSITIVE,
+    "alpha": (lambda x: x != 0, "a number other than 0"),
     "label_smoothing": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "discopop_tau": _POSITIVE,
     "sft_weight": _NOT_NEGATIVE,

@@ -32,7 +32,6 @@ from fastreward.language.functions import (
     log1p,
     logsigmoid,
     maximum,
-    relu,
     seq_mean,
     seq_sum,
     sigmoid,
@@ -53,7 +52,6 @@ __all__ = [
     "mah_dpo",
     "mm_dpo",
     "rpo",
-    "simpo",
     "sppo",
     "tgdpo",
     "treg",
@@ -78,18 +76,18 @@ def _log_ratio(t: PairTerms) -> tuple[Node, Node]:
     return _weighted_sum(t.chosen, t.chosen.log_ratio), _weighted_sum(t.rejected, t.rejected.log_ratio)
 
 
-def _soft_label(z: Node, smoothing: Node | float) -> Node:
+def soft_label(z: Node, smoothing: Node | float) -> Node:
     """Cross entropy of a preference that holds with probability 1 - smoothing, of logit z."""
     return -(1.0 - smoothing) * logsigmoid(z) - smoothing * logsigmoid(-z)
 
 
-def _batch_nll(t: PairTerms) -> Node:
+def batch_nll(t: PairTerms) -> Node:
     """The pair's share of the mean negative log-prob over all chosen tokens: its mean over the pairs is that mean."""
     tokens = batch_sum(t.chosen.length)
     return -seq_sum(t.chosen.logprob) * (batch_sum(1.0, t.graph) / maximum(tokens, 1.0))
 
 
-def _report(t: PairTerms, reward_w: Node, reward_l: Node) -> None:
+def report(t: PairTerms, reward_w: Node, reward_l: Node) -> None:
     t.report(
         reward_chosen=reward_w,
         reward_rejected=reward_l,
@@ -145,7 +143,7 @@ def _matched(x: _Scores, own: Node, other: Node) -> Node:
     """Sigmoid loss of `own` against the `other` of the same rank in the batch; pairs that do not count come last."""
     valid = x.t.graph.valid()
     last = (where(valid, value, math.inf) for value in (own, other))
-    return _soft_label(x.beta * (own - batch_match(*last)), x.smoothing)
+    return soft_label(x.beta * (own - batch_match(*last)), x.smoothing)
 
 
 def _aot(x: _Scores) -> Node:
@@ -161,7 +159,7 @@ def _discopop(x: _Scores) -> Node:
 
 
 _VARIANTS: Final[dict[str, Callable[[_Scores], Node]]] = {
-    "sigmoid": lambda x: _soft_label(x.z, x.smoothing),
+    "sigmoid": lambda x: soft_label(x.z, x.smoothing),
     "hinge": lambda x: maximum(0.0, 1.0 - x.z),
     "ipo": _ipo,
     "robust": _robust,
@@ -174,7 +172,7 @@ _VARIANTS: Final[dict[str, Callable[[_Scores], Node]]] = {
     "apo_down": lambda x: sigmoid(x.beta * x.s_w) + sigmoid(-x.beta * (x.s_w - x.s_l)),
     "sppo_hard": lambda x: (x.s_w - 0.5 / x.beta) ** 2 + (x.s_l + 0.5 / x.beta) ** 2,
     "discopop": _discopop,
-    "sft": lambda x: _batch_nll(x.t),
+    "sft": lambda x: batch_nll(x.t),
     "sigmoid_norm": lambda x: -logsigmoid(x.beta * x.per_token),
 }
 
@@ -275,13 +273,13 @@ def dpo(
 
     graph = t.graph
     if variant == "sft" and not t.chosen.has("ref_logprob"):  # needs no reference, and has no rewards then
-        loss = _batch_nll(t)
+        loss = batch_nll(t)
     else:
         s_w, s_l = total(t.chosen), total(t.rejected)
         f_w, f_l = (_scored(s, f_divergence, graph.node(alpha)) for s in (s_w, s_l))
         scalars = (graph.node(x) for x in (beta, label_smoothing, discopop_tau))
         loss = _VARIANTS[variant](_Scores(t, s_w, s_l, f_w, f_l, *scalars))
-        _report(t, beta * s_w, beta * s_l)
+        report(t, beta * s_w, beta * s_l)
     return loss * (_wpo_weight(t.chosen) * _wpo_weight(t.rejected)) if wpo else loss
 
 
@@ -310,41 +308,6 @@ def ld_dpo_weights(chosen_mask: Tensor, rejected_mask: Tensor, ld_alpha: float) 
     return weights(chosen), weights(rejected)
 
 
-# -------------------------------------------------------------------------------------------------- without reference
-def _check_simpo(label_smoothing: float, variant: str, **others: Any) -> None:
-    check.choice("variant", variant, ("sigmoid", "hinge"))
-    check_pair(label_smoothing=label_smoothing, **others)
-    if label_smoothing and variant == "hinge":
-        raise ValueError("label_smoothing: taken by sigmoid, got variant 'hinge'")
-
-
-@define(pairs=True, aggregation="mean", check=_check_simpo)
-def simpo(
-    t: PairTerms,
-    beta: float = 2.0,
-    gamma: float = 1.0,
-    *,
-    label_smoothing: float = 0.0,
-    variant: str = "sigmoid",
-    sft_weight: float = 0.0,
-) -> Node:
-    """SimPO (arXiv 2405.14734): -logsigmoid(beta (m_w - m_l) - gamma), m the mean log-prob of a response; no reference.
-
-    Args:
-        beta, gamma: 2.0 to 2.5 and 1.0 to 1.4 in the authors' configurations, whose gamma_beta_ratio is gamma / beta.
-        label_smoothing: as in dpo.
-        variant: sigmoid, or hinge: max(0, 1 - z).
-        sft_weight: adds this times the mean negative log-prob of the batch's chosen tokens.
-
-    Code: princeton-nlp/SimPO scripts/simpo_trainer.py; TRL 1.16.0 cpo_trainer.py (loss_type "simpo").
-    """
-    m_w, m_l = seq_mean(t.chosen.logprob), seq_mean(t.rejected.logprob)
-    z = beta * (m_w - m_l) - gamma
-    _report(t, beta * m_w, beta * m_l)
-    loss = relu(1.0 - z) if variant == "hinge" else _soft_label(z, label_smoothing)
-    return loss + sft_weight * _batch_nll(t)
-
-
 # ------------------------------------------------------------------------------------------------- DPO with more terms
 @define(pairs=True, aggregation="mean", check=check_pair)
 def rpo(t: PairTerms, beta: float = 0.05, eta: float = 0.005) -> Node:
@@ -355,7 +318,7 @@ def rpo(t: PairTerms, beta: float = 0.05, eta: float = 0.005) -> Node:
     but its sft term is a mean over tokens.
     """
     s_w, s_l = _log_ratio(t)
-    _report(t, beta * s_w, beta * s_l)
+    report(t, beta * s_w, beta * s_l)
     return -logsigmoid(beta * (s_w - s_l)) - eta * beta * seq_sum(t.chosen.logprob)
 
 
@@ -367,8 +330,8 @@ def cdpo(t: PairTerms, beta: float = 0.1, label_smoothing: float = 0.1) -> Node:
     eric-mitchell/direct-preference-optimization trainers.py, as copied in pearls-lab/multiobj-align.
     """
     s_w, s_l = _log_ratio(t)
-    _report(t, beta * s_w, beta * s_l)
-    return _soft_label(beta * (s_w - s_l), label_smoothing)
+    report(t, beta * s_w, beta * s_l)
+    return soft_label(beta * (s_w - s_l), label_smoothing)
 
 
 @define(pairs=True, aggregation="mean", check=check_pair)
@@ -380,8 +343,8 @@ def cream(t: PairTerms, beta: float = 0.1) -> Node:
     Code: Raibows/CREAM sft_dpo_trainer.py.
     """
     s_w, s_l = _log_ratio(t)
-    _report(t, beta * s_w, beta * s_l)
-    return _soft_label(beta * (s_w - s_l), 1.0 - t.extra("consistency"))
+    report(t, beta * s_w, beta * s_l)
+    return soft_label(beta * (s_w - s_l), 1.0 - t.extra("consistency"))
 
 
 @define(pairs=True, aggregation="mean", check=check_pair)
@@ -393,9 +356,9 @@ def dno(t: PairTerms, beta: float = 0.1) -> Node:
     margin.
     """
     s_w, s_l = _log_ratio(t)
-    _report(t, beta * s_w, beta * s_l)
+    report(t, beta * s_w, beta * s_l)
     label = sigmoid(t.extra("win_rate_chosen") - t.extra("win_rate_rejected"))
-    return _soft_label(beta * (s_w - s_l), 1.0 - label)
+    return soft_label(beta * (s_w - s_l), 1.0 - label)
 
 
 @define(pairs=True, aggregation="mean", check=check_pair)
@@ -430,8 +393,8 @@ def mm_dpo(
     else:
         x = t.extra("margin_factor")
     scaled = maximum(beta * (1.0 + weight * x), 1e-3)
-    _report(t, beta * s_w, beta * s_l)
-    return _soft_label(scaled * d, label_smoothing) + sft_weight * _batch_nll(t)
+    report(t, beta * s_w, beta * s_l)
+    return soft_label(scaled * d, label_smoothing) + sft_weight * batch_nll(t)
 
 
 @define(pairs=True, aggregation="mean", check=check_pair)
@@ -457,7 +420,7 @@ def gpo(t: PairTerms, beta: float = 1e-3) -> Node:
 
 def _regression(t: PairTerms, beta: float, target_w: Node, target_l: Node) -> Node:
     s_w, s_l = _log_ratio(t)
-    _report(t, beta * s_w, beta * s_l)
+    report(t, beta * s_w, beta * s_l)
     return 0.5 * ((s_w - target_w / beta) ** 2 + (s_l - target_l / beta) ** 2)
 
 
@@ -471,10 +434,10 @@ def mah_dpo(t: PairTerms, beta: float = 0.1, label_smoothing: float = 0.0) -> No
     Code: pearls-lab/multiobj-align mah_dpo/mahdpo_trainers.py `get_batch_metrics`.
     """
     s_w, s_l = _log_ratio(t)
-    _report(t, beta * s_w, beta * s_l)
+    report(t, beta * s_w, beta * s_l)
     share = 1.0 / maximum(group_size(t), 1.0)
     balance = share / maximum(batch_mean(share), 1e-30)
-    return balance * _soft_label(beta * (s_w - s_l), label_smoothing)
+    return balance * soft_label(beta * (s_w - s_l), label_smoothing)
 
 
 _ALPHA = {**PAIR_RULES, "alpha": RULES["kl_coef"]}  # dpo's, of the f-divergence, may be any number
@@ -499,7 +462,7 @@ def tgdpo(t: PairTerms, alpha: float = 0.5, beta: float = 0.1) -> Node:
         return seq_sum((beta + direction * alpha * beta * beta * rho) * side.log_ratio)
 
     z_w, z_l = total(t.chosen, 1.0), total(t.rejected, -1.0)
-    _report(t, z_w, z_l)
+    report(t, z_w, z_l)
     return -logsigmoid(z_w - z_l)
 
 
@@ -527,7 +490,7 @@ def treg(t: PairTerms, alpha: float = 0.25, beta: float = 0.1, *, base: str = "d
         reward = sigmoid(side.extra("better_logprob") - side.extra("worse_logprob")) - 0.5
         return -beta * seq_sum(reward * side.logprob)
 
-    _report(t, z_w, z_l)
+    report(t, z_w, z_l)
     margin = z_w - z_l if base == "dpo" else z_w - z_l - gamma
     weight = stop_gradient(sigmoid(z_l - z_w))
     return -logsigmoid(margin) + alpha * weight * (regularizer(t.chosen) + regularizer(t.rejected))

@@ -29,6 +29,7 @@ from fastreward.recipes import (
     mixed,
     preference,
     ratio,
+    reference_free,
     reward_shaping,
     score,
     sequence,
@@ -58,6 +59,7 @@ from fastreward.recipes.likelihood import *
 from fastreward.recipes.mixed import *
 from fastreward.recipes.preference import *
 from fastreward.recipes.ratio import *
+from fastreward.recipes.reference_free import *
 from fastreward.recipes.reward_shaping import *
 from fastreward.recipes.score import *
 from fastreward.recipes.sequence import *
@@ -81,6 +83,7 @@ __all__ += group_rewards.__all__
 __all__ += group_selection.__all__
 __all__ += likelihood.__all__
 __all__ += preference.__all__
+__all__ += reference_free.__all__
 __all__ += mixed.__all__
 __all__ += ratio.__all__
 __all__ += reward_shaping.__all__

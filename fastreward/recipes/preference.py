@@ -24,8 +24,8 @@ from fastreward.recipes._shared.options import PairOptions
 
 __all__ = [
     "aot", "aot_unpaired", "apo_down", "apo_zero", "bco", "cdpo", "cream", "discopop", "dno", "dpo", "dpo_norm",
-    "exo", "f_dpo", "gpo", "hinge_dpo", "ipo", "ld_dpo", "mah_dpo", "mm_dpo", "nca", "robust_dpo", "rpo", "simpo",
-    "sppo", "sppo_hard", "tgdpo", "treg", "wpo",
+    "exo", "f_dpo", "gpo", "hinge_dpo", "ipo", "ld_dpo", "mah_dpo", "mm_dpo", "nca", "robust_dpo", "rpo", "sppo",
+    "sppo_hard", "tgdpo", "treg", "wpo",
 ]  # fmt: skip
 
 _TRL = "TRL dpo_trainer.py `_compute_loss`"
@@ -225,37 +225,6 @@ def wpo(
     `token_logprobs` (outputs=("logprobs", "log_sum_sq_probs")).
     """
     return losses.dpo(beta, wpo=True)
-
-
-# -------------------------------------------------------------------------------------------------- without reference
-@recipe(
-    "SimPO (simple preference optimization)",
-    "arXiv 2405.14734",
-    code="princeton-nlp/SimPO scripts/simpo_trainer.py, TRL cpo_trainer.py",
-    build=losses.simpo,
-)
-def simpo(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    *,
-    beta: float = 2.0,
-    gamma: float = 1.0,
-    label_smoothing: float = 0.0,
-    variant: str = "sigmoid",
-    sft_weight: float = 0.0,
-    **options: Unpack[PairOptions],
-) -> PolicyLoss:
-    """-logsigmoid(beta (m_w - m_l) - gamma), m = mean of logprobs over the response.
-
-    beta 2.0 to 2.5 and gamma 1.0 to 1.4 in the authors' configurations; their gamma_beta_ratio is gamma / beta. variant
-    "hinge": max(0, 1 - that). sft_weight: adds this times the mean -logprobs of the chosen tokens.
-    """
-    return preference_loss(
-        chosen_logprobs,
-        rejected_logprobs,
-        loss=losses.simpo(beta, gamma, label_smoothing=label_smoothing, variant=variant, sft_weight=sft_weight),
-        **options,
-    )
 
 
 # ------------------------------------------------------------------------------------------------ DPO with more terms

@@ -12,9 +12,10 @@ from reference_losses import preference as reference
 from torch import Tensor
 
 import fastreward
+from fastreward import losses
 from fastreward.language.define import Loss
 from fastreward.language.node import Node
-from fastreward.losses import PairTerms, define, preference
+from fastreward.losses import PairTerms, define, preference, reference_free
 from fastreward.preference_loss import preference_loss
 
 PAIRS = 9
@@ -79,13 +80,30 @@ CASES: dict[str, Case] = {
         preference.dpo(length_normalize=True), reference.dpo, {"length_normalize": True}, weighted=True
     ),
     "dpo-wpo": Case(preference.dpo(wpo=True), reference.dpo, token_extras=("log_sum_sq_probs",)),
-    "simpo": Case(preference.simpo(), reference.simpo),
-    "simpo-hinge": Case(preference.simpo(variant="hinge"), reference.simpo, {"variant": "hinge"}),
+    "simpo": Case(reference_free.simpo(), reference.simpo),
+    "simpo-hinge": Case(reference_free.simpo(variant="hinge"), reference.simpo, {"variant": "hinge"}),
     "simpo-sft": Case(
-        preference.simpo(2.5, 1.4, label_smoothing=0.1, sft_weight=0.3),
+        reference_free.simpo(2.5, 1.4, label_smoothing=0.1, sft_weight=0.3),
         reference.simpo,
         {"beta": 2.5, "gamma": 1.4, "label_smoothing": 0.1, "sft_weight": 0.3},
     ),
+    "alphapo": Case(reference_free.alphapo(0.25), reference.alphapo, {"alpha": 0.25}),
+    "alphapo-negative": Case(
+        reference_free.alphapo(-0.5, 2.5, 1.4, label_smoothing=0.1),
+        reference.alphapo,
+        {"alpha": -0.5, "beta": 2.5, "gamma": 1.4, "label_smoothing": 0.1},
+    ),
+    **{
+        f"cpo-{variant}": Case(reference_free.cpo(variant=variant), reference.cpo, {"variant": variant})
+        for variant in ("sigmoid", "hinge", "ipo")
+    },
+    "cpo-smoothed": Case(
+        reference_free.cpo(0.4, label_smoothing=0.1, sft_weight=0.3),
+        reference.cpo,
+        {"beta": 0.4, "label_smoothing": 0.1, "sft_weight": 0.3},
+    ),
+    "orpo": Case(reference_free.orpo(), reference.orpo),
+    "orpo-beta": Case(reference_free.orpo(0.7), reference.orpo, {"beta": 0.7}),
     "rpo": Case(preference.rpo(), reference.rpo),
     "cdpo": Case(preference.cdpo(), reference.cdpo),
     "cdpo-weighted": Case(preference.cdpo(), reference.dpo, {"label_smoothing": 0.1}, weighted=True),
@@ -388,8 +406,8 @@ def test_composed_losses(backend: str) -> None:
         (lambda: preference.dpo(variant="ipo", length_normalize=True), "length_normalize: ipo divides by lengths"),
         (lambda: preference.dpo(variant="aot", wpo=True), "wpo: pairs have no weight of their own where 'aot'"),
         (lambda: preference.dpo(discopop_tau=0.0), "discopop_tau: expected a positive number"),
-        (lambda: preference.simpo(variant="ipo"), "variant: expected one of 'sigmoid', 'hinge'"),
-        (lambda: preference.simpo(variant="hinge", label_smoothing=0.1), "label_smoothing: taken by sigmoid"),
+        (lambda: reference_free.simpo(variant="ipo"), "variant: expected one of 'sigmoid', 'hinge'"),
+        (lambda: reference_free.simpo(variant="hinge", label_smoothing=0.1), "label_smoothing: taken by sigmoid"),
         (lambda: preference.cdpo(label_smoothing=1.0), r"label_smoothing: expected a number in \[0, 1\)"),
         (lambda: preference.treg(base="orpo"), "base: expected one of 'dpo', 'simpo'"),
     ],
@@ -416,6 +434,6 @@ def test_terms_that_are_not_passed() -> None:
 
 def test_every_loss_says_where_it_is_from() -> None:
     """A docstring with the source and how sure the formula is."""
-    for name in preference.__all__:
-        text = getattr(preference, name).__doc__
+    for name in (*preference.__all__, *reference_free.__all__):
+        text = getattr(losses, name).__doc__
         assert "Code:" in text or "code:" in text or "Notes" in text, name

@@ -212,7 +212,7 @@ def cpo_loss() -> Callable[..., Tensor]:
     def loss(chosen: Tensor, rejected: Tensor, **settings: Any) -> Tensor:
         accelerator = SimpleNamespace(device=torch.device("cpu"))
         losses: Tensor = CPOTrainer.cpo_loss(
-            SimpleNamespace(accelerator=accelerator, alpha=0.0, **settings), chosen, rejected
+            SimpleNamespace(**{"accelerator": accelerator, "alpha": 0.0, **settings}), chosen, rejected
         )[0]
         return losses
 
@@ -238,6 +238,65 @@ def test_simpo(cpo_loss: Callable[..., Tensor], smoothing: float) -> None:
         ),
         rtol=1e-9,
     )
+
+
+@pytest.mark.parametrize("alpha", [0.25, -0.5])
+def test_alphapo(cpo_loss: Callable[..., Tensor], alpha: float) -> None:
+    compare(
+        pairs(),
+        lambda data: preference.alphapo(*reference_arguments(data), alpha=alpha, beta=2.5, gamma=1.4),
+        lambda data: cpo_loss(
+            mean_logprobs(data, "chosen"),
+            mean_logprobs(data, "rejected"),
+            loss_type="simpo",
+            beta=2.5,
+            simpo_gamma=1.4,
+            label_smoothing=0.0,
+            alpha=alpha,
+        ),
+        rtol=1e-9,
+    )
+
+
+@pytest.mark.parametrize("variant", ["sigmoid", "hinge", "ipo"])
+def test_cpo(cpo_loss: Callable[..., Tensor], variant: str) -> None:
+    """Without the likelihood, which TRL's trainer adds elsewhere."""
+
+    def scores(data: Pairs, side: str) -> Tensor:
+        mean = mean_logprobs(data, side)
+        return mean if variant == "ipo" else mean * data[f"{side}_mask"].sum(-1)
+
+    compare(
+        pairs(),
+        lambda data: preference.cpo(*reference_arguments(data), beta=0.3, variant=variant, sft_weight=0.0),
+        lambda data: cpo_loss(
+            scores(data, "chosen"), scores(data, "rejected"), loss_type=variant, beta=0.3, label_smoothing=0.0
+        ),
+        rtol=1e-9,
+    )
+
+
+def test_orpo() -> None:
+    """Its odds ratio; the likelihood is added here as it is there, a mean over the chosen tokens."""
+    pytest.importorskip("trl", reason="compares with TRL's own ORPO loss")
+    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+
+    trainer = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device=torch.device("cpu")))
+
+    def peer(data: Pairs) -> Tensor:
+        means = (mean_logprobs(data, side) for side in ("chosen", "rejected"))
+        mask = data["chosen_mask"]
+        nll = -(data["chosen"] * mask).sum() / mask.sum()
+        # A pair's share of that mean, as `batch_nll` gives it: their sums are the same.
+        share = -(data["chosen"] * mask).sum(-1) * len(mask) / mask.sum()
+        assert torch.allclose(share.mean(), nll)
+        return share - ORPOTrainer.odds_ratio_loss(trainer, *means)[0]
+
+    data = pairs()
+    both = data["chosen_mask"].bool().any(-1) & data["rejected_mask"].bool().any(-1)  # of an empty side TRL gives inf
+    assert 1 < both.sum() < len(both)
+    kept = {name: x[both] for name, x in data.items()}
+    compare(kept, lambda data: preference.orpo(*reference_arguments(data), beta=0.3), peer, rtol=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])

@@ -109,6 +109,18 @@ SAME: dict[str, tuple[Callable[[Data], PolicyLoss], Callable[[Data], PolicyLoss]
         lambda d: recipes.simpo(d["chosen"], d["rejected"], gamma=1.4, sft_weight=0.2, **masks(d)),
         lambda d: op(d, losses.simpo(2.0, 1.4, sft_weight=0.2), ref=False),
     ),
+    "alphapo": (
+        lambda d: recipes.alphapo(d["chosen"], d["rejected"], alpha=-0.5, gamma=1.4, **masks(d)),
+        lambda d: op(d, losses.alphapo(-0.5, 0.1, 1.4), ref=False),
+    ),
+    "cpo": (
+        lambda d: recipes.cpo(d["chosen"], d["rejected"], variant="ipo", sft_weight=0.2, **masks(d)),
+        lambda d: op(d, losses.cpo(variant="ipo", sft_weight=0.2), ref=False),
+    ),
+    "orpo": (
+        lambda d: recipes.orpo(d["chosen"], d["rejected"], beta=0.3, **masks(d)),
+        lambda d: op(d, losses.orpo(0.3), ref=False),
+    ),
     "rpo": (
         lambda d: recipes.rpo(*sides(d), eta=0.1, **masks(d)),
         lambda d: op(d, losses.rpo(0.05, 0.1)),

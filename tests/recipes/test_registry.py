@@ -17,7 +17,7 @@ from credit_cases import MARKS
 
 import fastreward as fr
 from fastreward import losses, recipes
-from fastreward.recipes import RECIPES, Recipe, correction, mixed, preference, ratio, score, sequence
+from fastreward.recipes import RECIPES, Recipe, correction, mixed, preference, ratio, reference_free, score, sequence
 from fastreward.recipes._catalogue import registry
 from fastreward.recipes._catalogue.example import RETURNED
 from fastreward.recipes._catalogue.registry import FAMILIES, NOTATION, RETURNS, VERIFIED, by_family
@@ -54,7 +54,7 @@ def run_example(recipe: Recipe) -> dict[str, Any]:
 def losses_used(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[losses.Loss]:
     """The losses that the recipe passes to an operation while its example runs."""
     seen: list[losses.Loss] = []
-    for module in (correction, factory, mixed, preference, ratio, score, sequence):
+    for module in (correction, factory, mixed, preference, ratio, reference_free, score, sequence):
         for name, operation in CALLED.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, recorder(operation, seen))

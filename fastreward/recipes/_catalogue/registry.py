@@ -51,6 +51,7 @@ _OF_FILE: Final[dict[str, tuple[Family, Returns]]] = {
     "score": ("token", "loss"),
     "sequence": ("sequence", "loss"),
     "preference": ("preference", "loss"),
+    "reference_free": ("preference", "loss"),
     "correction": ("correction", "weights"),
     "tree": ("tree", "advantages"),
     "tree_search": ("tree", "advantages"),

@@ -204,6 +204,67 @@ def simpo(
     return loss + sft_weight * batch_nll(chosen, chosen_mask)
 
 
+def alphapo(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    *,
+    alpha: float,
+    beta: float = 0.1,
+    gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """AlphaPO: SimPO on (1 - p^-alpha) / alpha, p the geometric mean of a response's probabilities."""
+    p_w = (seq_sum(chosen, None, chosen_mask) / lengths(chosen_mask)).exp()
+    p_l = (seq_sum(rejected, None, rejected_mask) / lengths(rejected_mask)).exp()
+    r_w, r_l = ((1 - p.pow(-alpha)) / alpha for p in (p_w, p_l))
+    return soft_label(beta * (r_w - r_l) - gamma, 1 - label_smoothing)
+
+
+def cpo(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    variant: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    sft_weight: float = 1.0,
+) -> Tensor:
+    """CPO: DPO, hinge or IPO without a reference, and the chosen side's NLL."""
+    s_w, s_l = seq_sum(chosen, None, chosen_mask), seq_sum(rejected, None, rejected_mask)
+    if variant == "ipo":
+        loss = (s_w / lengths(chosen_mask) - s_l / lengths(rejected_mask) - 1 / (2 * beta)) ** 2
+    elif variant == "hinge":
+        loss = torch.relu(1 - beta * (s_w - s_l))
+    else:
+        loss = soft_label(beta * (s_w - s_l), 1 - label_smoothing)
+    return loss + sft_weight * batch_nll(chosen, chosen_mask)
+
+
+def orpo(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """ORPO: the chosen side's NLL, and the odds ratio of both sides' mean log-probs, at most -1e-6."""
+    m_w = (seq_sum(chosen, None, chosen_mask) / lengths(chosen_mask)).clamp(max=-1e-6)
+    m_l = (seq_sum(rejected, None, rejected_mask) / lengths(rejected_mask)).clamp(max=-1e-6)
+    ratio = (m_w - torch.log1p(-m_w.exp())) - (m_l - torch.log1p(-m_l.exp()))
+    return batch_nll(chosen, chosen_mask) - beta * logsigmoid(ratio)
+
+
 def rpo(
     chosen: Tensor,
     rejected: Tensor,
