@@ -40,7 +40,8 @@ def compare(
     [B, T, V]; and if you like tokens, mask [B, T], lengths [B], cu_seqlens [B + 1]. The names under which TRL and verl
     keep log-probs are known too: rollout_log_probs, sampling_per_token_logps, ... for a; old_log_probs,
     old_per_token_logps, ... for b, so that one file may be both sides. In .jsonl each line is a sequence, with lists; a
-    token's top_logprobs may be {id: log-prob}, or vLLM's {id: {"logprob": ...}}.
+    token's top_logprobs may be {id: log-prob}, or vLLM's {id: {"logprob": ...}}, under its names logprobs and token_ids
+    too.
     Where one side says more than the other it is asked for what the other says: chosen log-probs are looked up in
     logits, given the tokens.
 

@@ -23,6 +23,7 @@ FEWEST: Final = 16  # tokens that say anything
 _SHIFTS: Final = (1, -1, 2, -2, 3, -3)
 _ROUNDING: Final = (0.02, 0.3)  # nats: |difference| that a bfloat16 forward leaves, median and 99th percentile
 _FLOAT32: Final = (1e-4, 1e-3)
+_ONE_WAY: Final = 8  # tokens that chance does not move all the same way
 _CERTAIN: Final = 1e-3  # nearer to a log-prob of 0 rounding is all that the odds tell
 
 
@@ -199,7 +200,9 @@ def _within_rows(found: PerToken) -> list[Fault | None]:
     if abs(math.log(slope)) > 0.01 and fits > 0.9 and after < 0.2 * before:
         low, high = torch.quantile(slopes[:100_000], torch.tensor([0.25, 0.75], dtype=slopes.dtype)).tolist()
         return [_temperature(slope, f"half of the tokens between {1 / high:.4g} and {1 / low:.4g}", 1 - after / before)]
-    return [_moved(found["offset"], found["spread"])] if fits > 0.8 else []
+    # What is renormalised has lost ids: whole logits without -inf have lost none.
+    whole = "kl_ab" in found and not bool((found["forbidden_a"] + found["forbidden_b"]).any())
+    return [_moved(found["offset"], found["spread"])] if fits > 0.8 and not whole else []
 
 
 def _moved(offset: Tensor, spread: Tensor) -> Fault | None:
@@ -207,7 +210,7 @@ def _moved(offset: Tensor, spread: Tensor) -> Fault | None:
     known = offset.isfinite() & spread.isfinite()
     clear = offset[known & (offset.abs() > (3 * spread).clamp(min=2e-3))]
     up, down = float(clear.clamp(min=0).sum()), float((-clear).clamp(min=0).sum())
-    if len(clear) < max(0.1 * len(offset), 8) or min(up, down) > 0.05 * max(up, down):
+    if len(clear) < max(0.1 * len(offset), _ONE_WAY) or min(up, down) > 0.05 * max(up, down):
         return None
     why = f"on {_percent(len(clear) / len(offset))} of the tokens by the same for all ids"
     return _processed("A" if up > down else "B", (clear if up > down else -clear).clamp(min=0), why)
@@ -255,7 +258,8 @@ def _one_sided(x: Tensor, y: Tensor, slope: float) -> Fault | None:
         low, high = _quantile(difference, 0.01), _quantile(difference, 0.99)
         alone = float(((ours == 0) & (theirs < -5e-3)).double().mean())
         moved = float((difference > max(-3 * low, 2e-3)).double().mean())
-        one_way = high > 5 * max(-low, 1e-4) and moved > 0.05 and correlation(x, y) > 0.5
+        often = moved > max(0.05, _ONE_WAY / len(x))
+        one_way = high > 5 * max(-low, 1e-4) and often and correlation(x, y) > 0.5
         if one_way or (alone > 0.01 and high > max(-low, 1e-4)):
             why = f"{name}'s log-probs are the larger ones on {_percent(moved)} of the tokens, and next to never below"
             if alone:

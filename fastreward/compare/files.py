@@ -100,7 +100,7 @@ def _pt(path: Path) -> Any:
 # ------------------------------------------------------------------------------------------------------------- jsonl
 def _jsonl(path: Path) -> dict[str, Tensor]:
     records = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
@@ -109,8 +109,10 @@ def _jsonl(path: Path) -> dict[str, Tensor]:
                     raise ValueError(f"line {number}: {error}") from error
                 if set(records[-1]) != set(records[0]):
                     raise ValueError(f"line {number}: has {_names(records[-1])}, line 1 has {_names(records[0])}")
+    if not records:
+        raise ValueError("no line has anything in it")
     lengths = [len(next(iter(record.values()))) for record in records]
-    found = {name: _padded([record[name] for record in records], lengths) for name in (records[0] if records else ())}
+    found = {name: _padded([record[name] for record in records], lengths) for name in records[0]}
     return found | {"lengths": torch.tensor(lengths, dtype=torch.int64)}
 
 
@@ -123,8 +125,12 @@ def _record(content: Any) -> dict[str, np.ndarray[Any, Any]]:
     if not isinstance(content, dict):
         raise ValueError(f"expected a dictionary with {', '.join((*_FLAT, *_WIDE))}, got {type(content).__name__}")
     content = dict(content)
-    if isinstance(top := content.get("top_logprobs"), list) and any(isinstance(x, dict) for x in top):
-        content["top_logprobs"], content["top_ids"] = _by_id(top)
+    if "token_ids" in content:
+        content.setdefault("tokens", content.pop("token_ids"))
+    for key in ("top_logprobs", "logprobs"):
+        if isinstance(top := content.get(key), list) and any(isinstance(x, dict) for x in top):
+            del content[key]
+            content["top_logprobs"], content["top_ids"] = _by_id(key, top)
     found = {name: _flat(name, content[name]) for name in _FLAT if name in content}
     found |= {name: _wide(name, content[name]) for name in _WIDE if name in content}
     if not found:
@@ -156,19 +162,29 @@ def _wide(name: str, column: Any) -> np.ndarray[Any, Any]:
         (len(column), max(map(len, column), default=0)), -1 if ids else -math.inf, np.int64 if ids else np.float64
     )
     for t, row in enumerate(column):
+        for x in row:
+            if not isinstance(x, int | float):
+                raise ValueError(f"{name}: expected numbers, got {x!r}")
         whole[t, : len(row)] = row
     return whole
 
 
-def _by_id(top: Sequence[Any]) -> tuple[list[list[float]], list[list[int]]]:
-    """Log-probs and ids of the form {id: log-prob} for each token, or {id: {"logprob": ...}} as vLLM has it."""
+def _by_id(name: str, top: Sequence[Any]) -> tuple[list[list[float]], list[list[int]]]:
+    """Log-probs and ids of the form {id: log-prob} for each token, or {id: {"logprob": ...}} as vLLM has it.
+
+    None, as vLLM has it of a prompt's first token: nothing is known.
+    """
     logprobs: list[list[float]] = []
     ids: list[list[int]] = []
     for entries in top:
-        if not isinstance(entries, dict):
-            raise ValueError(f"top_logprobs: expected a dictionary for each token, got {type(entries).__name__}")
-        ids.append([int(key) for key in entries])
-        logprobs.append([float(x["logprob"] if isinstance(x, dict) else x) for x in entries.values()])
+        if not isinstance(entries, dict | None):
+            raise ValueError(f"{name}: expected a dictionary for each token, got {type(entries).__name__}")
+        given = entries or {}
+        for key in given:
+            if not key.removeprefix("-").isdecimal():
+                raise ValueError(f"{name}: expected ids of the vocabulary, got {key!r}")
+        ids.append([int(key) for key in given])
+        logprobs.append([float(x["logprob"] if isinstance(x, dict) else x) for x in given.values()])
     return logprobs, ids
 
 

@@ -146,6 +146,9 @@ def _check_values(name: str, found: Mapping[str, Tensor]) -> None:
     for key, what in (("logits", "a vocabulary"), ("top_logprobs", "at least one id per token")):
         if key in found and found[key].numel() == 0 and found[key].shape[-1:] == (0,) and found[key].ndim > 1:
             raise ValueError(f"{name}: {key}: expected {what}, got shape {list(found[key].shape)}")
+    if "logits" in found and found["logits"].shape[-1:] == (1,):
+        shape = list(found["logits"].shape)
+        raise ValueError(f"{name}: logits: expected a vocabulary, got shape {shape}; log-probs of tokens are [B, T]")
 
 
 def _lead(name: str, found: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -182,7 +185,10 @@ def _valid(name: str, found: Mapping[str, Tensor], lead: tuple[int, ...]) -> Ten
         return own
     check.integers(f"{name}: lengths", found["lengths"])
     check.shape(f"{name}: lengths", found["lengths"], lead[:1], "one per sequence")
-    inside = (torch.arange(lead[1]) < found["lengths"].cpu().unsqueeze(-1)).reshape(-1)
+    lengths = found["lengths"].cpu()
+    if bool(((lengths < 0) | (lengths > lead[1])).any()):
+        raise ValueError(f"{name}: lengths: expected 0 to {lead[1]}, the width, got {lengths.tolist()}")
+    inside = (torch.arange(lead[1]) < lengths.unsqueeze(-1)).reshape(-1)
     return inside if own is None else inside & own
 
 

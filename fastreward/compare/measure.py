@@ -23,6 +23,8 @@ FORBIDDEN: Final = -1e4
 _ABOVE_ZERO: Final = 1e-2
 #: Numbers of each side in a chunk: 16 MiB of float32.
 _CHUNK: Final = 1 << 22
+#: From here on steps of float16 are longer than those in which differences of float32 logits come.
+_ON_NO_GRID: Final = 2.0**-4
 #: What the probabilities of a top-k may sum up wrongly by: a rest of no more is none.
 _REST: Final = 1e-6
 
@@ -201,10 +203,13 @@ def _every(rows: _Rows, places: Tensor, good: Tensor, expected: str, value: Tens
 def _grids(of_a: Tensor, of_b: Tensor) -> PerToken:
     """Of values [n, k] that should be the same: how many bfloat16 and float16 hold exactly, and how many are so near.
 
-    Near: within half a step of the dtype. 0 and what is not finite do not count, as every dtype has it.
+    Near: within half a step of the dtype. What is not finite does not count, as every dtype has it, nor what is near 0:
+    a difference of float32 logits lies on any grid there.
     """
     values = of_a.double(), of_b.double()
-    counted = (values[0].isfinite() & (values[0] != 0)) & (values[1].isfinite() & (values[1] != 0))
+    counted = torch.ones_like(values[0], dtype=torch.bool)
+    for x in values:
+        counted &= x.isfinite() & (x.abs() >= _ON_NO_GRID)
     found = {"values": counted.sum(-1).double()}
     for dtype, half in ((torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)):
         name = str(dtype).removeprefix("torch.")

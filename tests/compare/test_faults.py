@@ -264,3 +264,28 @@ def test_top_logprobs_with_the_chosen_token_beyond_them(z: Tensor) -> None:
     beyond = int((top(z, 3)["top_ids"] != tokens.unsqueeze(-1)).all(-1).sum())
     assert abs(int(result.per_token["difference"].isnan().sum()) - beyond) < 30
     assert "are in one side's top-k alone" in result.notes[0]
+
+
+# ------------------------------------------------------------------------------------------------------ false alarms
+def test_log_probs_near_0_lie_on_every_grid() -> None:
+    """Where a model is sure, a float32 difference of logits is a small number of steps, which bfloat16 has too."""
+    seeded(5)
+    z = torch.randn(4, 64, 50) * 2
+    z[..., 7] += 18.0
+    engine = z + 1e-2 * torch.randn(4, 64, 50)
+    tokens = sample(z)
+    assert names(fr.compare(chosen(engine.log_softmax(-1), tokens), {"logits": z, "tokens": tokens})) == []
+
+
+def test_one_token_that_has_moved_up_is_chance() -> None:
+    seeded(6)
+    trainer = torch.cat([-1e-5 * torch.rand(19), torch.tensor([-1.0])])
+    engine = trainer + torch.cat([-1e-6 * torch.rand(19), torch.tensor([5e-3])])
+    assert names(fr.compare(engine[None], trainer[None])) == []
+
+
+def test_whole_logits_are_not_renormalised() -> None:
+    """A flat distribution's temperature moves its largest log-probs by nearly the same; no id is missing."""
+    seeded(7)
+    z = 0.5 * torch.randn(4, 64, 300)
+    assert "processed" not in names(fr.compare(z / 1.2 + 0.03 * torch.randn(4, 64, 300), z))

@@ -123,7 +123,7 @@ def test_empty_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n")
     save_file({"logprobs": torch.zeros(0, 4)}, tmp_path / "a.safetensors")
     assert fr.compare(tmp_path / "a.safetensors", tmp_path / "a.safetensors").tokens == 0
-    with pytest.raises(ValueError, match=r"A: expected one of the names logprobs.*got lengths"):
+    with pytest.raises(ValueError, match=r"a.jsonl: .*no line has anything in it"):
         fr.compare(tmp_path / "a.jsonl", tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").write_text('{"logprobs": []}\n{"logprobs": [-1.0]}\n')
     assert fr.compare(tmp_path / "b.jsonl", tmp_path / "b.jsonl").first_difference.tolist() == [-1, -1]
@@ -164,6 +164,16 @@ def _header(text: bytes, data: bytes = b"") -> bytes:
         ("a.jsonl", b'{"top_logprobs": [[-1]]}\n', "A: expected top_logprobs and top_ids together"),
         ("a.jsonl", b'{"top_logprobs": [-1], "top_ids": [1]}\n', "line 1: top_logprobs: expected a list of lists"),
         ("a.jsonl", b'{"top_logprobs": [{"1": -1}, 3]}\n', "top_logprobs: expected a dictionary for each token"),
+        (
+            "a.jsonl",
+            b'{"top_logprobs": [{"the": -1}]}\n',
+            "line 1: top_logprobs: expected ids of the vocabulary, got 'the'",
+        ),
+        (
+            "a.jsonl",
+            b'{"top_logprobs": [[{"token": "a"}]]}\n',
+            "line 1: top_logprobs: expected numbers, got {'token': 'a'}",
+        ),
         ("missing/a.pt", None, "No such file"),
     ],
 )
@@ -179,3 +189,29 @@ def test_a_pickle_with_code_is_not_loaded(tmp_path: Path) -> None:
     torch.save({"logprobs": Path("x")}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"not a \.pt file that can be read"):
         fr.compare(tmp_path / "a.pt", torch.zeros(1, 2))
+
+
+def test_a_completion_as_vllm_has_it(tmp_path: Path) -> None:
+    """token_ids, and logprobs that are dictionaries; None where nothing is known, and a byte order mark."""
+    known = {"5": {"logprob": -0.5, "rank": 1, "decoded_token": "a"}, "7": {"logprob": -1.5}}
+    line = json.dumps({"token_ids": [6, 5, 7], "logprobs": [None, known, known], "text": "aab"})
+    (tmp_path / "a.jsonl").write_text("\ufeff" + line)
+    result = fr.compare(tmp_path / "a.jsonl", torch.tensor([[-9.0, -0.5, -1.0]]))
+    torch.testing.assert_close(
+        result.per_token["difference"], torch.tensor([torch.nan, 0.0, 0.5]).double(), equal_nan=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        (
+            {"logprobs": -torch.ones(1, 2), "lengths": torch.tensor([3])},
+            r"A: lengths: expected 0 to 2, the width, got \[3\]",
+        ),
+        (-torch.ones(1, 2, 1), r"A: logits: expected a vocabulary, got shape \[1, 2, 1\]; log-probs of tokens are"),
+    ],
+)
+def test_sides_that_can_not_be(side: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fr.compare(side, {"logprobs": -torch.ones(1, 2), "tokens": torch.zeros(1, 2, dtype=torch.int64)})
