@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Final
 
-from fastreward.patch._trl import objective
+from fastreward.patch._trl import distillation, objective
 from fastreward.patch._trl.scores import Head, Logits, choose, compacts_here
 from fastreward.patch._trl.trainers import GRPOLoss, RLOOLoss, TrainerLoss
 from fastreward.patch._trl.versions import (
@@ -40,7 +40,8 @@ def trl(*, exact: bool = False, losses: bool = False) -> Report:
             once, to the dtype that TRL returns.
         losses: GRPO's and RLOO's own loss and metrics come from fastreward too, in one pass over the tokens: every
             loss_type, and what is logged, to about 1e-6. Options that this does not cover go to TRL call by call, and
-            subclasses with a `_compute_loss` of their own keep it; the report lists both.
+            subclasses with a `_compute_loss` of their own keep it; the report lists both. DistillationTrainer's
+            divergence too, on the CPU in float32.
 
     Returns:
         What was replaced, and what was left and why.
@@ -68,7 +69,7 @@ def trl(*, exact: bool = False, losses: bool = False) -> Report:
     patch.everywhere = [(stock, getattr(logits, name)) for name, stock in logits.stock.items()]
     _describe(report, logits, exact, seams.compact)
     if losses:
-        patch.single += _losses(report)
+        patch.single += [*_losses(report), *_divergence(report)]
     else:
         report.kept.append(Entry("policy losses and metrics", "TRL's own", "losses=True was not asked for"))
     return install("trl", patch)
@@ -94,6 +95,25 @@ def _losses(report: Report) -> list[tuple[Any, str, Any, Any]]:
     if found:
         report.kept += _LEFT
     return found
+
+
+def _divergence(report: Report) -> list[tuple[Any, str, Any, Any]]:
+    """DistillationTrainer's function of hidden states, where there is one and its source is known."""
+    (place, name), why = distillation.DIVERGENCE, "this version has none of its own"
+    try:
+        module = importlib.import_module(place)
+    except ModuleNotFoundError:
+        report.kept.append(Entry(place, "TRL's own", why))
+        return []
+    stock = getattr(module, name, None)
+    if stock is None or digest(stock) not in distillation.SOURCES:
+        why = why if stock is None else "its source is not the one that losses=True was written for"
+        report.kept.append(Entry(f"{place}.{name}", "TRL's own", why))
+        return []
+    replacement = report.counted(f"{place}.{name}", distillation.DivergenceLoss(stock).__call__, distillation.tokens)
+    why = "on the CPU in float32: valid tokens alone, all of a row's statistics from one projection"
+    report.replaced.append(Entry(f"{place}.{name}", "fastreward.linear_divergence", why))
+    return [(module, name, stock, replacement)]
 
 
 def _counter(usage: Usage) -> Callable[[], None]:
@@ -144,13 +164,6 @@ def _describe(report: Report, logits: Logits, exact: bool, compact: bool) -> Non
         )
     )
     keep(Entry("trl.kernels.*", "TRL's own", "these names are public, and serve what fastreward does not take"))
-    keep(
-        Entry(
-            "DistillationTrainer's divergence",
-            "TRL's own",
-            "it compares with a teacher's distribution, not with labels",
-        )
-    )
     keep(Entry("float64 logits", "TRL's own", "fastreward takes float32, bfloat16 and float16"))
     keep(
         Entry(
