@@ -181,11 +181,11 @@ void broadcast_to_tokens(const TokensCode& tokens, Address sequence_values, doub
   FASTREWARD_DISPATCH(program_broadcast_to_tokens)(side, values, static_cast<float>(factor), to, threads);
 }
 
-double threshold(const TokensCode& tokens, Address x, double bound, int threads) {
+double threshold(const TokensCode& tokens, Address x, double bound, bool share, int threads) {
   const pybind11::gil_scoped_release unlocked;
   const ProgramTokens side = tokens_of(tokens);
   const auto* values = required<const float>("x", x, count_tokens(side));
-  return static_cast<double>(FASTREWARD_DISPATCH(program_threshold)(side, values, static_cast<float>(bound), threads));
+  return static_cast<double>(FASTREWARD_DISPATCH(program_threshold)(side, values, bound, share, threads));
 }
 
 #define FASTREWARD_NAME(name, ...) #name,
@@ -216,8 +216,8 @@ void register_program(pybind11::module_& m) {
         "Numbers of the sequence operators, by name.");
   m.def("program_run", &run, py::kw_only(), py::arg("program"), py::arg("sides"), py::arg("inputs"),
         py::arg("scalars"), py::arg("groups"), py::arg("outputs"), py::arg("batch"), py::arg("threads"));
-  m.def("program_threshold", &threshold, py::arg("tokens"), py::arg("x"), py::arg("bound"), py::arg("threads"),
-        "The largest valid x up to which their mean is below the bound; the smallest where that of none is.");
+  m.def("program_threshold", &threshold, py::arg("tokens"), py::arg("x"), py::arg("bound"), py::arg("share"),
+        py::arg("threads"), "The x from which tokens are dropped, or of a share of the largest: see program.hpp.");
   m.def("program_scale", &scale, py::arg("tokens"), py::arg("saved"), py::arg("sequence_weight"), py::arg("factor"),
         py::arg("out"), py::arg("threads"), "out = saved * sequence_weight[sequence] * factor; a 0 stays 0.");
   m.def("program_broadcast_to_tokens", &broadcast_to_tokens, py::arg("tokens"), py::arg("sequence_values"),

@@ -42,8 +42,10 @@ def run(
 
     for threshold, sources in objective.before:
         (values,), bound = result(threshold.program, sources)
+        known = threshold.bound(threshold.program.scalar_values(numbers))
+        given = bound[0] if known is None else known
         named[threshold.values, threshold.side] = values
-        named[threshold.name, 0] = kernels.threshold(values, bound, sides[threshold.side])
+        named[threshold.name, 0] = kernels.threshold(values, given, sides[threshold.side], threshold.share)
     return result(objective.program, objective.sources)
 
 

@@ -256,8 +256,11 @@ class ProgramKernels(Protocol):
     ) -> tuple[list[Tensor], Tensor]:
         """(outputs f32, each as its tokens or [B]; batch values f32 [M])."""
 
-    def threshold(self, x: Tensor, bound: Tensor, tokens: Tokens) -> Tensor:
-        """The largest of the valid x up to which their mean is below bound [1], the smallest where none is; f32 []."""
+    def threshold(self, x: Tensor, bound: float | Tensor, tokens: Tokens, share: bool) -> Tensor:
+        """The largest of the valid x up to which their mean is below the bound, the smallest where none is; f32 [].
+
+        share: the smallest of the floor(bound * count) largest, at least of one. NaN are left out; inf of none.
+        """
 
     def scale(self, saved: Tensor, sequence_weight: Tensor | None, grad_loss: Tensor, tokens: Tokens) -> Tensor:
         """saved * sequence_weight[sequence] * grad_loss, f32 like saved; a 0 stays 0."""

@@ -203,14 +203,26 @@ def batch_threshold(x: Node, *, keep_mean_below: Value) -> Node:
 
     Where not even the smallest are below it, the smallest: something is always kept. No gradient goes through it.
     """
-    graph = graph_of("batch_threshold", x)
-    bound = graph.node(keep_mean_below)
-    if x.level < Level.TOKEN or bound.level > Level.BATCH:
+    return _threshold("batch_threshold", x, keep_mean_below)
+
+
+def batch_largest(x: Node, *, share: Value) -> Node:
+    """The smallest of the largest x of the batch: of floor(share times the valid tokens) of them, at least of one.
+
+    No gradient goes through it.
+    """
+    return _threshold("batch_largest", x, share)
+
+
+def _threshold(name: str, x: Node, bound: Value) -> Node:
+    graph = graph_of(name, x)
+    limit = graph.node(bound)
+    if x.level < Level.TOKEN or limit.level > Level.BATCH:
         x.fail(
-            "batch_threshold takes a term per token and a bound for the batch, got "
+            f"{name} takes a term per token and a bound for the batch, got "
             f"{'a term that is not per token' if x.level < Level.TOKEN else 'a bound per token or sequence'}"
         )
-    return graph.threshold(stop_gradient(_number(x)), bound)
+    return graph.threshold(name, stop_gradient(_number(x)), limit)
 
 
 def batch_match(x: Node, y: Node) -> Node:

@@ -12,7 +12,7 @@ from typing import Final
 from fastreward.language.formula import expression
 from fastreward.language.messages import origin
 from fastreward.language.node import Level, Node, Nodes, is_constant
-from fastreward.language.ops import OPS, THRESHOLD
+from fastreward.language.ops import OPS
 from fastreward.language.simplify import RULES
 
 _TOKEN, _SEQUENCE = Level.TOKEN, Level.SEQUENCE
@@ -69,9 +69,9 @@ class Graph(Nodes):
         side = self._side(op, args) if sides else side
         return self._make(op, args, _TOKEN, side=side, key=() if sides else (side,))
 
-    def threshold(self, x: Node, bound: Node) -> Node:
-        """batch_threshold (see ops.py)."""
-        return self._make(THRESHOLD, (x, bound), Level.BATCH, side=x.side)
+    def threshold(self, op: str, x: Node, bound: Node) -> Node:
+        """One of THRESHOLDS (see ops.py)."""
+        return self._make(op, (x, bound), Level.BATCH, side=x.side)
 
     def text(self, node: Node) -> str:
         """The node as a formula."""

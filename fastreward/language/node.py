@@ -307,8 +307,8 @@ class Nodes(ABC):
         """A value per token that is made of its sequence's other tokens."""
 
     @abstractmethod
-    def threshold(self, x: Node, bound: Node) -> Node:
-        """The largest value of all tokens up to which their mean stays below a bound."""
+    def threshold(self, op: str, x: Node, bound: Node) -> Node:
+        """A value that some of all tokens' are above."""
 
     @abstractmethod
     def text(self, node: Node) -> str:

@@ -30,7 +30,7 @@ from fastreward.language.functions import (
 )
 from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node, walk
-from fastreward.language.ops import ALONG_TOKENS, SEQ_REDUCTIONS, THRESHOLD
+from fastreward.language.ops import ALONG_TOKENS, SEQ_REDUCTIONS, THRESHOLDS
 from fastreward.language.program import Program, program, without_stop_gradient
 from fastreward.language.terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, SIDES, Terms, measured
 from fastreward.language.thresholds import Threshold, given, without_thresholds
@@ -300,7 +300,7 @@ def _cached_gradient(key: Key, call: PolicyCall) -> TokenGradient | None:
     found = {x.name or "": g for x, g in given if g is not None}
     names = {x.name for x in wanted}
     for node in walk(found.values()):
-        if node.op in (*ALONG_TOKENS, THRESHOLD):
+        if node.op in (*ALONG_TOKENS, *THRESHOLDS):
             return None
         below = walk(node.args) if node.op in SEQ_REDUCTIONS else ()
         if any(n.op == "input" and n.name in names for n in below):

@@ -307,9 +307,10 @@ SHIFTS: Final = ("shift", "shift_reverse")
 #: before a backend sees the graph.
 ALONG_TOKENS: Final = (*SCANS, "segment_sum")
 #: batch_threshold(x, bound): the largest x of all valid tokens up to which their mean stays below the bound, the
-#: smallest where it does not; BATCH, without a gradient. A call computes it before its program (thresholds.py).
-THRESHOLD: Final = "batch_threshold"
+#: smallest where it does not; batch_largest(x, share): the smallest of that share of the largest. BATCH, without a
+#: gradient. A call computes them before its program (thresholds.py).
+THRESHOLDS: Final = ("batch_threshold", "batch_largest")
 #: What a token's value may depend on other tokens by.
-OF_OTHERS: Final = (*REDUCTIONS, *ALONG_TOKENS, THRESHOLD)
+OF_OTHERS: Final = (*REDUCTIONS, *ALONG_TOKENS, *THRESHOLDS)
 #: Arguments of these are not differentiated.
 LEAVES: Final = ("constant", "parameter", "input")

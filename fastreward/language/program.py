@@ -23,7 +23,7 @@ from fastreward.language.ops import (
     REDUCTIONS,
     SCANS,
     SEQ_REDUCTIONS,
-    THRESHOLD,
+    THRESHOLDS,
     where,
 )
 from fastreward.language.passes import Passes, is_sequence_operator, passes
@@ -184,8 +184,8 @@ def copied(graph: Graph, node: Node, args: list[Node]) -> Node:
         return _copy_leaf(graph, node)
     if node.op == "segment_sum":
         return _segment_sum(graph, *args)
-    if node.op == THRESHOLD:
-        return graph.threshold(*args)
+    if node.op in THRESHOLDS:
+        return graph.threshold(node.op, *args)
     if node.op in SCANS:
         return graph.along(node.op, *args, side=node.side)
     return graph.reduce(node.op, *args) if node.op in REDUCTIONS else graph.call(node.op, *args)

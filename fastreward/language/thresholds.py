@@ -12,29 +12,39 @@ from typing import Final
 
 from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node, walk
-from fastreward.language.ops import THRESHOLD
+from fastreward.language.ops import THRESHOLDS
 from fastreward.language.program import Program, copied, program
 
 #: Names of the inputs that stand for values and thresholds, before their number.
 VALUES: Final = "thresholded."
-THRESHOLDS: Final = "threshold."
+SELECTED: Final = "threshold."
 
 
 @dataclass(frozen=True, eq=False)
 class Threshold:
     """program: its output are the values per token, its batch value is the bound. values, name: inputs by these names
-    stand for the values and the threshold; they are read by the programs of later thresholds and by the loss's."""
+    stand for the values and the threshold; they are read by the programs of later thresholds and by the loss's. share:
+    of the largest, not of a mean."""
 
     program: Program
     side: int
     values: str
     name: str
+    share: bool
+
+    def bound(self, scalars: Sequence[float]) -> float | None:
+        """The bound in float64 where the host knows it."""
+        (bound,) = self.program.batch
+        if bound.op == "constant":
+            return bound.value
+        known = {n.id: x for n, x in zip(self.program.scalars, scalars, strict=True)}
+        return known.get(bound.id)
 
 
 def without_thresholds(roots: Sequence[Node], sides: int) -> tuple[list[Node], tuple[Threshold, ...]]:
     """The nodes with inputs where there were thresholds, and these in the order in which they are computed."""
     nodes = list(walk(roots))
-    found = [n for n in nodes if n.op == THRESHOLD]
+    found = [n for n in nodes if n.op in THRESHOLDS]
     if not found:
         return list(roots), ()
     graph = Graph(sides)
@@ -44,10 +54,11 @@ def without_thresholds(roots: Sequence[Node], sides: int) -> tuple[list[Node], t
     copy: dict[int, Node] = {}
     for n in nodes:
         args = [copy[a.id] for a in n.args]
-        if n.op == THRESHOLD:
+        if n.op in THRESHOLDS:
             x = n.args[0]
-            own, name = f"{VALUES}{numbers[x.id]}", f"{THRESHOLDS}{len(thresholds)}"
-            thresholds.append(Threshold(program([values[x.id]], [args[1]], sides), x.side, own, name))
+            own, name = f"{VALUES}{numbers[x.id]}", f"{SELECTED}{len(thresholds)}"
+            made = program([values[x.id]], [args[1]], sides)
+            thresholds.append(Threshold(made, x.side, own, name, n.op == "batch_largest"))
             copy[n.id] = graph.input(name, Level.BATCH)
             continue
         copy[n.id] = copied(graph, n, args)
@@ -59,4 +70,4 @@ def without_thresholds(roots: Sequence[Node], sides: int) -> tuple[list[Node], t
 
 def given(name: str) -> bool:
     """Whether an input of this name is a call's, not a threshold's."""
-    return not name.startswith((VALUES, THRESHOLDS))
+    return not name.startswith((VALUES, SELECTED))

@@ -38,6 +38,7 @@ To write one, `define` makes a loss of a function over `Terms` (or `PairTerms`),
     group_sum group_mean group_max group_min group_size    over the sequences of a group
     group_sum_others group_cumsum group_logsumexp
     batch_sum batch_mean batch_max batch_min batch_match   over the batch
+    batch_largest                                          the smallest of a share of the largest
     batch_threshold                                        above it tokens are dropped, for a mean below a bound
     kl                                                     an estimate of the KL to the reference
     stop_gradient                                          a constant for the derivative

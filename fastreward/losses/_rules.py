@@ -59,6 +59,7 @@ RULES: Final[dict[str, Rule]] = {
     "weight_low": _NOT_NEGATIVE,
     "weight_high": _NOT_NEGATIVE,
     "safety": _OPTIONAL,
+    "share": (lambda x: 0 < x <= 1, "a number in (0, 1]"),
 }
 #: Of preference losses.
 PAIR_RULES: Final[dict[str, Rule]] = {

@@ -9,6 +9,8 @@ from __future__ import annotations
 from fastreward.language.define import define
 from fastreward.language.functions import (
     abs,
+    batch_largest,
+    batch_mean,
     batch_sum,
     clip,
     exp,
@@ -233,13 +235,24 @@ def clip_cov(
 
 
 @define(static=("log_ratio_clamp",), check=check)
-def kl_cov(t: Terms, kl_coef: float = 1.0, *, log_ratio_clamp: float | None = LOG_RATIO_CLAMP) -> Node:
-    """-A r, plus kl_coef |d| on the tokens of t.extra("selected") [B, T] (`losses.cov_mask(..., method="kl")`).
+def kl_cov(
+    t: Terms, kl_coef: float = 1.0, share: float = 0.0002, *, log_ratio_clamp: float | None = LOG_RATIO_CLAMP
+) -> Node:
+    """-A r, plus kl_coef |d| on max(1, share of the tokens) with the largest (A - mean A)(logprob - mean logprob).
+
+    Means over the batch's tokens; of those that equal the last one all are in. Where t.extra("selected") [B, T] is
+    passed (`losses.cov_mask(..., method="kl")`), it is on these tokens instead.
 
     "The Entropy Mechanism" (arXiv 2505.22617). Verified in code: verl core_algos.py `compute_policy_loss_kl_cov`,
     which clamps no log-ratio; verl's configuration sets kl_coef 0.1. Aggregation: token-mean.
     """
-    penalty = where(t.extra("selected") != 0, kl_coef * abs(t.log_ratio), 0.0)
+    if t.has("selected"):
+        selected = t.extra("selected") != 0
+    else:
+        mean = batch_sum(seq_sum(t.advantage)) / maximum(batch_sum(t.length), 1.0)
+        covariance = (t.advantage - mean) * stop_gradient(t.logprob - batch_mean(t.logprob))
+        selected = covariance >= batch_largest(covariance, share=share)
+    penalty = where(selected, kl_coef * abs(t.log_ratio), 0.0)
     return -t.advantage * clamped_ratio(t, log_ratio_clamp) + penalty
 
 

@@ -209,19 +209,11 @@ def kl_cov(
 ) -> PolicyLoss:
     """-A r, plus ppo_kl_coef |lp - old_lp| on the few tokens of the largest cov; no clip.
 
-    cov = (A - mean A)(lp - mean lp), means over the batch; max(1, share * tokens) of them, which `losses.cov_mask`
-    finds on the device. ppo_kl_coef: the paper's; verl's configuration has 0.1. Advantages: GRPO's,
+    cov = (A - mean A)(lp - mean lp), means over the batch; max(1, share * tokens) of them, all of those that equal the
+    last one. ppo_kl_coef: the paper's; verl's configuration has 0.1. Advantages: GRPO's,
     `group_advantages(rewards, ...)`.
     """
-    selected = losses.cov_mask(
-        logprobs,
-        per_token(advantages, logprobs, options.get("cu_seqlens")),
-        counted(logprobs, mask, options),
-        method="kl",
-        share=share,
-    )
-    add_extra(options, selected=selected)
-    loss = losses.kl_cov(ppo_kl_coef)
+    loss = losses.kl_cov(ppo_kl_coef, share)
     return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
 
 

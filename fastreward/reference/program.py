@@ -6,6 +6,7 @@ are [B, T], sequence values [B, 1], everything else [1, 1].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -111,9 +112,9 @@ class Values:
             out = torch.empty(len(x), dtype=torch.int64, device=x.device)
             out[target.argsort(stable=True)] = source.argsort(stable=True)
             return x[out].unsqueeze(-1)
-        if node.op == "batch_threshold":
-            kept = args[0].expand(self._masks[node.side].shape)[self._masks[node.side]]
-            return _threshold(kept.detach(), args[1]).reshape(1, 1)
+        if node.op in ("batch_threshold", "batch_largest"):
+            counted = args[0].expand(self._masks[node.side].shape)[self._masks[node.side]]
+            return _threshold(counted.detach(), args[1], node.op == "batch_largest").reshape(1, 1)
         if node.op.startswith("batch_"):
             return _reduce(node.op, args[0].expand(self._masks[0].shape[0], 1)).reshape(1, 1)
         return self._elementwise(node, args)
@@ -196,21 +197,26 @@ def _reduce(op: str, x: Tensor) -> Tensor:
     return x.amax(0, keepdim=True) if op.endswith("max") else x.amin(0, keepdim=True)
 
 
-def _threshold(x: Tensor, bound: Tensor) -> Tensor:
-    """The largest x up to which their mean is below `bound`, the smallest where it never is; inf of none. No NaN."""
+def _threshold(x: Tensor, bound: Tensor, share: bool) -> Tensor:
+    """The largest x up to which their mean is below `bound`, the smallest where it never is; inf of none. No NaN.
+
+    share: the smallest of the floor(bound * count) largest, at least of one.
+    """
     x = x[~x.isnan()].sort().values
     if not len(x):
         return torch.full((), torch.inf, dtype=x.dtype, device=x.device)
+    if share:
+        return x[-max(1, min(len(x), math.floor(float(bound) * len(x))))]
     means = x.cumsum(0) / torch.arange(1, len(x) + 1, device=x.device)
     whole = torch.cat([x[1:] != x[:-1], torch.ones_like(x[:1], dtype=torch.bool)])  # all of an equal run
     kept = whole & (means < bound.reshape(()))
     return x[kept].max() if kept.any() else x[0]
 
 
-def threshold(x: Tensor, bound: Tensor, tokens: Any) -> Tensor:
+def threshold(x: Tensor, bound: float | Tensor, tokens: Any, share: bool) -> Tensor:
     """Raw form, f32 []."""
     counted = x if tokens.mask is None else x[tokens.mask != 0]
-    return _threshold(counted.double().flatten(), bound.double()).float()
+    return _threshold(counted.double().flatten(), torch.as_tensor(bound, dtype=torch.float64), share).float()
 
 
 def run(

@@ -192,6 +192,14 @@ class Case:
         return {self.extras.get(n, n): getattr(b, n) for n in self.reads}
 
 
+def largest_covariances(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, *, kl_coef: float, share: float) -> Tensor:
+    """KL-Cov on the tokens that it selects itself."""
+    covariance = reference.covariance(lp, adv, mask)
+    ordered = covariance[mask].sort(descending=True).values
+    last = ordered[max(1, int(share * len(ordered))) - 1] if len(ordered) else math.inf
+    return reference.kl_cov(lp, old, adv, mask, selected=(covariance >= last) & mask, kl_coef=kl_coef)
+
+
 CASES = {
     "ppo": Case(token.ppo(0.2, 0.28), reference.ppo, options={"clip_high": 0.28}),
     "ppo-dual": Case(token.ppo(dual_clip=3.0), reference.ppo, options={"dual_clip": 3.0}),
@@ -229,6 +237,8 @@ CASES = {
     "tw_grpo": Case(token.tw_grpo(), reference.tw_grpo, ("importance",)),
     "clip_cov": Case(token.clip_cov(), reference.clip_cov, ("selected",)),
     "kl_cov": Case(token.kl_cov(0.7), reference.kl_cov, ("selected",), options={"kl_coef": 0.7}),
+    "kl_cov-own": Case(token.kl_cov(0.7, 0.1), largest_covariances, options={"kl_coef": 0.7, "share": 0.1}),
+    "kl_cov-one": Case(token.kl_cov(), largest_covariances, options={"kl_coef": 1.0, "share": 0.0002}),
     "sapo": Case(token.sapo(), reference.sapo),
     "sapo-tau": Case(token.sapo(0.7, 1.6), reference.sapo, options={"tau_pos": 0.7, "tau_neg": 1.6}),
     "reinforce": Case(score.reinforce(), reference.reinforce),

@@ -63,22 +63,37 @@ def test_the_threshold_is_that_of_a_sort(name: str, module: ModuleType) -> None:
     for mask in masks:
         counted = torch.ones(x.shape, dtype=torch.bool) if mask is None else mask != 0
         for bound in torch.tensor(bounds).tolist():
-            got = module.threshold(x, torch.tensor([bound]), Tokens(tuple(x.shape), mask))
+            got = module.threshold(x, bound, Tokens(tuple(x.shape), mask), False)
+            assert float(module.threshold(x, torch.tensor(bound), Tokens(tuple(x.shape), mask), False)) == float(got)
             assert got.dtype == torch.float32
             assert got.shape == ()
             assert float(got) == by_sorting(x, counted, bound), (mask, bound)
+
+
+@pytest.mark.parametrize("module", [cpu, reference, selection], ids=["cpu", "reference", "gpu"])
+@pytest.mark.parametrize("name", SCENES)
+def test_the_largest_are_those_of_a_sort(name: str, module: ModuleType) -> None:
+    torch.manual_seed(4)
+    x = SCENES[name]()
+    for mask in (None, torch.rand(x.shape) < 0.6, torch.zeros(x.shape, dtype=torch.bool)):
+        counted = x.isnan().logical_not() if mask is None else mask & ~x.isnan()
+        ordered = x[counted].sort(descending=True).values
+        for share in (1e-9, 0.0002, 0.1, 1 / 3, 1.0):
+            got = float(module.threshold(x, share, Tokens(tuple(x.shape), mask), True))
+            largest = max(1, int(share * len(ordered)))
+            assert got == (float(ordered[largest - 1]) if len(ordered) else INF)
 
 
 def test_large_batches_and_threads(threads: None) -> None:
     """Blocks of several threads, packed; the same to the bit, and what sorting says."""
     x = torch.randn(1_200_000) ** 2
     tokens = Tokens((len(x),), torch.rand(len(x)) < 0.9, torch.tensor([0, 5, 5, 700_000, len(x)]))
-    bound = torch.tensor([0.31])
-    want = reference.threshold(x, bound, tokens)
+    bound = 0.31
+    want = reference.threshold(x, bound, tokens, False)
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        assert torch.equal(cpu.threshold(x, bound, tokens), want)
-    assert torch.equal(selection.threshold(x, bound, tokens), want)
+        assert torch.equal(cpu.threshold(x, bound, tokens, False), want)
+    assert torch.equal(selection.threshold(x, bound, tokens, False), want)
     kept = x[tokens.mask & (x <= want)].double()  # type: ignore[operator]
     more = x[tokens.mask & (x <= x[tokens.mask & (x > want)].min())].double()  # type: ignore[operator]
     assert kept.mean() < 0.31 <= more.mean()

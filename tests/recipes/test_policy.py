@@ -128,8 +128,7 @@ SAME: dict[str, tuple[Callable[[Batch], PolicyLoss], Callable[[Batch], PolicyLos
         lambda d: recipes.kl_cov(*d.common, ppo_kl_coef=0.7, share=0.2),
         lambda d: policy_loss(
             *d.common,
-            loss=losses.kl_cov(0.7),
-            extra={"selected": losses.cov_mask(d.lp, d.adv, d.mask, method="kl", share=0.2)},
+            loss=losses.kl_cov(0.7, 0.2),
         ),
     ),
     "tw_grpo": (

@@ -187,7 +187,9 @@ struct ProgramCall {
 FASTREWARD_DECLARE(
     void program_run(const ::fastreward::ProgramCall& call);
     // The largest of the valid tokens' x up to which their mean is below `bound`; the smallest where that of none is.
-    float program_threshold(const ::fastreward::ProgramTokens& tokens, const float* x, float bound, int threads);
+    // share: the smallest of the floor(bound * count) largest, at least of one. inf where there are none.
+    float program_threshold(const ::fastreward::ProgramTokens& tokens, const float* x, double bound, bool share,
+                            int threads);
     // out = saved * weight[sequence] * factor; weight may be nullptr. A 0 in `saved` stays 0.
     void program_scale(const ::fastreward::ProgramTokens& tokens, const float* saved, const float* weight,
                        float factor, float* out, int threads);

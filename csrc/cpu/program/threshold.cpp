@@ -1,5 +1,6 @@
-// The largest value up to which the mean of the tokens' values stays below a bound, without sorting them: the digits of
-// that value one after the other, each from a histogram of the tokens that share the digits before.
+// The largest value up to which the mean of the tokens' values stays below a bound, or the smallest of a share of the
+// largest, without sorting them: its digits one after the other, each from a histogram of the tokens that share the
+// digits before.
 //
 // A bin counts its values and adds them up as integers: those of one bin have the same exponent, and so their sum is
 // exact, whatever the order and the number of threads.
@@ -93,11 +94,12 @@ struct Below {
 
 }  // namespace
 
-float program_threshold(const ProgramTokens& tokens, const float* x, float bound, int threads) {
+float program_threshold(const ProgramTokens& tokens, const float* x, double bound, bool share, int threads) {
   constexpr std::int64_t kPiece = kProgramChunk;
   const std::int64_t size = size_of(tokens), pieces = (size + kPiece - 1) / kPiece;
   Below below;
   std::uint32_t prefix = 0;
+  std::int64_t smaller = 0;  // than the share of the largest
   for (int level = 0; level < kLevels; ++level) {
     const auto make = [&] { return Histogram(tokens, x, level, prefix); };
     const PerSlot workers(threads, make);
@@ -105,6 +107,15 @@ float program_threshold(const ProgramTokens& tokens, const float* x, float bound
       for (std::int64_t k = first; k < last; ++k)
         workers[slot].add(k * kPiece, static_cast<int>(size - k * kPiece < kPiece ? size - k * kPiece : kPiece));
     });
+    const auto keeps = [&](const Below& more) { return share ? more.count <= smaller : more.keeps(bound); };
+    if (level == 0 && share) {
+      std::int64_t all = 0;
+      workers.for_each([&](const Histogram& h) {
+        for (int k = 0; k < kBins; ++k) all += h.bins[k].count;
+      });
+      const double largest = std::floor(bound * static_cast<double>(all));
+      smaller = all - (largest < 1.0 ? 1 : largest > static_cast<double>(all) ? all : static_cast<std::int64_t>(largest));
+    }
     Bin first_beyond{};
     int digit = 0;
     for (; digit < kBins; ++digit) {
@@ -116,14 +127,15 @@ float program_threshold(const ProgramTokens& tokens, const float* x, float bound
       });
       if (bin.count == 0) continue;
       const Below more = below.with(bin);
-      if (!more.keeps(bound)) {
+      if (!keeps(more)) {
         first_beyond = bin;
         break;
       }
       below = more;
     }
     if (first_beyond.count == 0) break;  // all of them
-    if (level == kLevels - 1 && below.count == 0) return value_of(first_beyond.largest);  // the smallest stays anyway
+    // Of the mean the smallest value stays anyway.
+    if (level == kLevels - 1 && (share || below.count == 0)) return value_of(first_beyond.largest);
     prefix = prefix << (level == kLevels - 1 ? 10 : 11) | static_cast<std::uint32_t>(digit);
   }
   return below.count == 0 ? __builtin_inff() : value_of(below.largest);

@@ -43,9 +43,12 @@ def run(
     return outputs, batch
 
 
-def threshold(x: Tensor, bound: Tensor, tokens: Tokens) -> Tensor:
-    """The largest of the valid x up to which their mean is below bound [1], the smallest where none is; f32 []."""
-    found = _core.program_threshold(_tokens(tokens), x.data_ptr(), float(bound), torch.get_num_threads())
+def threshold(x: Tensor, bound: float | Tensor, tokens: Tokens, share: bool) -> Tensor:
+    """The largest of the valid x up to which their mean is below the bound, the smallest where none is; f32 [].
+
+    share: the smallest of the floor(bound * count) largest, at least of one. NaN are left out; inf of none.
+    """
+    found = _core.program_threshold(_tokens(tokens), x.data_ptr(), float(bound), share, torch.get_num_threads())
     return torch.tensor(found, dtype=torch.float32)
 
 
