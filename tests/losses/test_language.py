@@ -671,7 +671,8 @@ PAIR_LOSSES = [x for x in vars(losses).values() if isinstance(x, losses.Definiti
 
 @pytest.mark.parametrize("definition", [*POLICY_LOSSES, *PAIR_LOSSES], ids=lambda d: d.name)
 def test_evaluate_takes_numbers_and_one_token_a_sequence(definition: losses.Definition[Any]) -> None:
-    loss, g = definition(**({"beta": 0.1} if definition is losses.dro else {})), torch.Generator().manual_seed(0)
+    needed = {name: 0.1 for name, p in definition.__signature__.parameters.items() if p.default is p.empty}
+    loss, g = definition(**needed), torch.Generator().manual_seed(0)
     arrays, group_ids = {}, [0, 0, 1]
     for name, level, side in sorted(objective_module.inputs_asked(loss)):
         prefix = ("chosen_", "rejected_")[side] if loss.definition.pairs and (side or level == Level.TOKEN) else ""
