@@ -10,7 +10,7 @@ What is served, each with verl's results, dtypes and conventions (the files of t
     rewards         kl_penalty, compute_rewards, apply_kl_penalty
     losses          the policy losses of POLICY_LOSS_REGISTRY (but clip_cov: it draws at random), agg_loss, value loss
     log-probs       logprobs_from_logits and kin, entropies, sum of squares; the fused LM heads on the CPU
-    tensors         masked_sum, _mean, _var and _whiten, padding, balancing of sequences over ranks
+    tensors         masked_sum, _mean, _var and _whiten, padding, rows of a batch, balancing of sequences over ranks
     recipes         under verl's configuration, by names of fastreward's: see `methods.py`
 
         algorithm.adv_estimator=fastreward.tempo
@@ -23,8 +23,8 @@ to verl's own function, whose errors are the errors; `patch.status()` counts tho
 
 Each file of this folder has the replacements of one kind and a table of them; `tables.py` puts the tables together and
 `apply.py` binds what they list, wherever verl has bound it: in every module that imported the name, in verl's
-registries, and in modules that are imported later. A function with another signature than the table expects is left
-alone, with a line in the report and a warning. `undo()` restores every binding.
+registries, and in modules that are imported later. A function with another signature or source (`sources.py`) than is
+expected is left alone, with a line in the report and a warning. `undo()` restores every binding.
 """
 
 from __future__ import annotations
