@@ -32,6 +32,12 @@ def jeffreys(t: Any, weight: float = 0.3) -> Any:
     return weight * (t.p - t.q) * (t.log_p - t.log_q) + own
 
 
+@divergences.define
+def every_token(t: Any) -> Any:
+    """Not 0 where neither allows a token: columns that do not exist must not count."""
+    return t.q * (t.log_q - t.log_p) - 0.001 * t.log_p
+
+
 #: Those of moments, and those that need both normalisers first.
 DIVERGENCES = {
     "forward_kl": divergences.forward_kl(),
@@ -43,6 +49,7 @@ DIVERGENCES = {
     "total_variation": divergences.total_variation(),
     "alpha": divergences.alpha(),
     "hellinger": divergences.hellinger(),
+    "every_token": every_token(),
 }
 
 
