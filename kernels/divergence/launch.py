@@ -21,13 +21,11 @@ from . import source
 
 # --------------------------------------------------------------------------------------------------------- config
 # Programs of 8 warps with a block of 4096 columns of each side, as in logprobs: 16 KiB of bf16 in flight, the next
-# block's, of each of three programs an SM at up to 80 registers; an H200 needs about 26 KiB (4.8 TB/s / 132 SMs *
-# 0.7 us). A forward with two reads has twice that, so that an SM holds one or two: the fewer rows are in flight, the
-# more of them the L2 has when they are read again. A load is 16 bytes of the wider side: a thread has the same columns
-# of either.
+# block's, in each of two or three programs an SM; an H200 needs about 26 KiB (4.8 TB/s / 132 SMs * 0.7 us). A load is
+# 16 bytes of the wider side: a thread has the same columns of either.
+BLOCK = 4096
 WARPS = 8
-WARPS_OF_TWO_READS = 16
-COLUMNS = 16  # of a block, a thread
+LANES = 32 * WARPS
 _MOMENTS = ("P", "Q", "P_LOG", "Q_LOG")  # constants of the kernel, as language.divergence_moments.Moments
 
 
@@ -51,7 +49,7 @@ def forward(
     used = dict(zip(_MOMENTS, map(any, zip(*coefficients, strict=True)), strict=False))
     generated = source.sums(program)
     kernel = load("divergence", generated.source).divergence_forward
-    sides, sizes, constants = _sides(logits, teacher_logits, call, WARPS if known else WARPS_OF_TWO_READS)
+    sides, sizes, constants = _sides(logits, teacher_logits, call)
     with on_device_of(logits):
         kernel[(n,)](
             *_own(generated, program, scalars, {}), *(x for m in coefficients for x in m),
@@ -127,7 +125,7 @@ def _own(
 
 
 def _sides(
-    logits: Tensor, teacher_logits: Tensor, call: DivergenceCall, warps: int = WARPS
+    logits: Tensor, teacher_logits: Tensor, call: DivergenceCall
 ) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
     """What every kernel is given of both sides: tensors and numbers, sizes, and what it is compiled for."""
     vec = min(load_width(logits), load_width(teacher_logits))
@@ -138,5 +136,5 @@ def _sides(
     tensors = (logits, teacher_logits, call.labels.contiguous(), inv_t, teacher_inv_t, contiguous(call.mask))
     sizes = (units, teacher_units, stride, teacher_stride, logits.shape[0], logits.shape[1] // vec)
     constants = {"HAS_MASK": call.mask is not None, "HAS_INV_T": has_inv_t, "HAS_TEACHER_INV_T": has_teacher_inv_t}
-    tile = {"LOGITS_UNIT": unit, "TEACHER_UNIT": teacher_unit, "STEPS": COLUMNS // vec, "LANES": 32 * warps}
-    return tensors, sizes, {**constants, **tile, "VEC": vec, "num_warps": warps, **OPTIONS}
+    tile = {"LOGITS_UNIT": unit, "TEACHER_UNIT": teacher_unit, "STEPS": BLOCK // (LANES * vec)}
+    return tensors, sizes, {**constants, **tile, "LANES": LANES, "VEC": vec, "num_warps": WARPS, **OPTIONS}
