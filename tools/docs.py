@@ -32,6 +32,8 @@ FIGURES: Final = (
     ("log-probs of 2048 x 151,936 logits", "logprobs", "forward", "float32"),
     ("log-probs, forward + backward in place", "logprobs", "backward-inplace", "float32"),
     ("log-probs from hidden states, forward + backward", "linear_logprobs", "backward", "float32"),
+    ("KL of student and teacher, 512 x 151,936 logits", "divergence", "reverse-kl", "float32"),
+    ("Jensen-Shannon from hidden states, forward + backward", "linear_divergence", "jsd+gradient", "float32"),
     ("logits to PPO loss and gradient", "logits_policy_loss", "fresh", "float32"),
     ("PPO loss of 4M tokens, forward + backward", "policy_loss", "ppo", "float32"),
     ("GAE of 34M tokens, into given memory", "returns", "gae-out", "float32"),
