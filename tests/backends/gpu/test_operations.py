@@ -25,6 +25,7 @@ from fastreward import losses
 from fastreward._arguments.options import PLACES, REWARD_KLS, Place, ReturnsInputs, ReturnsOptions, SegmentOptions
 from fastreward._arguments.tokens import Tokens
 from fastreward.language.node import Level
+from fastreward.reference import program as reference_program
 
 pytestmark = [
     pytest.mark.gpu,
@@ -158,6 +159,26 @@ def test_small_random_program(seed: int, backend: Callable[[str], ModuleType]) -
     named = program_checks.random_program(seed)
     call = program_checks.make_call(named, 9, 700, packed=bool(seed % 2), seed=seed)
     program_checks.check_run(backend("program"), "cuda", named, call, 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_small_scans(seed: int, backend: Callable[[str], ModuleType]) -> None:
+    named = program_checks.scan_program(seed)
+    call = program_checks.make_call(named, (9, 2)[seed % 2], (300, 2500)[seed % 2], packed=seed % 3 == 1, seed=seed)
+    program_checks.check_run(backend("program"), "cuda", named, call, 1e-5)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_small_threshold(share: bool, backend: Callable[[str], ModuleType]) -> None:
+    """Without a host read, and what the reference says."""
+    module = backend("program")
+    for count, bound in ((1, 0.5), (1000, 0.1), (3_000_000, 0.3)):
+        x, mask = torch.randn(count) ** 2, torch.rand(count) < 0.9
+        there = Tokens((count,), mask.cuda(), torch.tensor([0, count]).cuda())
+        x_there = x.cuda()
+        with no_sync():
+            got = module.threshold(x_there, bound, there, share)
+        assert torch.equal(got.cpu(), reference_program.threshold(x, bound, Tokens((count,), mask), share))
 
 
 @pytest.mark.parametrize(("rows", "width"), [(512, 8192), (3, 70_000), (20_000, 40)])
