@@ -436,15 +436,77 @@ void check_program(std::int64_t rows, std::int64_t width, bool packed, bool mask
     }
 }
 
+// From the end of each sequence: y = x + r y of the next token, the same by each token's own y, and the next x; and a
+// threshold of x.
+void check_scans(std::int64_t rows, std::int64_t width, bool packed, bool masked, int threads) {
+  using O = fr::OperandKind;
+  using T = fr::TokenOp;
+  static const fr::TokenOperand operands[] = {{O::input, 0}, {O::coefficient, ~0}, {O::carry, 0},
+                                              {O::output, 0}, {O::input, 1},        {O::carry, 1},
+                                              {O::output, 1}, {O::carry, 2},        {O::output, 2}};
+  static const fr::TokenInstruction tile[] = {
+      {T::k_load, 0, -1, -1, -1, -1}, {T::k_scan_reverse, -1, 1, 2, -1, -1},  {T::k_store, -1, 3, -1, -1, -1},
+      {T::k_load, 0, -1, -1, -1, -1}, {T::k_scan_reverse, -1, 4, 5, -1, -1},  {T::k_store, -1, 6, -1, -1, -1},
+      {T::k_load, 0, -1, -1, -1, -1}, {T::k_shift_reverse, -1, -1, 7, -1, -1}, {T::k_store, -1, 8, -1, -1, -1}};
+  static const fr::TokenStep steps[] = {{0, true, true, {operands, 9}, {tile, 9}, {}, {}}};
+  static const fr::ProgramStage stages[] = {{{steps, 1}, {}}};
+  static const fr::ProgramInput inputs[] = {
+      {fr::InputLevel::token, 0}, {fr::InputLevel::token, 0}, {fr::InputLevel::sequence, ~0}};
+  static const fr::SequencePlace outputs[] = {fr::kTokenOutput, fr::kTokenOutput, fr::kTokenOutput};
+  fr::ProgramCode code;
+  code.columns = 1;
+  code.inputs = {inputs, 3}, code.stages = {stages, 1}, code.outputs = {outputs, 3};
+
+  std::mt19937 random(static_cast<unsigned>(rows * 10000 + width));
+  const auto number = [&] { return static_cast<float>(static_cast<int>(random() % 2001) - 1000) / 1100.0f; };
+  std::vector<std::int64_t> bounds{0};
+  for (std::int64_t b = 0; b < rows; ++b)
+    bounds.push_back(bounds.back() + (packed ? static_cast<std::int64_t>(random() % static_cast<unsigned>(width + 1)) : width));
+  const auto tokens = static_cast<std::size_t>(bounds.back());
+  std::vector<float> x(tokens), c(tokens), r(static_cast<std::size_t>(rows));
+  std::vector<std::uint8_t> mask(tokens);
+  for (std::size_t i = 0; i < tokens; ++i) {
+    mask[i] = masked && random() % 8 == 0 ? 0 : 1;
+    x[i] = mask[i] != 0 ? number() : NAN, c[i] = mask[i] != 0 ? number() : INFINITY;
+  }
+  for (float& value : r) value = number();
+  fr::ProgramTokens side{rows, packed ? 0 : width, packed ? bounds.data() : nullptr, {}};
+  if (masked) side.mask = {mask.data(), fr::MaskKind::bytes};
+  const float* given[] = {x.data(), c.data(), r.data()};
+  std::vector<float> made[3] = {std::vector<float>(tokens, -7.0f), std::vector<float>(tokens, -7.0f),
+                                std::vector<float>(tokens, -7.0f)};
+  float* pointers[] = {made[0].data(), made[1].data(), made[2].data()};
+  fr::ProgramCall call;
+  call.code = &code, call.sides = &side, call.inputs = given, call.outputs = pointers, call.threads = threads;
+  FASTREWARD_DISPATCH(program_run)(call);
+  float largest = -INFINITY;
+  for (std::size_t row = 0; row < r.size(); ++row) {
+    double y = 0.0, z = 0.0, next = 0.0;
+    for (auto i = static_cast<std::size_t>(bounds[row + 1]); i-- > static_cast<std::size_t>(bounds[row]);) {
+      const bool counts = mask[i] != 0;
+      CHECK_NEAR(static_cast<double>(made[2][i]), counts ? next : 0.0, 0.0);
+      if (counts) {
+        next = static_cast<double>(x[i]), y = next + static_cast<double>(r[row]) * y;
+        z = next + static_cast<double>(c[i]) * z, largest = std::max(largest, x[i]);
+      }
+      CHECK_NEAR(static_cast<double>(made[0][i]), counts ? y : 0.0, 2e-5);
+      CHECK_NEAR(static_cast<double>(made[1][i]), counts ? z : 0.0, 2e-5);
+    }
+  }
+  const float all = FASTREWARD_DISPATCH(program_threshold)(side, x.data(), 2.0, false, threads);
+  CHECK(largest == -INFINITY ? all == INFINITY : all == largest);
+  CHECK(FASTREWARD_DISPATCH(program_threshold)(side, x.data(), 1e-9, true, threads) == all);
+}
+
 CASE(programs_of_any_length) {
   for (const std::int64_t width : {0, 1, 3, 31, 32, 127, 128, 129, 1000, 2047, 2048, 2049, 5000})
     for (const bool packed : {false, true})
-      for (const bool masked : {false, true}) check_program(3, width, packed, masked, 1);
+      for (const bool masked : {false, true}) check_program(3, width, packed, masked, 1), check_scans(3, width, packed, masked, 1);
 }
 
 CASE(programs_on_threads) {
-  for (const bool packed : {false, true}) check_program(70, 4100, packed, true, 3);
-  check_program(0, 100, false, true, 2);
+  for (const bool packed : {false, true}) check_program(70, 4100, packed, true, 3), check_scans(70, 4100, packed, true, 3);
+  check_program(0, 100, false, true, 2), check_scans(0, 100, false, true, 2);
   check_program(1, 40000, true, false, 2);
 }
 
