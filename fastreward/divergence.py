@@ -250,7 +250,7 @@ def check_teacher(
     if teacher is not None:
         raise ValueError(f"teacher_logprobs: stand for {what}; pass one of them")
     if token_ids is None:
-        raise ValueError("token_ids: expected, the ids of teacher_logprobs")
+        raise ValueError("token_ids: needed with teacher_logprobs: the ids that they are of")
     if temperature is not None:
         raise ValueError("teacher_temperature: teacher_logprobs are taken as they are, at the teacher's temperature")
 
@@ -274,7 +274,7 @@ def chosen_divergence(divergence: str | Loss) -> Loss:
     if not isinstance(divergence, Loss):
         raise TypeError(
             "divergence: expected a name or what fastreward.divergences gives, as in divergences.jsd(0.1); "
-            f"got {type(divergence).__name__}"
+            f"got {type(divergence).__name__}{', which has to be called' if callable(divergence) else ''}"
         )
     if divergence.tensors:
         raise ValueError(

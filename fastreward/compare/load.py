@@ -122,7 +122,7 @@ def _named(name: str, given: Mapping[Any, Any], key: str | None, packed: bool) -
     if not {"logprobs", "top_logprobs", "logits"} & set(found):
         wanted = ", ".join((*known["logprobs"], "top_logprobs", "logits"))
         raise ValueError(
-            f"{name}: expected one of the names {wanted} (or yours, by key), got {', '.join(map(str, given)) or 'none'}"
+            f"{name}: expected one of the names {wanted} (or yours: key=, --key-a, --key-b), got {', '.join(map(str, given)) or 'none'}"
         )
     if ("top_logprobs" in found) != ("top_ids" in found):
         raise ValueError(f"{name}: expected top_logprobs and top_ids together, got one of them")

@@ -109,11 +109,11 @@ class _Inputs:
         return there if isinstance(there, bool) else name in there
 
     def _unknown(self, name: str, known: list[str]) -> NoReturn:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
         hint = f" (did you mean t.{near[0]}?)" if near else ""
         raise AttributeError(
-            f"{origin()}: no term {name!r}{hint}; there are {', '.join(known)}, "
-            f"and t.extra({name!r}) for one of your own"
+            f"{origin()}: no term {name!r}{hint}; one of your own is t.extra({name!r}), passed as extra={{{name!r}: ...}}; "
+            f"there are {', '.join(known)}"
         )
 
 

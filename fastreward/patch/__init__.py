@@ -6,6 +6,9 @@ Importing this package imports no trainer. Each patch returns a `Report` of what
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from fastreward.patch._trl.callback import trl_callback
 from fastreward.patch.bindings import Entry, PatchRefused, Report, Status, status, undo
 from fastreward.patch.openrlhf import openrlhf, openrlhf_runtime_env
@@ -27,3 +30,12 @@ __all__ = [
     "undo",
     "verl",
 ]
+
+#: Modules whose functions these trainers find by their paths; loaded when they are asked for.
+_BY_PATH = ("slime", "prime_rl")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _BY_PATH:
+        return importlib.import_module(f"fastreward.patch.{name}")
+    raise AttributeError(f"module 'fastreward.patch' has no attribute {name!r}")

@@ -44,6 +44,10 @@ def endless(t):
     return t.logprob * losses.log(t.extra("x"))
 
 @losses.define
+def misread(t):
+    return t.logprob * t.turn_ids
+
+@losses.define
 def untrained(t):
     return t.advantage * 2.0
 
@@ -224,9 +228,10 @@ def test_bench_alone(file: str) -> None:
         ("TENSOR", "its parameters beta are tensors"),
         ("peer", "got a function of logprobs, old_logprobs, advantages, mask. Is losses.define missing above it?"),
         ("broken", "calling it raises RuntimeError: no luck"),
-        ("nothing", "has no 'nothing'; it has"),
+        ("nothing", "has no 'nothing'; it has surprise, needing"),
         ("torch.pi", "expected a loss or divergence"),
         ("endless", "endless: its value on random inputs"),
+        ("misread", "no term 'turn_ids'; one of your own is t.extra('turn_ids')"),
         ("untrained", "untrained: reads advantage, and nothing of it is trained"),
     ],
 )

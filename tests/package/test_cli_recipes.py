@@ -73,6 +73,18 @@ def test_suggests_the_nearest(written: str, near: str) -> None:
     assert near in re.sub(r"[\s│]+", " ", result.output)
 
 
+@pytest.mark.parametrize(
+    ("written", "there", "not_there"),
+    [("distillation", "sdpo_topk", "gspo"), ("2506.13585", "about that: cispo", "ppo,"), ("prefix trees", "tempo", "ppo,")],
+)
+def test_names_what_a_word_or_a_paper_is_about(written: str, there: str, not_there: str) -> None:
+    result = _run(written)
+    text = re.sub(r"[\s│]+", " ", result.output)
+    assert result.exit_code == 2
+    assert there in text
+    assert not_there not in text
+
+
 def test_a_name_like_no_other() -> None:
     result = _run("qqqqqqqq")
     assert result.exit_code == 2

@@ -121,6 +121,8 @@ _OPERATIONS: Final = {
     "Unpack[PairOptions]": "fastreward.preference_loss",
     "Unpack[CorrectionOptions]": "fastreward.correction_weights",
 }
+#: How many recipes a message names at most.
+_MANY: Final = 12
 #: Every recipe by name.
 RECIPES: Final[dict[str, Recipe]] = {}
 
@@ -276,4 +278,13 @@ def hint(name: str) -> str:
     near = [full for full in RECIPES if name in full.split("_")] + [
         short[close] for close in difflib.get_close_matches(name, short, 3)
     ]
-    return f"did you mean {', '.join(dict.fromkeys(near))}?" if near else "`fastreward recipes` lists all"
+    if near:
+        return f"did you mean {', '.join(dict.fromkeys(near))}?"
+    about = [full for full, r in RECIPES.items() if _is_about(r, name)]
+    return f"about that: {', '.join(about[:_MANY])}" if about else "`fastreward recipes` lists all"
+
+
+def _is_about(r: Recipe, name: str) -> bool:
+    """Whether its title, its family or its paper's number has this in it; of three letters everything would."""
+    text = f"{r.title} {FAMILIES[r.family]}".lower()
+    return len(name) > 3 and (name.replace("_", " ") in text or name.replace("_", ".") in r.source)

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from fastreward.language.define import Definition, Loss
+from fastreward.language.objective import inputs_asked
 
 
 def loss(text: str) -> Loss:
@@ -65,6 +66,10 @@ def _checked(text: str, found: Loss) -> Loss:
             f"{text}: its parameters {', '.join(found.tensors)} are tensors, of sequences that are not here; "
             "give it numbers"
         )
+    try:
+        inputs_asked(found)
+    except Exception as error:  # as in _called
+        raise ValueError(f"{text}: tracing it raises {type(error).__name__}: {error}") from error
     return found
 
 
@@ -97,7 +102,8 @@ def _object(text: str) -> Any:
     found: Any = _module(text, place)
     for part in name.split("."):
         if not hasattr(found, part):
-            there = [x for x in vars(found) if not x.startswith("_")] if hasattr(found, "__dict__") else []
+            named = vars(found) if hasattr(found, "__dict__") else {}
+            there = [x for x, value in named.items() if not x.startswith("_") and not isinstance(value, ModuleType)]
             raise ValueError(f"{text}: {place} has no {name!r}; it has {', '.join(there[:12]) or 'nothing'}")
         found = getattr(found, part)
     return found
