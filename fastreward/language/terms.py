@@ -112,8 +112,8 @@ class _Inputs:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
         hint = f" (did you mean t.{near[0]}?)" if near else ""
         raise AttributeError(
-            f"{origin()}: no term {name!r}{hint}; one of your own is t.extra({name!r}), passed as extra={{{name!r}: ...}}; "
-            f"there are {', '.join(known)}"
+            f"{origin()}: no term {name!r}{hint}; one of your own is t.extra({name!r}), passed as "
+            f"extra={{{name!r}: ...}}; there are {', '.join(known)}"
         )
 
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from rich.table import Table
@@ -29,6 +29,10 @@ class PatchRefused(RuntimeError):
 def warn(line: str) -> None:
     """A RuntimeWarning: how a patch makes itself heard where its caller has no other way."""
     warnings.warn(line, RuntimeWarning, stacklevel=3)
+
+
+#: So many functions without a call are listed one by one.
+_FEW: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +132,23 @@ class Status(dict[str, Report]):
         for heading in ("calls", "tokens", "seconds", "of the time", "handed on"):
             table.add_column(heading, justify="right")
         for report in self.values():
-            for target, usage in [*report.usage.items(), (f"all of {report.trainer}", report.total)]:
-                table.add_row(target, *_usage_cells(report, usage), end_section=usage == report.total)
+            rows, more = _usage_rows(report)
+            for target, usage in rows:
+                table.add_row(target, *_usage_cells(report, usage))
+            if more:
+                table.add_row(more)
+            table.add_row(f"all of {report.trainer}", *_usage_cells(report, report.total), end_section=True)
         return table
+
+
+def _usage_rows(report: Report) -> tuple[list[tuple[str, Usage]], str]:
+    """Each function and what it has served; where many have not been called, their number instead of their rows."""
+    rows = list(report.usage.items())
+    used = [(target, usage) for target, usage in rows if usage.calls or usage.handed_on]
+    unused = len(rows) - len(used)
+    if unused <= _FEW:
+        return rows, ""
+    return used, f"{unused} others, not called so far; status()[{report.trainer!r}] has their names"
 
 
 def _usage_cells(report: Report, usage: Usage) -> tuple[str, ...]:
@@ -141,8 +159,12 @@ def _usage_cells(report: Report, usage: Usage) -> tuple[str, ...]:
 
 def _usage_lines(report: Report) -> Iterator[str]:
     yield f"{report._title}: calls, tokens, seconds, share of the time, handed on to {report.trainer}"
-    for target, usage in [*report.usage.items(), ("all", report.total)]:
+    rows, more = _usage_rows(report)
+    for target, usage in rows:
         yield f"  {target}: {', '.join(_usage_cells(report, usage))}"
+    if more:
+        yield f"  {more}"
+    yield f"  all: {', '.join(_usage_cells(report, report.total))}"
 
 
 @dataclass(slots=True)

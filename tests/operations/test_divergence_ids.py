@@ -190,7 +190,7 @@ LP = torch.full((2, 2), -1.0)
     [
         (lambda: fr.token_divergence(X), "teacher_logits: expected, or token_ids with teacher_logprobs"),
         (lambda: fr.token_divergence(X, X, teacher_logprobs=LP), "teacher_logprobs: stand for teacher_logits"),
-        (lambda: fr.token_divergence(X, teacher_logprobs=LP), "token_ids: expected"),
+        (lambda: fr.token_divergence(X, teacher_logprobs=LP), "token_ids: needed with teacher_logprobs"),
         (
             lambda: fr.token_divergence(X, token_ids=IDS, teacher_logprobs=LP, teacher_temperature=2.0),
             "teacher_temperature: teacher_logprobs are taken as they are",

@@ -75,7 +75,11 @@ def test_suggests_the_nearest(written: str, near: str) -> None:
 
 @pytest.mark.parametrize(
     ("written", "there", "not_there"),
-    [("distillation", "sdpo_topk", "gspo"), ("2506.13585", "about that: cispo", "ppo,"), ("prefix trees", "tempo", "ppo,")],
+    [
+        ("distillation", "sdpo_topk", "gspo"),
+        ("2506.13585", "about that: cispo", "ppo,"),
+        ("prefix trees", "tempo", "ppo,"),
+    ],
 )
 def test_names_what_a_word_or_a_paper_is_about(written: str, there: str, not_there: str) -> None:
     result = _run(written)

@@ -112,11 +112,12 @@ def test_a_run_logs_what_the_patch_has_served(folder: Path, in_front: bool) -> N
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     # The first step generates and scores; the second reuses its rollouts.
     assert [entry["fastreward/calls"] for entry in steps] == [4.0, 2.0]
-    whole = report.total
+    end = trainer.state.log_history[-1]
+    assert "train_runtime" in end
     for name in ("calls", "tokens", "seconds"):
-        assert sum(entry[f"fastreward/{name}"] for entry in trainer.state.log_history) == pytest.approx(
-            getattr(whole, name)
-        )
+        assert end[f"fastreward/{name}"] == pytest.approx(getattr(report.total, name))
+    for name in ("calls", "tokens"):
+        assert sum(entry[f"fastreward/{name}"] for entry in steps) == end[f"fastreward/{name}"]
     assert all(0 < entry["fastreward/share"] < 1 for entry in steps)
     assert all((entry.keys() >= LOGGED) is in_front for entry in reporter.logs)
 

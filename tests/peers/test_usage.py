@@ -55,6 +55,17 @@ def test_calls_tokens_and_seconds_are_counted_without_those_of_functions_within(
     }
 
 
+@pytest.mark.parametrize(("number", "listed"), [(10, False), (9, True)])
+def test_many_functions_without_a_call_are_counted(number: int, listed: bool) -> None:
+    report = Report("trainer", "1")
+    functions = {f"f{i}": report.counted(f"f{i}", lambda x: None, len) for i in range(number)}
+    functions["f0"]([1, 2])
+    text = str(Status(trainer=report))
+    assert "f0: 1, 2, " in text
+    assert ("f5: 0, 0, " in text) is listed
+    assert ("9 others, not called so far; status()['trainer']" in text) is not listed
+
+
 def test_a_call_that_is_handed_on_is_none_of_ours(clock: Clock) -> None:
     report = Report("trainer", "1")
 

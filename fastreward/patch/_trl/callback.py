@@ -44,6 +44,7 @@ class Meter:
 def trl_callback(trainer: Any = None) -> Any:
     """A TrainerCallback that adds to TRL's logs what the patch has served since the last log, in this process.
 
+    The log that ends training, with `train_runtime`, has what was served in all of it.
     The numbers are those of `Report.metrics()`: `fastreward/calls`, `fastreward/tokens`, `fastreward/seconds`,
     `fastreward/handed_on` and `fastreward/share` (of the wall time). They are in `trainer.state.log_history`, and in
     what callbacks after this one log.
@@ -69,13 +70,14 @@ def _callback_class() -> Any:
         """Adds what the patch has served to what the trainer logs."""
 
         def __init__(self) -> None:
-            self.meter = Meter()
+            self.interval, self.training = Meter(), Meter()
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.meter.restart()
+            self.interval.restart()
+            self.training.restart()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            found = self.meter.read()
+            found = (self.training if "train_runtime" in (logs or {}) else self.interval).read()
             if logs is not None:
                 logs.update(found)
             if state.log_history and state.log_history[-1].get("step") == state.global_step:

@@ -273,15 +273,15 @@ def names_by_returns() -> str:
 
 
 def hint(name: str) -> str:
-    """The recipes whose names are nearest, for a message."""
+    """The recipes whose names are nearest, and those that are about it, for a message."""
     short = {full.removesuffix("_loss"): full for full in RECIPES}
     near = [full for full in RECIPES if name in full.split("_")] + [
         short[close] for close in difflib.get_close_matches(name, short, 3)
     ]
-    if near:
-        return f"did you mean {', '.join(dict.fromkeys(near))}?"
-    about = [full for full, r in RECIPES.items() if _is_about(r, name)]
-    return f"about that: {', '.join(about[:_MANY])}" if about else "`fastreward recipes` lists all"
+    about = [full for full, r in RECIPES.items() if full not in near and _is_about(r, name)]
+    found = [f"did you mean {', '.join(dict.fromkeys(near))}?"] if near else []
+    found += [f"about that: {', '.join(about[:_MANY])}"] if about else []
+    return " ".join(found) or "`fastreward recipes` lists all"
 
 
 def _is_about(r: Recipe, name: str) -> bool:
