@@ -280,7 +280,8 @@ def hint(name: str) -> str:
     ]
     about = [full for full, r in RECIPES.items() if full not in near and _is_about(r, name)]
     found = [f"did you mean {', '.join(dict.fromkeys(near))}?"] if near else []
-    found += [f"about that: {', '.join(about[:_MANY])}"] if about else []
+    about[_MANY:] = ["..."] if len(about) > _MANY else []
+    found += [f"about that: {', '.join(about)}"] if about else []
     return " ".join(found) or "`fastreward recipes` lists all"
 
 
