@@ -121,8 +121,8 @@ def _named(name: str, given: Mapping[Any, Any], key: str | None, packed: bool) -
         found["logprobs" if values.ndim == flat else "logits"] = values
     if not {"logprobs", "top_logprobs", "logits"} & set(found):
         wanted = ", ".join((*known["logprobs"], "top_logprobs", "logits"))
-        there = ", ".join(map(str, given)) or "none"
-        raise ValueError(f"{name}: expected one of the names {wanted} (or yours: key_a=, --key-a, ...), got {there}")
+        names = ", ".join(map(str, given)) or "none"
+        raise ValueError(f"{name}: expected one of the names {wanted} (or yours: key_a=, --key-a, ...), got {names}")
     if ("top_logprobs" in found) != ("top_ids" in found):
         raise ValueError(f"{name}: expected top_logprobs and top_ids together, got one of them")
     return found

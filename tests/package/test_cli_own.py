@@ -44,6 +44,10 @@ def endless(t):
     return t.logprob * losses.log(t.extra("x"))
 
 @losses.define
+def ahead(t, gamma=0.9):
+    return -t.advantage * t.ratio * losses.stop_gradient(losses.exp(losses.seq_discounted_sum(t.log_ratio, gamma)))
+
+@losses.define
 def misread(t):
     return t.logprob * t.turn_ids
 
@@ -195,6 +199,15 @@ def test_bench(file: str, tmp_path: Path, name: str, peer: str | None) -> None:
     wanted = ["fastreward", "torch eager", "torch.compile", *(() if peer is None else (peer, f"{peer}, compiled"))]
     assert [x["name"] for x in case["contenders"]] == wanted
     assert case["absent"] == {}
+
+
+def test_bench_leaves_a_scan_uncompiled(file: str, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    result = _run("bench", "--loss", f"{file}:ahead", "--quick", "--rows", 4, "--seconds", 0.01, "--json", path)
+    assert result.exit_code == 0, result.output
+    (case,) = json.loads(path.read_text())["cases"]
+    assert [x["name"] for x in case["contenders"]] == ["fastreward", "torch eager"]
+    assert "unrolls a scan" in case["absent"]["torch.compile"]
 
 
 @pytest.mark.usefixtures("not_compiled")

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastreward.language.define import Loss
 from fastreward.language.node import Level, walk
 from fastreward.language.objective import inputs_asked
+from fastreward.language.ops import SCANS
 from fastreward.language.terms import PAIR_SOURCES, SIDES, SOURCES
 
 Tensors = dict[str, Tensor]
@@ -60,6 +61,11 @@ class Own:
         there = {term.argument for term in self.terms}
         always = self.operation in ("preference_loss", "divergence")
         return tuple(x for x in _TRAINED[self.operation] if always or x in there)
+
+    @property
+    def scans(self) -> bool:
+        """Whether it goes along a sequence token by token."""
+        return any(node.op in SCANS for node in walk([self.loss.trace(self.loss.terms())]))
 
     @property
     def extras(self) -> tuple[str, ...]:
