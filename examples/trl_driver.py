@@ -4,7 +4,7 @@
 
 One table from one run. Each row calls one of TRL's own functions forward and backward on the same random tensors,
 first as TRL has it, then replaced, and compares results and gradients before any time is taken. No model is run and
-nothing is downloaded; `pip install '.[trl]' in a checkout`. About a minute on two cores; --rows 512 where memory is short.
+nothing is downloaded; `pip install '.[trl]'`. About a minute on two cores; --rows 512 where memory is short.
 """
 
 from __future__ import annotations
