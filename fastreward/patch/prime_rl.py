@@ -95,7 +95,7 @@ def loss(inputs: LossInputs, *, loss: str = "prime_rl.default", **options: Any) 
             do not weigh.
 
     Returns:
-        prime-rl's LossOutputs: the loss [] and metrics by fastreward's names (those of `policy_loss`, in docs/losses.md),
+        prime-rl's LossOutputs: the loss [] and metrics by fastreward's names (those of `policy_loss`: docs/losses.md),
         of prime-rl's own losses is_masked too. Tokens under a mask of 0 count nothing, whatever lies there.
 
     Raises:
