@@ -20,7 +20,7 @@ _SERIES: Final = "0.9"
 
 
 def verl(*, metrics: bool = False, tell: Callable[[str], None] | None = None) -> Report:
-    """Let verl's trainers compute through fastreward; see the module for what, and for what stays verl's.
+    """Let verl's trainers compute through fastreward; docs/compat.md lists what, the report what stays verl's.
 
     Modules of verl's that are imported already are served at once, the others as they are imported. Calling it again
     changes nothing. `fastreward.patch.undo()` takes it back.
