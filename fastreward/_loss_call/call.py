@@ -238,6 +238,8 @@ def _place(loss: Loss) -> tuple[str, str]:
     """What kind of loss it is, and the operation that takes it."""
     if loss.pairs:
         return "a loss over pairs", "preference_loss"
+    if (loss.asks("log_p") or loss.asks("log_q")) and not loss.asks("logprob"):
+        return "a divergence", "token_divergence"
     of_values = loss.asks("value") and not loss.asks("logprob")  # a policy's may have an extra that is called value
     return ("a loss of values", "value_loss") if of_values else ("a policy loss", "policy_loss")
 

@@ -16,7 +16,7 @@ from fastreward.bench.roofline import Traffic
 from fastreward.bench.run import Plan, Result
 from fastreward.verify.error import sampled_rows
 from fastreward.verify.own import load
-from fastreward.verify.own.forms import Form, ours, peer, plain, step
+from fastreward.verify.own.forms import Form, check_untouched, ours, peer, plain, step
 from fastreward.verify.own.inputs import Own, double, made_up, own
 
 _TOLERANCE, _PEER_TOLERANCE = 1e-5, 1e-4
@@ -49,8 +49,11 @@ def build(
 ) -> Case:
     """Forward and gradient of the mean (of a divergence: of the sum over rows), float32."""
     inputs = made_up(what, shape, device=device)
+    own_peers = {name: peer(what, name, f) for name, f in functions.items()}
+    for name, form in own_peers.items():
+        check_untouched(what, name, form)
     graph = _eager(what)
-    forms = {"torch eager": graph} | {name.rpartition(":")[2]: peer(what, name, f) for name, f in functions.items()}
+    forms = {"torch eager": graph} | {name.rpartition(":")[2]: form for name, form in own_peers.items()}
 
     def call(form: Form) -> Callable[[], Tensors]:
         return partial(step, form, what.trained, inputs)

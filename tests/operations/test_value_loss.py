@@ -147,3 +147,5 @@ def test_refused() -> None:
             fr.value_loss(**(given | changed))
     with pytest.raises(TypeError, match="loss: squared is a loss of values; it goes to value_loss"):
         fr.policy_loss(given["values"], given["values"], torch.ones(B), loss=squared())
+    with pytest.raises(TypeError, match="loss: jsd is a divergence; it goes to token_divergence"):
+        fr.policy_loss(given["values"], given["values"], torch.ones(B), loss=fr.divergences.jsd())

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from fastreward import losses
 from fastreward.bench import own as bench_own
 from fastreward.bench import peers
+from fastreward.bench.cases import _steps
 from fastreward.cli import app
 from fastreward.language.define import Definition
 from fastreward.verify import run
@@ -89,6 +90,9 @@ def peer(logprobs, old_logprobs, advantages, mask):
 def detached(logprobs, old_logprobs, advantages, mask):
     """The right value, the wrong gradient."""
     return peer(logprobs, old_logprobs, advantages, mask).detach() + 0.0 * logprobs.sum()
+
+def changing(logprobs, advantages):
+    return (logprobs * advantages.neg_()).sum()
 
 def asking(logprobs, temperature):
     return logprobs.sum()
@@ -273,6 +277,7 @@ def test_refusals_of_options(arguments: tuple[str, ...], message: str) -> None:
 @pytest.mark.parametrize(
     ("peer", "message"),
     [
+        ("changing", "changes advantages in place, which the others are given too"),
         ("asking", "asks for 'temperature'; there are advantages, logprobs, mask, old_logprobs"),
         ("per_token", "expected it to return one number, got shape"),
         ("SLOPED", "expected a plain function of tensors"),
@@ -336,3 +341,15 @@ def test_the_peers_findings_need_every_gradient() -> None:
     problem = next(iter(problems.problems(what, quick=True)))
     findings = run.of_peer("mine", problem, {"loss": problem.truth(problem.inputs)["loss"]})
     assert [f.output for f in findings if not f.ok] == ["grad of logprobs"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.99])
+def test_a_wrong_gradient_is_seen_however_small_gradients_are(share: float) -> None:
+    """Those of a mean over 4M tokens are below any absolute bound."""
+    truth = torch.tensor(0.5).double(), 1e-7 * torch.randn(1000).double()
+    for error in (_steps.worst_of_step, _steps.off_edges):
+        assert error(truth, truth) == 0.0
+        assert error(truth, (truth[0], share * truth[1])) > 5e-3
+    first = torch.arange(2)
+    rows = truth[0].expand(3), truth[1].reshape(4, -1)[:3]
+    assert _steps.worst_of_rows((first, tuple(x[:2] for x in rows)), (rows[0], share * rows[1])) > 5e-3

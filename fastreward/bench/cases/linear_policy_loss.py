@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
-from fastreward.bench.cases._steps import Tensors, add_torch, step, worst
+from fastreward.bench.cases._steps import Tensors, add_torch, step, worst_of_step
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.linear_policy_loss import linear_policy_loss
 from fastreward.policy_loss import policy_loss
@@ -53,7 +53,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=roofline.linear_policy_loss(rows, width, vocab, hidden.element_size()),
-        error=partial(worst, _truth(*data)),
+        error=partial(worst_of_step, _truth(*data)),
         contenders=[
             Contender(OURS, partial(step, _ours, 2, *data)),
             Contender(_TWO_CALLS, partial(step, _two_calls, 2, *data)),

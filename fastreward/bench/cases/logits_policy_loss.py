@@ -120,4 +120,5 @@ def _truth(logits: Tensor, rest: Tensors) -> Tensors:
 def _error(expected: Tensors, result: Tensors) -> float:
     loss, first, last = expected
     grad = result[1]
-    return max(distance(result[0], loss), distance(grad[0, 0], first), distance(grad[-1, -1], last))
+    rows = torch.stack([grad[0, 0], grad[-1, -1]])
+    return max(distance(result[0], loss), distance(rows, torch.stack([first, last]), of_gradient=True))

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 from fastreward import losses
 from fastreward.bench import roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
-from fastreward.bench.cases._steps import Tensors, add_torch, step, worst
+from fastreward.bench.cases._steps import Tensors, add_torch, step, worst_of_step
 from fastreward.preference_loss import preference_loss
 
 CASES = ("dpo",)
@@ -49,7 +49,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=roofline.preference_loss_forward_backward(2 * shape[0] * shape[1]),
-        error=partial(worst, _truth(*data)),
+        error=partial(worst_of_step, _truth(*data)),
         contenders=[Contender(OURS, partial(step, _ours, 2, *data))],
         tolerance=1e-5,
         inputs=list(data),

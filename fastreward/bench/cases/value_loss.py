@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastreward.bench import peers, roofline
 from fastreward.bench.case import OURS, Case, Contender, Target
-from fastreward.bench.cases._steps import Tensors, add_torch, step, worst
+from fastreward.bench.cases._steps import Tensors, add_torch, step, worst_of_step
 from fastreward.value_loss import value_loss
 from fastreward.verify import eager
 
@@ -39,7 +39,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=roofline.value_loss_forward_backward(shape[0] * shape[1]),
-        error=partial(worst, step(_eager, 1, *(x if x.dtype == torch.bool else x.double() for x in data))),
+        error=partial(worst_of_step, step(_eager, 1, *(x if x.dtype == torch.bool else x.double() for x in data))),
         contenders=[Contender(OURS, partial(step, _ours, 1, *data))],
         tolerance=1e-5,
         inputs=list(data),

@@ -19,7 +19,7 @@ from fastreward.reference.divergence import LOWEST
 from fastreward.reference.policy_loss import aggregate
 from fastreward.reference.program import ELEMENTWISE, Values
 from fastreward.value_loss import value_loss
-from fastreward.verify.own.inputs import Own, Tensors
+from fastreward.verify.own.inputs import Own, Tensors, made_up
 
 Form = Callable[..., Tensor]
 
@@ -166,4 +166,18 @@ def step(form: Form, trained: Sequence[str], inputs: Mapping[str, Tensor]) -> tu
     return (out.detach(), *grads)
 
 
-__all__ = ["Form", "Own", "Tensors", "ours", "peer", "plain", "step"]
+def check_untouched(what: Own, name: str, form: Form) -> None:
+    """Refuse a peer that changes its arguments: others are given the same ones.
+
+    Raises:
+        ValueError: names the first argument that it has changed.
+    """
+    inputs = made_up(what, (8, 16))
+    before = {argument: x.clone() for argument, x in inputs.items()}
+    form(**{argument: x.detach() for argument, x in inputs.items()})
+    for argument, x in inputs.items():
+        if not torch.equal(x, before[argument]):
+            raise ValueError(f"{name}: changes {argument} in place, which the others are given too")
+
+
+__all__ = ["Form", "Own", "Tensors", "check_untouched", "ours", "peer", "plain", "step"]

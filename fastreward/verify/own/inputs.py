@@ -96,6 +96,8 @@ def own(loss: Loss) -> Own:
         raise ValueError(
             f"{loss.name}: reads {loss.reading()}, and nothing of it is trained: {', '.join(sorted(trained))}"
         )
+    if operation == "divergence" and names - {"log_p", "log_q"}:
+        raise ValueError(f"{loss.name}: reads {loss.reading()}; expected a divergence over log_p and log_q alone")
     return Own(loss, operation, terms, grouped)
 
 

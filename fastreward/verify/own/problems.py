@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastreward.verify.own import load
-from fastreward.verify.own.forms import Form, ours, peer, plain
+from fastreward.verify.own.forms import Form, check_untouched, ours, peer, plain
 from fastreward.verify.own.inputs import Own, Tensors, double, made_up, own
 from fastreward.verify.problem import Problem, gradients, leaf
 from fastreward.verify.run import Finding, Plan, of_peer, plan_of
@@ -106,6 +106,8 @@ def plan(text: str, named: Sequence[str], backends: Sequence[str] | None, quick:
     """
     what = own(load.loss(text))
     forms = {name: peer(what, name, function) for name, function in load.functions(named).items()}
+    for name, form in forms.items():
+        check_untouched(what, name, form)
     usable: list[Problem] = []
     undefined: list[Problem] = []
     for problem in problems(what, quick):
