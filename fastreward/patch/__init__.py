@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from fastreward.patch._trl.callback import trl_callback
 from fastreward.patch.bindings import Entry, PatchRefused, Report, Status, status, undo
 from fastreward.patch.openrlhf import openrlhf, openrlhf_runtime_env
-from fastreward.patch.trl import trl
+from fastreward.patch.trl.apply import trl
+from fastreward.patch.trl.callback import trl_callback
 from fastreward.patch.usage import Usage
 from fastreward.patch.verl import verl
 

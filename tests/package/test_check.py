@@ -30,7 +30,7 @@ def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         ("kernels/prefix_tree/values.py", {"prefix_tree/test_prefix_tree.py", "prefix_tree/test_fuzz.py"}),
         ("fastreward/recipes/policy.py", {"recipes/test_policy.py"}),
         ("fastreward/losses/token.py", {"losses/test_policy.py", "losses/test_fuzz.py"}),
-        ("fastreward/patch/trl.py", {"peers/test_patch_trl.py"}),
+        ("fastreward/patch/trl/apply.py", {"peers/test_patch_trl.py"}),
         ("tests/losses/test_ties.py", {"losses/test_ties.py"}),
         ("tests/support/program_checks.py", {"backends/cpu/test_program.py"}),
         ("tests/support/emulation/emulate.hpp", {"backends/cuda/test_emulated.py"}),

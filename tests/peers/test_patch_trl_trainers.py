@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 from fastreward import patch  # noqa: E402
-from fastreward.patch._trl.callback import Meter  # noqa: E402
+from fastreward.patch.trl.callback import Meter  # noqa: E402
 
 QUICK = [row for row in table.COMBINATIONS if row.quick]
 
@@ -135,7 +135,7 @@ def test_a_reading_counts_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -
     assert meter.read() == {}
     report = patch.trl()
     clock = iter([report.since + 2.0, report.since + 6.0])
-    monkeypatch.setattr("fastreward.patch._trl.callback.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("fastreward.patch.trl.callback.time.perf_counter", lambda: next(clock))
     usage = next(iter(report.usage.values()))
     usage.calls, usage.tokens, usage.seconds = 3, 50, 0.5
     assert meter.read() == dict(zip(NAMES, (3.0, 50.0, 0.5, 0.0, 0.25), strict=True))

@@ -1,8 +1,4 @@
-"""The drop-in for TRL 1.14 to 1.16: log-probs and entropies from fastreward, on request GRPO's and RLOO's losses too.
-
-In `_trl/`, `scores.py` has the log-probs, `trainers.py` and `objective.py` the losses, `versions.py` what is looked for
-in each version of TRL before anything is replaced, `callback.py` what a run logs about the patch.
-"""
+"""Binds the parts of this folder in TRL's place, and keeps the account of it."""
 
 from __future__ import annotations
 
@@ -10,10 +6,11 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Final
 
-from fastreward.patch._trl import distillation, objective
-from fastreward.patch._trl.scores import Head, Logits, choose, compacts_here
-from fastreward.patch._trl.trainers import GRPOLoss, RLOOLoss, TrainerLoss
-from fastreward.patch._trl.versions import (
+from fastreward.patch.bindings import Entry, Patch, Report, active, bindings, install, undo
+from fastreward.patch.trl import distillation, objective
+from fastreward.patch.trl.scores import Head, Logits, choose, compacts_here
+from fastreward.patch.trl.trainers import GRPOLoss, RLOOLoss, TrainerLoss
+from fastreward.patch.trl.versions import (
     COMPACT,
     GAMMA_WEIGHTS_SOURCE,
     KERNEL,
@@ -22,7 +19,6 @@ from fastreward.patch._trl.versions import (
     digest,
     supported_version,
 )
-from fastreward.patch.bindings import Entry, Patch, Report, active, bindings, install, undo
 from fastreward.patch.usage import Usage
 
 _LOSSES: Final[dict[str, type[TrainerLoss]]] = {"GRPOTrainer": GRPOLoss, "RLOOTrainer": RLOOLoss}

@@ -24,8 +24,8 @@ from fastreward._arguments.transforms import transformed
 from fastreward.linear_logprobs import linear_token_logprobs
 from fastreward.logprobs import token_logprobs
 from fastreward.patch import measure
-from fastreward.patch._trl.versions import FUNCTIONS, KERNEL
 from fastreward.patch.bindings import Entry, Report
+from fastreward.patch.trl.versions import FUNCTIONS, KERNEL
 from fastreward.patch.usage import handed_on
 
 #: TRL's names of the optional outputs, in the order in which its function returns them, and fastreward's.

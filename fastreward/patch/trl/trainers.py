@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastreward._arguments.options import Aggregation
 from fastreward.losses import Loss
-from fastreward.patch._trl import objective
-from fastreward.patch._trl.objective import Batch, Run
+from fastreward.patch.trl import objective
+from fastreward.patch.trl.objective import Batch, Run
 
 #: What a model's forward may need beside the tokens.
 _MODEL_INPUTS: Final = (
