@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 from fastreward import patch  # noqa: E402
-from fastreward.patch.trl.callback import Meter  # noqa: E402
+from fastreward.patch.trl import callback  # noqa: E402
 
 QUICK = [row for row in table.COMBINATIONS if row.quick]
 
@@ -131,11 +131,11 @@ def test_a_run_without_the_patch_logs_nothing_of_it(folder: Path) -> None:
 
 
 def test_a_reading_counts_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    meter = Meter()
+    meter = callback.Meter()
     assert meter.read() == {}
     report = patch.trl()
     clock = iter([report.since + 2.0, report.since + 6.0])
-    monkeypatch.setattr("fastreward.patch.trl.callback.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(callback.time, "perf_counter", lambda: next(clock))
     usage = next(iter(report.usage.values()))
     usage.calls, usage.tokens, usage.seconds = 3, 50, 0.5
     assert meter.read() == dict(zip(NAMES, (3.0, 50.0, 0.5, 0.0, 0.25), strict=True))
