@@ -188,7 +188,7 @@ def scan_row(
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, ARGMAX: tl.constexpr, RANK: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    EVICTION: tl.constexpr = "evict_first",
+    EVICTION: tl.constexpr,  # no default: Triton 3.6 takes no text for one
 ):  # fmt: skip
     """(max, sum_exp, sum_t_exp, sum_sq_exp, sum_logit, above, kept, argmax) of a row, which is read once.
 

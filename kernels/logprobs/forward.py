@@ -116,7 +116,7 @@ def _forward_kernel(
     label_x = kept_logit_at(logits_row, keep_row, tl.load(labels + row), V, HAS_KEEP)
     top, total, weighted, squares, logit_sum, rank, count, argmax = scan_row(
         logits_row, keep_row, V, scale_of(inverse64), label_x,
-        ENTROPY, SQUARES, MEAN, ARGMAX, RANK, HAS_KEEP, STEPS, LANES, VEC,
+        ENTROPY, SQUARES, MEAN, ARGMAX, RANK, HAS_KEEP, STEPS, LANES, VEC, "evict_first",
     )  # fmt: skip
     store_row(
         values, indices, N.to(tl.int64), row, True, top, total, weighted, squares, logit_sum, count,
@@ -242,7 +242,7 @@ def _accumulate_kernel(
         threshold = tl.load(label_logits + row)
     top, total, weighted, squares, logit_sum, rank, _, argmax = scan_row(
         logits_row, logits, V, scale_of(inverse64), threshold,
-        ENTROPY, SQUARES, MEAN, ARGMAX, RANK, False, STEPS, LANES, VEC,
+        ENTROPY, SQUARES, MEAN, ARGMAX, RANK, False, STEPS, LANES, VEC, "evict_first",
     )  # fmt: skip
     s = state + row * 8
     old = tl.load(s)
