@@ -313,7 +313,7 @@ class TestMessages:
             ),
             (
                 TypeError,
-                r"no loss for .* has that name \(near: losses.gspo\(\).*`fastreward recipes grpo`",
+                r"no loss for .* has that name \(near: .*losses.gspo\(\).*`fastreward recipes grpo`",
                 {"loss": "grpo"},
             ),
             (TypeError, r"has that name; published methods: `fastreward recipes qqqqqq`", {"loss": "qqqqqq"}),

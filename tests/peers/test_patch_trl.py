@@ -32,10 +32,14 @@ from rich.console import Console  # noqa: E402
 
 from fastreward import patch  # noqa: E402
 from fastreward.patch import bindings, measure  # noqa: E402
+from fastreward.patch.trl import scores  # noqa: E402
+from fastreward.patch.trl.versions import supported_version  # noqa: E402
 
+VERSION, SEAMS = supported_version()
+of_choice = pytest.mark.skipif(SEAMS.pair, reason="TRL 1.14's head has no choice of outputs")
 UTILS = "trl.trainer.utils"
 FUNCTIONS = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
-REBOUND = ("_ChunkedLogProbFunction", "_use_triton", *FUNCTIONS)
+REBOUND = ("_ChunkedLogProbFunction", *(("_use_triton",) if SEAMS.compact else ()), *FUNCTIONS)
 COMPARED = {"reward", "reward_std", "kl", "entropy", "grad_norm", "policy_loss", "clip_ratio/region_mean"}
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -146,11 +150,16 @@ def head_gradients(result: tuple[Any, ...], arguments: list[Any]) -> tuple[torch
     return torch.autograd.grad(loss, [x for x in arguments[:3] if x is not None])
 
 
+def named(*outputs: str) -> tuple[Any, ...]:
+    """The last argument of the head, where it takes one."""
+    return () if SEAMS.pair else (("log_probs", *outputs),)
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("outputs", [(), ("entropy",), OUTPUTS])
+@pytest.mark.parametrize("outputs", [("entropy",)] if SEAMS.pair else [(), ("entropy",), OUTPUTS])
 def test_head_equals_trl(utils: Any, outputs: tuple[str, ...], softcap: float | None) -> None:
     arguments = head_arguments()
-    settings = (0.7, 128, softcap, 1.3, ("log_probs", *outputs))
+    settings = (0.7, 128, softcap, 1.3, *named(*outputs))
     expected = utils._ChunkedLogProbFunction.apply(*arguments, *settings)
     patch.trl()
     found = utils._ChunkedLogProbFunction.apply(*arguments, *settings)
@@ -174,8 +183,8 @@ def test_head_in_bf16_is_as_close_as_trl(utils: Any, autocast: bool) -> None:
 
     def errors() -> list[float]:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            result = utils._ChunkedLogProbFunction.apply(*arguments, 1.0, 128, None, 1.0, ("log_probs",))
-        gradients = head_gradients(result, arguments)
+            result = utils._ChunkedLogProbFunction.apply(*arguments, 1.0, 128, None, 1.0, *named())
+        gradients = head_gradients((result[0], None), arguments)
         assert result[0].dtype == torch.float32
         assert [g.dtype for g in gradients] == [x.dtype for x in arguments[:3]]
         pairs = [(result[0], truth), *zip(gradients, true_gradients, strict=True)]
@@ -197,6 +206,7 @@ def test_frozen_parts_get_no_gradient_and_no_tokens_still_give_one(utils: Any) -
         assert torch.count_nonzero(gradient) == 0
 
 
+@of_choice
 def test_only_labelled_rows_are_projected(
     utils: Any, training: Any, monkeypatch: pytest.MonkeyPatch, warm: tuple[Path, Any, Any]
 ) -> None:
@@ -475,11 +485,13 @@ def test_logits_without_data_and_of_other_kinds_go_to_trl(utils: Any) -> None:
     assert isinstance(utils.selective_log_softmax(tagged, torch.zeros(2, 3, dtype=torch.long)), Tagged)
     head = utils._ChunkedLogProbFunction
     arguments = head_arguments()
-    for settings in ((-0.7, 128), (torch.tensor(0.7), 128), (0.7, 128, 0.0)):
+    tensor = [] if VERSION.startswith("1.15.") else [(torch.tensor(0.7), 128)]  # that one's own is a kernel of numbers
+    for settings in ((-0.7, 128), *tensor, (0.7, 128, 0.0)):
         expected, found = head.stock.apply(*arguments, *settings), head.apply(*arguments, *settings)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
 
 
+@of_choice
 def test_no_gradient_flows_through_what_trl_holds_for_constants(utils: Any) -> None:
     """TRL's WPO weights read log_sum_sq_probs; a gradient through them would be another loss."""
     arguments = head_arguments()
@@ -503,7 +515,7 @@ def test_no_gradient_flows_through_what_trl_holds_for_constants(utils: Any) -> N
 
 def test_every_binding_is_exchanged_and_restored(utils: Any) -> None:
     importlib.import_module("trl.experimental.orpo.orpo_trainer")  # binds selective_log_softmax by name
-    importlib.import_module("trl.trainer.grpo_trainer")
+    trainers = [importlib.import_module(f"trl.trainer.{name}_trainer") for name in ("grpo", "dpo", "kto")]
     theirs = {name: getattr(utils, name) for name in REBOUND}
     homes = {name: list(bindings.bindings("trl", theirs[name])) for name in FUNCTIONS}
     assert len(homes["selective_log_softmax"]) >= 2
@@ -516,8 +528,12 @@ def test_every_binding_is_exchanged_and_restored(utils: Any) -> None:
     for name in FUNCTIONS:
         assert not list(bindings.bindings("trl", theirs[name]))
         assert all(vars(module)[bound] is getattr(utils, name) for module, bound in homes[name])
-    assert kernels.ChunkedLogProbFunction is theirs["_ChunkedLogProbFunction"]
-    assert kernels.chunked_logprob._use_triton is theirs["_use_triton"]
+    if SEAMS.pair:
+        assert all(trainer._ChunkedLogProbFunction is utils._ChunkedLogProbFunction for trainer in trainers)
+    else:
+        assert kernels.ChunkedLogProbFunction is theirs["_ChunkedLogProbFunction"]
+    if SEAMS.compact:
+        assert kernels.chunked_logprob._use_triton is theirs["_use_triton"]
     assert utils.nanstd is nanstd  # group statistics stay TRL's
 
     late = types.ModuleType("trl.imported_later")
@@ -549,13 +565,13 @@ def test_patching_twice_changes_nothing(utils: Any) -> None:
 
 
 def test_undo_leaves_what_someone_else_rebound_since(utils: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = utils._use_triton
+    stock = utils._ChunkedLogProbFunction
     patch.trl()
     other = object()
-    utils._use_triton = other
+    utils._ChunkedLogProbFunction = other
     patch.undo()
-    assert utils._use_triton is other
-    utils._use_triton = stock
+    assert utils._ChunkedLogProbFunction is other
+    utils._ChunkedLogProbFunction = stock
 
 
 def test_report_prints_as_a_table() -> None:
@@ -583,7 +599,7 @@ def test_importing_the_patches_imports_no_trainer() -> None:
         ("newer", "found 1.17.0"),
         ("absent", "not installed"),
         ("unsloth", "Unsloth"),
-        ("missing", "has no _use_triton"),
+        ("missing", "has no _supports_trl_loss_kernel"),
         ("rewritten", "not TRL's own any more"),
         ("signature", "selective_log_softmax takes"),
     ],
@@ -594,13 +610,13 @@ def test_refusals_say_why_and_change_nothing(
     def version(_: str) -> str:
         if case == "absent":
             raise importlib.metadata.PackageNotFoundError("trl")
-        return {"older": "1.13.2", "newer": "1.17.0"}.get(case, "1.16.3")
+        return {"older": "1.13.2", "newer": "1.17.0"}.get(case, VERSION)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     if case == "unsloth":
         monkeypatch.setitem(sys.modules, "unsloth", types.ModuleType("unsloth"))
     elif case == "missing":
-        monkeypatch.delattr(utils, "_use_triton")
+        monkeypatch.delattr(utils, "_supports_trl_loss_kernel")
     elif case == "rewritten":
         monkeypatch.setattr(utils, "_ChunkedLogProbFunction", object())
     elif case == "signature":
@@ -638,18 +654,18 @@ def test_the_faster_kernel_is_used_on_cuda_and_named(
 def test_the_measurement_runs_both_sides_on_the_same_sample(utils: Any) -> None:
     patch.trl()
     head, cpu = utils._ChunkedLogProbFunction, torch.device("cpu")
-    timing = measure.linear_head(head.stock.apply, head.apply, cpu, tokens=16, hidden=8, vocab=64, dtype=torch.float32)
+    sides = [scores._with_outputs(head, function) for function in (head.stock.apply, head.apply)]
+    timing = measure.linear_head(*sides, cpu, tokens=16, hidden=8, vocab=64, dtype=torch.float32)
     assert timing.ours_ms is not None
     assert math.isfinite(timing.ours_ms)
     assert timing.stock_ms > 0
     ours = utils.selective_log_softmax_and_entropy
-    stock = head.stock
     timing = measure.whole_logits(ours, ours, cpu, tokens=4, vocab=32)
     assert "TRL" in str(timing)
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("no such kernel")
 
-    timing = measure.linear_head(stock.apply, broken, cpu, tokens=4, hidden=8, vocab=32, dtype=torch.float32)
+    timing = measure.linear_head(sides[0], broken, cpu, tokens=4, hidden=8, vocab=32, dtype=torch.float32)
     assert not timing.ours_wins
     assert "no such kernel" in str(timing)

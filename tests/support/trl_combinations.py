@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreward.patch.trl.versions import supported_version
+
 WORDS = [f"{a}{b}" for a in "bcdfgklm" for b in "aeiou"]
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
 HEAD, LOSS = "_ChunkedLogProbFunction", "_compute_loss"
@@ -370,6 +372,16 @@ def run(combination: Combination, folder: Path) -> dict[str, Any]:
     return found
 
 
+def _at_work(combination: Combination) -> Iterator[str]:
+    """What must have been called: of TRL 1.14 the head only with Liger, else what takes logits, and nothing for SFT."""
+    of_logits = supported_version()[1].pair and not combination.options.get("use_liger_kernel")
+    for name in combination.served:
+        if not (of_logits and name == HEAD):
+            yield name
+        elif combination.trainer != "sft":
+            yield BOTH
+
+
 def both_sides(combination: Combination, folder: Path, side: Callable[[Combination, Path], Any] = run) -> Any:
     """(stock, patched) of a row, after a check that the replaced functions were at work."""
     from fastreward import patch
@@ -379,7 +391,7 @@ def both_sides(combination: Combination, folder: Path, side: Callable[[Combinati
     report = patch.trl(**combination.patch)
     try:
         patched = side(combination, folder)
-        for name in combination.served:
+        for name in _at_work(combination):
             calls = sum(usage.calls for target, usage in report.usage.items() if target.endswith(f".{name}"))
             assert calls > 0, f"{combination.name}: {name} was not called; {report.usage}"
     finally:

@@ -42,9 +42,9 @@ def rendered(text: str, results: dict[str, Any]) -> str:
 
 def trainer(name: str, results: dict[str, Any]) -> str:
     """What came of its versions, then a line for each function."""
-    found = {row.version: results.get(row.name, {"not_run": "not run yet"}) for row in rows() if row.kind == name}
-    lines = [f"{_title(version, name)}: {_outcome(result)}." for version, result in found.items()]
-    ran = {version: result for version, result in found.items() if "functions" in result}
+    found = [(row, results.get(row.name, {"not_run": "not run yet"})) for row in rows() if row.kind == name]
+    lines = [f"{'commit ' if name in COMMITS else ''}{_title(row)}: {_outcome(result)}." for row, result in found]
+    ran = {row.version: result for row, result in found if "functions" in result}
     functions = {target: row for result in ran.values() for target, row in result["functions"].items()}
     heads = ["function", "served by", "convention", *(f"largest difference, {version}" for version in ran)]
     table = []
@@ -58,12 +58,12 @@ def environments(kind: str, results: dict[str, Any]) -> str:
     """A line for each version."""
     found = [(row, results.get(row.name, {"not_run": "not run yet"})) for row in rows() if row.kind == kind]
     name = "triton" if kind == "compiled" else kind
-    body = [(f"{row.version}{f' ({row.note})' if row.note else ''}", _outcome(result)) for row, result in found]
+    body = [(_title(row), _outcome(result)) for row, result in found]
     return "\n".join(_table([name, "tests"], body))
 
 
-def _title(version: str, name: str) -> str:
-    return f"commit {version}" if name in COMMITS else version
+def _title(row: Row) -> str:
+    return f"{row.version} ({row.note})" if row.note else row.version
 
 
 def _outcome(result: dict[str, Any]) -> str:

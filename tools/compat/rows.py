@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-#: Versions of each trainer that is on a package index, oldest first; the last is the one of constraints.txt.
+#: Versions of each trainer that is on a package index: those that are claimed, oldest first; the last is the one of
+#: constraints.txt.
 TRAINERS: Final[dict[str, tuple[str, ...]]] = {
     "trl": ("1.14.2", "1.15.0", "1.16.0"),
     "verl": ("0.9.0", "0.9.1"),
-    "openrlhf": ("0.11.0", "0.11.1", "0.11.2"),
+    "openrlhf": ("0.11.2",),
 }
 #: Trainers that are on none: their formulas are written out in tests/support, from these commits.
 COMMITS: Final = {"slime": "00c2d6d", "prime-rl": "559b447"}
@@ -35,6 +36,7 @@ class Row:
         alone: whether what `install` depends on is taken from this environment.
         note: what the page says of it.
         options: of pytest.
+        environment: variables that the tests are run with, and their values.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Row:
     alone: bool = True
     note: str = ""
     options: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -58,9 +61,12 @@ def rows() -> list[Row]:
         tests = (f"tests/peers/test_patch_{trainer}*.py",)
         # Of an older one the patch tells what it leaves to it, which is a RuntimeWarning.
         options = ("-W", f"ignore:fastreward.patch.{trainer} leaves:RuntimeWarning")
-        found += [
-            Row(trainer, v, tests, (f"{trainer}=={v}",), options=() if v == versions[-1] else options) for v in versions
-        ]
+        for version in versions:
+            row = Row(trainer, version, tests, (f"{trainer}=={version}",), options=options)
+            if row.name == "trl-1.15.0":
+                note = "its fused head, a Triton kernel, in Triton's interpreter"
+                row = replace(row, note=note, environment=(("TRITON_INTERPRET", "1"),))
+            found.append(row if version != versions[-1] else replace(row, options=()))
     for trainer, commit in COMMITS.items():
         found.append(Row(trainer, commit, (f"tests/peers/test_patch_{trainer.replace('-', '_')}*.py",)))
     for version in ("2.13.0", "2.14.1", "2.15.0"):

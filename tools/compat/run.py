@@ -46,7 +46,7 @@ def _tested(row: Row, python: Path) -> dict[str, int]:
     # What Triton compiles is all marked as slow.
     options = (*row.options, *(() if row.kind == "compiled" else ("-m", "not slow")))
     for files, environment in ((interpreted, {"TRITON_INTERPRET": "1"}), (others, {})):
-        told = {"FASTREWARD_COMPAT": str(records), **environment}
+        told = {"FASTREWARD_COMPAT": str(records), **environment, **dict(row.environment)}
         for word, number in _pytest(python, [*options, *files] if files else [], told).items():
             counts[word] = counts.get(word, 0) + number
     return counts

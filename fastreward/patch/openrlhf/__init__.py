@@ -1,4 +1,4 @@
-"""The drop-in for OpenRLHF 0.11: what its trainers compute between rollouts and optimizer comes from fastreward.
+"""The drop-in for OpenRLHF 0.11.2: what its trainers compute between rollouts and optimizer comes from fastreward.
 
 In one process (a script, SFT, DPO): `fastreward.patch.openrlhf()`. With Ray, where actors, critic and the trainer
 itself are workers, one of

@@ -24,7 +24,7 @@ def openrlhf(
     devices: tuple[str, ...] = ("cpu", "cuda"),
     tell: Callable[[str], None] | None = None,
 ) -> Report:
-    """Let OpenRLHF 0.11 compute through fastreward in this process; docs/compat.md lists what, and has Ray's workers.
+    """Let OpenRLHF 0.11.2 compute through fastreward in this process; docs/compat.md lists what, and has Ray's workers.
 
     Modules of OpenRLHF's that are imported already are served at once, the others as they are imported; nothing is
     imported for it. Calling it again with the same options changes nothing. `fastreward.patch.undo()` takes it back.

@@ -15,6 +15,7 @@ from fastreward.patch.trl.versions import (
     GAMMA_WEIGHTS_SOURCE,
     KERNEL,
     LOSS_SOURCES,
+    Seams,
     check_bindings,
     digest,
     supported_version,
@@ -59,11 +60,14 @@ def trl(*, exact: bool = False, losses: bool = False) -> Report:
     logits = Logits(utils, exact, report)
     head.serves, logits.serves = choose(head, logits, report)
     patch = Patch(report, options, "trl")
-    patch.single = [(utils, KERNEL, head.stock, head)]
+    patch.everywhere = [(stock, getattr(logits, name)) for name, stock in logits.stock.items()]
+    if seams.pair:  # its trainers import the head by name
+        patch.everywhere.append((head.stock, head))
+    else:  # which trl.kernels, public, keeps
+        patch.single.append((utils, KERNEL, head.stock, head))
     if seams.compact:
         patch.single.append((utils, COMPACT, getattr(utils, COMPACT), compacts_here(getattr(utils, COMPACT))))
-    patch.everywhere = [(stock, getattr(logits, name)) for name, stock in logits.stock.items()]
-    _describe(report, logits, exact, seams.compact)
+    _describe(report, logits, exact, seams)
     if losses:
         patch.single += [*_losses(report), *_divergence(report)]
     else:
@@ -137,16 +141,16 @@ _LEFT: Final = (
 )
 
 
-def _describe(report: Report, logits: Logits, exact: bool, compact: bool) -> None:
+def _describe(report: Report, logits: Logits, exact: bool, seams: Seams) -> None:
     add, keep = report.replaced.append, report.kept.append
     add(
         Entry(
             f"trl.trainer.utils.{KERNEL}",
             "fastreward.linear_token_logprobs",
-            "the log-probs and entropies of the GRPO, RLOO, DPO, KTO, SFT and async GRPO trainers",
+            f"the log-probs and entropies of the {seams.trainers} trainers",
         )
     )
-    if compact:
+    if seams.compact:
         add(Entry(f"trl.trainer.utils.{COMPACT}", "also true on the CPU", "rows without a label skip the LM head"))
     for stock in logits.stock.values():
         places = sorted(f"{module.__name__}.{bound}" for module, bound in bindings("trl", stock))

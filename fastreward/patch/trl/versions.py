@@ -33,20 +33,23 @@ class Seams:
 
     kernel: the parameters of the fused LM head. home: the module that defines it, and its name there. compact: whether
     a function decides if rows without a label are projected (else none are). pair: the head has no choice of outputs,
-    it gives log-probs and entropies.
+    it gives log-probs and entropies, and trainers import it by name. trainers: which score through it.
     """
 
     kernel: tuple[str, ...]
     home: tuple[str, str]
     compact: bool
     pair: bool
+    trainers: str
 
 
+_LIGER: Final = "async GRPO, and with use_liger_kernel=True the GRPO, DPO and KTO"  # else they have whole logits
+_ALL: Final = "GRPO, RLOO, DPO, KTO, SFT and async GRPO"
 _IN_KERNELS: Final = ("trl.kernels", "ChunkedLogProbFunction")
 SEAMS: Final[dict[str, Seams]] = {
-    "1.14": Seams(("last_hidden", *_OF_HEAD), ("trl.trainer.utils", KERNEL), compact=False, pair=True),
-    "1.15": Seams(("hidden", *_OF_HEAD, "outputs"), _IN_KERNELS, compact=False, pair=False),
-    "1.16": Seams(("hidden", *_OF_HEAD, "outputs"), _IN_KERNELS, compact=True, pair=False),
+    "1.14": Seams(("last_hidden", *_OF_HEAD), ("trl.trainer.utils", KERNEL), compact=False, pair=True, trainers=_LIGER),
+    "1.15": Seams(("hidden", *_OF_HEAD, "outputs"), _IN_KERNELS, compact=False, pair=False, trainers=_ALL),
+    "1.16": Seams(("hidden", *_OF_HEAD, "outputs"), _IN_KERNELS, compact=True, pair=False, trainers=_ALL),
 }
 
 #: The methods that `losses=True` replaces: SHA-256 (first 16 digits) of the source texts it was written for.
@@ -86,7 +89,7 @@ def check_bindings(utils: ModuleType, seams: Seams) -> None:
     home, name = seams.home
     kernel: Any = getattr(utils, KERNEL)
     own: Any = getattr(importlib.import_module(home), name, None)
-    if own is None or kernel is not own:
+    if kernel is not own or not hasattr(kernel, "forward"):
         raise PatchRefused(
             f"fastreward.patch.trl: trl.trainer.utils.{KERNEL} is not TRL's own any more ({kernel!r}); "
             "nothing was changed"
