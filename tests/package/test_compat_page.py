@@ -50,6 +50,19 @@ def test_every_claimed_version_has_been_tried(tool: Any, trainer: str) -> None:
         assert set(outcome) <= {"passed", "skipped"}, REFRESH.format(f"{trainer}-{version}")
 
 
+def test_the_readme_claims_those_versions(tool: Any) -> None:
+    """A series, a span of series, or one version."""
+    text, versions = (ROOT / "README.md").read_text(encoding="utf-8"), tool["rows"].TRAINERS
+    claims = {
+        name: re.findall(rf"^\| {name} ([\d.]+)(?: to ([\d.]+))? \|", text, re.M)
+        for name in ("TRL", "verl", "OpenRLHF")
+    }
+    for name, ((first, last),) in claims.items():
+        tried = versions[name.lower()]
+        assert f"{tried[0]}.".startswith(f"{first}."), name
+        assert f"{tried[-1]}.".startswith(f"{last or first}."), name
+
+
 @pytest.mark.parametrize("trainer", ["slime", "prime-rl"])
 def test_the_functions_found_by_path_have_been_tried(tool: Any, trainer: str) -> None:
     result = tool["page"].read()[f"{trainer}-{tool['rows'].COMMITS[trainer]}"]
