@@ -92,7 +92,7 @@ def _error(what: Own, inputs: Mapping[str, torch.Tensor]) -> Callable[[Any], flo
     if what.operation == "divergence":
         rows = sampled_rows(len(inputs["logits"]), inputs["logits"].device)
         expected = step(truth, what.trained, double({name: x[rows] for name, x in inputs.items()}))
-        return partial(worst_of_rows, (rows, expected))
+        return partial(worst_of_rows, (rows, expected), True)
     expected = step(truth, what.trained, double(inputs))
     if not bool(expected[0].isfinite()):
         raise ValueError(

@@ -123,13 +123,15 @@ def arguments(where: str, found: Recipe, given: Mapping[str, Any], options: Mapp
     unknown = [name for name in options if name not in known]
     if unknown:
         raise TypeError(f"{where}: {found.signature} has no option {', '.join(map(repr, unknown))}")
-    call = {name: given[name] for name in parameters if given.get(name) is not None} | dict(options)
+    grouped = _GROUPS[0] in parameters or _GROUPS[0] in found.passes  # the latter among the options that go on
+    taken = [*parameters, *_GROUPS[:1]] if grouped else list(parameters)
+    call = {name: given[name] for name in taken if given.get(name) is not None} | dict(options)
     missing = [n for n, p in parameters.items() if p.default is p.empty and _named(p) and n not in call]
     if missing:
         there = ", ".join(sorted(name for name, x in given.items() if x is not None))
         raise ValueError(f"{where}: {found.name} needs {', '.join(missing)}; here there are {there}")
-    if _GROUPS[0] in parameters and not any(name in call for name in _GROUPS):
-        raise ValueError(f"{where}: {found.name} compares responses to the same prompt, and nothing here names those")
+    if grouped and not any(name in call for name in _GROUPS):
+        raise ValueError(f"{where}: {found.name} compares responses to the same prompt, and nothing here groups them")
     return call
 
 

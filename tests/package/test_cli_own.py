@@ -352,4 +352,4 @@ def test_a_wrong_gradient_is_seen_however_small_gradients_are(share: float) -> N
         assert error(truth, (truth[0], share * truth[1])) > 5e-3
     first = torch.arange(2)
     rows = truth[0].expand(3), truth[1].reshape(4, -1)[:3]
-    assert _steps.worst_of_rows((first, tuple(x[:2] for x in rows)), (rows[0], share * rows[1])) > 5e-3
+    assert _steps.worst_of_rows((first, tuple(x[:2] for x in rows)), True, (rows[0], share * rows[1])) > 5e-3

@@ -52,7 +52,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=roofline.divergence(rows, vocab, student.element_size(), bool(gradient)),
-        error=partial(worst_of_rows, _truth(name, student, teacher, upstream, bool(gradient))),
+        error=partial(worst_of_rows, _truth(name, student, teacher, upstream, bool(gradient)), bool(gradient)),
         contenders=[],
         tolerance=_TOLERANCE[dtype] if gradient else _TOLERANCE[torch.float32],
         inputs=[student, teacher, upstream],

@@ -54,7 +54,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=roofline.linear_divergence(rows, width, vocab, sides[0].element_size(), bool(gradient)),
-        error=partial(worst_of_rows, _truth(name, tuple(sides), upstream, bool(gradient))),
+        error=partial(worst_of_rows, _truth(name, tuple(sides), upstream, bool(gradient)), bool(gradient)),
         contenders=[],
         tolerance=_TOLERANCE[dtype],
         inputs=[*sides, upstream],

@@ -54,7 +54,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=roofline.linear_logprobs(rows, width, vocab, hidden.element_size(), backward),
-        error=partial(worst_of_rows, _truth(hidden, weight, labels, upstream, backward)),
+        error=partial(worst_of_rows, _truth(hidden, weight, labels, upstream, backward), backward),
         contenders=[],
         tolerance=_TOLERANCE[dtype],
         inputs=[hidden, weight, labels, upstream],

@@ -53,7 +53,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=formula(rows, vocab, logits.element_size(), 1 + entropy),
-        error=partial(worst_of_rows, _truth(logits, labels, upstream, backward, entropy)),
+        error=partial(worst_of_rows, _truth(logits, labels, upstream, backward, entropy), backward),
         contenders=[],
         tolerance=_TOLERANCE[dtype] if backward else _TOLERANCE[torch.float32],
         inputs=[logits, labels, upstream],

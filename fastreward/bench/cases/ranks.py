@@ -60,7 +60,7 @@ def build(case: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) ->
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traffic=roofline.logprobs_forward(rows, vocab, logits.element_size(), len(outputs)),
-        error=partial(worst_of_rows, (sampled, tuple(truth[name] for name in outputs))),
+        error=partial(worst_of_rows, (sampled, tuple(truth[name] for name in outputs)), False),
         contenders=[
             Contender(OURS, together, prepare),
             *(Contender(name, alone, partial(torch.set_num_threads, count)) for name, count in _ALONE.items()),
