@@ -90,7 +90,8 @@ def token_divergence(
         mask: [...] bool, integer or float, nonzero = compute; other rows are not read, all theirs is 0.
         labels: [...] integers in [0, V) (anything where masked out), for the output logprobs.
         outputs: what to give besides, of entropy, teacher_entropy (nats), logprobs (the student's, of the labels),
-            top1_agreement (1 where both have the same largest logit, else 0; no gradient).
+            top1_agreement (1 where both have the same largest logit, else 0; NaN where the divergence is; no
+            gradient).
         token_ids: integers [k] or [..., k] in [0, V), unique in a row, negative = padding: the divergence is over these
             ids alone, the student's or the teacher's likeliest, say. The other outputs stay those of the vocabulary.
         teacher_logprobs: with token_ids: the teacher's log-probs of them, [..., k] of any float dtype, at its
@@ -195,7 +196,7 @@ def _over_vocabulary(
     else:
         sides = (student.logits, teacher.logits)
         found, own, other, agreement = sharded_token_divergence(*sides, call, ranks, labelled="logprobs" in outputs)
-    return {"divergence": found[0], **statistics_of(own, other, agreement, outputs)}
+    return statistics_of(found[0], own, other, agreement, outputs)
 
 
 def _over_ids(
@@ -235,7 +236,7 @@ def _over_ids(
         agreement = agreement if rows is None else agreement * rows
     assert teacher_logprobs is not None
     divergence = bucket_divergence(own_logprobs, teacher_logprobs, ids, chosen, tail, rows)
-    return {"divergence": divergence, **statistics_of(own, other, agreement, outputs)}
+    return statistics_of(divergence, own, other, agreement, outputs)
 
 
 # ---------------------------------------------------------------------------------------------------------- checks

@@ -19,6 +19,7 @@ from fastreward._arguments.numbers import Number, joined, split
 from fastreward._loss_call.buckets import bucket_divergence, given_logprobs, ids_of_buckets
 from fastreward._loss_call.divergence import (
     DivergenceStats,
+    agreement_where_defined,
     forward_rows,
     given_call,
     gradient_program,
@@ -380,7 +381,7 @@ def _over_vocabulary(
     if kept is not None:
         found = tuple(x.new_zeros((*x.shape[:-1], len(flat))).index_copy(-1, kept, x) for x in found)
     divergence, values, teachers, agreement = found
-    return {"divergence": divergence[0], **statistics_of(values, teachers, agreement, outputs)}
+    return statistics_of(divergence[0], values, teachers, agreement, outputs)
 
 
 def _over_ids(
@@ -418,10 +419,11 @@ def _over_ids(
     found: dict[str, Tensor] = {name: own[name] for name in ("entropy", "logprobs") if name in outputs}
     if "teacher_entropy" in outputs:
         found["teacher_entropy"] = other["entropy"]
-    if "top1_agreement" in outputs:
-        found["top1_agreement"] = (own["argmax"] == other["argmax"]).float() * (1 if mask is None else mask != 0)
     teachers = other["id_logprobs"].reshape(ids.shape) if teacher_logprobs is None else teacher_logprobs
     divergence = bucket_divergence(own["id_logprobs"].reshape(ids.shape), teachers, ids, chosen, tail, rows)
+    if "top1_agreement" in outputs:
+        agreement = (own["argmax"] == other["argmax"]).float() * (1 if mask is None else mask != 0)
+        found["top1_agreement"] = agreement_where_defined(divergence, agreement.reshape(-1)).reshape(agreement.shape)
     return {"divergence": divergence, **found}
 
 

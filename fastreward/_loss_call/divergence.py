@@ -43,15 +43,24 @@ class DivergenceStats:
     top1_agreement: Tensor | None = None
 
 
-def statistics_of(student: Tensor, teacher: Tensor, agreement: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
-    """Of both sides' values [8, N] and of the agreement [N], the outputs [N] by name."""
+def statistics_of(
+    divergence: Tensor, student: Tensor, teacher: Tensor, agreement: Tensor, outputs: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Of the divergence [N], both sides' values [8, N] and the agreement [N], all outputs [N] by name."""
     found = {
         "entropy": student[_ENTROPY],
         "teacher_entropy": teacher[_ENTROPY].detach(),
         "logprobs": student[_LOGPROB],
-        "top1_agreement": agreement.detach(),
     }
-    return {name: found[name] for name in outputs}
+    if "top1_agreement" in outputs:
+        found["top1_agreement"] = agreement_where_defined(divergence, agreement)
+    return {"divergence": divergence, **{name: found[name] for name in outputs}}
+
+
+def agreement_where_defined(divergence: Tensor, agreement: Tensor) -> Tensor:
+    """The agreement, NaN where the divergence is: a row of NaN or of only -inf has a first index, but no top token."""
+    divergence = divergence.detach()
+    return torch.where(divergence.isnan(), divergence, agreement.detach())
 
 
 def given_call(

@@ -274,6 +274,21 @@ def test_views_are_read_where_they_lie() -> None:
     assert torch.equal(grads[1][:, 1:], expected[1])
 
 
+@pytest.mark.parametrize("ids", [None, 2])
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_row_without_a_top_token_agrees_with_nothing(ids: int | None, linear: bool) -> None:
+    """Not with another such row either, though the first index of both is 0; one beside them does."""
+    x = torch.eye(4, 6)
+    x[0], x[1, 3] = float("-inf"), float("nan")
+    chosen = None if ids is None else torch.arange(ids).expand(4, ids)
+    asked: dict[str, Any] = {"outputs": ("top1_agreement",), "token_ids": chosen}
+    if linear:  # by a head that is the identity; -inf times its zeros is NaN too
+        found = fr.linear_divergence(x, torch.eye(6), x.clone(), torch.eye(6), **asked).top1_agreement
+    else:
+        found = fr.token_divergence(x, x.clone(), **asked).top1_agreement
+    torch.testing.assert_close(found, torch.tensor([float("nan"), float("nan"), 1.0, 1.0]), equal_nan=True)
+
+
 def test_nothing_at_all() -> None:
     x = torch.randn(0, 5, requires_grad=True)
     found = fr.token_divergence(x, torch.randn(0, 5), outputs=("entropy", "teacher_entropy", "top1_agreement"))
