@@ -161,7 +161,8 @@ def prepare(
     gradient = loss.gradient_plan(*formula, False, False, unknown) if from_logits else None
     _check_read(given)
     if grouped and given.group_ids is None and given.group_size is None:
-        what = f"aggregation {aggregation!r} is" if aggregation == "group-mean" else f"{loss.name} is a loss"
+        chosen = aggregation == "group-mean" and loss.aggregation != aggregation
+        what = f"aggregation {aggregation!r} is" if chosen else f"{loss.name} is a loss"
         raise ValueError(f"group_ids: {what} over groups; pass group_ids=... or group_size=...")
     tensors = {**terms, **{f"parameter.{term}": x for term, x in ready.inputs.items()}}
     for term, value in loss.tensors.items():
