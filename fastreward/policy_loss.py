@@ -78,8 +78,10 @@ def policy_loss(
             a loss that reads t.weight applies it in its own way. Any real dtype, as extra.
         keep: bool [B] or shape of logprobs: False drops the sequence or token, as if masked out.
         group_ids, group_size: which sequences belong together, as in group_advantages, for losses over groups.
-        cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N. Where N == B a tensor of that length
-            is one per token.
+        cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N. Where N == B with empty sequences
+            among them, a tensor [N] that would give other numbers per token than per sequence is an error (on a GPU,
+            where looking would synchronise, it is per token); an extra that the loss reads with per="sequence" is per
+            sequence.
         extra: what the loss reads as t.extra(name): constants in the shape of logprobs, [B], or numbers.
         empty: what a batch without a counted token is, such as a micro-batch that is masked out as a whole: "raise", an
             error, which on one rank of many leaves the others waiting; "zero": a loss of 0 whose gradients, zeros,

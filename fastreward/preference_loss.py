@@ -22,13 +22,14 @@ from fastreward._loss_call.call import (
     level_of,
     on_device,
     parameter,
+    per_token,
 )
 from fastreward._loss_call.op import evaluate
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward._runtime.dispatch import select
 from fastreward.language.node import Level
 from fastreward.language.objective import CALL_PARAMETERS
-from fastreward.language.terms import PAIR_TERMS, SIDES
+from fastreward.language.terms import PAIR_TERMS, PER_TOKEN, SIDES
 from fastreward.losses import Loss, dpo
 
 #: Names of arguments and f32 tensors, by term and side.
@@ -67,17 +68,20 @@ def preference_loss(
             length. Gradients flow to both, in their dtype. All log-probs may be of any floating dtype; they are
             computed with in float32, to which float64 (NumPy's default) is rounded.
         loss: one of `fastreward.losses` over pairs, or your own (`losses.define(pairs=True)`); default losses.dpo().
-        ref_chosen_logprobs, ref_rejected_logprobs: of the reference policy, for losses that have one.
+        ref_chosen_logprobs, ref_rejected_logprobs: of the reference policy, for losses that have one; per token, as
+            the log-probs are, not their sums over a sequence.
         chosen_mask, rejected_mask: nonzero = a token that counts. What lies under a zero leaks nowhere.
-        chosen_weights, rejected_weights: per token, for losses that read them (t.chosen.weight).
+        chosen_weights, rejected_weights: per token or [P], for losses that read them (t.chosen.weight).
         weights: constant factor of each pair's loss, [P].
         aggregation: "mean" over pairs, "sum", or "group-mean" (mean over groups of their means: MAH-DPO's dimensions).
             A pair counts where either side has a valid token.
         normalizer: replaces that denominator (pairs; 1; groups), for gradient accumulation and data parallelism
             (`loss_normalizer`); a number or a 0-d tensor, as are the loss's own numbers.
         group_ids: [P] integers or any hashables, for group-mean and losses over groups.
-        chosen_cu_seqlens, rejected_cu_seqlens: integers [P + 1], bounds of packed sequences.
-        extra: what the loss reads as t.extra(name), [P] or numbers; chosen_extra, rejected_extra: per token of a side.
+        chosen_cu_seqlens, rejected_cu_seqlens: integers [P + 1], bounds of packed sequences; where N == P, see
+            `policy_loss`.
+        extra: what the loss reads as t.extra(name), [P] or numbers; chosen_extra, rejected_extra: per token of a side,
+            or [P].
         empty: what a batch without a valid pair is: "raise", an error; "zero": a loss of 0 whose gradients, zeros,
             flow as ever. On a GPU, where looking would synchronise, always "zero".
         return_pair_loss: also give the loss of each pair, [P], as token_loss.
@@ -107,15 +111,10 @@ def preference_loss(
     likes = (chosen_logprobs, rejected_logprobs)
     terms = _side_terms(0, likes[0], pairs, ref_chosen_logprobs, chosen_weights, chosen_extra)
     terms |= _side_terms(1, likes[1], pairs, ref_rejected_logprobs, rejected_weights, rejected_extra)
-    levels = [
-        [
-            ("logprob", Level.TOKEN),
-            *[(term, level_of(x, likes[k])) for (term, own), (_, x) in terms.items() if own == k],
-        ]
-        for k in (0, 1)
-    ]
+    levels = {(term, k): level_of(argument, x, sides[k], loss, term, k) for (term, k), (argument, x) in terms.items()}
     of_pairs = _pair_terms(extra, terms, chosen_logprobs, pairs)
     terms |= of_pairs
+    levels_of_pairs = {key: Level.SEQUENCE if x.ndim else Level.BATCH for key, (_, x) in of_pairs.items()}
     given = {key: x for key, (_, x) in terms.items()}
     scalars = loss.scalars
     numbers = {name: number(name, scalars[name], chosen_logprobs, anything) for name in sorted(scalars)}
@@ -123,8 +122,8 @@ def preference_loss(
     ready = parameters(dict.fromkeys(CALL_PARAMETERS, 0.0) | numbers, backend)
     given |= {(f"parameter.{name}", 0): x for name, x in ready.inputs.items()}
     objective, inputs, names, grouped = loss.pair_plan(
-        (tuple(levels[0]), tuple(levels[1])),
-        tuple([(term, Level.SEQUENCE if x.ndim else Level.BATCH) for (term, _), (_, x) in of_pairs.items()]),
+        (_levels_of(0, levels), _levels_of(1, levels)),
+        tuple([(term, level) for (term, _), level in levels_of_pairs.items()]),
         aggregation,
         normalizer is not None,
         weights is not None,
@@ -157,8 +156,9 @@ def preference_loss(
         backend,
     )
     if check.values_checked(chosen_logprobs):
-        inspected = {"chosen_logprobs": (chosen_logprobs, 0), "rejected_logprobs": (rejected_logprobs, 1)}
-        inspected |= {argument: (x, side) for (_, side), (argument, x) in terms.items()}
+        inspected = {f"{SIDES[k]}_logprobs": (likes[k], Level.TOKEN, k) for k in (0, 1)}
+        levels |= levels_of_pairs
+        inspected |= {argument: (x, levels[key], key[1]) for key, (argument, x) in terms.items()}
         may_be_empty = normalizer is not None or empty == "zero"
         _check_results(found.numbers(), names, inspected, sides, may_be_empty)
     return PolicyLoss(found.loss, Metrics(found.metrics, names), found.token_loss if return_pair_loss else None)
@@ -167,19 +167,24 @@ def preference_loss(
 def _check_results(
     numbers: list[float],
     metrics: tuple[str, ...],
-    inspected: Mapping[str, tuple[Tensor, int]],
+    inspected: Mapping[str, tuple[Tensor, Level, int]],
     sides: tuple[Tokens, Tokens],
     may_be_empty: bool,
 ) -> None:
-    """That a pair counted, and that no argument, by name with its side, is NaN where its tokens do."""
+    """That a pair counted, and that no argument, by name with its level and side, is NaN where its tokens do."""
     if not numbers[1 + metrics.index("pair_count")]:
         if not may_be_empty and sides[0].rows and any(0 not in side.shape for side in sides):
             raise ValueError(
                 f"chosen_mask, rejected_mask: expected at least one counted token, got all-zero masks; {NO_TOKEN}"
             )
     elif any(map(math.isnan, numbers)) and check.nan_refused():
-        for argument, (x, side) in inspected.items():
-            check_numbers(argument, x.detach(), sides[side])
+        for argument, (x, level, side) in inspected.items():
+            check_numbers(argument, x.detach(), level, sides[side])
+
+
+def _levels_of(k: int, levels: Mapping[tuple[str, int], Level]) -> tuple[tuple[str, Level], ...]:
+    """Those of the terms of side k, log-probs among them."""
+    return ("logprob", Level.TOKEN), *[(term, level) for (term, side), level in levels.items() if side == k]
 
 
 def _side(side: str, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
@@ -195,14 +200,19 @@ def _side_terms(
     k: int, like: Tensor, pairs: int, ref: object, weights: object, extra: Mapping[str, Tensor] | None
 ) -> _Terms:
     """The constants of side k."""
-    side = SIDES[k]
+    side, reference = SIDES[k], f"{SIDES[k]}_logprobs"
     named: dict[str, tuple[str, Any]] = {
         "ref_logprob": (f"ref_{side}_logprobs", ref),
         "weight": (f"{side}_weights", weights),
     }
     named |= checked_extra(f"{side}_extra", extra, PAIR_TERMS)
     return {
-        (term, k): (argument, on_device(argument, x, like, pairs, f"{side}_logprobs"))
+        (term, k): (
+            argument,
+            per_token(argument, x, like, reference)
+            if term in PER_TOKEN
+            else on_device(argument, x, like, pairs, reference),
+        )
         for term, (argument, x) in named.items()
         if x is not None
     }

@@ -23,7 +23,7 @@ from fastreward._arguments.options import (
     ReturnsOp,
     ReturnsOptions,
 )
-from fastreward._arguments.tokens import Tokens, token_bounds
+from fastreward._arguments.tokens import Tokens, one_per_token, token_bounds
 from fastreward._runtime.addresses import count_valid
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
@@ -169,7 +169,7 @@ def discounted_returns(
         masked_rewards: a reward on a masked token is moved "to-last-valid", the valid token before it, so that none
             is lost (a NaN there is none), or it is "drop"ped (verl, OpenRLHF). One before the first valid token is no
             token's doing and never counts.
-        cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N.
+        cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N. Where N == B see `policy_loss`.
         out: where the result goes; float32, contiguous, memory of its own.
         process_group: each rank holds a part of every row's tokens (context parallelism), in rank order and of any
             length, 0 too; what is [B] is the same on every rank. Results are those of one process to 1e-6: what crosses
@@ -248,7 +248,7 @@ def gae(
             Under "zero" and "decay" a gamma or lam per token is read at masked tokens too.
         masked_rewards: as in `discounted_returns`: "to-last-valid" or "drop" (verl, OpenRLHF).
         whiten: the advantages as `whiten` gives them (verl, TRL); returns are those of the advantages as they were.
-        cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N.
+        cu_seqlens: integers [B + 1], the packed sequences' bounds, from 0 to N. Where N == B see `policy_loss`.
         out: (advantages, returns), where the results go; float32, contiguous, memory of their own.
         process_group, sharding: rows that go on at other ranks, as in `discounted_returns`; whiten is then
             over all of them.
@@ -410,7 +410,7 @@ class _Call:
         self.inputs[field] = x
 
     def coefficient(self, name: str, x: Number) -> None:
-        """A number, [B], or one per token; where both shapes fit, per token."""
+        """A number, [B], or one per token."""
         if not isinstance(x, Tensor) or x.ndim == 0:
             self.numbers[name] = number(name, x, self.x, check.finite)
             return
@@ -421,9 +421,10 @@ class _Call:
                 f"{name}: expected a number, [{self.rows}] (one per sequence) or {list(self.x.shape)} (as rewards), "
                 f"got shape {list(x.shape)}"
             )
+        per_token = one_per_token(name, x, self.x.shape, self.bounds)
         if check.values_checked(x):
-            read_everywhere = x.ndim != self.x.ndim or self.at_masked in ("decay", "zero")
-            check.counted_finite(name, x, None if read_everywhere or x.shape != self.x.shape else self.mask)
+            only_counted = per_token and self.at_masked not in ("decay", "zero")
+            check.counted_finite(name, x, self.mask if only_counted else None)
         self.inputs[name] = x
 
     def transitions(
@@ -438,7 +439,8 @@ class _Call:
         self.coefficient("gamma", gamma)
         self.coefficient("lam", lam)
         if next_values is not None:
-            per_row = not check.shape_among(check.tensor("next_values", next_values), self.x.shape)
+            given = check.tensor("next_values", next_values)
+            per_row = not one_per_token("next_values", given, self.x.shape, self.bounds, spread=False)
             self.add("beyond" if per_row else "next_values", "next_values", next_values, per_row=per_row)
         for name, x in (("terminated", terminated), ("done", done)):
             flags = check.mask(x, "rewards", self.x, name)

@@ -50,6 +50,31 @@ def broadcast_to_tokens(x: Tensor, shape: tuple[int, ...] | torch.Size, cu_seqle
     return x.repeat_interleave(cu_seqlens.diff(), output_size=shape[0])
 
 
+def one_per_token(
+    name: str, x: Tensor, shape: tuple[int, ...] | torch.Size, cu_seqlens: Tensor | None, *, spread: bool = True
+) -> bool:
+    """Whether `x`, given per token or per sequence, is per token.
+
+    Packed tokens may be as many as their sequences, so that [N] is [B]. Where each sequence has its one token both are
+    the same; where some are empty, and others longer, what gives other numbers per token than per sequence is an error,
+    as nobody knows which was meant. Where values may not be looked at (on a GPU) it is per token.
+
+    spread: whether a sequence's value stands for that of each of its tokens.
+    """
+    if tuple(x.shape) != tuple(shape):
+        return False
+    if cu_seqlens is None or cu_seqlens.shape[0] - 1 != shape[0] or not check.values_checked(cu_seqlens):
+        return True
+    single = bool((cu_seqlens.diff() == 1).all())
+    if not single and not (spread and torch.equal(x, broadcast_to_tokens(x, shape, cu_seqlens))):
+        raise ValueError(
+            f"{name}: {list(shape)} may be one per token or one per sequence, as there are {shape[0]} of both and some "
+            "of the packed sequences are empty; leave these out: cu_seqlens.unique_consecutive(), and of what is per "
+            "sequence the values where cu_seqlens.diff() > 0"
+        )
+    return True
+
+
 def token_bounds(cu_seqlens: Tensor | None, like: Tensor, name: str, argument: str = "cu_seqlens") -> Tensor | None:
     """cu_seqlens as i64; inside the tokens also where they may not be looked at."""
     if cu_seqlens is None:

@@ -24,11 +24,12 @@ from fastreward._arguments.numbers import (
     size,
 )
 from fastreward._arguments.options import AGGREGATIONS, EMPTY, KL, KLS, Aggregation, Empty
-from fastreward._arguments.tokens import Tokens, broadcast_to_tokens, token_bounds
+from fastreward._arguments.tokens import Tokens, broadcast_to_tokens, one_per_token, token_bounds
 from fastreward._loss_call.op import Evaluation, evaluate
 from fastreward._loss_call.results import Metrics, PolicyLoss
 from fastreward.language.define import Definition, Loss, published
 from fastreward.language.node import Level
+from fastreward.language.terms import PER_TOKEN
 
 _TERMS: Final = {
     "logprob": "logprobs",
@@ -89,6 +90,7 @@ class Call:
     numbers: Tensor | None
     metrics: tuple[str, ...]
     terms: dict[str, Tensor]  # the constants by term
+    levels: dict[str, Level]  # how often each has a value
     may_be_empty: bool
     token_loss: bool
     token_names: tuple[str, ...]
@@ -105,14 +107,14 @@ class Call:
             if not self.may_be_empty and 0 not in self.tokens.shape:
                 raise ValueError(f"mask: expected at least one counted token, got an all-zero mask; {NO_TOKEN}")
             return
-        advantages = self.terms.get("advantage")
-        if advantages is not None and advantages.shape != self.tokens.shape:
-            numbers = [*numbers, advantages.max().item()]  # NaN where there is one
+        if self.levels.get("advantage") == Level.SEQUENCE:
+            numbers = [*numbers, self.terms["advantage"].max().item()]  # NaN where there is one
         if any(map(math.isnan, numbers)) and check.nan_refused():
-            constants = {_argument(term): x for term, x in self.terms.items()}
-            for argument, x in {**constants, **computed()}.items():
-                if x is not None:
-                    check_numbers(argument, x.detach(), self.tokens)
+            for term, x in self.terms.items():
+                check_numbers(_argument(term), x, self.levels[term], self.tokens)
+            for argument, given in computed().items():
+                if given is not None:
+                    check_numbers(argument, given.detach(), Level.TOKEN, self.tokens)
 
     def result(
         self, found: Evaluation, loss: Tensor | None = None, shaped: Callable[[Tensor], Tensor] = lambda x: x
@@ -150,10 +152,10 @@ def prepare(
     terms = _checked_terms(name, like, given, tokens.rows)
     packed = tokens.cu_seqlens is not None
     ready = parameters(_numbers(like, given, packed), backend)
-    levels = [(term, level_of(x, like)) for term, x in terms.items()]
-    levels += [(trained, Level.TOKEN), ("entropy", Level.TOKEN)] if entropy else [(trained, Level.TOKEN)]
+    levels = {term: level_of(_argument(term), x, tokens, loss, term) for term, x in terms.items()}
+    computed = [(trained, Level.TOKEN), ("entropy", Level.TOKEN)] if entropy else [(trained, Level.TOKEN)]
     bonus = may_differ_from_0(given.entropy_coef)
-    formula = (tuple(levels), aggregation, given.normalizer is not None, packed, given.kl, bonus)
+    formula = ((*levels.items(), *computed), aggregation, given.normalizer is not None, packed, given.kl, bonus)
     unknown = tuple(ready.inputs)
     # On a GPU the aggregation's weights are known only when all tokens have been seen.
     plan = loss.policy_plan(*formula, given.token_loss, backend != "cpu", unknown, wanted, given.explained_variance)
@@ -180,6 +182,7 @@ def prepare(
         ready.numbers,
         metrics,
         terms,
+        levels,
         given.normalizer is not None or given.empty == "zero",
         given.token_loss,
         wanted,
@@ -298,16 +301,16 @@ def _checked_terms(name: str, like: Tensor, given: PolicyArguments, rows: int) -
     """The constants of a call by term, f32 and contiguous."""
     terms: dict[str, Tensor] = {}
     if given.old_logprobs is not None:
-        terms["old_logprob"] = _per_token("old_logprobs", given.old_logprobs, like, name)
+        terms["old_logprob"] = per_token("old_logprobs", given.old_logprobs, like, name)
     if given.advantages is not None:
         terms["advantage"] = _advantages("advantages", given.advantages, like, rows, name)
     if given.ref_logprobs is not None:
-        terms["ref_logprob"] = _per_token("ref_logprobs", given.ref_logprobs, like, name)
+        terms["ref_logprob"] = per_token("ref_logprobs", given.ref_logprobs, like, name)
     if given.rollout_logprobs is not None:
-        terms["rollout_logprob"] = _per_token("rollout_logprobs", given.rollout_logprobs, like, name)
+        terms["rollout_logprob"] = per_token("rollout_logprobs", given.rollout_logprobs, like, name)
     for term, argument, x in (("old_value", "old_values", given.old_values), ("returns", "returns", given.returns)):
         if x is not None:
-            terms[term] = _per_token(argument, x, like, name)
+            terms[term] = per_token(argument, x, like, name)
     if given.weights is not None:
         terms["weight"] = _weights("weights", given.weights, like, rows, name)
     for term, (argument, x) in checked_extra("extra", given.extra, _TERMS).items():
@@ -356,7 +359,7 @@ def _constant(name: str, x: Tensor, like: Tensor, reference: str) -> Tensor:
     return check.constant(name, x).contiguous()
 
 
-def _per_token(name: str, x: object, like: Tensor, reference: str) -> Tensor:
+def per_token(name: str, x: object, like: Tensor, reference: str) -> Tensor:
     tensor = check.floats(name, x)
     check.shape(name, tensor, like.shape, f"as {reference}")
     return _constant(name, tensor, like, reference)
@@ -403,18 +406,21 @@ def parameter(name: str, x: Tensor, like: Tensor, rows: int, reference: str) -> 
     return _constant(name, tensor, like, reference)
 
 
-def level_of(x: Tensor, like: Tensor) -> Level:
-    """How often `x` has a value, beside tokens like `like`."""
-    if x.shape == like.shape:
-        return Level.TOKEN
-    return Level.SEQUENCE if x.ndim else Level.BATCH
+def level_of(name: str, x: Tensor, tokens: Tokens, loss: Loss, term: str, side: int = 0) -> Level:
+    """How often `x`, which is called `name`, has a value; where both would fit the loss may have said it."""
+    if not x.ndim:
+        return Level.BATCH
+    if tuple(x.shape) == (tokens.rows,) and loss.asks_once(term, side):
+        return Level.SEQUENCE
+    per_token = term in PER_TOKEN or one_per_token(name, x, tokens.shape, tokens.cu_seqlens)
+    return Level.TOKEN if per_token else Level.SEQUENCE
 
 
-def check_numbers(name: str, x: Tensor, tokens: Tokens) -> None:
-    """No NaN in `x`, one per token, per sequence or for all, where a token counts."""
+def check_numbers(name: str, x: Tensor, level: Level, tokens: Tokens) -> None:
+    """No NaN in `x` where a token counts."""
     mask, bounds = tokens.mask, tokens.cu_seqlens
     counted = torch.ones(tokens.shape, dtype=torch.bool, device=x.device) if mask is None else mask != 0
-    if x.ndim and x.shape != tokens.shape:
+    if level == Level.SEQUENCE:
         before = None if bounds is None else torch.nn.functional.pad(counted.cumsum(0), (1, 0))[bounds]
         counted = counted.any(-1) if before is None else before.diff() > 0
     check.every(name, ~(x.isnan() & counted) if x.ndim else ~x.isnan(), x, "numbers where mask is set")
@@ -429,7 +435,7 @@ def _with_keep(
     kept = check.constant("keep", check.tensor("keep", keep)) != 0
     check.same_device("keep", keep, name, like)
     sequences = like.shape[0] if bounds is None else bounds.shape[0] - 1
-    if kept.shape != like.shape:
+    if not one_per_token("keep", kept, like.shape, bounds):
         check.shape("keep", kept, (sequences,), f"one per sequence, or as {name}")
         kept = broadcast_to_tokens(kept, like.shape, bounds)
     return (kept if mask is None else kept & (mask != 0)).contiguous()

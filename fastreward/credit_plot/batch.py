@@ -14,7 +14,7 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.arrays import as_tensor
 from fastreward._arguments.groups import GroupIds, Groups
-from fastreward._arguments.tokens import Tokens, token_bounds
+from fastreward._arguments.tokens import Tokens, one_per_token, token_bounds
 
 #: Token id -> its text, or what makes text of ids, such as a tokenizer's `decode`.
 Texts = Mapping[int, str] | Callable[[list[int]], str]
@@ -124,15 +124,15 @@ def _shown(
 def _values(name: str, x: Any, tokens: Tokens) -> Tensor:
     """f32 in the tokens' shape, on the CPU."""
     given = check.reals(name, as_tensor(x)).detach().cpu().float()
-    if tuple(given.shape) == tokens.shape:
+    bounds = None if tokens.cu_seqlens is None else tokens.cu_seqlens.cpu()
+    if one_per_token(name, given, tokens.shape, bounds):
         return given
     if tuple(given.shape) != (tokens.rows,):
         raise ValueError(
             f"{name}: expected shape {list(tokens.shape)} (one per token) or [{tokens.rows}] (one per sequence), "
             f"got {list(given.shape)}"
         )
-    bounds = tokens.cu_seqlens
-    return Tokens(tokens.shape, None, None if bounds is None else bounds.cpu()).broadcast(given)
+    return Tokens(tokens.shape, None, bounds).broadcast(given)
 
 
 def _rewards(rewards: Any, rows: int) -> list[float] | None:

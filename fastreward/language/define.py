@@ -322,6 +322,10 @@ class Loss:
         """Whether its function asks for this term, be it for a report alone; of a pair on a side, or on either."""
         return self._asks(self.formula, term, (0, 1) if side is None else (side,))
 
+    def asks_once(self, term: str, side: int = 0) -> bool:
+        """Whether its function wants this term once per sequence: t.extra(..., per="sequence"), or a loss over them."""
+        return self._asks_once(self.formula, term, side)
+
     def reading(self) -> str:
         """Names of what the loss asks for, in one text for messages."""
         return self._reading(self.formula)
@@ -348,6 +352,9 @@ class Loss:
 
     def _asks(self, _: str, term: str, sides: tuple[int, ...]) -> bool:
         return any(name == term and side in sides for name, _, side in inputs_asked(self))
+
+    def _asks_once(self, _: str, *wanted: Any) -> bool:
+        return any((name, side) == wanted and level == Level.SEQUENCE for name, level, side in inputs_asked(self))
 
     def _reading(self, _: str) -> str:
         return reading(self)
@@ -417,6 +424,7 @@ def _unpickled(definition: Definition[Any], parameters: dict[str, Any], digest: 
 _RUN: tuple[Any, ...] = (
     Loss._reads,
     Loss._asks,
+    Loss._asks_once,
     Loss._reading,
     Loss._policy_plan,
     Loss._gradient_plan,

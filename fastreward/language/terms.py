@@ -35,7 +35,7 @@ PAIR_SOURCES: Final = {
     "weight": "{side}_weights",
 }
 #: What a policy loss gets per token always; the others may be per sequence.
-_PER_TOKEN: Final = (
+PER_TOKEN: Final = (
     *("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "entropy"),
     *("value", "old_value", "returns"),
     *("log_p", "log_q"),
@@ -74,7 +74,7 @@ class _Inputs:
 
     def _input(self, name: str, usual: Level) -> Node:
         full = self._argument(name)
-        level = usual if name in _PER_TOKEN else min(usual, self._highest)
+        level = usual if name in PER_TOKEN else min(usual, self._highest)
         if self._levels is not None:
             if name not in self._levels:
                 reader = self.graph.reader

@@ -175,7 +175,7 @@ def clip_cov(
     """
     selected = losses.cov_mask(
         logprobs,
-        per_token(advantages, logprobs, options.get("cu_seqlens")),
+        per_token("advantages", advantages, logprobs, options.get("cu_seqlens")),
         counted(logprobs, mask, options),
         method="clip",
         share=share,

@@ -19,6 +19,7 @@ from fastreward import losses
 from fastreward._arguments import check
 from fastreward._arguments.groups import GroupIds, numbered_groups
 from fastreward._arguments.numbers import Number, number
+from fastreward._arguments.tokens import one_per_token
 from fastreward.group import group_advantages
 from fastreward.group_statistics import group_statistics
 from fastreward.recipes._catalogue.registry import recipe
@@ -271,7 +272,8 @@ def _effective_rank(h: Tensor) -> Tensor:
 def _spread(name: str, x: Tensor, tokens: Responses) -> Tensor:
     """[B], or in the shape of tokens, on the tokens that count: float32, a constant."""
     like = torch.zeros_like(tokens.mask, dtype=torch.float32)
-    if tokens.cu_seqlens is not None and check.tensor(name, x).shape != like.shape:
+    per_token = one_per_token(name, check.tensor(name, x), like.shape, tokens.cu_seqlens)
+    if tokens.cu_seqlens is not None and not per_token:
         x = check.constant(name, check.reals(name, x))
         check.shape(name, x, (tokens.cu_seqlens.shape[0] - 1,), "one per response, or per token")
         return tokens.on_tokens(x)

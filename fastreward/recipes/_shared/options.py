@@ -10,7 +10,7 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.groups import GroupIds
 from fastreward._arguments.options import KL, Aggregation, Empty, PairAggregation
-from fastreward._arguments.tokens import broadcast_to_tokens
+from fastreward._arguments.tokens import broadcast_to_tokens, one_per_token
 
 
 class PolicyOptions(TypedDict, total=False):
@@ -66,9 +66,10 @@ class CorrectionOptions(TypedDict, total=False):
     cu_seqlens: Tensor | None
 
 
-def per_token(x: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def per_token(name: str, x: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """[B] given to each token, in the shape of logprobs; what has that shape already stays as it is."""
-    return x if x.shape == logprobs.shape else broadcast_to_tokens(x, logprobs.shape, cu_seqlens)
+    per_token = one_per_token(name, x, logprobs.shape, cu_seqlens)
+    return x if per_token else broadcast_to_tokens(x, logprobs.shape, cu_seqlens)
 
 
 def counted(logprobs: Tensor, mask: Tensor | None, options: PolicyOptions) -> Tensor | None:
@@ -76,7 +77,7 @@ def counted(logprobs: Tensor, mask: Tensor | None, options: PolicyOptions) -> Te
     keep = options.get("keep")
     if keep is None:
         return mask
-    kept = per_token(keep, logprobs, options.get("cu_seqlens")) != 0
+    kept = per_token("keep", keep, logprobs, options.get("cu_seqlens")) != 0
     return kept if mask is None else kept & (mask != 0)
 
 
@@ -84,7 +85,7 @@ def keep_also(options: PolicyOptions, keep: Tensor, logprobs: Tensor) -> None:
     """Drops more sequences or tokens: `keep` bool, [B] or in the shape of logprobs."""
     given = options.get("keep")
     if given is not None and given.shape != keep.shape:
-        given, keep = (per_token(x, logprobs, options.get("cu_seqlens")) for x in (given, keep))
+        given, keep = (per_token("keep", x, logprobs, options.get("cu_seqlens")) for x in (given, keep))
     options["keep"] = keep if given is None else keep & (given != 0)
 
 
@@ -99,7 +100,7 @@ def weigh_also(options: PolicyOptions, weights: Tensor, logprobs: Tensor) -> Non
     """Multiplies the weights, [B] or in the shape of logprobs."""
     given = options.get("weights")
     if given is not None and given.shape != weights.shape:
-        given, weights = (per_token(x, logprobs, options.get("cu_seqlens")) for x in (given, weights))
+        given, weights = (per_token("weights", x, logprobs, options.get("cu_seqlens")) for x in (given, weights))
     options["weights"] = weights if given is None else weights * given
 
 
