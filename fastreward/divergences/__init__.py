@@ -25,7 +25,7 @@ from __future__ import annotations
 from fastreward.language.define import Loss, define
 from fastreward.language.divergence_programs import HEAD_SHARE
 from fastreward.language.functions import abs as _abs
-from fastreward.language.functions import exp, log, maximum, stop_gradient
+from fastreward.language.functions import exp, expm1, log, maximum, minimum, stop_gradient, where
 from fastreward.language.node import Node
 from fastreward.language.terms import Terms
 
@@ -135,8 +135,12 @@ def alpha(t: Terms, alpha: float = 0.5) -> Node:
 
     Amari's alpha-divergence, in Minka's parametrisation (MSR-TR-2005-173).
     """
-    mixed = exp(alpha * t.log_p + (1.0 - alpha) * t.log_q)
-    return (alpha * t.p + (1.0 - alpha) * t.q - mixed) / (alpha * (1.0 - alpha))
+    # With x the side of the smaller weight w: the division by w is of what is small by it, not of what has cancelled.
+    forward = alpha <= 0.5
+    small = minimum(alpha, 1.0 - alpha)
+    x, log_ratio = where(forward, t.q, t.p), where(forward, t.log_p - t.log_q, t.log_q - t.log_p)
+    between = where(forward, t.p - t.q, t.q - t.p)
+    return (between - x * expm1(minimum(small * log_ratio, 80.0)) / small) / (1.0 - small)
 
 
 @define

@@ -48,6 +48,7 @@ DIVERGENCES = {
     "skewed_reverse_kl": divergences.skewed_reverse_kl(),
     "total_variation": divergences.total_variation(),
     "alpha": divergences.alpha(),
+    "alpha_close_to_one": divergences.alpha(0.99),
     "hellinger": divergences.hellinger(),
     "every_token": every_token(),
 }
