@@ -19,6 +19,8 @@ SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type
 # Two workers with two threads each on two cores: a thread of torch's that waits must not keep its core busy.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Kept even where the environment forbids it: every process of the tests would compile torch's Python anew.
+export PYTHONDONTWRITEBYTECODE =
 # Two things at a time: compiling beside installing, linting beside the first tests.
 MAKEFLAGS += --jobs=2
 
