@@ -6,9 +6,10 @@
 
 An operation has one name in every room, so that a changed file selects the tests that have its name in their path:
 `fastreward/whiten.py`, `csrc/cpu/whiten.cpp` and `kernels/whiten.py` all select tests/operations/test_whiten.py and the
-backends' tests of that name. A file whose name no test has selects its room's tests; ROOMS names those of rooms whose
-tests are elsewhere. Then come ruff, mypy and a core of fast tests. Tests marked slow are left out; what the time is not
-enough for is skipped, and counted.
+backends' tests of that name. A file in the folder of an operation selects the operation's tests too, and one whose name
+no test of its room has selects the room's. ROOMS names those of rooms whose tests are elsewhere, and those of rooms on
+which others stand, which always run. Then come ruff, mypy and a core of fast tests. Tests marked slow are left out;
+what the time is not enough for is skipped, and counted.
 """
 
 from __future__ import annotations
@@ -41,19 +42,25 @@ ROOMS: Final = {
     "examples/": ["tests/package/test_examples.py"],
     "fastreward/": ["tests/package/test_dispatch.py"],
     "fastreward/_arguments/": ["tests/operations/test_arrays.py", "tests/losses/test_arguments.py"],
-    "fastreward/_loss_call/": ["tests/operations/test_policy_loss.py", "tests/losses/test_arguments.py"],
+    "fastreward/_loss_call/": [
+        *("tests/operations/test_policy_loss.py", "tests/operations/test_preference_loss.py"),
+        *("tests/operations/test_value_loss.py", "tests/operations/test_logits_policy_loss.py"),
+        *("tests/operations/test_linear_policy_loss.py", "tests/losses/test_arguments.py", "tests/recipes/"),
+    ],
     "fastreward/_runtime/": ["tests/package/test_dispatch.py", "tests/operations/test_transforms.py"],
     "fastreward/bench/": ["tests/package/test_bench_", "tests/package/test_cli.py"],
     "fastreward/cli.py": ["tests/package/test_cli"],
     "fastreward/cuda/": ["tests/backends/cuda/"],
     "fastreward/doctor.py": ["tests/package/test_cli.py"],
-    "fastreward/language/": ["tests/losses/test_language.py", "tests/losses/test_policy.py"],
+    "fastreward/language/": ["tests/losses/", "tests/backends/cpu/test_program.py", "tests/recipes/test_policy.py"],
     "fastreward/patch/": ["tests/peers/test_patch_trl.py"],
     "fastreward/verify/": ["tests/package/test_cli.py"],
     "kernels/": ["tests/backends/triton/"],
     "README.md": ["tests/package/test_readme.py"],
     "tools/": ["tests/package/test_check.py", "tests/package/test_mutations.py"],
 }
+#: Rooms on which others stand: what a change breaks is tested there, also where tests have a changed file's name.
+SHARED: Final = ("fastreward/_", "fastreward/language/")
 CORE: Final = [
     "tests/package/test_rooms.py",
     "tests/package/test_mutations.py",
@@ -87,20 +94,21 @@ def selected(changed: str) -> list[str]:
     path = PurePath(changed)
     if path.parts[0] == "tests":
         return [changed] if changed in test_files() else importers(path)
-    for name in reversed([*path.parts[1:-1], path.stem]):  # the file's own name first, then its folders'
-        if found := named(name.removeprefix("register_").strip("_"), changed):
-            return found
+    room = "".join(path.parts[1:2]) if path.parts[0] == "fastreward" and len(path.parts) > 2 else ""
+    names = [*path.parts[2 if path.parts[0] in ("fastreward", "csrc") else 1 : -1], path.stem]
+    found = [test for name in names for test in named(name.removeprefix("register_"), room)]
+    if room and not any(test.startswith(f"tests/{room}/") for test in found):
+        found += named(room, room)
     prefixes = [prefix for prefix in ROOMS if changed.startswith(prefix)]
-    wanted = tuple(ROOMS[max(prefixes, key=len)]) if prefixes else ()
-    return [test for test in test_files() if wanted and test.startswith(wanted)]
+    if prefixes and (not found or changed.startswith(SHARED)):
+        found += [test for test in test_files() if test.startswith(tuple(ROOMS[max(prefixes, key=len)]))]
+    return list(dict.fromkeys(found))
 
 
-def named(name: str, changed: str) -> list[str]:
-    """The tests with a name in their path: those of the changed file's own room, if it has any."""
-    found = [test for test in test_files() if re.search(rf"[/_]{re.escape(name)}(?=[/_.])", test)]
-    top, *below = PurePath(changed).parts
-    own = f"tests/{below[0]}/" if top == "fastreward" and below else "tests/"
-    return [test for test in found if test.startswith(own)] or found
+def named(name: str, room: str) -> list[str]:
+    """The tests with a name in their path: those of a room of that name, if it has any."""
+    found = [test for test in test_files() if re.search(rf"[/_]{re.escape(name.strip('_'))}(?=[/_.])", test)]
+    return [test for test in found if test.startswith(f"tests/{room}/")] or found
 
 
 def importers(support: PurePath) -> list[str]:
