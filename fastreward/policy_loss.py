@@ -1,4 +1,4 @@
-"""The policy loss, its metrics and its gradient for log-probs and entropy."""
+"""The policy loss, its metrics and its gradient for log-probs, entropy and what else a loss trains."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def policy_loss(
             among them, a tensor [N] that would give other numbers per token than per sequence is an error (on a GPU,
             where looking would synchronise, it is per token); an extra that the loss reads with per="sequence" is per
             sequence.
-        extra: what the loss reads as t.extra(name): constants in the shape of logprobs, [B], or numbers.
+        extra: what the loss reads as t.extra(name): constants in the shape of logprobs, [B], or numbers. Gradients flow
+            to those that the loss declares differentiable, [B], in their dtype.
         empty: what a batch without a counted token is, such as a micro-batch that is masked out as a whole: "raise", an
             error, which on one rank of many leaves the others waiting; "zero": a loss of 0 whose gradients, zeros,
             flow as ever. On a GPU, where looking would synchronise, always "zero".

@@ -121,7 +121,7 @@ def preference_loss(
     backend = select("preference_loss", chosen_logprobs)
     ready = parameters(dict.fromkeys(CALL_PARAMETERS, 0.0) | numbers, backend)
     given |= {(f"parameter.{name}", 0): x for name, x in ready.inputs.items()}
-    objective, inputs, names, grouped = loss.pair_plan(
+    objective, inputs, names, grouped, _ = loss.pair_plan(
         (_levels_of(0, levels), _levels_of(1, levels)),
         tuple([(term, level) for (term, _), level in levels_of_pairs.items()]),
         aggregation,

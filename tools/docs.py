@@ -1,7 +1,8 @@
 """Write the generated parts of README.md and docs/: `python tools/docs.py`; with `--check` only say what is stale.
 
-A generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`; everything around it is written by hand. Methods
-and metrics come from the package, figures from bench/results/*.json, what machine code predicts from docs/gpu.json.
+A generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`, on lines of its own or inside of one; everything
+around it is written by hand. Methods, how many there are, and metrics come from the package, figures from
+bench/results/*.json, what machine code predicts from docs/gpu.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import machine_code
 from fastreward import bench, losses, recipes
 from fastreward._loss_call.results import Metrics
 from fastreward.recipes._catalogue import show
-from fastreward.recipes._catalogue.registry import VERIFIED
+from fastreward.recipes._catalogue.registry import FAMILIES, VERIFIED
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -85,6 +86,22 @@ def _sources(loss: Any) -> tuple[str, str, str]:
     best = next((recipe for recipe in made if recipe.name == loss.name), made[0])
     paper = best.source if best.url is None else f"[{best.source.removeprefix('arXiv ')}]({best.url})"
     return names, paper, VERIFIED[best.verified][0]
+
+
+def count_losses() -> str:
+    """How many losses there are, over log-probs and over pairs."""
+    return str(sum(isinstance(x, losses.Definition) for x in vars(losses).values()))
+
+
+def count_recipes(*families: str) -> str:
+    """How many recipes there are; of these families alone where some are named."""
+    return str(sum(not families or r.family in families for r in recipes.RECIPES.values()))
+
+
+def count_credit() -> str:
+    """How many recipes make rewards, advantages and the like, rather than a loss or what a loss takes."""
+    of_losses = ("token", "sequence", "preference", "correction", "divergence")
+    return count_recipes(*(set(FAMILIES) - set(of_losses)))
 
 
 def metrics() -> str:
@@ -243,8 +260,13 @@ def _memory(contender: dict[str, Any]) -> str:
 # ----------------------------------------------------------------------------------------------------------- the files
 #: file -> its generated parts.
 PARTS: Final[dict[str, dict[str, Callable[[], str]]]] = {
-    "README.md": {"figures": figures},
-    "docs/methods.md": {"recipes": lambda: show.markdown().rstrip(), "losses": losses_table},
+    "README.md": {"figures": figures, "credit": count_credit},
+    "docs/methods.md": {
+        "count of recipes": count_recipes,
+        "count of losses": count_losses,
+        "recipes": lambda: show.markdown().rstrip(),
+        "losses": losses_table,
+    },
     "docs/losses.md": {"metrics": metrics},
     "docs/benchmarks.md": {"runs": runs},
     "docs/gpu.md": {"gpus": machine_code.gpus, "kernels": machine_code.kernels},
@@ -255,11 +277,12 @@ def written(name: str) -> str:
     """The file as it should be."""
     text = (ROOT / name).read_text(encoding="utf-8")
     for part, make in PARTS[name].items():
-        start, end = f"<!-- {part} -->\n", f"<!-- /{part} -->"
+        start, end = f"<!-- {part} -->", f"<!-- /{part} -->"
         if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"{name}: expected one {start.strip()} and one {end}")
+            raise ValueError(f"{name}: expected one {start} and one {end}")
         before, _, rest = text.partition(start)
-        text = f"{before}{start}{make()}\n{end}{rest.partition(end)[2]}"
+        made = f"\n{make()}\n" if rest.startswith("\n") else make()
+        text = f"{before}{start}{made}{end}{rest.partition(end)[2]}"
     return text
 
 

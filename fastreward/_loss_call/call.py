@@ -83,6 +83,7 @@ class Call:
     """A checked call. tensors: what the objective reads besides the differentiable ones, in its order."""
 
     objective: str
+    extras: Tensor | None  # f32 [K, B]: differentiable
     tensors: list[Tensor]
     tokens: Tokens
     groups: Tensor | None
@@ -159,7 +160,7 @@ def prepare(
     unknown = tuple(ready.inputs)
     # On a GPU the aggregation's weights are known only when all tokens have been seen.
     plan = loss.policy_plan(*formula, given.token_loss, backend != "cpu", unknown, wanted, given.explained_variance)
-    objective, inputs, metrics, grouped = plan
+    objective, inputs, metrics, grouped, extras = plan
     gradient = loss.gradient_plan(*formula, False, False, unknown) if from_logits else None
     _check_read(given)
     if grouped and given.group_ids is None and given.group_size is None:
@@ -175,6 +176,7 @@ def prepare(
         tensors["call.width"] = _longest(tokens.cu_seqlens)
     return Call(
         objective,
+        torch.stack([tensors[term] for term in extras]) if extras else None,
         [tensors[term] for term, _ in inputs],
         tokens,
         numbered_groups(given.group_ids, given.group_size, tokens.rows, like),
@@ -205,6 +207,7 @@ def finish(
         call.parameters,
         call.numbers,
         backend,
+        call.extras,
     )
     if check.values_checked(logprobs):
         call.check_results(found, lambda: named)
@@ -315,7 +318,8 @@ def _checked_terms(name: str, like: Tensor, given: PolicyArguments, rows: int) -
         terms["weight"] = _weights("weights", given.weights, like, rows, name)
     for term, (argument, x) in checked_extra("extra", given.extra, _TERMS).items():
         if x is not None:
-            terms[term] = on_device(argument, x, like, rows, name)
+            place = _per_sequence if term in given.loss.differentiable else on_device
+            terms[term] = place(argument, x, like, rows, name)
     return terms
 
 
@@ -395,6 +399,17 @@ def on_device(name: str, x: object, like: Tensor, rows: int, reference: str) -> 
             f"got {list(tensor.shape)}"
         )
     return _constant(name, tensor, like, reference)
+
+
+def _per_sequence(name: str, x: object, like: Tensor, rows: int, reference: str) -> Tensor:
+    """Differentiable: one value per sequence, f32 [B]; one for all is given to each."""
+    if not isinstance(x, Tensor):
+        return single(name, x, like, anything).expand(rows)
+    tensor = check.reals(name, x)
+    if tensor.ndim:
+        check.shape(name, tensor, (rows,), "one per sequence")
+    check.same_device(name, tensor, reference, like)
+    return tensor.expand(rows)
 
 
 def parameter(name: str, x: Tensor, like: Tensor, rows: int, reference: str) -> Tensor:

@@ -22,7 +22,9 @@ from fastreward.language.graph import Graph
 from fastreward.language.messages import described, origin
 from fastreward.language.node import Level, Node
 from fastreward.language.objective import (
+    Objective,
     PolicyCall,
+    differentiable_extras,
     inputs_asked,
     policy_objective,
     reading,
@@ -42,8 +44,9 @@ from fastreward.language.travel import Options, by_name, carrier, named, names_o
 P = ParamSpec("P")
 T = TypeVar("T", Terms, PairTerms)
 Scalar = float | int
-#: Key of a registered objective, (name, side) of the inputs it reads, names of its metrics, whether it reads groups.
-Plan = tuple[str, tuple[tuple[str, int], ...], tuple[str, ...], bool]
+#: Key of a registered objective, (name, side) of the inputs it reads, names of its metrics, whether it reads groups,
+#: names of the extras that get a gradient.
+Plan = tuple[str, tuple[tuple[str, int], ...], tuple[str, ...], bool, tuple[str, ...]]
 #: Key of a registered gradient, (name, side) of the inputs it reads.
 GradientPlan = tuple[str, tuple[tuple[str, int], ...]]
 
@@ -326,6 +329,11 @@ class Loss:
         """Whether its function wants this term once per sequence: t.extra(..., per="sequence"), or a loss over them."""
         return self._asks_once(self.formula, term, side)
 
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """Names of the extras that get a gradient."""
+        return self._differentiable(self.formula)
+
     def reading(self) -> str:
         """Names of what the loss asks for, in one text for messages."""
         return self._reading(self.formula)
@@ -356,13 +364,15 @@ class Loss:
     def _asks_once(self, _: str, *wanted: Any) -> bool:
         return any((name, side) == wanted and level == Level.SEQUENCE for name, level, side in inputs_asked(self))
 
+    def _differentiable(self, _: str) -> tuple[str, ...]:
+        return tuple(sorted(differentiable_extras(self)))
+
     def _reading(self, _: str) -> str:
         return reading(self)
 
     def _policy_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
-            o = policy_objective(self, PolicyCall(*call))
-            self._plans[call] = (register(o), o.inputs, o.metrics, o.groups)
+            self._plans[call] = _registered(policy_objective(self, PolicyCall(*call)))
         return self._plans[call]
 
     def _gradient_plan(self, _: str, *call: Any) -> GradientPlan | None:
@@ -374,8 +384,7 @@ class Loss:
 
     def _pair_plan(self, _: str, *call: Any) -> Plan:
         if call not in self._plans:
-            o = pair_objective(self, PairCall(*call))
-            self._plans[call] = (register(o), o.inputs, o.metrics, o.groups)
+            self._plans[call] = _registered(pair_objective(self, PairCall(*call)))
         return self._plans[call]
 
     def _divergence_plan(self, _: str) -> str:
@@ -410,6 +419,10 @@ class Loss:
         return show(self) if stale is None else f"{head(self)}: not shown, since {stale}"
 
 
+def _registered(o: Objective) -> Plan:
+    return register(o), o.inputs, o.metrics, o.groups, tuple(name for name, _ in o.extras)
+
+
 def _unpickled(definition: Definition[Any], parameters: dict[str, Any], digest: str) -> Loss:
     """A loss that has come out of a pickle; the same formula as where it was made, or an error."""
     loss = Loss(definition, parameters)
@@ -425,6 +438,7 @@ _RUN: tuple[Any, ...] = (
     Loss._reads,
     Loss._asks,
     Loss._asks_once,
+    Loss._differentiable,
     Loss._reading,
     Loss._policy_plan,
     Loss._gradient_plan,

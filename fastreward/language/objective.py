@@ -55,8 +55,9 @@ class Gradient:
 class Objective:
     """A program and the meaning of what goes in and out. batch: the loss, then `metrics` in order.
 
-    parameters: names of the numbers of a call, in order. sources: for each input of the program 0 or 1 where it is the
-    first or second differentiable tensor, else -1.
+    parameters: names of the numbers of a call, in order. sources: for each input of the program its place among the
+    differentiable tensors (the first, the second where there is one, the extras), else -1.
+    extras: the differentiable ones, each with the output that holds its gradient, per sequence.
     row_weight: the output that gradients per token have still to be multiplied with, by sequence; None: nothing.
     tokens: the outputs that hold what the call asks for of each token, in its order. before: what is computed first,
     each with the `sources` of its program.
@@ -71,11 +72,12 @@ class Objective:
     row_weight: int | None
     tokens: tuple[int, ...] = ()
     before: tuple[tuple[Threshold, tuple[int, ...]], ...] = ()
+    extras: tuple[tuple[str, int], ...] = ()
 
     @cached_property
     def key(self) -> str:
         """Equal for objectives that are the same in every respect."""
-        outputs = (self.gradients, self.token_loss, self.row_weight, self.tokens)
+        outputs = (self.gradients, self.token_loss, self.row_weight, self.tokens, self.extras)
         before = [(t.program.key, sources) for t, sources in self.before]
         return f"{self.program.key} {(self.parameters, self.sources, self.metrics, *outputs, *before)}"
 
@@ -199,6 +201,11 @@ def inputs_asked(loss: TracedLoss) -> frozenset[tuple[str, Level, int]]:
     return _cached_terms(Key(loss))[1]
 
 
+def differentiable_extras(loss: TracedLoss) -> frozenset[str]:
+    """Names of the extras that the loss gives a gradient to."""
+    return _cached_terms(Key(loss))[2]
+
+
 def reading(loss: TracedLoss) -> str:
     """`inputs_asked` as the loss writes them, for messages."""
     texts = {
@@ -209,24 +216,27 @@ def reading(loss: TracedLoss) -> str:
 
 
 @lru_cache(maxsize=512)
-def _cached_terms(key: Key) -> tuple[frozenset[str], frozenset[tuple[str, Level, int]]]:
+def _cached_terms(key: Key) -> tuple[frozenset[str], frozenset[tuple[str, Level, int]], frozenset[str]]:
     with_all, with_least = key.loss.terms(), key.loss.terms(optional=False)
     read = {n.name for n in walk([key.loss.trace(with_all)]) if n.op == "input" and n.name is not None}
     with suppress(Exception):  # a loss may refuse such a call
         key.loss.trace(with_least)
     inputs = (*with_all.graph.inputs(), *with_least.graph.inputs())
-    return frozenset(read), frozenset(x for x in inputs if not x[0].startswith("parameter."))
+    trained = [name for t in (with_all, with_least) if isinstance(t, Terms) for name in t.differentiable]
+    return frozenset(read), frozenset(x for x in inputs if not x[0].startswith("parameter.")), frozenset(trained)
 
 
 @lru_cache(maxsize=512)
 def _cached_policy(key: Key, call: PolicyCall) -> Objective:
-    t, total, wanted, weight, value = _traced(key.loss, call)
+    t, total, trained, weight, value = _traced(key.loss, call)
+    wanted = [*trained, *t.differentiable.values()]
     metrics, tokens = _policy_metrics(t, call), _tokens(key.loss, t, call, value)
 
     def assembled(found: Sequence[Node | None], tokens: Sequence[Node], *, weighted: bool) -> Objective:
         return _assemble(
-            key.loss, total, wanted, found, weight, value, call.token_loss, metrics, tokens, weighted=weighted
-        )
+            key.loss, total, wanted, len(trained), found, weight, value, call.token_loss, metrics, tokens,
+            weighted=weighted,
+        )  # fmt: skip
 
     if call.deferred and value.level == Level.TOKEN:
         seeded = gradients(value, wanted, t.graph.constant(1.0))
@@ -251,7 +261,8 @@ def _traced(loss: TracedLoss, call: PolicyCall) -> tuple[Terms, Node, list[Node]
     weight = _row_weight(t.graph, call)
     total = t.graph.reduce("batch_sum", _weighted(weight, value))
     wanted = trained_terms(t, levels)
-    check_depends(loss, surrogate, wanted)
+    for part in (wanted, *([x] for x in t.differentiable.values())):
+        check_depends(loss, surrogate, part)
     return t, total, wanted, weight, value
 
 
@@ -289,13 +300,18 @@ class TokenGradient:
 
 
 def token_gradient(loss: TracedLoss, call: PolicyCall) -> TokenGradient | None:
-    """The gradient of an objective token by token; None where it needs sums over log-probs of other tokens first."""
+    """The gradient of an objective token by token; None where it needs sums over log-probs of other tokens first.
+
+    None too where an extra gets a gradient as well, which is made with the loss.
+    """
     return _cached_gradient(Key(loss), call)
 
 
 @lru_cache(maxsize=512)
 def _cached_gradient(key: Key, call: PolicyCall) -> TokenGradient | None:
-    _, total, wanted, *_ = _traced(key.loss, call)
+    t, total, wanted, *_ = _traced(key.loss, call)
+    if t.differentiable:
+        return None
     given = zip(wanted, map(nonzero, gradients(total, wanted)), strict=True)
     found = {x.name or "": g for x, g in given if g is not None}
     names = {x.name for x in wanted}
@@ -445,6 +461,7 @@ def _assemble(
     loss: TracedLoss,
     total: Node,
     wanted: Sequence[Node],
+    trained: int,  # how many of them are no extras
     found: Sequence[Node | None],
     weight: Node,
     value: Node,
@@ -472,16 +489,21 @@ def _assemble(
             kept.append(None)
         elif g.level == Level.TOKEN:
             kept.append(Gradient(add(g), True))
-        else:  # the same for every valid token of a sequence
+        else:  # the same for every valid token of a sequence; of an extra, all of its gradient
             per_sequence = g if weighted else g * weight
             kept.append(Gradient(add(where(graph.valid(), per_sequence, 0.0)), False))
     token_loss = add(_per_token(value)) if want_token_loss else None
     row_weight = add(where(graph.valid(), weight, 0.0)) if not weighted else None
     asked = tuple(map(add, rest[end:]))
     built, before = built_of(outputs, [total, *metrics.values()], wanted, graph.sides)
-    first, second = (*kept, None)[:2]
+    first, second = (*kept[:trained], None)[:2]
+    extras = tuple(
+        (x.name or "", g.output) for x, g in zip(wanted[trained:], kept[trained:], strict=True) if g is not None
+    )
     names, places = parameters(loss), sources(built, wanted)
-    return Objective(built, names, places, tuple(metrics), (first, second), token_loss, row_weight, asked, before)
+    return Objective(
+        built, names, places, tuple(metrics), (first, second), token_loss, row_weight, asked, before, extras
+    )
 
 
 def built_of(
@@ -499,7 +521,7 @@ def parameters(loss: TracedLoss) -> tuple[str, ...]:
 
 
 def sources(built: Program, wanted: Sequence[Node]) -> tuple[int, ...]:
-    """Which differentiable tensor each input of the program is, -1: none."""
+    """Which differentiable tensor each input of the program is, in the order of `wanted`; -1: none."""
     places = {(x.name, x.side): k for k, x in enumerate(wanted)}
     return tuple(places.get((n.name, n.side), -1) for n in built.inputs)
 

@@ -16,7 +16,11 @@ def show(loss: TracedLoss) -> str:
     """The loss, its reports and its derivative, as assignments."""
     t = loss.terms()
     value = loss.trace(t)
-    wanted = [t.chosen.logprob, t.rejected.logprob] if isinstance(t, PairTerms) else [t.logprob, t.entropy, t.value]
+    wanted = (
+        [t.chosen.logprob, t.rejected.logprob]
+        if isinstance(t, PairTerms)
+        else [t.logprob, t.entropy, t.value, *t.differentiable.values()]
+    )
     named = [("loss", value), *_derivatives(value, wanted)]
     return "\n".join([f"{head(loss)}{_assumed(t)}", *("  " + line for line in assignments(named))])
 

@@ -135,7 +135,8 @@ class Terms(_Inputs):
 
     logprob, old_logprob, ref_logprob, rollout_logprob, entropy, weight: as passed to the call. advantage: per token or
     per sequence. log_ratio: logprob - old_logprob. ratio: exp(log_ratio), the log-ratio clamped to +-20. length:
-    valid tokens, per sequence. extra(name): the caller's own. Gradients flow through logprob and entropy.
+    valid tokens, per sequence. extra(name): the caller's own. Gradients flow through logprob and entropy, and through
+    extras that are declared differentiable.
 
     A loss of a critic, for `value_loss`, is written with value, old_value and returns instead; its gradient flows
     through value. A divergence, for `token_divergence`, is written with log_p and log_q, the student's and the
@@ -155,6 +156,21 @@ class Terms(_Inputs):
         super().__init__(graph, levels, 0, {k: f"{v}=" for k, v in SOURCES.items()}, optional, highest)
         self.reports: dict[str, Node] = {}  # metrics
         self.reported: dict[str, Node] = {}  # the same before any mean
+        self.differentiable: dict[str, Node] = {}  # extras that get a gradient
+
+    def extra(
+        self, name: str, per: Literal["token", "sequence", "batch"] = "token", *, differentiable: bool = False
+    ) -> Node:
+        """The caller's extra={name: tensor}: a constant per token, per sequence or for the whole batch.
+
+        differentiable: a gradient flows to it, as to logprob; of one per sequence, such as a learned log Z of a prompt.
+        """
+        node = super().extra(name, per)
+        if differentiable:
+            if per != "sequence":
+                raise ValueError(f"{origin()}: extra: differentiable: expected per='sequence' with it, got {per!r}")
+            self.differentiable[name] = node
+        return node
 
     @property
     def log_ratio(self) -> Node:

@@ -5,7 +5,7 @@ formula and derivative, `help(losses.ppo)` what it computes and where that was r
 
 Over log-probs, for `policy_loss`, `logits_policy_loss` and `linear_policy_loss`:
     ppo                           the clipped ratio, with dual clip and upper bound
-    sapo                          a soft gate instead of the clip
+    sapo, cfpo                    a soft gate, a quadratic penalty instead of the clip
     clip_cov, kl_cov              the few tokens of large covariance left out, or pulled back (`cov_mask` selects them)
     tw_grpo                       tokens weighted by importance (`tw_grpo_importance`)
     stable_reinforce, visurf      a bounded ratio and no outliers; given answers among the rollouts
@@ -14,13 +14,15 @@ Over log-probs, for `policy_loss`, `logits_policy_loss` and `linear_policy_loss`
     dft, topr                     the log-prob times the probability; wrong answers as far as they are likely
     vapo, echo, loglinear_ppo     the clipped ratio and right answers' likelihood, tool outputs', a policy between
     cispo, dispo                  the clipped ratio as a constant weight of the log-prob
-    dppo_tv, dppo_kl, vespo, dro  bounds on a divergence; a gate on the sequence's ratio; a quadratic pull
+    dppo_tv, dppo_kl, kpop        bounds on a divergence
+    vespo, dro                    a gate on the sequence's ratio; a quadratic pull
     sdpo, sdpo_topk               distillation from a teacher, on the sampled token or over k ids
     verifree, jepo, laser         reference answers; a bound on their likelihood; the model rates itself
     gspo, gspo_token, gmpo        one ratio for each sequence
     fipo, segment_ppo             a weight from what follows; one ratio for each segment (turn, step)
-    m2po                          without the tokens that are farthest from the old policy
+    m2po, bapo                    without the tokens farthest from the old policy; bounds that balance good and bad
     a2po, gvpo, kto               regressions of the log-ratio on rewards; desirable responses and others, unpaired
+    flowrl                        the same with a learned log Z of the prompt, which gets a gradient
     real, pacs, brain, gdro       the rewards of a group as labels, probabilities or ranks
 Over pairs, for `preference_loss`:
     dpo                           with its variants: hinge, IPO, EXO, NCA, APO, AOT, robust, f-divergences, ...
@@ -54,7 +56,7 @@ from fastreward.language.messages import FUNCTIONS as _FUNCTIONS
 from fastreward.language.node import Node
 from fastreward.language.objective import kl
 from fastreward.language.terms import PairTerms, Terms
-from fastreward.losses.along import fipo, m2po, segment_ppo
+from fastreward.losses.along import bapo, fipo, m2po, segment_ppo
 from fastreward.losses.preference import (
     cdpo,
     cream,
@@ -78,6 +80,7 @@ from fastreward.losses.score import (
     dppo_tv,
     dro,
     gpg,
+    kpop,
     raft,
     reinforce,
     sdpo,
@@ -90,6 +93,7 @@ from fastreward.losses.selection import cov_mask, tw_grpo_importance
 from fastreward.losses.sequence import (
     a2po,
     brain,
+    flowrl,
     gdro,
     gmpo,
     gspo,
@@ -103,6 +107,7 @@ from fastreward.losses.sequence import (
     sdpo_topk,
 )
 from fastreward.losses.token import (
+    cfpo,
     clip_cov,
     echo,
     kl_cov,
@@ -126,8 +131,10 @@ __all__ = [
     "Terms",
     "a2po",
     "alphapo",
+    "bapo",
     "brain",
     "cdpo",
+    "cfpo",
     "cispo",
     "clip_cov",
     "cov_mask",
@@ -143,6 +150,7 @@ __all__ = [
     "dro",
     "echo",
     "fipo",
+    "flowrl",
     "gdro",
     "gmpo",
     "gpg",
@@ -153,6 +161,7 @@ __all__ = [
     "jepo",
     "kl",
     "kl_cov",
+    "kpop",
     "kto",
     "laser",
     "ld_dpo_weights",

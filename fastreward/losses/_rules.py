@@ -60,6 +60,14 @@ RULES: Final[dict[str, Rule]] = {
     "weight_high": _NOT_NEGATIVE,
     "safety": _OPTIONAL,
     "share": (lambda x: 0 < x <= 1, "a number in (0, 1]"),
+    "epsilon": _POSITIVE,
+    "threshold": _NOT_NEGATIVE,
+    "target": _NOT_NEGATIVE,
+    "low_start": _NOT_NEGATIVE,
+    "low_end": _NOT_NEGATIVE,
+    "high_start": _POSITIVE,
+    "high_end": _POSITIVE,
+    "high_step": _POSITIVE,
 }
 #: Of preference losses.
 PAIR_RULES: Final[dict[str, Rule]] = {

@@ -6,15 +6,21 @@ they take no step of a discount, and a segment goes on behind them.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from fastreward.language.define import define
 from fastreward.language.functions import (
+    batch_sum,
     batch_threshold,
     clip,
     exp,
+    maximum,
     minimum,
     segment_mean,
     segment_sum,
     seq_discounted_sum,
+    seq_sum,
     stop_gradient,
     where,
 )
@@ -23,7 +29,9 @@ from fastreward.language.terms import LOG_RATIO_CLAMP, Terms
 from fastreward.losses._rules import check
 from fastreward.losses.token import clipped_surrogate
 
-__all__ = ["fipo", "m2po", "segment_ppo"]
+__all__ = ["bapo", "fipo", "m2po", "segment_ppo"]
+
+Number = Node | float
 
 
 @define(check=check)
@@ -75,6 +83,69 @@ def segment_ppo(
     log_ratio = (segment_mean if average else segment_sum)(t.log_ratio, ids)
     ratio = exp(log_ratio if log_ratio_max is None else minimum(log_ratio, log_ratio_max))
     return where(ids < 0.0, 0.0, clipped_surrogate(t, ratio, t.advantage, clip_low, clip_high))
+
+
+def _check_bapo(**parameters: Any) -> None:
+    check(**parameters)
+    for side in ("low", "high"):
+        start, end = parameters[f"{side}_start"], parameters[f"{side}_end"]
+        if not start <= end:
+            raise ValueError(f"{side}_end: expected at least {side}_start, {start!r}, got {end!r}")
+
+
+@define(static=("high_start", "high_end", "high_step"), check=_check_bapo)
+def bapo(
+    t: Terms,
+    target: float = 1.0,
+    low_start: float = 0.6,
+    low_end: float = 0.8,
+    high_start: float = 1.2,
+    high_end: float = 2.0,
+    high_step: float = 0.05,
+    dual_clip: float = 3.0,
+) -> Node:
+    """PPO-clip with the ratio in [low, high], the narrowest bounds in which tokens with A > 0 have their share.
+
+    They have it where the sum of A min(r, high) over A > 0 is at least target times that of -A max(r, low) over A < 0.
+    Until then low goes from low_start to low_end, then high up in steps of high_step, to high_end at most; both are
+    constants. dual_clip bounds the loss of tokens with A < 0 at -A dual_clip. Reports: bound_low, bound_high.
+
+    The sums are over this call's tokens; in the authors' code over those of all ranks. low is raised in steps there:
+    as the second sum grows with it, always to its end.
+
+    BAPO (arXiv 2510.18927). Verified in code: WooooDyy/BAPO recipe/bapo/policy_loss.py; the bounds are the examples of
+    its config.py. By a third-party note the paper raises high first, and asks for a share of both sums: target = share
+    / (1 - share). Aggregation: token-mean.
+    """
+    low, high = _balancing(t, target, (low_start, low_end), (high_start, high_end), high_step)
+    t.report(
+        bound_low=low,
+        bound_high=high,
+        clip_fraction_low=(t.ratio < low) & (t.advantage < 0),
+        clip_fraction_high=(t.ratio > high) & (t.advantage > 0),
+    )
+    value = maximum(-t.advantage * t.ratio, -t.advantage * clip(t.ratio, low, high))
+    return where(t.advantage < 0, minimum(value, -t.advantage * dual_clip), value)
+
+
+def _balancing(
+    t: Terms, target: Number, lows: tuple[Number, Number], highs: tuple[float, float], step: float
+) -> tuple[Node, Node]:
+    """BAPO's bounds of the ratio; each upper one that may be taken is a sum over the batch."""
+
+    def good(high: float) -> Node:
+        return batch_sum(seq_sum(maximum(t.advantage, 0.0) * minimum(ratio, high)))
+
+    def bad(low: Number) -> Node:
+        return batch_sum(seq_sum(maximum(-t.advantage, 0.0) * maximum(ratio, low)))
+
+    ratio, (start, end) = stop_gradient(t.ratio), highs
+    enough = good(start) >= target * bad(lows[0])
+    needed, high = target * bad(lows[1]), t.graph.constant(end)
+    for k in reversed(range(1, math.ceil((end - start) / step - 1e-6))):
+        bound = start + k * step
+        high = where(good(bound) >= needed, bound, high)
+    return where(enough, lows[0], lows[1]), where(enough, start, high)
 
 
 @define(check=check)

@@ -86,8 +86,7 @@ def cpo(
     """CPO (arXiv 2401.08417): -logsigmoid(beta (S_w - S_l)) + sft_weight times the chosen tokens' mean -logprob.
 
     variant: hinge, max(0, 1 - z), or ipo, (m_w - m_l - 1 / (2 beta))^2, instead. label_smoothing: as in dpo. TPO (arXiv
-    2405.16681) is its sigmoid with beta 0.01, sft_weight 0 and the likelihood of a third, gold response, which
-    `policy_loss(..., loss=losses.sft())` gives.
+    2405.16681) is its sigmoid with beta 0.01, sft_weight 0 and the likelihood of a third, gold response: `recipes.tpo`.
 
     Code: TRL 1.16.0 experimental/cpo/cpo_trainer.py (cpo_alpha is sft_weight), experimental/tpo/tpo_trainer.py.
     """

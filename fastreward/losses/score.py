@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from fastreward.language.define import define
-from fastreward.language.functions import clip, exp, expm1, log, minimum, seq_sum, stop_gradient, where
+from fastreward.language.functions import clip, exp, expm1, log, maximum, minimum, seq_sum, stop_gradient, where
 from fastreward.language.node import Level, Node
 from fastreward.language.terms import LOG_RATIO_CLAMP, Terms
 from fastreward.losses._rules import RULES, Rule, apply, check
@@ -23,6 +23,7 @@ __all__ = [
     "dppo_tv",
     "dro",
     "gpg",
+    "kpop",
     "raft",
     "reinforce",
     "sdpo",
@@ -228,6 +229,28 @@ def dppo_kl(
     kl = other_q * log((other_q + 1e-8) / (other_p + 1e-8)) - q * t.log_ratio
     keep = (positive & ((kl <= high) | (p <= q))) | (~positive & ((kl <= low) | (p >= q)))
     return _masked_score(t, keep, cap, log_ratio_clamp)
+
+
+@define(static=("log_ratio_clamp",), check=check)
+def kpop(t: Terms, threshold: float = 0.1, *, log_ratio_clamp: float | None = LOG_RATIO_CLAMP) -> Node:
+    """-A r while KL(p || q) <= threshold and KL(q || p) <= threshold, 0 outside: whichever way the advantage drives it.
+
+    KL of the two Bernoulli distributions "this token or another", p the new probability, q that of old_logprobs, those
+    of the engine that sampled; both are held in [1e-6, 1 - 1e-6]. In ratios the region is wide for rare tokens and
+    narrow for certain ones. Reports: masked_fraction.
+
+    KPop (Guo et al., Ant Group; ringtech.notion.site/kpop). From notes: AReaL's pull request 1405, merged, which masks
+    between rollouts and the proximal policy, and prime-rl's 3283, open, whose form and clamp this is; both as quoted
+    there. Aggregation: token-mean, masked tokens counting.
+    """
+    low, high = math.log(1e-6), math.log1p(-1e-6)
+    log_p, log_q = clip(t.logprob, low, high), clip(t.old_logprob, low, high)
+    gap, other = log_p - log_q, log(expm1(log_p) / expm1(log_q))  # of the token, of the others together
+    forward = exp(log_p) * gap - expm1(log_p) * other
+    backward = expm1(log_q) * other - exp(log_q) * gap
+    masked = maximum(forward, backward) > threshold
+    t.report(masked_fraction=masked)
+    return where(masked, 0.0, -t.advantage * clamped_ratio(t, log_ratio_clamp))
 
 
 @define(check=check)

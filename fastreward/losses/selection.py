@@ -1,4 +1,9 @@
-"""Which tokens a loss treats apart, and how much: inputs of clip_cov, kl_cov and tw_grpo, made without a host read."""
+"""Which tokens a loss treats apart, and how much: inputs of clip_cov, kl_cov and tw_grpo, made without a host read.
+
+clip_cov and kl_cov select their tokens themselves where they are not passed any. tw_grpo can't make its weights: they
+are of distributions over the vocabulary, at the same position of several sequences, where the loss language has one
+log-prob per token and no way from a sequence's token to another's.
+"""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ from fastreward.losses.token import clipped_surrogate
 __all__ = [
     "a2po",
     "brain",
+    "flowrl",
     "gdro",
     "gmpo",
     "gspo",
@@ -202,6 +203,23 @@ def gvpo(t: Terms, beta: float = 0.1) -> Node:
     """
     total = seq_sum(t.log_ratio)
     return 0.5 * (beta * (total - group_mean(total)) - seq_mean(t.advantage)) ** 2
+
+
+@define(aggregation="seq-mean-token-mean", check=check)
+def flowrl(t: Terms, beta: float = 15.0, weight_low: float = 0.0, weight_high: float = 10.0) -> Node:
+    """w (log Z + mean of logprob - beta R - mean of ref_logprob)^2, w = clip(exp(sum of d), weight_low, weight_high).
+
+    R = A's mean; w is a constant. t.extra("log_z") [B]: log Z of the sequence's prompt, from a head on the model's
+    states that is trained with it: a gradient flows to it. Reports: log_z; importance_weight, w.
+
+    FlowRL (arXiv 2509.15207). Verified in code: verl's recipe/flowrl flowrl_actor.py and functions.py, whose variants
+    bound w by 10, by [0.8, 1.28] or not at all; R are GRPO's advantages there. Aggregation: mean over sequences.
+    """
+    log_z = t.extra("log_z", per="sequence", differentiable=True)
+    weight = clip(exp(seq_sum(t.log_ratio)), weight_low, weight_high)
+    gap = log_z + seq_mean(t.logprob) - beta * seq_mean(t.advantage) - seq_mean(t.ref_logprob)
+    t.report(log_z=log_z, importance_weight=weight)
+    return stop_gradient(weight) * gap * gap
 
 
 @define(aggregation="seq-mean-token-mean", check=check)

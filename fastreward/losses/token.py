@@ -28,6 +28,7 @@ from fastreward.language.terms import LOG_RATIO_CLAMP, Terms
 from fastreward.losses._rules import check
 
 __all__ = [
+    "cfpo",
     "clip_cov",
     "echo",
     "kl_cov",
@@ -221,17 +222,40 @@ def tw_grpo(
     return weight * clipped_surrogate(t, ratio, t.advantage, clip_low, clip_high)
 
 
+def _covariance(t: Terms) -> Node:
+    """(A - mean A)(logprob - mean logprob), means over the batch's tokens; a constant."""
+    mean = batch_sum(seq_sum(t.advantage)) / maximum(batch_sum(t.length), 1.0)
+    return (t.advantage - mean) * stop_gradient(t.logprob - batch_mean(t.logprob))
+
+
 @define(static=("log_ratio_clamp",), check=check)
 def clip_cov(
-    t: Terms, clip_low: float = 0.2, clip_high: float = 0.2, *, log_ratio_clamp: float | None = LOG_RATIO_CLAMP
+    t: Terms,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    share: float = 0.0002,
+    cov_low: float = 1.0,
+    cov_high: float = 5.0,
+    *,
+    log_ratio_clamp: float | None = LOG_RATIO_CLAMP,
 ) -> Node:
-    """PPO-clip without the tokens of t.extra("selected") [B, T] (`losses.cov_mask(..., method="clip")`): loss 0 there.
+    """PPO-clip, 0 on max(1, share of the tokens) drawn from those with cov_low < cov < cov_high that are not clipped.
+
+    cov = (A - mean A)(logprob - mean logprob), means over the batch's tokens. t.extra("lots") [B, T], random numbers
+    in [0, 1): the largest are drawn, as a loss itself draws nothing. Where t.extra("selected") [B, T] is passed
+    (`losses.cov_mask(..., method="clip")`), it is these tokens instead.
 
     "The Entropy Mechanism" (arXiv 2505.22617). Verified in code: verl core_algos.py `compute_policy_loss_clip_cov`,
-    which clamps no log-ratio. Aggregation: token-mean.
+    which clamps no log-ratio and draws by another generator. Aggregation: token-mean.
     """
-    value = clipped_surrogate(t, clamped_ratio(t, log_ratio_clamp), t.advantage, clip_low, clip_high)
-    return where(t.extra("selected") != 0, 0.0, value)
+    ratio = clamped_ratio(t, log_ratio_clamp)
+    value = clipped_surrogate(t, ratio, t.advantage, clip_low, clip_high)
+    if t.has("selected"):
+        return where(t.extra("selected") != 0, 0.0, value)
+    covariance = _covariance(t)
+    clipped = ((ratio > 1 + clip_high) & (t.advantage > 0)) | ((ratio < 1 - clip_low) & (t.advantage < 0))
+    lots = where(~clipped & (covariance > cov_low) & (covariance < cov_high), t.extra("lots"), -1.0)
+    return where((lots >= 0.0) & (lots >= batch_largest(lots, share=share)), 0.0, value)
 
 
 @define(static=("log_ratio_clamp",), check=check)
@@ -249,8 +273,7 @@ def kl_cov(
     if t.has("selected"):
         selected = t.extra("selected") != 0
     else:
-        mean = batch_sum(seq_sum(t.advantage)) / maximum(batch_sum(t.length), 1.0)
-        covariance = (t.advantage - mean) * stop_gradient(t.logprob - batch_mean(t.logprob))
+        covariance = _covariance(t)
         selected = covariance >= batch_largest(covariance, share=share)
     penalty = where(selected, kl_coef * abs(t.log_ratio), 0.0)
     return -t.advantage * clamped_ratio(t, log_ratio_clamp) + penalty
@@ -268,6 +291,18 @@ def sapo(
     positive = t.advantage > 0
     gate = sigmoid(where(positive, tau_pos, tau_neg) * (clamped_ratio(t, log_ratio_clamp) - 1.0))
     return -t.advantage * where(positive, 4.0 / tau_pos, 4.0 / tau_neg) * gate
+
+
+@define(static=("log_ratio_clamp",), check=check)
+def cfpo(t: Terms, epsilon: float = 0.2, *, log_ratio_clamp: float | None = LOG_RATIO_CLAMP) -> Node:
+    """A quadratic penalty instead of the clip: -A r + |A| (r - 1)^2 / (2 epsilon), least at r = 1 + sign(A) epsilon.
+
+    CFPO (arXiv 2601.22801), token by token the loss of SPO (arXiv 2401.16025). From three third-party notes and
+    codes of the paper that agree, one naming its equation 7; the authors' pull requests to TRL, verl and OpenRLHF, of
+    which none was merged, describe it in words. Aggregation: token-mean.
+    """
+    ratio = clamped_ratio(t, log_ratio_clamp)
+    return abs(t.advantage) * (ratio - 1.0) ** 2 / (2.0 * epsilon) - t.advantage * ratio
 
 
 # ------------------------------------------------------------------------------------------------ PPO and one term more

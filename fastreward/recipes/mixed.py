@@ -17,9 +17,11 @@ from fastreward._arguments import check
 from fastreward._arguments.numbers import Number
 from fastreward._arguments.options import Aggregation
 from fastreward._loss_call.results import PolicyLoss
+from fastreward.losses import Loss
 from fastreward.policy_loss import policy_loss
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.options import PolicyOptions, add_extra, scored
+from fastreward.recipes._shared.factory import reading_recipe
+from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_extra, scored
 
 __all__ = ["echo", "loglinear_ppo", "vapo_loss"]
 
@@ -52,33 +54,26 @@ def vapo_loss(
     return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
 
 
-@recipe(
+@reading_recipe(
     "ECHO (the likelihood of tool outputs beside GRPO)",
     "github.com/PrimeIntellect-ai/prime-rl",
     note="prime-rl echo.py by a third-party formula page, which gives alpha no default; its one mean is reconstructed",
-    build=losses.echo,
     settings={"alpha": 0.1},
 )
 def echo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
     observation: Tensor,
     mask: Tensor | None = None,
     *,
     alpha: float,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    **options: Unpack[LossOptions],
+) -> Loss:
     """PPO's loss on the policy's tokens, -alpha lp on those that a tool wrote.
 
     observation, in the shape of logprobs: nonzero = a tool's token. mask has to count these too.
     """
-    add_extra(options, observation=observation)
-    loss = losses.echo(alpha, clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.echo(alpha, clip_low, clip_high)
 
 
 @recipe(

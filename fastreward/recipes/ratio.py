@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from fastreward import losses
@@ -17,12 +18,12 @@ from fastreward._loss_call.results import PolicyLoss
 from fastreward.losses import Loss
 from fastreward.policy_loss import policy_loss
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.factory import policy_recipe, reward_recipe
-from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_extra, counted, per_token
+from fastreward.recipes._shared.factory import policy_recipe, reading_recipe, reward_recipe
+from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_extra
 
 __all__ = [
-    "bnpo_loss", "clip_cov", "dapo", "dr_grpo_loss", "dual_clip_ppo", "fipo", "grpo_loss", "intellect_2",
-    "kl_cov", "lite_ppo_loss", "m2po", "nsr", "ppo", "psr", "sapo", "segment_ppo",
+    "bapo", "bnpo_loss", "cfpo", "clip_cov", "dapo", "dr_grpo_loss", "dual_clip_ppo", "fipo", "grpo_loss",
+    "intellect_2", "kl_cov", "lite_ppo_loss", "m2po", "nsr", "ppo", "psr", "sapo", "segment_ppo",
     "stable_reinforce", "tw_grpo", "visurf", "w_reinforce",
 ]  # fmt: skip
 
@@ -171,81 +172,50 @@ def clip_cov(
     """PPO's loss, 0 on a random few of the tokens with cov_low < cov < cov_high.
 
     cov = (A - mean A)(lp - mean lp), means over the batch. At most max(1, share * tokens), of those that PPO's clip
-    leaves alone; `losses.cov_mask` draws them on the device. Advantages: GRPO's, `group_advantages(rewards, ...)`.
+    leaves alone, drawn on the device by torch's generator. Advantages: GRPO's, `group_advantages(rewards, ...)`.
     """
-    selected = losses.cov_mask(
-        logprobs,
-        per_token("advantages", advantages, logprobs, options.get("cu_seqlens")),
-        counted(logprobs, mask, options),
-        method="clip",
-        share=share,
-        old_logprobs=old_logprobs,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        cov_low=cov_low,
-        cov_high=cov_high,
-    )
-    add_extra(options, selected=selected)
-    loss = losses.clip_cov(clip_low, clip_high)
+    add_extra(options, lots=torch.rand_like(logprobs, dtype=torch.float32, requires_grad=False))
+    loss = losses.clip_cov(clip_low, clip_high, share, cov_low, cov_high)
     return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
 
 
-@recipe(
+@policy_recipe(
     "KL-Cov (The Entropy Mechanism)",
     "arXiv 2505.22617",
     code="verl core_algos.py `compute_policy_loss_kl_cov`",
-    build=losses.kl_cov,
 )
-def kl_cov(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    ppo_kl_coef: float = 1.0,
-    share: float = 0.0002,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def kl_cov(*, ppo_kl_coef: float = 1.0, share: float = 0.0002, **options: Unpack[LossOptions]) -> Loss:
     """-A r, plus ppo_kl_coef |lp - old_lp| on the few tokens of the largest cov; no clip.
 
     cov = (A - mean A)(lp - mean lp), means over the batch; max(1, share * tokens) of them, all of those that equal the
     last one. ppo_kl_coef: the paper's; verl's configuration has 0.1. Advantages: GRPO's,
     `group_advantages(rewards, ...)`.
     """
-    loss = losses.kl_cov(ppo_kl_coef, share)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.kl_cov(ppo_kl_coef, share)
 
 
-@recipe(
+@reading_recipe(
     "TW-GRPO (token-weighted GRPO, focused thinking)",
     "arXiv 2505.24718",
     code="longmalongma/TW-GRPO grpo_trainer.py",
-    build=losses.tw_grpo,
     advantages="eps=1e-4",
 )
 def tw_grpo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
     importance: Tensor,
     mask: Tensor | None = None,
     *,
     alpha: float = 1.4,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    **options: Unpack[LossOptions],
+) -> Loss:
     """(1 + (alpha - 1) importance) * PPO's loss, divided by the plain token count.
 
     importance, in [0, 1], in the shape of logprobs: how much the group's next-token distributions disagree at a
     position, from `losses.tw_grpo_importance`. The authors' scripts have alpha 1.5. Advantages: GRPO's with eps 1e-4,
     `group_advantages(rewards, ..., eps=1e-4)`.
     """
-    add_extra(options, importance=importance)
-    loss = losses.tw_grpo(alpha, clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.tw_grpo(alpha, clip_low, clip_high)
 
 
 @policy_recipe(
@@ -269,32 +239,25 @@ def stable_reinforce(
     return losses.stable_reinforce(clip_low, clip_high, pre_clip, advantage_filter)
 
 
-@recipe(
+@reading_recipe(
     "ViSurf (supervised and reinforcement learning in one step)",
     "arXiv 2510.10606",
     reconstructed="the abstract; no code or full text read",
-    build=losses.visurf,
 )
 def visurf(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
     expert: Tensor,
     mask: Tensor | None = None,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    aggregation: Aggregation = "seq-mean-token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    **options: Unpack[LossOptions],
+) -> Loss:
     """PPO's loss; on the rows of given answers old_lp := sg(lp), so that their gradient is -A.
 
     expert [B]: nonzero for the ground-truth answers that were put into the group. Their old_logprobs go into the
     metrics alone; pass the current ones. Advantages: GRPO's over the group with the given answer in it.
     """
-    add_extra(options, expert=expert)
-    loss = losses.visurf(clip_low, clip_high)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.visurf(clip_low, clip_high)
 
 
 # --------------------------------------------------------------------------------------------- right and wrong answers
@@ -344,6 +307,20 @@ def sapo(*, tau_pos: float = 1.0, tau_neg: float = 1.05, **options: Unpack[LossO
     return losses.sapo(tau_pos, tau_neg)
 
 
+@policy_recipe(
+    "CFPO (clipping-free policy optimization)",
+    "arXiv 2601.22801",
+    note="three third-party notes and codes that agree; the authors' pull requests (TRL, verl, OpenRLHF) in words",
+)
+def cfpo(*, epsilon: float = 0.2, **options: Unpack[LossOptions]) -> Loss:
+    """-A r + |A| (r - 1)^2 / (2 epsilon).
+
+    A quadratic penalty in the place of the clip, which pulls back wherever r is; per token the loss of SPO (arXiv
+    2401.16025). Advantages: GRPO's, `group_advantages(rewards, ...)`.
+    """
+    return losses.cfpo(epsilon)
+
+
 # ------------------------------------------------------------------------------------------------- along the sequence
 @policy_recipe(
     "FIPO (future-KL influenced policy optimization)",
@@ -382,16 +359,37 @@ def m2po(*, tau: float = 0.04, clip_low: float = 0.2, clip_high: float = 0.2, **
     return losses.m2po(tau, clip_low, clip_high)
 
 
-@recipe(
+@policy_recipe(
+    "BAPO (balanced policy optimization with adaptive clipping)",
+    "arXiv 2510.18927",
+    code="WooooDyy/BAPO recipe/bapo/policy_loss.py; bounds and target are the examples of its config.py",
+)
+def bapo(
+    *,
+    target: float = 1.0,
+    low_start: float = 0.6,
+    low_end: float = 0.8,
+    high_start: float = 1.2,
+    high_end: float = 2.0,
+    high_step: float = 0.05,
+    dual_clip: float = 3.0,
+    **options: Unpack[LossOptions],
+) -> Loss:
+    """PPO's loss, r in [low, high]: moved until sum_{A>0} A min(r, high) >= target sum_{A<0} -A max(r, low).
+
+    Unless that holds at low_start and high_start, low is low_end and high the first of its steps where it does, or
+    high_end. The sums are over the tokens of the call. dual_clip: the loss is at most that times -A where A < 0.
+    Advantages: GRPO's.
+    """
+    return losses.bapo(target, low_start, low_end, high_start, high_end, high_step, dual_clip)
+
+
+@reading_recipe(
     "Segment-level importance weights (a ratio per turn or step)",
     "arXiv 2506.06122",
     reconstructed="ROLL base_config.py names the options; the loss itself was not read",
-    build=losses.segment_ppo,
 )
 def segment_ppo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
     segment_ids: Tensor,
     mask: Tensor | None = None,
     *,
@@ -399,14 +397,11 @@ def segment_ppo(
     clip_high: float = 0.2,
     average: bool = True,
     log_ratio_max: float | None = 20.0,
-    aggregation: Aggregation = "token-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+    **options: Unpack[LossOptions],
+) -> Loss:
     """max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)), s = exp(mean of d over the token's segment).
 
     segment_ids: in the shape of logprobs, of which equal neighbours are a segment, as from `fastreward.segment_ids`; -1
     is none, and nothing is learnt there. average=False: s is the product of the ratios. Advantages: per turn, or any.
     """
-    add_extra(options, segment_ids=segment_ids)
-    loss = losses.segment_ppo(clip_low, clip_high, average=average, log_ratio_max=log_ratio_max)
-    return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.segment_ppo(clip_low, clip_high, average=average, log_ratio_max=log_ratio_max)

@@ -7,17 +7,21 @@ parameters have their published values.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Unpack
 
 from torch import Tensor
 
 from fastreward import losses
+from fastreward._arguments import check
 from fastreward._loss_call.results import PolicyLoss
+from fastreward.losses import Loss
+from fastreward.policy_loss import policy_loss
 from fastreward.preference_loss import preference_loss
 from fastreward.recipes._catalogue.registry import recipe
 from fastreward.recipes._shared.options import PairOptions
 
-__all__ = ["alphapo", "cpo", "orpo", "simpo"]
+__all__ = ["alphapo", "cpo", "orpo", "simpo", "tpo"]
 
 
 @recipe(
@@ -97,8 +101,8 @@ def cpo(
 ) -> PolicyLoss:
     """-logsigmoid(beta (S_w - S_l)) + sft_weight * mean of -logprobs over the chosen tokens.
 
-    variant "hinge" or "ipo" (on m): DPO's of these names, without the reference. With beta 0.01, sft_weight 0 and the
-    likelihood of a gold response beside it, `recipes.sft`, it is TPO (arXiv 2405.16681).
+    variant "hinge" or "ipo" (on m): DPO's of these names, without the reference. With the likelihood of a third, gold
+    response in the place of the chosen one's it is `recipes.tpo`.
     """
     return preference_loss(
         chosen_logprobs,
@@ -126,3 +130,44 @@ def orpo(
     beta is the paper's lambda. TRL's first term is over the prompt's tokens too.
     """
     return preference_loss(chosen_logprobs, rejected_logprobs, loss=losses.orpo(beta), **options)
+
+
+def _tpo(beta: float, variant: str, label_smoothing: float, gamma: float) -> Loss:
+    if variant == "tpo-l":
+        return losses.simpo(beta, gamma, label_smoothing=label_smoothing)
+    return losses.cpo(beta, variant=variant, label_smoothing=label_smoothing, sft_weight=0.0)
+
+
+@recipe(
+    "TPO (triple preference optimization)",
+    "arXiv 2405.16681",
+    code="TRL experimental/tpo/tpo_trainer.py",
+    build=_tpo,
+)
+def tpo(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    gold_logprobs: Tensor,
+    *,
+    gold_mask: Tensor | None = None,
+    gold_cu_seqlens: Tensor | None = None,
+    beta: float = 0.01,
+    variant: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    gamma: float = 0.5,
+    nll_coef: float = 1.0,
+    **options: Unpack[PairOptions],
+) -> PolicyLoss:
+    """-logsigmoid(beta (S_w - S_l)) + nll_coef * mean of -logprobs over the gold responses' tokens.
+
+    gold_logprobs: of a third, better response to each prompt, [pairs, T], or [N] with gold_cu_seqlens; gradients flow
+    to it too. variant "hinge" or "ipo" (on m): as of `recipes.cpo`; "tpo-l": -logsigmoid(beta (m_w - m_l) - gamma).
+    Metrics are the pairs'.
+    """
+    loss = _tpo(beta, variant, label_smoothing, gamma)
+    pairs = preference_loss(chosen_logprobs, rejected_logprobs, loss=loss, **options)
+    gold = policy_loss(
+        gold_logprobs, None, None, gold_mask, loss=losses.sft(), cu_seqlens=gold_cu_seqlens,
+        empty=options.get("empty", "raise"),
+    )  # fmt: skip
+    return replace(pairs, loss=pairs.loss + check.not_negative("nll_coef", nll_coef) * gold.loss)

@@ -21,7 +21,7 @@ from fastreward.recipes._shared.factory import policy_recipe
 from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_extra, keep_also, scored
 
 __all__ = [
-    "cispo", "dft", "dispo", "dppo_kl", "dppo_tv", "dro", "gpg_loss", "kimi_k1_5", "raft", "reinforce", "sdpo",
+    "cispo", "dft", "dispo", "dppo_kl", "dppo_tv", "dro", "gpg_loss", "kimi_k1_5", "kpop", "raft", "reinforce", "sdpo",
     "sdpo_topk", "sft", "topr", "vespo",
 ]  # fmt: skip
 
@@ -92,6 +92,20 @@ def dppo_kl(*, low: float = 0.2, high: float = 0.2, cap: float = 20.0, **options
     `group_advantages(rewards, ...)`.
     """
     return losses.dppo_kl(low, high, cap)
+
+
+@policy_recipe(
+    "KPop (a trust region in both directions of the binary KL)",
+    "Guo et al., ringtech.notion.site/kpop",
+    note="AReaL's pull request 1405, merged, and prime-rl's 3283, open, as they quote formula and clamp",
+)
+def kpop(*, threshold: float = 0.1, **options: Unpack[LossOptions]) -> Loss:
+    """-A r while KL(p || q) <= threshold and KL(q || p) <= threshold, else 0.
+
+    Of the distributions "this token or another", p the new probability, q that of the engine that wrote the rollouts,
+    whose log-probs old_logprobs are. Every token stays in the mean. Advantages: GRPO's.
+    """
+    return losses.kpop(threshold)
 
 
 @policy_recipe(

@@ -22,12 +22,13 @@ from fastreward.group_statistics import group_statistics
 from fastreward.losses import Loss
 from fastreward.policy_loss import policy_loss
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.factory import policy_recipe, reward_recipe
+from fastreward.recipes._shared.factory import policy_recipe, reading_recipe, reward_recipe
 from fastreward.recipes._shared.options import LossOptions, PolicyOptions, add_extra, scored
 
 __all__ = [
     "a2po",
     "brain",
+    "flowrl",
     "gdro",
     "gmpo",
     "gspo",
@@ -192,6 +193,29 @@ def a2po(
     return policy_loss(logprobs, None, goal, mask, loss=loss, aggregation=aggregation, **options)
 
 
+@reading_recipe(
+    "FlowRL (flow balance with a learned partition function)",
+    "arXiv 2509.15207",
+    code="verl recipe/flowrl flowrl_actor.py, functions.py (weights at most 10, in [0.8, 1.28], or not bounded)",
+    passes=("ref_logprobs",),
+)
+def flowrl(
+    log_z: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 15.0,
+    weight_low: float = 0.0,
+    weight_high: float = 10.0,
+    **options: Unpack[LossOptions],
+) -> Loss:
+    """w (log Z + mean of lp - beta mean of A - mean of ref_lp)^2, w = sg(clip(exp(sum of d), weight_low, weight_high)).
+
+    log_z [B]: log Z of each response's prompt, by a head on the policy's states of the prompt; it gets a gradient, as
+    logprobs do. Needs ref_logprobs. Advantages: GRPO's, `group_advantages(rewards, ...)`.
+    """
+    return losses.flowrl(beta, weight_low, weight_high)
+
+
 @recipe(
     "KTO (Kahneman-Tversky optimization)",
     "arXiv 2402.01306",
@@ -335,29 +359,16 @@ def brain(*, gamma: float = 1.0, **options: Unpack[LossOptions]) -> Loss:
     return losses.brain(gamma)
 
 
-@recipe(
+@reward_recipe(
     "GDRO (group-level direct reward optimization)",
     "arXiv 2601.02036",
     note="a note on the paper, which is on diffusion models; its form for log-ratios is ours",
-    build=losses.gdro,
     passes=("ref_logprobs", "group_ids"),
 )
-def gdro(
-    logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    rewards: Tensor,
-    mask: Tensor | None = None,
-    *,
-    beta: float = 0.1,
-    tau: float = 0.05,
-    aggregation: Aggregation = "group-mean",
-    **options: Unpack[PolicyOptions],
-) -> PolicyLoss:
+def gdro(*, beta: float = 0.1, tau: float = 0.05, **options: Unpack[LossOptions]) -> Loss:
     """sum_i [LSE_{j >= i} s_j - sum_{j >= i} q_i(j) s_j] per group, s = beta sum of lp - ref_lp.
 
     i, j: ranks by reward, the best first; q_i = softmax of R / tau over the ranks from i on. Needs ref_logprobs. tau ->
     0 is Plackett-Luce, a group of two DPO. rewards [B]; old_logprobs go into the metrics alone.
     """
-    loss = losses.gdro(beta, tau)
-    rewards = scored(options, rewards, logprobs)
-    return policy_loss(logprobs, old_logprobs, rewards, mask, loss=loss, aggregation=aggregation, **options)
+    return losses.gdro(beta, tau)

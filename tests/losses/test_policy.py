@@ -46,6 +46,7 @@ class Batch:
     expert: Tensor
     weights: Tensor
     segment_ids: Tensor
+    log_z: Tensor  # [B]
 
     def double(self) -> Batch:
         """The same numbers in float64, lp differentiable."""
@@ -91,6 +92,7 @@ def batch(spread: float = 0.3, *, seed: int = 0, rows: int = 8, length: int = 11
         expert=torch.arange(rows) % 3 == 1,
         weights=torch.rand(rows, length, generator=generator) + 0.5,
         segment_ids=torch.arange(length).expand(rows, length) // 3 % 3 - 1.0,
+        log_z=torch.linspace(-2.0, 1.5, rows),
     )
     garbage = torch.tensor([math.nan, math.inf, -math.inf, 7.0, -1e30])
     for field in ("lp", "old", "ref", "teacher", "adv", "importance", "weights"):
@@ -200,6 +202,18 @@ def largest_covariances(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, *, k
     return reference.kl_cov(lp, old, adv, mask, selected=(covariance >= last) & mask, kl_coef=kl_coef)
 
 
+def drawn_covariances(
+    lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, *, importance: Tensor, share: float, **bounds: float
+) -> Tensor:
+    """Clip-Cov without the candidates whose lots are the largest."""
+    candidates = reference.cov_mask(lp, old, adv, mask, method="clip", **bounds)
+    number = reference.cov_count(mask, share)
+    order = torch.where(candidates, importance.double(), -1.0).flatten().argsort(descending=True)[:number]
+    drawn = torch.zeros(mask.numel(), dtype=torch.bool).index_fill(0, order, True).reshape(mask.shape) & candidates
+    clips = {name: bounds[name] for name in ("clip_low", "clip_high") if name in bounds}
+    return reference.clip_cov(lp, old, adv, mask, selected=drawn, **clips)
+
+
 CASES = {
     "ppo": Case(token.ppo(0.2, 0.28), reference.ppo, options={"clip_high": 0.28}),
     "ppo-dual": Case(token.ppo(dual_clip=3.0), reference.ppo, options={"dual_clip": 3.0}),
@@ -236,6 +250,20 @@ CASES = {
     "visurf": Case(token.visurf(), reference.visurf, ("expert",)),
     "tw_grpo": Case(token.tw_grpo(), reference.tw_grpo, ("importance",)),
     "clip_cov": Case(token.clip_cov(), reference.clip_cov, ("selected",)),
+    "clip_cov-own": Case(
+        token.clip_cov(share=0.1, cov_low=0.05, cov_high=2.0),
+        drawn_covariances,
+        ("importance",),
+        options={"share": 0.1, "cov_low": 0.05, "cov_high": 2.0},
+        extras={"importance": "lots"},
+    ),
+    "clip_cov-all": Case(
+        token.clip_cov(0.1, 0.3, 1.0, 0.05, 2.0),
+        drawn_covariances,
+        ("importance",),
+        options={"clip_low": 0.1, "clip_high": 0.3, "share": 1.0, "cov_low": 0.05, "cov_high": 2.0},
+        extras={"importance": "lots"},
+    ),
     "kl_cov": Case(token.kl_cov(0.7), reference.kl_cov, ("selected",), options={"kl_coef": 0.7}),
     "kl_cov-own": Case(token.kl_cov(0.7, 0.1), largest_covariances, options={"kl_coef": 0.7, "share": 0.1}),
     "kl_cov-one": Case(token.kl_cov(), largest_covariances, options={"kl_coef": 1.0, "share": 0.0002}),
@@ -324,6 +352,25 @@ CASES = {
         options={"clip_low": 0.1, "clip_high": 0.3},
         extras={"importance": "interpolation"},
     ),
+    "cfpo": Case(token.cfpo(), reference_later.cfpo),
+    "cfpo-wide": Case(token.cfpo(1.3), reference_later.cfpo, options={"epsilon": 1.3}),
+    "kpop": Case(score.kpop(), reference_later.kpop),
+    "kpop-narrow": Case(score.kpop(1e-3), reference_later.kpop, options={"threshold": 1e-3}),
+    "bapo": Case(along.bapo(), reference_later.bapo),
+    "bapo-easy": Case(along.bapo(0.1), reference_later.bapo, options={"target": 0.1}),
+    "bapo-steps": Case(
+        along.bapo(1.5, 0.7, 0.9, 1.05, 1.53, 0.1, 2.0),
+        reference_later.bapo,
+        options={"target": 1.5, "lows": (0.7, 0.9, 0.07), "highs": (1.05, 1.53, 0.1), "dual_clip": 2.0},
+    ),
+    "flowrl": Case(
+        sequence.flowrl(0.7, 0.8, 1.28),
+        reference_later.flowrl,
+        ("log_z",),
+        ref=True,
+        options={"beta": 0.7, "bounds": (0.8, 1.28)},
+    ),
+    "flowrl-15": Case(sequence.flowrl(), reference_later.flowrl, ("log_z",), ref=True),
     "a2po": Case(sequence.a2po(0.3), reference_later.a2po, ref=True, options={"beta": 0.3}),
     "gvpo": Case(sequence.gvpo(), reference_later.gvpo),
     "kto": Case(sequence.kto(), reference_later.kto, ref=True, advantage="reward"),

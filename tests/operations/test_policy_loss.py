@@ -446,6 +446,7 @@ def test_opcheck() -> None:
         arguments = (
             data["logprobs"].detach().requires_grad_(),
             torch.rand(3, 9).requires_grad_(),
+            None,
             [given[name] for name, _ in plan[1]],
             data["mask"],
             None,
@@ -458,7 +459,7 @@ def test_opcheck() -> None:
             backend,
         )
         torch.library.opcheck(torch.ops.fastreward.objective, arguments)
-        _, _, saved, saved_entropy, row_weight, *_ = (x.detach() for x in torch.ops.fastreward.objective(*arguments))
+        _, _, saved, saved_entropy, _, row_weight, *_ = (x.detach() for x in torch.ops.fastreward.objective(*arguments))
         weight = row_weight if deferred else None
         like = data["logprobs"].detach()
         upstream = torch.tensor(1.0)

@@ -116,12 +116,8 @@ SAME: dict[str, tuple[Callable[[Batch], PolicyLoss], Callable[[Batch], PolicyLos
         lambda d: recipes.clip_cov(*d.common, share=0.1, cov_low=0.01, cov_high=9.0),
         lambda d: policy_loss(
             *d.common,
-            loss=losses.clip_cov(),
-            extra={
-                "selected": losses.cov_mask(
-                    d.lp, d.adv, d.mask, method="clip", share=0.1, old_logprobs=d.old, cov_low=0.01, cov_high=9.0
-                )
-            },
+            loss=losses.clip_cov(share=0.1, cov_low=0.01, cov_high=9.0),
+            extra={"lots": torch.rand(4, 7)},
         ),
     ),
     "kl_cov": (
@@ -130,6 +126,18 @@ SAME: dict[str, tuple[Callable[[Batch], PolicyLoss], Callable[[Batch], PolicyLos
             *d.common,
             loss=losses.kl_cov(0.7, 0.2),
         ),
+    ),
+    "cfpo": (
+        lambda d: recipes.cfpo(*d.common, epsilon=0.3),
+        lambda d: policy_loss(*d.common, loss=losses.cfpo(0.3)),
+    ),
+    "bapo": (
+        lambda d: recipes.bapo(*d.common, target=0.5, high_end=1.6, aggregation="token-sum"),
+        lambda d: policy_loss(*d.common, loss=losses.bapo(0.5, high_end=1.6), aggregation="token-sum"),
+    ),
+    "kpop": (
+        lambda d: recipes.kpop(*d.common, threshold=0.01),
+        lambda d: policy_loss(*d.common, loss=losses.kpop(0.01)),
     ),
     "tw_grpo": (
         lambda d: recipes.tw_grpo(d.lp, d.old, d.adv, d.other, d.mask, alpha=1.5),

@@ -198,7 +198,7 @@ def test_is_the_operation_s_call(name: str) -> None:
 
 def test_every_recipe_is_compared() -> None:
     of_the_file = {r.name for r in recipes.RECIPES.values() if r.family == "preference"}
-    assert {name.partition(" ")[0] for name in SAME} == of_the_file
+    assert {name.partition(" ")[0] for name in SAME} | {"tpo"} == of_the_file
 
 
 def test_mah_dpo_is_the_mean_over_dimensions() -> None:
@@ -278,3 +278,44 @@ def test_mm_dpo_of_one_pair_and_packed() -> None:
         recipes.mm_dpo(*packed, **bounds)
     got = recipes.mm_dpo(*packed, selected=d["one"] > 0.5, **bounds)
     torch.testing.assert_close(got.loss, recipes.mm_dpo(*sides(d), selected=d["one"] > 0.5, **masks(d)).loss)
+
+
+@pytest.mark.parametrize("variant", ["sigmoid", "hinge", "ipo", "tpo-l"])
+def test_tpo(variant: str) -> None:
+    """TRL's formula in float64: the pair's loss, and the likelihood of a gold response."""
+    torch.manual_seed(3)
+    d = data()
+    gold, gold_mask = (-1 - torch.rand(PAIRS, 5)).requires_grad_(), torch.arange(5) < torch.randint(1, 6, (PAIRS, 1))
+    leaves = (d["chosen"], d["rejected"], gold)
+    options: Any = {"beta": 0.3, "variant": variant, "gamma": 0.2, "nll_coef": 0.7}
+    result = recipes.tpo(*leaves, gold_mask=gold_mask, **options, **masks(d))
+
+    own = [x.detach().double().requires_grad_() for x in leaves]
+    counts = [d[f"{side}_mask"].sum(-1) for side in ("chosen", "rejected")]
+    sums = [(x * d[f"{side}_mask"]).sum(-1) for x, side in zip(own, ("chosen", "rejected"), strict=False)]
+    gap, mean_gap = sums[0] - sums[1], sums[0] / counts[0] - sums[1] / counts[1]
+    pairs = {
+        "sigmoid": -torch.nn.functional.logsigmoid(0.3 * gap),
+        "hinge": torch.relu(1 - 0.3 * gap),
+        "ipo": (mean_gap - 1 / 0.6).square(),
+        "tpo-l": -torch.nn.functional.logsigmoid(0.3 * (mean_gap - 0.2 / 0.3)),
+    }[variant]
+    expected = pairs.mean() + 0.7 * -own[2][gold_mask].mean()
+    torch.testing.assert_close(result.loss.double(), expected, rtol=1e-5, atol=1e-6)
+    found, wanted = torch.autograd.grad(result.loss, leaves), torch.autograd.grad(expected, own)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
+
+
+def test_tpo_of_packed_responses() -> None:
+    torch.manual_seed(4)
+    d, gold = data(), -1 - torch.rand(PAIRS, 5)
+    mask, packed = torch.arange(5) < torch.tensor([[5], [1], [3], [0], [2], [4]]), {}
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(-1).cumsum(0)])
+    for side in ("chosen", "rejected"):
+        lengths = d[f"{side}_mask"].sum(-1)
+        packed[f"{side}_logprobs"] = d[side][d[f"{side}_mask"]]
+        packed[f"{side}_cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    want = recipes.tpo(d["chosen"], d["rejected"], gold, gold_mask=mask, **masks(d))
+    found = recipes.tpo(**packed, gold_logprobs=gold[mask], gold_cu_seqlens=bounds)
+    assert torch.equal(found.loss, want.loss)

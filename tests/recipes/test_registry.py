@@ -132,7 +132,8 @@ def test_declared_loss_is_the_one_that_runs(recipe: Recipe, monkeypatch: pytest.
     if declared is None:
         assert used == []
         return
-    (loss,) = used
+    loss, *beside = used
+    assert [x.name for x in beside] == (["sft"] if recipe.name == "tpo" else [])
     assert loss.definition is declared.definition is recipe.definition
     assert dict(loss.parameters) == dict(declared.parameters)
     assert str(declared).startswith(f"{declared.name}(")
@@ -164,6 +165,7 @@ def test_defaults_are_the_loss_s_but_where_the_method_has_its_own() -> None:
         ("intellect_2", "delta"): 4.0,
         ("robust_dpo", "label_smoothing"): 0.1,
         ("exo", "label_smoothing"): 1e-3,
+        ("tpo", "beta"): 0.01,
         ("dpo_norm", "beta"): 5.0,
     }
 
@@ -207,6 +209,8 @@ def test_marks_are_those_of_the_formulas() -> None:
         "kimi_k1_5": "note",
         "vapo_loss": "note",
         "echo": "note",
+        "kpop": "note",
+        "cfpo": "note",
         "gvpo": "note",
         "brain": "reconstructed",
         "jepo": "paper",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastreward import PolicyLoss, group_statistics, losses, policy_loss, recipes
 
+GRPO: Any = {"aggregation": "seq-mean-token-mean"}
 GROUPS: Any = {"group_ids": ["p", "p", "q", "q", "q"]}
 
 
@@ -117,6 +118,16 @@ SAME: dict[str, tuple[Callable[[Batch], PolicyLoss], Callable[[Batch], PolicyLos
     "gvpo": (
         lambda d: recipes.gvpo(*d.common, beta=0.4, **GROUPS),
         lambda d: policy_loss(*d.common, loss=losses.gvpo(0.4), **GROUPS),
+    ),
+    "flowrl": (
+        lambda d: recipes.flowrl(d.lp, d.old, d.adv, d.rewards, d.mask, beta=2.0, weight_low=0.8, ref_logprobs=d.ref),
+        lambda d: policy_loss(
+            *d.common, loss=losses.flowrl(2.0, 0.8), ref_logprobs=d.ref, extra={"log_z": d.rewards}, **GRPO
+        ),
+    ),
+    "flowrl by keywords": (
+        lambda d: recipes.flowrl(d.lp, d.old, d.adv, mask=d.mask, log_z=d.rewards, ref_logprobs=d.ref),
+        lambda d: policy_loss(*d.common, loss=losses.flowrl(), ref_logprobs=d.ref, extra={"log_z": d.rewards}, **GRPO),
     ),
     "a2po": (
         lambda d: recipes.a2po(d.lp, d.rewards, d.mask, beta1=0.7, beta2=0.2, ref_logprobs=d.ref, **GROUPS),

@@ -81,6 +81,8 @@ PROGRAMS: dict[str, Callable[[], Named]] = {
     "sapo": lambda: policy(losses.sapo(), deferred=True),
     "gspo": lambda: policy(losses.gspo()),
     "real": lambda: policy(losses.real()),
+    "flowrl": lambda: policy(losses.flowrl(), rows=("log_z",), terms=("ref_logprob",)),
+    "bapo": lambda: policy(losses.bapo(1.5, high_end=1.4), _T, deferred=True),
     "gdro": lambda: policy(losses.gdro(), terms=("ref_logprob",)),
     "jepo": lambda: policy(losses.jepo(), rows=("reward",), terms=("answer",)),
     "fipo": lambda: policy(losses.fipo(delta=3.0), deferred=True),

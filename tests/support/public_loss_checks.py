@@ -134,6 +134,39 @@ def check_under_the_mask(device: str, loss: losses.Loss) -> None:
     assert not function(**{name: placed(x, device) for name, x in nothing.items()}).loss
 
 
+def check_differentiable_extras(device: str, *, in_one_row: bool = False) -> None:
+    """Gradients for log-probs and for two extras per sequence, of a loss per sequence and of one per token."""
+    mask = torch.arange(11) < _LENGTHS.unsqueeze(1)
+    old = -noise(4, 11).abs()
+    data: dict[str, Any] = {
+        "logprobs": old + 0.3 * noise(4, 11, seed=1),
+        "old_logprobs": old,
+        "ref_logprobs": old + 0.3 * noise(4, 11, seed=2),
+    }
+    if in_one_row:
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), _LENGTHS.cumsum(0)])
+        data = {**{name: x[mask] for name, x in data.items()}, "cu_seqlens": bounds}
+    else:
+        data["mask"] = mask
+    data |= {"advantages": noise(4, seed=3), "log_z": noise(4, seed=4), "scale": noise(4, seed=5).abs()}
+    for per_token in (False, True):
+
+        def function(log_z: Tensor, scale: Tensor, **given: Any) -> Any:
+            loss, extra = learned_scale(per_token), {"log_z": log_z, "scale": scale}  # noqa: B023
+            return fr.policy_loss(**given, loss=loss, extra=extra)
+
+        compare(function, device, data, ["logprobs", "log_z", "scale"], upstream=0.7)
+
+
+@losses.define
+def learned_scale(t: losses.Terms, per_token: bool) -> losses.Node:
+    """FlowRL's loss times a scale that is trained too; per token its gap is that token's."""
+    if not per_token:
+        return t.extra("scale", per="sequence", differentiable=True) * losses.flowrl(0.7)(t)
+    gap = t.extra("log_z", per="sequence", differentiable=True) + t.logprob - 0.7 * t.advantage - t.ref_logprob
+    return t.extra("scale", per="sequence", differentiable=True) * gap * gap
+
+
 def check_preference_loss(device: str, loss: losses.Loss, *, in_one_row: bool = False) -> None:
     """Sides of different lengths, a pair that has no token, weights."""
     data: dict[str, Any] = {"weights": noise(4, seed=9).abs()}

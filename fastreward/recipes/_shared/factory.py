@@ -25,7 +25,15 @@ from fastreward.losses import Loss
 from fastreward.policy_loss import policy_loss
 from fastreward.preference_loss import preference_loss
 from fastreward.recipes._catalogue.registry import recipe
-from fastreward.recipes._shared.options import CorrectionOptions, PairOptions, PolicyOptions, add_kl, keep_also, scored
+from fastreward.recipes._shared.options import (
+    CorrectionOptions,
+    PairOptions,
+    PolicyOptions,
+    add_extra,
+    add_kl,
+    keep_also,
+    scored,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,11 +63,17 @@ class _Policy(Protocol[P]):
     ) -> PolicyLoss: ...
 
 
+class _Reading(Protocol[P]):
+    def __call__(
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *args: P.args, **kwargs: P.kwargs
+    ) -> PolicyLoss: ...
+
+
 class _Rewarded(Protocol[P]):
     def __call__(
         self,
         logprobs: Tensor,
-        old_logprobs: Tensor,
+        old_logprobs: Tensor | None,
         rewards: Tensor,
         mask: Tensor | None = None,
         *args: P.args,
@@ -117,6 +131,31 @@ def policy_recipe(
     return make
 
 
+def reading_recipe(title: str, source: str, **facts: Any) -> Callable[[Callable[P, Loss]], _Reading[P]]:
+    """A policy loss that reads more. The function's positional parameters are what it reads as extra, then the mask."""
+
+    def make(build: Callable[P, Loss]) -> _Reading[P]:
+        published = _aggregation(build, facts)
+
+        def call(
+            logprobs: Tensor,
+            old_logprobs: Tensor,
+            advantages: Tensor,
+            *read: Tensor,
+            aggregation: Aggregation = published,
+            **options: Unpack[PolicyOptions],
+        ) -> PolicyLoss:
+            extra = _read(build, read, options, 3)
+            loss, rest = _made(build, options, *read)
+            mask = extra.pop("mask", None)
+            add_extra(rest, **extra)
+            return policy_loss(logprobs, old_logprobs, advantages, mask, loss=loss, aggregation=aggregation, **rest)
+
+        return cast("_Reading[P]", recipe(title, source, build=build, **facts)(_described(call, build)))
+
+    return make
+
+
 def reward_recipe(
     title: str, source: str, *, keep: Callable[[Tensor], Tensor] | None = None, **facts: Any
 ) -> Callable[[Callable[P, Loss]], _Rewarded[P]]:
@@ -127,7 +166,7 @@ def reward_recipe(
 
         def call(
             logprobs: Tensor,
-            old_logprobs: Tensor,
+            old_logprobs: Tensor | None,
             rewards: Tensor,
             mask: Tensor | None = None,
             *,
@@ -194,7 +233,8 @@ def correction_recipe(title: str, source: str, **facts: Any) -> Callable[[Callab
 
 def _aggregation(build: Callable[..., Loss], facts: Mapping[str, Any]) -> Aggregation:
     """The aggregation that the loss was published with."""
-    return cast(Aggregation, build(**facts.get("settings", {})).definition.aggregation)
+    read = [None for p in _own(build).values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return cast(Aggregation, build(*read, **facts.get("settings", {})).definition.aggregation)
 
 
 @functools.cache
@@ -208,14 +248,19 @@ def _made(method: Callable[..., R], options: Any, *read: Tensor) -> tuple[R, Any
     return method(*read, **options), {name: value for name, value in options.items() if name not in _own(method)}
 
 
-def _extra(method: Callable[..., Loss], read: tuple[Tensor, ...], options: Any) -> dict[str, Any]:
-    """The positional arguments as `preference_loss` takes them: chosen_x and rejected_x are x of their side."""
+def _read(method: Callable[..., Loss], read: tuple[Tensor, ...], options: Any, before: int) -> dict[str, Tensor]:
+    """The method's positional arguments by name, however they were given; `before`: how many the operation has."""
     names = [name for name, p in _own(method).items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     if len(read) > len(names):
-        counts = f"{4 + len(names)} positional arguments but {4 + len(read)} were given"
+        counts = f"{before + len(names)} positional arguments but {before + len(read)} were given"
         raise TypeError(f"{method.__name__}() takes {counts}")
+    return dict(zip(names, read, strict=False)) | {n: options[n] for n in names if n in options}
+
+
+def _extra(method: Callable[..., Loss], read: tuple[Tensor, ...], options: Any) -> dict[str, Any]:
+    """The positional arguments as `preference_loss` takes them: chosen_x and rejected_x are x of their side."""
     extra: dict[str, dict[str, Tensor]] = {}
-    for name, value in [*zip(names, read, strict=False), *((n, options[n]) for n in names if n in options)]:
+    for name, value in _read(method, read, options, 4).items():
         side, _, rest = name.partition("_")
         if side in ("chosen", "rejected"):  # a loss reads a token's logprob, a caller passes logprobs
             extra.setdefault(f"{side}_extra", {})[rest.replace("logprobs", "logprob")] = value

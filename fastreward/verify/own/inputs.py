@@ -60,7 +60,8 @@ class Own:
         """Arguments that get a gradient."""
         there = {term.argument for term in self.terms}
         always = self.operation in ("preference_loss", "divergence")
-        return tuple(x for x in _TRAINED[self.operation] if always or x in there)
+        known = (x for x in _TRAINED[self.operation] if always or x in there)
+        return (*known, *self.loss.differentiable)
 
     @property
     def scans(self) -> bool:

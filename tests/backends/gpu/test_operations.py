@@ -508,6 +508,10 @@ class TestPublic:
     def test_value_loss(self, loss: str) -> None:
         public_loss_checks.check_value_loss("cuda", loss)
 
+    def test_differentiable_extras(self) -> None:
+        for in_one_row in (False, True):
+            public_loss_checks.check_differentiable_extras("cuda", in_one_row=in_one_row)
+
     @pytest.mark.parametrize("loss", [losses.dpo(label_smoothing=0.1), losses.dpo(variant="aot")], ids=["dpo", "aot"])
     def test_preference_loss(self, loss: losses.Loss) -> None:
         for in_one_row in (False, True):

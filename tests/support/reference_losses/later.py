@@ -8,6 +8,68 @@ from torch import Tensor
 from .policy import clean, clipped, count, log_ratio, members, ppo, seq_mean, seq_sum
 
 
+def cfpo(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, *, epsilon: float = 0.2) -> Tensor:
+    """-(r A - |A| (r - 1)^2 / (2 epsilon))."""
+    r, a = log_ratio(mask, lp, old, 20.0).exp(), clean(mask, adv)
+    return -(r * a - a.abs() / (2 * epsilon) * (r - 1).square())
+
+
+def kpop(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, *, threshold: float = 0.1) -> Tensor:
+    """-A r, 0 where the KL of the token's Bernoulli distributions is above the threshold in either direction."""
+    p, q = (clean(mask, x).detach().exp().clamp(1e-6, 1 - 1e-6) for x in (lp, old))
+
+    def kl(x: Tensor, y: Tensor) -> Tensor:
+        return x * (x / y).log() + (1 - x) * ((1 - x) / (1 - y)).log()
+
+    kept = (kl(p, q) <= threshold) & (kl(q, p) <= threshold)
+    return torch.where(kept, -clean(mask, adv) * log_ratio(mask, lp, old, 20.0).exp(), 0.0)
+
+
+def bapo(
+    lp: Tensor,
+    old: Tensor,
+    adv: Tensor,
+    mask: Tensor,
+    *,
+    target: float = 1.0,
+    lows: tuple[float, float, float] = (0.6, 0.8, 0.05),
+    highs: tuple[float, float, float] = (1.2, 2.0, 0.05),
+    dual_clip: float = 3.0,
+) -> Tensor:
+    """The authors' search, step by step, for the ratio's bounds (start, end, step); then PPO-clip with dual clip."""
+    r, a = log_ratio(mask, lp, old, 20.0).exp(), clean(mask, adv)
+    (low, low_end, low_step), (high, high_end, high_step) = lows, highs
+
+    def unbalanced() -> bool:
+        effective = (torch.where(a >= 0, r.clamp(max=high), r.clamp(min=low)) * a).detach()
+        good, bad = effective.clamp(min=0).sum(), -effective.clamp(max=0).sum()
+        return bool(bad > 0) and bool(good / bad < target)
+
+    while unbalanced() and low < low_end:
+        low = min(low + low_step, low_end)
+    while unbalanced() and high < high_end:
+        high = min(high + high_step, high_end)
+    value = torch.maximum(-a * r, -a * r.clamp(low, high))
+    return torch.where(a < 0, torch.minimum(value, -a * dual_clip), value)
+
+
+def flowrl(
+    lp: Tensor,
+    old: Tensor,
+    adv: Tensor,
+    mask: Tensor,
+    *,
+    log_z: Tensor,
+    ref: Tensor,
+    beta: float = 15.0,
+    bounds: tuple[float, float] = (0.0, 10.0),
+) -> Tensor:
+    """w (log Z + mean lp - beta mean A - mean ref)^2, w = sg(product of the ratios within bounds), [B]."""
+    weight = seq_sum(mask, log_ratio(mask, lp, old)).exp().clamp(*bounds).detach()
+    gap = log_z.double() + seq_mean(mask, lp) - beta * seq_mean(mask, adv) - seq_mean(mask, ref)
+    return weight * gap.square()
+
+
 def dft(lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
     """-sg(p) lp."""
     x = clean(mask, lp)

@@ -92,6 +92,11 @@ def test_linear_policy_loss(name: str) -> None:
     public_loss_checks.check_linear_policy_loss("cpu", name)
 
 
+def test_differentiable_extras() -> None:
+    for in_one_row in (False, True):
+        public_loss_checks.check_differentiable_extras("cpu", in_one_row=in_one_row)
+
+
 @pytest.mark.parametrize("loss", [losses.dpo(label_smoothing=0.1), losses.dpo(variant="aot")], ids=["dpo", "aot"])
 def test_preference_loss(loss: losses.Loss) -> None:
     for in_one_row in (False, True):
