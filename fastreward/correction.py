@@ -20,6 +20,7 @@ from fastreward._arguments.tokens import Tokens, token_bounds
 from fastreward._loss_call.results import Metrics
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
+from fastreward._runtime.memory import empty_like
 from fastreward.losses._correction import REJECTIONS, CorrectionLevel, Formula, Mode, plan, sequence_mask_plan
 
 Threshold = Number | tuple[Number, Number]
@@ -323,8 +324,9 @@ def _check_finite(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor |
 def _valid(tokens: Tokens, device: torch.device) -> Tensor:
     if tokens.mask is None:
         return torch.ones(tokens.shape, dtype=torch.bool, device=device)
-    # torch takes ten times as long to compare truth values.
-    return tokens.mask.clone() if tokens.mask.dtype == torch.bool else tokens.mask != 0
+    if tokens.mask.dtype != torch.bool:
+        return tokens.mask != 0
+    return empty_like(tokens.mask).copy_(tokens.mask)  # torch takes ten times as long to compare truth values
 
 
 def _in_tokens_shape(x: Tensor, per_token: bool, valid: Tensor, tokens: Tokens) -> Tensor:

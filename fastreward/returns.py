@@ -24,9 +24,9 @@ from fastreward._arguments.options import (
     ReturnsOptions,
 )
 from fastreward._arguments.tokens import Tokens, one_per_token, token_bounds
-from fastreward._runtime.addresses import count_valid
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
+from fastreward._runtime.masks import count_valid
 from fastreward._runtime.memory import empty, empty_like
 from fastreward.distributed.ranks import Ranks, refused_together
 from fastreward.distributed.sequence_parallel import SHARDINGS, Shard, Sharding, sharded_scan

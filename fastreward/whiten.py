@@ -11,9 +11,9 @@ from torch import Tensor
 from fastreward._arguments import check
 from fastreward._arguments.arrays import accepts_arrays
 from fastreward._arguments.numbers import Number, joined, number, split
-from fastreward._runtime.addresses import count_valid
 from fastreward._runtime.custom_op import custom_op
 from fastreward._runtime.dispatch import implementation, select
+from fastreward._runtime.masks import count_valid
 from fastreward._runtime.memory import empty_like
 from fastreward.distributed.ranks import Ranks, refused_together
 

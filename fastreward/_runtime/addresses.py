@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastreward._arguments.transforms import transformed
-
-#: csrc/cpu/common/mask.hpp, MaskKind.
-_MASK_KINDS = {torch.bool: 1, torch.uint8: 1, torch.int32: 2, torch.int64: 3, torch.float32: 4}
+#: The dtypes of masks that kernels read, as csrc/cpu/common/mask.hpp numbers them (MaskKind).
+MASK_KINDS = {torch.bool: 1, torch.uint8: 1, torch.int32: 2, torch.int64: 3, torch.float32: 4}
 
 
 def address(x: Tensor | None) -> int:
@@ -18,13 +16,4 @@ def address(x: Tensor | None) -> int:
 
 def mask_arguments(mask: Tensor | None) -> tuple[int, int]:
     """(address, MaskKind) of a contiguous mask."""
-    return (0, 0) if mask is None else (mask.data_ptr(), _MASK_KINDS[mask.dtype])
-
-
-def count_valid(mask: Tensor) -> int:
-    """How many positions of a mask, as `check.mask` returns it, are not 0. (torch's count waits for its threads.)"""
-    if mask.device.type != "cpu" or transformed():  # a tensor of torch.func's has no address
-        return int(mask.count_nonzero())
-    from fastreward._core import mask_count
-
-    return mask_count(*mask_arguments(mask), mask.numel(), torch.get_num_threads())
+    return (0, 0) if mask is None else (mask.data_ptr(), MASK_KINDS[mask.dtype])

@@ -12,6 +12,8 @@ _LARGE = 8 << 20  # bytes; below, malloc keeps what is freed
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """An uninitialised contiguous tensor."""
+    if torch.compiler.is_compiling():  # a graph's memory is for the compiler to plan
+        return torch.empty(shape, dtype=dtype, device=device)
     count = math.prod(shape)
     if count * dtype.itemsize < _LARGE or torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)

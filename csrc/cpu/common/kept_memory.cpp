@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <new>
@@ -13,6 +14,8 @@ namespace {
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kReclaimable = std::size_t{32} << 20;  // below, marking small pages costs more than it returns
 constexpr std::size_t kWaiting = 8;  // what a trainer's step keeps of ours until the next: rewards, weights, masks, advantages, returns
+
+constexpr std::uintptr_t kPage = 4096, kStep = 256;  // blocks begin by turns at one of 16 places of their first page
 
 struct Block {
   void* data;
@@ -29,20 +32,28 @@ Waiting& waiting() {
   return *all;
 }
 
-// More than `capacity` is mapped and the ends are cut off, because the system aligns to small pages only.
+std::size_t mapped(std::size_t capacity) { return capacity + kHugePage; }
+
+// The huge page that a block begins in.
+void* mapping(void* data) { return reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(data) & ~(kHugePage - 1)); }
+
+void unmap(const Block& block) { munmap(mapping(block.data), mapped(block.capacity)); }
+
+// More than is needed is mapped and the ends are cut off, because the system aligns to small pages only.
 void* map_aligned(std::size_t capacity) {
-  void* const raw = mmap(nullptr, capacity + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const std::size_t whole = mapped(capacity);
+  void* const raw = mmap(nullptr, whole + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (raw == MAP_FAILED) throw std::bad_alloc();
   const auto begin = reinterpret_cast<std::uintptr_t>(raw);
   const std::uintptr_t aligned = (begin + kHugePage - 1) & ~(kHugePage - 1);
   if (aligned > begin) munmap(raw, aligned - begin);
   const std::uintptr_t rest = begin + kHugePage - aligned;
-  if (rest > 0) munmap(reinterpret_cast<void*>(aligned + capacity), rest);
-  void* const data = reinterpret_cast<void*>(aligned);
+  if (rest > 0) munmap(reinterpret_cast<void*>(aligned + whole), rest);
 #ifdef MADV_HUGEPAGE
-  if (capacity >= kReclaimable) madvise(data, capacity, MADV_HUGEPAGE);  // a hint
+  if (capacity >= kReclaimable) madvise(reinterpret_cast<void*>(aligned), capacity, MADV_HUGEPAGE);  // a hint
 #endif
-  return data;
+  static std::atomic<std::uintptr_t> turn{0};
+  return reinterpret_cast<void*>(aligned + turn.fetch_add(kStep, std::memory_order_relaxed) % kPage);
 }
 
 // The latest freed block that fits without wasting more than a quarter.
@@ -68,8 +79,8 @@ KeptMemory::KeptMemory(std::size_t bytes) : size_(bytes), capacity_((bytes + kHu
 
 KeptMemory::~KeptMemory() {
 #ifdef MADV_FREE
-  if (capacity_ >= kReclaimable && madvise(data_, capacity_, MADV_FREE) != 0) {
-    munmap(data_, capacity_);
+  if (capacity_ >= kReclaimable && madvise(mapping(data_), mapped(capacity_), MADV_FREE) != 0) {
+    unmap({data_, capacity_});
     return;
   }
 #endif
@@ -83,7 +94,7 @@ KeptMemory::~KeptMemory() {
       blocks.erase(blocks.begin());
     }
   }
-  if (oldest.data != nullptr) munmap(oldest.data, oldest.capacity);
+  if (oldest.data != nullptr) unmap(oldest);
 }
 
 }  // namespace fastreward

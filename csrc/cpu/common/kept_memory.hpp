@@ -6,7 +6,8 @@
 
 namespace fastreward {
 
-// A block of uninitialised memory, 2 MiB aligned. Freed ones wait for the next request of about their size, at most
+// A block of uninitialised memory, 64 bytes aligned, and not like the last ones begun within its page: on AMD's Zen 3 two
+// streams past the caches to one place of two pages take five times as long (gae's advantages and returns). Freed ones wait for the next request of about their size, at most
 // eight, the oldest is given back. From 32 MiB on they are huge pages, and the system may take them back while they wait
 // (MADV_FREE), so that they cost nobody any memory. Any thread. Throws std::bad_alloc.
 class KeptMemory {
@@ -21,7 +22,7 @@ class KeptMemory {
 
  private:
   void* data_;
-  std::size_t size_, capacity_;
+  std::size_t size_, capacity_;  // capacity: from data on
 };
 
 }  // namespace fastreward

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments.transforms import transformed
+from fastreward._runtime.masks import zeros_and_ones
 from fastreward.patch.bindings import Report
 from fastreward.patch.usage import handed_on
 
@@ -89,11 +90,7 @@ class Serving:
         need(mask.shape == like.shape and mask.device == like.device and not mask.requires_grad)
         if mask.dtype == torch.bool or mask.device.type != "cpu":
             return
-        if mask.is_floating_point():
-            need(bool(((mask == 0) | (mask == 1)).all()))
-        else:
-            low, high = torch.aminmax(mask)
-            need(int(low) >= 0 and int(high) <= 1)
+        need(zeros_and_ones(mask))
 
 
 def elements(x: Tensor, *_: Any, **__: Any) -> int:

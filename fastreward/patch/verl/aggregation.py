@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastreward._arguments.options import Aggregation
 from fastreward._arguments.transforms import transformed
+from fastreward._runtime.masks import zeros_and_ones
 from fastreward.losses import Loss
 from fastreward.patch.verl import formulas
 from fastreward.patch.verl.replacement import CORE, NotServed, Replacement
@@ -128,21 +129,14 @@ def check_tokens(mask: Tensor, trained: Tensor, *constants: Tensor) -> None:
         raise NotServed("float64 or integers")
     if any(x.requires_grad for x in (mask, *constants)):
         raise NotServed("a gradient for what is a constant here")
-    if not _zeros_and_ones(mask):
+    if not _is_a_mask(mask):
         raise NotServed("a mask with other numbers than 0 and 1, by which verl multiplies")
 
 
-def _zeros_and_ones(mask: Tensor) -> bool:
-    if mask.dtype == torch.bool:
-        return True
-    if not mask.is_cpu:
-        return False  # looking would make the host wait
-    if mask.dtype.is_floating_point:
-        return bool(((mask == 0) | (mask == 1)).all())
-    if mask.numel() == 0:
-        return True
-    low, high = mask.aminmax()
-    return bool(low >= 0) and bool(high <= 1)
+def _is_a_mask(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or (
+        mask.is_cpu and zeros_and_ones(mask)
+    )  # on a GPU looking would make the host wait
 
 
 _AGGREGATION: Final = ("loss_agg_mode", "dp_size", "batch_num_tokens", "global_batch_size", "loss_scale_factor")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastreward._arguments.groups import Groups
 from fastreward._arguments.transforms import transformed
+from fastreward._runtime.masks import zeros_and_ones
 from fastreward._runtime.memory import empty
 from fastreward.patch.verl.replacement import NotServed
 from fastreward.rewards.token_rewards import token_rewards
@@ -29,30 +30,27 @@ def constants(*tensors: Any) -> None:
         raise NotServed
 
 
-def flags(mask: Any, like: Tensor) -> Tensor:
+def flags(mask: Any, like: Tensor, counts: Tensor | None = None) -> Tensor:
     """A mask of 0 and 1 in the shape of `like` as bool, contiguous: an eighth of what int64 costs in every pass.
 
-    Whether it is one is looked at on the CPU; on a GPU, where the host would wait, only of what might be weights.
+    counts, f32 [B], gets the tokens of each row. Whether it is one is looked at on the CPU; on a GPU, where the host
+    would wait, only of what might be weights.
     """
     if type(mask) is not Tensor or mask.shape != like.shape or mask.device != like.device:
         raise NotServed  # verl multiplies, and broadcasts
-    if mask.dtype == torch.bool:
+    if mask.dtype == torch.bool and counts is None:
         return mask.contiguous()
     there = empty(mask.shape, torch.bool, mask.device)
-    for rows in few_rows(mask):
-        there[rows] = mask[rows]
-        if not _is_a_mask(mask[rows], there[rows]):
-            raise NotServed  # weights
+    if mask.is_cpu and not transformed():
+        good = zeros_and_ones(mask, flags=there, counts=counts)
+    else:
+        there.copy_(mask)
+        if counts is not None:
+            torch.sum(there, -1, dtype=counts.dtype, out=counts)
+        good = not mask.dtype.is_floating_point or torch.equal(mask, there.to(mask.dtype))
+    if not good:
+        raise NotServed  # weights
     return there
-
-
-def _is_a_mask(x: Tensor, there: Tensor) -> bool:
-    if x.dtype.is_floating_point:
-        return torch.equal(x, there.to(x.dtype))
-    if not x.is_cpu or not x.numel():
-        return True
-    low, high = x.aminmax()
-    return int(low) >= 0 and int(high) <= 1
 
 
 def few_rows(like: Tensor) -> Iterator[slice]:
@@ -63,8 +61,11 @@ def few_rows(like: Tensor) -> Iterator[slice]:
 
 def lengths(mask: Tensor) -> Tensor:
     """f32 [B]: the tokens of each row that count."""
-    # torch takes ten times as long to add truth values.
-    return over_tokens(torch.ones(len(mask), device=mask.device), mask).sum(-1)
+    counts = torch.empty(len(mask), device=mask.device)
+    if mask.is_cpu:
+        zeros_and_ones(mask, counts=counts)
+        return counts
+    return torch.sum(mask, -1, dtype=torch.float32, out=counts)
 
 
 def outcomes(token_level_rewards: Tensor, mask: Tensor) -> Tensor:

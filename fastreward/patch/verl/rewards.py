@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastreward._arguments.options import RewardKL
 from fastreward._runtime.memory import empty_like
-from fastreward.patch.verl.batch import constants, few_rows, flags, lengths, number
+from fastreward.patch.verl.batch import constants, few_rows, flags, number
 from fastreward.patch.verl.kl import differentiable
 from fastreward.patch.verl.replacement import CORE, NotServed, Replacement
 from fastreward.rewards.token_rewards import token_rewards
@@ -57,14 +57,15 @@ def apply_kl_penalty(_: Any, data: Any, kl_ctrl: Any, kl_penalty: str = "kl") ->
     if type(mask) is not Tensor or type(reference) is not Tensor or not mask.shape == reference.shape == scores.shape:
         raise NotServed
     rewards, of_sequences = empty_like(scores), logprobs.new_empty(len(scores))
+    counts = torch.empty_like(of_sequences)
     room = None
     for rows in few_rows(scores):
-        there = flags(mask[rows], logprobs[rows])
+        there = flags(mask[rows], logprobs[rows], counts[rows])
         room = torch.empty_like(logprobs[rows]) if room is None else room[: len(there)]
         kl = _times_kl(logprobs[rows], reference[rows], kl_penalty, 1.0, there, out=room)
-        of_sequences[rows] = kl.sum(-1) / (lengths(there) + 1e-8)
+        torch.sum(kl, -1, out=of_sequences[rows])
         torch.sub(scores[rows], kl, alpha=number(beta), out=rewards[rows])
-    current_kl = of_sequences.mean(dim=0).item()
+    current_kl = of_sequences.div_(counts.add_(1e-8)).mean(dim=0).item()
     kl_ctrl.update(current_kl=current_kl, n_steps=data.batch.batch_size[0])
     data.batch["token_level_rewards"] = rewards
     return data, {"actor/reward_kl_penalty": current_kl, "actor/reward_kl_penalty_coeff": beta}

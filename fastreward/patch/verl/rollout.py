@@ -38,7 +38,7 @@ def compute_rollout_correction_and_rejection_mask(
     options = _weighting(stock, rollout_is, rollout_is_threshold, rollout_is_batch_normalize)
     options |= {"reject": _criteria(stock, rollout_rs, rollout_rs_threshold)}
     weights, keep, metrics = _corrected(old_log_prob, rollout_log_prob, response_mask, **options)
-    mask = empty_like(response_mask).copy_(response_mask if options["reject"] is None else keep)
+    mask = empty_like(response_mask).copy_(keep)  # as verl's, memory of its own
     proto = None
     if options["mode"] is not None:
         data = importlib.import_module("verl.protocol").DataProto

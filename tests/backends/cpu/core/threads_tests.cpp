@@ -3,10 +3,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cfenv>
 #include <chrono>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <thread>
@@ -231,6 +233,8 @@ CASE(whiten_and_masks_on_threads) {
     mask[i] = random() % 4 != 0 ? 7 : 0;
     counted += mask[i] != 0 ? 1 : 0;
   }
+  std::vector<std::int32_t> ones(mask);
+  for (std::int32_t& m : ones) m = m != 0 ? 1 : 0;
   const fr::MaskView view{mask.data(), fr::MaskKind::i32};
   const fr::WhitenInput in{x.data(), view, kRows, kColumns};
   std::vector<fr::Moments> scratch(static_cast<std::size_t>(kRows * in.blocks_per_row()));
@@ -244,6 +248,13 @@ CASE(whiten_and_masks_on_threads) {
     CHECK(out == first && m.mean == mean);
     CHECK(m.count == static_cast<double>(counted));
     CHECK(FASTREWARD_DISPATCH(mask_count)(view, kRows * kColumns, threads) == counted);
+    std::vector<std::uint8_t> flags(x.size());
+    std::vector<float> counts(kRows);
+    CHECK(!FASTREWARD_DISPATCH(mask_flags)(view, kRows, kColumns, flags.data(), counts.data(), threads));  // of sevens
+    CHECK(FASTREWARD_DISPATCH(mask_flags)({ones.data(), fr::MaskKind::i32}, kRows, kColumns, flags.data(), counts.data(),
+                                          threads));
+    CHECK(std::accumulate(counts.begin(), counts.end(), 0.0) == static_cast<double>(counted));
+    CHECK(std::equal(flags.begin(), flags.end(), ones.begin()));
   }
 }
 
