@@ -134,9 +134,9 @@ def check_tokens(mask: Tensor, trained: Tensor, *constants: Tensor) -> None:
 
 
 def _is_a_mask(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or (
-        mask.is_cpu and zeros_and_ones(mask)
-    )  # on a GPU looking would make the host wait
+    if mask.dtype == torch.bool:
+        return True
+    return mask.is_cpu and zeros_and_ones(mask)  # on a GPU looking would make the host wait
 
 
 _AGGREGATION: Final = ("loss_agg_mode", "dp_size", "batch_num_tokens", "global_batch_size", "loss_scale_factor")
