@@ -184,8 +184,9 @@ def _gradients(ctx: Any, o: Objective, grad_loss: Tensor | None, needs: Sequence
         return grads
     # create_graph=True: what is saved is the gradient, a constant to autograd; the op refuses to be differentiated.
     direct = not torch.is_grad_enabled() and not batched(grad_loss)
-    saved, saved_second, of_extras, weight, mask, second_mask, cu_seqlens, second_cu_seqlens = ctx.saved_tensors[:8]
-    first, second, extras = ctx.saved_tensors[8:]
+    kept = ctx.saved_tensors  # once: a checkpoint gives them out a single time
+    saved, saved_second, of_extras, weight, mask, second_mask, cu_seqlens, second_cu_seqlens = kept[:8]
+    first, second, extras = kept[8:]
     pair = o.program.sides == 2
     places = (
         (saved, weight, first, mask, cu_seqlens),

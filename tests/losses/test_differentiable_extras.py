@@ -10,6 +10,7 @@ import torch
 from public_loss_checks import check_differentiable_extras, learned_scale
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import fastreward as fr
 from fastreward import losses
@@ -229,6 +230,13 @@ def test_transforms() -> None:
     for own in (LOG_Z, log_z):
         with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward"):
             loss(LP, forward_ad.make_dual(own, torch.ones(ROWS)))
+
+
+def test_in_a_checkpoint() -> None:
+    leaves = LP.clone().requires_grad_(), LOG_Z.clone().requires_grad_()
+    loss = checkpoint(lambda *x: call(*x).loss, *leaves, use_reentrant=False)
+    for got, want in zip(gradients(loss, *leaves), WANTED, strict=True):
+        torch.testing.assert_close(got, want.float())
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
