@@ -23,11 +23,10 @@ from fastreward._arguments.options import (
     ReturnsOp,
     ReturnsOptions,
 )
-from fastreward._arguments.tokens import Tokens, one_per_token, token_bounds
-from fastreward._runtime.custom_op import custom_op
-from fastreward._runtime.dispatch import implementation, select
+from fastreward._arguments.tokens import one_per_token, token_bounds
+from fastreward._runtime import returns as ops
+from fastreward._runtime.dispatch import select
 from fastreward._runtime.masks import count_valid
-from fastreward._runtime.memory import empty, empty_like
 from fastreward.distributed.ranks import Ranks, refused_together
 from fastreward.distributed.sequence_parallel import SHARDINGS, Shard, Sharding, sharded_scan
 from fastreward.whiten import check_counted
@@ -35,97 +34,6 @@ from fastreward.whiten import whiten as whiten_all
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-#: Kinds with two results.
-_PAIRS = ("gae", "vtrace")
-
-
-# --------------------------------------------------------------------------------------------------------------- ops
-@custom_op("returns_", mutates_args=("out", "second"))
-def _returns_(
-    rewards: Tensor,  # f32 [B, T], or [N] with cu_seqlens; ReturnsInputs says what the others are
-    values: Tensor | None,
-    log_ratios: Tensor | None,
-    next_values: Tensor | None,
-    gamma: Tensor | None,
-    lam: Tensor | None,
-    terminated: Tensor | None,
-    done: Tensor | None,
-    beyond: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    numbers: list[float],  # gamma, lam, scale, rho_bar, c_bar
-    given_numbers: Tensor | None,  # f64 [5]: instead of them, where the host does not know all
-    options: str,
-    whiten: bool,
-    out: Tensor,
-    second: Tensor | None,
-    backend: str,
-) -> None:
-    inputs = ReturnsInputs(rewards, values, log_ratios, next_values, gamma, lam, terminated, done, beyond)
-    _scan(inputs, mask, cu_seqlens, numbers, given_numbers, options, whiten, out, second, backend)
-    for x in (out, second):
-        if x is not None:
-            torch.autograd.graph.increment_version(x)
-
-
-@_returns_.register_fake
-def _(*_: Any) -> None:
-    return None
-
-
-@custom_op("returns")
-def _returns(
-    rewards: Tensor,
-    values: Tensor | None,
-    log_ratios: Tensor | None,
-    next_values: Tensor | None,
-    gamma: Tensor | None,
-    lam: Tensor | None,
-    terminated: Tensor | None,
-    done: Tensor | None,
-    beyond: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    numbers: list[float],
-    given_numbers: Tensor | None,
-    options: str,
-    whiten: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # the second is [0] where there is one result
-    inputs = ReturnsInputs(rewards, values, log_ratios, next_values, gamma, lam, terminated, done, beyond)
-    out = empty_like(rewards)
-    second = empty_like(rewards) if _has_pair(options) else None
-    _scan(inputs, mask, cu_seqlens, numbers, given_numbers, options, whiten, out, second, backend)
-    return out, empty((0,), rewards.dtype, rewards.device) if second is None else second
-
-
-@_returns.register_fake
-def _(rewards: Tensor, options: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rewards), torch.empty_like(rewards) if _has_pair(options) else rewards.new_empty((0,))
-
-
-def _has_pair(options: str) -> bool:
-    return options.split("|")[0] in _PAIRS
-
-
-def _scan(
-    inputs: ReturnsInputs,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    numbers: list[float],
-    given: Tensor | None,
-    options: str,
-    whiten: bool,
-    out: Tensor,
-    second: Tensor | None,
-    backend: str,
-) -> None:
-    tokens = Tokens(tuple(inputs.rewards.shape), mask, cu_seqlens)
-    known = joined_all(numbers, given, backend)
-    implementation("returns", backend).scan(inputs, tokens, known, ReturnsOptions.of(options), out, second)
-    if whiten:
-        implementation("whiten", backend).forward(out, mask, True, 1, 1e-8, out)
 
 
 # --------------------------------------------------------------------------------------------------- public functions
@@ -485,10 +393,10 @@ class _Call:
         values = list((self.numbers | numbers).values())
         arguments = (*inputs, self.mask, self.bounds, *split_all(values), options.text(), whiten)
         if not outputs:
-            fresh: tuple[Tensor, Tensor] = _returns(*arguments, backend)
+            fresh: tuple[Tensor, Tensor] = ops.returns(*arguments, backend)
             return fresh
         results = (outputs[0], outputs[1] if pair else None)
-        _returns_(*arguments, *results, backend)
+        ops.returns_(*arguments, *results, backend)
         return results  # type: ignore[return-value]
 
     def _across(
@@ -538,7 +446,7 @@ def _moved(call: _Call) -> Tensor:
     inputs, options = ReturnsInputs(call.x), ReturnsOptions(move=True)
     numbers = [0.0, 1.0, 1.0, 1.0, 1.0]
     moved: Tensor
-    moved, _ = _returns(
+    moved, _ = ops.returns(
         *inputs, call.mask, call.bounds, numbers, None, options.text(), False, select("returns", call.x)
     )
     return moved

@@ -18,7 +18,7 @@ def test_numbers_on_lower_instruction_sets(isa: str) -> None:
     if in_use(isa) != isa:
         pytest.skip(f"this machine has no {isa}")
     names = ("logprobs", "policy_loss", "preference_loss", "logits_policy_loss", "group", "whiten", "returns")
-    files = [f"operations/test_{name}.py" for name in names] + ["prefix_tree/test_prefix_tree.py"]
+    files = [f"operations/test_{name}.py" for name in names] + ["prefix_tree/test_drawn_by_hand.py"]
     paths = [str(ROOT / "tests" / file) for file in files]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu and (Numbers or numbers)"]
     environment = {**os.environ, "FASTREWARD_ISA": isa}
