@@ -72,15 +72,6 @@ def per_token(name: str, x: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None)
     return x if per_token else broadcast_to_tokens(x, logprobs.shape, cu_seqlens)
 
 
-def counted(logprobs: Tensor, mask: Tensor | None, options: PolicyOptions) -> Tensor | None:
-    """The mask with `keep` taken into it, in the shape of logprobs."""
-    keep = options.get("keep")
-    if keep is None:
-        return mask
-    kept = per_token("keep", keep, logprobs, options.get("cu_seqlens")) != 0
-    return kept if mask is None else kept & (mask != 0)
-
-
 def keep_also(options: PolicyOptions, keep: Tensor, logprobs: Tensor) -> None:
     """Drops more sequences or tokens: `keep` bool, [B] or in the shape of logprobs."""
     given = options.get("keep")

@@ -18,8 +18,8 @@ Run = Callable[[Loss, Mapping[str, Any]], tuple[Tensor, Tensors]]
 
 
 def problem(operation: str, name: str, loss: Loss, inputs: Mapping[str, Any], run: Run, seed: int = 0) -> Problem:
-    """`inputs`: terms by name, the differentiable ones "logprob", "value", or "chosen_logprob" and "rejected_logprob";
-    "mask" (or two), "group_ids". `run` calls the public function on leaves and gives (loss, leaves)."""
+    """`inputs`: terms by name, the differentiable ones "logprob", "value", or "chosen_logprob" and "rejected_logprob",
+    and extras; "mask" (or two), "group_ids". `run` calls the public function on leaves and gives (loss, leaves)."""
     return Problem(
         operation,
         name,
@@ -39,16 +39,17 @@ def _ours(loss: Loss, run: Run, seed: int, inputs: Mapping[str, Any]) -> Tensors
 def _torch(loss: Loss, dtype: torch.dtype, seed: int, inputs: Mapping[str, Any]) -> Tensors:
     masks = [inputs[name] for name in ("mask", "chosen_mask", "rejected_mask") if name in inputs]
     terms = {k: v for k, v in inputs.items() if not k.endswith("mask") and k != "group_ids"}
-    leaves = {k: leaf(v, dtype == torch.float64) for k, v in terms.items() if k in differentiable(inputs)}
+    leaves = {k: leaf(v, dtype == torch.float64) for k, v in terms.items() if k in differentiable(loss, inputs)}
     groups = inputs.get("group_ids")
     value = evaluate(loss, masks[0] if len(masks) == 1 else masks, groups, {**terms, **leaves}, dtype)
     total = value.mean() if loss.definition.pairs else _aggregated(loss, value, masks[0], groups)
     return {"loss": total.detach()} | gradients({"loss": total}, leaves, seed)
 
 
-def differentiable(inputs: Mapping[str, Any]) -> list[str]:
+def differentiable(loss: Loss, inputs: Mapping[str, Any]) -> list[str]:
     """Names of the inputs that gradients flow to."""
-    return [name for name in ("logprob", "value", "chosen_logprob", "rejected_logprob") if name in inputs]
+    known = ("logprob", "value", "chosen_logprob", "rejected_logprob", *loss.differentiable)
+    return [name for name in known if name in inputs]
 
 
 def _aggregated(loss: Loss, value: Tensor, mask: Tensor, groups: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from fastreward.policy_loss import policy_loss
 from fastreward.reference import policy_loss as reference
 from fastreward.verify import eager
 from fastreward.verify.problem import Problem, Tensors, gradients, leaf, seeded
-from fastreward.verify.problems._losses import problem
+from fastreward.verify.problems._losses import differentiable, problem
 
 _CLIPS = ("clip_low", "clip_high", "dual_clip", "delta")
 _DATA = ("logprobs", "old_logprobs", "advantages", "mask")
@@ -40,23 +40,29 @@ def _others() -> Iterator[Problem]:
         }
         groups = {"group_ids": torch.tensor([5, 5, 2, 2, 2, 5])}
         of_tokens = (losses.cispo(), losses.dispo(), losses.sapo(), losses.vespo(), losses.fipo(), losses.m2po())
-        for loss in (*of_tokens, losses.gspo(), losses.gmpo()):
+        later = (losses.kpop(), losses.cfpo(), losses.bapo())
+        for loss in (*of_tokens, *later, losses.gspo(), losses.gmpo()):
             yield problem("policy_loss", f"{loss.name}, log-ratios of {spread:g}", loss, terms, _run_loss)
         for loss in (losses.real(), losses.pacs()):
             yield problem("policy_loss", f"{loss.name}, log-ratios of {spread:g}", loss, terms | groups, _run_loss)
+        log_z = {"ref_logprob": old + 0.1, "log_z": torch.randn(6, generator=generator)}
+        yield problem("policy_loss", f"flowrl, log-ratios of {spread:g}", losses.flowrl(), terms | log_z, _run_loss)
 
 
 def _run_loss(loss: losses.Loss, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensors]:
-    logprobs = leaf(inputs["logprob"])
+    leaves = {name: leaf(inputs[name]) for name in differentiable(loss, inputs)}
+    extra = {name: x for name, x in leaves.items() if name in loss.differentiable}
     out = policy_loss(
-        logprobs,
+        leaves["logprob"],
         inputs["old_logprob"],
         inputs["advantage"],
         inputs["mask"],
         loss=loss,
         group_ids=inputs.get("group_ids"),
+        ref_logprobs=inputs.get("ref_logprob"),
+        extra=extra,
     )
-    return out.loss, {"logprob": logprobs}
+    return out.loss, leaves
 
 
 def _inputs(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
