@@ -78,12 +78,8 @@ def _log32(f, e, x):
 
 @triton.jit
 def log(x):
-    """Natural logarithm: -inf at 0, NaN below. `tl.log` in f32 is lg2.approx, useless near 1."""
-    if x.dtype == tl.float64:
-        return tl.log(x)
-    else:
-        f, e = _split32(x)
-        return _log32(f, e, x)
+    """Natural logarithm: -inf at 0, NaN below."""
+    return tl.log(x)
 
 
 @triton.jit

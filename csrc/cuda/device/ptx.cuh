@@ -10,6 +10,12 @@ __device__ __forceinline__ float exp2_fast(float x) {  // at most 2 ulp
   return y;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {  // near 1 good to 2^-22 absolutely and no more
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ unsigned f32_to_bf16x2(float low, float high) {
   unsigned y;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));

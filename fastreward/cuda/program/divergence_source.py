@@ -15,6 +15,7 @@ LogitsType = Literal["F32", "BF16", "F16"]
 KERNEL: Final = "divergence"
 #: As in divergence.cuh.
 THREADS: Final = 256
+_SPELLED: Final = {"exp": "quick_exp", "log": "quick_log"}
 _COMPUTED: Final = {"log_p": "p.log", "p": "p.p", "log_q": "q.log", "q": "q.p"}
 
 
@@ -61,7 +62,7 @@ def own_members(program: Program) -> tuple[Member, ...]:
 
 def _text(program: Program, call: str, resident: int = 0) -> str:
     """resident: blocks that are to fit on a multiprocessor; 0: as many as the compiler finds."""
-    source = Source(program)
+    source = Source(program, _SPELLED)
     (launch,) = source.plan.launches
     (step,) = launch.steps
     body = _sums(source, step) if step.reduce else _gradient(source, step)

@@ -27,6 +27,7 @@ _TAKEN: Final = """
     blockIdx gridDim threadIdx blockDim warpSize run_unit last_block find_groups over_groups over_block over_units start
     add_members permute_rows infinity negative_infinity not_a_number scan shift counts carries scans Map ScanRoom
     Carries REVERSE run_row call moments Divergence DivergenceArguments Probability PAIR_THREADS MOMENTS
+    quick_exp quick_log
 """
 #: What is put behind a value's name: what its scan carries, itself in f64.
 CARRY: Final = "_carry"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -42,8 +42,9 @@ class Member:
 class Source:
     """The text of a program's kernels, and the struct that they take."""
 
-    def __init__(self, program: Program) -> None:
-        self.program, self.values = program, Values(program)
+    def __init__(self, program: Program, spelled: Mapping[str, str] | None = None) -> None:
+        """spelled: by operator, functions per token in the place of its own."""
+        self.program, self.values, self._spelled = program, Values(program), spelled or {}
         self.plan, self.name = self.values.plan, self.values.name
         self._kernels = [self._launch(k) for k in range(len(self.plan.launches))]
 
@@ -196,7 +197,9 @@ using namespace fastreward;
         return f"{self.name(node)}{WIDE}"
 
     def _together(self, node: Node, operands: list[str]) -> str | None:
-        """A scan, as the block makes it; a coefficient that is the row's in f64."""
+        """A scan, as the block makes it; a coefficient that is the row's in f64. Or an operator that is spelled."""
+        if node.op in self._spelled:
+            return f"{self._spelled[node.op]}({', '.join(operands)})"
         if node.op not in SCANS:
             return None
         name, reverse = node.op.removesuffix("_reverse"), str(node.op in BACKWARDS).lower()

@@ -293,6 +293,7 @@ inline long long max(long long a, long long b) { return a > b ? a : b; }
 namespace fastreward {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
 inline unsigned f32_to_bf16(float x) {
   const unsigned bits = __float_as_uint(x);
   if (std::isnan(x)) return 0x7fffu;
