@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from fastreward._arguments import check
@@ -65,6 +66,10 @@ AT_MASKED: tuple[AtMasked, ...] = get_args(AtMasked)
 MASKED_REWARDS: tuple[MaskedRewards, ...] = get_args(MaskedRewards)
 RETURNS_KINDS: tuple[ReturnsKind, ...] = get_args(ReturnsKind)
 RETURNS_OPS: tuple[ReturnsOp, ...] = get_args(ReturnsOp)
+#: The types of segments' ids and labels, of weights and of marks, as C++ and CUDA C++ number them.
+INTEGER_KINDS: Final = {torch.int32: 1, torch.int64: 2}
+WEIGHT_KINDS: Final = {torch.bool: 1, torch.float32: 2}
+MARK_KINDS: Final = {torch.bool: 1, torch.int32: 2}
 
 
 @dataclass(frozen=True, slots=True)

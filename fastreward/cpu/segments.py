@@ -5,21 +5,15 @@ What only a pass over the tokens can see, an illegal id or a NaN that counts, is
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 from torch import Tensor
 
 from fastreward import _core
 from fastreward._arguments import check
-from fastreward._arguments.options import SEGMENT_OPS, SegmentOptions
+from fastreward._arguments.options import INTEGER_KINDS, MARK_KINDS, SEGMENT_OPS, WEIGHT_KINDS, SegmentOptions
 from fastreward._runtime.addresses import address
 from fastreward._runtime.memory import empty
 
-# csrc/cpu/segments.hpp: IdKind and LabelKind, WeightKind, MarkKind.
-_INTEGERS: Final = {torch.int32: 1, torch.int64: 2}
-_WEIGHTS: Final = {torch.bool: 1, torch.float32: 2}
-_MARKS: Final = {torch.bool: 1, torch.int32: 2}
 _ILLEGAL_ID, _NAN = 1, 2
 
 
@@ -30,7 +24,7 @@ def ids(
     like = next(x for x in (marks, labels, mask) if x is not None)
     out = empty(like.shape, torch.int32)
     _core.segment_ids(
-        *_rows(like, cu_seqlens), address(mask), *_pointer(labels, _INTEGERS), *_pointer(marks, _MARKS), tail,
+        *_rows(like, cu_seqlens), address(mask), *_pointer(labels, INTEGER_KINDS), *_pointer(marks, MARK_KINDS), tail,
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -49,7 +43,7 @@ def reduce(
     rows = _rows(x, cu_seqlens)
     out = torch.empty((rows[0], segments), dtype=torch.float32, device="cpu")
     fault = _core.segment_reduce(
-        *rows, segments, address(x), *_pointer(segment_ids, _INTEGERS), *_pointer(weights, _WEIGHTS),
+        *rows, segments, address(x), *_pointer(segment_ids, INTEGER_KINDS), *_pointer(weights, WEIGHT_KINDS),
         SEGMENT_OPS.index(options.op), float(options.temperature), float(options.empty), out.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -72,7 +66,7 @@ def adjoint(
     """Values of segments to tokens, into `out`."""
     rows, segments = _rows(out, cu_seqlens), values.shape[1]
     fault = _core.segment_adjoint(
-        *rows, segments, address(x), *_pointer(segment_ids, _INTEGERS), *_pointer(weights, _WEIGHTS),
+        *rows, segments, address(x), *_pointer(segment_ids, INTEGER_KINDS), *_pointer(weights, WEIGHT_KINDS),
         SEGMENT_OPS.index(options.op), float(options.temperature), address(values), out.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastreward._arguments.divergence import DivergenceCall
 from fastreward._runtime.head_share import head_share
-from fastreward._runtime.layout import VALUES
 from fastreward.cuda._launch import Member, launch_text, pack
 from fastreward.cuda.program.divergence_source import (
     KERNEL,
@@ -26,14 +25,14 @@ from fastreward.cuda.program.divergence_source import (
     own_members,
     slice_source,
 )
-from fastreward.language.divergence_moments import Moments, moments
+from fastreward.language.divergence_call import results, scalars_of, sums_of
+from fastreward.language.divergence_moments import Moments
 from fastreward.language.divergence_programs import DivergencePrograms
 from fastreward.language.program import Program
 
 __all__ = ["backward", "forward", "head_share", "sums"]
 
 _TYPES: Final[dict[torch.dtype, LogitsType]] = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_NOTHING: Final = Moments(0.0, 0.0, 0.0, 0.0, 0.0)
 
 # Texts are long: what a call generates is kept.
 _forward_text = lru_cache(maxsize=256)(forward_source)
@@ -50,20 +49,16 @@ def forward(
     statistics: bool,  # whether entropies and agreement are wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(outputs f32 [1 + sums, N], student's and teacher's values f32 [8, N], agreement f32 [N])."""
-    n, program = logits.shape[0], programs.values[sums]
-    shapes = ((len(program.outputs), n), (len(VALUES), n), (len(VALUES), n), (n,))
-    outputs, student, teacher, agreement = (_empty(shape, torch.float32, logits) for shape in shapes)
+    asked = sums_of(programs, sums, call)
+    outputs, student, teacher, agreement = results(asked.program, logits)
+    n = logits.shape[0]
     if n == 0:
         return outputs, student, teacher, agreement
-    scalars = _scalars(program, programs.parameters, call)
-    known = moments(program, tuple(scalars))
-    coefficients = known or (_NOTHING,) * len(program.outputs)
-    of_p, of_q, log_p, log_q, _ = (any(x) for x in zip(*coefficients, strict=True))
-    wanted = Forward(of_p, of_q, log_p, log_q, statistics, known is not None)
-    text = _forward_text(program, _TYPES[logits.dtype], _TYPES[teacher_logits.dtype], wanted)
-    given = [x for m in coefficients for x in m]
+    wanted = Forward(*asked.used, statistics, asked.by_moments)
+    text = _forward_text(asked.program, _TYPES[logits.dtype], _TYPES[teacher_logits.dtype], wanted)
     common = _common(logits, teacher_logits, call, student, teacher, outputs, agreement, None)
-    _launch(text, n, [*common, None, None, 0, *given, *_own(program, scalars, {})], logits)
+    own = _own(asked.program, asked.scalars, {})
+    _launch(text, n, [*common, None, None, 0, *asked.numbers, *own], logits)
     return outputs, student, teacher, agreement
 
 
@@ -78,11 +73,11 @@ def sums(
 ) -> Tensor:
     """f64 [1 + count, N]: what a slice of the vocabulary adds to forward's outputs; 0 in masked rows."""
     (n, columns), program = logits.shape, programs.values[count]
-    outputs = _empty((len(program.outputs), n), torch.float64, logits)
+    outputs = logits.new_empty((len(program.outputs), n), dtype=torch.float64)
     if n == 0 or columns == 0:
         return outputs.zero_()
     text = _slice_text(program, _TYPES[logits.dtype], _TYPES[teacher_logits.dtype])
-    scalars = _scalars(program, programs.parameters, call)
+    scalars = scalars_of(program, programs.parameters, call)
     values = (student.contiguous(), teacher.contiguous())
     common = _common(logits, teacher_logits, call, *values, None, None, outputs)
     unused = [0.0] * (len(Moments._fields) * len(program.outputs))
@@ -110,7 +105,7 @@ def backward(
     values = (student.contiguous(), teacher.contiguous())
     common = _common(logits, teacher_logits, call, *values, None, None, None)
     at_label = None if label_gradients is None else label_gradients.contiguous()
-    own = _own(program, _scalars(program, parameters, call), inputs)
+    own = _own(program, scalars_of(program, parameters, call), inputs)
     unused = [0.0] * len(Moments._fields)
     _launch(text, n, [*common, at_label, grad_logits, grad_logits.stride(0), *unused, *own], logits)
 
@@ -148,11 +143,3 @@ def _own(program: Program, scalars: Sequence[float], inputs: Mapping[str, Tensor
     rows = {i: None if x is None else x.contiguous() for i, x in given.items()}
     kinds: dict[str, Mapping[int, Member]] = {"input": rows, "scalar": {i: float(x) for i, x in enumerate(scalars)}}
     return [kinds.get(m.content, {}).get(m.index) for m in own_members(program)]
-
-
-def _scalars(program: Program, names: Sequence[str], call: DivergenceCall) -> list[float]:
-    return program.scalar_values(dict(zip(names, call.parameters, strict=True)))
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)

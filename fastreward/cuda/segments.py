@@ -7,16 +7,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fastreward._arguments.options import SEGMENT_OPS, SegmentOptions
+from fastreward._arguments.options import INTEGER_KINDS, MARK_KINDS, SEGMENT_OPS, WEIGHT_KINDS, SegmentOptions
 from fastreward.cuda._launch import launch, pack
 
 _SOURCE: Final = "segments"
 # As in the source.
 _THREADS: Final = 256
 _WARPS: Final = 8
-_INTEGERS: Final = {torch.int32: 1, torch.int64: 2}
-_WEIGHTS: Final = {torch.bool: 1, torch.float32: 2}
-_MARKS: Final = {torch.bool: 1, torch.int32: 2}
 #: Blocks of packed rows together, whose lengths the host does not know.
 _BLOCKS: Final = 4224
 _PER_THREAD: Final = 4  # tokens, of padded rows
@@ -31,7 +28,13 @@ def ids(
     rows = _rows(like, cu_seqlens)
     if rows and out.numel():
         arguments = pack(
-            mask, *_pointer(labels, _INTEGERS), *_pointer(marks, _MARKS), int(tail), like.shape[-1], cu_seqlens, out
+            mask,
+            *_pointer(labels, INTEGER_KINDS),
+            *_pointer(marks, MARK_KINDS),
+            int(tail),
+            like.shape[-1],
+            cu_seqlens,
+            out,
         )
         launch(_SOURCE, "segments_ids", rows, _THREADS, arguments, like.device)
     return out
@@ -75,8 +78,8 @@ def adjoint(
     chunks = _chunks(out, cu_seqlens)
     temperature, _, given = _numbers(options)
     arguments = pack(
-        values, x, *_pointer(segment_ids, _INTEGERS), *_pointer(weights, _WEIGHTS), out.shape[-1], cu_seqlens, rows,
-        segments, chunks, state, SEGMENT_OPS.index(options.op), temperature, given, out,
+        values, x, *_pointer(segment_ids, INTEGER_KINDS), *_pointer(weights, WEIGHT_KINDS), out.shape[-1], cu_seqlens,
+        rows, segments, chunks, state, SEGMENT_OPS.index(options.op), temperature, given, out,
     )  # fmt: skip
     launch(_SOURCE, "segments_adjoint", rows * chunks, _THREADS, arguments, out.device)
 
@@ -96,7 +99,7 @@ def _reduce(
     rows = _rows(like, cu_seqlens)
     if not rows or not segments:
         return
-    numbered, tokens = _pointer(segment_ids, _INTEGERS), (like.shape[-1], cu_seqlens, rows, segments)
+    numbered, tokens = _pointer(segment_ids, INTEGER_KINDS), (like.shape[-1], cu_seqlens, rows, segments)
     spans = None
     if segment_ids is not None:
         spans = torch.zeros((2, rows, segments), dtype=torch.int32, device=like.device)
@@ -105,8 +108,8 @@ def _reduce(
             _SOURCE, "segments_spans", rows * chunks, _THREADS, pack(*numbered, *tokens, chunks, spans), like.device
         )  # fmt: skip
     arguments = pack(
-        x, *numbered, *_pointer(weights, _WEIGHTS), *tokens, spans, SEGMENT_OPS.index(options.op), *_numbers(options),
-        out, state,
+        x, *numbered, *_pointer(weights, WEIGHT_KINDS), *tokens, spans, SEGMENT_OPS.index(options.op),
+        *_numbers(options), out, state,
     )  # fmt: skip
     launch(_SOURCE, "segments_reduce", -(-rows * segments // _WARPS), _THREADS, arguments, like.device)
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fastreward._arguments.divergence import DivergenceCall
-from fastreward._runtime.layout import VALUES
-from fastreward.language.divergence_moments import Moments, moments
+from fastreward.language.divergence_call import results, scalars_of, sums_of
 from fastreward.language.divergence_programs import DivergencePrograms
 from fastreward.language.program import Program
 
@@ -38,23 +37,20 @@ def forward(
     statistics: bool,  # whether entropies and agreement are wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(outputs f32 [1 + sums, N], student's and teacher's values f32 [8, N], agreement f32 [N])."""
-    n, program = logits.shape[0], programs.values[sums]
-    shapes = ((len(program.outputs), n), (len(VALUES), n), (len(VALUES), n), (n,))
-    outputs, student, teacher, agreement = (logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    asked = sums_of(programs, sums, call)
+    outputs, student, teacher, agreement = results(asked.program, logits)
+    n = logits.shape[0]
     if n == 0:
         return outputs, student, teacher, agreement
-    scalars = _scalars(program, programs.parameters, call)
-    known = moments(program, tuple(scalars))
-    coefficients = known or (Moments(0.0, 0.0, 0.0, 0.0, 0.0),) * len(program.outputs)
-    used = dict(zip(_MOMENTS, map(any, zip(*coefficients, strict=True)), strict=False))
-    generated = source.sums(program)
+    generated = source.sums(asked.program)
     kernel = load("divergence", generated.source).divergence_forward
     sides, sizes, constants = _sides(logits, teacher_logits, call)
     with on_device_of(logits):
         kernel[(n,)](
-            *_own(generated, program, scalars, {}), *(x for m in coefficients for x in m),
+            *_own(generated, asked.program, asked.scalars, {}), *asked.numbers,
             *sides, student, teacher, outputs, agreement, *sizes,
-            **constants, **used, MOMENTS=known is not None, STATISTICS=statistics,
+            **constants, **dict(zip(_MOMENTS, asked.used, strict=True)), MOMENTS=asked.by_moments,
+            STATISTICS=statistics,
         )  # fmt: skip
     return outputs, student, teacher, agreement
 
@@ -76,7 +72,7 @@ def sums(
     generated = source.sums(program)
     kernel = load("divergence", generated.source).divergence_sums
     sides, sizes, constants = _sides(logits, teacher_logits, call)
-    own = _own(generated, program, _scalars(program, programs.parameters, call), {})
+    own = _own(generated, program, scalars_of(program, programs.parameters, call), {})
     with on_device_of(logits):
         kernel[(n,)](*own, *sides, student.contiguous(), teacher.contiguous(), outputs, *sizes, **constants)
     return outputs
@@ -102,16 +98,12 @@ def backward(
     kernel = load("divergence", generated.source).divergence_gradient
     sides, sizes, constants = _sides(logits, teacher_logits, call)
     grad_units, grad_unit = in_units(grad_logits.stride(0), constants["VEC"])
-    own = _own(generated, program, _scalars(program, parameters, call), inputs)
+    own = _own(generated, program, scalars_of(program, parameters, call), inputs)
     with on_device_of(logits):
         kernel[(n,)](
             *own, *sides, student.contiguous(), teacher.contiguous(), contiguous(label_gradients), grad_logits,
             *sizes, grad_units, **constants, HAS_LABEL=label_gradients is not None, GRAD_UNIT=grad_unit,
         )  # fmt: skip
-
-
-def _scalars(program: Program, names: Sequence[str], call: DivergenceCall) -> list[float]:
-    return program.scalar_values(dict(zip(names, call.parameters, strict=True)))
 
 
 def _own(
