@@ -1,7 +1,7 @@
 """Programs of the loss language in Triton.
 
-Raw functions: `run`; `threshold`, of the values that a loss selects tokens by; `scale` and `broadcast_to_tokens`, the
-backward of what `run` saved. `source` is the text of a program's kernels.
+Raw functions: `run`; `threshold`, of the values that a loss selects tokens by, with torch's sort; `scale` and
+`broadcast_to_tokens`, the backward of what `run` saved. `source` is the text of a program's kernels.
 """
 
 from fastreward._runtime.selection import threshold

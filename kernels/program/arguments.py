@@ -23,6 +23,7 @@ _BACK: Final = {
     "batch": "f32, out: what there is one of for the batch",
     "columns": "f64 [columns, B], then partial results [reductions, B, chunks]; scratch",
     "values": "f64, scratch: numbers of the batch that a later launch reads",
+    "maps": "f64 [scans, 2, N // TILE + B]: what each tile makes of a scan's value before it; scratch",
     "counter": "i32 [1], zero before and after",
 }
 _KINDS: Final = ("input", *_FRONT, "scalar", "output", *_BACK)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from fastreward.language.gpu_plan import BY_GROUP, Plan, Time
 from fastreward.language.node import Level, Node, walk
-from fastreward.language.ops import ATOM, BACKWARDS, LEAVES, SCANS
+from fastreward.language.ops import ATOM, BACKWARDS, LEAVES, SCANS, SHIFTS
 from fastreward.language.program import Program, TokenStep
 from fastreward.language.render import operator
 
@@ -93,25 +93,35 @@ class Formulas:
         start = (launch, -1)
         return self.all_given(self.needed(step.given, start), arguments, start, "row", ok)
 
-    def token_function(self, name: str, roots: Iterable[Node], given: Iterable[Node]) -> tuple[list[str], list[Node]]:
-        """A function from values of one token, in f32, to `roots`; its source and the nodes that are its parameters.
+    def token_function(
+        self, name: str, roots: Iterable[Node], given: Iterable[Node], maps: Sequence[Node] = ()
+    ) -> tuple[list[str], list[Node], list[Node]]:
+        """A function from values of one token, in f32, to `roots`; its source, its parameters, and the scans in it.
 
         given: nodes that are not computed in it besides TOKEN inputs: SEQUENCE, BATCH and SCALAR ones. With scans it
-        is one of tiles, which takes and gives more: see `coefficients` and `carries`.
+        is one of tiles, which takes and gives more: see `coefficients` and `carries`. maps: scans whose `map_names`
+        it gives, in the place of the roots, which are their operands.
         """
         wanted = unique(roots)
         known = {n.id for n in given}
         nodes = _walk(wanted, known)
         parameters = [n for n in nodes if n.op != "constant" and (n.op == "input" or n.id in known)]
         scans = [n for n in nodes if n.op in SCANS]
-        more = [*map(self._wide, coefficients(scans)), *(["valid", *self.carries(scans)] if scans else [])]
+        tiled = unique([*scans, *maps])
+        more = [*map(self._wide, coefficients(tiled)), *(["valid", *self.carries(scans)] if tiled else [])]
         signature = ", ".join([*(self.names[n.id] for n in parameters), *more])
         lines = ["@triton.jit", *wrapped(f"def {name}(", signature.split(", "), "):")]
         lines.append('    """Of one token, or of as many as the arguments hold, in f32."""')
-        lines += [f"    {self._wide(c)} = tl.full([], {self.names[c.id]}, tl.float64)" for c in _numbers(scans)]
+        lines += [f"    {self._wide(c)} = tl.full([], {self.names[c.id]}, tl.float64)" for c in _numbers(tiled)]
         lines += [f"    {self.scalar(n, 'tl.float32')}" for n in parameters if n.level == Level.SCALAR]
         lines += [f"    {self._token_line(n)}" for n in nodes if n.level == Level.TOKEN and n.op != "input"]
-        return [*lines, f"    return {', '.join([*map(self.value, wanted), *self.carries(scans)])}"], parameters
+        lines += [f"    {', '.join(self.map_names([n]))} = {self._along(n, '_map')}" for n in maps]
+        results = self.map_names(maps) if maps else map(self.value, wanted)
+        return [*lines, f"    return {', '.join([*results, *self.carries(scans)])}"], parameters, scans
+
+    def map_names(self, scans: Iterable[Node]) -> list[str]:
+        """What tiles' maps y -> c y + x are called: c and x of each."""
+        return [f"{self.names[n.id]}_{part}" for n in scans for part in ("factor", "term")]
 
     def carries(self, scans: Iterable[Node]) -> list[str]:
         """What scans hand on from tile to tile: parameters and results of a function of tokens."""
@@ -120,12 +130,15 @@ class Formulas:
     def _token_line(self, node: Node) -> str:
         if node.op not in SCANS:
             return self.line(node, double=False)
-        x, *by = node.args
-        call = node.op.removesuffix("_reverse")
-        given = [self.value(x), *(self._wide(c) if c.level < Level.TOKEN else self.value(c) for c in by)]
         (carry,) = self.carries([node])
-        operands = ", ".join([*given, "valid", carry, str(node.op in BACKWARDS)])
-        return f"{self.names[node.id]}, {carry} = {call}({operands})"
+        return f"{self.names[node.id]}, {carry} = {self._along(node, '', carry)}"
+
+    def _along(self, node: Node, what: str, *carry: str) -> str:
+        """The call of a scan, or of its map."""
+        x, *by = node.args
+        given = [self.value(x), *(self._wide(c) if c.level < Level.TOKEN else self.value(c) for c in by)]
+        operands = ", ".join([*given, "valid", *carry, str(node.op in BACKWARDS)])
+        return f"{node.op.removesuffix('_reverse')}{what}({operands})"
 
     def _wide(self, node: Node) -> str:
         """A coefficient that is not per token, in f64."""
@@ -162,6 +175,15 @@ def coefficients(scans: Iterable[Node]) -> list[Node]:
     """Those of scans that a function of tokens takes in f64 besides: once per sequence, or for the batch."""
     by = (n.args[1] for n in scans if len(n.args) > 1)
     return unique(c for c in by if c.level in (Level.SEQUENCE, Level.BATCH))
+
+
+def alone(scans: Sequence[Node]) -> bool:
+    """Whether tiles' maps are known without the scans before them, but for shifts' values: none is made of another."""
+    for n in scans:
+        under = [m for m in walk(n.args, lambda m: m.level == Level.TOKEN) if m.op in SCANS]
+        if any(m.op not in SHIFTS for m in under) or (n.op in SHIFTS and under):
+            return False
+    return bool(scans)
 
 
 def _numbers(scans: Iterable[Node]) -> list[Node]:

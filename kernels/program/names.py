@@ -22,12 +22,13 @@ _TAKEN = """
     at_label x_row y_row x_top x_inverse x_top_logprob y_top y_inverse y_top_logprob x y x_ahead y_ahead columns units
     blocks block done here exists n OUTPUTS BLOCK P Q P_LOG Q_LOG MOMENTS STATISTICS TEACHER_UNIT HAS_TEACHER_INV_T
     HAS_LABEL teacher_inverse64 of_p of_q log_p_of_p log_q_of_q far again grad sums terms gradient lane_columns
+    scan_map shift_map tile_slot store_map carried maps slot slots share first place ahead SHARED
     over_lane lane_units quick_exp quick_log log_prob shape_of store_masked_pair NEG_INF
 """
 
 
-#: What is put behind a value's name: its tensor, its running sums, what its scan carries, itself in f64.
-ENDINGS = ("_ptr", "_lanes", "_carry", "_wide")
+#: What is put behind a value's name: its tensor, its running sums, what its scan carries, itself in f64, a tile's map.
+ENDINGS = ("_ptr", "_lanes", "_carry", "_wide", "_factor", "_term")
 
 
 def names(program: Program) -> dict[int, str]:

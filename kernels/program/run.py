@@ -11,6 +11,10 @@ that in another batch their f32 value differs about once in 1e8; what is then co
 ratio, may end up on its other side. csrc/cpu and csrc/cuda cut a row into pieces of one size: no such exception there.
 
 A pass with scans gives each row, or eight short ones, to one program, which goes along it tile by tile (scans.py).
+Where rows are few and long, programs share a row's tiles: a launch before has what each tile makes of what comes into
+it, and a program folds those before its own, so that tokens have the bits that one program alone would give them. Not
+so where a scan is made of another of the same pass (`formulas.alone`): there one program goes along, a tile of 512
+tokens after the other (256 where rows are packed, or odd), each of which waits for its loads.
 
 Bytes a token: each pass 4 for each tensor that it reads, 1 for the mask, and 4 for each that it writes; scale 8,
 broadcast_to_tokens 5. A mask of another type than bool, uint8 or int8 is converted first (mask_bytes).
@@ -50,6 +54,8 @@ WARPS = 4
 FILL = 1056  # programs that fill an H100: 132 SMs, 8 programs each
 MOST_CHUNKS = 64  # programs that may share a row
 LONG = 512  # mean tokens a row from which one row makes a tile
+FEW = FILL // 4  # rows from which a program for each is enough for scans
+SCANNED = 4096  # tokens that are worth a program of their own in a scan
 BLOCK_ROWS = 128  # sequences that the last program takes at once
 REGISTERS = 128  # short rows: four programs an SM
 CROSS_SEQUENCE_REGISTERS = 168  # work per sequence with reductions over groups or ranks: three
@@ -60,6 +66,13 @@ def tiling(rows: int, tokens: int, longest: int) -> tuple[int, int]:
     if tokens < LONG * rows or rows == 0:
         return 8, 1
     return 1, max(1, min(triton.cdiv(FILL, rows), triton.cdiv(longest, 1024), MOST_CHUNKS))
+
+
+def sharing(rows: int, tokens: int, longest: int) -> int:
+    """Programs that share a row with scans."""
+    if tokens < LONG * rows or rows == 0 or rows > FEW:
+        return 1
+    return max(1, min(triton.cdiv(FILL, rows), longest // SCANNED, MOST_CHUNKS))
 
 
 def tile(together: int, vec: int, scans: bool = False) -> dict[str, Any]:
@@ -188,6 +201,8 @@ class Call:
         scratch = (generated.columns * self.rows + partials, generated.values)
         for name, size in zip(("columns", "values"), scratch, strict=True):
             self.named[name] = torch.empty(size, dtype=torch.float64, device=self.like.device)
+        maps = max((self._maps(launch) for launch in launches), default=0)
+        self.named["maps"] = torch.empty(maps, dtype=torch.float64, device=self.like.device) if maps else None
         if any(a.kind == "counter" for launch in launches for a in launch.arguments):
             self.named["counter"] = arrival_counter(self.like)
         with on_device_of(self.like):
@@ -214,7 +229,12 @@ class Call:
                 *given, self.rows, BLOCK_ROWS=BLOCK_ROWS, num_warps=WARPS, maxnreg=CROSS_SEQUENCE_REGISTERS, **OPTIONS
             )
             return
-        sizes, flavour, programs = geometry(tokens, launch.scans)
+        sizes, flavour, programs = geometry(tokens, launch.scans > 0, launch.alone)
+        shared = sizes[-1] > 1
+        if launch.maps and not shared:
+            return
+        if launch.alone and not launch.maps:
+            flavour["SHARED"] = shared
         if launch.cross_sequence:
             flavour["maxnreg"] = CROSS_SEQUENCE_REGISTERS
         kernel[(programs,)](
@@ -223,10 +243,18 @@ class Call:
 
     def _partials(self, launch: Launch) -> int:
         """Partial results of rows that several programs share."""
-        if launch.side is None or launch.scans:
+        if launch.side is None:
             return 0
-        chunks = tiling(*extent(self.sides[launch.side]))[1]
+        chunks = geometry(self.sides[launch.side], launch.scans > 0, launch.alone)[0][-1]
         return launch.reductions * self.rows * chunks if chunks > 1 else 0
+
+    def _maps(self, launch: Launch) -> int:
+        """Numbers that the maps of all rows' tiles are."""
+        if launch.side is None or not launch.maps:
+            return 0
+        (count, _, rows, chunks), flavour, _ = geometry(self.sides[launch.side], True, True)
+        block = flavour["STEPS"] * flavour["LANES"] * flavour["VEC"]
+        return 2 * launch.scans * (count // block + rows) if chunks > 1 else 0
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.like.device)
@@ -266,11 +294,17 @@ def broadcast_to_tokens(
     return out
 
 
-def geometry(tokens: Tokens, scans: bool = False) -> tuple[tuple[int, int, int, int], dict[str, Any], int]:
-    """((N, row_units, B, chunks), the compile-time part, programs) of a pass over tokens; scans take whole rows."""
+def geometry(
+    tokens: Tokens, scans: bool = False, alone: bool = False
+) -> tuple[tuple[int, int, int, int], dict[str, Any], int]:
+    """((N, row_units, B, chunks), the compile-time part, programs) of a pass over tokens.
+
+    scans: programs can share rows only where the scans are `alone`.
+    """
     rows, count, longest = extent(tokens)
     together, chunks = tiling(rows, count, longest)
-    chunks = 1 if scans else chunks
+    if scans:
+        chunks = sharing(rows, count, longest) if alone else 1
     packed = tokens.cu_seqlens is not None
     vec = 4 if not packed and longest % 4 == 0 else 1
     programs = max(triton.cdiv(rows, together) * chunks, 1)

@@ -2,6 +2,10 @@
 
 In f64, so that the order in which a tile's tokens are joined, which follows the tiling, is all but never seen in f32.
 Tokens that do not count are the map y -> y. A c of 0 starts anew, whatever lies before.
+
+What a tile makes of what comes into it is such a map too, a shift's of c = 0 or 1: `scan_map`, `shift_map`. Where
+several programs share a row, a launch before keeps every tile's, and a program folds those before its own (`carried`),
+one after the other as a program alone would have: the same bits.
 """
 
 from __future__ import annotations
@@ -40,6 +44,13 @@ def _last(x, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def _scanned(x, c, valid, REVERSE: tl.constexpr):
+    """The maps from before the tile, behind it where reversed, to each token: c and x, f64 [ROWS, TILE]."""
+    maps = _flat(tl.where(valid, c, 1.0).to(tl.float64)), _flat(tl.where(valid, x, 0.0).to(tl.float64))
+    return tl.associative_scan(maps, 1, _joined, reverse=REVERSE)
+
+
+@triton.jit
 def scan(
     x,  # [ROWS, STEPS, LANES, VEC], or one value for several
     c,  # the same
@@ -48,10 +59,25 @@ def scan(
     REVERSE: tl.constexpr,
 ):
     """(the scan f32, like valid; the next tile's carry)."""
-    maps = _flat(tl.where(valid, c, 1.0).to(tl.float64)), _flat(tl.where(valid, x, 0.0).to(tl.float64))
-    products, sums = tl.associative_scan(maps, 1, _joined, reverse=REVERSE)
+    products, sums = _scanned(x, c, valid, REVERSE)
     y = tl.where(products == 0.0, sums, tl.fma(products, carry[:, None], sums))
     return tl.reshape(y, valid.shape).to(tl.float32), _last(y, REVERSE)
+
+
+@triton.jit
+def scan_map(x, c, valid, REVERSE: tl.constexpr):
+    """(c, x) f64 [ROWS]: the tile's own map."""
+    products, sums = _scanned(x, c, valid, REVERSE)
+    return _last(products, REVERSE), _last(sums, REVERSE)
+
+
+@triton.jit
+def _shifted(x, valid, REVERSE: tl.constexpr):
+    """`_neighbours` of the tokens up to each, [ROWS, TILE]."""
+    counts = _flat(valid.to(tl.int32))
+    values = _flat(tl.where(valid, x, 0.0).to(tl.float32))
+    runs = counts, values, tl.zeros_like(values)
+    return tl.associative_scan(runs, 1, _neighbours, reverse=REVERSE)
 
 
 @triton.jit
@@ -62,10 +88,43 @@ def shift(
     REVERSE: tl.constexpr,
 ):
     """(x of the valid token before, f32, like valid; the next tile's carry)."""
-    counts = _flat(valid.to(tl.int32))
-    values = _flat(tl.where(valid, x, 0.0).to(tl.float32))
-    runs = counts, values, tl.zeros_like(values)
-    count, last, before = tl.associative_scan(runs, 1, _neighbours, reverse=REVERSE)
+    count, last, before = _shifted(x, valid, REVERSE)
     y = tl.where(count > 1, before, carry[:, None])
     carry = tl.where(_last(count, REVERSE) > 0, _last(last, REVERSE), carry)
     return tl.reshape(y, valid.shape), carry
+
+
+@triton.jit
+def shift_map(x, valid, REVERSE: tl.constexpr):
+    """(c, x) f64 [ROWS]: 0 and the tile's last value, or 1 and 0 where no token counts."""
+    count, last, _ = _shifted(x, valid, REVERSE)
+    empty = _last(count, REVERSE) == 0
+    return tl.where(empty, 1.0, 0.0).to(tl.float64), tl.where(empty, 0.0, _last(last, REVERSE)).to(tl.float64)
+
+
+# ------------------------------------------------------------------------------------------- rows that programs share
+@triton.jit
+def tile_slot(start, row, B, N, TILE: tl.constexpr):
+    """(where the maps of a row's tiles begin, how many places there are for all rows'), i64."""
+    return start // TILE + row, (N // TILE + B).to(tl.int64)
+
+
+@triton.jit
+def store_map(maps, WHICH: tl.constexpr, slots, slot, c, x, ok):
+    """A tile's map, of scan WHICH of the pass; maps: f64 [scans, 2, slots]."""
+    tl.store(maps + 2 * WHICH * slots + slot, c, mask=ok)
+    tl.store(maps + (2 * WHICH + 1) * slots + slot, x, mask=ok)
+
+
+@triton.jit
+def carried(maps, WHICH: tl.constexpr, slots, slot, tiles, carry, ok):
+    """`carry` as the row's first `tiles` tiles make it. Sixteen are loaded at once."""
+    y = carry.to(tl.float64)
+    for first in range(0, tiles, 16):
+        for k in tl.static_range(16):
+            at = slot + first + k
+            there = ok & (at < slot + tiles)
+            c = tl.load(maps + 2 * WHICH * slots + at, mask=there, other=1.0)
+            x = tl.load(maps + (2 * WHICH + 1) * slots + at, mask=there, other=0.0)
+            y = tl.where(there, tl.where(c == 0.0, x, tl.fma(c, y, x)), y)
+    return y.to(carry.dtype)

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastreward.language.gpu_plan import CROSS_SEQUENCE, OVER_BATCH, in_order, kind_of
-from fastreward.language.node import Level, walk
-from fastreward.language.ops import OPS
+from fastreward.language.node import Level, Node, walk
+from fastreward.language.ops import OPS, SHIFTS
 from fastreward.language.program import Program, TokenStep
 
 from .arguments import Argument, Arguments, wrapped
-from .formulas import Formulas, coefficients, unique
+from .formulas import Formulas, alone, coefficients, unique
 from .row_source import RowFunction, row_function
 
 _MODULES = {
@@ -28,7 +28,7 @@ _MODULES = {
     ),
     "program.rows": "AFTER BEFORE MAX MIN OTHERS SUM batch_permute column group_reduce group_select largest "
     "merge_chunks smallest store_column",
-    "program.scans": "scan shift",
+    "program.scans": "carried scan scan_map shift shift_map store_map tile_slot",
     "_shared.device": "lane_columns over_lane",
     "_shared.softmax": "NEG_INF inverse_temperature",
     "program.tokens": "NOTHING add before count is_last most most_of row_bounds store_partial sum_of tile_columns wide",
@@ -42,8 +42,9 @@ _CONSTANTS = ("PACKED", "HAS_MASK", "ROWS", "STEPS", "LANES", "VEC", "BLOCK_ROWS
 class Launch:
     """A kernel. side: of whose tokens, None for work per sequence alone. reductions: columns that it fills.
 
-    cross_sequence: whether its work per sequence includes reductions over groups or ranks. scans: whether a program
-    goes along whole rows.
+    cross_sequence: whether its work per sequence includes reductions over groups or ranks. scans: how many its pass
+    has, along which a program goes; alone: whether programs can share a row then; maps: whether it is the launch before
+    that one, which is made only where they do.
     """
 
     kernel: str
@@ -51,7 +52,9 @@ class Launch:
     arguments: tuple[Argument, ...]
     reductions: int = 0
     cross_sequence: bool = False
-    scans: bool = False
+    scans: int = 0
+    alone: bool = False
+    maps: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,17 +118,26 @@ class Module:
             self._sequences(k, rows)
 
     def call(
-        self, function: str, step: TokenStep, arguments: Arguments, at: str, wide: str, computed: Mapping[str, str]
+        self,
+        function: str,
+        step: TokenStep,
+        arguments: Arguments,
+        at: str,
+        wide: str,
+        computed: Mapping[str, str],
+        maps: Sequence[Node] = (),
     ) -> list[str]:
         """Adds the function of a token's values to all that the pass reduces or stores; the lines that call it.
 
         at: what of a TOKEN input is loaded. wide: what makes a sequence's value broadcast. computed: by name of the
-        input, variables that stand for inputs which are not loaded.
+        input, variables that stand for inputs which are not loaded. maps: scans whose tiles' maps are wanted alone.
         """
         roots = unique([*(a for n in in_order(step.reduce) for a in n.args), *(n for _, n in step.store)])
+        roots = unique(a for n in maps for a in n.args) if maps else roots
         if not roots:
             return []
-        text, parameters = self.formulas.token_function(function, roots, (n for n in step.given if n.op != "constant"))
+        given = (n for n in step.given if n.op != "constant")
+        text, parameters, scans = self.formulas.token_function(function, roots, given, maps)
         self.add(text)
         loaded, passed = [], []
         for n in parameters:
@@ -140,11 +152,11 @@ class Module:
                 name = name if n.boolean else f"{name}.to(tl.float32)"
                 name = wide.format(name) if n.level == Level.SEQUENCE else name
             passed.append(name)
-        wides = coefficients(step.scans)
+        wides = coefficients(unique([*scans, *maps]))
         passed += [wide.format(self.names[n.id]) if n.level == Level.SEQUENCE else self.names[n.id] for n in wides]
-        carries = self.formulas.carries(step.scans)
-        passed += ["valid", *carries] if carries else []
-        results = ", ".join([*map(self.formulas.value, roots), *carries])
+        carries = self.formulas.carries(scans)
+        passed += ["valid", *carries] if carries or maps else []
+        results = ", ".join([*(self.formulas.map_names(maps) if maps else map(self.formulas.value, roots)), *carries])
         return [*loaded, *wrapped(f"{results} = {function}(", passed, ")")]
 
     # ------------------------------------------------------------------------------------------------------ kernels
@@ -167,7 +179,10 @@ class Module:
         suffix = f"{number}{_SIDES[step.side] if self.program.sides > 1 else ''}"
         name = f"tokens_{suffix}"
         arguments = self.formulas.arguments()
-        arguments.plain("mask", "cu_seqlens", *(["columns"] if step.reduce else []))
+        apart = alone(step.scans)
+        if apart:
+            self._maps(k, step, f"maps_{suffix}", f"tile_{suffix}")
+        arguments.plain("mask", "cu_seqlens", *(["columns"] if step.reduce else []), *(["maps"] if apart else []))
         if rows is not None:
             self.add(rows.text)
             arguments.take(rows.arguments)
@@ -176,23 +191,56 @@ class Module:
         given = self.formulas.pass_given(step, k, arguments, "row_ok")
         inside = self.call(f"token_{suffix}", step, arguments, "at, mask=inside, other=0.0", "wide({})", {})
         inside += [*self._accumulated(step), *self._stored(step, arguments)]
-        which = (
-            "every tile, from the last one" if step.reverse else "every tile" if step.scans else "every chunks-th tile"
-        )
-        body = [f'"""ROWS rows, {which} of them. T = row_units * VEC."""', *_OPENING, *given, *self._carried(step)]
-        body += [
-            *self._running(step),
-            *(_BACKWARDS if step.reverse else _FORWARDS),
-            *_LOOP,
-            *(f"    {line}" for line in inside),
-            *self._partials(step),
-        ]
+        which = "a share of their tiles" if step.scans else "every chunks-th tile of them"
+        which += ", from the last one" if step.reverse else ""
+        body = [f'"""ROWS rows, {which}. T = row_units * VEC."""', *_OPENING, *given, *self._carried(step.scans)]
+        body += self._running(step)
+        body += [*_SHARE, *(self._handed_on(step) if apart else []), *_along(step)] if step.scans else _TILES
+        body += [*_LOOP, *(f"    {line}" for line in inside), *self._partials(step)]
         body += self._last(number, step, rows)
-        self.add([*decorated(name, arguments.signature(), _SIZES, _CONSTANTS), *(f"    {line}" for line in body)])
+        constants = [*_CONSTANTS, "SHARED"] if apart else _CONSTANTS
+        self.add([*decorated(name, arguments.signature(), _SIZES, constants), *(f"    {line}" for line in body)])
         cross_sequence = rows is not None and self._has_cross_sequence(k)
-        reductions, scans = len(step.reduce), bool(step.scans)
-        self.launches.append(Launch(name, step.side, arguments.ordered(), reductions, cross_sequence, scans))
+        reductions, scans = len(step.reduce), len(step.scans)
+        self.launches.append(Launch(name, step.side, arguments.ordered(), reductions, cross_sequence, scans, apart))
         self._note(name, step, rows)
+
+    def _maps(self, k: int, step: TokenStep, name: str, function: str) -> None:
+        """What each tile makes of the values that its scans come with."""
+        arguments = self.formulas.arguments()
+        arguments.plain("mask", "cu_seqlens", "maps")
+        given = self.formulas.pass_given(step, k, arguments, "row_ok")
+        at, wide = "at, mask=inside, other=0.0", "wide({})"
+        inside = self.call(function, step, arguments, at, wide, {}, step.scans)
+        for i, n in enumerate(step.scans):
+            inside.append(
+                f"store_map(maps, {i}, slots, slot + place, {', '.join(self.formulas.map_names([n]))}, row_ok)"
+            )
+        below = {n.id for n in walk((a for s in step.scans for a in s.args), lambda n: n.level == Level.TOKEN)}
+        under = [n for n in step.scans if n.id in below]
+        body = ['"""ROWS rows, the maps of a share of their tiles. T = row_units * VEC."""', *_OPENING, *given]
+        body += [*self._carried(under), *_SHARE, "slot, slots = tile_slot(start, row, B, N, TILE)"]
+        if under:
+            found = self.call(f"{function}_before", step, arguments, at, wide, {}, under)
+            for carry, (c, x) in zip(self.formulas.carries(under), self._map_pairs(under), strict=True):
+                found.append(f"{carry} = tl.where({c} == 0.0, {x}.to(tl.float32), {carry})")
+            found.append(f"ahead = tl.where(tl.max({c}, axis=0) == 0.0, 0, ahead)")
+            body += ["ahead = first", "while ahead > 0:  # to the next tile with a token that counts", "    ahead -= 1"]
+            body += [f"    t0 = {_start(step, 'ahead')}", *_LOOP, *(f"    {line}" for line in found)]
+        body += [*_along(step), *_LOOP, *(f"    {line}" for line in inside)]
+        self.add([*decorated(name, arguments.signature(), _SIZES, _CONSTANTS), *(f"    {line}" for line in body)])
+        self.launches.append(Launch(name, step.side, arguments.ordered(), scans=len(step.scans), alone=True, maps=True))
+        self.notes.append(f"{name}: what each tile hands on, where programs share a row; reads what the scans are of.")
+
+    def _map_pairs(self, scans: Sequence[Node]) -> list[list[str]]:
+        return [self.formulas.map_names([n]) for n in scans]
+
+    def _handed_on(self, step: TokenStep) -> list[str]:
+        """What comes into the first tile of a program's share."""
+        lines = ["if SHARED:", "    slot, slots = tile_slot(start, row, B, N, TILE)"]
+        for i, carry in enumerate(self.formulas.carries(step.scans)):
+            lines.append(f"    {carry} = carried(maps, {i}, slots, slot, first, {carry}, row_ok)")
+        return lines
 
     def _note(self, kernel: str, step: TokenStep, rows: RowFunction | None) -> None:
         """A note on what the kernel fuses, for the head of the module."""
@@ -208,9 +256,9 @@ class Module:
         return any(n.op in CROSS_SEQUENCE for n in self.plan.launches[k].nodes)
 
     # ------------------------------------------------------------------------------------------- parts of a pass
-    def _carried(self, step: TokenStep) -> list[str]:
-        types = ["float32" if n.op.startswith("shift") else "float64" for n in step.scans]
-        names = self.formulas.carries(step.scans)
+    def _carried(self, scans: Sequence[Node]) -> list[str]:
+        types = ["float32" if n.op in SHIFTS else "float64" for n in scans]
+        names = self.formulas.carries(scans)
         return [f"{name} = tl.zeros([ROWS], tl.{type_})" for name, type_ in zip(names, types, strict=True)]
 
     def _running(self, step: TokenStep) -> list[str]:
@@ -292,11 +340,11 @@ start, tokens, extent = row_bounds(cu_seqlens, row, row_ok, N, T, B, PACKED)
 offsets = tile_columns(STEPS, LANES, VEC)
 TILE: tl.constexpr = STEPS * LANES * VEC""".splitlines()
 
-_FORWARDS = ["for t0 in range((program % chunks) * TILE, tl.max(extent, axis=0), chunks * TILE):"]
-_BACKWARDS = """\
+_TILES = ["for t0 in range((program % chunks) * TILE, tl.max(extent, axis=0), chunks * TILE):"]
+_SHARE = """\
 tiles = tl.cdiv(tl.max(extent, axis=0), TILE)
-for back in range(0, tiles):
-    t0 = (tiles - 1 - back) * TILE""".splitlines()
+share = tl.cdiv(tiles, chunks)
+first = (program % chunks) * share""".splitlines()
 _LOOP = """\
     t = t0 + offsets
     at = wide(start) + t
@@ -304,6 +352,15 @@ _LOOP = """\
     valid = before(t, tokens, row_ok, T, PACKED)
     if HAS_MASK:
         valid = valid & (tl.load(mask + at, mask=inside, other=0) != 0)""".splitlines()
+
+
+def _along(step: TokenStep) -> list[str]:
+    """The loop over a program's share of tiles, in the order of the pass."""
+    return ["for place in range(first, tl.minimum(first + share, tiles)):", f"    t0 = {_start(step, 'place')}"]
+
+
+def _start(step: TokenStep, place: str) -> str:
+    return f"(tiles - 1 - {place}) * TILE" if step.reverse else f"{place} * TILE"
 
 
 def decorated(name: str, signature: list[str], sizes: Sequence[str], constants: Sequence[str]) -> list[str]:

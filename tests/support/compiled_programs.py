@@ -25,6 +25,9 @@ from fastreward.language.node import Level
 
 ALIGNED, PACKED, SHORT, SHORT_ODD = (64, 2048, False), (64, 2048, True), (64, 100, False), (64, 15, False)
 
+#: A few rows that programs share in a pass with scans.
+FEW = (4, 1 << 14, False)
+
 
 def loss(name: str, rows: int, width: int, packed: bool) -> None:
     named = checks.PROGRAMS[name]()
@@ -84,6 +87,8 @@ def cases(everything: bool) -> dict[str, Any]:
         for name, layout in {"packed": PACKED, "short": SHORT, "short and odd": SHORT_ODD}.items():
             found[f"fipo, {name}"] = lambda layout=layout: loss("fipo", *layout)
             found[f"segments, {name}"] = lambda layout=layout: loss("segments", *layout)
+        for name in ("fipo", "segments"):
+            found[f"{name}, shared"] = lambda name=name: loss(name, *FEW)
         for name in ("ppo, everything", "gdro", "jepo", "aot", "segments"):
             found[name] = lambda name=name: loss(name, *ALIGNED)
         found["logits, odd vocabulary"] = lambda: logits(torch.bfloat16, False, 50257)

@@ -90,6 +90,37 @@ def test_scans(rows: int, width: int, packed: bool) -> None:
     checks.check_run(program, "cpu", named, call, 1e-5)
 
 
+@pytest.mark.parametrize(("rows", "width", "packed"), [(1, 201, False), (2, 150, True)])
+def test_rows_that_programs_share_have_the_same_bits(
+    rows: int, width: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scans of a row's tiles by several programs; a run of masked tokens that is longer than a tile lies between."""
+    g = Graph()
+    x, whole = g.input("x", Level.TOKEN), g.input("whole", Level.TOKEN)
+    built = lowered([f.segment_sum(x, whole), f.seq_discounted_sum(x, 0.9)], [])
+    assert [launch.maps for launch in generate(built).launches] == [True, False] * len(built.stages)
+    call = checks.make_call(checks.Named(built, {}), rows, width, packed=packed, seed=1)
+    (tokens,) = call.sides
+    assert tokens.mask is not None
+    tokens.mask.flatten()[20:110] = False
+    monkeypatch.setattr(PROGRAM_RUN, "WARPS", 1)  # tiles of 64 tokens
+    monkeypatch.setattr(PROGRAM_RUN, "LONG", 20)
+    alone = run(built, call.inputs, call.sides)
+    same(*alone)
+    monkeypatch.setattr(PROGRAM_RUN, "SCANNED", 40)
+    assert PROGRAM_RUN.geometry(tokens, True, True)[0][-1] > 2
+    shared = program.run(built, call.inputs, call.sides, [], None)
+    assert all(torch.equal(a, b) for a, b in zip(alone[0][0], shared[0], strict=True))
+
+
+def test_a_scan_of_a_scan_is_not_shared() -> None:
+    g = Graph()
+    x = g.input("x", Level.TOKEN)
+    one, two = (lowered([n], []) for n in (f.seq_cumsum(x), f.seq_cumsum(f.exp(f.seq_cumsum(x)))))
+    assert [launch.maps for launch in generate(one).launches] == [True, False]
+    assert [launch.maps for launch in generate(two).launches] == [False]
+
+
 def test_launches() -> None:
     """One per pass and side; PPO, its gradient's common factor deferred, and losses of a sequence's ratio have one."""
     counts = {name: len(generate(checks.PROGRAMS[name]().program).launches) for name in checks.PROGRAMS}
