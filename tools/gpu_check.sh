@@ -58,7 +58,7 @@ tests() {
   local name="$1" limit="$2"
   shift 2
   GPU_RESULTS="$work/$name.tests" part "$name" "$limit" ${tool[@]+"${tool[@]}"} "$python" -m pytest \
-    -c "$repo/pyproject.toml" --rootdir "$work" -p no:cacheprovider -p gpu_results -q -m gpu --tb=short "$@" \
+    -c "$repo/pyproject.toml" --rootdir "$work" -p no:cacheprovider -p gpu_results -q -m gpu --tb=short -W default "$@" \
     "$work/tests/$suite"
 }
 
@@ -68,11 +68,14 @@ sanitize() {
   tests "$1" "$2" -k "cuda and ($4)"
 }
 
+sanitized=(racecheck synccheck memcheck trees_racecheck trees_memcheck
+  divergence_racecheck divergence_synccheck divergence_memcheck)
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
 one_of_each="(small_program and real and False) or (small_program and gspo and True) or (small_cluster and dtype0)"
 one_of_each="$one_of_each or (small_logits and masked) or (small_whiten and True-True) or (small_segments and runs-False) or (small_group and grpo-False)"
 one_of_each="$one_of_each or small_group_statistics or (small_token_rewards and end-False) or returns_in_tiles"
+one_of_each="$one_of_each or (small_scans and (0] or 1]))"
 
 if [ "$built" -eq 0 ]; then
   # ---------------------------------------------------------------------------------------------------------- tests
@@ -114,8 +117,15 @@ if [ "$built" -eq 0 ]; then
       export PYTORCH_NO_CUDA_MEMORY_CACHING=1
       sanitize trees_memcheck 70 memcheck "small_values and (2] or 5])"
     ) &
+    (
+      suite=backends/gpu/test_divergence.py
+      sanitize divergence_racecheck 50 racecheck "small_rows"
+      sanitize divergence_synccheck 40 synccheck "small_rows"
+      export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+      sanitize divergence_memcheck 50 memcheck "small_rows"
+    ) &
   else
-    for name in racecheck synccheck memcheck trees_racecheck trees_memcheck; do skip "$name" "compute-sanitizer is not on PATH"; done
+    for name in "${sanitized[@]}"; do skip "$name" "compute-sanitizer is not on PATH"; done
   fi
   wait
 
@@ -129,7 +139,7 @@ if [ "$built" -eq 0 ]; then
   done
   FASTREWARD_BACKEND=triton part bench_peers 110 "${bench[@]}" --seconds 0.3 --json "$work/bench_peers.json"
 else
-  for name in programs kernels trees divergence cupy racecheck synccheck memcheck trees_racecheck trees_memcheck bench_triton bench_cuda bench_peers; do
+  for name in programs kernels trees divergence credit cupy "${sanitized[@]}" bench_triton bench_cuda bench_peers; do
     skip "$name" "the build failed"
   done
 fi

@@ -52,6 +52,16 @@ def test_rows_of_every_kind(kind: str, name: str, module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("vocab", [1003, 8193])
+def test_small_rows(vocab: int, name: str, module: ModuleType) -> None:
+    """What compute-sanitizer looks at: rows that are masked, aligned or not, and slices."""
+    case = checks.make_case(name, "masked", (torch.bfloat16, torch.float32), 4, vocab)
+    checks.check_forward(module, "cuda", case, statistics=True)
+    checks.check_backward(module, "cuda", case)
+    checks.check_slices(module, "cuda", case, vocab // 3)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd"])
 @pytest.mark.parametrize("dtype", checks.DTYPES)
 def test_sizes_slices_and_bits(dtype: torch.dtype, name: str, module: ModuleType) -> None:
     for vocab in (1, 3, 8, 4097):
