@@ -25,8 +25,9 @@ from fastreward.verify.problem import Problem, Tensors, on, problems
 
 SLACK = 1e-6
 Where = tuple[str, str, str, str, str]  # operation, backend, device, problem, dtype
-#: Triton's interpreter cuts float32 off to bfloat16 where hardware rounds: one unit more, in the interpreter only.
-_INTERPRETER_SLACK = 2.0**-8
+#: Triton's interpreter cuts float32 off to bfloat16 where hardware rounds (test_rounding.py): up to a whole unit, of
+#: numbers that torch may have hit by luck. In the interpreter only.
+_INTERPRETER_SLACK = 2.0**-7
 #: A low-precision GEMM rounds the logits on both sides, tile by tile or whole; which falls nearer to the truth is luck.
 #: So what starts with one GEMM, or with two, may be that many units of its dtype further off than torch.
 _GEMM_SLACK = {"bfloat16": 2.0**-8, "float16": 2.0**-11}

@@ -72,7 +72,7 @@ def sharing(rows: int, tokens: int, longest: int) -> int:
     """Programs that share a row with scans."""
     if tokens < LONG * rows or rows == 0 or rows > FEW:
         return 1
-    return max(1, min(triton.cdiv(FILL, rows), longest // SCANNED, MOST_CHUNKS))
+    return max(1, min(-(-FILL // rows), longest // SCANNED, MOST_CHUNKS))
 
 
 def tile(together: int, vec: int, scans: bool = False) -> dict[str, Any]:
