@@ -49,7 +49,7 @@ _GPU_LOGITS: Final = 1 << 28
 
 
 class _Side(NamedTuple):
-    """Hidden states [N, H] and LM head [V, H] of one side, as the ops take them one by one."""
+    """Hidden states [N, H] and LM head [V, H] of one side."""
 
     hidden: Tensor
     weight: Tensor
@@ -74,26 +74,8 @@ class _Side(NamedTuple):
 # -------------------------------------------------------------------------------------------------------- custom ops
 @custom_op("linear_divergence")
 def _linear_divergence(
-    hidden: Tensor,  # see _Side
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor | None,
-    temperature_scalar: float,
-    logit_scale: float,
-    given_scale: Tensor | None,
-    softcap: float,
-    given_softcap: Tensor | None,
-    dtype: torch.dtype,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    teacher_temperature: Tensor | None,
-    teacher_temperature_scalar: float,
-    teacher_logit_scale: float,
-    given_teacher_scale: Tensor | None,
-    teacher_softcap: float,
-    given_teacher_softcap: Tensor | None,
-    teacher_dtype: torch.dtype,
+    student: _Side,
+    teacher: _Side,
     labels: Tensor,  # [N] i64
     rows: int,  # tokens at a time
     parameters: list[float],
@@ -103,18 +85,11 @@ def _linear_divergence(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the op token_divergence gives."""
-    student = _Side(
-        hidden, weight, bias, temperature, temperature_scalar, logit_scale, given_scale, softcap, given_softcap, dtype
-    )
-    teacher = _Side(
-        teacher_hidden, teacher_weight, teacher_bias, teacher_temperature, teacher_temperature_scalar,
-        teacher_logit_scale, given_teacher_scale, teacher_softcap, given_teacher_softcap, teacher_dtype,
-    )  # fmt: skip
     call = _call(student, teacher, labels, parameters)
     heads = student.head(rows, backend), teacher.head(rows, backend)
-    found = _empty(hidden, output_rows(programs, sums))
+    found = _empty(student.hidden, output_rows(programs, sums))
     for part in heads[0].row_chunks():
-        x, y = (head.logits(part, slice(0, weight.shape[0])) for head in heads)
+        x, y = (head.logits(part, slice(0, len(student.weight))) for head in heads)
         own = forward_rows(x, y, call.rows(part.start, len(x)), programs, sums, statistics, backend)
         for whole, piece in zip(found, own, strict=True):
             whole[..., part] = piece
@@ -129,32 +104,14 @@ def _empty(hidden: Tensor, outputs: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 @_linear_divergence.register_fake
-def _(hidden: Tensor, programs: str, sums: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty(hidden, output_rows(programs, sums))
+def _(student_hidden: Tensor, programs: str, sums: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty(student_hidden, output_rows(programs, sums))
 
 
 @custom_op("linear_divergence_backward")
 def _linear_divergence_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor | None,
-    temperature_scalar: float,
-    logit_scale: float,
-    given_scale: Tensor | None,
-    softcap: float,
-    given_softcap: Tensor | None,
-    dtype: torch.dtype,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    teacher_temperature: Tensor | None,
-    teacher_temperature_scalar: float,
-    teacher_logit_scale: float,
-    given_teacher_scale: Tensor | None,
-    teacher_softcap: float,
-    given_teacher_softcap: Tensor | None,
-    teacher_dtype: torch.dtype,
+    student: _Side,
+    teacher: _Side,
     labels: Tensor,
     rows: int,
     parameters: list[float],
@@ -167,18 +124,11 @@ def _linear_divergence_backward(
     needs: list[bool],  # gradient for hidden, weight, bias
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # an unneeded gradient is [0]
-    student = _Side(
-        hidden, weight, bias, temperature, temperature_scalar, logit_scale, given_scale, softcap, given_softcap, dtype
-    )
-    teacher = _Side(
-        teacher_hidden, teacher_weight, teacher_bias, teacher_temperature, teacher_temperature_scalar,
-        teacher_logit_scale, given_teacher_scale, teacher_softcap, given_teacher_softcap, teacher_dtype,
-    )  # fmt: skip
     kernels, known = implementation("linear_divergence", backend), registered_programs(programs)
     call = _call(student, teacher, labels, parameters)
     upstream = student_upstream(call, outputs, student_values, grads)
     head, other = student.head(rows, backend, backward=True), teacher.head(rows, backend)
-    found, whole = HeadGradients(head, needs), slice(0, weight.shape[0])
+    found, whole = HeadGradients(head, needs), slice(0, len(student.weight))
     for part in head.row_chunks():
         x, y = head.logits(part, whole), other.logits(part, whole)
         slope = (x / head.softcap).square_().neg_().add_(1.0) if head.capped else None
@@ -200,8 +150,10 @@ def _linear_divergence_backward(
 
 
 @_linear_divergence_backward.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(hidden, weight, bias, needs)
+def _(
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_gradients(student_hidden, student_weight, student_bias, needs)
 
 
 _linear_divergence_backward.refuse_double_backward()

@@ -27,6 +27,7 @@ class CustomOp:
     """A registered op: call it, or give it a fake implementation and autograd."""
 
     def __init__(self, name: str, function: Callable[..., Any], mutates_args: Sequence[str]) -> None:
+        function = _flat(function)
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -198,6 +199,41 @@ def _batched(name: str, mutates_args: Sequence[str]) -> Callable[..., Any]:
     return call
 
 
+def _flat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the fields of a NamedTuple in its place, as a schema has no other way to say them: `side: Side`
+    becomes side_hidden, side_weight, ...
+    """
+    parameters: list[inspect.Parameter] = []
+    packed: list[tuple[int, int, Callable[..., Any]]] = []
+    signature = inspect.signature(function)
+    for parameter in signature.parameters.values():
+        of = function.__globals__.get(parameter.annotation)
+        if not (isinstance(of, type) and issubclass(of, tuple) and hasattr(of, "_fields")):
+            parameters.append(parameter)
+            continue
+        packed.append((len(parameters), len(parameters) + len(of._fields), of))
+        for name in of._fields:
+            type_ = of.__annotations__[name]
+            own = parameter.replace(
+                name=f"{parameter.name}_{name}", annotation=getattr(type_, "__forward_arg__", type_)
+            )
+            parameters.append(own)
+    if not packed:
+        return function
+
+    def flat(*args: Any) -> Any:
+        given = list(args)
+        for start, stop, of in reversed(packed):
+            given[start:stop] = [of(*given[start:stop])]
+        return function(*given)
+
+    flat.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return flat
+
+
 def custom_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], CustomOp]:
-    """Registers a function as the op `fastreward::name`; a function that mutates must bump the versions itself."""
+    """Registers a function as the op `fastreward::name`; a function that mutates must bump the versions itself.
+
+    The op takes the fields of a parameter that is a NamedTuple one by one, under its name: call it with `*side`.
+    """
     return lambda function: CustomOp(name, function, mutates_args)

@@ -20,15 +20,7 @@ _PAIRS: Final = ("gae", "vtrace")
 
 @custom_op("returns_", mutates_args=("out", "second"))
 def returns_(
-    rewards: Tensor,  # f32 [B, T], or [N] with cu_seqlens; ReturnsInputs says what the others are
-    values: Tensor | None,
-    log_ratios: Tensor | None,
-    next_values: Tensor | None,
-    gamma: Tensor | None,
-    lam: Tensor | None,
-    terminated: Tensor | None,
-    done: Tensor | None,
-    beyond: Tensor | None,
+    inputs: ReturnsInputs,  # [B, T], or [N] with cu_seqlens
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     numbers: list[float],  # gamma, lam, scale, rho_bar, c_bar
@@ -39,7 +31,6 @@ def returns_(
     second: Tensor | None,
     backend: str,
 ) -> None:
-    inputs = ReturnsInputs(rewards, values, log_ratios, next_values, gamma, lam, terminated, done, beyond)
     _scan(inputs, mask, cu_seqlens, numbers, given_numbers, options, whiten, out, second, backend)
     for x in (out, second):
         if x is not None:
@@ -53,15 +44,7 @@ def _(*_: Any) -> None:
 
 @custom_op("returns")
 def returns(
-    rewards: Tensor,
-    values: Tensor | None,
-    log_ratios: Tensor | None,
-    next_values: Tensor | None,
-    gamma: Tensor | None,
-    lam: Tensor | None,
-    terminated: Tensor | None,
-    done: Tensor | None,
-    beyond: Tensor | None,
+    inputs: ReturnsInputs,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     numbers: list[float],
@@ -70,16 +53,16 @@ def returns(
     whiten: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # the second is [0] where there is one result
-    inputs = ReturnsInputs(rewards, values, log_ratios, next_values, gamma, lam, terminated, done, beyond)
-    out = empty_like(rewards)
-    second = empty_like(rewards) if _has_pair(options) else None
+    out = empty_like(inputs.rewards)
+    second = empty_like(inputs.rewards) if _has_pair(options) else None
     _scan(inputs, mask, cu_seqlens, numbers, given_numbers, options, whiten, out, second, backend)
-    return out, empty((0,), rewards.dtype, rewards.device) if second is None else second
+    return out, empty((0,), out.dtype, out.device) if second is None else second
 
 
 @returns.register_fake
-def _(rewards: Tensor, options: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rewards), torch.empty_like(rewards) if _has_pair(options) else rewards.new_empty((0,))
+def _(inputs_rewards: Tensor, options: str) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(inputs_rewards)
+    return out, torch.empty_like(out) if _has_pair(options) else out.new_empty((0,))
 
 
 def _has_pair(options: str) -> bool:
