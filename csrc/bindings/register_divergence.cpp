@@ -1,14 +1,15 @@
-// fastreward._core.divergence_*: see csrc/cpu/divergence.hpp.
+// fastreward._core.divergence_*: see csrc/cpu/divergence/divergence.hpp.
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "bindings/addresses.hpp"
 #include "bindings/registry.hpp"
-#include "cpu/divergence.hpp"
+#include "cpu/divergence/divergence.hpp"
 
 namespace fastreward {
 namespace {
@@ -50,9 +51,14 @@ struct Rows {
   }
 };
 
+// relative_p, relative_q, log_p, log_q, constant of an output.
+using Moments = std::array<double, 5>;
+// A product's number, its factor, and the numbers of the inputs that it is multiplied by.
+using Term = std::tuple<int, double, std::vector<int>>;
+
 void forward(const LogprobsRows& student, const LogprobsRows& teacher, Address code, const Places& made,
-             const std::vector<Address>& inputs, const std::vector<double>& scalars, int student_flags,
-             int teacher_flags, bool known, Address student_values, Address teacher_values, Address student_indices,
+             const std::vector<Address>& inputs, const std::vector<double>& scalars,
+             const std::vector<Moments>& moments, int student_flags, int teacher_flags, bool known, Address student_values, Address teacher_values, Address student_indices,
              Address teacher_indices, const std::vector<Address>& outputs) {
   const pybind11::gil_scoped_release unlocked;
   const Rows rows(student, teacher, code, made, inputs, scalars);
@@ -73,12 +79,18 @@ void forward(const LogprobsRows& student, const LogprobsRows& teacher, Address c
   for (const SequencePlace place : call.in.code->outputs)
     if (place == kTokenOutput) throw std::invalid_argument("code: expected outputs per row");
   call.outputs = results.data();
+  std::vector<DivergenceMoments> known_moments;
+  if (!moments.empty()) {
+    expect_size("moments", moments.size(), call.in.code->outputs.size);
+    for (const Moments& m : moments) known_moments.push_back({m[0], m[1], m[2], m[3], m[4]});
+    call.moments = known_moments.data();
+  }
   FASTREWARD_DISPATCH(divergence_forward)(call);
 }
 
 void backward(const LogprobsRows& student, const LogprobsRows& teacher, Address code, const Places& made,
-              const std::vector<Address>& inputs, const std::vector<double>& scalars, Address student_values,
-              Address teacher_values, Address label_gradients, Address grad_logits, std::int64_t grad_stride) {
+              const std::vector<Address>& inputs, const std::vector<double>& scalars, const std::vector<Term>& terms,
+              Address student_values, Address teacher_values, Address label_gradients, Address grad_logits, std::int64_t grad_stride) {
   const pybind11::gil_scoped_release unlocked;
   const Rows rows(student, teacher, code, made, inputs, scalars);
   DivergenceBackward call;
@@ -90,6 +102,15 @@ void backward(const LogprobsRows& student, const LogprobsRows& teacher, Address 
   call.label_gradients = at<const float>(label_gradients);
   call.grad_logits = required<void>("grad_logits", grad_logits, student.rows * student.columns);
   call.grad_stride = grad_stride;
+  std::vector<DivergenceTerm> products;
+  for (const auto& [product, factor, of] : terms) {
+    if (product < 0 || product >= kDivergenceProducts) throw std::invalid_argument("terms: no such product");
+    for (const int k : of)
+      if (k < 0 || k >= call.in.code->inputs.size || (student.rows > 0 && call.in.inputs[k] == nullptr))
+        throw std::invalid_argument("terms: expected numbers of inputs per row");
+    products.push_back({static_cast<DivergenceProduct>(product), factor, {of.data(), static_cast<int>(of.size())}});
+  }
+  call.terms = {products.data(), static_cast<int>(products.size())};
   FASTREWARD_DISPATCH(divergence_backward)(call);
 }
 
@@ -115,12 +136,12 @@ void head_share(const LogprobsRows& student, const LogprobsRows& teacher, Addres
 void register_divergence(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("divergence_forward", &forward, py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("code"),
-        py::arg("made"), py::arg("inputs"), py::arg("scalars"), py::arg("student_flags"),
+        py::arg("made"), py::arg("inputs"), py::arg("scalars"), py::arg("moments"), py::arg("student_flags"),
         py::arg("teacher_flags"), py::arg("known"), py::arg("student_values"), py::arg("teacher_values"),
         py::arg("student_indices"), py::arg("teacher_indices"), py::arg("outputs"),
         "The statistics of both sides' rows and the program's outputs.");
   m.def("divergence_backward", &backward, py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("code"),
-        py::arg("made"), py::arg("inputs"), py::arg("scalars"), py::arg("student_values"),
+        py::arg("made"), py::arg("inputs"), py::arg("scalars"), py::arg("terms"), py::arg("student_values"),
         py::arg("teacher_values"), py::arg("label_gradients"), py::arg("grad_logits"), py::arg("grad_stride"),
         "The gradient for the logits: what the program gives for each token, in the student's dtype.");
   m.def("divergence_head_share", &head_share, py::kw_only(), py::arg("student"), py::arg("teacher"),

@@ -13,6 +13,7 @@ from fastreward._runtime.addresses import address
 from fastreward._runtime.layout import INDICES, VALUES, flags_of
 from fastreward.cpu.logprobs import _rows
 from fastreward.cpu.program.encode import encode
+from fastreward.language.divergence_moments import Product, moments, products
 from fastreward.language.divergence_programs import PER_TOKEN, DivergencePrograms
 from fastreward.language.program import Program
 
@@ -67,14 +68,15 @@ def _run(
     outputs: Tensor,  # f32 [outputs of the program, N]
 ) -> None:
     rows, others, alive = _sides(logits, teacher_logits, call)
-    names = [node.name for node in program.inputs]
+    names, scalars = [node.name for node in program.inputs], _scalars(program, parameters, call)
     _core.divergence_forward(
         student=rows,
         teacher=others,
         code=encode(program).code,
         made=[names.index(name) if name in names else -1 for name in PER_TOKEN],
         inputs=[0] * len(names),
-        scalars=_scalars(program, parameters, call),
+        scalars=scalars,
+        moments=[] if indices is None else [tuple(m) for m in moments(program, tuple(scalars)) or ()],
         student_flags=flags,
         teacher_flags=flags,
         known=indices is None,
@@ -130,13 +132,15 @@ def backward(
         per_token = _SWAPPED
     names = [node.name or "" for node in program.inputs]
     given = [inputs[name].contiguous() if name in inputs else None for name in names]
+    scalars = _scalars(program, parameters, call)
     _core.divergence_backward(
         student=rows,
         teacher=others,
         code=encode(program).code,
         made=[names.index(name) if name in names else -1 for name in per_token],
         inputs=[address(x) for x in given],
-        scalars=_scalars(program, parameters, call),
+        scalars=scalars,
+        terms=[_term(x, names, per_token) for x in products(program, tuple(scalars)) or ()],
         student_values=student.data_ptr(),
         teacher_values=teacher.data_ptr(),
         label_gradients=address(label_gradients),
@@ -144,6 +148,14 @@ def backward(
         grad_stride=grad_logits.stride(0),
     )
     del alive
+
+
+def _term(product: Product, names: Sequence[str], per_token: Sequence[str]) -> tuple[int, float, list[int]]:
+    """(number of the product, factor, numbers of inputs) as csrc/cpu/divergence/divergence.hpp has them."""
+    swapped = per_token is _SWAPPED
+    side = int(product.of_p == swapped)
+    log = 0 if product.log is None else 2 + 2 * side + int((product.log == "log_q") != swapped)
+    return log or side, product.factor, [names.index(name) for name in product.inputs]
 
 
 def _sides(logits: Tensor, teacher_logits: Tensor, call: DivergenceCall) -> tuple[object, object, list[object]]:

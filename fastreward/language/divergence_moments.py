@@ -7,9 +7,11 @@ them by scaling and adding; the logarithm of a mixture, as in Jensen-Shannon's, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
+from fastreward.language.divergence_programs import PER_TOKEN
 from fastreward.language.node import Level, Node, walk
 from fastreward.language.ops import OPS
 from fastreward.language.program import Program
@@ -34,19 +36,49 @@ class Moments(NamedTuple):
 @lru_cache(maxsize=1024)
 def moments(program: Program, scalars: tuple[float, ...]) -> tuple[Moments, ...] | None:
     """The sums of a divergence's `values`, by the values of its scalars; None where it takes more than moments."""
+    sums = [_moments(terms) for terms in _polynomials([n.args[0] for n in program.outputs], program, scalars)]
+    return tuple(m for m in sums if m is not None) if None not in sums else None
+
+
+class Product(NamedTuple):
+    """A term of a gradient: what p, q, p log p, p log q, q log p or q log q is multiplied by."""
+
+    of_p: bool  # else of q
+    log: str | None  # "log_p" or "log_q"
+    factor: float
+    inputs: tuple[str, ...]  # per row, by their names
+
+
+@lru_cache(maxsize=1024)
+def products(program: Program, scalars: tuple[float, ...]) -> tuple[Product, ...] | None:
+    """A gradient per token as a sum of products; None where it takes more."""
+    (terms,) = _polynomials(program.outputs, program, scalars)
+    found = []
+    for names, factor in (terms or {}).items():
+        of_token = tuple(name for name in names if name in PER_TOKEN)
+        if factor and of_token not in _SUMMED:
+            return None
+        if factor:
+            log = of_token[0] if len(of_token) > 1 else None
+            rest = tuple(name for name in names if name not in PER_TOKEN)
+            found.append(Product(of_token[-1] == "p", log, factor, rest))
+    return tuple(found) or None
+
+
+def _polynomials(nodes: Sequence[Node], program: Program, scalars: tuple[float, ...]) -> list[_Terms | None]:
+    """Each node as a sum of products of inputs; None where it is not one."""
     numbers = {n.id: x for n, x in zip(program.scalars, scalars, strict=True)}
     found: dict[int, _Terms | None] = {}
-    for node in walk(n.args[0] for n in program.outputs):
+    for node in walk(nodes):
         found[node.id] = _terms(node, [found[a.id] for a in node.args], numbers)
-    sums = [_moments(found[n.args[0].id]) for n in program.outputs]
-    return tuple(m for m in sums if m is not None) if None not in sums else None
+    return [found[n.id] for n in nodes]
 
 
 def _terms(node: Node, args: list[_Terms | None], numbers: dict[int, float]) -> _Terms | None:
     if node.op == "constant" or node.id in numbers:
         value = numbers[node.id] if node.value is None else node.value
         return {(): value}
-    if node.op == "input" and node.level == Level.TOKEN:
+    if node.op == "input" and node.level in (Level.TOKEN, Level.SEQUENCE):
         return {(node.name or "",): 1.0}
     if node.level == Level.SCALAR:  # of numbers alone, on the way to those that the program is given
         known = [None if a is None else a.get((), 0.0) for a in args]

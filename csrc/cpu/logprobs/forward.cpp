@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cpu/logprobs/rows.hpp"
+#include "cpu/logprobs/state.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 namespace {
@@ -210,18 +211,6 @@ Partial compute_block(const LogprobsRows& in, std::int64_t index, std::int64_t b
   return out;
 }
 
-// The running statistics of a row (fastreward/_runtime/layout.py: STATE) and the block that holds its maximum.
-struct State {
-  double s[kStateSize];
-  std::int64_t best_block = -1;
-};
-
-// The difference of two maxima in nats; what is that far below vanishes, also where it is multiplied by the distance.
-double shift_of(double below, double above, double inv_temperature) {
-  const double shift = (below - above) * inv_temperature;
-  return shift < -1e4 ? -1e4 : shift;
-}
-
 void merge(State& state, const Partial& part, double inv_temperature, std::int64_t block) {
   const double infinity = static_cast<double>(kInf);
   double* s = state.s;
@@ -263,13 +252,9 @@ std::int64_t find_maximum(const LogprobsRows& in, std::int64_t index, std::int64
     return first;
   }
   const std::uint8_t* keep = in.keep_mask != nullptr ? in.keep_mask + index * in.keep_mask_stride : nullptr;
-  for (std::int64_t i = block * kLogprobsBlock; i < in.columns; i += kF32) {
-    const int left = in.columns - i < kF32 ? static_cast<int>(in.columns - i) : kF32;
-    const F32 v = left == kF32 ? load(x + i) : load_n(x + i, left, -kInf);
-    for (unsigned hits = bits((v == f32(top)) & first32(left)); hits != 0; hits &= hits - 1) {
-      const std::int64_t column = i + __builtin_ctz(hits);
-      if (keep == nullptr || keep[column] != 0) return column;
-    }
+  for (std::int64_t i = block * kLogprobsBlock; i < in.columns; ++i) {
+    i = first_of(x, i, in.columns, top);
+    if (i < in.columns && (keep == nullptr || keep[i] != 0)) return i;
   }
   return 0;
 }
@@ -297,26 +282,6 @@ void close_row(const LogprobsRows& in, std::int64_t index, std::int64_t vocab_st
   if ((flags & kArgmax) != 0 && state.best_block >= 0)
     state.s[kStateArgmax] =
         static_cast<double>(vocab_start + find_maximum<T>(in, index, state.best_block, state.s[kStateMax]));
-}
-
-void write_row(const State& state, double inv_temperature, double columns, int flags, float* values,
-               std::int64_t* indices, std::int64_t stride) {
-  const double* s = state.s;
-  const double log_sum = std::log(s[kStateSum]);
-  const auto put = [&](int name, double x) { values[name * stride] = static_cast<float>(x); };
-  const bool nothing = s[kStateSum] == 0.0;  // every logit is -inf
-  const bool certain = s[kStateMax] == static_cast<double>(kInf);  // a logit is +inf: no probabilities, but a logsumexp
-  put(kValueLogprob, (s[kStateLabel] - s[kStateMax]) * inv_temperature - log_sum);
-  put(kValueLogsumexp, nothing || certain ? s[kStateMax] : s[kStateMax] * inv_temperature + log_sum);
-  put(kValueLabelLogit, s[kStateLabel] * inv_temperature);
-  put(kValueMaxLogprob, nothing ? std::nan("") : -log_sum);
-  put(kValueMaxLogit, s[kStateMax]);
-  put(kValueEntropy, (flags & kEntropy) != 0 ? log_sum - s[kStateSumT] / s[kStateSum] : 0.0);
-  put(kValueMeanLogit, (flags & kMeanLogit) != 0 ? s[kStateSumLogit] * inv_temperature / columns : 0.0);
-  const double squares = nothing ? std::nan("") : std::log(s[kStateSumSq]) - 2.0 * log_sum;
-  put(kValueLogSumSq, (flags & kLogSumSq) != 0 ? squares : 0.0);
-  indices[0] = (flags & kArgmax) != 0 ? static_cast<std::int64_t>(s[kStateArgmax]) : 0;
-  indices[stride] = (flags & kRank) != 0 ? static_cast<std::int64_t>(s[kStateRank]) : 0;
 }
 
 // Columns that mean_logit divides by.
@@ -392,11 +357,7 @@ void run_rows(const LogprobsRows& in, std::int64_t vocab_start, int flags, const
   });
 }
 
-void initial_state(std::int64_t, State& state) {
-  for (double& x : state.s) x = 0.0;
-  state.s[kStateMax] = -static_cast<double>(kInf);
-  state.s[kStateLabel] = std::nan("");
-}
+void initial_state(std::int64_t, State& state) { state = empty_state(); }
 
 }  // namespace
 

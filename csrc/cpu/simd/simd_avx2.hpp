@@ -92,6 +92,11 @@ inline F32 power2(F32 n) {
   const __m256i i = _mm256_cvtps_epi32(n.v);
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(i, _mm256_set1_epi32(127)), 23))};
 }
+// x * 2^n for the integer n in the low bits of `shifted`, the sum with 1.5 * 2^23; x and the result are normal.
+inline F32 times_power2(F32 x, F32 shifted) {
+  const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.v), n))};
+}
 inline F32 mantissa(F32 x) {
   const M32 tiny = x < f32(1.17549435e-38f);
   const __m256i u = _mm256_castps_si256(select(tiny, x * f32(16777216.0f), x).v);

@@ -123,6 +123,10 @@ inline F32 to_f32(F64 lower, F64 upper) {
 
 // 2^n for an integral n in [-126, 127].
 inline F32 power2(F32 n) { return {reinterpret_cast<V4f>((__builtin_convertvector(n.v, V4i) + 127) << 23)}; }
+// x * 2^n for the integer n in the low bits of `shifted`, the sum with 1.5 * 2^23; x and the result are normal.
+inline F32 times_power2(F32 x, F32 shifted) {
+  return {reinterpret_cast<V4f>(reinterpret_cast<V4u>(x.v) + (reinterpret_cast<V4u>(shifted.v) << 23))};
+}
 inline F32 mantissa(F32 x) {
   const M32 tiny = x < f32(1.17549435e-38f);
   const V4i u = reinterpret_cast<V4i>(select(tiny, x * f32(16777216.0f), x).v);

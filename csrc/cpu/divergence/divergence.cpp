@@ -1,66 +1,24 @@
 // Divergences between two distributions over the vocabulary: reading both once from memory, and once more for a gradient.
 //
-// A thread takes a row of both at a time, which its own caches hold: first the statistics of each (logprobs_forward),
-// then, block by block, the log-probs of both as floats in L1, over which the divergence's program runs. The gradient
-// needs the statistics and one sum of the forward, so its program writes it block by block where the logits were read.
+// A thread takes a row of both at a time. One pass gives the statistics of each and the moments of both (pair.cpp), of
+// which the KLs are made. Others take a second one over what the caches still hold of the row: block by block, the
+// log-probs of both as floats in L1, over which the divergence's program runs. The gradient needs the statistics and one
+// sum of the forward; where it is a sum of products (the KLs') its kernel is gradient.cpp's, else a program again.
 // A log-prob below -10,000 counts as that, so that a forbidden token (-inf) has a cost and a gradient that are finite.
-#include "cpu/divergence.hpp"
+#include "cpu/divergence/divergence.hpp"
 
 #include <cmath>
 
 #include "cpu/common/head_share.hpp"
-#include "cpu/logprobs/rows.hpp"
+#include "cpu/divergence/gradient.hpp"
+#include "cpu/divergence/pair.hpp"
 #include "cpu/program/internal.hpp"
 #include "cpu/threads.hpp"
 
 namespace fastreward::FASTREWARD_ISA {
 namespace {
 
-using namespace simd;
-using namespace logprobs;
-
-constexpr float kLowest = -1e4f;
-constexpr int kBlock = static_cast<int>(kProgramChunk);
-
-// A row's log-probs, (x - middle) * scale + top, and probabilities, exp((x - middle) * temperature's inverse) * peak.
-struct Distribution {
-  F32 middle, scale, top, peak;
-  ExpScale exponent;
-};
-
-// From values [8, rows] at `row`.
-Distribution distribution(const LogprobsRows& in, std::int64_t row, const float* values, std::int64_t stride) {
-  const double least = 1e-37, most = 1e37, inverse = inv_temperature_of(in, row);
-  const double scale = inverse < least ? least : inverse > most ? most : inverse;  // neither 0 * -inf nor 0 * inf
-  const float top = values[kValueMaxLogprob * stride];
-  return {f32(values[kValueMaxLogit * stride]), f32(static_cast<float>(scale)), f32(top),
-          f32(static_cast<float>(std::exp(static_cast<double>(top)))), exp_scale(inverse)};
-}
-
-// Log-probs of n columns, and probabilities where they are read; blocks have room for whole vectors.
-template <class T, bool kLog, bool kExp>
-void probabilities(const T* x, int n, const Distribution& of, float* log, float* exp) {
-  const Distribution d = of;
-  const F32 lowest = f32(kLowest);
-  const auto put = [&](F32 v, int i) {
-    const F32 below = v - d.middle;
-    if (kLog) store(log + i, max(lowest, fma(below, d.scale, d.top)));
-    if (kExp) store(exp + i, exp_scaled(clamp_exponent(below, d.exponent), d.exponent) * d.peak);
-  };
-  int i = 0;
-  for (; i + 2 * kF32 <= n; i += 2 * kF32) {
-    put(load(x + i), i);
-    put(load(x + i + kF32), i + kF32);
-  }
-  for (; i < n; i += kF32) put(n - i < kF32 ? load_n(x + i, n - i, 0.0f) : load(x + i), i);
-}
-
-template <class T>
-void probabilities(const T* x, int n, const Distribution& d, bool log, bool exp, float* at) {
-  if (log && exp) probabilities<T, true, true>(x, n, d, at, at + kBlock);
-  else if (log) probabilities<T, true, false>(x, n, d, at, nullptr);
-  else if (exp) probabilities<T, false, true>(x, n, d, nullptr, at + kBlock);
-}
+using namespace divergence;
 
 template <class T>
 void store_gradient(const float* g, int n, T* out) {
@@ -69,17 +27,11 @@ void store_gradient(const float* g, int n, T* out) {
   if (i < n) store_n(out + i, load_n(g + i, n - i, 0.0f), n - i);
 }
 
-// The one row `row`.
-LogprobsRows row_alone(const LogprobsRows& in, std::int64_t row) {
-  LogprobsRows one = in;
-  const std::int64_t itemsize = in.dtype == DType::f32 ? 4 : 2;
-  one.rows = 1;
-  one.threads = 1;
-  one.logits = static_cast<const char*>(in.logits) + row * in.row_stride * itemsize;
-  one.labels = in.labels + row;
-  if (in.inv_temperature != nullptr) one.inv_temperature = in.inv_temperature + row * in.inv_temperature_stride;
-  one.mask = nullptr;
-  return one;
+// Log-probs of a block at `at`, probabilities a block behind, where they are read.
+template <class T>
+void tokens(const T* x, int n, const Distribution& d, bool log, bool exp, float* at) {
+  const int whole = (n + kF32 - 1) / kF32 * kF32;
+  probabilities(whole_vectors(x, n, at), whole, d, log ? at : nullptr, exp ? at + kBlock : nullptr);
 }
 
 // A thread's program and the memory that it reads and writes.
@@ -95,6 +47,22 @@ class Rows {
         program_(place(), call.scalars, places_.data(), outputs_.data()) {}
 
   float* gradient() const { return blocks_.data() + 4 * kBlock; }
+  PairBuffers buffers() const { return {blocks_.data(), blocks_.data() + kBlock}; }
+
+  // The gradient as a sum of products, for row `row`; each(start, n) after each block.
+  template <class S, class T, class Each>
+  void products(std::int64_t row, const Distribution& student, const Distribution& teacher, const Gradient& of,
+                const Each& each) {
+    const S* x = row_of<S>(c_.student, row);
+    const T* y = row_of<T>(c_.teacher, row);
+    const auto kernel = gradient_kernel(of, student.one && teacher.one);
+    const PairBuffers to = buffers();
+    for (std::int64_t start = 0; start < c_.student.columns; start += kBlock) {
+      const int n = block_size(c_.student.columns, start);
+      kernel(whole_vectors(x + start, n, to.x), whole_vectors(y + start, n, to.y), n, student, teacher, of, gradient());
+      each(start, n);
+    }
+  }
 
   // Runs the program over row `row`; each(start, n) after each block.
   template <class S, class T, class Each>
@@ -105,10 +73,9 @@ class Rows {
     const T* y = row_of<T>(c_.teacher, row);
     program_.begin();
     for (std::int64_t start = 0; start < c_.student.columns; start += kBlock) {
-      const std::int64_t rest = c_.student.columns - start;
-      const int n = rest < kBlock ? static_cast<int>(rest) : kBlock;
-      probabilities(x + start, n, student, c_.log_p >= 0, c_.p >= 0, blocks_.data());
-      probabilities(y + start, n, teacher, c_.log_q >= 0, c_.q >= 0, blocks_.data() + 2 * kBlock);
+      const int n = block_size(c_.student.columns, start);
+      tokens(x + start, n, student, c_.log_p >= 0, c_.p >= 0, blocks_.data());
+      tokens(y + start, n, teacher, c_.log_q >= 0, c_.q >= 0, blocks_.data() + 2 * kBlock);
       program_.block(n);
       each(start, n);
     }
@@ -157,19 +124,34 @@ void for_rows(const DivergenceRows& in, const F& f) {
                [&](std::int64_t row, int slot) { f(rows[slot], row); });
 }
 
-void statistics(const LogprobsRows& in, std::int64_t row, int flags, float* values, std::int64_t* indices) {
-  float own[8] = {};
-  std::int64_t places[2] = {};
-  if (row_counts(in, row)) {
-    LogprobsForward call;
-    call.in = row_alone(in, row);
-    call.flags = flags;
-    call.values = own;
-    call.indices = places;
-    logprobs_forward(call);
+// A side's part of a row's statistics.
+template <class T>
+void write_side(const LogprobsRows& in, std::int64_t row, int flags, State state, std::int64_t start, float* values,
+                std::int64_t* indices) {
+  const T* x = row_of<T>(in, row);
+  if (is_column(in, in.labels[row])) state.s[kStateLabel] = static_cast<double>(read(x + in.labels[row]));
+  if ((flags & kArgmax) != 0) {
+    const std::int64_t first = first_of(x, start, in.columns, static_cast<float>(state.s[kStateMax]));
+    state.s[kStateArgmax] = first < in.columns ? static_cast<double>(first) : 0.0;
   }
-  for (int k = 0; k < 8; ++k) values[k * in.rows + row] = own[k];
-  for (int k = 0; k < 2; ++k) indices[k * in.rows + row] = places[k];
+  write_row(state, inv_temperature_of(in, row), 1.0, flags, values + row, indices + row, in.rows);
+}
+
+void write_masked(const LogprobsRows& in, std::int64_t row, float* values, std::int64_t* indices) {
+  for (int k = 0; k <= kValueMaxLogit; ++k) values[k * in.rows + row] = 0.0f;
+  indices[row] = indices[in.rows + row] = 0;
+}
+
+// What one pass has to sum for a call.
+int pair_flags(const DivergenceForward& call) {
+  int flags = ((call.student_flags | call.teacher_flags) & kEntropy) != 0 ? kOfLogs : 0;
+  for (int k = 0; call.moments != nullptr && k < call.in.code->outputs.size; ++k) {
+    const DivergenceMoments& m = call.moments[k];
+    if (m.relative_p != 0.0) flags |= kOfP;
+    if (m.relative_q != 0.0) flags |= kOfQ;
+    if (m.log_p != 0.0 || m.log_q != 0.0) flags |= kOfLogs;
+  }
+  return flags;
 }
 
 // A thread's row of the teacher's probabilities and of the differences between both.
@@ -181,10 +163,9 @@ struct Differences {
     float* p = blocks.data() + kBlock;
     float* other = blocks.data() + 3 * kBlock;
     for (std::int64_t start = 0; start < columns; start += kBlock) {
-      const std::int64_t rest = columns - start;
-      const int n = rest < kBlock ? static_cast<int>(rest) : kBlock;
-      probabilities(x + start, n, student, false, true, blocks.data());
-      probabilities(y + start, n, teacher, false, true, blocks.data() + 2 * kBlock);
+      const int n = block_size(columns, start);
+      tokens(x + start, n, student, false, true, blocks.data());
+      tokens(y + start, n, teacher, false, true, blocks.data() + 2 * kBlock);
       for (int i = 0; i < n; ++i) {
         q[start + i] = other[i];
         between[start + i] = __builtin_fabsf(p[i] - other[i]);
@@ -221,19 +202,35 @@ void divergence_head_share(const DivergenceHeadShare& call) {
 
 void divergence_forward(const DivergenceForward& call) {
   const DivergenceRows& in = call.in;
-  const std::int64_t n = in.student.rows;
+  const LogprobsRows &x = in.student, &y = in.teacher;
+  const std::int64_t n = x.rows;
+  const int flags = pair_flags(call);
   by_dtypes(in, [&](auto student, auto teacher) {
+    using S = Element<decltype(student)>;
+    using T = Element<decltype(teacher)>;
     for_rows(in, [&](Rows& rows, std::int64_t row) {
-      if (!call.known) {
-        statistics(in.student, row, call.student_flags, call.student_values, call.student_indices);
-        statistics(in.teacher, row, call.teacher_flags, call.teacher_values, call.teacher_indices);
+      if (!row_counts(x, row)) {
+        for (int k = 0; k < in.code->outputs.size; ++k) call.outputs[k][row] = 0.0f;
+        if (call.known) return;
+        write_masked(x, row, call.student_values, call.student_indices);
+        return write_masked(y, row, call.teacher_values, call.teacher_indices);
       }
-      const bool counts = row_counts(in.student, row);
-      if (counts)
-        rows.template run<Element<decltype(student)>, Element<decltype(teacher)>>(
-            row, distribution(in.student, row, call.student_values + row, n),
-            distribution(in.teacher, row, call.teacher_values + row, n), [](std::int64_t, int) {});
-      for (int k = 0; k < in.code->outputs.size; ++k) call.outputs[k][row] = counts ? rows.result(k) : 0.0f;
+      if (!call.known) {
+        const PairScale scale = pair_scale(inv_temperature_of(x, row), inv_temperature_of(y, row));
+        const Pair pair = scan_pair(row_of<S>(x, row), row_of<T>(y, row), x.columns, scale, flags, rows.buffers());
+        write_side<S>(x, row, call.student_flags, state_of(pair.sums.x, pair.sums.x_log, scale.x, pair.x_max),
+                      pair.x_start, call.student_values, call.student_indices);
+        write_side<T>(y, row, call.teacher_flags, state_of(pair.sums.y, pair.sums.y_log, scale.y, pair.y_max),
+                      pair.y_start, call.teacher_values, call.teacher_indices);
+        if (call.moments != nullptr && !pair.far) {
+          for (int k = 0; k < in.code->outputs.size; ++k)
+            call.outputs[k][row] = static_cast<float>(by_moments(call.moments[k], pair, scale));
+          return;
+        }
+      }
+      rows.template run<S, T>(row, distribution(x, row, call.student_values + row, n),
+                              distribution(y, row, call.teacher_values + row, n), [](std::int64_t, int) {});
+      for (int k = 0; k < in.code->outputs.size; ++k) call.outputs[k][row] = rows.result(k);
     });
   });
 }
@@ -243,6 +240,7 @@ void divergence_backward(const DivergenceBackward& call) {
   const std::int64_t n = in.student.rows;
   by_dtypes(in, [&](auto student, auto teacher) {
     using S = Element<decltype(student)>;
+    using T = Element<decltype(teacher)>;
     for_rows(in, [&](Rows& rows, std::int64_t row) {
       S* out = static_cast<S*>(call.grad_logits) + row * call.grad_stride;
       if (!row_counts(in.student, row)) {
@@ -250,12 +248,14 @@ void divergence_backward(const DivergenceBackward& call) {
         return;
       }
       const std::int64_t label = call.label_gradients == nullptr ? -1 : in.student.labels[row];
-      rows.template run<S, Element<decltype(teacher)>>(
-          row, distribution(in.student, row, call.student_values + row, n),
-          distribution(in.teacher, row, call.teacher_values + row, n), [&](std::int64_t start, int size) {
-            if (label >= start && label < start + size) rows.gradient()[label - start] += call.label_gradients[row];
-            store_gradient(rows.gradient(), size, out + start);
-          });
+      const auto each = [&](std::int64_t start, int size) {
+        if (label >= start && label < start + size) rows.gradient()[label - start] += call.label_gradients[row];
+        store_gradient(rows.gradient(), size, out + start);
+      };
+      const Distribution p = distribution(in.student, row, call.student_values + row, n);
+      const Distribution q = distribution(in.teacher, row, call.teacher_values + row, n);
+      if (call.terms.size == 0) return rows.template run<S, T>(row, p, q, each);
+      rows.template products<S, T>(row, p, q, gradient_of(call, row), each);
     });
   });
 }
