@@ -7,7 +7,7 @@ per token, or the scan is done again where the pass goes its way; everything els
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, product
 from typing import Final
@@ -76,18 +76,26 @@ def _along_tokens(nodes: Iterable[Node]) -> set[int]:
 
 
 def _earliest(nodes: Sequence[Node], outputs: Sequence[Node]) -> tuple[dict[int, int], Ways]:
-    """For each node the first pass in or after which it can be computed, and the ways of the fewest passes."""
-    scans = any(n.op in SCANS for n in nodes)
-    for length in count(1) if scans else (0,):
-        for ways in product((False, True), repeat=length) if scans else ((),):
-            earliest = _with_ways(nodes, ways)
-            last = max((earliest[n.id] for n in nodes if _in_pass(n)), default=0)
-            last = max([last, *(earliest[o.id] + 1 for o in outputs if o.level == Level.TOKEN and not _in_pass(o))])
-            if not scans:
-                return earliest, (False,) * (last + 1)
-            if last < length:
-                return earliest, ways
+    """For each node the first pass in or after which it can be computed, and the ways of the fewest passes.
+
+    Of as many passes those in which scans come latest: what the last pass stores is then not scanned twice.
+    """
+    scans = [n for n in nodes if n.op in SCANS]
+    if not scans:
+        earliest = _with_ways(nodes, ())
+        return earliest, (False,) * (_last(nodes, outputs, earliest) + 1)
+    for length in count(1):
+        tried = ((_with_ways(nodes, ways), ways) for ways in product((False, True), repeat=length))
+        found = [(earliest, ways) for earliest, ways in tried if _last(nodes, outputs, earliest) < length]
+        if found:
+            return max(found, key=lambda way: sum(way[0][n.id] for n in scans))
     raise AssertionError  # count does not end
+
+
+def _last(nodes: Sequence[Node], outputs: Sequence[Node], earliest: Mapping[int, int]) -> int:
+    """The last pass that there has to be."""
+    inside = max((earliest[n.id] for n in nodes if _in_pass(n)), default=0)
+    return max([inside, *(earliest[o.id] + 1 for o in outputs if o.level == Level.TOKEN and not _in_pass(o))])
 
 
 def _with_ways(nodes: Sequence[Node], ways: Ways) -> dict[int, int]:

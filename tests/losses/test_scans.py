@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastreward
 from fastreward import losses
+from fastreward._arguments.options import Aggregation
 from fastreward.language.node import Level, Node
 from fastreward.language.objective import PolicyCall, policy_objective
 from fastreward.language.program import Program
@@ -155,9 +156,10 @@ def test_the_other_side_of_a_pair_has_its_own() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- passes
-def planned(function: Any, *extras: str) -> Program:
-    levels = [(name, Level.TOKEN) for name in ("logprob", "old_logprob", "advantage", *extras)]
-    return policy_objective(define(function)(), PolicyCall(tuple(levels), "token-sum", deferred=True)).program
+def planned(function: Any, aggregation: Aggregation = "token-sum") -> Program:
+    levels = [(name, Level.TOKEN) for name in ("logprob", "old_logprob", "advantage")]
+    call = PolicyCall(tuple(levels), aggregation, deferred=aggregation == "token-sum")
+    return policy_objective(define(function)(), call).program
 
 
 def ways(program: Program) -> list[bool]:
@@ -167,6 +169,18 @@ def ways(program: Program) -> list[bool]:
 def test_a_weight_from_what_follows_is_one_pass() -> None:
     program = planned(lambda t: -losses.stop_gradient(exp(seq_discounted_sum(t.log_ratio, 0.9))) * t.ratio)
     assert ways(program) == [True]
+    assert not program.kept
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_is_not_done_twice_where_the_first_pass_only_counts_tokens(reverse: bool) -> None:
+    def weighted(t: Any) -> Node:
+        return -losses.stop_gradient(exp(seq_cumsum(t.log_ratio, reverse))) * t.ratio
+
+    program = planned(weighted, "token-mean")
+    first, second = (stage.tokens[0] for stage in program.stages)
+    assert not first.body
+    assert [n.op for n in second.body if n.op.startswith("scan")] == ["scan_reverse" if reverse else "scan"]
     assert not program.kept
 
 
