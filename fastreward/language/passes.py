@@ -55,7 +55,7 @@ def passes(outputs: Sequence[Node], batch: Sequence[Node]) -> Passes:
     stores = [
         (i, n, earliest[n.id] if n.id in along else last) for i, n in enumerate(outputs) if n.level == Level.TOKEN
     ]
-    if not along or last == 0:
+    if all(earliest[n.id] == last for n in nodes if n.op in SCANS):  # no pass finds anything of an earlier one
         by_pass = tuple(tuple((i, n) for i, n, k in stores if k == p) for p in range(last + 1))
         return Passes((*outputs, *batch), (), place, by_pass)
     return _Rewritten(nodes, earliest, ways, place, stores).passes(outputs, batch)
