@@ -48,6 +48,11 @@ def endless(t):
 def ahead(t, gamma=0.9):
     return -t.advantage * t.ratio * losses.stop_gradient(losses.exp(losses.seq_discounted_sum(t.log_ratio, gamma)))
 
+@losses.define(pairs=True)
+def turns(t):
+    sides = [losses.segment_sum(side.logprob, side.extra("turn_ids")) for side in (t.chosen, t.rejected)]
+    return losses.seq_mean(sides[1]) - losses.seq_mean(sides[0])
+
 @losses.define
 def misread(t):
     return t.logprob * t.turn_ids
@@ -205,9 +210,10 @@ def test_bench(file: str, tmp_path: Path, name: str, peer: str | None) -> None:
     assert case["absent"] == {}
 
 
-def test_bench_leaves_a_scan_uncompiled(file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ahead", "turns"])
+def test_bench_leaves_a_scan_uncompiled(file: str, tmp_path: Path, name: str) -> None:
     path = tmp_path / "figures.json"
-    result = _run("bench", "--loss", f"{file}:ahead", "--quick", "--rows", 4, "--seconds", 0.01, "--json", path)
+    result = _run("bench", "--loss", f"{file}:{name}", "--quick", "--rows", 4, "--seconds", 0.01, "--json", path)
     assert result.exit_code == 0, result.output
     (case,) = json.loads(path.read_text())["cases"]
     assert [x["name"] for x in case["contenders"]] == ["fastreward", "torch eager"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastreward.language.define import Loss
 from fastreward.language.node import Level, walk
 from fastreward.language.objective import inputs_asked
-from fastreward.language.ops import SCANS
+from fastreward.language.ops import ALONG_TOKENS
 from fastreward.language.terms import PAIR_SOURCES, SIDES, SOURCES
 
 Tensors = dict[str, Tensor]
@@ -66,7 +66,7 @@ class Own:
     @property
     def scans(self) -> bool:
         """Whether it goes along a sequence token by token."""
-        return any(node.op in SCANS for node in walk([self.loss.trace(self.loss.terms())]))
+        return any(node.op in ALONG_TOKENS for node in walk([self.loss.trace(self.loss.terms())]))
 
     @property
     def extras(self) -> tuple[str, ...]:
