@@ -29,11 +29,11 @@ struct Products {
   F64 step[3], whole;
   explicit Products(F64 c) {
     const F64 one = f64(1.0);
-    step[0] = c, c = c * moved<kUp, 1>(c, one);
+    step[0] = c, c = c * taken<kUp, 0>(c, one);
     step[1] = c;
-    if (kF64 > 2) c = c * moved<kUp, 2>(c, one);
+    if constexpr (kF64 > 2) c = c * taken<kUp, 1>(c, one);
     step[2] = c;
-    if (kF64 > 4) c = c * moved<kUp, 4>(c, one);
+    if constexpr (kF64 > 4) c = c * taken<kUp, 2>(c, one);
     whole = c;
   }
 };
@@ -43,10 +43,9 @@ inline F64 joined(F64 c, F64 y, F64 x) { return select(c == f64(0.0), x, fma(c, 
 
 template <bool kUp>
 inline F64 scanned(F64 x, const Products<kUp>& c, F64& carry) {
-  const F64 zero = f64(0.0);
-  x = joined(c.step[0], moved<kUp, 1>(x, zero), x);
-  if (kF64 > 2) x = joined(c.step[1], moved<kUp, 2>(x, zero), x);
-  if (kF64 > 4) x = joined(c.step[2], moved<kUp, 4>(x, zero), x);
+  x = joined(c.step[0], taken<kUp, 0>(x), x);
+  if constexpr (kF64 > 2) x = joined(c.step[1], taken<kUp, 1>(x), x);
+  if constexpr (kF64 > 4) x = joined(c.step[2], taken<kUp, 2>(x), x);
   const F64 y = joined(c.whole, carry, x);
   carry = joined(last<kUp>(c.whole), carry, last<kUp>(x));
   return y;
@@ -97,21 +96,20 @@ struct Steps {
   F32 step[4], whole;
   explicit Steps(F32 c) {
     const F32 one = f32(1.0f);
-    step[0] = c, c = c * moved<kUp, 1>(c, one);
-    step[1] = c, c = c * moved<kUp, 2>(c, one);
+    step[0] = c, c = c * taken<kUp, 0>(c, one);
+    step[1] = c, c = c * taken<kUp, 1>(c, one);
     step[2] = c;
-    if (kF32 > 4) c = c * moved<kUp, 4 % kF32>(c, one);
+    if constexpr (kF32 > 4) c = c * taken<kUp, 2>(c, one);
     step[3] = c;
-    if (kF32 > 8) c = c * moved<kUp, 8 % kF32>(c, one);
+    if constexpr (kF32 > 8) c = c * taken<kUp, 3>(c, one);
     whole = c;
   }
   // Within the vector.
   F32 of(F32 x) const {
-    const F32 zero = f32(0.0f);
-    x = fma(step[0], moved<kUp, 1>(x, zero), x);
-    x = fma(step[1], moved<kUp, 2>(x, zero), x);
-    if (kF32 > 4) x = fma(step[2], moved<kUp, 4 % kF32>(x, zero), x);
-    if (kF32 > 8) x = fma(step[3], moved<kUp, 8 % kF32>(x, zero), x);
+    x = fma(step[0], taken<kUp, 0>(x), x);
+    x = fma(step[1], taken<kUp, 1>(x), x);
+    if constexpr (kF32 > 4) x = fma(step[2], taken<kUp, 2>(x), x);
+    if constexpr (kF32 > 8) x = fma(step[3], taken<kUp, 3>(x), x);
     return x;
   }
 };

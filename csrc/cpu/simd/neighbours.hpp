@@ -1,7 +1,10 @@
 // Lanes from beside: for recurrences along a vector. Include it after simd.hpp, from csrc/cpu/*.cpp only.
 //
-//   moved<kUp, k>(v, fill)   lane i gets lane i - k (kUp) or lane i + k; lanes that get none get `fill`; k = 1, 2, 4, 8,
-//                            less than the lanes
+//   taken<kUp, s>(v), taken<kUp, s>(v, fill)
+//                            what a lane takes up in step s = 0, 1, ... of a scan of log2(lanes) steps; lanes that take
+//                            nothing get 0, or `fill`. Lane i takes lane i - 2^s (kUp) or i + 2^s. With AVX2 the last
+//                            step takes the end of the other half instead, and the ones before stay within halves: a
+//                            shift there takes one cycle, across halves six.
 //   last<kUp>(F64)           all lanes the last one (kUp), or the first
 //   last<kUp>(F32)           that lane
 #pragma once
@@ -12,6 +15,7 @@ namespace fastreward::FASTREWARD_ISA::simd {
 
 #if defined(FASTREWARD_AVX512)
 
+// lane i gets lane i - k (kUp) or lane i + k
 template <bool kUp, int k>
 inline F64 moved(F64 a, F64 fill) {
   const __m512i x = _mm512_castpd_si512(a.v), y = _mm512_castpd_si512(fill.v);
@@ -34,26 +38,39 @@ inline float last(F32 a) {
 
 #elif defined(__AVX2__)
 
-template <bool kUp, int k>
-inline F64 moved(F64 a, F64 fill) {
-  if (k == 1) {
-    return {kUp ? _mm256_blend_pd(_mm256_permute4x64_pd(a.v, _MM_SHUFFLE(2, 1, 0, 0)), fill.v, 1)
-                : _mm256_blend_pd(_mm256_permute4x64_pd(a.v, _MM_SHUFFLE(3, 3, 2, 1)), fill.v, 8)};
-  }
-  return {kUp ? _mm256_permute2f128_pd(a.v, fill.v, 0x02) : _mm256_permute2f128_pd(a.v, fill.v, 0x21)};
+// The end of the other half, in the half that is met later; 0 in the one that is met first.
+template <bool kUp>
+inline __m256i end_of_half(__m256i a) {
+  return kUp ? _mm256_permute2x128_si256(a, a, 0x08) : _mm256_permute2x128_si256(a, a, 0x81);
+}
+
+template <bool kUp, int s>
+inline F64 taken(F64 a) {
+  const __m256i x = _mm256_castpd_si256(a.v);
+  if (s == 0) return {_mm256_castsi256_pd(kUp ? _mm256_slli_si256(x, 8) : _mm256_srli_si256(x, 8))};
+  return {_mm256_permute_pd(_mm256_castsi256_pd(end_of_half<kUp>(x)), kUp ? 0xf : 0)};
+}
+template <bool kUp, int s>
+inline F64 taken(F64 a, F64 fill) {
+  constexpr int kFilled[] = {0x5, 0x3};
+  return {_mm256_blend_pd(taken<kUp, s>(a).v, fill.v, kUp ? kFilled[s] : 0xf & ~kFilled[s])};
 }
 template <bool kUp>
 inline F64 last(F64 a) {
   return {kUp ? _mm256_permute4x64_pd(a.v, 0xff) : _mm256_permute4x64_pd(a.v, 0)};
 }
 
-template <bool kUp, int k>
-inline F32 moved(F32 a, F32 fill) {
-  constexpr int s = kUp ? 8 - k : k;  // lane i gets lane (i + s) mod 8
-  const __m256i from = _mm256_setr_epi32(s & 7, (s + 1) & 7, (s + 2) & 7, (s + 3) & 7, (s + 4) & 7, (s + 5) & 7,
-                                         (s + 6) & 7, (s + 7) & 7);
-  constexpr int kFilled = kUp ? (1 << k) - 1 : 0xff & ~((1 << (8 - k)) - 1);
-  return {_mm256_blend_ps(_mm256_permutevar8x32_ps(a.v, from), fill.v, kFilled)};
+template <bool kUp, int s>
+inline F32 taken(F32 a) {
+  const __m256i x = _mm256_castps_si256(a.v);
+  if (s == 0) return {_mm256_castsi256_ps(kUp ? _mm256_slli_si256(x, 4) : _mm256_srli_si256(x, 4))};
+  if (s == 1) return {_mm256_castsi256_ps(kUp ? _mm256_slli_si256(x, 8) : _mm256_srli_si256(x, 8))};
+  return {_mm256_permute_ps(_mm256_castsi256_ps(end_of_half<kUp>(x)), kUp ? 0xff : 0)};
+}
+template <bool kUp, int s>
+inline F32 taken(F32 a, F32 fill) {
+  constexpr int kFirst[] = {0x11, 0x33, 0x0f}, kLast[] = {0x88, 0xcc, 0xf0};
+  return {_mm256_blend_ps(taken<kUp, s>(a).v, fill.v, kUp ? kFirst[s] : kLast[s])};
 }
 template <bool kUp>
 inline float last(F32 a) {
@@ -83,6 +100,17 @@ inline F64 last(F64 a) {
   return f64(a.v[kUp ? 1 : 0]);
 }
 
+#endif
+
+#if defined(FASTREWARD_AVX512) || !defined(__AVX2__)
+template <bool kUp, int s>
+inline F64 taken(F64 a, F64 fill) { return moved<kUp, 1 << s>(a, fill); }
+template <bool kUp, int s>
+inline F64 taken(F64 a) { return taken<kUp, s>(a, f64(0.0)); }
+template <bool kUp, int s>
+inline F32 taken(F32 a, F32 fill) { return moved<kUp, 1 << s>(a, fill); }
+template <bool kUp, int s>
+inline F32 taken(F32 a) { return taken<kUp, s>(a, f32(0.0f)); }
 #endif
 
 }  // namespace fastreward::FASTREWARD_ISA::simd
