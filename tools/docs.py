@@ -269,7 +269,7 @@ PARTS: Final[dict[str, dict[str, Callable[[], str]]]] = {
     },
     "docs/losses.md": {"metrics": metrics},
     "docs/benchmarks.md": {"runs": runs},
-    "docs/gpu.md": {"gpus": machine_code.gpus, "kernels": machine_code.kernels},
+    "docs/gpu.md": {"gpus": machine_code.gpus, "kernels": machine_code.kernels, "cuda": machine_code.cuda},
 }
 
 

@@ -1,7 +1,8 @@
-"""What the machine code of the streaming Triton kernels predicts for GPUs: docs/gpu.json, the tables of docs/gpu.md.
+"""What the machine code of the streaming kernels predicts for GPUs: docs/gpu.json, the tables of docs/gpu.md.
 
 `python tools/machine_code.py` compiles them for sm_80, sm_90 and sm_100 (no GPU is needed, some minutes are) and writes
-the JSON; `python tools/docs.py` writes the page from it.
+the JSON; named cases alone with `python tools/machine_code.py PPO "reverse KL, bf16"`. `python tools/docs.py` writes
+the page from it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from typing import Any, Final, NamedTuple
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 FIGURES: Final = ROOT / "docs" / "gpu.json"
-PROGRAM: Final = ROOT / "tests" / "support" / "compiled_streams.py"
+#: By the JSON's name of a table: the program that compiles its kernels.
+PROGRAMS: Final = {
+    "kernels": ROOT / "tests" / "support" / "compiled_streams.py",
+    "cuda": ROOT / "tests" / "support" / "compiled_cuda_streams.py",
+}
 ARCHITECTURES: Final = ("80", "90", "100")
 
 #: The time from asking memory for a load to having it under traffic, in seconds.
@@ -86,8 +91,18 @@ def gpus() -> str:
 
 
 def kernels() -> str:
+    """The Triton kernels."""
+    return _passes("kernels")
+
+
+def cuda() -> str:
+    """Those in CUDA C++."""
+    return _passes("cuda")
+
+
+def _passes(table: str) -> str:
     """A row for each pass of each kernel; sm_90 but for the shares, each of which is of its GPU's machine code."""
-    known = json.loads(FIGURES.read_text(encoding="utf-8"))["kernels"]
+    known = json.loads(FIGURES.read_text(encoding="utf-8"))[table]
     heads = (
         "kernel", "bytes in, out", "registers", "programs an SM", "KiB in flight", "instructions", "a byte",
         *(g.name for g in GPUS),
@@ -114,12 +129,12 @@ def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- compile
-def compiled(architectures: Iterable[str], cases: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """What compiled_streams.py finds in the machine code, a line for each case and architecture."""
+def compiled(architectures: Iterable[str], cases: Iterable[str] = (), table: str = "kernels") -> list[dict[str, Any]]:
+    """What the table's program finds in the machine code, a line for each case and architecture."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         environment.setdefault("FASTREWARD_CACHE", folder)
-        command = [sys.executable, str(PROGRAM), *architectures, "--", *cases]
+        command = [sys.executable, str(PROGRAMS[table]), *architectures, "--", *cases]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(run.stderr[-6000:])
@@ -127,15 +142,21 @@ def compiled(architectures: Iterable[str], cases: Iterable[str] = ()) -> list[di
 
 
 def main() -> None:
-    """Compiles everything and writes the JSON."""
+    """Compiles everything, or the cases of the command line, and writes the JSON."""
     import triton
 
-    kernels: dict[str, dict[str, Any]] = {}
-    for line in compiled(ARCHITECTURES):
-        found = {name: line[name] for name in ("registers", "warps", "passes")}
-        kernels.setdefault(line["case"], {})[str(line["sm"])] = found
-    text = json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1)
-    FIGURES.write_text(f"{text}\n", encoding="utf-8")
+    known = json.loads(FIGURES.read_text(encoding="utf-8")) | {"triton": triton.__version__}
+    unknown = set(sys.argv[1:])
+    for table in PROGRAMS:
+        kernels: dict[str, dict[str, Any]] = known.get(table, {}) if sys.argv[1:] else {}
+        for line in compiled(ARCHITECTURES, sys.argv[1:], table):
+            found = {name: line[name] for name in ("registers", "warps", "passes")}
+            kernels.setdefault(line["case"], {})[str(line["sm"])] = found
+            unknown.discard(line["case"])
+        known[table] = kernels
+    if unknown:
+        raise SystemExit(f"machine_code: no case is called {', '.join(sorted(unknown))}")
+    FIGURES.write_text(f"{json.dumps(known, indent=1)}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -92,9 +92,8 @@ def figures(cubin: bytes) -> dict[str, Any]:
 
 
 def streams(sass: list[str]) -> list[dict[str, int]]:
-    """What one pass of a thread through each innermost loop that loads does."""
-    loading = [body for body in loops(sass) if any(re.search(r"\bLDG\b", line) for line in body)]
-    return [work(a) for a in loading if not any(b is not a and set(b) <= set(a) for b in loading)]
+    """What one pass of a thread through each innermost loop that loads does; wide: its 16-byte loads."""
+    return [work(body) | {"wide": sum(bool(WIDE.search(line)) for line in body)} for body in inner_loops(sass)]
 
 
 def work(body: list[str]) -> dict[str, int]:
@@ -110,12 +109,18 @@ def work(body: list[str]) -> dict[str, int]:
 
 def _bytes(line: str) -> int:
     """What a load or a store of global memory moves."""
-    width = re.search(r"\.(256|128|64|[US]16|[US]8)\b", line)
+    width = re.search(r"\b(?:LDG|STG)\S*?\.(256|128|64|[US]16|[US]8)\b", line)  # [R2.64] behind it is an address
     return 4 if width is None else int(width[1].lstrip("US")) // 8
 
 
 def machine_code(cubin: bytes) -> tuple[dict[str, int], list[str]]:
-    """(resource usage by name, SASS lines)."""
+    """(resource usage by name, SASS lines) of a kernel."""
+    usage, sass = dumped(cubin)
+    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}, sass.splitlines()
+
+
+def dumped(cubin: bytes) -> tuple[str, str]:
+    """What cuobjdump says of resources, and the disassembly."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -123,9 +128,13 @@ def machine_code(cubin: bytes) -> tuple[dict[str, int], list[str]]:
         def tool(*command: str) -> str:
             return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
-        usage = tool(str(TOOLS / "cuobjdump"), "--dump-resource-usage")
-        sass = tool(str(TOOLS / "nvdisasm"), "-c").splitlines()
-    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}, sass
+        return tool(str(TOOLS / "cuobjdump"), "--dump-resource-usage"), tool(str(TOOLS / "nvdisasm"), "-c")
+
+
+def inner_loops(sass: list[str]) -> list[list[str]]:
+    """The bodies of those that load and have no other such loop inside."""
+    loading = [body for body in loops(sass) if any(re.search(r"\bLDG\b", line) for line in body)]
+    return [a for a in loading if not any(b is not a and set(b) <= set(a) for b in loading)]
 
 
 def loops(sass: list[str]) -> list[list[str]]:

@@ -21,8 +21,8 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 
 
 class Case(NamedTuple):
-    """A call, which of the kernels that it launches is meant, and its passes: as many loops, those of the most bytes;
-    or 0, where a program has one tile and no loop."""
+    """A call, which of the kernels that it launches is meant, and its passes: as many loops, those of the most 16-byte
+    loads, then of the most bytes; or 0, where a program has one tile and no loop."""
 
     call: Callable[[], object]
     kernel: str
@@ -62,6 +62,10 @@ def cases() -> dict[str, Case]:
         "PPO": Case(loss("ppo"), "tokens_1"),
         "GSPO": Case(loss("gspo"), "tokens_1"),
         "DPO": Case(loss("dpo"), "tokens_1_chosen"),
+        "FIPO: a discounted sum from the end": Case(loss("fipo"), "tokens_1"),
+        "the same, of tiles alone": Case(lambda: programs.loss("fipo", *programs.FEW), "maps_1"),
+        "sums of segments: from the start": Case(loss("segments"), "tokens_1"),
+        "sums of segments: from the end": Case(loss("segments"), "tokens_2"),
         "a loss's stored gradient, scaled": Case(lambda: programs.backward(*programs.ALIGNED), "_scale_kernel"),
         "a sequence's value, to its tokens": Case(
             lambda: programs.backward(*programs.ALIGNED), "_broadcast_to_tokens_kernel"
@@ -88,8 +92,9 @@ def main() -> None:
             continue
         told.add(key)
         loops = line["streams"]
-        most = sorted(range(len(loops)), key=lambda k: -loops[k]["loaded"] - loops[k]["stored"])[: case.passes]
-        passes = [loops[k] for k in sorted(most)] if case.passes else [line["whole"]]
+        most = sorted(loops, key=lambda loop: (-loop["wide"], -loop["loaded"] - loop["stored"]))[: case.passes]
+        passes = [loop for loop in loops if loop in most] if case.passes else [line["whole"]]
+        passes = [{name: n for name, n in loop.items() if name != "wide"} for loop in passes]
         print(json.dumps({name: line[name] for name in ("case", "sm", "registers", "warps")} | {"passes": passes}))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from checkout import ROOT
+from cuda_compilers import nvrtc_library
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,12 +65,60 @@ def test_a_divergence_has_at_most_12_instructions_per_column(lines: dict[str, di
     assert loop["mufu"] <= columns + 2
 
 
-def test_every_case_is_in_the_file(known: dict[str, Any]) -> None:
-    source = (ROOT / "tests" / "support" / "compiled_streams.py").read_text(encoding="utf-8")
-    assert all(f'        "{name}": Case(' in source for name in known["kernels"])
-    assert source.count(": Case(") == len(known["kernels"])
-    for by_sm in known["kernels"].values():
+def test_a_cuda_kernel_is_what_the_file_says(tool: ModuleType, known: dict[str, Any]) -> None:
+    """To a fifth, as another NVRTC compiles otherwise."""
+    if nvrtc_library() is None:
+        pytest.skip("libnvrtc is not here: pip install nvidia-cuda-nvrtc")
+    (line,) = tool.compiled(["90"], ["GSPO"], "cuda")
+    expected = known["cuda"][line["case"]]["90"]
+    assert line["registers"] == pytest.approx(expected["registers"], rel=0.2)
+    for got, want in zip(line["passes"], expected["passes"], strict=True):
+        assert got == pytest.approx(want, rel=0.2)
+
+
+@pytest.mark.parametrize("table", ["kernels", "cuda"])
+def test_every_case_is_in_the_file(table: str, tool: ModuleType, known: dict[str, Any]) -> None:
+    source = tool.PROGRAMS[table].read_text(encoding="utf-8")
+    assert all(f'        "{name}": Case(' in source for name in known[table])
+    assert source.count(": Case(") == len(known[table])
+    for by_sm in known[table].values():
         assert sorted(by_sm) == ["100", "80", "90"]
+
+
+def test_bytes_are_those_of_the_instruction() -> None:
+    """Not of the address behind it, which is a pair of registers."""
+    from compiled import work
+
+    lines = [f"  /*00{k}0*/  {text} ;" for k, text in enumerate((
+        "LDG.E R2, desc[UR6][R28.64+0x400]",
+        "@P1 LDG.E.128.CONSTANT R4, desc[UR6][R28.64]",
+        "LDG.E.U8 R9, desc[UR6][R28.64]",
+        "STG.E.64 desc[UR6][R28.64], R2",
+        "MUFU.LG2 R3, R2",
+    ))]  # fmt: skip
+    assert work(lines) == {"instructions": 5, "mufu": 1, "loaded": 21, "stored": 8}
+
+
+def test_the_way_through_a_loop_is_that_of_whole_vectors() -> None:
+    """Either 16 bytes at once or one by one; an exponential, or none where a token does not count."""
+    from compiled_cuda_streams import ways
+
+    code = """.L_x_1:
+        /*0000*/ @P0 BRA `(.L_x_2) ;
+        /*0010*/ LDG.E.128 R4, desc[UR6][R28.64] ;
+        /*0020*/ BRA `(.L_x_3) ;
+    .L_x_2:
+        /*0030*/ LDG.E.64 R4, desc[UR6][R28.64] ;
+        /*0040*/ LDG.E.64 R6, desc[UR6][R28.64+0x8] ;
+    .L_x_3:
+        /*0050*/ BSSY B0, `(.L_x_5) ;
+        /*0060*/ @!P1 BRA `(.L_x_4) ;
+        /*0070*/ MUFU.EX2 R4, R4 ;
+    .L_x_4:
+        /*0080*/ BSYNC B0 ;
+    .L_x_5:
+        /*0090*/ @P2 BRA `(.L_x_1) ;"""
+    assert ways(code.splitlines(), 1) == {(16, 0, 0): 7, (16, 0, 1): 8}
 
 
 def test_shares_are_the_least_of_three_limits(tool: ModuleType) -> None:
