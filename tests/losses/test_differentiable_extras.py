@@ -232,6 +232,20 @@ def test_transforms() -> None:
             loss(LP, forward_ad.make_dual(own, torch.ones(ROWS)))
 
 
+@losses.define
+def shifted(t: losses.Terms) -> losses.Node:
+    return (t.value + t.extra("shift", per="sequence", differentiable=True) - t.returns) ** 2
+
+
+def test_loss_of_a_critic() -> None:
+    shift = LOG_Z.clone().requires_grad_()
+    found = fr.value_loss(LP, None, REF, MASK, loss=shifted(), clip=None, extra={"shift": shift}).loss
+    exact = LOG_Z.double().requires_grad_()
+    error = (LP.double() + exact.unsqueeze(-1) - REF)[MASK]
+    (got,), (want,) = gradients(found, shift), gradients(error.square().mean(), exact)
+    torch.testing.assert_close(got, want.float())
+
+
 def test_in_a_checkpoint() -> None:
     leaves = LP.clone().requires_grad_(), LOG_Z.clone().requires_grad_()
     loss = checkpoint(lambda *x: call(*x).loss, *leaves, use_reentrant=False)
