@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from fastreward._arguments.numbers import read
 from fastreward._arguments.tokens import Tokens
@@ -137,8 +138,7 @@ def _objective_backward(
     per_token: bool,
     backend: str,
 ) -> Tensor:
-    grad = _scaled(saved, row_weight, grad_loss, Tokens(tuple(like.shape), mask, cu_seqlens), per_token, backend)
-    return grad.clone() if grad is saved else grad
+    return _scaled(saved, row_weight, grad_loss, Tokens(tuple(like.shape), mask, cu_seqlens), per_token, backend)
 
 
 @_objective_backward.register_fake
@@ -153,8 +153,6 @@ def _scaled(
     if not per_token:
         broadcast: Tensor = kernels.broadcast_to_tokens(saved, grad_loss, tokens)
         return broadcast
-    if backend == "cpu" and row_weight is None and float(grad_loss) == 1.0:
-        return saved  # the loss itself was differentiated, and nothing has to be computed
     scaled: Tensor = kernels.scale(saved, row_weight, grad_loss, tokens)
     return scaled
 
@@ -202,7 +200,9 @@ def _gradients(ctx: Any, o: Objective, grad_loss: Tensor | None, needs: Sequence
         if direct and type(values) is Tensor and values.is_cpu:
             # Not through the custom op, whose output may not be its input: an upstream gradient of 1 costs nothing.
             tokens = Tokens(tuple(like.shape), counted, bounds)
-            grads[k] = _scaled(values, weight, grad_loss, tokens, per_token, ctx.backend)
+            ready = per_token and weight is None and ctx.backend == "cpu" and float(grad_loss) == 1.0
+            handed_over = ready and not _get_current_graph_task_keep_graph()  # a leaf's .grad may become this memory
+            grads[k] = values if handed_over else _scaled(values, weight, grad_loss, tokens, per_token, ctx.backend)
         else:
             grads[k] = _objective_backward(values, weight, grad_loss, like, counted, bounds, per_token, ctx.backend)
     return grads

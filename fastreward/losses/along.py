@@ -32,6 +32,7 @@ from fastreward.losses.token import clipped_surrogate
 __all__ = ["bapo", "fipo", "m2po", "segment_ppo"]
 
 Number = Node | float
+_MOST_STEPS = 200  # of bapo's upper bound: with them its program is made in a second
 
 
 @define(check=check)
@@ -91,6 +92,12 @@ def _check_bapo(**parameters: Any) -> None:
         start, end = parameters[f"{side}_start"], parameters[f"{side}_end"]
         if not start <= end:
             raise ValueError(f"{side}_end: expected at least {side}_start, {start!r}, got {end!r}")
+    steps = (parameters["high_end"] - parameters["high_start"]) / parameters["high_step"]
+    if not steps <= _MOST_STEPS:
+        raise ValueError(
+            f"high_step: expected at most {_MOST_STEPS} steps from high_start to high_end, got {steps:.0f}; each is a "
+            "sum over the batch"
+        )
 
 
 @define(static=("high_start", "high_end", "high_step"), check=_check_bapo)

@@ -866,6 +866,11 @@ def test_tw_grpo_importance() -> None:
         (lambda: token.sapo(tau_pos=0.0), r"tau_pos: expected a positive number, got 0.0"),
         (lambda: score.cispo(convention="swift"), r"convention: expected 'verl', 'trl' or 'tinker', got 'swift'"),
         (lambda: score.cispo(5.0, 4.0, "tinker"), r"clip_low: expected at most clip_high, 4.0, got 5.0"),
+        (
+            lambda: along.bapo(high_step=1e-4),
+            r"high_step: expected at most 200 steps from high_start to high_end, got 8000",
+        ),
+        (lambda: along.bapo(high_end=math.inf), r"high_step: expected at most 200 steps .*, got inf"),
         (lambda: score.dro(-0.1), r"beta: expected a positive number, got -0.1"),
         (lambda: sequence.gmpo(clip_low=-1.0), r"clip_low: expected a number >= 0, got -1.0"),
         (lambda: sequence.sdpo_topk(1.5), r"alpha: expected a number in \[0, 1\], got 1.5"),
