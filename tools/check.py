@@ -106,9 +106,14 @@ def selected(changed: str) -> list[str]:
 
 
 def named(name: str, room: str) -> list[str]:
-    """The tests with a name in their path: those of a room of that name, if it has any."""
-    found = [test for test in test_files() if re.search(rf"[/_]{re.escape(name.strip('_'))}(?=[/_.])", test)]
+    """The tests with a name, or its plural or singular, in their path: those of a room of that name, if it has any."""
+    name = name.strip("_")
+    found = _with(name) or _with(f"{name}s") or _with(name.removesuffix("s"))
     return [test for test in found if test.startswith(f"tests/{room}/")] or found
+
+
+def _with(name: str) -> list[str]:
+    return [test for test in test_files() if re.search(rf"[/_]{re.escape(name)}(?=[/_.])", test)]
 
 
 def importers(support: PurePath) -> list[str]:

@@ -133,6 +133,7 @@ def orpo(
 
 
 def _tpo(beta: float, variant: str, label_smoothing: float, gamma: float) -> Loss:
+    check.choice("variant", variant, ("sigmoid", "hinge", "ipo", "tpo-l"))
     if variant == "tpo-l":
         return losses.simpo(beta, gamma, label_smoothing=label_smoothing)
     return losses.cpo(beta, variant=variant, label_smoothing=label_smoothing, sft_weight=0.0)

@@ -24,6 +24,8 @@ def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     [
         ("fastreward/whiten.py", {"operations/test_whiten.py", "backends/triton/interpreted/test_whiten.py"}),
         ("csrc/cpu/whiten.cpp", {"operations/test_whiten.py", "backends/triton/interpreted/test_whiten.py"}),
+        ("csrc/cpu/mask.cpp", {"backends/cpu/test_masks.py"}),
+        ("fastreward/divergences/__init__.py", {"operations/test_divergence.py"}),
         ("kernels/whiten.py", {"operations/test_whiten.py", "backends/triton/interpreted/test_whiten.py"}),
         ("csrc/bindings/register_whiten.cpp", {"operations/test_whiten.py"}),
         ("csrc/cpu/logprobs/backward.cpp", {"operations/test_logprobs.py", "operations/test_linear_logprobs.py"}),

@@ -54,6 +54,17 @@ def test_a_batch_without_samples() -> None:
         assert empty["advantages"] == empty["returns"] == []
 
 
+@pytest.mark.parametrize("lengths", [[2, 0, 1], [1, 1, 1], [3, 0, 0, 1]])
+@pytest.mark.parametrize("estimator", ["grpo", "gspo", "cispo"])
+def test_as_many_tokens_as_samples(estimator: str, lengths: list[int]) -> None:
+    """Among them empty ones, as context parallelism leaves them: what is per token stays so."""
+    data = formulas.batch([3] * len(lengths), lengths, VOCAB)
+    data["advantages"] = [torch.arange(1.0, n + 1) for n in lengths]
+    args = formulas.options(use_kl_loss=True, kl_loss_coef=0.1, use_tis=True, advantage_estimator=estimator)
+    loss, _ = slime.loss(args, data, data["logits"], formulas.reducer(lengths, data["loss_masks"]))
+    torch.testing.assert_close(loss, formulas.policy_loss(args, data, data["logits"])[0].float())
+
+
 def test_no_metric_has_what_lies_under_the_mask(batch: dict[str, Any]) -> None:
     args, lengths = formulas.options(use_tis=True), batch["response_lengths"]
     reduce = formulas.reducer(lengths, batch["loss_masks"])

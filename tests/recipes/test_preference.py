@@ -319,3 +319,9 @@ def test_tpo_of_packed_responses() -> None:
     want = recipes.tpo(d["chosen"], d["rejected"], gold, gold_mask=mask, **masks(d))
     found = recipes.tpo(**packed, gold_logprobs=gold[mask], gold_cu_seqlens=bounds)
     assert torch.equal(found.loss, want.loss)
+
+
+def test_tpo_names_its_own_variants() -> None:
+    x = -torch.rand(2, 3)
+    with pytest.raises(ValueError, match="variant: expected one of 'sigmoid', 'hinge', 'ipo', 'tpo-l', got 'exo'"):
+        recipes.tpo(x, x, x, variant="exo")

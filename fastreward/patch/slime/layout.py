@@ -93,6 +93,10 @@ class Layout:
         """cu_seqlens of the response tokens here."""
         return _bounds(self.counts, device)
 
+    def filled_bounds(self, device: torch.device) -> Tensor:
+        """The same without samples that have no token here: what is per token can't be taken for one per sample."""
+        return _bounds([n for n in self.counts if n], device)
+
     def whole_bounds(self, device: torch.device) -> Tensor:
         """cu_seqlens of the whole responses."""
         return _bounds(self.lengths, device)

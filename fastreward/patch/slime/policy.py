@@ -226,6 +226,7 @@ def _surrogate(
     call: dict[str, Any] = {"cu_seqlens": responses.bounds, "weights": weight, **_ONE_SUM}
     call["return_tokens"] = ("clip", "ratio") if clips else ()
     if isinstance(formula, Loss):
+        call["cu_seqlens"] = responses.layout.filled_bounds(advantages.device)
         result = policy_loss(responses.logprobs, responses.old, advantages, responses.mask, loss=formula, **call)
         return result.loss, _clipped(result.tokens, formula)
     if options.keys() & call.keys():
@@ -320,7 +321,7 @@ def _kl(args: Any, batch: Mapping[str, Any], responses: _Responses, sum_of_sampl
         loss=formula,
         ref_logprobs=reference,
         weights=weight,
-        cu_seqlens=responses.bounds,
+        cu_seqlens=responses.layout.filled_bounds(logprobs.device),
         **_ONE_SUM,
     )
     return result.loss
