@@ -36,7 +36,10 @@ def _report(trainer: str) -> Any:
         warnings.simplefilter("ignore")
         if trainer == "trl":
             importlib.import_module("trl")
-            return patch.trl(losses=True)
+            report = patch.trl(losses=True)
+            for entry in list(report.pending):
+                _imported(entry.target)
+            return report
         report = getattr(patch, trainer)()
         for target in replacements(trainer):
             _imported(target)

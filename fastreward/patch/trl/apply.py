@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Final
 
-from fastreward.patch.bindings import Entry, Patch, Report, active, bindings, install, undo
-from fastreward.patch.trl import distillation, objective
+from fastreward.patch.bindings import Entry, Patch, Report, active, bindings, exchange, install, undo
+from fastreward.patch.imports import AfterImport, is_imported
+from fastreward.patch.trl import distillation, divergence, objective
 from fastreward.patch.trl.scores import Head, Logits, choose, compacts_here
 from fastreward.patch.trl.trainers import GRPOLoss, RLOOLoss, TrainerLoss
 from fastreward.patch.trl.versions import (
@@ -37,8 +40,10 @@ def trl(*, exact: bool = False, losses: bool = False) -> Report:
             once, to the dtype that TRL returns.
         losses: GRPO's and RLOO's own loss and metrics come from fastreward too, in one pass over the tokens: every
             loss_type, and what is logged, to about 1e-6. Options that this does not cover go to TRL call by call, and
-            subclasses with a `_compute_loss` of their own keep it; the report lists both. DistillationTrainer's
-            divergence too, on the CPU in float32.
+            subclasses with a `_compute_loss` of their own keep it; the report lists both. The divergences of
+            DistillationTrainer and of the experimental GKD, GOLD, IW-OPD, SDFT and SDPO too, on the CPU; their values
+            are those of float32 logits, also of half precision unless `exact` (a forbidden token costs 10,000 nats
+            where TRL gives NaN).
 
     Returns:
         What was replaced, and what was left and why.
@@ -70,6 +75,9 @@ def trl(*, exact: bool = False, losses: bool = False) -> Report:
     _describe(report, logits, exact, seams)
     if losses:
         patch.single += [*_losses(report), *_divergence(report)]
+        whole = _WholeLogits(patch, exact)
+        patch.imports = AfterImport(whole.rows, whole.serve)
+        whole.start()
     else:
         report.kept.append(Entry("policy losses and metrics", "TRL's own", "losses=True was not asked for"))
     return install("trl", patch)
@@ -111,9 +119,55 @@ def _divergence(report: Report) -> list[tuple[Any, str, Any, Any]]:
         report.kept.append(Entry(f"{place}.{name}", "TRL's own", why))
         return []
     replacement = report.counted(f"{place}.{name}", distillation.DivergenceLoss(stock).__call__, distillation.tokens)
-    why = "on the CPU in float32: valid tokens alone, all of a row's statistics from one projection"
+    why = "on the CPU: valid tokens alone, all of a row's statistics from one projection"
     report.replaced.append(Entry(f"{place}.{name}", "fastreward.linear_divergence", why))
     return [(module, name, stock, replacement)]
+
+
+class _WholeLogits:
+    """Functions of the experimental trainers over whole logits, each put in place when its module is imported."""
+
+    def __init__(self, patch: Patch, exact: bool) -> None:
+        self.patch, self.report, self.exact = patch, patch.report, exact
+        self.rows: dict[str, list[divergence.Function]] = {}
+        for row in divergence.FUNCTIONS:
+            self.rows.setdefault(row.module, []).append(row)
+
+    def start(self) -> None:
+        """Serve what is imported already, and say what is not."""
+        for name, rows in self.rows.items():
+            if is_imported(name):
+                self.serve(sys.modules[name])
+            else:
+                self.report.pending += [self._entry(row, f"as soon as {name} is imported") for row in rows]
+
+    def serve(self, module: ModuleType) -> None:
+        """Put in place what there is for a module that has just been imported."""
+        rows = self.rows[module.__name__]
+        targets = {row.target for row in rows}
+        self.report.pending = [entry for entry in self.report.pending if entry.target not in targets]
+        for row in rows:
+            stock = row.stock(module)
+            if stock is None:
+                why = "its source is not the one that losses=True was written for"
+                self.report.kept.append(Entry(row.target, "TRL's own", why))
+                continue
+            ours = row.bound(stock, self.report, self.exact)
+            if row.owner:
+                owner = row.home(module)
+                own = vars(owner)[row.name]  # the static method, which undo() puts back
+                replacement = staticmethod(ours)
+                setattr(owner, row.name, replacement)
+                self.patch.single.append((owner, row.name, own, replacement))
+            else:
+                self.patch.everywhere.append((stock, ours))
+                exchange(self.patch.package, [(stock, ours)])
+            entry = self._entry(row, "on the CPU: one pass over both logits, and one for the gradient")
+            if entry not in self.report.replaced:
+                self.report.replaced.append(entry)
+
+    def _entry(self, row: divergence.Function, why: str) -> Entry:
+        return Entry(row.target, "fastreward.token_divergence", why)
 
 
 def _counter(usage: Usage) -> Callable[[], None]:
@@ -133,9 +187,20 @@ _LEFT: Final = (
     ),
     Entry(
         "subclasses with a _compute_loss of their own (GMPO, yours), AsyncGRPO, and the losses of SFT, DPO, KTO and "
-        "the experimental trainers",
+        "the experimental trainers but for the divergences of whole logits",
         "TRL's own",
         "only the methods of GRPOTrainer and RLOOTrainer are replaced",
+    ),
+    Entry(
+        "divergences of models on a GPU",
+        "TRL's own",
+        "its kernels and torch's serve there; fastreward's have not been timed beside them on one",
+    ),
+    Entry(
+        "IW-OPD's loss with top_k, GOLD's of probabilities, reduction='none', ServerDistillation's and "
+        "AsyncDistillation's divergences and those from SDFT's and SDPO's teacher servers",
+        "TRL's own",
+        "a value for each token of the vocabulary, or log-probs of a few ids that a server gives: nothing to fuse",
     ),
     Entry("get_high_entropy_mask, get_off_policy_mask", "TRL's own", "they are called as TRL calls them"),
 )

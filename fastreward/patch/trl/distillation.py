@@ -8,8 +8,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastreward import divergences
+from fastreward._arguments.logits import LOGITS_DTYPES
+from fastreward._loss_call.divergence import DivergenceStats
+from fastreward._runtime.lm_head import compute_dtype_of
 from fastreward.linear_divergence import linear_divergence
+from fastreward.patch.trl.divergence import divergence_of
 from fastreward.patch.usage import handed_on
 
 #: Module and name of the function that is replaced, and its sources (as LOSS_SOURCES) that this was written for.
@@ -52,15 +55,16 @@ class DivergenceLoss:
                 teacher_final_logit_softcapping, temperature,
             )  # fmt: skip
             return result
-        hidden, weight, bias = (None if x is None else x.detach() for x in teacher)
-        found = linear_divergence(
-            student_hidden_states,
-            student_lm_head_weight,
-            hidden,
-            weight,
-            bias=student_lm_head_bias,
-            teacher_bias=bias,
-            divergence="forward-kl" if beta == 0 else "reverse-kl" if beta == 1 else divergences.jsd(beta),
+        (own, own_weight), own_bias = _as_read(*student[:2]), _float32(student_lm_head_bias)
+        (other, other_weight), other_bias = _as_read(*teacher[:2]), _float32(teacher_lm_head_bias)
+        found = _divergence(
+            own,
+            own_weight,
+            other.detach(),
+            other_weight.detach(),
+            bias=own_bias,
+            teacher_bias=None if other_bias is None else other_bias.detach(),
+            divergence=divergence_of(beta),
             temperature=temperature,
             logit_scale=student_logit_scale,
             teacher_logit_scale=teacher_logit_scale,
@@ -80,11 +84,39 @@ class DivergenceLoss:
 
 
 def _served(x: Tensor | None) -> bool:
-    """On the CPU, where TRL has torch code, and in float32: of a lower precision TRL's logits are float32 still."""
+    """On the CPU, where TRL has torch code."""
     if x is None:
         return True
     plain = type(x) in (Tensor, torch.nn.Parameter) and not hasattr(x, "ds_id")
-    return plain and x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return plain and x.is_cpu and x.dtype in LOGITS_DTYPES
+
+
+def _as_read(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as TRL's GEMMs read them: rounded to autocast's or the hidden states' dtype, and multiplied in float32."""
+    dtype = compute_dtype_of(hidden)
+    return _Rounded.apply(hidden, dtype), _Rounded.apply(weight, dtype)  # type: ignore[no-untyped-call]
+
+
+def _float32(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()
+
+
+def _divergence(*sides: Tensor, **options: Any) -> DivergenceStats:
+    with torch.autocast("cpu", enabled=False):
+        return linear_divergence(*sides, **options)
+
+
+class _Rounded(torch.autograd.Function):
+    """x rounded to a dtype, in float32; its gradient is rounded to x's dtype alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = x.dtype
+        return x.to(dtype).float() if x.dtype != torch.float32 or dtype != torch.float32 else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
 
 
 def tokens(student_hidden_states: Tensor, *_: Any, **__: Any) -> int:
