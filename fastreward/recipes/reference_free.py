@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastreward import losses
 from fastreward._arguments import check
+from fastreward._arguments.tokens import token_bounds
 from fastreward._loss_call.results import PolicyLoss
 from fastreward.losses import Loss
 from fastreward.policy_loss import policy_loss
@@ -166,6 +167,9 @@ def tpo(
     Metrics are the pairs'.
     """
     loss = _tpo(beta, variant, label_smoothing, gamma)
+    gold_logprobs = check.floats("gold_logprobs", gold_logprobs)
+    gold_mask = check.mask(gold_mask, "gold_logprobs", gold_logprobs, "gold_mask")
+    gold_cu_seqlens = token_bounds(gold_cu_seqlens, gold_logprobs, "gold_logprobs", "gold_cu_seqlens")
     pairs = preference_loss(chosen_logprobs, rejected_logprobs, loss=loss, **options)
     gold = policy_loss(
         gold_logprobs, None, None, gold_mask, loss=losses.sft(), cu_seqlens=gold_cu_seqlens,

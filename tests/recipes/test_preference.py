@@ -321,7 +321,11 @@ def test_tpo_of_packed_responses() -> None:
     assert torch.equal(found.loss, want.loss)
 
 
-def test_tpo_names_its_own_variants() -> None:
+def test_tpo_names_its_own_arguments() -> None:
     x = -torch.rand(2, 3)
     with pytest.raises(ValueError, match="variant: expected one of 'sigmoid', 'hinge', 'ipo', 'tpo-l', got 'exo'"):
         recipes.tpo(x, x, x, variant="exo")
+    with pytest.raises(ValueError, match=r"gold_mask: expected shape \[2, 3\] \(as gold_logprobs\), got \[2, 2\]"):
+        recipes.tpo(x, x, x, gold_mask=torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"gold_cu_seqlens: expected \[B \+ 1\] bounds over packed gold_logprobs"):
+        recipes.tpo(x, x, x, gold_cu_seqlens=torch.tensor([0, 3]))
