@@ -136,8 +136,9 @@ def alpha(t: Terms, alpha: float = 0.5) -> Node:
     Amari's alpha-divergence, in Minka's parametrisation (MSR-TR-2005-173).
     """
     # With x the side of the smaller weight w: the division by w is of what is small by it, not of what has cancelled.
+    # A weight below 1e-20 would leave float32, and its divergence has the limit's digits.
     forward = alpha <= 0.5
-    small = minimum(alpha, 1.0 - alpha)
+    small = maximum(minimum(alpha, 1.0 - alpha), 1e-20)
     x, log_ratio = where(forward, t.q, t.p), where(forward, t.log_p - t.log_q, t.log_q - t.log_p)
     between = where(forward, t.p - t.q, t.q - t.p)
     return (between - x * expm1(minimum(small * log_ratio, 80.0)) / small) / (1.0 - small)

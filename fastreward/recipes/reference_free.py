@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastreward import losses
 from fastreward._arguments import check
-from fastreward._arguments.tokens import token_bounds
+from fastreward._arguments.tokens import Tokens, token_bounds
 from fastreward._loss_call.results import PolicyLoss
 from fastreward.losses import Loss
 from fastreward.policy_loss import policy_loss
@@ -171,6 +171,10 @@ def tpo(
     gold_mask = check.mask(gold_mask, "gold_logprobs", gold_logprobs, "gold_mask")
     gold_cu_seqlens = token_bounds(gold_cu_seqlens, gold_logprobs, "gold_logprobs", "gold_cu_seqlens")
     pairs = preference_loss(chosen_logprobs, rejected_logprobs, loss=loss, **options)
+    given = Tokens(gold_logprobs.shape, None, gold_cu_seqlens).rows
+    wanted = Tokens(chosen_logprobs.shape, None, options.get("chosen_cu_seqlens")).rows
+    if given != wanted:
+        raise ValueError(f"gold_logprobs: expected a response for each of {wanted} pairs, got {given}")
     gold = policy_loss(
         gold_logprobs, None, None, gold_mask, loss=losses.sft(), cu_seqlens=gold_cu_seqlens,
         empty=options.get("empty", "raise"),

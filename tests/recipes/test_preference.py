@@ -329,3 +329,5 @@ def test_tpo_names_its_own_arguments() -> None:
         recipes.tpo(x, x, x, gold_mask=torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"gold_cu_seqlens: expected \[B \+ 1\] bounds over packed gold_logprobs"):
         recipes.tpo(x, x, x, gold_cu_seqlens=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="gold_logprobs: expected a response for each of 2 pairs, got 1"):
+        recipes.tpo(x, x, x[:1])
