@@ -52,8 +52,10 @@ inline F64 taken(F64 a) {
 }
 template <bool kUp, int s>
 inline F64 taken(F64 a, F64 fill) {
-  constexpr int kFilled[] = {0x5, 0x3};
-  return {_mm256_blend_pd(taken<kUp, s>(a).v, fill.v, kUp ? kFilled[s] : 0xf & ~kFilled[s])};
+  constexpr int kFirst[] = {0x5, 0x3}, kLast[] = {0xa, 0xc};
+  constexpr int kFilled = kUp ? kFirst[s] : kLast[s];
+  const F64 rest = taken<kUp, s>(a);  // outside: without optimisation the intrinsic is a macro, which splits at commas
+  return {_mm256_blend_pd(rest.v, fill.v, kFilled)};
 }
 template <bool kUp>
 inline F64 last(F64 a) {
@@ -70,7 +72,9 @@ inline F32 taken(F32 a) {
 template <bool kUp, int s>
 inline F32 taken(F32 a, F32 fill) {
   constexpr int kFirst[] = {0x11, 0x33, 0x0f}, kLast[] = {0x88, 0xcc, 0xf0};
-  return {_mm256_blend_ps(taken<kUp, s>(a).v, fill.v, kUp ? kFirst[s] : kLast[s])};
+  constexpr int kFilled = kUp ? kFirst[s] : kLast[s];
+  const F32 rest = taken<kUp, s>(a);
+  return {_mm256_blend_ps(rest.v, fill.v, kFilled)};
 }
 template <bool kUp>
 inline float last(F32 a) {
