@@ -87,8 +87,8 @@ inline F32 exp_scaled(F32 d, const ExpScale& s) {
   return e.power * e.rest;
 }
 
-// exp(d) for kLeastOfOne <= d <= 0: of the scale 1, which most calls have, at a third less. Relative error below 2^-22.2 for d > -20, 2^-21.3 at the end;
-// exact at 0.
+// exp(d) for kLeastOfOne <= d <= 0: of the scale 1, which most calls have, at a third less. Relative error below 2^-22.2
+// for d > -20, 2^-21.3 at the end; exact at 0.
 constexpr float kLeastOfOne = -86.5f;  // its result is normal
 inline F32 exp_of_one(F32 d) {
   const F32 log2e = f32(1.44269504088896341f), ln2 = f32(0.693147180559945309f);  // 2^-28 from the number itself
