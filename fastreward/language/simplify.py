@@ -35,12 +35,26 @@ def _add(graph: Nodes, x: Node, y: Node) -> Node | None:
         return graph.call("sub", x, y.args[0])
     if x.op == "neg":
         return graph.call("sub", y, x.args[0])
+    twice = _twice(graph, x) if x.id == y.id else None
+    if twice is not None:
+        return twice
     first, second = _as_drop(graph, x), _as_drop(graph, y)
     if first is not None and second is not None and first[1].id == second[1].id:
         merged = _alternatives(graph, first[0], second[0])
         if merged is not None:
             return _drop(graph, merged, first[1])
     return graph.find("add", y, x)
+
+
+def _twice(graph: Nodes, x: Node) -> Node | None:
+    """2 x where a constant factor takes the 2 in, which is exact (the derivative of half a square); else None."""
+    if x.op == "constant" and x.value is not None:
+        return graph.constant(2.0 * x.value)
+    for a, b in (x.args, x.args[::-1]) if x.op == "mul" else ():
+        twice = _twice(graph, a)
+        if twice is not None:
+            return graph.call("mul", twice, b)
+    return None
 
 
 def _alternatives(graph: Nodes, c: Node, d: Node) -> Node | None:

@@ -7,7 +7,7 @@ value which has moved further than that from where the rollouts saw it is only e
 from __future__ import annotations
 
 from fastreward.language.define import define
-from fastreward.language.functions import abs, clip, minimum, where
+from fastreward.language.functions import abs, clip, minimum, stop_gradient, where
 from fastreward.language.node import Node
 from fastreward.language.terms import Terms
 from fastreward.losses._rules import check_value
@@ -16,11 +16,14 @@ __all__ = ["huber", "squared"]
 
 
 def _gap(t: Terms, bound: float | None) -> Node:
-    """v - R, or that of the clipped value where it is the larger; reports where. Both losses grow with its size."""
+    """v - R, or that of the clipped value where it is the larger; reports where. Both losses grow with its size.
+
+    Where the clipped value's is the larger it lies on a bound, which no gradient moves.
+    """
     whole = t.value - t.returns
     if bound is None:
         return whole
-    clipped = clip(t.value, t.old_value - bound, t.old_value + bound) - t.returns
+    clipped = stop_gradient(clip(t.value, t.old_value - bound, t.old_value + bound)) - t.returns
     larger = abs(clipped) > abs(whole)
     t.report(clip_fraction=larger)
     return where(larger, clipped, whole)
@@ -36,7 +39,7 @@ def squared(t: Terms, clip: float | None = 0.2) -> Node:
     models/loss.py `ValueLoss`. Aggregation: token-mean.
     """
     gap = _gap(t, clip)
-    return 0.5 * gap * gap
+    return 0.5 * (gap * gap)
 
 
 @define(check=check_value)

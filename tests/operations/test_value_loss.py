@@ -47,6 +47,11 @@ def test_the_cases(value: float, target: float, loss: float, gradient: float, ba
     assert result.metrics["clip_fraction"] == float(gradient == 0.0)
 
 
+def test_the_gradient_is_one_select() -> None:
+    """What is clipped lies outside its bounds, and twice the half is the gap itself: a pass over tokens has no more."""
+    assert str(squared()).endswith("v4 = where(v3, v2, v1)\n  loss = 0.5 * (v4 * v4)\n  d/d value = where(v3, 0, v4)")
+
+
 @pytest.mark.parametrize("clip", [0.2, None])
 def test_squared_against_torch(clip: float | None) -> None:
     given = inputs()
