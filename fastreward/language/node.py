@@ -246,7 +246,8 @@ class Nodes(ABC):
             if x.graph is not self:
                 x.fail("terms of two different calls are mixed in one expression")
             return x
-        x = python_number(x)
+        if type(x) is not float:  # most are, and asking what a number may be else takes longer
+            x = python_number(x)
         if isinstance(x, int | float):
             return self.constant(x)
         raise TypeError(f"{origin()}: expected a term or a number, got {described(x)}")

@@ -32,7 +32,7 @@ from fastreward.language.graph import Graph
 from fastreward.language.node import Level, Node, walk
 from fastreward.language.ops import ALONG_TOKENS, SEQ_REDUCTIONS, THRESHOLDS
 from fastreward.language.program import Program, program, without_stop_gradient
-from fastreward.language.terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, SIDES, Terms, measured
+from fastreward.language.terms import CLIP_FRACTIONS, LOG_RATIO_CLAMP, SIDES, Terms, asked, measured
 from fastreward.language.thresholds import Threshold, given, without_thresholds
 from fastreward.language.traced import TracedLoss
 
@@ -217,12 +217,15 @@ def reading(loss: TracedLoss) -> str:
 
 @lru_cache(maxsize=512)
 def _cached_terms(key: Key) -> tuple[frozenset[str], frozenset[tuple[str, Level, int]], frozenset[str]]:
-    with_all, with_least = key.loss.terms(), key.loss.terms(optional=False)
-    read = {n.name for n in walk([key.loss.trace(with_all)]) if n.op == "input" and n.name is not None}
-    with suppress(Exception):  # a loss may refuse such a call
-        key.loss.trace(with_least)
-    inputs = (*with_all.graph.inputs(), *with_least.graph.inputs())
-    trained = [name for t in (with_all, with_least) if isinstance(t, Terms) for name in t.differentiable]
+    t = key.loss.terms()
+    read = {n.name for n in walk([key.loss.trace(t)]) if n.op == "input" and n.name is not None}
+    traced = [t]
+    if asked(t):  # where nothing of it is there
+        traced.append(key.loss.terms(optional=False))
+        with suppress(Exception):  # a loss may refuse such a call
+            key.loss.trace(traced[1])
+    inputs = [x for t in traced for x in t.graph.inputs()]
+    trained = [name for t in traced if isinstance(t, Terms) for name in t.differentiable]
     return frozenset(read), frozenset(x for x in inputs if not x[0].startswith("parameter.")), frozenset(trained)
 
 
